@@ -1,0 +1,16 @@
+"""The engine: it turns the core's plans into forward passes and sampled tokens into streams.
+
+| file | responsibility |
+| --- | --- |
+| `buffers.py` | the numpy arrays a plan is written into |
+| `runner.py` | one step on the device: page table, copies, forward, sample |
+| `loop.py` | plan, run, commit; the simple loop and the one with two steps in flight |
+| `request.py` | what the engine keeps per request; what callers get back |
+| `output.py` | from sampled ids to text, log-probabilities and stop strings |
+| `build.py` | config -> weights, cache, model, core; the memory plan printed at start |
+| `async_engine.py` | the engine on a thread of its own behind asyncio |
+| `llm.py` | blocking use from Python |
+| `sampler.py` | logits to tokens |
+
+Imports go one way: `api -> engine -> {model -> ops -> kernels, _core}`.
+"""
