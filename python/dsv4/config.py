@@ -1,0 +1,208 @@
+"""Every setting of dsv4, and the one place that reads flags, environment and YAML.
+
+A setting is a field of a frozen dataclass; its metadata carries the help text, the choices and the names that vLLM
+uses for the same thing. From the field follow the flag (`--max-model-len`), the environment variable
+(`DSV4_MAX_MODEL_LEN`) and the YAML key (`max_model_len`). Precedence: flag, environment, YAML file, default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from dsv4.errors import ConfigError
+
+ENV_PREFIX = "DSV4_"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def setting(default: Any, help: str, *, choices: Sequence[str] = (), aliases: Sequence[str] = (), unit: str = "") -> Any:
+    """A dataclass field of a config class. `unit="bytes"` accepts 2GiB, 500MB, 1048576."""
+    return field(default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine needs to know. `None` and `auto` are resolved at start and printed."""
+
+    model: str | None = setting(None, "directory with config.json and safetensors (default: the small model that ships)")
+    served_model_name: str | None = setting(None, "name in the API (default: the directory's name)")
+    dtype: str = setting("auto", "dtype of weights and activations", choices=("auto", "float32", "bfloat16"))
+    device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    backend: str = setting("auto", "kernels of the ops; auto takes the best that runs here", choices=("auto", "reference"))
+    max_model_len: int | None = setting(None, "longest prompt plus output in tokens (default: the model's, cut to the pool)")
+    max_num_seqs: int = setting(16, "requests that run at the same time, one live-state slab each")
+    max_num_batched_tokens: int = setting(512, "tokens of one step: prefill chunks and decodes together")
+    max_num_waiting: int = setting(1024, "requests that may wait; further ones are refused with 429")
+    block_size: int = setting(256, "tokens of a history page; a multiple of 128")
+    kv_cache_dtype: str = setting(
+        "auto", "format of window and compressed rows", choices=("auto", "float32", "bfloat16", "fp8_ds_mla")
+    )
+    index_cache_dtype: str = setting(
+        "auto", "format of index rows", choices=("auto", "float32", "bfloat16", "mxfp4", "fp8")
+    )
+    kv_cache_memory: int | None = setting(
+        None, "bytes of the page pool (default: part of what is free)", aliases=("kv-cache-memory-bytes",), unit="bytes"
+    )
+    num_pages: int | None = setting(None, "exact number of pages instead of --kv-cache-memory")
+    enable_prefix_caching: bool = setting(True, "reuse the history and state of equal prefixes")
+    snapshot_policy: str = setting("forks", "where state is saved for reuse: none, every:N, turns, forks")
+    eviction: str = setting("lru", "which cached page goes first", choices=("lru",))
+    cost_model: str | None = setting(
+        None, "cost of ways to resume: token_us=…,context_us_per_1k=…,replay_factor=…,restore_us=… (default: by device)"
+    )
+    async_scheduling: bool = setting(False, "plan step k+1 while step k runs (two steps in flight)")
+    seed: int = setting(0, "seed of requests that bring none")
+    replay_tokens: int | None = setting(None, "tokens replayed to rebuild the state; fewer than the default is not exact")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "max_model_len", "num_pages", "block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; the smallest valid value is 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs ({self.max_num_seqs}), "
+                "so that every running request gets its token in each step"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What the HTTP server needs to know."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 takes a free one")
+    api_key: str | None = setting(None, "bearer token that requests must carry (default: none)")
+    drain_timeout: float = setting(30.0, "seconds that running requests may take to end after SIGTERM")
+    max_body_bytes: int = setting(64 * 2**20, "largest request body", unit="bytes")
+    header_timeout: float = setting(10.0, "seconds in which a request's header must arrive")
+    body_timeout: float = setting(60.0, "seconds without a byte after which a request's body is given up")
+    ping_interval: float = setting(5.0, "seconds between keep-alive comments in a stream that has no token yet")
+    log_level: str = setting("info", "what is logged", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; valid ports are 0 to 65535")
+
+
+C = TypeVar("C", EngineConfig, ServerConfig)
+
+
+def check_choices(config: Any) -> None:
+    """Raises ConfigError when a field with choices holds another value."""
+    for f in dataclasses.fields(config):
+        choices, value = f.metadata.get("choices", ()), getattr(config, f.name)
+        if choices and value not in choices:
+            raise ConfigError(f"{f.name} is {value!r}; valid values are {', '.join(choices)}{nearest(str(value), choices)}")
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """'; did you mean X?' or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def parse_bytes(text: str) -> int:
+    """'2GiB', '500 MB', '1048576' -> bytes. Raises ValueError."""
+    compact = text.strip().upper().removesuffix("B").strip()
+    digits = compact.rstrip("KMGTI").strip()
+    unit = compact[len(digits) :].strip()
+    if unit not in _UNITS:
+        raise ValueError(f"{text!r} is no size; write for example 2GiB, 500MB or 1048576")
+    return int(float(digits) * _UNITS[unit])
+
+
+def _base_type(hint: Any) -> type:
+    """`int | None` -> int."""
+    if get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(a for a in get_args(hint) if a is not type(None))
+    return hint
+
+
+def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
+    """A text or YAML value as the field's type; ConfigError names the field and what it takes."""
+    kind = _base_type(hint)
+    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and kind is not hint):
+        return None
+    try:
+        if kind is bool:
+            return value if isinstance(value, bool) else {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
+        if isinstance(value, bool):
+            raise ValueError
+        if unit == "bytes":
+            return value if isinstance(value, int) else parse_bytes(str(value))
+        return kind(value)
+    except (KeyError, ValueError, TypeError):
+        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+        raise ConfigError(f"{name} is {value!r}; it takes {'a size such as 2GiB' if unit else expected}") from None
+
+
+def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
+    """One flag per setting; booleans get --x and --no-x. Values stay text until `load` converts them."""
+    for cls in classes:
+        group = parser.add_argument_group(f"{cls.__name__.removesuffix('Config').lower()} settings")
+        hints = get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            if f.name == "model":
+                continue
+            names = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"])]
+            shown = f"{f.metadata['help']} [{'auto' if f.default is None else f.default}]".replace("%", "%%")
+            if _base_type(hints[f.name]) is bool:
+                group.add_argument(*names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=shown)
+            else:
+                metavar = "|".join(f.metadata["choices"]) or f.name.split("_")[-1].upper()
+                group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=shown)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings of a YAML file; keys may be written with - or _."""
+    try:
+        data = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as e:
+        raise ConfigError(f"config file {path}: {e.strerror}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"config file {path} is no YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"config file {path} must hold 'key: value' lines")
+    return {str(k).replace("-", "_"): v for k, v in data.items()}
+
+
+def load(
+    classes: Sequence[type],
+    flags: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    yaml_path: str | Path | None = None,
+) -> list[Any]:
+    """One frozen object per class from flags, environment and YAML file. An unknown key is an error that names the nearest."""
+    env = os.environ if env is None else env
+    known = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+    every = {f.name for cls in (EngineConfig, ServerConfig) for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    if yaml_path is not None:
+        values |= read_yaml(yaml_path)
+    values |= {k.removeprefix(ENV_PREFIX).lower(): v for k, v in env.items() if k.startswith(ENV_PREFIX)}
+    values |= {k: v for k, v in (flags or {}).items() if v is not None and k in known}
+    for key in values:
+        if key not in every:
+            raise ConfigError(f"unknown setting {key!r}{nearest(key, sorted(every))}")
+    out = []
+    for cls in classes:
+        hints = get_type_hints(cls)
+        mine = {f.name: f for f in dataclasses.fields(cls)}
+        out.append(
+            cls(**{k: _convert(k, hints[k], mine[k].metadata["unit"], v) for k, v in values.items() if k in mine})
+        )
+    return out
