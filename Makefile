@@ -1,0 +1,64 @@
+# Developer commands. Each works alone on a machine with Rust, Python 3.10+ and a package registry.
+#   make serve   the small model that ships, on http://127.0.0.1:8000   (ARGS="MODEL --port 9000 ...")
+#   make test    everything that CI runs
+#   make lint    formatting, lints, types, stubs        make fmt     format in place
+#   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
+#   make wheel   the wheel that pip installs            make seeds   the simulator on many seeds (SEEDS=10000)
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+SEEDS ?= 10000
+RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
+
+.PHONY: setup serve test test-rust test-python lint fmt bench counts wheel seeds clean
+
+setup: .venv/built
+
+.venv/bin/maturin:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip maturin
+
+.venv/built: .venv/bin/maturin $(RUST)
+	$(BIN)/maturin develop --release --extras test
+	touch $@
+
+serve: setup
+	$(BIN)/dsv4 serve $(ARGS)
+
+test: test-rust test-python
+
+test-rust:
+	cargo test --workspace --quiet
+
+test-python: setup
+	$(BIN)/python -m pytest -q tests $(ARGS)
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	$(BIN)/ruff format --check python tests kernels benches
+	$(BIN)/ruff check python tests kernels benches
+	$(BIN)/python -m mypy.stubtest dsv4._core
+	$(BIN)/python tests/check_size.py
+
+fmt: setup
+	cargo fmt --all
+	$(BIN)/ruff format python tests kernels benches
+	$(BIN)/ruff check --fix python tests kernels benches
+
+bench:
+	cargo bench --workspace --quiet
+
+counts:
+	benches/counts.sh
+
+wheel: .venv/bin/maturin
+	$(BIN)/maturin build --release --out dist
+
+seeds:
+	cargo run --release --quiet -p dsv4-sim -- --seeds $(SEEDS)
+
+clean:
+	cargo clean
+	rm -rf .venv dist
