@@ -1,0 +1,92 @@
+"""Attention of one layer: window rows of every layer kind, and the compressed past of CSA and HCA layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4.cache.paged import PagedCache
+from dsv4.formats import RowFormat
+from dsv4.model.compressor import Compressor
+from dsv4.model.config import ModelConfig
+from dsv4.model.indexer import Indexer
+from dsv4.model.scope import Scope
+from dsv4.model.step import Step
+from dsv4.ops.registry import Ops
+
+Rope = tuple[Tensor, Tensor]
+"""(cos, sin), float32 [N, rope_dim / 2] each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codecs:
+    """How rows and index rows are stored."""
+
+    row: RowFormat
+    index: RowFormat
+
+
+class Attention:
+    """x -> low-rank queries, one key-value row per token -> sparse attention -> grouped low-rank output.
+
+    One row serves as key and value of all heads, so the output carries the rotation of the rows and is turned back.
+    """
+
+    def __init__(
+        self, weights: Scope, config: ModelConfig, layer: int, cache: PagedCache, codecs: Codecs, ops: Ops, dtype: torch.dtype
+    ) -> None:
+        self.ops, self.heads, self.dim, self.eps = ops, config.num_heads, config.head_dim, config.rms_eps
+        self.scale = config.head_dim**-0.5
+        self.wq_a, self.wq_b, self.wkv, self.wo_b = (weights[f"{n}.weight"] for n in ("wq_a", "wq_b", "wkv", "wo_b"))
+        self.wo_a = weights["wo_a.weight"].unflatten(0, (config.o_groups, config.o_lora_rank))
+        self.q_norm, self.kv_norm = weights.float("q_norm.weight"), weights.float("kv_norm.weight")
+        self.sink = weights.float("attn_sink")
+        self.codec, self.window = codecs.row, cache.rows("window", layer, codecs.row)
+        self.ratio = config.compress_ratios[layer]
+        self.history = self.compressor = self.indexer = None
+        if self.ratio:
+            kind = "csa" if self.ratio == config.csa_ratio else "hca"
+            self.history = cache.rows(kind, layer, codecs.row)
+            pools = cache.pools(f"{kind}_pool", layer)
+            self.compressor = Compressor(
+                weights.within("compressor"), self.ratio, self.eps, ops, pools, self.history, dtype
+            )
+            if kind == "csa":
+                self.indexer = Indexer(weights.within("indexer"), config, layer, cache, codecs.index, ops, dtype)
+
+    def __call__(self, x: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> Tensor:
+        """[T, d] -> [T, d]. `rope` is at the tokens' positions, `block_rope` at those of the emitted blocks; both are of
+        this layer's kind, which serves queries, window rows, entries, the indexer and the way back alike."""
+        ops = self.ops
+        qr = ops.rmsnorm(ops.linear(x, self.wq_a), self.q_norm, self.eps)
+        q = ops.rmsnorm(ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim)), None, self.eps)
+        q = ops.rope(q, *rope)
+        kv = ops.rope(ops.rmsnorm(ops.linear(x, self.wkv), self.kv_norm, self.eps), *rope)
+        rows = self.codec.roundtrip(kv.float())  # what is attended to now is what a later step will read
+
+        compressed = self._compressed(x, qr, step, rope, block_rope)
+        o = ops.sparse_attention(
+            q, self.sink, self.scale, step.tiles, self._window_rows(rows, step), step.window.keys, *compressed
+        )
+        self.window.write(step.window.target, rows[step.window.kept])
+
+        o = ops.rope(o, *rope, inverse=True).to(x.dtype)
+        u = ops.grouped_linear(o.view(len(x), self.wo_a.shape[0], -1), self.wo_a)
+        return ops.linear(u.flatten(1), self.wo_b)
+
+    def _window_rows(self, rows: Tensor, step: Step) -> Tensor:
+        """Rows before the step, the step's own, and zeros (see WindowTable)."""
+        return torch.cat((self.window.read(step.window.past), rows, rows.new_zeros((1, rows.shape[1]))))
+
+    def _compressed(self, x: Tensor, qr: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> tuple:
+        """The history arguments of `sparse_attention`, with this step's entries written first, as its tokens see them."""
+        if self.compressor is None:
+            return ()
+        x32 = x.float()
+        self.compressor(x32, step, block_rope)
+        entries = step.entries[self.ratio]
+        if self.indexer is None:
+            return self.history, entries
+        return self.history, entries, self.indexer(x, x32, qr, step, rope, block_rope)

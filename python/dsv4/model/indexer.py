@@ -1,0 +1,48 @@
+"""The lightning indexer of CSA layers: which compressed entries a token attends to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.cache.paged import PagedCache
+from dsv4.formats import RowFormat
+from dsv4.model.compressor import Compressor
+from dsv4.model.config import ModelConfig
+from dsv4.model.scope import Scope
+from dsv4.model.step import Step
+from dsv4.ops.registry import Ops
+
+
+class Indexer:
+    """Scores every visible entry of a second, smaller compressor with a few heads and keeps the best `index_topk`."""
+
+    def __init__(
+        self, weights: Scope, config: ModelConfig, layer: int, cache: PagedCache, codec: RowFormat, ops: Ops, dtype: torch.dtype
+    ) -> None:
+        self.ops, self.codec = ops, codec
+        self.heads, self.dim, self.topk = config.index_heads, config.index_head_dim, config.index_topk
+        self.ratio = config.csa_ratio
+        self.wq_b, self.weights_proj = weights["wq_b.weight"], weights["weights_proj.weight"]
+        self.keys = cache.rows("csa_index", layer, codec)
+        pools = cache.pools("csa_index_pool", layer)
+        self.compressor = Compressor(
+            weights.within("compressor"), self.ratio, config.rms_eps, ops, pools, self.keys, dtype
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        x32: Tensor,
+        qr: Tensor,
+        step: Step,
+        rope: tuple[Tensor, Tensor],
+        block_rope: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Selected entries int64 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank query. Writes
+        this step's keys first."""
+        self.compressor(x32, step, block_rope)
+        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
+        q = self.codec.transform(self.ops.rope(q, *rope).float())  # into the space that keys are stored in
+        weights = self.ops.linear(x, self.weights_proj).float() * (self.dim * self.heads) ** -0.5
+        return self.ops.index_select(q, weights, self.keys, step.tiles, step.entries[self.ratio], self.topk)

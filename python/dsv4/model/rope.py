@@ -1,0 +1,52 @@
+"""Rotary tables: plain for layers with a window alone, YaRN-scaled for layers that compress."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dsv4.model.config import ModelConfig
+
+_GROW = 4096
+
+
+def frequencies(dim: int, theta: float, yarn: object | None) -> Tensor:
+    """float32 [dim / 2] radians per position. YaRN changes frequencies only: no factor on cos and sin, none on the
+    softmax scale, and it applies at every position, not only beyond the original context."""
+    f = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if yarn is None:
+        return f
+
+    def turns(n: float) -> float:  # the pair index whose wavelength fits n times into the original context
+        return dim * math.log(yarn.original_max_position / (2 * math.pi * n)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(turns(yarn.beta_fast)), 0), min(math.ceil(turns(yarn.beta_slow)), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return f / yarn.factor * ramp + f * (1 - ramp)
+
+
+class RopeTable:
+    """cos and sin by position, float32; angles are float32 products as in the release. Grows in fixed pieces, so an
+    entry has the same bits whenever it was made."""
+
+    def __init__(self, freq: Tensor, device: torch.device | str) -> None:
+        self._freq = freq
+        self._cos = self._sin = torch.empty((0, len(freq)), device=device)
+
+    @classmethod
+    def for_ratio(cls, config: ModelConfig, ratio: int, device: torch.device | str) -> RopeTable:
+        """The table that all parts of a layer with this compression ratio (0: none) use."""
+        if ratio == 0:
+            return cls(frequencies(config.rope_dim, config.rope_theta, None), device)
+        return cls(frequencies(config.rope_dim, config.compress_rope_theta, config.yarn), device)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), float32 [N, rope_dim / 2] each, for int64 [N] positions."""
+        need = int(positions.max()) + 1 if len(positions) else 0
+        while len(self._cos) < need:
+            angle = torch.arange(len(self._cos), len(self._cos) + _GROW, dtype=torch.float32)[:, None] * self._freq
+            self._cos = torch.cat((self._cos, angle.cos().to(self._cos.device)))
+            self._sin = torch.cat((self._sin, angle.sin().to(self._sin.device)))
+        return self._cos[positions], self._sin[positions]

@@ -1,0 +1,123 @@
+"""The forward of DeepSeek-V4: embedding, four residual streams through the layers, head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dsv4.cache.paged import PagedCache
+from dsv4.formats import row_format
+from dsv4.model.attention import Attention, Codecs, Rope
+from dsv4.model.batch import Batch
+from dsv4.model.config import ModelConfig
+from dsv4.model.moe import MoE
+from dsv4.model.rope import RopeTable
+from dsv4.model.scope import Scope
+from dsv4.model.step import Geometry, Step, build_step
+from dsv4.ops.registry import Ops
+
+_TILE_ROWS = 32
+"""Query rows (tokens times heads) that share a block of window keys: enough to be worth a matrix product."""
+
+
+class HyperConnection:
+    """Mixes the streams around one sub-layer: `pre` gives its input, `post` takes its output back."""
+
+    def __init__(self, weights: Scope, name: str, config: ModelConfig, ops: Ops) -> None:
+        self.ops = ops
+        self.fn, self.scale, self.base = (weights.float(f"hc_{name}_{part}") for part in ("fn", "scale", "base"))
+        self.norm_eps, self.eps, self.iters = config.rms_eps, config.hc_eps, config.hc_sinkhorn_iters
+
+    def pre(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, n, d] -> input [T, d], post [T, n], comb [T, n, n]."""
+        return self.ops.hc_pre(streams, self.fn, self.scale, self.base, self.norm_eps, self.eps, self.iters)
+
+    def post(self, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+        """[T, d] and the streams before -> the streams after."""
+        return self.ops.hc_post(y, streams, post, comb)
+
+
+class Layer:
+    """Attention and mixture of experts, each between its hyper-connection and after its norm."""
+
+    def __init__(
+        self, weights: Scope, config: ModelConfig, index: int, cache: PagedCache, codecs: Codecs, ops: Ops, dtype: torch.dtype
+    ) -> None:
+        self.ops, self.eps, self.ratio = ops, config.rms_eps, config.compress_ratios[index]
+        self.attn_hc = HyperConnection(weights, "attn", config, ops)
+        self.ffn_hc = HyperConnection(weights, "ffn", config, ops)
+        self.attn_norm, self.ffn_norm = weights.float("attn_norm.weight"), weights.float("ffn_norm.weight")
+        self.attn = Attention(weights.within("attn"), config, index, cache, codecs, ops, dtype)
+        self.moe = MoE(weights.within("ffn"), config, index, ops)
+
+    def __call__(self, streams: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> Tensor:
+        y, post, comb = self.attn_hc.pre(streams)
+        y = self.attn(self.ops.rmsnorm(y, self.attn_norm, self.eps), step, rope, block_rope)
+        streams = self.attn_hc.post(y, streams, post, comb)
+
+        y, post, comb = self.ffn_hc.pre(streams)
+        y = self.moe(self.ops.rmsnorm(y, self.ffn_norm, self.eps), step.token_ids)
+        return self.ffn_hc.post(y, streams, post, comb)
+
+
+class V4Model:
+    """Any model with Flash's or Pro's structure. Weights are in the released naming; activations have the dtype of the
+    embedding; norms, compressors, gate, hyper-connections, softmax and head compute in float32."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], cache: PagedCache, ops: Ops) -> None:
+        self.config, self.cache, self.ops = config, cache, ops
+        top = Scope(weights)
+        self.embed, self.head, self.norm = top["embed.weight"], top.float("head.weight"), top.float("norm.weight")
+        self.hc_head = tuple(top.float(f"hc_head_{part}") for part in ("fn", "scale", "base"))
+        formats = {c.name: c.format for c in cache.layout.components}
+        codecs = Codecs(
+            row=row_format(formats["window"], config.head_dim, config.rope_dim),
+            index=row_format(formats.get("csa_index", "float32"), config.index_head_dim, config.rope_dim),
+        )
+        self.layers = [
+            Layer(top.within(f"layers.{i}"), config, i, cache, codecs, ops, self.embed.dtype)
+            for i in range(config.num_layers)
+        ]
+        self.ropes = {m: RopeTable.for_ratio(config, m, cache.device) for m in sorted(set(config.compress_ratios))}
+        self.geometry = Geometry(
+            window=config.window,
+            ring=next(c.rows for c in cache.layout.components if c.kind == "window"),
+            block_tokens=cache.layout.block_tokens,
+            ratios=tuple(m for m in self.ropes if m),
+            tile=max(1, _TILE_ROWS // config.num_heads),
+        )
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """float32 logits [S, V] of the tokens in `batch.logit_index`.
+
+        Writes window rows, compressor pools and the entries that become complete; reads history through the page table.
+        Rows of one batch do not see each other. A row's state must be that of its start (or `reset`).
+        """
+        self.cache.reset([row.slab for row in batch.rows if row.reset])
+        step = build_step(batch, self.geometry)
+        streams = self.embed[batch.token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        replays = any(row.replay_end for row in batch.rows)
+        ropes = self._ropes(step)
+        for i, layer in enumerate(self.layers):
+            if replays and i:
+                previous, step = step, build_step(batch, self.geometry, i)
+                if step is None:  # this part of a replay ends where the deeper layers begin
+                    return self.embed.new_empty((0, len(self.head)), dtype=torch.float32)
+                streams = streams[torch.searchsorted(previous.token, step.token)]
+                ropes = self._ropes(step)
+            streams = layer(streams, step, *ropes[layer.ratio])
+        return self._logits(streams[torch.searchsorted(step.token, batch.logit_index)])
+
+    def _ropes(self, step: Step) -> dict[int, tuple[Rope, Rope | None]]:
+        """By ratio: rotations at the tokens' positions and at those of the blocks that become complete."""
+        return {
+            m: (table.at(step.positions), table.at(step.blocks[m].position) if m else None)
+            for m, table in self.ropes.items()
+        }
+
+    def _logits(self, streams: Tensor) -> Tensor:
+        h = self.ops.hc_head(streams, *self.hc_head, self.config.rms_eps, self.config.hc_eps)
+        return self.ops.logits(self.ops.rmsnorm(h, self.norm, self.config.rms_eps), self.head)

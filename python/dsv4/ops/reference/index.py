@@ -1,0 +1,63 @@
+"""The lightning indexer: scores of compressed entries, and a top-k that does not depend on chance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsv4.ops.reference.blocks import KEY_BLOCK, padded_tiles, tile_chunks
+from dsv4.ops.tables import EntryTable, RowSource, TileTable
+
+
+def index_select(
+    q: Tensor, weights: Tensor, keys: RowSource, tiles: TileTable, entries: EntryTable, topk: int
+) -> Tensor:
+    """For each token the `topk` visible entries with the largest sum_h weights_h * relu(q_h . key), as int64
+    [T, min(topk, most visible)]: ascending, -1 after the last. Where no more than topk are visible, these are all."""
+    tokens, width = q.shape[0], min(topk, entries.most)
+    if entries.most <= topk:
+        every = torch.arange(width, device=q.device).expand(tokens, width)
+        return torch.where(every < entries.visible[:, None], every, -1)
+    places = tiles.tokens.numel()
+    q_tiles, w_tiles = padded_tiles(q, tiles), padded_tiles(weights, tiles)
+    visible = padded_tiles(entries.visible[:, None], tiles)[..., 0]
+    out = torch.empty((places, width), dtype=torch.int64, device=q.device)
+    group = tiles.tokens.shape[1]
+    for lo, hi in tile_chunks(len(tiles.row), group * (entries.most + KEY_BLOCK)):
+        seen = visible[lo:hi]
+        scores = _scores(q_tiles[lo:hi], w_tiles[lo:hi], keys, entries.ids, tiles.row[lo:hi], int(seen.max()))
+        out[lo * group : hi * group] = lowest_index_topk(scores.flatten(0, 1), seen.flatten(), width)
+    return out[tiles.slot]
+
+
+def lowest_index_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of scores[t, : visible[t]], ascending, -1 after the last; of equal scores the ones with the
+    lowest index. float32 [T, K], int64 [T] -> int64 [T, k]."""
+    tokens, columns = scores.shape
+    column = torch.arange(columns, device=scores.device)
+    seen = column < visible[:, None]
+    scores = torch.where(seen, scores, -torch.inf)
+    take = min(k, columns)
+    least = torch.topk(scores, take, dim=-1).values[:, -1:] if take else scores.new_zeros((tokens, 1))
+    above, equal = scores > least, (scores == least) & seen
+    room = take - above.sum(-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(-1) <= room))
+    place = torch.where(chosen, chosen.cumsum(-1) - 1, k)  # column k takes what was not chosen, and is cut off
+    out = torch.full((tokens, k + 1), -1, dtype=torch.int64, device=scores.device)
+    return out.scatter_(1, place, column.expand(tokens, columns))[:, :k].contiguous()
+
+
+def _scores(q: Tensor, weights: Tensor, keys: RowSource, ids: Tensor, row: Tensor, most: int) -> Tensor:
+    """float32 [n, g, K] for tiles q [n, g, H, I] and weights [n, g, H]; K is `most` rounded up to a key block."""
+    n, group, heads, _ = q.shape
+    left, columns = q.flatten(1, 2), most + -most % KEY_BLOCK
+    out = q.new_empty((n, group, columns))
+    lowest = int(row[0])
+    for at in range(0, columns, KEY_BLOCK):
+        block = keys.read(ids[lowest : int(row[-1]) + 1, at : at + KEY_BLOCK])[row - lowest]
+        dots = torch.bmm(left, block.transpose(1, 2)).clamp_(min=0).view(n, group, heads, KEY_BLOCK)
+        total = weights[:, :, 0, None] * dots[:, :, 0]
+        for head in range(1, heads):
+            total += weights[:, :, head, None] * dots[:, :, head]
+        out[..., at : at + KEY_BLOCK] = total
+    return out

@@ -1,0 +1,132 @@
+"""Chooses a backend for every op at start-up. A factory is called only when its op is chosen, so that naming a backend
+costs no import."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4.errors import ConfigError
+from dsv4.ops.spec import SPECS
+
+Op = Callable[..., Any]
+
+_REFERENCE_MODULES = {
+    "linear": ("linear", "grouped_linear", "logits"),
+    "norm": ("rmsnorm", "rope"),
+    "hyper": ("hc_pre", "hc_post", "hc_head"),
+    "compress": ("pool_fold", "compress_finish"),
+    "index": ("index_select",),
+    "attention": ("sparse_attention",),
+    "moe": ("route", "experts", "swiglu"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One op of one backend. `usable(device)` says whether it runs there; `priority` decides among the usable ones."""
+
+    load: Callable[[], Op]
+    usable: Callable[[str], bool]
+    priority: int
+
+
+class Registry:
+    """op -> backend -> Entry."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, dict[str, Entry]] = {op: {} for op in SPECS}
+
+    def register(
+        self,
+        op: str,
+        backend: str,
+        load: Callable[[], Op],
+        *,
+        usable: Callable[[str], bool] = lambda device: True,
+        priority: int = 0,
+    ) -> None:
+        """Adds a backend of an op. Raises ConfigError when the op is unknown or has this backend already."""
+        if op not in self._entries:
+            raise ConfigError(f"op {op!r} is unknown{_nearest(op, self._entries)}; known: {', '.join(self._entries)}")
+        if backend in self._entries[op]:
+            raise ConfigError(f"op {op!r} has a backend {backend!r} already; register it once")
+        self._entries[op][backend] = Entry(load, usable, priority)
+
+    def backends(self, op: str | None = None) -> tuple[str, ...]:
+        """Names of the backends of one op, or of all."""
+        ops = self._entries if op is None else {op: self._entries[op]}
+        return tuple(dict.fromkeys(name for entries in ops.values() for name in entries))
+
+    def load(self, op: str, backend: str) -> Op:
+        """The callable of one op of one backend."""
+        return self._entries[op][backend].load()
+
+    def pick(self, op: str, backend: str, device: str) -> str:
+        """The backend that runs this op: the named one where it exists and runs here, else the best of the others;
+        `auto` is the usable one with the highest priority."""
+        usable = {name: e for name, e in self._entries[op].items() if e.usable(device)}
+        if backend in usable:
+            return backend
+        if backend != "auto":
+            return "reference"
+        return max(usable, key=lambda name: usable[name].priority)
+
+
+class Ops:
+    """The chosen ops as attributes: `ops.linear(x, weight)`. Made by `choose`."""
+
+    def __init__(self, chosen: dict[str, str], registry: Registry) -> None:
+        self.chosen = dict(chosen)
+        for op, backend in chosen.items():
+            setattr(self, op, registry.load(op, backend))
+
+    def __getattr__(self, name: str) -> Op:  # reached only for names that are not set
+        raise AttributeError(f"op {name!r} is unknown{_nearest(name, SPECS)}; known: {', '.join(SPECS)}")
+
+    @classmethod
+    def choose(cls, backend: str = "auto", device: str = "cpu", registry: Registry | None = None) -> Ops:
+        """Picks a backend per op for a device ("cpu", "cuda"). Raises ConfigError for an unknown backend name."""
+        registry = registry or REGISTRY
+        known = ("auto", *registry.backends())
+        if backend not in known:
+            raise ConfigError(f"backend is {backend!r}{_nearest(backend, known)}; known: {', '.join(known)}")
+        return cls({op: registry.pick(op, backend, device) for op in SPECS}, registry)
+
+    def describe(self) -> list[str]:
+        """One line per backend in use, for start-up: which ops it runs."""
+        by_backend: dict[str, list[str]] = {}
+        for op, backend in self.chosen.items():
+            by_backend.setdefault(backend, []).append(op)
+        if len(by_backend) == 1:
+            return [f"{backend} (all {len(ops)} ops)" for backend, ops in by_backend.items()]
+        return [f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items()]
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _reference(module: str, op: str) -> Callable[[], Op]:
+    return lambda: getattr(importlib.import_module(f"dsv4.ops.reference.{module}"), op)
+
+
+def _standard() -> Registry:
+    registry = Registry()
+    for module, ops in _REFERENCE_MODULES.items():
+        for op in ops:
+            registry.register(op, "reference", _reference(module, op))
+    try:  # the GPU kernels ship beside the package and may be left out
+        from dsv4 import kernels
+    except ImportError:
+        return registry
+    kernels.register_all(registry)
+    return registry
+
+
+REGISTRY = _standard()
+"""The backends that ship."""

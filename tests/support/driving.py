@@ -1,0 +1,117 @@
+"""Drives V4Model directly with hand-made batches: what the scheduler does in service, spelled out for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsv4._core import LayoutSpec
+from dsv4.cache.paged import PagedCache
+from dsv4.formats import row_format
+from dsv4.model.batch import Batch, Row
+from dsv4.model.config import ModelConfig
+from dsv4.model.v4 import V4Model
+from dsv4.ops.registry import Ops
+
+
+def make_layout(
+    config: ModelConfig, *, row: str = "float32", index: str = "float32", block_tokens: int = 128
+) -> LayoutSpec:
+    """The layout of a small model."""
+    return LayoutSpec.v4(
+        compress_ratios=list(config.compress_ratios),
+        csa_ratio=config.csa_ratio,
+        hca_ratio=config.hca_ratio,
+        head_dim=config.head_dim,
+        index_head_dim=config.index_head_dim,
+        window=config.window,
+        row_bytes=row_format(row, config.head_dim, config.rope_dim).row_bytes,
+        row_format=row,
+        index_row_bytes=row_format(index, config.index_head_dim, config.rope_dim).row_bytes,
+        index_format=index,
+        block_tokens=block_tokens,
+    )
+
+
+@dataclass
+class Chunk:
+    """The next tokens of a sequence in a batch."""
+
+    slab: int
+    tokens: Tensor
+    start: int
+    replay_end: int = 0
+    replay_start: int = 0
+
+
+@dataclass
+class Driver:
+    """A model over a poisoned cache. Slab s owns pages s * blocks .. ; further pages serve as snapshots."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    slabs: int = 1
+    max_len: int = 1024
+    row: str = "float32"
+    index: str = "float32"
+    block_tokens: int = 128
+    layout: LayoutSpec = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.layout = make_layout(self.config, row=self.row, index=self.index, block_tokens=self.block_tokens)
+        blocks = -(-self.max_len // self.block_tokens)
+        history = self.slabs * blocks
+        self.spare = list(range(history, history + 4 * self.layout.snapshot_pages))
+        self.cache = PagedCache(self.layout, history + len(self.spare), self.slabs, poison=True)
+        self.model = V4Model(self.config, self.weights, self.cache, Ops.choose("reference"))
+        # Pages in an order that is not that of blocks, as in service.
+        self.page_table = torch.arange(history - 1, -1, -1, dtype=torch.int32).view(self.slabs, blocks)
+
+    def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """One forward; logits float32 [length, V] of each chunk that does not replay, in their order. A chunk at its
+        sequence's (or replay's) start resets its slab."""
+        rows: list[Row] = []
+        wanted: list[Tensor] = []
+        offset = 0
+        for c in chunks:
+            n = len(c.tokens)
+            reset = c.start == (max(0, c.replay_start) if c.replay_end else 0)
+            rows.append(Row(c.slab, c.start, n, offset, reset, c.replay_end, c.replay_start))
+            if not c.replay_end:
+                wanted.append(torch.arange(offset, offset + n))
+            offset += n
+        logits = self.model.forward(
+            Batch(
+                token_ids=torch.cat([c.tokens for c in chunks]),
+                positions=torch.cat([torch.arange(c.start, c.start + len(c.tokens)) for c in chunks]),
+                rows=tuple(rows),
+                page_table=self.page_table,
+                logit_index=torch.cat(wanted) if wanted else torch.empty(0, dtype=torch.int64),
+            )
+        )
+        return list(logits.split([len(w) for w in wanted]))
+
+    def run(self, tokens: Tensor, sizes: Sequence[int] = (), slab: int = 0, start: int = 0) -> Tensor:
+        """Logits of tokens[start:] in chunks of the given sizes, repeated as needed (none: one shot)."""
+        out, at, turn = [], start, 0
+        while at < len(tokens):
+            size = sizes[turn % len(sizes)] if sizes else len(tokens) - at
+            out += self.step([Chunk(slab, tokens[at : at + size], at)])
+            at, turn = min(len(tokens), at + size), turn + 1
+        return torch.cat(out)
+
+    def replay(self, tokens: Tensor, end: int, reach: int, sizes: Sequence[int], slab: int = 0) -> None:
+        """Rebuilds the slab's state at `end` from cached history by replaying `reach` tokens."""
+        at, turn = max(0, end - reach), 0
+        while at < end:
+            size = min(sizes[turn % len(sizes)], end - at)
+            self.step([Chunk(slab, tokens[at : at + size], at, replay_end=end, replay_start=end - reach)])
+            at, turn = at + size, turn + 1
+
+
+def random_tokens(config: ModelConfig, length: int, seed: int = 0) -> Tensor:
+    """int64 [length]."""
+    return torch.randint(3, config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
