@@ -154,11 +154,7 @@ impl KvCache {
     /// An empty cache.
     pub fn new(layout: &LayoutSpec, options: &CacheOptions) -> Result<Self, CoreError> {
         if options.pages == 0 {
-            return Err(CoreError::config(
-                "pages",
-                0,
-                "the pool needs at least one page",
-            ));
+            return Err(CoreError::config("pages", 0, "the pool needs at least one page"));
         }
         Ok(KvCache {
             block: layout.block_tokens,
@@ -181,21 +177,14 @@ impl KvCache {
     /// How far whole blocks of `tokens` are known, at most `limit` tokens. Changes nothing, recency included.
     pub fn lookup(&self, salt: &[u8], tokens: &[u32], limit: u32) -> Match {
         let limit = limit.min(tokens.len() as u32) / self.block;
-        let nothing = |lost| Match {
-            history: 0,
-            snapshots: Vec::new(),
-            lost,
-            snapshot_evicted: None,
-        };
+        let nothing = |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None };
         if limit == 0 {
             return nothing(Lost::BelowBlock);
         }
         let Some(&root) = self.roots.get(salt) else {
             return nothing(self.loss(self.seed(salt), &tokens[..self.block as usize]));
         };
-        let walk = self
-            .tree
-            .walk(root, &tokens[..(limit * self.block) as usize]);
+        let walk = self.tree.walk(root, &tokens[..(limit * self.block) as usize]);
         let (mut snapshots, mut evicted) = (Vec::new(), None);
         let mut at = walk.node;
         while at != root {
@@ -211,17 +200,9 @@ impl KvCache {
             Lost::Nothing
         } else {
             let next = (walk.blocks * self.block) as usize;
-            self.loss(
-                self.chain_at(walk.node, walk.blocks),
-                &tokens[next..next + self.block as usize],
-            )
+            self.loss(self.chain_at(walk.node, walk.blocks), &tokens[next..next + self.block as usize])
         };
-        Match {
-            history: walk.blocks * self.block,
-            snapshots,
-            lost,
-            snapshot_evicted: evicted,
-        }
+        Match { history: walk.blocks * self.block, snapshots, lost, snapshot_evicted: evicted }
     }
 
     fn chain_at(&self, node: u32, blocks: u32) -> u64 {
@@ -235,11 +216,7 @@ impl KvCache {
 
     fn loss(&self, chain: u64, next_block: &[u32]) -> Lost {
         let key = hash_block(chain, next_block);
-        if self.ghosts[key as usize % GHOSTS] == key {
-            Lost::HistoryEvicted
-        } else {
-            Lost::NeverStored
-        }
+        if self.ghosts[key as usize % GHOSTS] == key { Lost::HistoryEvicted } else { Lost::NeverStored }
     }
 
     fn seed(&self, salt: &[u8]) -> u64 {
@@ -252,11 +229,7 @@ impl KvCache {
         self.now += 1;
         let root = self.root(salt);
         let walk = self.tree.walk(root, &tokens[..upto as usize]);
-        assert_eq!(
-            walk.blocks * self.block,
-            upto,
-            "attach goes as far as lookup found"
-        );
+        assert_eq!(walk.blocks * self.block, upto, "attach goes as far as lookup found");
         let cursor = self.tree.split(walk.node, walk.blocks);
         self.tree.pin_path(cursor, self.now);
         let mut pages = vec![PageId(0); walk.blocks as usize];
@@ -267,12 +240,7 @@ impl KvCache {
             at = n.parent;
         }
         pages.iter().for_each(|&p| self.pool.retain(p));
-        Sequence {
-            root,
-            cursor,
-            published: walk.blocks,
-            pages,
-        }
+        Sequence { root, cursor, published: walk.blocks, pages }
     }
 
     fn root(&mut self, salt: &[u8]) -> u32 {
@@ -287,9 +255,7 @@ impl KvCache {
 
     /// Pages so that the sequence covers `tokens`: all or none. Evicts by policy, but only when that will be enough.
     pub fn extend(&mut self, seq: &mut Sequence, tokens: u32) -> Result<(), Shortage> {
-        let needed = tokens
-            .div_ceil(self.block)
-            .saturating_sub(seq.pages.len() as u32);
+        let needed = tokens.div_ceil(self.block).saturating_sub(seq.pages.len() as u32);
         self.make_room(needed)?;
         let taken = self.pool.alloc(needed, &mut seq.pages);
         debug_assert!(taken, "room was made");
@@ -306,13 +272,7 @@ impl KvCache {
         let leased: u32 = self
             .leaving
             .iter()
-            .map(|(_, l)| {
-                if let Leaving::Pages(p) = l {
-                    p.len() as u32
-                } else {
-                    0
-                }
-            })
+            .map(|(_, l)| if let Leaving::Pages(p) = l { p.len() as u32 } else { 0 })
             .sum();
         (self.snapshots.count() * self.snapshot_pages).saturating_sub(leased)
     }
@@ -321,19 +281,13 @@ impl KvCache {
         if self.pool.free() >= needed {
             return Ok(());
         }
-        let shortage = Shortage {
-            needed,
-            available: self.available(),
-        };
+        let shortage = Shortage { needed, available: self.available() };
         if shortage.available < needed {
             return Err(shortage);
         }
         while self.pool.free() < needed {
             if !self.evict_one() {
-                return Err(Shortage {
-                    needed,
-                    available: self.pool.free(),
-                });
+                return Err(Shortage { needed, available: self.pool.free() });
             }
         }
         Ok(())
@@ -419,9 +373,7 @@ impl KvCache {
         }
         if full > seq.published {
             let pages = &seq.pages[seq.published as usize..full as usize];
-            seq.cursor = self
-                .tree
-                .append(seq.cursor, rest(seq.published), pages, self.now);
+            seq.cursor = self.tree.append(seq.cursor, rest(seq.published), pages, self.now);
             pages.iter().for_each(|&p| self.pool.retain(p));
             seq.published = full;
         }
@@ -434,12 +386,7 @@ impl KvCache {
     pub fn reserve_snapshot(&mut self, may_evict: bool) -> Option<SnapshotPages> {
         let mut pages = Vec::new();
         let n = self.snapshot_pages;
-        let room = self.enabled
-            && if may_evict {
-                self.make_room(n).is_ok()
-            } else {
-                self.pool.free() >= n
-            };
+        let room = self.enabled && if may_evict { self.make_room(n).is_ok() } else { self.pool.free() >= n };
         (room && self.pool.alloc(n, &mut pages)).then_some(SnapshotPages(pages))
     }
 
@@ -512,9 +459,8 @@ impl KvCache {
     /// All steps up to `done` are over: what waited behind them is free.
     pub fn retire(&mut self, done: Step) {
         self.done = self.done.max(done);
-        let (over, waiting) = std::mem::take(&mut self.leaving)
-            .into_iter()
-            .partition(|(at, _)| *at <= self.done);
+        let (over, waiting) =
+            std::mem::take(&mut self.leaving).into_iter().partition(|(at, _)| *at <= self.done);
         self.leaving = waiting;
         let over: Vec<(Step, Leaving)> = over;
         over.into_iter().for_each(|(_, what)| self.let_go(what));
@@ -522,11 +468,7 @@ impl KvCache {
 
     /// Evicts up to `n` snapshots, least recently used first, and no history. Returns how many went.
     pub fn evict_snapshots(&mut self, n: u32) -> u32 {
-        let evict = |_| {
-            self.snapshots
-                .oldest()
-                .map(|(id, _)| self.evict_snapshot(id))
-        };
+        let evict = |_| self.snapshots.oldest().map(|(id, _)| self.evict_snapshot(id));
         (0..n).map_while(evict).count() as u32
     }
 
@@ -589,8 +531,7 @@ impl KvCache {
         held: impl Iterator<Item = &'a SnapshotPages>,
     ) -> Result<(), Malformed> {
         let leaving = self.leaving.iter().map(|(_, l)| l);
-        let (mut cursors, mut holders): (Vec<&Sequence>, Vec<PageId>) =
-            (live.collect(), Vec::new());
+        let (mut cursors, mut holders): (Vec<&Sequence>, Vec<PageId>) = (live.collect(), Vec::new());
         for l in leaving {
             match l {
                 Leaving::Sequence(s) => cursors.push(s),
@@ -614,11 +555,7 @@ impl KvCache {
                 format!("{id:?} at node {node}, which has {owner:?}")
             })?;
         }
-        let owned = self
-            .tree
-            .ids()
-            .filter(|&id| self.tree.node(id).snapshot.is_some())
-            .count() as u32;
+        let owned = self.tree.ids().filter(|&id| self.tree.node(id).snapshot.is_some()).count() as u32;
         Malformed::unless(owned == self.snapshots.count(), "snapshots", || {
             format!("{owned} nodes have one, {} exist", self.snapshots.count())
         })

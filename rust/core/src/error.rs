@@ -111,13 +111,6 @@ impl Malformed {
         what: &'static str,
         detail: impl FnOnce() -> String,
     ) -> Result<(), Malformed> {
-        if holds {
-            Ok(())
-        } else {
-            Err(Malformed {
-                what,
-                detail: detail(),
-            })
-        }
+        if holds { Ok(()) } else { Err(Malformed { what, detail: detail() }) }
     }
 }

@@ -15,9 +15,7 @@ pub struct SlabId(pub u32);
 pub struct RequestId(pub u64);
 
 /// A planned step. Steps are numbered from 1; `Step(0)` is before all of them.
-#[derive(
-    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize,
-)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct Step(pub u64);
 
 /// A saved state in the tree; the index of its entry, valid while the entry lives.

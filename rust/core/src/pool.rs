@@ -13,10 +13,7 @@ pub struct PagePool {
 impl PagePool {
     /// All pages free; page 0 is handed out first.
     pub fn new(pages: u32) -> Self {
-        PagePool {
-            refs: vec![0; pages as usize],
-            free: (0..pages).rev().map(PageId).collect(),
-        }
+        PagePool { refs: vec![0; pages as usize], free: (0..pages).rev().map(PageId).collect() }
     }
 
     /// Pages in all.
@@ -83,16 +80,11 @@ impl PagePool {
         let mut seen = vec![false; self.refs.len()];
         for &PageId(p) in &self.free {
             let twice = std::mem::replace(&mut seen[p as usize], true);
-            Malformed::unless(!twice && self.refs[p as usize] == 0, "free list", || {
-                format!("page {p}")
-            })?;
+            Malformed::unless(!twice && self.refs[p as usize] == 0, "free list", || format!("page {p}"))?;
         }
         let zero = self.refs.iter().filter(|&&r| r == 0).count();
         Malformed::unless(zero == self.free.len(), "pages conserved", || {
-            format!(
-                "{zero} without holders, {} in the free list",
-                self.free.len()
-            )
+            format!("{zero} without holders, {} in the free list", self.free.len())
         })
     }
 }
@@ -120,9 +112,6 @@ mod tests {
         let mut pool = PagePool::new(2);
         let mut held = Vec::new();
         assert!(pool.alloc(1, &mut held));
-        assert_eq!(
-            pool.check(std::iter::empty()).unwrap_err().what,
-            "page reference count"
-        );
+        assert_eq!(pool.check(std::iter::empty()).unwrap_err().what, "page reference count");
     }
 }

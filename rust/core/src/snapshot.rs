@@ -37,25 +37,15 @@ pub(crate) struct Snapshots {
 
 impl Snapshots {
     pub fn new() -> Self {
-        Snapshots {
-            entries: Vec::new(),
-            vacant: Vec::new(),
-            head: NIL,
-            tail: NIL,
-            count: 0,
-        }
+        Snapshots { entries: Vec::new(), vacant: Vec::new(), head: NIL, tail: NIL, count: 0 }
     }
 
     fn entry(&self, id: u32) -> &Entry {
-        self.entries[id as usize]
-            .as_ref()
-            .expect("the snapshot lives")
+        self.entries[id as usize].as_ref().expect("the snapshot lives")
     }
 
     fn entry_mut(&mut self, id: u32) -> &mut Entry {
-        self.entries[id as usize]
-            .as_mut()
-            .expect("the snapshot lives")
+        self.entries[id as usize].as_mut().expect("the snapshot lives")
     }
 
     /// Snapshots that live.
@@ -65,13 +55,7 @@ impl Snapshots {
 
     /// Adds the state at the end of `node` as the most recently used one.
     pub fn insert(&mut self, node: u32, pages: SnapshotPages, now: u64) -> SnapshotId {
-        let entry = Some(Entry {
-            node,
-            pages,
-            used: now,
-            prev: NIL,
-            next: NIL,
-        });
+        let entry = Some(Entry { node, pages, used: now, prev: NIL, next: NIL });
         let id = self.vacant.pop().unwrap_or_else(|| {
             self.entries.push(None);
             self.entries.len() as u32 - 1
@@ -85,9 +69,7 @@ impl Snapshots {
     /// Takes a snapshot out: its node and its pages.
     pub fn remove(&mut self, id: SnapshotId) -> (u32, SnapshotPages) {
         self.unlist(id.0);
-        let entry = self.entries[id.0 as usize]
-            .take()
-            .expect("the snapshot lives");
+        let entry = self.entries[id.0 as usize].take().expect("the snapshot lives");
         self.vacant.push(id.0);
         self.count -= 1;
         (entry.node, entry.pages)
@@ -112,10 +94,7 @@ impl Snapshots {
     /// Every snapshot with its node.
     pub fn iter(&self) -> impl Iterator<Item = (SnapshotId, u32, &[PageId])> {
         let live = self.entries.iter().enumerate();
-        live.filter_map(|(i, e)| {
-            e.as_ref()
-                .map(|e| (SnapshotId(i as u32), e.node, e.pages.0.as_slice()))
-        })
+        live.filter_map(|(i, e)| e.as_ref().map(|e| (SnapshotId(i as u32), e.node, e.pages.0.as_slice())))
     }
 
     fn unlist(&mut self, id: u32) {
@@ -146,9 +125,7 @@ impl Snapshots {
         let (mut at, mut seen, mut last) = (self.head, 0, 0);
         while at != NIL && seen <= self.count {
             let e = self.entry(at);
-            Malformed::unless(e.used >= last, "snapshot recency", || {
-                format!("snapshot {at}")
-            })?;
+            Malformed::unless(e.used >= last, "snapshot recency", || format!("snapshot {at}"))?;
             (seen, last, at) = (seen + 1, e.used, e.next);
         }
         let live = self.iter().count() as u32;

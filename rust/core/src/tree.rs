@@ -92,10 +92,7 @@ fn common_blocks(a: &[u32], b: &[u32], block: usize) -> u32 {
     if a[..len] == b[..len] {
         return (len / block) as u32; // one memory compare for the usual case
     }
-    let equal = a
-        .chunks_exact(block)
-        .zip(b.chunks_exact(block))
-        .take_while(|(x, y)| x == y);
+    let equal = a.chunks_exact(block).zip(b.chunks_exact(block)).take_while(|(x, y)| x == y);
     equal.count() as u32
 }
 
@@ -133,11 +130,8 @@ impl Tree {
 
     /// Bytes of bookkeeping, tokens and page ids left out.
     pub fn metadata_bytes(&self) -> usize {
-        let per_block: usize = self
-            .nodes
-            .iter()
-            .map(|n| n.chains.capacity() * 8 + n.pages.capacity() * 4)
-            .sum();
+        let per_block: usize =
+            self.nodes.iter().map(|n| n.chains.capacity() * 8 + n.pages.capacity() * 4).sum();
         self.nodes.capacity() * size_of::<Node>() + self.children.capacity() * 17 + per_block
     }
 
@@ -154,9 +148,7 @@ impl Tree {
 
     /// Removes a root that has no children and no cursors.
     pub fn remove_root(&mut self, id: u32) {
-        debug_assert!(
-            self.node(id).is_root() && self.node(id).children == 0 && self.node(id).pins == 0
-        );
+        debug_assert!(self.node(id).is_root() && self.node(id).children == 0 && self.node(id).pins == 0);
         self.vacant.push(id);
     }
 
@@ -193,11 +185,7 @@ impl Tree {
 
     /// The hash of the prefix that ends at the end of `id` (the root's is its salt's seed).
     pub fn chain_at_end(&self, id: u32) -> u64 {
-        *self
-            .node(id)
-            .chains
-            .last()
-            .expect("a node has blocks, a root its seed")
+        *self.node(id).chains.last().expect("a node has blocks, a root its seed")
     }
 
     fn child_key(parent: u32, first_block: &[u32]) -> u64 {
@@ -205,11 +193,7 @@ impl Tree {
     }
 
     fn find_child(&self, parent: u32, first_block: &[u32]) -> Option<u32> {
-        let (key, nodes, block) = (
-            Self::child_key(parent, first_block),
-            &self.nodes,
-            self.block,
-        );
+        let (key, nodes, block) = (Self::child_key(parent, first_block), &self.nodes, self.block);
         let same = |&(k, id): &(u64, u32)| {
             let n = &nodes[id as usize];
             k == key && n.parent == parent && n.tokens[..block] == *first_block
@@ -261,11 +245,8 @@ impl Tree {
         let at = keep * self.block;
         let n = &mut self.nodes[id as usize];
         let (parent, start, pins, used) = (n.parent, n.start, n.pins, n.used);
-        let (tokens, pages, chains) = (
-            n.tokens.split_off(at),
-            n.pages.split_off(keep),
-            n.chains.split_off(keep),
-        );
+        let (tokens, pages, chains) =
+            (n.tokens.split_off(at), n.pages.split_off(keep), n.chains.split_off(keep));
         let above = (
             std::mem::replace(&mut n.tokens, tokens),
             std::mem::replace(&mut n.pages, pages),
@@ -422,8 +403,7 @@ impl Tree {
     /// Every node with blocks, by id.
     pub fn ids(&self) -> impl Iterator<Item = u32> + '_ {
         let dead: std::collections::HashSet<u32> = self.vacant.iter().copied().collect();
-        (0..self.nodes.len() as u32)
-            .filter(move |id| !dead.contains(id) && !self.node(*id).is_root())
+        (0..self.nodes.len() as u32).filter(move |id| !dead.contains(id) && !self.node(*id).is_root())
     }
 
     /// Structure, counters, list order and lookups; `pins[id]` is how many cursors lie at or below a node.
@@ -436,21 +416,14 @@ impl Tree {
             unpinned += if n.pins == 0 { n.pages.len() as u32 } else { 0 };
             listed += u32::from(n.pins == 0);
             children[n.parent as usize] += 1;
-            let sizes =
-                (n.tokens.len(), n.chains.len()) == (n.pages.len() * self.block, n.pages.len());
-            Malformed::unless(sizes && !n.pages.is_empty(), "edge sizes", || {
-                format!("node {id}")
-            })?;
-            Malformed::unless(n.start == self.node(n.parent).end(), "edge start", || {
-                format!("node {id}")
-            })?;
+            let sizes = (n.tokens.len(), n.chains.len()) == (n.pages.len() * self.block, n.pages.len());
+            Malformed::unless(sizes && !n.pages.is_empty(), "edge sizes", || format!("node {id}"))?;
+            Malformed::unless(n.start == self.node(n.parent).end(), "edge start", || format!("node {id}"))?;
             Malformed::unless(n.pins == pins[id as usize], "pins", || {
                 format!("node {id}: {}, cursors {}", n.pins, pins[id as usize])
             })?;
             let found = self.find_child(n.parent, &n.tokens[..self.block]);
-            Malformed::unless(found == Some(id), "child lookup", || {
-                format!("node {id}, found {found:?}")
-            })?;
+            Malformed::unless(found == Some(id), "child lookup", || format!("node {id}, found {found:?}"))?;
             let chain = n
                 .tokens
                 .chunks(self.block)
@@ -462,16 +435,11 @@ impl Tree {
         }
         for id in self.ids() {
             let (is, should) = (self.node(id).children, children[id as usize]);
-            Malformed::unless(is == should, "children", || {
-                format!("node {id}: {is}, counted {should}")
-            })?;
+            Malformed::unless(is == should, "children", || format!("node {id}: {is}, counted {should}"))?;
         }
         let sums = (blocks, unpinned) == (self.blocks, self.unpinned_blocks);
         Malformed::unless(sums, "block counters", || {
-            format!(
-                "counted {blocks} / {unpinned}, kept {} / {}",
-                self.blocks, self.unpinned_blocks
-            )
+            format!("counted {blocks} / {unpinned}, kept {} / {}", self.blocks, self.unpinned_blocks)
         })?;
         self.check_list(listed)
     }
@@ -488,14 +456,10 @@ impl Tree {
             place[at as usize] = count;
             count += 1;
             let n = self.node(at);
-            Malformed::unless(n.pins == 0 && count <= listed, "recency list", || {
-                format!("node {at}")
-            })?;
+            Malformed::unless(n.pins == 0 && count <= listed, "recency list", || format!("node {at}"))?;
             at = n.next;
         }
-        Malformed::unless(count == listed, "recency list", || {
-            format!("{count} listed, {listed} unpinned")
-        })?;
+        Malformed::unless(count == listed, "recency list", || format!("{count} listed, {listed} unpinned"))?;
         for id in self.ids().filter(|&id| self.node(id).pins == 0) {
             let parent = self.node(id).parent;
             let ordered = self.node(parent).is_root()

@@ -141,23 +141,13 @@ fn align(n: u32, to: u32) -> u32 {
 impl LayoutSpec {
     /// The cache of a V4 checkpoint. Fails when a ratio is none of the two, or `block_tokens` is no multiple of both.
     pub fn v4(g: &V4Geometry) -> Result<Self, CoreError> {
-        if let Some(bad) = g
-            .compress_ratios
-            .iter()
-            .find(|&&r| r != 0 && r != g.csa_ratio && r != g.hca_ratio)
+        if let Some(bad) = g.compress_ratios.iter().find(|&&r| r != 0 && r != g.csa_ratio && r != g.hca_ratio)
         {
-            let expected = format!(
-                "each entry is 0, {} (CSA) or {} (HCA)",
-                g.csa_ratio, g.hca_ratio
-            );
+            let expected = format!("each entry is 0, {} (CSA) or {} (HCA)", g.csa_ratio, g.hca_ratio);
             return Err(CoreError::config("compress_ratios", bad, expected));
         }
         let with = |ratio: u32| -> Vec<u16> {
-            (0u16..)
-                .zip(&g.compress_ratios)
-                .filter(|&(_, &r)| r == ratio)
-                .map(|(l, _)| l)
-                .collect()
+            (0u16..).zip(&g.compress_ratios).filter(|&(_, &r)| r == ratio).map(|(l, _)| l).collect()
         };
         let (csa, hca) = (with(g.csa_ratio), with(g.hca_ratio));
         let all = (0..g.compress_ratios.len() as u16).collect();
@@ -168,38 +158,17 @@ impl LayoutSpec {
             row_bytes,
             format: format.to_owned(),
         };
-        let (row, index) = (
-            (g.row.0, g.row.1.as_str()),
-            (g.index_row.0, g.index_row.1.as_str()),
-        );
+        let (row, index) = ((g.row.0, g.row.1.as_str()), (g.index_row.0, g.index_row.1.as_str()));
         let pool = |dim: u32| (2 * dim * 4, "float32"); // value and lse per channel
         let two = Kind::Pool { rows: 2, saved: 1 };
         let mut components = vec![
             c("csa", Kind::Stride { ratio: g.csa_ratio }, &csa, row),
-            c(
-                "csa_index",
-                Kind::Stride { ratio: g.csa_ratio },
-                &csa,
-                index,
-            ),
+            c("csa_index", Kind::Stride { ratio: g.csa_ratio }, &csa, index),
             c("hca", Kind::Stride { ratio: g.hca_ratio }, &hca, row),
-            c(
-                "window",
-                Kind::Window {
-                    tokens: g.window,
-                    slack: g.draft_slack,
-                },
-                &all,
-                row,
-            ),
+            c("window", Kind::Window { tokens: g.window, slack: g.draft_slack }, &all, row),
             c("csa_pool", two, &csa, pool(g.head_dim)),
             c("csa_index_pool", two, &csa, pool(g.index_head_dim)),
-            c(
-                "hca_pool",
-                Kind::Pool { rows: 1, saved: 0 },
-                &hca,
-                pool(g.head_dim),
-            ),
+            c("hca_pool", Kind::Pool { rows: 1, saved: 0 }, &hca, pool(g.head_dim)),
         ];
         components.retain(|x| !x.layers.is_empty());
         let spec = LayoutSpec {
@@ -214,8 +183,8 @@ impl LayoutSpec {
 
     /// Reads what [`to_json`](Self::to_json) writes.
     pub fn from_json(text: &str) -> Result<Self, CoreError> {
-        let spec: LayoutSpec = serde_json::from_str(text)
-            .map_err(|e| CoreError::config("layout", "no valid JSON", e))?;
+        let spec: LayoutSpec =
+            serde_json::from_str(text).map_err(|e| CoreError::config("layout", "no valid JSON", e))?;
         spec.validate()?;
         Ok(spec)
     }
@@ -226,11 +195,9 @@ impl LayoutSpec {
     }
 
     fn validate(&self) -> Result<(), CoreError> {
-        for (field, value) in [
-            ("block_tokens", self.block_tokens),
-            ("window", self.window),
-            ("layers", self.layers),
-        ] {
+        for (field, value) in
+            [("block_tokens", self.block_tokens), ("window", self.window), ("layers", self.layers)]
+        {
             if value == 0 {
                 return Err(CoreError::config(field, 0, "it must be at least 1"));
             }
@@ -239,15 +206,8 @@ impl LayoutSpec {
             if let Kind::Stride { ratio } = x.kind
                 && (ratio == 0 || !self.block_tokens.is_multiple_of(ratio))
             {
-                let expected = format!(
-                    "it must be a multiple of the ratio {ratio} of component {}",
-                    x.name
-                );
-                return Err(CoreError::config(
-                    "block_tokens",
-                    self.block_tokens,
-                    expected,
-                ));
+                let expected = format!("it must be a multiple of the ratio {ratio} of component {}", x.name);
+                return Err(CoreError::config("block_tokens", self.block_tokens, expected));
             }
             if x.row_bytes == 0 {
                 return Err(CoreError::config(
@@ -291,14 +251,9 @@ impl LayoutSpec {
     }
 
     fn region_sum(&self, history: bool) -> u32 {
-        let regions = self
-            .components
-            .iter()
-            .zip(self.placements())
-            .filter(|(x, _)| x.is_history() == history);
-        regions
-            .map(|(x, p)| x.layers.len() as u32 * p.layer_stride)
-            .sum()
+        let regions =
+            self.components.iter().zip(self.placements()).filter(|(x, _)| x.is_history() == history);
+        regions.map(|(x, p)| x.layers.len() as u32 * p.layer_stride).sum()
     }
 
     /// Bytes of a page, padding included.
@@ -314,9 +269,7 @@ impl LayoutSpec {
     /// Bytes of a snapshot.
     pub fn snapshot_bytes(&self) -> u32 {
         let saved = self.components.iter().zip(self.placements());
-        saved
-            .map(|(x, p)| x.layers.len() as u32 * p.snapshot_layer_stride)
-            .sum()
+        saved.map(|(x, p)| x.layers.len() as u32 * p.snapshot_layer_stride).sum()
     }
 
     /// Pages that a snapshot takes.
@@ -327,9 +280,7 @@ impl LayoutSpec {
     /// Bytes of history per token, without any padding.
     pub fn history_bytes_per_token(&self) -> f64 {
         let per_token = |x: &Component| match x.kind {
-            Kind::Stride { ratio } => {
-                x.layers.len() as f64 * f64::from(x.row_bytes) / f64::from(ratio)
-            }
+            Kind::Stride { ratio } => x.layers.len() as f64 * f64::from(x.row_bytes) / f64::from(ratio),
             _ => 0.0,
         };
         self.components.iter().map(per_token).sum()
@@ -347,9 +298,9 @@ impl LayoutSpec {
 
     /// A stable number of the whole spec, part of every prefix's identity (FNV-1a of the JSON).
     pub fn fingerprint(&self) -> u64 {
-        self.to_json().bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
-            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-        })
+        self.to_json()
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3))
     }
 }
 
@@ -364,14 +315,10 @@ mod tests {
         assert_eq!(pro.history_bytes_per_token(), 5031.4375);
         assert_eq!((flash.page_bytes(), flash.replay_tokens()), (899_840, 5461));
         assert_eq!((pro.page_bytes(), pro.replay_tokens()), (1_288_192, 7747));
-        assert_eq!(
-            (flash.snapshot_bytes(), flash.snapshot_pages()),
-            (3_321_856, 4)
-        );
+        assert_eq!((flash.snapshot_bytes(), flash.snapshot_pages()), (3_321_856, 4));
         assert_eq!((pro.snapshot_bytes(), pro.snapshot_pages()), (4_713_472, 4));
         for spec in [flash, pro] {
-            let waste =
-                f64::from(spec.page_bytes()) / (spec.history_bytes_per_token() * 256.0) - 1.0;
+            let waste = f64::from(spec.page_bytes()) / (spec.history_bytes_per_token() * 256.0) - 1.0;
             assert!((0.0..0.01).contains(&waste), "{waste}");
         }
     }
@@ -382,12 +329,7 @@ mod tests {
             let mut ends = [0, 0, 0];
             for (x, p) in spec.components.iter().zip(spec.placements()) {
                 let home = usize::from(!x.is_history());
-                assert_eq!(
-                    (p.offset, p.snapshot_offset),
-                    (ends[home], ends[2]),
-                    "{}",
-                    x.name
-                );
+                assert_eq!((p.offset, p.snapshot_offset), (ends[home], ends[2]), "{}", x.name);
                 assert!(p.layer_stride >= x.rows(spec.block_tokens) * x.row_bytes);
                 ends[home] += p.layer_stride * x.layers.len() as u32;
                 ends[2] += p.snapshot_layer_stride * x.layers.len() as u32;

@@ -57,20 +57,8 @@ pub fn toy(block_tokens: u32, window: u32, layers: u16) -> LayoutSpec {
     };
     let components = vec![
         c("history", Kind::Stride { ratio: 1 }, 256),
-        c(
-            "window",
-            Kind::Window {
-                tokens: window,
-                slack: 0,
-            },
-            256,
-        ),
+        c("window", Kind::Window { tokens: window, slack: 0 }, 256),
         c("pool", Kind::Pool { rows: 2, saved: 1 }, 64),
     ];
-    LayoutSpec {
-        block_tokens,
-        window,
-        layers: u32::from(layers),
-        components,
-    }
+    LayoutSpec { block_tokens, window, layers: u32::from(layers), components }
 }
