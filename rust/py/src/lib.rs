@@ -1,0 +1,23 @@
+//! `dsv4._core`: the core for Python. Extract, detach, call, map the error; no logic lives here.
+//!
+//! | file | holds |
+//! | --- | --- |
+//! | `door.rs` | the one way into the core: GIL detached, errors and panics mapped to Python classes |
+//! | `layout.rs` | `LayoutSpec`, `Component` |
+//! | `buffers.rs` | `PlanBuffers`: numpy arrays owned by Python, borrowed per call |
+//! | `engine.rs` | `Core`, `StepHeader` |
+
+mod door;
+mod layout;
+
+use pyo3::prelude::*;
+
+/// The extension module.
+#[pymodule(gil_used = false)]
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add("build_info", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+    m.add_class::<layout::PyComponent>()?;
+    m.add_class::<layout::PyLayoutSpec>()?;
+    door::add_exceptions(m)
+}
