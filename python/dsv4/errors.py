@@ -1,0 +1,26 @@
+"""The errors that callers see. Each message is one line that names the field, the value and the remedy."""
+
+from __future__ import annotations
+
+
+class Dsv4Error(Exception):
+    """Base of all errors of this package's Python side."""
+
+
+class ConfigError(Dsv4Error, ValueError):
+    """A setting or a config.json that cannot work."""
+
+
+class CheckpointError(Dsv4Error, ValueError):
+    """Weights that are damaged, incomplete or not what the config says."""
+
+
+class RequestError(Dsv4Error):
+    """A request that is refused or failed, in the terms of the HTTP API.
+
+    `param` names the field at fault, `code` is machine-readable, `status` is the HTTP status.
+    """
+
+    def __init__(self, message: str, param: str | None = None, code: str = "invalid_value", status: int = 400) -> None:
+        super().__init__(message)
+        self.message, self.param, self.code, self.status = message, param, code, status
