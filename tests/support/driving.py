@@ -10,30 +10,10 @@ from torch import Tensor
 
 from dsv4._core import LayoutSpec
 from dsv4.cache.paged import PagedCache
-from dsv4.formats import row_format
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.v4 import V4Model
 from dsv4.ops.registry import Ops
-
-
-def make_layout(
-    config: ModelConfig, *, row: str = "float32", index: str = "float32", block_tokens: int = 128
-) -> LayoutSpec:
-    """The layout of a small model."""
-    return LayoutSpec.v4(
-        compress_ratios=list(config.compress_ratios),
-        csa_ratio=config.csa_ratio,
-        hca_ratio=config.hca_ratio,
-        head_dim=config.head_dim,
-        index_head_dim=config.index_head_dim,
-        window=config.window,
-        row_bytes=row_format(row, config.head_dim, config.rope_dim).row_bytes,
-        row_format=row,
-        index_row_bytes=row_format(index, config.index_head_dim, config.rope_dim).row_bytes,
-        index_format=index,
-        block_tokens=block_tokens,
-    )
 
 
 @dataclass
@@ -49,7 +29,8 @@ class Chunk:
 
 @dataclass
 class Driver:
-    """A model over a poisoned cache. Slab s owns pages s * blocks .. ; further pages serve as snapshots."""
+    """A model over a cache, by default a poisoned one. Each slab owns pages for `max_len` tokens; `spare` are pages for
+    snapshots."""
 
     config: ModelConfig
     weights: dict[str, Tensor]
@@ -58,21 +39,22 @@ class Driver:
     row: str = "float32"
     index: str = "float32"
     block_tokens: int = 128
+    poison: bool = True
     layout: LayoutSpec = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layout = make_layout(self.config, row=self.row, index=self.index, block_tokens=self.block_tokens)
+        self.layout = self.config.layout(self.row, self.index, block_tokens=self.block_tokens)
         blocks = -(-self.max_len // self.block_tokens)
         history = self.slabs * blocks
         self.spare = list(range(history, history + 4 * self.layout.snapshot_pages))
-        self.cache = PagedCache(self.layout, history + len(self.spare), self.slabs, poison=True)
+        self.cache = PagedCache(self.layout, history + len(self.spare), self.slabs, poison=self.poison)
         self.model = V4Model(self.config, self.weights, self.cache, Ops.choose("reference"))
         # Pages in an order that is not that of blocks, as in service.
         self.page_table = torch.arange(history - 1, -1, -1, dtype=torch.int32).view(self.slabs, blocks)
 
-    def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """One forward; logits float32 [length, V] of each chunk that does not replay, in their order. A chunk at its
-        sequence's (or replay's) start resets its slab."""
+    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+        """Logits are wanted of every token that is not replayed. A chunk at its sequence's (or replay's) start resets its
+        slab."""
         rows: list[Row] = []
         wanted: list[Tensor] = []
         offset = 0
@@ -80,19 +62,20 @@ class Driver:
             n = len(c.tokens)
             reset = c.start == (max(0, c.replay_start) if c.replay_end else 0)
             rows.append(Row(c.slab, c.start, n, offset, reset, c.replay_end, c.replay_start))
-            if not c.replay_end:
-                wanted.append(torch.arange(offset, offset + n))
+            wanted.append(torch.arange(offset, offset if c.replay_end else offset + n))
             offset += n
-        logits = self.model.forward(
-            Batch(
-                token_ids=torch.cat([c.tokens for c in chunks]),
-                positions=torch.cat([torch.arange(c.start, c.start + len(c.tokens)) for c in chunks]),
-                rows=tuple(rows),
-                page_table=self.page_table,
-                logit_index=torch.cat(wanted) if wanted else torch.empty(0, dtype=torch.int64),
-            )
+        return Batch(
+            token_ids=torch.cat([c.tokens for c in chunks]),
+            positions=torch.cat([torch.arange(c.start, c.start + len(c.tokens)) for c in chunks]),
+            rows=tuple(rows),
+            page_table=self.page_table,
+            logit_index=torch.cat(wanted),
         )
-        return list(logits.split([len(w) for w in wanted]))
+
+    def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """One forward; logits float32 [length, V] of each chunk that does not replay, in their order."""
+        logits = self.model.forward(self.batch(chunks))
+        return list(logits.split([len(c.tokens) for c in chunks if not c.replay_end]))
 
     def run(self, tokens: Tensor, sizes: Sequence[int] = (), slab: int = 0, start: int = 0) -> Tensor:
         """Logits of tokens[start:] in chunks of the given sizes, repeated as needed (none: one shot)."""

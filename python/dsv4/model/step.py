@@ -13,7 +13,7 @@ from torch import Tensor
 from dsv4.model.batch import Batch, Row
 from dsv4.ops.tables import BlockTable, EntryTable, KeyTable, TileTable
 
-KEY_MULTIPLE = 64
+KEY_MULTIPLE = 256
 """Entry tables are as wide as a multiple of this; a backend's key block divides it."""
 
 
@@ -151,11 +151,11 @@ def _window(
     start, low = r.start[row, None], r.floor[row, None]
     own = (key >= start) & (key < r.end[row, None])
     past = (key >= low.clamp(min=0)) & (key < start) & (key >= start - w)
-    zeros = len(r.slab) * w + total
-    index = torch.where(past, row[:, None] * w + key - (start - w), zeros)
-    index = torch.where(own, len(r.slab) * w + r.offset[row, None] + key - start, index)
     at = places[:, :, None]
     visible = (own | past)[:, None] & (key[:, None] <= at) & (key[:, None] > at - w) & (tiles.tokens != total)[..., None]
+    zeros = len(r.slab) * w + total
+    index = torch.where(own, len(r.slab) * w + r.offset[row, None] - start, row[:, None] * w - (start - w)) + key
+    index = torch.where(visible.any(1), index, zeros)  # the ring may hold no row yet where nobody looks
     behind = r.start[:, None] - w + torch.arange(w, device=device)
     kept = torch.nonzero(positions >= r.end[r.of_token] - ring).flatten()  # the ring holds no more of a row
     return WindowTable(

@@ -18,7 +18,7 @@ from dsv4.model.scope import Scope
 from dsv4.model.step import Geometry, Step, build_step
 from dsv4.ops.registry import Ops
 
-_TILE_ROWS = 32
+_TILE_ROWS = 64
 """Query rows (tokens times heads) that share a block of window keys: enough to be worth a matrix product."""
 
 

@@ -47,10 +47,11 @@ def _collapse(pre: Tensor, streams: Tensor) -> Tensor:
 
 def _sinkhorn(logits: Tensor, eps: float, iters: int) -> Tensor:
     """Softmax over rows, then `iters` rounds of normalising; the first round is the columns alone."""
+    floor = logits.new_tensor(eps)  # as a tensor: adding a Python number converts it on every call
     a = torch.exp(logits - logits.amax(-1, keepdim=True))
-    a = a / a.sum(-1, keepdim=True) + eps
-    a = a / (a.sum(-2, keepdim=True) + eps)
+    a = (a / a.sum(-1, keepdim=True)).add_(floor)
+    a.div_(a.sum(-2, keepdim=True).add_(floor))
     for _ in range(iters - 1):
-        a = a / (a.sum(-1, keepdim=True) + eps)
-        a = a / (a.sum(-2, keepdim=True) + eps)
+        a.div_(a.sum(-1, keepdim=True).add_(floor))
+        a.div_(a.sum(-2, keepdim=True).add_(floor))
     return a

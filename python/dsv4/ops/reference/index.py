@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.ops.reference.blocks import KEY_BLOCK, padded_tiles, tile_chunks
+from dsv4.ops.reference.blocks import INDEX_BLOCK, padded_tiles, tile_chunks
 from dsv4.ops.tables import EntryTable, RowSource, TileTable
 
 
@@ -23,7 +23,7 @@ def index_select(
     visible = padded_tiles(entries.visible[:, None], tiles)[..., 0]
     out = torch.empty((places, width), dtype=torch.int64, device=q.device)
     group = tiles.tokens.shape[1]
-    for lo, hi in tile_chunks(len(tiles.row), group * (entries.most + KEY_BLOCK)):
+    for lo, hi in tile_chunks(len(tiles.row), group * (entries.most + INDEX_BLOCK)):
         seen = visible[lo:hi]
         scores = _scores(q_tiles[lo:hi], w_tiles[lo:hi], keys, entries.ids, tiles.row[lo:hi], int(seen.max()))
         out[lo * group : hi * group] = lowest_index_topk(scores.flatten(0, 1), seen.flatten(), width)
@@ -32,11 +32,12 @@ def index_select(
 
 def lowest_index_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     """Indices of the k largest of scores[t, : visible[t]], ascending, -1 after the last; of equal scores the ones with the
-    lowest index. float32 [T, K], int64 [T] -> int64 [T, k]."""
+    lowest index. NaN counts as -inf, so that damage in one row stays in that row. float32 [T, K], int64 [T] -> int64
+    [T, k]."""
     tokens, columns = scores.shape
     column = torch.arange(columns, device=scores.device)
     seen = column < visible[:, None]
-    scores = torch.where(seen, scores, -torch.inf)
+    scores = scores.masked_fill(~seen | scores.isnan(), -torch.inf)
     take = min(k, columns)
     least = torch.topk(scores, take, dim=-1).values[:, -1:] if take else scores.new_zeros((tokens, 1))
     above, equal = scores > least, (scores == least) & seen
@@ -48,16 +49,16 @@ def lowest_index_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
 
 
 def _scores(q: Tensor, weights: Tensor, keys: RowSource, ids: Tensor, row: Tensor, most: int) -> Tensor:
-    """float32 [n, g, K] for tiles q [n, g, H, I] and weights [n, g, H]; K is `most` rounded up to a key block."""
+    """float32 [n, g, K] for tiles q [n, g, H, I] and weights [n, g, H]; K is `most` rounded up to an index block."""
     n, group, heads, _ = q.shape
-    left, columns = q.flatten(1, 2), most + -most % KEY_BLOCK
+    left, columns = q.flatten(1, 2), most + -most % INDEX_BLOCK
     out = q.new_empty((n, group, columns))
     lowest = int(row[0])
-    for at in range(0, columns, KEY_BLOCK):
-        block = keys.read(ids[lowest : int(row[-1]) + 1, at : at + KEY_BLOCK])[row - lowest]
-        dots = torch.bmm(left, block.transpose(1, 2)).clamp_(min=0).view(n, group, heads, KEY_BLOCK)
+    for at in range(0, columns, INDEX_BLOCK):
+        block = keys.read(ids[lowest : int(row[-1]) + 1, at : at + INDEX_BLOCK])[row - lowest]
+        dots = torch.bmm(left, block.transpose(1, 2)).clamp_(min=0).view(n, group, heads, INDEX_BLOCK)
         total = weights[:, :, 0, None] * dots[:, :, 0]
         for head in range(1, heads):
             total += weights[:, :, head, None] * dots[:, :, head]
-        out[..., at : at + KEY_BLOCK] = total
+        out[..., at : at + INDEX_BLOCK] = total
     return out
