@@ -12,9 +12,20 @@
 #![forbid(unsafe_code)]
 
 pub mod cache;
+pub mod core;
+pub mod cost;
 pub mod error;
+pub mod event;
+pub mod explain;
 pub mod ids;
 pub mod layout;
+pub mod plan;
+pub mod policy;
 pub mod pool;
+pub mod request;
+mod sched;
 pub mod snapshot;
+pub mod stats;
 mod tree;
+
+pub use crate::core::{Core, Options};

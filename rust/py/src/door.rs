@@ -42,7 +42,8 @@ pub fn enter<T: Send, E: Into<Failure> + Send>(
         Ok(Err(failure)) => failure,
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panic without a message");
+            let text =
+                text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panic without a message");
             Failure::Damaged(format!("the core panicked: {text}"))
         }
     };
@@ -60,7 +61,9 @@ fn to_python(py: Python<'_>, failure: Failure) -> PyErr {
         Failure::Damaged(text) => (Class::CorruptState, text),
         Failure::Refused(e) => {
             let class = match e {
-                CoreError::Config { .. } | CoreError::TooLong { .. } | CoreError::EmptyPrompt(_) => Class::ConfigError,
+                CoreError::Config { .. } | CoreError::TooLong { .. } | CoreError::EmptyPrompt(_) => {
+                    Class::ConfigError
+                }
                 CoreError::Overloaded { .. } => Class::Overloaded,
                 CoreError::NeverFits { .. } => Class::NeverFits,
                 CoreError::UnknownRequest(_) => Class::UnknownRequest,

@@ -7,7 +7,9 @@
 //! | `buffers.rs` | `PlanBuffers`: numpy arrays owned by Python, borrowed per call |
 //! | `engine.rs` | `Core`, `StepHeader` |
 
+mod buffers;
 mod door;
+mod engine;
 mod layout;
 
 use pyo3::prelude::*;
@@ -19,5 +21,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("build_info", if cfg!(debug_assertions) { "debug" } else { "release" })?;
     m.add_class::<layout::PyComponent>()?;
     m.add_class::<layout::PyLayoutSpec>()?;
+    m.add_class::<buffers::PyPlanBuffers>()?;
+    m.add_class::<engine::PyStepHeader>()?;
+    m.add_class::<engine::PyCore>()?;
     door::add_exceptions(m)
 }

@@ -1,0 +1,124 @@
+//! What happened to requests, in order. At the border an event is six integers.
+
+use std::collections::VecDeque;
+
+use crate::ids::{RequestId, Step};
+use crate::request::Finish;
+
+/// Integers of one event at the border: kind, request, step, a, b, c.
+pub const EVENT_WIDTH: usize = 6;
+
+/// Why a running request lost its slab.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Loss {
+    /// A request before it in line needed pages.
+    Memory = 0,
+    /// Its step was rolled back.
+    Rollback = 1,
+}
+
+/// One thing that happened.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum What {
+    /// A token was sampled.
+    Token {
+        /// Its id.
+        token: u32,
+        /// Its place in the output, from 0.
+        index: u32,
+        /// Its place among the samples of the step.
+        sample: u32,
+    },
+    /// The request is over.
+    Finished {
+        /// Why.
+        reason: Finish,
+        /// Tokens sampled.
+        outputs: u32,
+        /// The stop token that ended it.
+        stop: Option<u32>,
+    },
+    /// It waits again.
+    Preempted {
+        /// Why.
+        loss: Loss,
+    },
+    /// It got a slab, for the first time or again.
+    Resumed {
+        /// Tokens whose history is shared.
+        at: u32,
+        /// Tokens whose history was known.
+        history: u32,
+        /// Tokens that are run again although their history is known.
+        replayed: u32,
+    },
+    /// A piece of its prompt is computed.
+    Prefill {
+        /// Tokens computed or reused so far.
+        done: u32,
+        /// Tokens in all.
+        total: u32,
+    },
+}
+
+/// An event of a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Event {
+    /// Whose.
+    pub request: RequestId,
+    /// The step that was committed or planned last.
+    pub step: Step,
+    /// What.
+    pub what: What,
+}
+
+impl Event {
+    /// The six integers (absent values are -1 or 0, see `_core.pyi`).
+    pub fn to_row(self) -> [i64; EVENT_WIDTH] {
+        let (kind, a, b, c) = match self.what {
+            What::Token { token, index, sample } => (1, token.into(), index.into(), sample.into()),
+            What::Finished { reason, outputs, stop } => {
+                (2, reason as i64, outputs.into(), stop.map_or(-1, i64::from))
+            }
+            What::Preempted { loss } => (3, loss as i64, 0, 0),
+            What::Resumed { at, history, replayed } => (4, at.into(), history.into(), replayed.into()),
+            What::Prefill { done, total } => (5, done.into(), total.into(), 0),
+        };
+        [kind, self.request.0 as i64, self.step.0 as i64, a, b, c]
+    }
+}
+
+/// Events that nobody has fetched yet.
+#[derive(Debug, Default)]
+pub struct Events(VecDeque<Event>);
+
+impl Events {
+    /// Adds one.
+    pub fn push(&mut self, request: RequestId, step: Step, what: What) {
+        self.0.push_back(Event { request, step, what });
+    }
+
+    /// Takes the oldest.
+    pub fn pop(&mut self) -> Option<Event> {
+        self.0.pop_front()
+    }
+
+    /// Fills `out` with whole rows and returns how many.
+    pub fn drain_into(&mut self, out: &mut [i64]) -> usize {
+        let n = self.0.len().min(out.len() / EVENT_WIDTH);
+        for (row, event) in out.chunks_exact_mut(EVENT_WIDTH).zip(self.0.drain(..n)) {
+            row.copy_from_slice(&event.to_row());
+        }
+        n
+    }
+
+    /// Events waiting.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether none waits.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}

@@ -1,0 +1,171 @@
+//! What of a prompt was reused, and why not more.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::cache::{Lost, Match};
+use crate::cost::Way;
+use crate::ids::RequestId;
+
+/// Why less was reused than the prompt's whole blocks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Reason {
+    /// All of it was reused.
+    #[default]
+    None,
+    /// The next block was never stored.
+    NeverStored,
+    /// The saved state there was evicted.
+    SnapshotEvicted,
+    /// The next block was evicted.
+    HistoryEvicted,
+    /// The prompt has no whole block before its last token.
+    BelowBlock,
+    /// There was more history, but starting earlier was cheaper.
+    DeclinedByCost,
+    /// Prefix reuse is off, or all logits were asked for.
+    Disabled,
+}
+
+impl Reason {
+    /// Every reason, in the order of `stats()`.
+    pub const ALL: [Reason; 7] = [
+        Reason::None,
+        Reason::NeverStored,
+        Reason::SnapshotEvicted,
+        Reason::HistoryEvicted,
+        Reason::BelowBlock,
+        Reason::DeclinedByCost,
+        Reason::Disabled,
+    ];
+
+    /// As it reads in usage, metrics and logs.
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::None => "none",
+            Reason::NeverStored => "never_stored",
+            Reason::SnapshotEvicted => "snapshot_evicted",
+            Reason::HistoryEvicted => "history_evicted",
+            Reason::BelowBlock => "below_block",
+            Reason::DeclinedByCost => "declined_by_cost",
+            Reason::Disabled => "disabled",
+        }
+    }
+
+    /// The reason for taking `way` where `found` was known and `limit` tokens could have been reused at most. What was
+    /// known but not used comes before what was not known.
+    pub fn of(found: &Match, way: Way, limit: u32) -> Reason {
+        let evicted_beyond = found.snapshot_evicted.is_some_and(|p| p > way.first());
+        if limit == 0 {
+            Reason::BelowBlock
+        } else if way.resumed_at() < found.history || way.replayed() > 0 {
+            match way {
+                _ if evicted_beyond => Reason::SnapshotEvicted,
+                _ if way.resumed_at() < found.history => Reason::DeclinedByCost,
+                _ => Self::of_lost(found.lost),
+            }
+        } else {
+            Self::of_lost(found.lost)
+        }
+    }
+
+    fn of_lost(lost: Lost) -> Reason {
+        match lost {
+            Lost::Nothing => Reason::None,
+            Lost::NeverStored => Reason::NeverStored,
+            Lost::HistoryEvicted => Reason::HistoryEvicted,
+            Lost::BelowBlock => Reason::BelowBlock,
+        }
+    }
+}
+
+/// The explanation of one request. Counts are tokens of its first admission; preemptions are counted to the end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Explain {
+    /// Tokens of the prompt.
+    pub prompt_tokens: u32,
+    /// Tokens with history in the tree.
+    pub history_matched: u32,
+    /// Tokens whose history was used.
+    pub resumed_at: u32,
+    /// Of these, tokens that were run again to rebuild the state.
+    pub replayed: u32,
+    /// Why not more.
+    pub reason: Reason,
+    /// How often it lost its slab.
+    pub preemptions: u32,
+}
+
+impl Explain {
+    /// Prompt tokens that were not run at all.
+    pub fn cached_tokens(&self) -> u32 {
+        self.resumed_at - self.replayed
+    }
+}
+
+/// Explanations of finished requests, the last [`Archive::LIMIT`] of them.
+#[derive(Debug, Default)]
+pub struct Archive {
+    by_id: HashMap<RequestId, (u64, Explain)>,
+    order: VecDeque<(u64, RequestId)>,
+    next: u64,
+}
+
+impl Archive {
+    /// Explanations kept.
+    pub const LIMIT: usize = 4096;
+
+    /// Keeps one; the oldest goes when there are too many.
+    pub fn keep(&mut self, id: RequestId, explain: Explain) {
+        self.next += 1;
+        self.by_id.insert(id, (self.next, explain));
+        self.order.push_back((self.next, id));
+        if self.order.len() > Self::LIMIT
+            && let Some((at, old)) = self.order.pop_front()
+            && self.by_id.get(&old).is_some_and(|e| e.0 == at)
+        {
+            self.by_id.remove(&old);
+        }
+    }
+
+    /// The explanation of a finished request.
+    pub fn get(&self, id: RequestId) -> Option<Explain> {
+        self.by_id.get(&id).map(|e| e.1)
+    }
+
+    /// Drops one. Returns whether it was there.
+    pub fn forget(&mut self, id: RequestId) -> bool {
+        self.by_id.remove(&id).is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reason_names_what_was_lost_first() {
+        let found = |history, lost, snapshot_evicted| Match {
+            history,
+            snapshots: Vec::new(),
+            lost,
+            snapshot_evicted,
+        };
+        let replay = Way::Replay { from: 2, to: 8 };
+        assert_eq!(Reason::of(&found(0, Lost::BelowBlock, None), Way::Cold, 0), Reason::BelowBlock);
+        assert_eq!(Reason::of(&found(0, Lost::NeverStored, None), Way::Cold, 8), Reason::NeverStored);
+        assert_eq!(Reason::of(&found(0, Lost::HistoryEvicted, None), Way::Cold, 8), Reason::HistoryEvicted);
+        assert_eq!(Reason::of(&found(8, Lost::Nothing, None), replay, 8), Reason::None);
+        assert_eq!(Reason::of(&found(8, Lost::Nothing, Some(8)), replay, 8), Reason::SnapshotEvicted);
+        assert_eq!(Reason::of(&found(8, Lost::NeverStored, None), Way::Cold, 12), Reason::DeclinedByCost);
+    }
+
+    #[test]
+    fn the_archive_forgets_the_oldest() {
+        let mut archive = Archive::default();
+        for i in 0..=Archive::LIMIT as u64 {
+            archive.keep(RequestId(i), Explain::default());
+        }
+        assert!(archive.get(RequestId(0)).is_none() && archive.get(RequestId(1)).is_some());
+        assert!(archive.forget(RequestId(1)) && !archive.forget(RequestId(1)));
+    }
+}

@@ -1,0 +1,165 @@
+//! What follows from a step's result.
+
+use crate::core::Core;
+use crate::error::CoreError;
+use crate::event::{Loss, What};
+use crate::ids::Step;
+use crate::policy::Keep;
+use crate::request::{Change, Finish, Phase};
+use crate::sched::flight::{Flight, FlightRow, Save};
+use crate::sched::table::Slot;
+
+impl Core {
+    /// The result of the oldest step in flight: one token per sample row. Rows whose request is gone are ignored.
+    pub fn commit(&mut self, step: Step, tokens: &[u32]) -> Result<(), CoreError> {
+        let Some(flight) = self.flights.front().filter(|f| f.step == step) else {
+            return Err(self.wrong_step(step.0, "committed"));
+        };
+        if flight.samples as usize != tokens.len() {
+            let (expected, got) = (flight.samples as usize, tokens.len());
+            return Err(CoreError::WrongTokenCount { step: step.0, expected, got });
+        }
+        let mut flight = self.flights.pop_front().expect("it was seen");
+        self.retire();
+        self.counters.steps += 1;
+        let mut saves = flight.saves.drain(..);
+        let mut sample = 0;
+        for &row in &flight.rows {
+            let save = if row.saves { saves.next() } else { None };
+            let token = row.samples.then(|| (tokens[sample as usize], sample));
+            sample += u32::from(row.samples);
+            self.commit_row(step, row, save, token)?;
+        }
+        drop(saves);
+        self.recycle(flight);
+        Ok(())
+    }
+
+    /// A step could not be run: it and later ones never happened. Their requests lose their state and wait in their place
+    /// in line; what was committed before stays.
+    pub fn rollback(&mut self, step: Step) -> Result<(), CoreError> {
+        if !self.flights.iter().any(|f| f.step == step) {
+            return Err(self.wrong_step(step.0, "rolled back"));
+        }
+        while self.flights.back().is_some_and(|f| f.step >= step) {
+            let mut flight = self.flights.pop_back().expect("it was seen");
+            self.counters.rollbacks += 1;
+            for save in flight.saves.drain(..) {
+                let at = self.fence();
+                self.cache.drop_snapshot(save.pages, at);
+            }
+            for row in &flight.rows {
+                if self.is_live(row) {
+                    self.lose(row.slot, Loss::Rollback)?;
+                }
+            }
+            self.recycle(flight);
+        }
+        self.retire();
+        Ok(())
+    }
+
+    fn recycle(&mut self, mut flight: Flight) {
+        flight.rows.clear();
+        self.spare_flights.push(flight);
+    }
+
+    /// Everything before the oldest step in flight is over.
+    fn retire(&mut self) {
+        self.done = self.flights.front().map_or(self.last, |f| Step(f.step.0 - 1));
+        self.cache.retire(self.done);
+        self.slabs.retire(self.done);
+    }
+
+    /// Whether a row's result still counts.
+    fn is_live(&mut self, row: &FlightRow) -> bool {
+        let run = self.table.try_get_mut(row.slot).and_then(|r| r.run.as_ref());
+        run.is_some_and(|run| run.epoch == row.epoch)
+    }
+
+    fn commit_row(
+        &mut self,
+        step: Step,
+        row: FlightRow,
+        save: Option<Save>,
+        token: Option<(u32, u32)>,
+    ) -> Result<(), CoreError> {
+        if !self.is_live(&row) {
+            if let Some(save) = save {
+                let at = self.fence();
+                self.cache.drop_snapshot(save.pages, at);
+            }
+            return Ok(());
+        }
+        self.publish(&row);
+        if let Some(save) = save {
+            self.keep_state(&row, save);
+        }
+        let request = self.table.get_mut(row.slot);
+        let (id, known) = (request.id, request.known());
+        if row.prefill {
+            self.events.push(id, step, What::Prefill { done: row.end, total: known });
+        }
+        let Some((token, sample)) = token else {
+            let over =
+                row.end == known && request.phase == Phase::Decode && request.max_new == request.outputs();
+            return if over { self.finish(row.slot, Finish::Length, None) } else { Ok(()) };
+        };
+        request.change(Change::Token)?;
+        request.run.as_mut().expect("a live row has a slab").unknown -= 1;
+        let index = request.outputs();
+        request.tokens.push(token);
+        let stops = request.stop_ids.contains(&token);
+        let full = request.outputs() == request.max_new;
+        self.events.push(id, step, What::Token { token, index, sample });
+        match (stops, full) {
+            (true, _) => self.finish(row.slot, Finish::Stop, Some(token)),
+            (false, true) => self.finish(row.slot, Finish::Length, None),
+            _ => Ok(()),
+        }
+    }
+
+    /// Full blocks enter the tree.
+    fn publish(&mut self, row: &FlightRow) {
+        let (block, at) = (self.shape_block(), self.last);
+        let request = self.table.get_mut(row.slot);
+        let run = request.run.as_mut().expect("a live row has a slab");
+        run.computed = row.end;
+        if !self.options.prefix_cache || row.end / block <= run.seq.published_blocks() {
+            return;
+        }
+        let adopted = self.cache.publish(&mut run.seq, &request.tokens[..row.end as usize], at);
+        if !adopted.is_empty() {
+            self.coming = self.coming.max(at);
+            run.adopted.extend(adopted);
+        }
+    }
+
+    fn keep_state(&mut self, row: &FlightRow, save: Save) {
+        let request = self.table.get_mut(row.slot);
+        let run = request.run.as_mut().expect("a live row has a slab");
+        let refused = match save.keep {
+            Keep::Spare => run.spare.replace((row.end, save.pages)).map(|(_, pages)| pages),
+            _ => self.cache.publish_snapshot(&mut run.seq, row.end, save.pages).err(),
+        };
+        if let Some(pages) = refused {
+            let at = self.fence();
+            self.cache.drop_snapshot(pages, at);
+        }
+    }
+
+    /// Ends a request in whatever state it is.
+    pub(crate) fn finish(&mut self, slot: Slot, reason: Finish, stop: Option<u32>) -> Result<(), CoreError> {
+        self.table.get_mut(slot).change(Change::Finish(reason))?;
+        let mut request = self.table.remove(slot);
+        if let Some(run) = request.run.take() {
+            self.let_go(run, matches!(reason, Finish::Stop | Finish::Length));
+        }
+        self.counters.finished += 1;
+        self.counters.aborts += u64::from(reason == Finish::Abort);
+        self.archive.keep(request.id, request.explain);
+        let outputs = request.outputs();
+        self.events.push(request.id, self.last, What::Finished { reason, outputs, stop });
+        Ok(())
+    }
+}

@@ -1,0 +1,22 @@
+//! The scheduler: what runs in the next step, and what follows from its result.
+//!
+//! | file | does |
+//! | --- | --- |
+//! | `step.rs` | `plan`: decode rows first, then pieces of prompts |
+//! | `admit.rs` | a waiting request gets a slab, pages and the cheapest way to start |
+//! | `memory.rs` | pages for decode; what gives way when there are none |
+//! | `commit.rs` | `commit` and `rollback`: results, tokens, ends |
+//! | `table.rs` | live requests and their order; `slabs.rs` live-state slabs; `flight.rs` steps in flight |
+//!
+//! **Why it cannot deadlock.** Running requests are in order of rank. A prompt gets all its pages when it is admitted, so
+//! only decode can run short. Then the last in order gives way, never a request before the one in need. The first in order
+//! is therefore never stopped by another; alone, everything else in the pool can be evicted, and `submit` has refused what
+//! is larger than the pool. Pages that wait for a step in flight are waited for before anyone gives way.
+
+mod admit;
+mod commit;
+pub mod flight;
+mod memory;
+pub mod slabs;
+mod step;
+pub mod table;

@@ -1,0 +1,215 @@
+//! One plan: decode rows first, then pieces of prompts in order of rank until the step is full.
+
+use crate::core::Core;
+use crate::error::CoreError;
+use crate::ids::Step;
+use crate::plan::{ALL_LOGITS, DECODE, PlanBuffers, PlanWriter, REPLAY, RESET, Row, SAMPLE, StepHeader};
+use crate::policy::Keep;
+use crate::request::{Change, Phase, Request, Run, Start};
+use crate::sched::flight::{Flight, FlightRow, Save};
+use crate::sched::memory::reserve_state;
+use crate::sched::table::Slot;
+
+/// A step being written: the arrays, and what is remembered of it.
+pub(super) struct Draft<'w, 'a, 'b> {
+    pub arrays: &'w mut PlanWriter<'a, 'b>,
+    pub flight: Flight,
+}
+
+impl Core {
+    /// Writes the next step into `out`. `None`: nothing can run now (finish the steps in flight, or submit something).
+    ///
+    /// Fails when `out` is too small, or when as many steps are in flight as allowed.
+    pub fn plan(&mut self, out: &mut PlanBuffers<'_>) -> Result<Option<StepHeader>, CoreError> {
+        out.check(&self.shape)?;
+        let step = Step(self.last.0 + 1);
+        if self.flights.len() == self.options.max_in_flight as usize {
+            return Err(self.wrong_step(step.0, "planned"));
+        }
+        let mut writer = PlanWriter::new(out, self.shape, step);
+        let mut flight = self.spare_flights.pop().unwrap_or_default();
+        flight.step = step;
+        let mut draft = Draft { arrays: &mut writer, flight };
+        let mut prefilling = std::mem::take(&mut self.prefilling);
+        self.plan_decodes(&mut draft, &mut prefilling)?;
+        self.plan_prefills(&mut draft, &prefilling)?;
+        prefilling.clear();
+        self.prefilling = prefilling;
+        let mut flight = draft.flight;
+        let header = writer.header();
+        if header.rows == 0 {
+            self.spare_flights.push(flight);
+            return Ok(None);
+        }
+        flight.samples = header.samples;
+        self.flights.push_back(flight);
+        self.last = step;
+        Ok(Some(header))
+    }
+
+    /// One row for each running request whose prompt is done; the others are put into `prefilling`, in order.
+    fn plan_decodes(
+        &mut self,
+        draft: &mut Draft<'_, '_, '_>,
+        prefilling: &mut Vec<Slot>,
+    ) -> Result<(), CoreError> {
+        let mut i = 0;
+        // Whoever gives way is last in order, so the rows before `i` stay.
+        while let Some(&slot) = self.table.running.get(i) {
+            i += 1;
+            let request = self.table.get(slot);
+            if request.phase == Phase::Prefill {
+                prefilling.push(slot);
+                continue;
+            }
+            let run = request.run.as_ref().expect("a running request has a slab");
+            if request.outputs() + run.unknown >= request.max_new || draft.arrays.room() == 0 {
+                continue;
+            }
+            let covered = run.seq.pages().len() as u32 * self.shape_block();
+            if run.planned < covered || self.secure_page(slot, &draft.flight)? {
+                self.decode_row(slot, draft);
+            }
+        }
+        Ok(())
+    }
+
+    fn decode_row(&mut self, slot: Slot, draft: &mut Draft<'_, '_, '_>) {
+        let least = self.pages_for_a_save();
+        let request = self.table.get_mut(slot);
+        let run = request.run.as_mut().expect("a running request has a slab");
+        if !tell_pages(draft.arrays, run) {
+            return;
+        }
+        let (pos, end) = (run.planned, run.planned + 1);
+        let keep = run.due.keep(end, true);
+        let row = Row {
+            request: request.id,
+            slab: run.slab,
+            start: pos,
+            end,
+            flags: DECODE | SAMPLE,
+            replay_end: 0,
+        };
+        let known = request.tokens.get(pos as usize);
+        let index = match known {
+            Some(token) => draft.arrays.row(row, std::slice::from_ref(token)),
+            None => {
+                debug_assert_eq!(run.sampled_at.0, self.last, "an unknown token comes from the step before");
+                draft.arrays.placeholder_row(row, run.sampled_at.1)
+            }
+        };
+        let pages = match keep {
+            Keep::No => None,
+            // While the token before is unknown the request may turn out to have ended there: then the older state is the
+            // one to keep, so it is not written over if there is room for both.
+            Keep::Spare if known.is_some() => match run.spare.take() {
+                Some((_, pages)) => Some(pages),
+                None => reserve_state(&mut self.cache, least),
+            },
+            Keep::Spare => {
+                reserve_state(&mut self.cache, least).or_else(|| run.spare.take().map(|(_, pages)| pages))
+            }
+            Keep::Publish => reserve_state(&mut self.cache, least),
+        };
+        run.planned = end;
+        run.unknown += 1;
+        run.sampled_at = (draft.flight.step, index);
+        let epoch = run.epoch;
+        if let Some(pages) = &pages {
+            draft.arrays.save(row.slab, end, pages.pages());
+        }
+        let saves = pages.is_some();
+        draft.flight.rows.push(FlightRow { slot, epoch, end, samples: true, prefill: false, saves });
+        draft.flight.saves.extend(pages.map(|pages| Save { keep, pages }));
+    }
+
+    /// Pieces of prompts and admissions, merged by rank. When the first in line cannot be admitted nobody behind it is.
+    fn plan_prefills(&mut self, draft: &mut Draft<'_, '_, '_>, prefilling: &[Slot]) -> Result<(), CoreError> {
+        let mut prefilling = prefilling.iter().copied().peekable();
+        let mut open = self.may_admit(&draft.flight);
+        while draft.arrays.room() > 0 {
+            let head = if open { self.table.waiting.first_key_value().map(|(&r, &s)| (r, s)) } else { None };
+            let next = prefilling.peek().map(|&s| (self.table.get(s).rank, s));
+            match (head, next) {
+                (Some((rank, slot)), next) if next.is_none_or(|(r, _)| rank < r) => {
+                    open = self.admit(slot, draft)?;
+                    if open {
+                        self.prefill_row(slot, draft)?;
+                    }
+                }
+                (_, Some((_, slot))) => {
+                    self.prefill_row(slot, draft)?;
+                    prefilling.next();
+                }
+                _ => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// The next piece of a prompt: to the end of the replay, the next due boundary, the end, or as far as there is room.
+    fn prefill_row(&mut self, slot: Slot, draft: &mut Draft<'_, '_, '_>) -> Result<(), CoreError> {
+        let least = self.pages_for_a_save();
+        let request = self.table.get_mut(slot);
+        let run = request.run.as_mut().expect("a running request has a slab");
+        if !tell_pages(draft.arrays, run) {
+            return Ok(());
+        }
+        let (start, len) = (run.planned, request.tokens.len() as u32);
+        let replaying = start < run.replay_end;
+        let stop = if replaying { run.replay_end } else { run.due.next(start).unwrap_or(len).min(len) };
+        let end = stop.min(start + draft.arrays.room());
+        let samples = end == len && len - request.prompt < request.max_new;
+        let flags = flags_of(request, start, replaying, samples);
+        let run = request.run.as_mut().expect("a running request has a slab");
+        if let Start::Saved(pos, pages) = std::mem::replace(&mut run.start, Start::Running) {
+            draft.arrays.restore(run.slab, pos, &pages);
+        }
+        // Before the end of the replay the state is not exact.
+        let keep = if end >= run.replay_end { run.due.keep(end, false) } else { Keep::No };
+        let replay_end = if replaying { run.replay_end } else { 0 };
+        let row = Row { request: request.id, slab: run.slab, start, end, flags, replay_end };
+        let index = draft.arrays.row(row, &request.tokens[start as usize..end as usize]);
+        run.planned = end;
+        if samples {
+            run.unknown = 1;
+            run.sampled_at = (draft.flight.step, index);
+        }
+        let epoch = run.epoch;
+        let pages = if keep == Keep::No { None } else { reserve_state(&mut self.cache, least) };
+        if let Some(pages) = &pages {
+            draft.arrays.save(row.slab, end, pages.pages());
+        }
+        let saves = pages.is_some();
+        draft.flight.rows.push(FlightRow { slot, epoch, end, samples, prefill: true, saves });
+        draft.flight.saves.extend(pages.map(|pages| Save { keep, pages }));
+        if end == len { request.change(Change::PromptPlanned) } else { Ok(()) }
+    }
+}
+
+fn flags_of(request: &Request, start: u32, replaying: bool, samples: bool) -> i32 {
+    let empty = matches!(request.run, Some(Run { start: Start::Empty, .. }));
+    let bit = |on: bool, flag: i32| if on { flag } else { 0 };
+    bit(empty, RESET)
+        | bit(samples, SAMPLE)
+        | bit(request.all_logits && start < request.prompt, ALL_LOGITS)
+        | bit(replaying, REPLAY)
+}
+
+/// Tells the device about pages that it does not know yet. False, and nothing told, when there is no room for them.
+fn tell_pages(arrays: &mut PlanWriter<'_, '_>, run: &mut Run) -> bool {
+    let pages = run.seq.pages();
+    let news = run.adopted.len() as u32 + pages.len() as u32 - run.told;
+    if news > arrays.delta_room() {
+        return false;
+    }
+    for (block, page) in run.adopted.drain(..) {
+        arrays.delta(run.slab, block, page);
+    }
+    for (block, &page) in (run.told..).zip(&pages[run.told as usize..]) {
+        arrays.delta(run.slab, block, page);
+    }
+    run.told = pages.len() as u32;
+    true
+}

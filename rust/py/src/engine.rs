@@ -1,0 +1,270 @@
+//! `Core` for Python. A mutex guards it; the engine thread is its only user in practice.
+
+use std::sync::Mutex;
+
+use dsv4_core::cache::Eviction;
+use dsv4_core::cost::CostModel;
+use dsv4_core::event::EVENT_WIDTH;
+use dsv4_core::ids::{RequestId, Step};
+use dsv4_core::plan::{PlanBuffers, StepHeader};
+use dsv4_core::request::Submit;
+use dsv4_core::{Core, Options};
+use numpy::{PyArrayDyn, PyReadonlyArray1, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::buffers::{PyPlanBuffers, borrow};
+use crate::door::{Failure, config_error, enter};
+use crate::layout::PyLayoutSpec;
+
+/// The scalars of a planned step.
+#[pyclass(frozen, get_all, name = "StepHeader", module = "dsv4._core")]
+pub struct PyStepHeader {
+    step: u64,
+    rows: u32,
+    tokens: u32,
+    samples: u32,
+    deltas: u32,
+    saves: u32,
+    restores: u32,
+    decode_rows: u32,
+    replay_tokens: u32,
+}
+
+#[pymethods]
+impl PyStepHeader {
+    fn __repr__(&self) -> String {
+        format!(
+            "StepHeader(step={}, rows={}, tokens={}, samples={}, decode_rows={}, replay_tokens={})",
+            self.step, self.rows, self.tokens, self.samples, self.decode_rows, self.replay_tokens
+        )
+    }
+}
+
+impl From<StepHeader> for PyStepHeader {
+    fn from(h: StepHeader) -> Self {
+        PyStepHeader {
+            step: h.step,
+            rows: h.rows,
+            tokens: h.tokens,
+            samples: h.samples,
+            deltas: h.deltas,
+            saves: h.saves,
+            restores: h.restores,
+            decode_rows: h.decode_rows,
+            replay_tokens: h.replay_tokens,
+        }
+    }
+}
+
+/// Scheduler and cache.
+#[pyclass(frozen, name = "Core", module = "dsv4._core")]
+pub struct PyCore {
+    core: Mutex<Core>,
+    copy_width: usize,
+}
+
+impl PyCore {
+    /// Calls the core without the GIL. After a panic its state cannot be trusted, so nothing is called any more.
+    fn call<T: Send>(
+        &self,
+        py: Python<'_>,
+        f: impl FnOnce(&mut Core) -> Result<T, Failure> + Send,
+    ) -> PyResult<T> {
+        enter(py, || match self.core.lock() {
+            Ok(mut core) => f(&mut core),
+            Err(_) => Err(Failure::Damaged("the core panicked in an earlier call".to_owned())),
+        })
+    }
+}
+
+#[pymethods]
+impl PyCore {
+    #[new]
+    #[pyo3(signature = (layout, *, pages, slabs, max_step_tokens, max_len, max_waiting = 1024, snapshots = "forks",
+                        eviction = "lru", prefix_cache = true, max_in_flight = 1, replay_tokens = None, token_us = None,
+                        context_us_per_1k = None, replay_factor = None, restore_us = None))]
+    #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
+    fn new(
+        py: Python<'_>,
+        layout: &PyLayoutSpec,
+        pages: u32,
+        slabs: u32,
+        max_step_tokens: u32,
+        max_len: u32,
+        max_waiting: usize,
+        snapshots: &str,
+        eviction: &str,
+        prefix_cache: bool,
+        max_in_flight: u32,
+        replay_tokens: Option<u32>,
+        token_us: Option<f64>,
+        context_us_per_1k: Option<f64>,
+        replay_factor: Option<f64>,
+        restore_us: Option<f64>,
+    ) -> PyResult<Self> {
+        let usual = CostModel::default();
+        let cost = CostModel {
+            token_us: token_us.unwrap_or(usual.token_us),
+            context_us_per_1k: context_us_per_1k.unwrap_or(usual.context_us_per_1k),
+            replay_factor: replay_factor.unwrap_or(usual.replay_factor),
+            restore_us: restore_us.unwrap_or(usual.restore_us),
+        };
+        let core = enter(py, || {
+            let (snapshots, eviction) = (snapshots.parse()?, Eviction::parse(eviction)?);
+            let options = Options {
+                pages,
+                slabs,
+                max_step_tokens,
+                max_len,
+                max_waiting,
+                snapshots,
+                eviction,
+                prefix_cache,
+                max_in_flight,
+                cost,
+                replay_tokens,
+            };
+            Core::new(&layout.0, options)
+        })?;
+        Ok(PyCore { copy_width: 2 + core.shape().snapshot_pages, core: Mutex::new(core) })
+    }
+
+    #[pyo3(signature = (req, prompt, *, max_new = None, stop_ids = Vec::new(), salt = Vec::new(), priority = 0,
+                        all_logits = false))]
+    #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
+    fn submit(
+        &self,
+        py: Python<'_>,
+        req: u64,
+        prompt: &Bound<'_, PyAny>,
+        max_new: Option<u32>,
+        stop_ids: Vec<u32>,
+        salt: Vec<u8>,
+        priority: i32,
+        all_logits: bool,
+    ) -> PyResult<()> {
+        let prompt = tokens_of(py, "prompt", prompt)?;
+        let id = RequestId(req);
+        self.call(py, |core| {
+            Ok(core.submit(Submit { id, prompt, max_new, stop_ids, salt, priority, all_logits })?)
+        })
+    }
+
+    fn abort(&self, py: Python<'_>, req: u64) -> PyResult<bool> {
+        self.call(py, |core| Ok(core.abort(RequestId(req))?))
+    }
+
+    fn stop(&self, py: Python<'_>, req: u64) -> PyResult<bool> {
+        self.call(py, |core| Ok(core.stop(RequestId(req))?))
+    }
+
+    fn plan(&self, py: Python<'_>, out: &PyPlanBuffers) -> PyResult<Option<PyStepHeader>> {
+        out.check_width(py, self.copy_width)?;
+        let mut token_ids = borrow(py, "token_ids", &out.token_ids)?;
+        let mut positions = borrow(py, "positions", &out.positions)?;
+        let mut row_req = borrow(py, "row_req", &out.row_req)?;
+        let mut row_slab = borrow(py, "row_slab", &out.row_slab)?;
+        let mut row_start = borrow(py, "row_start", &out.row_start)?;
+        let mut row_len = borrow(py, "row_len", &out.row_len)?;
+        let mut row_flags = borrow(py, "row_flags", &out.row_flags)?;
+        let mut row_replay_end = borrow(py, "row_replay_end", &out.row_replay_end)?;
+        let mut sample_rows = borrow(py, "sample_rows", &out.sample_rows)?;
+        let mut page_deltas = borrow(py, "page_deltas", &out.page_deltas)?;
+        let mut saves = borrow(py, "saves", &out.saves)?;
+        let mut restores = borrow(py, "restores", &out.restores)?;
+        let mut buffers = PlanBuffers {
+            token_ids: token_ids.as_slice_mut()?,
+            positions: positions.as_slice_mut()?,
+            row_req: row_req.as_slice_mut()?,
+            row_slab: row_slab.as_slice_mut()?,
+            row_start: row_start.as_slice_mut()?,
+            row_len: row_len.as_slice_mut()?,
+            row_flags: row_flags.as_slice_mut()?,
+            row_replay_end: row_replay_end.as_slice_mut()?,
+            sample_rows: sample_rows.as_slice_mut()?,
+            page_deltas: page_deltas.as_slice_mut()?,
+            saves: saves.as_slice_mut()?,
+            restores: restores.as_slice_mut()?,
+        };
+        Ok(self.call(py, |core| Ok(core.plan(&mut buffers)?))?.map(PyStepHeader::from))
+    }
+
+    fn commit(&self, py: Python<'_>, step: u64, tokens: &Bound<'_, PyAny>) -> PyResult<()> {
+        let tokens = tokens_of(py, "tokens", tokens)?;
+        self.call(py, |core| Ok(core.commit(Step(step), &tokens)?))
+    }
+
+    fn rollback(&self, py: Python<'_>, step: u64) -> PyResult<()> {
+        self.call(py, |core| Ok(core.rollback(Step(step))?))
+    }
+
+    fn events(&self, py: Python<'_>, out: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let array =
+            out.cast::<PyArrayDyn<i64>>().ok().filter(|a| a.ndim() == 2 && a.shape()[1] == EVENT_WIDTH);
+        let Some(array) = array else {
+            return Err(config_error(py, "out", out.get_type(), "it must be a numpy array int64 [N, 6]"));
+        };
+        let array = array.clone().unbind();
+        let mut rows = borrow(py, "out", &array)?;
+        let rows = rows.as_slice_mut()?;
+        self.call(py, |core| Ok(core.events_into(rows)))
+    }
+
+    fn explain<'py>(&self, py: Python<'py>, req: u64) -> PyResult<Bound<'py, PyDict>> {
+        let e = self.call(py, |core| Ok(core.explain(RequestId(req))?))?;
+        let dict = PyDict::new(py);
+        dict.set_item("prompt_tokens", e.prompt_tokens)?;
+        dict.set_item("history_matched", e.history_matched)?;
+        dict.set_item("resumed_at", e.resumed_at)?;
+        dict.set_item("replayed", e.replayed)?;
+        dict.set_item("cached_tokens", e.cached_tokens())?;
+        dict.set_item("reason", e.reason.name())?;
+        dict.set_item("preemptions", e.preemptions)?;
+        Ok(dict)
+    }
+
+    fn forget(&self, py: Python<'_>, req: u64) -> PyResult<bool> {
+        self.call(py, |core| Ok(core.forget(RequestId(req))))
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (name, value) in self.call(py, |core| Ok(core.stats()))? {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, |core| Ok(core.check()?))
+    }
+
+    fn evict_snapshots(&self, py: Python<'_>, n: u32) -> PyResult<u32> {
+        self.call(py, |core| Ok(core.evict_snapshots(n)))
+    }
+
+    fn evict_history(&self, py: Python<'_>, n: u32) -> PyResult<u32> {
+        self.call(py, |core| Ok(core.evict_history(n)))
+    }
+
+    fn clear_prefix(&self, py: Python<'_>) -> PyResult<u32> {
+        self.call(py, |core| Ok(core.clear_prefix()))
+    }
+
+    fn has_work(&self, py: Python<'_>) -> PyResult<bool> {
+        self.call(py, |core| Ok(core.has_work()))
+    }
+}
+
+/// Copies token ids out of an int32 array.
+fn tokens_of(py: Python<'_>, name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    let Ok(array) = value.extract::<PyReadonlyArray1<'_, i32>>() else {
+        let is =
+            value.getattr("dtype").map_or_else(|_| value.get_type().to_string(), |d| format!("of dtype {d}"));
+        return Err(config_error(py, name, is, "it must be a one-dimensional numpy array of dtype int32"));
+    };
+    let tokens: Result<Vec<u32>, i32> =
+        array.as_array().iter().map(|&t| u32::try_from(t).map_err(|_| t)).collect();
+    tokens.map_err(|t| config_error(py, name, format!("with token {t}"), "token ids are at least 0"))
+}
