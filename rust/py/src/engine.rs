@@ -131,7 +131,8 @@ impl PyCore {
     }
 
     #[pyo3(signature = (req, prompt, *, max_new = None, stop_ids = Vec::new(), salt = Vec::new(), priority = 0,
-                        all_logits = false))]
+                        all_logits = false),
+           text_signature = "($self, req, prompt, *, max_new=None, stop_ids=(), salt=b'', priority=0, all_logits=False)")]
     #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
     fn submit(
         &self,

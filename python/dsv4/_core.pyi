@@ -1,0 +1,373 @@
+"""The Rust core: scheduler, page pool, prefix tree. It sees token ids and numbers, never tensors.
+
+Every call detaches the GIL. Errors are subclasses of `Dsv4Error`; a `CorruptState` (broken invariant or panic) means that
+the engine must stop. Shapes below: R = slabs, T = max_step_tokens, S = `LayoutSpec.snapshot_pages`,
+D >= ceil(max_len / block_tokens) + 4 * R.
+"""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "Component",
+    "ConfigError",
+    "Core",
+    "CorruptState",
+    "Dsv4Error",
+    "LayoutSpec",
+    "NeverFits",
+    "Overloaded",
+    "PlanBuffers",
+    "StepHeader",
+    "UnknownRequest",
+    "__version__",
+    "build_info",
+]
+
+__version__: str
+build_info: str
+"""`release` or `debug`."""
+
+class Dsv4Error(Exception):
+    """Base of all errors of the core."""
+
+class ConfigError(Dsv4Error, ValueError):
+    """An option, array or prompt that cannot work; the message names field, value and what it can be."""
+
+class UnknownRequest(Dsv4Error, KeyError):
+    """No request of this id is known."""
+
+class Overloaded(Dsv4Error):
+    """The waiting queue is full; try again later."""
+
+class NeverFits(Dsv4Error, ValueError):
+    """The request needs more pages than the pool has, even alone."""
+
+class CorruptState(Dsv4Error):
+    """An invariant of the core is broken; the engine must stop."""
+
+@final
+class Component:
+    """One component of the cache. Offsets and strides are bytes."""
+
+    @property
+    def name(self) -> str:
+        """`csa`, `csa_index`, `hca`, `window`, `csa_pool`, `csa_index_pool` or `hca_pool` in V4."""
+
+    @property
+    def kind(self) -> str:
+        """`stride` (rows in history pages), `window` or `pool` (rows in slabs)."""
+
+    @property
+    def ratio(self) -> int:
+        """Tokens per row of a `stride`, else 0."""
+
+    @property
+    def tokens(self) -> int:
+        """Rows of a `window` that attention may read, else 0."""
+
+    @property
+    def slack(self) -> int:
+        """Further rows of a `window`, for tokens that may be taken back, else 0."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of one layer in a page or slab."""
+
+    @property
+    def saved_rows(self) -> int:
+        """Rows of one layer in a snapshot."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have it, ascending."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+
+    @property
+    def format(self) -> str:
+        """Name of the row format."""
+
+    @property
+    def offset(self) -> int:
+        """First layer's region, from the start of the page or slab."""
+
+    @property
+    def layer_stride(self) -> int:
+        """From one layer's region to the next."""
+
+    @property
+    def snapshot_offset(self) -> int:
+        """First layer's saved rows, from the start of the snapshot."""
+
+    @property
+    def snapshot_layer_stride(self) -> int:
+        """From one layer's saved rows to the next."""
+
+@final
+class LayoutSpec:
+    """The cache of a model, as data. Immutable."""
+
+    @staticmethod
+    def v4(
+        *,
+        compress_ratios: Sequence[int],
+        head_dim: int,
+        index_head_dim: int,
+        row_bytes: int,
+        row_format: str,
+        index_row_bytes: int,
+        index_format: str,
+        csa_ratio: int = 4,
+        hca_ratio: int = 128,
+        window: int = 128,
+        block_tokens: int = 256,
+        draft_slack: int = 0,
+    ) -> LayoutSpec:
+        """The cache of a V4 checkpoint; `compress_ratios` has one entry per layer, draft layers cut off.
+
+        Raises ConfigError for a ratio that is none of 0, `csa_ratio`, `hca_ratio`, or a `block_tokens` that is no multiple
+        of a ratio in use.
+        """
+
+    @staticmethod
+    def from_json(text: str) -> LayoutSpec:
+        """Reads what `to_json` writes. Raises ConfigError."""
+
+    def to_json(self) -> str:
+        """The whole spec."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a page."""
+
+    @property
+    def window(self) -> int:
+        """Sliding window in tokens, the query included."""
+
+    @property
+    def layers(self) -> int:
+        """Attention layers."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, padding included."""
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of a slab, padding included."""
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of a saved state."""
+
+    @property
+    def snapshot_pages(self) -> int:
+        """Pages that a saved state takes."""
+
+    @property
+    def history_bytes_per_token(self) -> float:
+        """Sum over stride components of layers * row_bytes / ratio; no padding."""
+
+    @property
+    def replay_tokens(self) -> int:
+        """(window - 1) * layers: what a replay must run to be exact."""
+
+    @property
+    def fingerprint(self) -> int:
+        """A stable 64-bit number of the whole spec."""
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """In the order in which they lie in memory."""
+
+    def pages_for(self, bytes: int) -> int:
+        """Pages that fit into `bytes`."""
+
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class PlanBuffers:
+    """The arrays of one step, owned by Python and written in place by `Core.plan`.
+
+    All are contiguous, writable and given once. Raises ConfigError naming the array for a wrong dtype or shape.
+    """
+
+    def __new__(
+        cls,
+        *,
+        token_ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        row_req: npt.NDArray[np.int64],
+        row_slab: npt.NDArray[np.int32],
+        row_start: npt.NDArray[np.int32],
+        row_len: npt.NDArray[np.int32],
+        row_flags: npt.NDArray[np.int32],
+        row_replay_end: npt.NDArray[np.int32],
+        sample_rows: npt.NDArray[np.int32],
+        page_deltas: npt.NDArray[np.int32],
+        saves: npt.NDArray[np.int32],
+        restores: npt.NDArray[np.int32],
+    ) -> PlanBuffers:
+        """token_ids, positions [T]: inputs of all rows; id -(1 + i) stands for sample i of the step before.
+
+        row_req, row_slab, row_start, row_len [R]: request, slab, first position, tokens.
+        row_flags [R]: bits 1 RESET (state starts empty), 2 SAMPLE (last token), 4 ALL_LOGITS, 8 REPLAY (no history is
+        written below row_replay_end), 16 DECODE. row_replay_end [R]: 0 without a replay.
+        sample_rows [R]: sampled rows, in the order of `commit`'s tokens.
+        page_deltas [D, 3]: (slab, block, page), applied in order before the forward.
+        saves, restores [R, 2 + S]: (slab, position, pages…); saves after the forward, restores before it.
+        """
+
+@final
+class StepHeader:
+    """How much of the arrays a step uses."""
+
+    @property
+    def step(self) -> int:
+        """Its number, from 1."""
+
+    @property
+    def rows(self) -> int:
+        """Rows; those in decode come first."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+
+    @property
+    def samples(self) -> int:
+        """Rows that are sampled; `commit` wants as many tokens."""
+
+    @property
+    def deltas(self) -> int:
+        """Page-table changes."""
+
+    @property
+    def saves(self) -> int:
+        """States to save."""
+
+    @property
+    def restores(self) -> int:
+        """States to restore."""
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows with one token after their prompt."""
+
+    @property
+    def replay_tokens(self) -> int:
+        """Tokens that only rebuild state."""
+
+@final
+class Core:
+    """Scheduler and cache of one rank. Thread-safe, but meant for one thread."""
+
+    def __new__(
+        cls,
+        layout: LayoutSpec,
+        *,
+        pages: int,
+        slabs: int,
+        max_step_tokens: int,
+        max_len: int,
+        max_waiting: int = 1024,
+        snapshots: str = "forks",
+        eviction: str = "lru",
+        prefix_cache: bool = True,
+        max_in_flight: int = 1,
+        replay_tokens: int | None = None,
+        token_us: float | None = None,
+        context_us_per_1k: float | None = None,
+        replay_factor: float | None = None,
+        restore_us: float | None = None,
+    ) -> Core:
+        """An idle core.
+
+        snapshots: `none`, `every:N`, `turns` or `forks`. max_in_flight: 1 or 2 steps between plan and commit.
+        replay_tokens: None = as many as exactness needs. The last four are the cost model, in microseconds: a prefill token,
+        what 1,000 tokens of context add to it, a replayed token relative to a computed one, restoring a saved state.
+        Raises ConfigError.
+        """
+
+    def submit(
+        self,
+        req: int,
+        prompt: npt.NDArray[np.int32],
+        *,
+        max_new: int | None = None,
+        stop_ids: Sequence[int] = (),
+        salt: bytes = b"",
+        priority: int = 0,
+        all_logits: bool = False,
+    ) -> None:
+        """Queues a request. `max_new` None: as many tokens as fit; 0: the prompt is computed and nothing sampled.
+
+        Raises Overloaded, NeverFits, ConfigError (empty prompt, negative id, longer than max_len), Dsv4Error (`req` is live).
+        """
+
+    def abort(self, req: int) -> bool:
+        """Ends a request in any state. False when it is not live, so calling twice does no harm."""
+
+    def stop(self, req: int) -> bool:
+        """Ends a request as a stop token would: the caller saw a stop string. False when it is not live."""
+
+    def plan(self, out: PlanBuffers) -> StepHeader | None:
+        """Writes the next step into `out`. None: nothing can run before a commit or submit.
+
+        Raises ConfigError for arrays that are too small, Dsv4Error when `max_in_flight` steps are in flight.
+        """
+
+    def commit(self, step: int, tokens: npt.NDArray[np.int32]) -> None:
+        """The result of the oldest step in flight: one token per sample row. Rows of requests that ended are ignored.
+
+        Raises Dsv4Error for another step or a wrong number of tokens; nothing has changed then.
+        """
+
+    def rollback(self, step: int) -> None:
+        """`step` and later ones were not run. Their requests wait again and resume with the same tokens."""
+
+    def events(self, out: npt.NDArray[np.int64]) -> int:
+        """Moves events into `out` [N, 6] and returns how many; call until 0. A row is (kind, request, step, a, b, c).
+
+        1 TOKEN: a token, b its index in the output, c its sample index in the step. 2 FINISHED: a reason (1 stop, 2 length,
+        3 abort, 4 error), b tokens sampled, c stop token or -1. 3 PREEMPTED: a why (0 memory, 1 rollback). 4 RESUMED (at
+        every admission): a tokens whose history is shared, b tokens whose history was known, c tokens run again. 5 PREFILL:
+        a tokens computed, b tokens in all.
+        """
+
+    def explain(self, req: int) -> dict[str, Any]:
+        """What of the prompt was reused: prompt_tokens, history_matched, resumed_at, replayed, cached_tokens (resumed_at -
+        replayed), reason, preemptions. Kept after the end until `forget`, or 4096 later ends. Raises UnknownRequest.
+
+        reason: `none` (nothing was lost), `never_stored`, `history_evicted`, `snapshot_evicted`, `below_block`,
+        `declined_by_cost`, `disabled`.
+        """
+
+    def forget(self, req: int) -> bool:
+        """Drops the explanation of a finished request. False when there is none."""
+
+    def stats(self) -> dict[str, int]:
+        """Gauges and counters; `lost_<reason>` count prompt tokens in whole blocks that were run in spite of the cache."""
+
+    def check(self) -> None:
+        """Recomputes every invariant. Raises CorruptState."""
+
+    def evict_snapshots(self, n: int) -> int:
+        """Evicts up to `n` saved states; returns how many went."""
+
+    def evict_history(self, n: int) -> int:
+        """Evicts up to `n` unused blocks with the states on them; returns how many blocks went."""
+
+    def clear_prefix(self) -> int:
+        """Evicts every unused prefix; returns the pages that became free."""
+
+    def has_work(self) -> bool:
+        """Whether any request is live."""
