@@ -1,0 +1,262 @@
+"""From a config to a running engine, and the plan of memory and choices that start-up prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from dsv4._core import Core, LayoutSpec
+from dsv4.cache.paged import PagedCache
+from dsv4.config import EngineConfig
+from dsv4.engine.buffers import StepBuffers
+from dsv4.engine.loop import EngineLoop
+from dsv4.engine.runner import Runner
+from dsv4.errors import ConfigError, RequestError
+from dsv4.model.config import ModelConfig
+from dsv4.model.v4 import V4Model
+from dsv4.model.weights import load_weights
+from dsv4.ops.registry import Ops
+from dsv4.sampling import SamplingParams
+from dsv4.text.tokenizer import Tokenizer
+
+Progress = Callable[[int, int, str], None]
+"""Called while weights load: bytes done, bytes in all, tensor name."""
+
+COST_MODELS = {
+    # Measured with the model that ships on two CPU cores; a GPU replays at some 10,000 tokens a second.
+    "cpu": {"token_us": 800.0, "context_us_per_1k": 5.0, "replay_factor": 0.6, "restore_us": 2000.0},
+    "cuda": {"token_us": 100.0, "context_us_per_1k": 0.1, "replay_factor": 0.6, "restore_us": 200.0},
+}
+"""What ways to resume cost, by device (see docs/architecture.md); replay is about half the work per token, as layer l
+needs only the last (window - 1) * (layers - l) tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by use. What is resolved from `auto` is here too."""
+
+    weights: int
+    pages: int
+    pool: int
+    slabs: int
+    page_table: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """A loop ready to step, and what it was built from."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    layout: LayoutSpec
+    memory: MemoryPlan
+    tokenizer: Tokenizer | None
+    loop: EngineLoop
+    ops: Ops
+    dtype: torch.dtype
+    source: str
+
+    @property
+    def max_model_len(self) -> int:
+        return self.memory.max_model_len
+
+    @property
+    def name(self) -> str:
+        """The served model's name."""
+        return self.config.served_model_name or Path(self.source).name
+
+    def admissible(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
+        """Checks what can be checked without the core and fills in max_tokens. Raises RequestError."""
+        if not prompt:
+            raise RequestError("prompt is empty; it needs at least one token", "prompt", "invalid_value", 400)
+        vocab = self.model_config.vocab_size
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < vocab:
+                raise RequestError(
+                    f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}", "prompt", "invalid_value", 400
+                )
+        room, wanted = self.max_model_len - len(prompt), params.max_tokens
+        if room < (1 if wanted is None else wanted):
+            raise RequestError(
+                f"prompt has {len(prompt)} tokens and max_tokens is {'open' if wanted is None else wanted}, but the context "
+                f"holds {self.max_model_len} tokens; the most that max_tokens can be here is {max(room, 0)}",
+                "prompt" if room < 1 else "max_tokens",
+                "context_length_exceeded",
+                400,
+            )
+        return params if wanted is not None else dataclasses.replace(params, max_tokens=room)
+
+    def describe(self) -> list[str]:
+        """The memory plan and every choice made, one line each."""
+        c, m, layout = self.config, self.memory, self.layout
+        history = layout.history_bytes_per_token
+        formats = {x.name: x.format for x in layout.components}
+        tokens = m.pages * layout.block_tokens
+        return [
+            f"model      {self.name}: {self.model_config.num_layers} layers, vocabulary {self.model_config.vocab_size}, from {self.source}",
+            f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {formats.get('csa_index', 'none')}",
+            f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
+            f"tokenizer  {self.tokenizer.describe() if self.tokenizer else 'none: token ids in, token ids out'}",
+            f"weights    {_size(m.weights)}",
+            f"pool       {_size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {_size(layout.page_bytes)} each; "
+            f"{history:,.2f} B of history per token, {100 * (layout.page_bytes / layout.block_tokens / history - 1):.2f}% padding",
+            f"capacity   {tokens:,} tokens of history; {tokens // m.max_model_len} requests of {m.max_model_len:,} tokens",
+            f"state      {_size(m.slabs)}: {c.max_num_seqs} slabs of {_size(layout.slab_bytes)}; a snapshot takes "
+            f"{_size(layout.snapshot_bytes)} in {layout.snapshot_pages} pages",
+            f"prefixes   {'on' if c.enable_prefix_caching else 'off'}; snapshots {c.snapshot_policy}; eviction {c.eviction}; "
+            f"replay {c.replay_tokens or layout.replay_tokens:,} tokens; cost {c.cost_model}",
+            f"scheduler  {c.max_num_seqs} running, {c.max_num_waiting} waiting, {c.max_num_batched_tokens} tokens a step, "
+            f"{2 if c.async_scheduling else 1} steps in flight",
+        ]
+
+
+def build_engine(config: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
+    """Resolves every `auto`, loads weights and sets up cache and core.
+
+    Raises ConfigError (settings, config.json) and CheckpointError (weights), each with one line, before any slow work
+    where it can.
+    """
+    source = config.model or str(resources.files("dsv4") / "data" / "nano")
+    if not Path(source).is_dir():
+        raise ConfigError(f"model is {source!r}; it must be a directory with config.json and safetensors files")
+    model_config = ModelConfig.from_dir(source)
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    config = _resolve(config, model_config, device, dtype)
+    layout = model_config.layout(config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size)
+    ops = Ops.choose(config.backend, device)
+    tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
+    pages, max_len = _plan_pool(config, model_config, layout)
+    core = _core(config, layout, pages, max_len)
+    weights = load_weights(source, model_config, dtype, progress)
+    cache = PagedCache(layout, pages, config.max_num_seqs, device)
+    runner = Runner(
+        V4Model(model_config, weights, cache, ops),
+        cache,
+        slabs=config.max_num_seqs,
+        max_blocks=-(-max_len // layout.block_tokens),
+        replay_tokens=config.replay_tokens or layout.replay_tokens,
+    )
+    buffers = tuple(
+        StepBuffers(layout, slabs=config.max_num_seqs, step_tokens=config.max_num_batched_tokens, max_len=max_len)
+        for _ in range(2 if config.async_scheduling else 1)
+    )
+    loop = EngineLoop(
+        core, runner, buffers, tokenizer=tokenizer, eos_ids=frozenset(model_config.eos_ids), seed=config.seed
+    )
+    memory = MemoryPlan(
+        weights=sum(t.numel() * t.element_size() for t in weights.values()),
+        pages=pages,
+        pool=pages * layout.page_bytes,
+        slabs=config.max_num_seqs * layout.slab_bytes,
+        page_table=runner.page_table.numel() * 4,
+        max_model_len=max_len,
+    )
+    return BuiltEngine(config, model_config, layout, memory, tokenizer, loop, ops, dtype, source)
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no CUDA device; use --device cpu or run `dsv4 doctor`")
+    return "cpu" if name == "auto" else name
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch.dtype) -> EngineConfig:
+    """Every `auto` that depends on the device replaced by what it means, so that describe() prints it."""
+    plain = str(dtype).removeprefix("torch.")
+    costs = COST_MODELS[device] | _parse_costs(config.cost_model)
+    return dataclasses.replace(
+        config,
+        device=device,
+        kv_cache_dtype=plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        index_cache_dtype=plain if config.index_cache_dtype == "auto" else config.index_cache_dtype,
+        cost_model=",".join(f"{k}={v:g}" for k, v in costs.items()),
+    )
+
+
+def _parse_costs(text: str | None) -> dict[str, float]:
+    known = COST_MODELS["cpu"]
+    costs: dict[str, float] = {}
+    for part in (text or "").split(","):
+        key, _, value = part.strip().partition("=")
+        if not part.strip():
+            continue
+        try:
+            costs[key] = float(value)
+        except ValueError:
+            raise ConfigError(f"cost_model has {part!r}; write NAME=NUMBER") from None
+        if key not in known or costs[key] < 0:
+            raise ConfigError(f"cost_model has {part!r}; it takes {', '.join(known)}, each at least 0")
+    return costs
+
+
+def _plan_pool(config: EngineConfig, model: ModelConfig, layout: LayoutSpec) -> tuple[int, int]:
+    """(pages, longest request in tokens). By default a quarter of the free memory, but no more than all slabs can use."""
+    if config.max_model_len is not None and config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the model was trained for {model.max_position} positions at most"
+        )
+    wanted = config.max_model_len or model.max_position
+    per_request = -(-wanted // layout.block_tokens) + layout.snapshot_pages
+    if config.num_pages is not None:
+        pages = config.num_pages
+    elif config.kv_cache_memory is not None:
+        pages = layout.pages_for(config.kv_cache_memory)
+    else:
+        pages = min(layout.pages_for(_free_memory() // 4), per_request * config.max_num_seqs)
+    longest = pages * layout.block_tokens
+    if config.max_model_len is not None and longest < wanted:
+        raise ConfigError(
+            f"max_model_len is {wanted}, but the pool of {pages} pages holds {longest} tokens; "
+            f"give at least --kv-cache-memory {-(-wanted // layout.block_tokens) * layout.page_bytes}"
+        )
+    if pages < 1:
+        raise ConfigError(f"the pool holds no page; one page is {layout.page_bytes} bytes, raise --kv-cache-memory")
+    return pages, min(wanted, longest)
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) -> Core:
+    return Core(
+        layout,
+        pages=pages,
+        slabs=config.max_num_seqs,
+        max_step_tokens=config.max_num_batched_tokens,
+        max_len=max_len,
+        max_waiting=config.max_num_waiting,
+        snapshots=config.snapshot_policy,
+        eviction=config.eviction,
+        prefix_cache=config.enable_prefix_caching,
+        max_in_flight=2 if config.async_scheduling else 1,
+        replay_tokens=config.replay_tokens,
+        **_parse_costs(config.cost_model),
+    )
+
+
+def _size(count: float) -> str:
+    """1536 -> '1.50 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} TiB"

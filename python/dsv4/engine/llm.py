@@ -1,0 +1,122 @@
+"""Blocking use from Python: `LLM().generate(...)`. No thread, no event loop: the caller's thread drives the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv4.config import EngineConfig
+from dsv4.engine.async_engine import as_request_error
+from dsv4.engine.build import Progress, build_engine
+from dsv4.engine.request import RequestOutput, Usage
+from dsv4.engine.sampler import Sampled
+from dsv4.errors import RequestError
+from dsv4.sampling import SamplingParams
+from dsv4.text.chat import encode_chat
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class Completion:
+    """A finished request."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[Sampled] | None = None
+    prompt_logprobs: list[Sampled | None] | None = None
+    usage: Usage | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        """Appends what a step brought. Raises RequestError when the request failed."""
+        if output.error is not None:
+            raise RequestError(output.error, None, "internal_error", 500)
+        self.text += output.text
+        self.token_ids += output.token_ids
+        if output.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + output.logprobs
+        if output.finished:
+            self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+            self.prompt_logprobs, self.usage = output.prompt_logprobs, output.usage
+
+
+class LLM:
+    """A model in this process.
+
+    `LLM()` is the small model that ships; `LLM("/path", max_num_seqs=64)` takes every field of `EngineConfig`.
+    """
+
+    def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any) -> None:
+        built = build_engine(EngineConfig(model=model, **settings), progress)
+        self.config, self.model_config, self.tokenizer = built.config, built.model_config, built.tokenizer
+        self.max_model_len, self._built, self._loop = built.max_model_len, built, built.loop
+
+    @property
+    def core(self) -> Any:
+        """The Rust core, for `stats()`, `explain()`, `check()` and eviction by hand."""
+        return self._loop.core
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, cache_salt: str = ""
+    ) -> list[Completion]:
+        """Completions in the order of the prompts. A prompt is text or token ids. Raises RequestError."""
+        params = params or SamplingParams()
+        many = [self._ids(p) for p in ([prompts] if _is_one(prompts) else prompts)]
+        done = [Completion() for _ in many]
+        for completion, ids in zip(done, many, strict=True):
+            self._submit(ids, params, completion.add, cache_salt)
+        while self._loop.has_work():
+            self._loop.step()
+        return done
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "") -> Iterator[RequestOutput]:
+        """What each step brings for one prompt. Closing the iterator aborts the request."""
+        news: list[RequestOutput] = []
+        key = self._submit(self._ids(prompt), params or SamplingParams(), news.append, cache_salt)
+        try:
+            while self._loop.has_work():
+                self._loop.step()
+                yield from news
+                news.clear()
+        finally:
+            self._loop.abort(key)
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Completion:
+        """One assistant turn for OpenAI-style messages; the text is what the model wrote, markers and all."""
+        return self.generate([self.chat_ids(messages, thinking=thinking, tools=tools)], params)[0]
+
+    def chat_ids(
+        self, messages: Sequence[dict[str, Any]], *, thinking: bool = False, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """The prompt of a chat as token ids. Raises RequestError without a tokenizer."""
+        if self.tokenizer is None:
+            raise RequestError("this model directory has no tokenizer; send token ids", "messages", "no_tokenizer", 400)
+        return self.tokenizer.encode_segments(encode_chat(messages, thinking=thinking, tools=tools))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(t) for t in prompt]
+        if self.tokenizer is None:
+            raise RequestError("this model directory has no tokenizer; send token ids", "prompt", "no_tokenizer", 400)
+        return self.tokenizer.encode(prompt)
+
+    def _submit(self, ids: list[int], params: SamplingParams, deliver: Any, salt: str) -> int:
+        params = self._built.admissible(ids, params)
+        try:
+            return self._loop.submit("llm", ids, params, deliver, salt=salt)
+        except Exception as e:
+            raise as_request_error(e) from None
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))

@@ -1,0 +1,167 @@
+"""Plan, run, commit. Single-threaded; the asyncio engine and `LLM` both drive it.
+
+`step_simple` is one step at a time and the reference. `step_overlap` plans and launches step k+1 before step k is
+committed; the rows of k+1 whose token is not yet known carry a placeholder that the runner fills on the device. Both give
+the same outputs (tests/engine/test_loop.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from dsv4._core import Core, StepHeader
+from dsv4.engine.buffers import StepBuffers
+from dsv4.engine.output import Delta, as_final, as_output, push_token
+from dsv4.engine.request import EngineRequest, RequestOutput
+from dsv4.engine.runner import Runner, StepResult
+from dsv4.engine.sampler import PoisonedLogits, SamplingState
+from dsv4.sampling import SamplingParams
+from dsv4.text.tokenizer import Tokenizer
+
+log = logging.getLogger("dsv4.engine")
+
+TOKEN, FINISHED, PREEMPTED, RESUMED, PREFILL = 1, 2, 3, 4, 5
+"""Kinds of core events; a row is (kind, request, step, a, b, c)."""
+
+
+class EngineLoop:
+    """Requests in, outputs out. Not thread-safe: one thread owns it."""
+
+    def __init__(
+        self,
+        core: Core,
+        runner: Runner,
+        buffers: tuple[StepBuffers, ...],
+        *,
+        tokenizer: Tokenizer | None,
+        eos_ids: frozenset[int],
+        seed: int,
+    ) -> None:
+        """`buffers`: one set for the simple loop, two for the overlapped one."""
+        self.core, self.runner, self.buffers = core, runner, buffers
+        self.tokenizer, self.eos_ids, self.seed = tokenizer, eos_ids, seed
+        self.requests: dict[int, EngineRequest] = {}
+        self.last_progress = time.monotonic()
+        self.step = self.step_overlap if len(buffers) == 2 else self.step_simple
+        self._keys = itertools.count(1)
+        self._events = np.zeros((4096, 6), np.int64)
+        self._pending: StepResult | None = None
+        self._turn = 0
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        deliver: Callable[[RequestOutput], None],
+        *,
+        salt: str = "",
+        priority: int = 0,
+    ) -> int:
+        """Queues a request and returns its key. Raises what `Core.submit` raises; nothing is kept then."""
+        key = next(self._keys)
+        seed = params.seed if params.seed is not None else self.seed + key
+        state = SamplingState(params, prompt, eos_ids=self.eos_ids, seed=seed)
+        detokenizer = self.tokenizer.detokenizer(skip_special=params.skip_special_tokens) if self.tokenizer else None
+        request = EngineRequest(key, request_id, prompt, params, state, detokenizer, deliver)
+        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
+        self.core.submit(
+            key,
+            request.prompt_array,
+            max_new=params.max_tokens,
+            stop_ids=sorted(stop_ids),
+            salt=salt.encode(),
+            priority=priority,
+            all_logits=request.wants_prompt_logprobs,
+        )
+        self.requests[key] = request
+        return key
+
+    def abort(self, key: int) -> None:
+        """Ends a request at any time; its last output says `abort`. Unknown keys are ignored: it may have just ended."""
+        if key in self.requests:
+            self.core.abort(key)
+
+    def has_work(self) -> bool:
+        return self._pending is not None or self.core.has_work()
+
+    def step_simple(self) -> bool:
+        """One step from plan to outputs. False when there was nothing to run."""
+        header = self.core.plan(self.buffers[0].core)
+        result = self._launch(header, self.buffers[0]) if header is not None else None
+        if result is not None:
+            self._commit(result)
+        self._drain_events(result)
+        return header is not None
+
+    def step_overlap(self) -> bool:
+        """Launches the next step, then commits the one before it."""
+        buffers = self.buffers[self._turn]
+        header = self.core.plan(buffers.core)
+        self._turn ^= header is not None
+        before, self._pending = self._pending, None
+        launched = self._launch(header, buffers, before) if header is not None else None
+        if header is not None and launched is None:
+            before = None  # the failed launch took the step before it along
+        if before is not None:
+            self._commit(before)
+        self._pending = launched
+        self._drain_events(before)
+        return header is not None or before is not None
+
+    def _launch(self, header: StepHeader, buffers: StepBuffers, before: StepResult | None = None) -> StepResult | None:
+        """Runs a plan. A failure ends the requests of that step with an error; all others go on."""
+        try:
+            return self.runner.run(header, buffers, self.requests)
+        except Exception as e:  # whatever the device or a kernel raises must not take the engine down
+            log.exception("step %d failed", header.step)
+            if before is not None:
+                self._commit(before)
+                self._drain_events(before)
+            keys = {int(k) for k in buffers.row_req[: header.rows]}
+            self.core.rollback(header.step)
+            for key in keys & self.requests.keys():
+                self._fail(key, f"the step failed: {type(e).__name__}: {e}")
+            return None
+
+    def _commit(self, result: StepResult) -> None:
+        for key, sampled in zip(result.keys, result.sampled, strict=True):
+            if isinstance(sampled, PoisonedLogits) and key in self.requests:
+                self._fail(key, str(sampled))
+        self.core.commit(result.header.step, result.tokens)
+        self.last_progress = time.monotonic()
+
+    def _fail(self, key: int, message: str) -> None:
+        self.requests[key].error = message
+        self.core.abort(key)
+
+    def _drain_events(self, result: StepResult | None) -> None:
+        """Delivers one output per request that has news. Stopping a request makes further events, so until none is left."""
+        deltas: dict[int, Delta] = {}
+        while n := self.core.events(self._events):
+            for kind, key, _step, a, b, c in self._events[:n].tolist():
+                request = self.requests.get(key)
+                if request is None:
+                    continue
+                delta = deltas.setdefault(key, Delta())
+                if kind == TOKEN and result is not None and request.stop_string is None:
+                    if push_token(request, delta, result.sampled[c]):
+                        self.core.stop(key)
+                elif kind == FINISHED:
+                    self._finish(request, deltas.pop(key), reason=a, stop_token=c)
+                elif kind == PREFILL:
+                    delta.prefilled = a
+        for key, delta in deltas.items():
+            if delta.token_ids or delta.text or delta.prefilled is not None:
+                self.requests[key].deliver(as_output(self.requests[key], delta))
+
+    def _finish(self, request: EngineRequest, delta: Delta, *, reason: int, stop_token: int) -> None:
+        explanation = self.core.explain(request.key)
+        self.core.forget(request.key)
+        del self.requests[request.key]
+        request.deliver(as_final(request, delta, reason, stop_token, explanation))

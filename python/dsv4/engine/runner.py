@@ -1,0 +1,118 @@
+"""One step on the device: page-table changes, restores, forward, saves, sampling. It decides nothing; the plan says it all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dsv4._core import StepHeader
+from dsv4.cache.paged import PagedCache
+from dsv4.engine.buffers import ALL_LOGITS, RESET, SAMPLE, StepBuffers
+from dsv4.engine.request import EngineRequest
+from dsv4.engine.sampler import PoisonedLogits, Sampled, logprobs_of, sample
+from dsv4.model.batch import Batch, Row
+from dsv4.model.v4 import V4Model
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave. `sampled[i]` belongs to sample row i; a row whose logits were not finite holds the error instead."""
+
+    header: StepHeader
+    sampled: list[Sampled | PoisonedLogits]
+    keys: list[int]
+    """Request of each sample row."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int32 [samples] for `Core.commit`; a poisoned row gives token 0, its request is aborted before anyone sees it."""
+        return np.array([0 if isinstance(s, PoisonedLogits) else s.token for s in self.sampled], np.int32)
+
+
+class Runner:
+    """Owns the device side of the page table and runs plans against the model."""
+
+    def __init__(self, model: V4Model, cache: PagedCache, *, slabs: int, max_blocks: int, replay_tokens: int) -> None:
+        self.model, self.cache, self.replay_tokens = model, cache, replay_tokens
+        self.page_table = torch.zeros((slabs, max_blocks), dtype=torch.int32)
+        self._last: list[int] = []
+
+    @torch.inference_mode()
+    def run(self, header: StepHeader, plan: StepBuffers, requests: Mapping[int, EngineRequest]) -> StepResult:
+        """Executes one plan. Raises what the forward raises; the caller rolls the step back then."""
+        deltas = torch.from_numpy(plan.page_deltas[: header.deltas]).long()
+        for slab, block, page in deltas.tolist():
+            self.page_table[slab, block] = page
+        for slab, position, *pages in plan.restores[: header.restores].tolist():
+            self.cache.restore(slab, position, pages)
+        batch, last = self._batch(header, plan)
+        logits = self.model.forward(batch)
+        for slab, position, *pages in plan.saves[: header.saves].tolist():
+            self.cache.save(slab, position, pages)
+        self._collect_prompt_logprobs(header, plan, requests, logits, last)
+        rows = plan.sample_rows[: header.samples].tolist()
+        keys = [int(plan.row_req[r]) for r in rows]
+        for r, key in zip(rows, keys, strict=True):
+            request = requests[key]  # a rolled-back step or a preemption may have left tokens that did not count
+            request.sampling.truncate(int(plan.row_start[r] + plan.row_len[r]) - len(request.prompt))
+        sampled = sample(logits[[last[r] for r in rows]], [requests[k].sampling for k in keys]) if rows else []
+        result = StepResult(header, sampled, keys)
+        self._last = result.tokens.tolist()
+        return result
+
+    def _batch(self, header: StepHeader, plan: StepBuffers) -> tuple[Batch, dict[int, int]]:
+        """The forward's input, and for each row with logits the index of its last one."""
+        token_ids = torch.from_numpy(plan.token_ids[: header.tokens].astype(np.int64))
+        for i in torch.nonzero(token_ids < 0).flatten().tolist():  # sampled by the step before, not yet committed
+            token_ids[i] = self._last[-1 - int(token_ids[i])]
+        rows, logit_index, last, offset = [], [], {}, 0
+        for r in range(header.rows):
+            length, flags, end = int(plan.row_len[r]), int(plan.row_flags[r]), int(plan.row_replay_end[r])
+            rows.append(
+                Row(
+                    slab=int(plan.row_slab[r]),
+                    start=int(plan.row_start[r]),
+                    length=length,
+                    offset=offset,
+                    reset=bool(flags & RESET),
+                    replay_end=end,
+                    replay_start=end - self.replay_tokens if end else 0,
+                )
+            )
+            if flags & ALL_LOGITS:
+                logit_index += range(offset, offset + length)
+            elif flags & SAMPLE:
+                logit_index.append(offset + length - 1)
+            if flags & (ALL_LOGITS | SAMPLE):
+                last[r] = len(logit_index) - 1
+            offset += length
+        batch = Batch(
+            token_ids=token_ids,
+            positions=torch.from_numpy(plan.positions[: header.tokens].astype(np.int64)),
+            rows=tuple(rows),
+            page_table=self.page_table,
+            logit_index=torch.tensor(logit_index, dtype=torch.int64),
+        )
+        return batch, last
+
+    def _collect_prompt_logprobs(
+        self,
+        header: StepHeader,
+        plan: StepBuffers,
+        requests: Mapping[int, EngineRequest],
+        logits: torch.Tensor,
+        last: Mapping[int, int],
+    ) -> None:
+        """Logits at prompt position j judge prompt token j + 1."""
+        for r in range(header.rows):
+            if not plan.row_flags[r] & ALL_LOGITS:
+                continue
+            request, start, length = requests[int(plan.row_req[r])], int(plan.row_start[r]), int(plan.row_len[r])
+            first, targets = last[r] - length + 1, request.prompt[start + 1 : start + length + 1]
+            # After a preemption the prompt is computed again; what is known already stays.
+            if targets and start + 1 == len(request.prompt_logprobs):
+                rows = logits[first : first + len(targets)]
+                request.prompt_logprobs += logprobs_of(rows, targets, request.params.prompt_logprobs or 0)

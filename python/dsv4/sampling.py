@@ -1,0 +1,94 @@
+"""What a request asks of the sampler and of its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_INT_RANGES = {
+    "top_k": (-1, 2**31 - 1),
+    "min_tokens": (0, 2**31 - 1),
+    "max_tokens": (0, 2**31 - 1),
+    "logprobs": (0, 20),
+    "prompt_logprobs": (0, 20),
+    "seed": (-(2**63), 2**64 - 1),
+}
+_FLOAT_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+_MAX_STOPS, _MAX_STOP_LENGTH, _MAX_BIASES = 16, 1024, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Names and meanings are vLLM's. `max_tokens=None` means up to the context's end; `logprobs=n` returns the n best
+    alternatives beside each token. Raises ValueError with one line naming field, value and limit."""
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, (low, high) in _INT_RANGES.items():
+            value = getattr(self, name)
+            if value is None and name not in ("top_k", "min_tokens"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
+        for name, (low, high) in _FLOAT_RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
+        if self.top_p == 0:
+            raise ValueError("top_p is 0; it must be above 0, and 1 turns it off")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens ({self.max_tokens})")
+        self._check_stops()
+        self._check_bias()
+
+    def _check_stops(self) -> None:
+        if len(self.stop) > _MAX_STOPS:
+            raise ValueError(f"stop has {len(self.stop)} strings; the limit is {_MAX_STOPS}")
+        for s in self.stop:
+            if not isinstance(s, str) or not 0 < len(s) <= _MAX_STOP_LENGTH:
+                shown = repr(s)[:40]
+                raise ValueError(f"stop has {shown}; each entry must be text of 1 to {_MAX_STOP_LENGTH} characters")
+        for t in self.stop_token_ids:
+            if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < 2**31:
+                raise ValueError(f"stop_token_ids has {t!r}; each entry must be a token id")
+
+    def _check_bias(self) -> None:
+        if len(self.logit_bias) > _MAX_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} entries; the limit is {_MAX_BIASES}")
+        for token, bias in self.logit_bias.items():
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise ValueError(f"logit_bias has the key {token!r}; keys are token ids")
+            if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+                raise ValueError(f"logit_bias of token {token} is {bias!r}; it must be from -100 to 100")

@@ -1,0 +1,119 @@
+"""Sampling: distributions, order of the filters, independence of the batch, and refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dsv4.engine.sampler import PoisonedLogits, Sampled, SamplingState, judge, sample
+from dsv4.sampling import SamplingParams
+
+
+def state(seed: int = 0, prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **params: object) -> SamplingState:
+    s = SamplingState(SamplingParams(**params), prompt, frozenset({1}), seed)
+    for token in output:
+        s.append(token)
+    return s
+
+
+def logits(n: int, vocab: int = 50, seed: int = 0) -> torch.Tensor:
+    return 2 * torch.randn(n, vocab, generator=torch.Generator().manual_seed(seed))
+
+
+def draws(row: torch.Tensor, n: int, **params: object) -> torch.Tensor:
+    """Frequencies of n tokens under different seeds."""
+    tokens = [sample(row[None], [state(seed, **params)])[0].token for seed in range(n)]
+    return torch.bincount(torch.tensor(tokens), minlength=len(row)) / n
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    row = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
+    assert sample(row, [state(temperature=0)])[0].token == 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.8, "min_p": 0.05}],
+)
+def test_frequencies_follow_the_filtered_distribution(params: dict) -> None:
+    row = logits(1, 12)[0]
+    p = torch.softmax(row.double() / params.get("temperature", 1.0), 0)
+    p = torch.where(p >= params.get("min_p", 0) * p.max(), p, 0)
+    order = p.argsort(descending=True)
+    order = order[: params.get("top_k", len(p))]
+    kept, total = [], 0.0
+    for i in order.tolist():
+        if total < params.get("top_p", 1.0) * float(p[order].sum()):
+            kept.append(i)
+        total += float(p[i])
+    expected = torch.zeros_like(p)
+    expected[kept] = p[kept] / p[kept].sum()
+    n = 3000
+    got = draws(row, n, **params)
+    assert not got[expected == 0].any()
+    used = expected > 0
+    chi = (n * (got[used] - expected[used]) ** 2 / expected[used]).sum()
+    assert chi < int(used.sum()) + 5 * math.sqrt(2 * int(used.sum())) + 5, float(chi)
+
+
+def test_a_row_does_not_depend_on_the_batch() -> None:
+    rows, many = logits(6), [dict(temperature=0.8, top_p=0.9), dict(top_k=4), dict(temperature=0), {}, dict(min_p=0.1), {}]
+    together = sample(rows, [state(i, logprobs=3, **p) for i, p in enumerate(many)])
+    alone = [sample(rows[i : i + 1], [state(i, logprobs=3, **p)])[0] for i, p in enumerate(many)]
+    assert together == alone
+
+
+def test_the_seed_and_the_place_decide_the_draw() -> None:
+    row, s = logits(1), state(7)
+    first = [sample(row, [s])[0].token for _ in range(8)]
+    s.truncate(3)
+    assert [sample(row, [s])[0].token for _ in range(5)] == first[3:]
+    assert len(set(first)) > 1
+    assert first == [sample(row, [state(7, output=tuple(first[:i]))])[0].token for i in range(8)]
+
+
+def test_penalties_bias_and_minimum_length() -> None:
+    row = torch.tensor([[1.0, 5.0, 2.0, -1.0]])
+    base = row[0]
+    assert state(temperature=0).adjust(base) is base
+    assert torch.equal(state(repetition_penalty=2.0, prompt=(3,), output=(1,)).adjust(base), torch.tensor([1, 2.5, 2, -2]))
+    assert torch.equal(state(presence_penalty=1.0, output=(2, 2)).adjust(base), torch.tensor([1.0, 5, 1, -1]))
+    assert torch.equal(state(frequency_penalty=1.0, output=(2, 2)).adjust(base), torch.tensor([1.0, 5, 0, -1]))
+    assert torch.equal(state(logit_bias={0: 9, 99: 1}).adjust(base), torch.tensor([10.0, 5, 2, -1]))
+    assert sample(row, [state(temperature=0, min_tokens=2)])[0].token == 2  # 1 is the end token
+    assert sample(row, [state(temperature=0, min_tokens=2, output=(0, 0))])[0].token == 1
+
+
+def test_logprobs_are_the_models_own() -> None:
+    row = logits(1)[0]
+    expected = torch.log_softmax(row, 0)
+    got = sample(row[None], [state(3, temperature=0.3, top_k=2, logit_bias={4: -5}, logprobs=5)])[0]
+    assert got.logprob == pytest.approx(float(expected[got.token])) and len(got.top) == 5
+    assert [t for t, _ in got.top] == expected.argsort(descending=True)[:5].tolist()
+    assert got.rank == int((row > row[got.token]).sum()) + 1
+    assert [t for t, _ in judge(torch.zeros(9), 3, 4).top] == [0, 1, 2, 3]
+
+
+def test_a_poisoned_row_fails_alone() -> None:
+    rows = logits(3)
+    rows[1, 7] = math.nan
+    got = sample(rows, [state(i) for i in range(3)])
+    assert isinstance(got[1], PoisonedLogits) and isinstance(got[0], Sampled) and isinstance(got[2], Sampled)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", "1"), ("temperature", True), ("temperature", 1e308),
+        ("top_p", 0), ("top_p", 1.1), ("min_p", -1), ("top_k", -2), ("top_k", 1.5), ("max_tokens", -1), ("min_tokens", 17),
+        ("seed", 2**64), ("seed", True), ("logprobs", 21), ("presence_penalty", 3), ("frequency_penalty", math.inf),
+        ("repetition_penalty", 0), ("stop", ["x"] * 17), ("stop", [""]), ("stop_token_ids", [-1]), ("logit_bias", {1: 101}),
+        ("logit_bias", {"a": 1}), ("min_tokens", None),
+    ],
+)  # fmt: skip
+def test_bad_values_are_one_line_with_the_field(field: str, value: object) -> None:
+    with pytest.raises(ValueError) as e:
+        SamplingParams(**{field: value})
+    assert str(e.value).startswith(field) and "\n" not in str(e.value)
