@@ -136,7 +136,7 @@ class _Coded:
         return region[:, start : start + rows * self.planes[index]].unflatten(1, (rows, self.planes[index]))
 
     def read(self, region: Tensor, page: Tensor, row: Tensor, rows: int) -> Tensor:
-        return self.decode(tuple(self._plane(region, i, rows)[page, row] for i in range(len(self.planes))))
+        return self.decode(tuple(_gather(self._plane(region, i, rows), page, row) for i in range(len(self.planes))))
 
     def write(self, region: Tensor, page: Tensor, row: Tensor, values: Tensor, rows: int) -> None:
         for i, data in enumerate(self.encode(values)):
@@ -147,6 +147,14 @@ class _Coded:
 
     def transform(self, query: Tensor) -> Tensor:
         return query
+
+
+def _gather(plane: Tensor, page: Tensor, row: Tensor) -> Tensor:
+    """plane[page, row] of a uint8 [P, rows, n], in words as wide as the alignment allows: several times quicker."""
+    for word in (torch.int64, torch.int32, torch.int16):
+        if not any(x % word.itemsize for x in (plane.storage_offset(), plane.shape[2], *plane.stride()[:2])):
+            return plane.view(word)[page, row].view(torch.uint8)
+    return plane[page, row]
 
 
 class Plain(_Coded):
