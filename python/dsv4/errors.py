@@ -1,14 +1,14 @@
-"""The errors that callers see. Each message is one line that names the field, the value and the remedy."""
+"""The errors that callers see. Each message is one line that names the field, the value and the remedy.
+
+`Dsv4Error` is the base of all, the core's included; `ConfigError` (also a ValueError) is a setting, array or config.json
+that cannot work.
+"""
 
 from __future__ import annotations
 
+from dsv4._core import ConfigError, Dsv4Error
 
-class Dsv4Error(Exception):
-    """Base of all errors of this package's Python side."""
-
-
-class ConfigError(Dsv4Error, ValueError):
-    """A setting or a config.json that cannot work."""
+__all__ = ["CheckpointError", "ConfigError", "Dsv4Error", "RequestError"]
 
 
 class CheckpointError(Dsv4Error, ValueError):

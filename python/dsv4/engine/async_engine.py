@@ -37,7 +37,7 @@ class AsyncEngine:
     def __init__(self, built: BuiltEngine) -> None:
         self.built = built
         self.config, self.model_config, self.tokenizer = built.config, built.model_config, built.tokenizer
-        self.max_model_len = built.max_model_len
+        self.max_model_len, self.chat_format = built.max_model_len, built.chat_format
         self._loop = built.loop
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deliveries: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}

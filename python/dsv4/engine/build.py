@@ -23,6 +23,7 @@ from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
 from dsv4.ops.registry import Ops
 from dsv4.sampling import SamplingParams
+from dsv4.text.chat import ChatFormat
 from dsv4.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
@@ -58,6 +59,7 @@ class BuiltEngine:
     layout: LayoutSpec
     memory: MemoryPlan
     tokenizer: Tokenizer | None
+    chat_format: ChatFormat
     loop: EngineLoop
     ops: Ops
     dtype: torch.dtype
@@ -133,6 +135,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     layout = model_config.layout(config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size)
     ops = Ops.choose(config.backend, device)
     tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
+    chat_format = ChatFormat.for_model(source, model_config)
     pages, max_len = _plan_pool(config, model_config, layout)
     core = _core(config, layout, pages, max_len)
     weights = load_weights(source, model_config, dtype, progress)
@@ -159,7 +162,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         page_table=runner.page_table.numel() * 4,
         max_model_len=max_len,
     )
-    return BuiltEngine(config, model_config, layout, memory, tokenizer, loop, ops, dtype, source)
+    return BuiltEngine(config, model_config, layout, memory, tokenizer, chat_format, loop, ops, dtype, source)
 
 
 def _device(name: str) -> str:

@@ -101,7 +101,8 @@ class LLM:
         """The prompt of a chat as token ids. Raises RequestError without a tokenizer."""
         if self.tokenizer is None:
             raise RequestError("this model directory has no tokenizer; send token ids", "messages", "no_tokenizer", 400)
-        return self.tokenizer.encode_segments(encode_chat(messages, thinking=thinking, tools=tools))
+        format = self._built.chat_format
+        return self.tokenizer.encode_segments(encode_chat(messages, thinking=thinking, tools=tools, format=format))
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
