@@ -1,4 +1,5 @@
-"""GPU kernels, imported as `dsv4.kernels`. Each backend registers its ops here; nothing is imported until one is chosen."""
+"""GPU kernels, imported as `dsv4.kernels`. Each backend registers its ops here; nothing is imported until one
+is chosen."""
 
 from __future__ import annotations
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-
 from dsv4.model.config import ModelConfig
 from dsv4.ops.tables import EntryTable, RowSource, TileTable
+from torch import Tensor
+
 from tests.support.driving import Driver, random_tokens
 from tests.support.models import hf_twin, random_config, random_weights
 
@@ -32,16 +30,30 @@ CONFIGS = {
             routed_scaling_factor=2.5,
         ),
     ),
-    "flash-short": ("flash", dict(compress_ratios=[0, 0, 4], num_hash_layers=0, swiglu_limit=0.5, rope_scaling=None)),
+    "flash-short": (
+        "flash",
+        dict(
+            compress_ratios=[0, 0, 4],
+            num_hash_layers=0,
+            swiglu_limit=0.5,
+            rope_scaling=None,
+            sliding_window=40,
+        ),
+    ),
     "pro": ("pro", {}),
     "pro-long": (
         "pro",
-        dict(compress_ratios=[128, 128, 4, 128, 4, 128, 4], num_attention_heads=16, o_groups=4, n_routed_experts=12),
+        dict(
+            compress_ratios=[128, 128, 4, 128, 4, 128, 4],
+            num_attention_heads=16,
+            o_groups=4,
+            n_routed_experts=12,
+        ),
     ),
 }
 
 
-def _build(name: str, **overrides: Any) -> tuple[ModelConfig, dict[str, Tensor], Tensor]:
+def _build(name: str, **overrides: object) -> tuple[ModelConfig, dict[str, Tensor], Tensor]:
     kind, own = CONFIGS[name]
     config = random_config(kind, **{**own, **overrides})
     return config, random_weights(config, seed=len(name)), random_tokens(config, TOKENS, seed=7)
@@ -59,22 +71,28 @@ def test_one_shot_when_every_entry_is_selected(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["flash", "pro"])
 def test_binding_topk(name: str) -> None:
-    """With index_topk 16 of up to 180 entries the two may choose differently where scores are equal to rounding, and from
-    there on everything differs. So two things are compared: (1) our logits before the first position where any layer chose
-    another set; (2) with the choices of `transformers` imposed, the logits of all positions, and our own choice on the
-    same inputs: entries chosen by one side alone must score within 1e-5 of each other."""
+    """With index_topk 16 of up to 180 entries the two may choose differently where scores are equal to
+    rounding, and from there on everything differs. So two things are compared: (1) our logits before the
+    first position where any layer chose another set; (2) with the choices of `transformers` imposed, the
+    logits of all positions, and our own choice on the same inputs: entries chosen by one side alone must
+    score within 1e-5 of each other."""
     config, weights, ids = _build(name, index_topk=16)
     theirs: list[list[set[int]]] = []
     twin = hf_twin(config, weights)
     for module in twin.modules():
         if type(module).__name__ == "DeepseekV4Indexer":
-            module.register_forward_hook(lambda _, __, out: theirs.append([set(r) - {-1} for r in out[0].tolist()]))
+            module.register_forward_hook(
+                lambda _, __, out: theirs.append([set(r) - {-1} for r in out[0].tolist()])
+            )
     with torch.no_grad():
         expected = twin(ids[None], use_cache=False).logits[0]
 
     ours = _Choices(Driver(config, weights))
     difference = (ours.driver.run(ids) - expected).abs().amax(-1)
-    first = min((t for a, b in zip(theirs, ours.sets, strict=True) for t in range(TOKENS) if a[t] != b[t]), default=TOKENS)
+    first = min(
+        (t for a, b in zip(theirs, ours.sets, strict=True) for t in range(TOKENS) if a[t] != b[t]),
+        default=TOKENS,
+    )
     assert first > 4 * config.index_topk, "the top-k never binds before the choices part"
     assert difference[:first].max() <= TOLERANCE
 
@@ -113,8 +131,8 @@ class _Choices:
 
 
 def test_bfloat16_stays_near_float32() -> None:
-    """The same bfloat16 weights in both: activations in bfloat16 here, in float32 there. The median, as a router that
-    flips between two near experts moves single tokens far."""
+    """The same bfloat16 weights in both: activations in bfloat16 here, in float32 there. The median, as a
+    router that flips between two near experts moves single tokens far."""
     config = random_config("flash")
     weights = random_weights(config, seed=3, dtype=torch.bfloat16)
     ids = random_tokens(config, 300)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from typing import Any
 
 import pytest
 import torch
+from dsv4.model.config import ModelConfig
 from torch import Tensor
 
-from dsv4.model.config import ModelConfig
 from tests.support.driving import Chunk, Driver, random_tokens
 from tests.support.models import random_config, random_weights
 
@@ -18,14 +17,14 @@ CONFIGS = [("flash", {}), ("flash", dict(index_topk=16)), ("pro", dict(index_top
 TOKENS = 520
 
 
-def _build(kind: str, overrides: dict[str, Any]) -> tuple[ModelConfig, dict[str, Tensor]]:
+def _build(kind: str, overrides: dict[str, object]) -> tuple[ModelConfig, dict[str, Tensor]]:
     config = random_config(kind, **overrides)
     return config, random_weights(config, seed=5)
 
 
 @pytest.mark.parametrize(("kind", "overrides"), CONFIGS)
 @pytest.mark.parametrize("sizes", [[1, 2, 3, 5, 7, 130], [97, 31, 200], [127, 1, 128, 129]], ids=str)
-def test_odd_chunks(kind: str, overrides: dict[str, Any], sizes: list[int]) -> None:
+def test_odd_chunks(kind: str, overrides: dict[str, object], sizes: list[int]) -> None:
     config, weights = _build(kind, overrides)
     ids = random_tokens(config, TOKENS)
     driver = Driver(config, weights, slabs=2)
@@ -33,7 +32,7 @@ def test_odd_chunks(kind: str, overrides: dict[str, Any], sizes: list[int]) -> N
 
 
 @pytest.mark.parametrize(("kind", "overrides"), CONFIGS)
-def test_token_by_token(kind: str, overrides: dict[str, Any]) -> None:
+def test_token_by_token(kind: str, overrides: dict[str, object]) -> None:
     """Across a block of HCA and the point from which the top-k binds."""
     config, weights = _build(kind, overrides)
     ids = random_tokens(config, 270)
@@ -44,8 +43,9 @@ def test_token_by_token(kind: str, overrides: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "overrides"), CONFIGS)
-def test_mixed_batches_of_eight(kind: str, overrides: dict[str, Any]) -> None:
-    """Eight requests of different lengths, each step another mixture of chunks and single tokens of some of them."""
+def test_mixed_batches_of_eight(kind: str, overrides: dict[str, object]) -> None:
+    """Eight requests of different lengths, each step another mixture of chunks and single tokens of some of
+    them."""
     config, weights = _build(kind, overrides)
     lengths = [520, 401, 300, 257, 256, 129, 128, 50]
     prompts = [random_tokens(config, n, seed=n) for n in lengths]
@@ -56,7 +56,9 @@ def test_mixed_batches_of_eight(kind: str, overrides: dict[str, Any]) -> None:
         running = [s for s in range(8) if done[s] < lengths[s]]
         chosen = rng.sample(running, rng.randint(1, len(running)))
         sizes = [min(rng.choice([1, 1, 1, 2, 17, 64, 131]), lengths[s] - done[s]) for s in chosen]
-        chunks = [Chunk(s, prompts[s][done[s] : done[s] + n], done[s]) for s, n in zip(chosen, sizes, strict=True)]
+        chunks = [
+            Chunk(s, prompts[s][done[s] : done[s] + n], done[s]) for s, n in zip(chosen, sizes, strict=True)
+        ]
         for s, n, logits in zip(chosen, sizes, mixed.step(chunks), strict=True):
             got[s].append(logits)
             done[s] += n

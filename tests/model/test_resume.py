@@ -1,8 +1,7 @@
-"""Ways back into a sequence, each bit for bit the cold run: a snapshot restored, or the window rebuilt by replay."""
+"""Ways back into a sequence, each bit for bit the cold run: a snapshot restored, or the window rebuilt by
+replay."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ CONFIGS = [
 TOKENS = 720
 
 
-def _driver(kind: str, overrides: dict[str, Any], **options: Any) -> Driver:
+def _driver(kind: str, overrides: dict[str, object], **options: bool) -> Driver:
     config = random_config(kind, **overrides)
     return Driver(config, random_weights(config, seed=9), slabs=2, **options)
 
@@ -36,7 +35,7 @@ def _dirty(driver: Driver, slab: int) -> None:
 
 @pytest.mark.parametrize(("kind", "overrides"), CONFIGS)
 @pytest.mark.parametrize("position", [128, 256, 640])
-def test_snapshot(kind: str, overrides: dict[str, Any], position: int) -> None:
+def test_snapshot(kind: str, overrides: dict[str, object], position: int) -> None:
     driver = _driver(kind, overrides)
     ids = random_tokens(driver.config, TOKENS)
     before = driver.run(ids[:position], [100, 28], slab=0)
@@ -53,7 +52,7 @@ def test_snapshot(kind: str, overrides: dict[str, Any], position: int) -> None:
 
 @pytest.mark.parametrize(("kind", "overrides"), CONFIGS)
 @pytest.mark.parametrize("sizes", [[512], [100, 33, 1, 250]], ids=str)
-def test_replay_of_the_bound(kind: str, overrides: dict[str, Any], sizes: list[int]) -> None:
+def test_replay_of_the_bound(kind: str, overrides: dict[str, object], sizes: list[int]) -> None:
     driver = _driver(kind, overrides)
     ids = random_tokens(driver.config, TOKENS)
     cold, end = driver.run(ids, slab=0), 640
@@ -67,7 +66,7 @@ def test_replay_of_the_bound(kind: str, overrides: dict[str, Any], sizes: list[i
 
 @pytest.mark.parametrize("poison", [True, False])
 @pytest.mark.parametrize(("kind", "overrides"), CONFIGS)
-def test_replay_of_one_token_less_is_not_exact(kind: str, overrides: dict[str, Any], poison: bool) -> None:
+def test_replay_of_one_token_less_is_not_exact(kind: str, overrides: dict[str, object], poison: bool) -> None:
     """The bound is tight: the row that the first new token misses in the last layer shows in its logits."""
     driver = _driver(kind, overrides, poison=poison)
     ids = random_tokens(driver.config, TOKENS)

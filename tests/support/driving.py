@@ -1,4 +1,5 @@
-"""Drives V4Model directly with hand-made batches: what the scheduler does in service, spelled out for tests."""
+"""Drives V4Model directly with hand-made batches: what the scheduler does in service, spelled out for
+tests."""
 
 from __future__ import annotations
 
@@ -6,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
-
 from dsv4._core import LayoutSpec
 from dsv4.cache.paged import PagedCache
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.v4 import V4Model
 from dsv4.ops.registry import Ops
+from torch import Tensor
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Chunk:
 
 @dataclass
 class Driver:
-    """A model over a cache, by default a poisoned one. Each slab owns pages for `max_len` tokens; `spare` are pages for
-    snapshots."""
+    """A model over a cache, by default a poisoned one. Each slab owns pages for `max_len` tokens; `spare` are
+    pages for snapshots."""
 
     config: ModelConfig
     weights: dict[str, Tensor]
@@ -53,8 +53,8 @@ class Driver:
         self.page_table = torch.arange(history - 1, -1, -1, dtype=torch.int32).view(self.slabs, blocks)
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
-        """Logits are wanted of every token that is not replayed. A chunk at its sequence's (or replay's) start resets its
-        slab."""
+        """Logits are wanted of every token that is not replayed. A chunk at its sequence's (or replay's)
+        start resets its slab."""
         rows: list[Row] = []
         wanted: list[Tensor] = []
         offset = 0

@@ -1,6 +1,8 @@
-"""Small random V4 models: config, weights with every parameter randomised, and the same model in `transformers`.
+"""Small random V4 models: config, weights with every parameter randomised, and the same model in
+`transformers`.
 
-The initialisation that `transformers` gives (ape and sinks zero, tid2eid zero, norms one) hides bugs, so nothing keeps it.
+The initialisation that `transformers` gives (ape and sinks zero, tid2eid zero, norms one) hides bugs, so
+nothing keeps it.
 """
 
 from __future__ import annotations
@@ -8,9 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from dsv4.model.config import ModelConfig
+from torch import Tensor, nn
 
 SCHEDULES = {
     "flash": [0, 0, 4, 128, 4, 128],
@@ -61,14 +62,15 @@ _BASE: dict[str, Any] = dict(
 )
 
 
-def random_config_dict(kind: str = "flash", **overrides: Any) -> dict[str, Any]:
-    """A released-style config.json of a small model; `kind` is a key of SCHEDULES, overrides are config.json keys."""
+def random_config_dict(kind: str = "flash", **overrides: object) -> dict[str, Any]:
+    """A released-style config.json of a small model; `kind` is a key of SCHEDULES, overrides are config.json
+    keys."""
     config = {**_BASE, "compress_ratios": SCHEDULES[kind], **overrides}
     config["num_hidden_layers"] = len(config["compress_ratios"])
     return config
 
 
-def random_config(kind: str = "flash", **overrides: Any) -> ModelConfig:
+def random_config(kind: str = "flash", **overrides: object) -> ModelConfig:
     """The same as a ModelConfig."""
     return ModelConfig.from_dict(random_config_dict(kind, **overrides))
 
@@ -111,7 +113,9 @@ def _attention_shapes(c: ModelConfig, ratio: int) -> dict[str, tuple[int, ...]]:
         "wo_b.weight": (d, c.o_groups * c.o_lora_rank),
     }
     if ratio:
-        shapes |= {f"compressor.{k}": s for k, s in _compressor_shapes(d, ratio, c.csa_ratio, c.head_dim).items()}
+        shapes |= {
+            f"compressor.{k}": s for k, s in _compressor_shapes(d, ratio, c.csa_ratio, c.head_dim).items()
+        }
     if ratio == c.csa_ratio:
         inner = _compressor_shapes(d, ratio, c.csa_ratio, c.index_head_dim)
         shapes |= {f"indexer.compressor.{k}": s for k, s in inner.items()}
@@ -136,9 +140,12 @@ def _ffn_shapes(c: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_weights(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Weights in canonical names: norms 1 +- 0.1; sinks, ape, hc base and gate bias of width 0.5; matrices of width
-    1.5 / sqrt(fan in); hash tables of random distinct experts. What the release keeps in float32 stays so."""
+def random_weights(
+    config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Weights in canonical names: norms 1 +- 0.1; sinks, ape, hc base and gate bias of width 0.5; matrices of
+    width 1.5 / sqrt(fan in); hash tables of random distinct experts. What the release keeps in float32 stays
+    so."""
     g = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
     for name, shape in weight_shapes(config).items():
@@ -188,7 +195,11 @@ _HF_COMPRESSOR = {"wkv.": "kv_proj.", "wgate.": "gate_proj.", "ape": "position_b
 def hf_name(name: str) -> str:
     """The `transformers` name of a tensor (experts apart, which it stacks)."""
     if not name.startswith("layers."):
-        flat = {"embed.weight": "model.embed_tokens.weight", "head.weight": "lm_head.weight", "norm.weight": "model.norm.weight"}
+        flat = {
+            "embed.weight": "model.embed_tokens.weight",
+            "head.weight": "lm_head.weight",
+            "norm.weight": "model.norm.weight",
+        }
         return flat.get(name) or "model." + name.replace("hc_head_", "hc_head.hc_")
     _, layer, rest = name.split(".", 2)
     ours, theirs = max(((a, b) for a, b in _HF_NAMES.items() if rest.startswith(a)), key=lambda x: len(x[0]))
@@ -209,7 +220,7 @@ def hf_state_dict(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, 
     return state
 
 
-def hf_twin(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
+def hf_twin(config: ModelConfig, weights: dict[str, Tensor]) -> nn.Module:
     """`transformers.DeepseekV4ForCausalLM` in float32 with the same weights, in eval mode."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -255,5 +266,6 @@ def hf_twin(config: ModelConfig, weights: dict[str, Tensor]) -> Any:
             rope_parameters=rope,
         )
     ).eval()
-    model.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in hf_state_dict(config, weights).items()})
+    state = hf_state_dict(config, weights)
+    model.load_state_dict({n: w.float() if w.is_floating_point() else w for n, w in state.items()})
     return model

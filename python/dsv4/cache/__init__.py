@@ -1,4 +1,5 @@
-"""The bytes: page pool and slabs as torch storage, and row views of them. Who owns which page is the core's affair."""
+"""The bytes: page pool and slabs as torch storage, and row views of them. Who owns which page is the core's
+affair."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Page pool and slabs in torch storage. All offsets come from the layout; nothing here decides who owns what.
 
 ```
-page   | csa: layer, layer, … | csa_index: … | hca: … |                 history of block_tokens tokens, all layers
-slab   | window: layer, … | csa_pool: … | csa_index_pool: … | hca_pool: … |     live state of a running request
+page   | csa: layer, layer, … | csa_index: … | hca: … |             history of block_tokens tokens, all layers
+slab   | window: layer, … | csa_pool: … | csa_index_pool: … | hca_pool: … |   live state of a running request
 snapshot = the saved rows of a slab, layer after layer, cut into pages
 ```
 """
@@ -19,15 +19,22 @@ from dsv4.cache.rows import Rows
 from dsv4.formats import RowFormat, plane_bytes
 
 _POISON = 0xFF
-"""As a byte of float32, bfloat16, e4m3 and ue8m0 it makes a NaN, so reading what nobody wrote shows in the logits."""
+"""As a byte of float32, bfloat16, e4m3 and ue8m0 it makes a NaN, so reading what nobody wrote shows in the
+logits."""
 
 
 class PagedCache:
-    """`pages` pages and `slabs` slabs of `layout` on `device`. With `poison` memory starts as NaN and a reset slab
-    becomes NaN again, which costs time and is for tests."""
+    """`pages` pages and `slabs` slabs of `layout` on `device`. With `poison` memory starts as NaN and a reset
+    slab becomes NaN again, which costs time and is for tests."""
 
     def __init__(
-        self, layout: LayoutSpec, pages: int, slabs: int, device: torch.device | str = "cpu", *, poison: bool = False
+        self,
+        layout: LayoutSpec,
+        pages: int,
+        slabs: int,
+        device: torch.device | str = "cpu",
+        *,
+        poison: bool = False,
     ) -> None:
         self.layout, self.device, self._poison = layout, torch.device(device), poison
         fill = _POISON if poison else 0
@@ -37,12 +44,14 @@ class PagedCache:
         self._state = [c for c in layout.components if c.kind != "stride"]
 
     def rows(self, name: str, layer: int, codec: RowFormat) -> Rows:
-        """Rows of a history component (ids count through pages) or of the window (ids count through slabs)."""
+        """Rows of a history component (ids count through pages) or of the window (ids count through
+        slabs)."""
         component = self._components[name]
         return Rows(codec, self._region(component, layer), component.rows)
 
     def pools(self, name: str, layer: int) -> Tensor:
-        """Compressor state of a layer, float32 [slabs, rows, 2, dim]: value, then lse. Writing to it writes the slabs."""
+        """Compressor state of a layer, float32 [slabs, rows, 2, dim]: value, then lse. Writing to it writes
+        the slabs."""
         component = self._components[name]
         flat = self._region(component, layer).view(torch.float32)
         return flat.unflatten(1, (component.rows, 2, component.row_bytes // 8))
@@ -60,25 +69,33 @@ class PagedCache:
 
     def poison_pages(self, pages: Sequence[int]) -> None:
         """Overwrites pages with NaN. For tests: what was freed must not be read."""
-        self.pages[torch.tensor(pages, dtype=torch.int64)] = _POISON
+        self.pages[torch.tensor(pages, dtype=torch.int64, device=self.device)] = _POISON
 
     def save(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        """Writes the snapshot of a slab at a position (a multiple of block_tokens) into pages, which it takes whole."""
-        packed = torch.zeros(len(pages) * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
+        """Writes the snapshot of a slab at a position (a multiple of block_tokens) into
+        `layout.snapshot_pages` pages."""
+        at = self._snapshot_pages(pages)
+        packed = torch.zeros(len(at) * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
         for live, rows, saved in self._saved(slab, position, packed):
             saved.copy_(live[rows])
-        self.pages[torch.tensor(pages, dtype=torch.int64)] = packed.view(len(pages), -1)
+        self.pages[at] = packed.view(len(at), -1)
 
     def restore(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        """Makes a slab what it was when `save` was called; what a snapshot leaves out is empty at such a position."""
+        """Makes a slab what it was when `save` was called; what a snapshot leaves out is empty at such a
+        position."""
+        packed = self.pages[self._snapshot_pages(pages)].flatten()
         self.reset([slab])
-        packed = self.pages[torch.tensor(pages, dtype=torch.int64)].flatten()
         for live, rows, saved in self._saved(slab, position, packed):
             live[rows] = saved
 
+    def _snapshot_pages(self, pages: Sequence[int]) -> Tensor:
+        if len(pages) != self.layout.snapshot_pages:
+            raise ValueError(f"a snapshot takes {self.layout.snapshot_pages} pages, got {len(pages)}")
+        return torch.tensor(pages, dtype=torch.int64, device=self.device)
+
     def _saved(self, slab: int, position: int, packed: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For all that a snapshot keeps: the live bytes [rows, n], which rows of them, and their place [saved, n] in
-        `packed`. The window is saved oldest row first."""
+        """For all that a snapshot keeps: the live bytes [rows, n], which rows of them, and their place
+        [saved, n] in `packed`. The window is saved oldest row first."""
         for c in self._state:
             kept = torch.arange(c.saved_rows, device=self.device)
             rows = (position - c.saved_rows + kept) % c.rows if c.kind == "window" else kept

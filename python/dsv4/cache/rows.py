@@ -10,7 +10,8 @@ from dsv4.formats import RowFormat
 class Rows:
     """Reads and writes the rows of a region through its format's codec.
 
-    `region` uint8 [P, rows * row_bytes] is a view of pages or slabs; row id = place in P * rows + row in the region.
+    `region` uint8 [P, rows * row_bytes] is a view of pages or slabs; row id = place in P * rows + row in the
+    region.
     """
 
     def __init__(self, codec: RowFormat, region: Tensor, rows: int) -> None:

@@ -31,15 +31,25 @@ class Codecs:
 class Attention:
     """x -> low-rank queries, one key-value row per token -> sparse attention -> grouped low-rank output.
 
-    One row serves as key and value of all heads, so the output carries the rotation of the rows and is turned back.
+    One row serves as key and value of all heads, so the output carries the rotation of the rows and is turned
+    back.
     """
 
     def __init__(
-        self, weights: Scope, config: ModelConfig, layer: int, cache: PagedCache, codecs: Codecs, ops: Ops, dtype: torch.dtype
+        self,
+        weights: Scope,
+        config: ModelConfig,
+        layer: int,
+        cache: PagedCache,
+        codecs: Codecs,
+        ops: Ops,
+        dtype: torch.dtype,
     ) -> None:
         self.ops, self.heads, self.dim, self.eps = ops, config.num_heads, config.head_dim, config.rms_eps
         self.scale = config.head_dim**-0.5
-        self.wq_a, self.wq_b, self.wkv, self.wo_b = (weights[f"{n}.weight"] for n in ("wq_a", "wq_b", "wkv", "wo_b"))
+        self.wq_a, self.wq_b, self.wkv, self.wo_b = (
+            weights[f"{n}.weight"] for n in ("wq_a", "wq_b", "wkv", "wo_b")
+        )
         self.wo_a = weights["wo_a.weight"].unflatten(0, (config.o_groups, config.o_lora_rank))
         self.q_norm, self.kv_norm = weights.float("q_norm.weight"), weights.float("kv_norm.weight")
         self.sink = weights.float("attn_sink")
@@ -54,11 +64,14 @@ class Attention:
                 weights.within("compressor"), self.ratio, self.eps, ops, pools, self.history, dtype
             )
             if kind == "csa":
-                self.indexer = Indexer(weights.within("indexer"), config, layer, cache, codecs.index, ops, dtype)
+                self.indexer = Indexer(
+                    weights.within("indexer"), config, layer, cache, codecs.index, ops, dtype
+                )
 
     def __call__(self, x: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> Tensor:
-        """[T, d] -> [T, d]. `rope` is at the tokens' positions, `block_rope` at those of the emitted blocks; both are of
-        this layer's kind, which serves queries, window rows, entries, the indexer and the way back alike."""
+        """[T, d] -> [T, d]. `rope` is at the tokens' positions, `block_rope` at those of the emitted blocks;
+        both are of this layer's kind, which serves queries, window rows, entries, the indexer and the way
+        back alike."""
         ops = self.ops
         qr = ops.rmsnorm(ops.linear(x, self.wq_a), self.q_norm, self.eps)
         q = ops.rmsnorm(ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim)), None, self.eps)
@@ -81,7 +94,8 @@ class Attention:
         return torch.cat((self.window.read(step.window.past), rows, rows.new_zeros((1, rows.shape[1]))))
 
     def _compressed(self, x: Tensor, qr: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> tuple:
-        """The history arguments of `sparse_attention`, with this step's entries written first, as its tokens see them."""
+        """The history arguments of `sparse_attention`, with this step's entries written first, as its tokens
+        see them."""
         if self.compressor is None:
             return ()
         x32 = x.float()

@@ -11,9 +11,10 @@ from torch import Tensor
 class Row:
     """A run of consecutive tokens of one request: a prefill chunk, one decode token or a stretch of replay.
 
-    Its tokens are `offset .. offset + length - 1` of the batch, at positions `start ..`. `reset`: the slab's state starts
-    empty. A replaying row has `replay_end` > 0: history below it is cached already and is not written; layer l takes only
-    positions from `floor(l)` on, as nothing that the first row after `replay_end` reads lies further back.
+    Its tokens are `offset .. offset + length - 1` of the batch, at positions `start ..`. `reset`: the slab's
+    state starts empty. A replaying row has `replay_end` > 0: history below it is cached already and is not
+    written; layer l takes only positions from `floor(l)` on, as nothing that the first row after `replay_end`
+    reads lies further back.
     """
 
     slab: int
@@ -25,7 +26,8 @@ class Row:
     replay_start: int = 0
 
     def floor(self, layer: int, window: int) -> int:
-        """Lowest position that takes part in a layer. A replay that reaches back to position 0 is a plain prefill."""
+        """Lowest position that takes part in a layer. A replay that reaches back to position 0 is a plain
+        prefill."""
         if self.replay_end == 0 or self.replay_start <= 0:
             return 0
         return self.replay_start + (window - 1) * layer
@@ -35,9 +37,9 @@ class Row:
 class Batch:
     """Prefill chunks, decode tokens and replays of any number of requests, at most one row for each slab.
 
-    `token_ids`, `positions` int64 [T], row after row; `page_table` int32 [slabs, blocks] (page of each block of
-    block_tokens tokens; entries that no row needs may hold anything); `logit_index` int64 [S], ascending: tokens whose
-    logits are wanted.
+    `token_ids`, `positions` int64 [T], row after row; `page_table` int32 [slabs, blocks] (page of each block
+    of block_tokens tokens; entries that no row needs may hold anything); `logit_index` int64 [S], ascending:
+    tokens whose logits are wanted.
     """
 
     token_ids: Tensor

@@ -1,4 +1,5 @@
-"""Compressors: hidden states of a block of tokens become one stored row. Also the indexer's keys, which are made so too."""
+"""Compressors: hidden states of a block of tokens become one stored row. Also the indexer's keys, which are
+made so too."""
 
 from __future__ import annotations
 
@@ -18,21 +19,33 @@ Pool = tuple[Tensor, Tensor]
 class Compressor:
     """One compressor of one layer.
 
-    HCA pools the tokens of its block. CSA overlaps: a token has two halves, `hi` for the entry of its own block and `lo`
-    for the next one; entry e pools lo of block e - 1, as one slot pooled before, and then hi of block e, token by token.
+    HCA pools the tokens of its block. CSA overlaps: a token has two halves, `hi` for the entry of its own
+    block and `lo` for the next one; entry e pools lo of block e - 1, as one slot pooled before, and then hi
+    of block e, token by token.
 
-    `state` float32 [slabs, rows, 2, D] holds pools as (value, lse): row 0 the entry being filled, row 1 (CSA) the lo halves
-    of the block so far. Everything here is float32; ape is added to scores by place in the block.
+    `state` float32 [slabs, rows, 2, D] holds pools as (value, lse): row 0 the entry being filled, row 1 (CSA)
+    the lo halves of the block so far. Everything here is float32; ape is added to scores by place in the
+    block.
     """
 
-    def __init__(self, weights: Scope, ratio: int, eps: float, ops: Ops, state: Tensor, history: Rows, dtype: torch.dtype):
+    def __init__(
+        self,
+        weights: Scope,
+        ratio: int,
+        eps: float,
+        ops: Ops,
+        state: Tensor,
+        history: Rows,
+        dtype: torch.dtype,
+    ) -> None:
         self.ops, self.ratio, self.eps, self.dtype = ops, ratio, eps, dtype
         self.project = torch.cat((weights.float("wkv.weight"), weights.float("wgate.weight")))
         self.ape, self.norm = weights.float("ape"), weights.float("norm.weight")
         self.state, self.history = state, history
 
     def __call__(self, x: Tensor, step: Step, rope: tuple[Tensor, Tensor]) -> None:
-        """Takes in the step's tokens (x float32 [T, d]), writes the entries that they complete, carries the rest over.
+        """Takes in the step's tokens (x float32 [T, d]), writes the entries that they complete, carries the
+        rest over.
 
         `rope` is (cos, sin) at the positions of the emitted blocks."""
         blocks = step.blocks[self.ratio]

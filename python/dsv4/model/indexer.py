@@ -15,10 +15,18 @@ from dsv4.ops.registry import Ops
 
 
 class Indexer:
-    """Scores every visible entry of a second, smaller compressor with a few heads and keeps the best `index_topk`."""
+    """Scores every visible entry of a second, smaller compressor with a few heads and keeps the best
+    `index_topk`."""
 
     def __init__(
-        self, weights: Scope, config: ModelConfig, layer: int, cache: PagedCache, codec: RowFormat, ops: Ops, dtype: torch.dtype
+        self,
+        weights: Scope,
+        config: ModelConfig,
+        layer: int,
+        cache: PagedCache,
+        codec: RowFormat,
+        ops: Ops,
+        dtype: torch.dtype,
     ) -> None:
         self.ops, self.codec = ops, codec
         self.heads, self.dim, self.topk = config.index_heads, config.index_head_dim, config.index_topk
@@ -39,8 +47,8 @@ class Indexer:
         rope: tuple[Tensor, Tensor],
         block_rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Selected entries int64 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank query. Writes
-        this step's keys first."""
+        """Selected entries int64 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank
+        query. Writes this step's keys first."""
         self.compressor(x32, step, block_rope)
         q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = self.codec.transform(self.ops.rope(q, *rope).float())  # into the space that keys are stored in

@@ -10,7 +10,8 @@ from dsv4.ops.registry import Ops
 
 
 class MoE:
-    """Routed experts plus one shared expert. The first layers route by a table of token ids, the others by scores."""
+    """Routed experts plus one shared expert. The first layers route by a table of token ids, the others by
+    scores."""
 
     def __init__(self, weights: Scope, config: ModelConfig, layer: int, ops: Ops) -> None:
         self.ops, self.limit = ops, config.swiglu_limit

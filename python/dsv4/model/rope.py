@@ -13,8 +13,8 @@ _GROW = 4096
 
 
 def frequencies(dim: int, theta: float, yarn: object | None) -> Tensor:
-    """float32 [dim / 2] radians per position. YaRN changes frequencies only: no factor on cos and sin, none on the
-    softmax scale, and it applies at every position, not only beyond the original context."""
+    """float32 [dim / 2] radians per position. YaRN changes frequencies only: no factor on cos and sin, none
+    on the softmax scale, and it applies at every position, not only beyond the original context."""
     f = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if yarn is None:
         return f
@@ -28,8 +28,8 @@ def frequencies(dim: int, theta: float, yarn: object | None) -> Tensor:
 
 
 class RopeTable:
-    """cos and sin by position, float32; angles are float32 products as in the release. Grows in fixed pieces, so an
-    entry has the same bits whenever it was made."""
+    """cos and sin by position, float32; angles are float32 products as in the release. Grows in fixed pieces,
+    so an entry has the same bits whenever it was made."""
 
     def __init__(self, freq: Tensor, device: torch.device | str) -> None:
         self._freq = freq
@@ -46,7 +46,10 @@ class RopeTable:
         """(cos, sin), float32 [N, rope_dim / 2] each, for int64 [N] positions."""
         need = int(positions.max()) + 1 if len(positions) else 0
         while len(self._cos) < need:
-            angle = torch.arange(len(self._cos), len(self._cos) + _GROW, dtype=torch.float32)[:, None] * self._freq
+            angle = (
+                torch.arange(len(self._cos), len(self._cos) + _GROW, dtype=torch.float32)[:, None]
+                * self._freq
+            )
             self._cos = torch.cat((self._cos, angle.cos().to(self._cos.device)))
             self._sin = torch.cat((self._sin, angle.sin().to(self._sin.device)))
         return self._cos[positions], self._sin[positions]

@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 class Scope:
-    """`Scope(weights, "layers.3.attn.")["wq_a.weight"]`. A missing tensor is a KeyError with its full name."""
+    """`Scope(weights, "layers.3.attn.")["wq_a.weight"]`. A missing tensor is a KeyError with its full
+    name."""
 
     def __init__(self, weights: Mapping[str, Tensor], prefix: str = "") -> None:
         self._weights, self._prefix = weights, prefix

@@ -1,6 +1,8 @@
-"""Index tables of one step. They depend on rows, positions and pages alone, so they are built once for all layers.
+"""Index tables of one step. They depend on rows, positions and pages alone, so they are built once for all
+layers.
 
-Only a step with replaying rows needs other tables per layer: the deeper the layer, the fewer tokens take part.
+Only a step with replaying rows needs other tables per layer: the deeper the layer, the fewer tokens take
+part.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ class Geometry:
 class WindowTable:
     """Where window rows come from and go to.
 
-    The rows that a layer's attention reads are, in this order: `past` (int64 [R * W] ring row ids, positions start - W ..
-    start - 1 of each batch row), the step's own T rows, one row of zeros. `keys` indexes these. Afterwards token `kept`
-    int64 [M] is written to ring row `target` int64 [M].
+    The rows that a layer's attention reads are, in this order: `past` (int64 [R * W] ring row ids, positions
+    start - W .. start - 1 of each batch row), the step's own T rows, one row of zeros. `keys` indexes these.
+    Afterwards token `kept` int64 [M] is written to ring row `target` int64 [M].
     """
 
     past: Tensor
@@ -45,7 +47,8 @@ class WindowTable:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The tables of one layer's tokens. `token` int64 [T]: index in the batch of each token that takes part."""
+    """The tables of one layer's tokens. `token` int64 [T]: index in the batch of each token that takes
+    part."""
 
     rows: tuple[Row, ...]
     token: Tensor
@@ -71,7 +74,9 @@ def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
         if length <= 0:
             continue
         tokens.append(torch.arange(row.offset + skipped, row.offset + row.length))
-        rows.append(Row(row.slab, row.start + skipped, length, offset, row.reset, row.replay_end, row.replay_start))
+        rows.append(
+            Row(row.slab, row.start + skipped, length, offset, row.reset, row.replay_end, row.replay_start)
+        )
         floors.append(floor)
         offset += length
     if not rows:
@@ -108,7 +113,9 @@ class _RowTensors:
 
     @classmethod
     def of(cls, rows: list[Row], floors: list[int], device: torch.device) -> _RowTensors:
-        columns = [(x.slab, x.start, x.length, x.offset, f, x.replay_end) for x, f in zip(rows, floors, strict=True)]
+        columns = [
+            (x.slab, x.start, x.length, x.offset, f, x.replay_end) for x, f in zip(rows, floors, strict=True)
+        ]
         slab, start, length, offset, floor, replay_end = torch.tensor(columns, device=device).unbind(1)
         return cls(slab, start, length, offset, floor, replay_end, _spread(length))
 
@@ -152,9 +159,16 @@ def _window(
     own = (key >= start) & (key < r.end[row, None])
     past = (key >= low.clamp(min=0)) & (key < start) & (key >= start - w)
     at = places[:, :, None]
-    visible = (own | past)[:, None] & (key[:, None] <= at) & (key[:, None] > at - w) & (tiles.tokens != total)[..., None]
+    visible = (
+        (own | past)[:, None]
+        & (key[:, None] <= at)
+        & (key[:, None] > at - w)
+        & (tiles.tokens != total)[..., None]
+    )
     zeros = len(r.slab) * w + total
-    index = torch.where(own, len(r.slab) * w + r.offset[row, None] - start, row[:, None] * w - (start - w)) + key
+    index = (
+        torch.where(own, len(r.slab) * w + r.offset[row, None] - start, row[:, None] * w - (start - w)) + key
+    )
     index = torch.where(visible.any(1), index, zeros)  # the ring may hold no row yet where nobody looks
     behind = r.start[:, None] - w + torch.arange(w, device=device)
     kept = torch.nonzero(positions >= r.end[r.of_token] - ring).flatten()  # the ring holds no more of a row

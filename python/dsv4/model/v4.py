@@ -27,7 +27,9 @@ class HyperConnection:
 
     def __init__(self, weights: Scope, name: str, config: ModelConfig, ops: Ops) -> None:
         self.ops = ops
-        self.fn, self.scale, self.base = (weights.float(f"hc_{name}_{part}") for part in ("fn", "scale", "base"))
+        self.fn, self.scale, self.base = (
+            weights.float(f"hc_{name}_{part}") for part in ("fn", "scale", "base")
+        )
         self.norm_eps, self.eps, self.iters = config.rms_eps, config.hc_eps, config.hc_sinkhorn_iters
 
     def pre(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +45,14 @@ class Layer:
     """Attention and mixture of experts, each between its hyper-connection and after its norm."""
 
     def __init__(
-        self, weights: Scope, config: ModelConfig, index: int, cache: PagedCache, codecs: Codecs, ops: Ops, dtype: torch.dtype
+        self,
+        weights: Scope,
+        config: ModelConfig,
+        index: int,
+        cache: PagedCache,
+        codecs: Codecs,
+        ops: Ops,
+        dtype: torch.dtype,
     ) -> None:
         self.ops, self.eps, self.ratio = ops, config.rms_eps, config.compress_ratios[index]
         self.attn_hc = HyperConnection(weights, "attn", config, ops)
@@ -63,13 +72,20 @@ class Layer:
 
 
 class V4Model:
-    """Any model with Flash's or Pro's structure. Weights are in the released naming; activations have the dtype of the
-    embedding; norms, compressors, gate, hyper-connections, softmax and head compute in float32."""
+    """Any model with Flash's or Pro's structure. Weights are in the released naming; activations have the
+    dtype of the embedding; norms, compressors, gate, hyper-connections, softmax and head compute in
+    float32."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], cache: PagedCache, ops: Ops) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], cache: PagedCache, ops: Ops
+    ) -> None:
         self.config, self.cache, self.ops = config, cache, ops
         top = Scope(weights)
-        self.embed, self.head, self.norm = top["embed.weight"], top.float("head.weight"), top.float("norm.weight")
+        self.embed, self.head, self.norm = (
+            top["embed.weight"],
+            top.float("head.weight"),
+            top.float("norm.weight"),
+        )
         self.hc_head = tuple(top.float(f"hc_head_{part}") for part in ("fn", "scale", "base"))
         formats = {c.name: c.format for c in cache.layout.components}
         codecs = Codecs(
@@ -80,7 +96,9 @@ class V4Model:
             Layer(top.within(f"layers.{i}"), config, i, cache, codecs, ops, self.embed.dtype)
             for i in range(config.num_layers)
         ]
-        self.ropes = {m: RopeTable.for_ratio(config, m, cache.device) for m in sorted(set(config.compress_ratios))}
+        self.ropes = {
+            m: RopeTable.for_ratio(config, m, cache.device) for m in sorted(set(config.compress_ratios))
+        }
         self.geometry = Geometry(
             window=config.window,
             ring=next(c.rows for c in cache.layout.components if c.kind == "window"),
@@ -93,10 +111,12 @@ class V4Model:
     def forward(self, batch: Batch) -> Tensor:
         """float32 logits [S, V] of the tokens in `batch.logit_index`.
 
-        Writes window rows, compressor pools and the entries that become complete; reads history through the page table.
-        Rows of one batch do not see each other. A row's state must be that of its start (or `reset`).
+        Writes window rows, compressor pools and the entries that become complete; reads history through the
+        page table. Rows of one batch do not see each other. A row's state must be that of its start (or
+        `reset`).
         """
-        self.cache.reset([row.slab for row in batch.rows if row.reset])
+        if fresh := [row.slab for row in batch.rows if row.reset]:
+            self.cache.reset(fresh)
         step = build_step(batch, self.geometry)
         streams = self.embed[batch.token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         replays = any(row.replay_end for row in batch.rows)

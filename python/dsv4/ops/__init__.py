@@ -1,4 +1,5 @@
-"""What the model calls. `spec` says what an op means, `reference` is the oracle, `registry` chooses a backend at start-up.
+"""What the model calls. `spec` says what an op means, `reference` is the oracle, `registry` chooses a backend
+at start-up.
 
 | file | responsibility |
 | --- | --- |

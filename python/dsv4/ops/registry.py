@@ -1,11 +1,11 @@
-"""Chooses a backend for every op at start-up. A factory is called only when its op is chosen, so that naming a backend
-costs no import."""
+"""Chooses a backend for every op at start-up. A factory is called only when its op is chosen, so that naming
+a backend costs no import."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ _REFERENCE_MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One op of one backend. `usable(device)` says whether it runs there; `priority` decides among the usable ones."""
+    """One op of one backend. `usable(device)` says whether it runs there; `priority` decides among the usable
+    ones."""
 
     load: Callable[[], Op]
     usable: Callable[[str], bool]
@@ -51,7 +52,9 @@ class Registry:
     ) -> None:
         """Adds a backend of an op. Raises ConfigError when the op is unknown or has this backend already."""
         if op not in self._entries:
-            raise ConfigError(f"op {op!r} is unknown{_nearest(op, self._entries)}; known: {', '.join(self._entries)}")
+            raise ConfigError(
+                f"op {op!r} is unknown{_nearest(op, self._entries)}; known: {', '.join(self._entries)}"
+            )
         if backend in self._entries[op]:
             raise ConfigError(f"op {op!r} has a backend {backend!r} already; register it once")
         self._entries[op][backend] = Entry(load, usable, priority)
@@ -66,8 +69,8 @@ class Registry:
         return self._entries[op][backend].load()
 
     def pick(self, op: str, backend: str, device: str) -> str:
-        """The backend that runs this op: the named one where it exists and runs here, else the best of the others;
-        `auto` is the usable one with the highest priority."""
+        """The backend that runs this op: the named one where it exists and runs here, else the best of the
+        others; `auto` is the usable one with the highest priority."""
         usable = {name: e for name, e in self._entries[op].items() if e.usable(device)}
         if backend in usable:
             return backend
@@ -89,7 +92,8 @@ class Ops:
 
     @classmethod
     def choose(cls, backend: str = "auto", device: str = "cpu", registry: Registry | None = None) -> Ops:
-        """Picks a backend per op for a device ("cpu", "cuda"). Raises ConfigError for an unknown backend name."""
+        """Picks a backend per op for a device ("cpu", "cuda"). Raises ConfigError for an unknown backend
+        name."""
         registry = registry or REGISTRY
         known = ("auto", *registry.backends())
         if backend not in known:
@@ -106,7 +110,7 @@ class Ops:
         return [f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items()]
 
 
-def _nearest(name: str, known: Any) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

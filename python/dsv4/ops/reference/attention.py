@@ -22,9 +22,10 @@ def sparse_attention(
     entries: EntryTable | None = None,
     selected: Tensor | None = None,
 ) -> Tensor:
-    """q [T, h, D] over window_rows float32 [N, D] and, where `history` is given, over the entries that `selected`
-    int64 [T, k] names (-1: none), or over all visible ones when it is None. float32 [T, h, D]; keys are the values."""
-    tokens, heads, dim = q.shape
+    """q [T, h, D] over window_rows float32 [N, D] and, where `history` is given, over the entries that
+    `selected` int64 [T, k] names (-1: none), or over all visible ones when it is None. float32 [T, h, D];
+    keys are the values."""
+    _, heads, dim = q.shape
     group = tiles.tokens.shape[1]
     q_tiles = padded_tiles(q.float(), tiles)
     out = q_tiles.new_empty((len(tiles.row) * group, heads, dim))
@@ -46,8 +47,8 @@ def sparse_attention(
 
 @dataclass(slots=True)
 class _Softmax:
-    """Online softmax of q [n, M, D]. It starts with the sink as a key of value 0; adding keys that are all invisible
-    changes nothing, exactly."""
+    """Online softmax of q [n, M, D]. It starts with the sink as a key of value 0; adding keys that are all
+    invisible changes nothing, exactly."""
 
     q: Tensor
     scale: float
@@ -82,7 +83,8 @@ class _Softmax:
 def _add_visible(
     state: _Softmax, history: RowSource, ids: Tensor, row: Tensor, visible: Tensor, heads: int
 ) -> None:
-    """All entries below visible int64 [n, g], block by block from entry 0; a batch row's block is read once for its tiles."""
+    """All entries below visible int64 [n, g], block by block from entry 0; a batch row's block is read once
+    for its tiles."""
     lowest, most = int(row[0]), int(visible.max())
     for at in range(0, most, KEY_BLOCK):
         column = torch.arange(at, at + KEY_BLOCK, device=ids.device)
@@ -94,7 +96,8 @@ def _add_visible(
 def _add_selected(
     state: _Softmax, history: RowSource, entries: EntryTable, selected: Tensor, of_token: Tensor
 ) -> None:
-    """The selected entries of each token, in blocks from the lowest. of_token int64 [n]: token of each query, T for none."""
+    """The selected entries of each token, in blocks from the lowest. of_token int64 [n]: token of each query,
+    T for none."""
     width = selected.shape[1]
     padded = selected.new_full((selected.shape[0] + 1, width + -width % KEY_BLOCK), -1)
     padded[:-1, :width] = selected
@@ -108,7 +111,8 @@ def _add_selected(
 
 
 def _add_block(state: _Softmax, keys: Tensor, held: Tensor, visible: Tensor) -> None:
-    """Adds keys [n, K, D]; those that no query sees (held bool [n, K]) may be unwritten memory and are blanked first."""
+    """Adds keys [n, K, D]; those that no query sees (held bool [n, K]) may be unwritten memory and are
+    blanked first."""
     if not held.all():
         keys = keys.masked_fill(~held[..., None], 0)
     state.add(keys, visible)

@@ -9,7 +9,8 @@ from torch import Tensor
 from dsv4.ops.tables import TileTable
 
 KEY_BLOCK = 64
-"""Compressed entries are attended to in blocks of this many, counted from entry 0 (or from the lowest selected one)."""
+"""Compressed entries are attended to in blocks of this many, counted from entry 0 (or from the lowest
+selected one)."""
 
 INDEX_BLOCK = 256
 """Index keys are scored in blocks of this many, counted from entry 0."""

@@ -1,4 +1,5 @@
-"""Compressors: softmax pooling of a block's tokens, kept as (value, lse) per channel so that it can stop anywhere."""
+"""Compressors: softmax pooling of a block's tokens, kept as (value, lse) per channel so that it can stop
+anywhere."""
 
 from __future__ import annotations
 
@@ -12,10 +13,11 @@ from dsv4.ops.reference.norm import rmsnorm, rope
 def pool_fold(
     value: Tensor, lse: Tensor, kv: Tensor, score: Tensor, first: Tensor, count: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Folds tokens first[b] .. first[b] + count[b] - 1 into pool b, one after the other; all float32, count >= 1.
+    """Folds tokens first[b] .. first[b] + count[b] - 1 into pool b, one after the other; all float32, count
+    >= 1.
 
-    A pool stands for a set of slots: lse = logsumexp(scores), value = softmax(scores) . kv. An empty one is (0, -inf).
-    Always a left fold in the order of positions: the same bits however the tokens came in chunks.
+    A pool stands for a set of slots: lse = logsumexp(scores), value = softmax(scores) . kv. An empty one is
+    (0, -inf). Always a left fold in the order of positions: the same bits however the tokens came in chunks.
     """
     value, lse = value.clone(), lse.clone()
     fewest, most = int(count.min()), int(count.max())
@@ -30,7 +32,8 @@ def pool_fold(
 
 
 def compress_finish(pooled: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """Pooled values [B, D] in the model's dtype as rows to store, float32: norm, then rope at the block's first position."""
+    """Pooled values [B, D] in the model's dtype as rows to store, float32: norm, then rope at the block's
+    first position."""
     return rope(rmsnorm(pooled, weight, eps), cos, sin).float()
 
 

@@ -12,8 +12,8 @@ from dsv4.ops.reference.linear import linear
 def hc_pre(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float, iters: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the streams [T, n, d]: the sub-layer's input [T, d] (dtype of the streams), `post` float32 [T, n] and the
-    doubly stochastic `comb` float32 [T, n, n]."""
+    """From the streams [T, n, d]: the sub-layer's input [T, d] (dtype of the streams), `post` float32 [T, n]
+    and the doubly stochastic `comb` float32 [T, n, n]."""
     n = streams.shape[1]
     mix = _mix(streams, fn, norm_eps)
     pre = sigmoid(mix[:, :n] * scale[0] + base[:n]) + hc_eps
@@ -30,7 +30,9 @@ def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return out.to(streams.dtype)
 
 
-def hc_head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float) -> Tensor:
+def hc_head(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float
+) -> Tensor:
     """The streams [T, n, d] as one [T, d] before the final norm."""
     return _collapse(sigmoid(_mix(streams, fn, norm_eps) * scale + base) + hc_eps, streams)
 

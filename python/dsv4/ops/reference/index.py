@@ -13,7 +13,8 @@ def index_select(
     q: Tensor, weights: Tensor, keys: RowSource, tiles: TileTable, entries: EntryTable, topk: int
 ) -> Tensor:
     """For each token the `topk` visible entries with the largest sum_h weights_h * relu(q_h . key), as int64
-    [T, min(topk, most visible)]: ascending, -1 after the last. Where no more than topk are visible, these are all."""
+    [T, min(topk, most visible)]: ascending, -1 after the last. Where no more than topk are visible, these are
+    all."""
     tokens, width = q.shape[0], min(topk, entries.most)
     if entries.most <= topk:
         every = torch.arange(width, device=q.device).expand(tokens, width)
@@ -31,9 +32,9 @@ def index_select(
 
 
 def lowest_index_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
-    """Indices of the k largest of scores[t, : visible[t]], ascending, -1 after the last; of equal scores the ones with the
-    lowest index. NaN counts as -inf, so that damage in one row stays in that row. float32 [T, K], int64 [T] -> int64
-    [T, k]."""
+    """Indices of the k largest of scores[t, : visible[t]], ascending, -1 after the last; of equal scores the
+    ones with the lowest index. NaN counts as -inf, so that damage in one row stays in that row. float32 [T,
+    K], int64 [T] -> int64 [T, k]."""
     tokens, columns = scores.shape
     column = torch.arange(columns, device=scores.device)
     seen = column < visible[:, None]
@@ -43,13 +44,16 @@ def lowest_index_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     above, equal = scores > least, (scores == least) & seen
     room = take - above.sum(-1, keepdim=True)
     chosen = above | (equal & (equal.cumsum(-1) <= room))
-    place = torch.where(chosen, chosen.cumsum(-1) - 1, k)  # column k takes what was not chosen, and is cut off
+    place = torch.where(
+        chosen, chosen.cumsum(-1) - 1, k
+    )  # column k takes what was not chosen, and is cut off
     out = torch.full((tokens, k + 1), -1, dtype=torch.int64, device=scores.device)
     return out.scatter_(1, place, column.expand(tokens, columns))[:, :k].contiguous()
 
 
 def _scores(q: Tensor, weights: Tensor, keys: RowSource, ids: Tensor, row: Tensor, most: int) -> Tensor:
-    """float32 [n, g, K] for tiles q [n, g, H, I] and weights [n, g, H]; K is `most` rounded up to an index block."""
+    """float32 [n, g, K] for tiles q [n, g, H, I] and weights [n, g, H]; K is `most` rounded up to an index
+    block."""
     n, group, heads, _ = q.shape
     left, columns = q.flatten(1, 2), most + -most % INDEX_BLOCK
     out = q.new_empty((n, group, columns))

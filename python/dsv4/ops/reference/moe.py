@@ -15,8 +15,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Experts int64 [T, k] and their weights float32 [T, k] for x float32 [T, d].
 
-    Scores are sqrt(softplus(gate . x)). The choice is `chosen` [T, k] (hash layers) or the top k of score + bias; the bias
-    has no part in the weights, which are normalised and multiplied by `scale`.
+    Scores are sqrt(softplus(gate . x)). The choice is `chosen` [T, k] (hash layers) or the top k of score +
+    bias; the bias has no part in the weights, which are normalised and multiplied by `scale`.
     """
     scores = torch.sqrt(softplus(linear(x, gate)))
     if chosen is None:
@@ -29,7 +29,8 @@ def route(
 def experts(
     x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
 ) -> Tensor:
-    """float32 [T, d]: the sum over a token's experts of w2 (weight * silu(min(w1 x, limit)) * clamp(w3 x, limit)).
+    """float32 [T, d]: the sum over a token's experts of w2 (weight * silu(min(w1 x, limit)) * clamp(w3 x,
+    limit)).
 
     The terms are added in the order of the columns of `experts`, whichever expert was computed first.
     """

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Normalises the last dimension in float32, multiplies by a float32 weight (None: by nothing), casts once at the end."""
+    """Normalises the last dimension in float32, multiplies by a float32 weight (None: by nothing), casts once
+    at the end."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y if weight is None else y * weight).to(x.dtype)

@@ -1,0 +1,107 @@
+"""Every registered backend against the reference over the cases of each op, and the reference against itself
+in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from dsv4.errors import ConfigError
+from dsv4.ops.registry import REGISTRY, Op, Ops, Registry
+from dsv4.ops.spec import SPECS
+from torch import Tensor
+
+from tests.ops.cases import CASES, case
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OTHERS = [
+    (op, b)
+    for op in SPECS
+    for b in REGISTRY.backends(op)
+    if b != "reference" and REGISTRY.pick(op, b, DEVICE) == b
+]
+ROWWISE = [op for op in SPECS if op not in ("pool_fold", "index_select", "sparse_attention")]
+
+
+def _tensors(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def test_every_op_has_cases() -> None:
+    assert set(CASES) == set(SPECS)
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_spec_names_the_arguments_and_results(op: str) -> None:
+    args = case(op, 6)
+    assert list(args) == [a.name for a in SPECS[op].args]
+    results = _tensors(getattr(Ops.choose("reference"), op)(**args))
+    assert len(results) == len(SPECS[op].result)
+    for tensor, result in zip(results, SPECS[op].result, strict=True):
+        assert tensor.dim() == len(result.shape.split(","))
+        assert str(tensor.dtype) == "torch." + result.dtype.replace("model", "float32")
+
+
+@pytest.mark.parametrize(("op", "backend"), OTHERS)
+def test_backend_equals_reference(op: str, backend: str) -> None:
+    reference, other = Ops.choose("reference"), REGISTRY.load(op, backend)
+    for tokens in (1, 7, 64):
+        args = case(op, tokens)
+        moved = {k: v.to(DEVICE) if isinstance(v, Tensor) else v for k, v in args.items()}
+        for a, b in zip(_tensors(getattr(reference, op)(**args)), _tensors(other(**moved)), strict=True):
+            assert (a - b.cpu()).abs().max() <= SPECS[op].tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ROWWISE)
+def test_reference_gives_the_same_bits_for_any_part_of_a_batch(op: str, dtype: torch.dtype) -> None:
+    """Tokens 5 .. 5 + n alone, and in a batch of 301."""
+    run, spec = getattr(Ops.choose("reference"), op), SPECS[op]
+    args = case(op, 301)
+    model = {a.name for a in spec.args if a.dtype == "model"}
+    rows = {
+        a.name
+        for a in spec.args
+        if a.shape[:1] in ("T", "S") or (op == "compress_finish" and a.shape[:2] == "B,")
+    }
+    rows |= {"x"} & set(args)
+    args = {k: v.to(dtype) if k in model and v is not None else v for k, v in args.items()}
+    whole = _tensors(run(**args))
+    for n in (1, 2, 15, 16, 17, 100):
+        part = {k: v[5 : 5 + n].clone() if k in rows and v is not None else v for k, v in args.items()}
+        for a, b in zip(whole, _tensors(run(**part)), strict=True):
+            assert torch.equal(a[5 : 5 + n], b)
+
+
+def test_unknown_backend_names_the_known_ones() -> None:
+    with pytest.raises(
+        ConfigError, match=r"backend is 'referense' \(did you mean 'reference'\?\); known: auto, reference"
+    ):
+        Ops.choose("referense")
+
+
+def test_unknown_op_names_the_known_ones() -> None:
+    with pytest.raises(AttributeError, match=r"'rmsnrm' is unknown \(did you mean 'rmsnorm'\?\)"):
+        _ = Ops.choose("reference").rmsnrm
+    with pytest.raises(ConfigError, match="op 'nope' is unknown"):
+        Registry().register("nope", "x", lambda: print)
+
+
+def test_choice_falls_back_to_the_reference_and_says_so() -> None:
+    registry = Registry()
+    loaded: list[str] = []
+
+    def factory(name: str) -> Callable[[], Op]:
+        return lambda: loaded.append(name) or (lambda *a: name)
+
+    for op in SPECS:
+        registry.register(op, "reference", factory("reference"))
+    registry.register("linear", "fast", factory("fast"), usable=lambda device: device == "cuda", priority=5)
+    assert loaded == []
+    on_gpu, on_cpu = Ops.choose("auto", "cuda", registry), Ops.choose("fast", "cpu", registry)
+    assert on_gpu.linear() == "fast" and on_cpu.linear() == "reference"
+    assert on_cpu.describe() == [f"reference (all {len(SPECS)} ops)"]
+    assert sorted(on_gpu.describe())[0] == "fast (linear)"
+    with pytest.raises(ConfigError, match="already"):
+        registry.register("linear", "fast", factory("fast"))
