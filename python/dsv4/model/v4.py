@@ -117,19 +117,18 @@ class V4Model:
         """
         if fresh := [row.slab for row in batch.rows if row.reset]:
             self.cache.reset(fresh)
-        step = build_step(batch, self.geometry)
+        alive = torch.arange(len(batch.token_ids), device=self.embed.device)
         streams = self.embed[batch.token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
         replays = any(row.replay_end for row in batch.rows)
-        ropes = self._ropes(step)
         for i, layer in enumerate(self.layers):
-            if replays and i:
-                previous, step = step, build_step(batch, self.geometry, i)
-                if step is None:  # this part of a replay ends where the deeper layers begin
+            if i == 0 or replays:  # the deeper the layer, the fewer tokens of a replay take part
+                step = build_step(batch, self.geometry, i)
+                if step is None:
                     return self.embed.new_empty((0, len(self.head)), dtype=torch.float32)
-                streams = streams[torch.searchsorted(previous.token, step.token)]
+                streams, alive = streams[torch.searchsorted(alive, step.token)], step.token
                 ropes = self._ropes(step)
             streams = layer(streams, step, *ropes[layer.ratio])
-        return self._logits(streams[torch.searchsorted(step.token, batch.logit_index)])
+        return self._logits(streams[torch.searchsorted(alive, batch.logit_index)])
 
     def _ropes(self, step: Step) -> dict[int, tuple[Rope, Rope | None]]:
         """By ratio: rotations at the tokens' positions and at those of the blocks that become complete."""

@@ -29,18 +29,16 @@ def sparse_attention(
     group = tiles.tokens.shape[1]
     q_tiles = padded_tiles(q.float(), tiles)
     out = q_tiles.new_empty((len(tiles.row) * group, heads, dim))
-    most = 0 if entries is None or selected is not None else entries.most
-    visible = padded_tiles(entries.visible[:, None], tiles)[..., 0] if most else None
-    per_tile = dim * max(window.index.shape[1], group * KEY_BLOCK)
-    for lo, hi in tile_chunks(len(tiles.row), per_tile):
+    for lo, hi in tile_chunks(len(tiles.row), dim * max(window.index.shape[1], group * KEY_BLOCK)):
         state = _Softmax.start(q_tiles[lo:hi].flatten(1, 2), sink.repeat(group), scale)
         state.add(window_rows[window.index[lo:hi]], _each_head(window.visible[lo:hi], heads))
-        if visible is not None:
-            _add_visible(state, history, entries.ids, tiles.row[lo:hi], visible[lo:hi], heads)
-        elif selected is not None and selected.shape[1]:
-            state = state.regroup(heads)
-            of_token = tiles.tokens[lo:hi].flatten()
-            _add_selected(state, history, entries, selected, of_token)
+        if history is not None and entries is not None and entries.most:
+            tokens, row = tiles.tokens[lo:hi], tiles.row[lo:hi]
+            if selected is None:
+                _add_visible(state, history, entries, tokens, row, heads)
+            else:
+                state = state.regroup(heads)
+                _add_selected(state, history, entries, tokens.flatten(), selected)
         out[lo * group : hi * group] = state.result().view(-1, heads, dim)
     return out[tiles.slot]
 
@@ -81,33 +79,32 @@ class _Softmax:
 
 
 def _add_visible(
-    state: _Softmax, history: RowSource, ids: Tensor, row: Tensor, visible: Tensor, heads: int
+    state: _Softmax, history: RowSource, entries: EntryTable, tokens: Tensor, row: Tensor, heads: int
 ) -> None:
-    """All entries below visible int64 [n, g], block by block from entry 0; a batch row's block is read once
-    for its tiles."""
-    lowest, most = int(row[0]), int(visible.max())
-    for at in range(0, most, KEY_BLOCK):
-        column = torch.arange(at, at + KEY_BLOCK, device=ids.device)
-        keys = history.read(ids[lowest : int(row[-1]) + 1, at : at + KEY_BLOCK])[row - lowest]
+    """All visible entries of tiles with tokens int64 [n, g], block by block from entry 0. A batch row's block
+    is read once for all its tiles."""
+    visible = torch.nn.functional.pad(entries.visible, (0, 1))[tokens]  # an empty place sees none
+    lowest, highest = int(row[0]), int(row[-1])
+    for at in range(0, int(visible.max()), KEY_BLOCK):
+        column = torch.arange(at, at + KEY_BLOCK, device=row.device)
+        keys = history.read(entries.ids[lowest : highest + 1, at : at + KEY_BLOCK])[row - lowest]
         seen = column < visible[..., None]
         _add_block(state, keys, seen.any(1), _each_head(seen, heads))
 
 
 def _add_selected(
-    state: _Softmax, history: RowSource, entries: EntryTable, selected: Tensor, of_token: Tensor
+    state: _Softmax, history: RowSource, entries: EntryTable, tokens: Tensor, selected: Tensor
 ) -> None:
-    """The selected entries of each token, in blocks from the lowest. of_token int64 [n]: token of each query,
-    T for none."""
-    width = selected.shape[1]
-    padded = selected.new_full((selected.shape[0] + 1, width + -width % KEY_BLOCK), -1)
+    """The selected entries of tokens int64 [n], in blocks from the lowest."""
+    total, width = selected.shape
+    padded = selected.new_full((total + 1, width + -width % KEY_BLOCK), -1)  # the last row: of empty places
     padded[:-1, :width] = selected
-    chosen = padded[of_token]
-    row = entries.row[of_token.clamp(max=selected.shape[0] - 1)]
+    chosen, row = padded[tokens], entries.row[tokens.clamp(max=total - 1)]
     for at in range(0, chosen.shape[1], KEY_BLOCK):
         block = chosen[:, at : at + KEY_BLOCK]
-        seen = block >= 0
+        held = block >= 0
         keys = history.read(entries.ids[row[:, None], block.clamp(min=0)])
-        _add_block(state, keys, seen, seen[:, None])
+        _add_block(state, keys, held, held[:, None])
 
 
 def _add_block(state: _Softmax, keys: Tensor, held: Tensor, visible: Tensor) -> None:

@@ -19,12 +19,11 @@ def index_select(
     if entries.most <= topk:
         every = torch.arange(width, device=q.device).expand(tokens, width)
         return torch.where(every < entries.visible[:, None], every, -1)
-    places = tiles.tokens.numel()
-    q_tiles, w_tiles = padded_tiles(q, tiles), padded_tiles(weights, tiles)
-    visible = padded_tiles(entries.visible[:, None], tiles)[..., 0]
-    out = torch.empty((places, width), dtype=torch.int64, device=q.device)
     group = tiles.tokens.shape[1]
-    for lo, hi in tile_chunks(len(tiles.row), group * (entries.most + INDEX_BLOCK)):
+    q_tiles, w_tiles = padded_tiles(q, tiles), padded_tiles(weights, tiles)
+    visible = torch.nn.functional.pad(entries.visible, (0, 1))[tiles.tokens]  # an empty place sees none
+    out = torch.empty((tiles.tokens.numel(), width), dtype=torch.int64, device=q.device)
+    for lo, hi in tile_chunks(len(tiles.row), max(group * entries.ids.shape[1], INDEX_BLOCK * q.shape[-1])):
         seen = visible[lo:hi]
         scores = _scores(q_tiles[lo:hi], w_tiles[lo:hi], keys, entries.ids, tiles.row[lo:hi], int(seen.max()))
         out[lo * group : hi * group] = lowest_index_topk(scores.flatten(0, 1), seen.flatten(), width)
