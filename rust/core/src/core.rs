@@ -74,8 +74,8 @@ pub struct Core {
     pub(crate) done: Step,
     /// Pages are on their way back, at the latest when this step is over.
     pub(crate) coming: Step,
-    /// The step for which a request had to give way.
-    pub(crate) lost_in: Step,
+    /// A request had to give way in the plan being made.
+    pub(crate) gave_way: bool,
     /// The request that could not be admitted, and the pages that were available then.
     pub(crate) blocked: Option<(Slot, u32)>,
     pub(crate) epochs: u64,
@@ -125,7 +125,7 @@ impl Core {
             last: Step(0),
             done: Step(0),
             coming: Step(0),
-            lost_in: Step(0),
+            gave_way: false,
             blocked: None,
             epochs: 0,
             arrivals: 0,

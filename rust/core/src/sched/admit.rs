@@ -8,14 +8,13 @@ use crate::event::What;
 use crate::explain::{Explain, Reason};
 use crate::ids::Step;
 use crate::request::{Change, Run, Start};
-use crate::sched::flight::Flight;
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
 
 impl Core {
     /// Whether trying to admit makes sense: not in a step for which someone had to give way.
-    pub(super) fn may_admit(&self, draft: &Flight) -> bool {
-        self.slabs.free() > 0 && self.lost_in != draft.step
+    pub(super) fn may_admit(&self) -> bool {
+        self.slabs.free() > 0 && !self.gave_way
     }
 
     /// Gives the first in line a slab, all pages of its known tokens, and the cheapest start. False: not now.

@@ -40,6 +40,7 @@ impl Core {
                 return Ok(false);
             }
             self.lose(last, Loss::Memory)?;
+            self.gave_way = true;
             if last == slot {
                 return Ok(false);
             }
@@ -66,7 +67,6 @@ impl Core {
         request.computed_before = run.computed;
         let id = request.id;
         self.table.stop(slot);
-        self.lost_in = Step(self.last.0 + 1);
         self.let_go(run, true);
         self.counters.preemptions += u64::from(loss == Loss::Memory);
         self.events.push(id, self.last, What::Preempted { loss });

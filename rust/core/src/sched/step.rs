@@ -29,6 +29,7 @@ impl Core {
         let mut writer = PlanWriter::new(out, self.shape, step);
         let mut flight = self.spare_flights.pop().unwrap_or_default();
         flight.step = step;
+        self.gave_way = false;
         let mut draft = Draft { arrays: &mut writer, flight };
         let mut prefilling = std::mem::take(&mut self.prefilling);
         self.plan_decodes(&mut draft, &mut prefilling)?;
@@ -64,6 +65,10 @@ impl Core {
             }
             let run = request.run.as_ref().expect("a running request has a slab");
             if request.outputs() + run.unknown >= request.max_new || draft.arrays.room() == 0 {
+                continue;
+            }
+            // A placeholder means a sample of the step before. After a rollback the device's last step may be another one.
+            if run.unknown > 0 && run.sampled_at.0 != self.last {
                 continue;
             }
             let covered = run.seq.pages().len() as u32 * self.shape_block();
@@ -127,7 +132,7 @@ impl Core {
     /// Pieces of prompts and admissions, merged by rank. When the first in line cannot be admitted nobody behind it is.
     fn plan_prefills(&mut self, draft: &mut Draft<'_, '_, '_>, prefilling: &[Slot]) -> Result<(), CoreError> {
         let mut prefilling = prefilling.iter().copied().peekable();
-        let mut open = self.may_admit(&draft.flight);
+        let mut open = self.may_admit();
         while draft.arrays.room() > 0 {
             let head = if open { self.table.waiting.first_key_value().map(|(&r, &s)| (r, s)) } else { None };
             let next = prefilling.peek().map(|&s| (self.table.get(s).rank, s));

@@ -1,0 +1,405 @@
+//! One seed = one run: random requests, steps and faults in a tiny world, everything checked after every operation.
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+
+use dsv4_core::cache::Eviction;
+use dsv4_core::cost::CostModel;
+use dsv4_core::error::CoreError;
+use dsv4_core::event::What;
+use dsv4_core::ids::{RequestId, Step};
+use dsv4_core::layout::{LayoutSpec, V4Geometry};
+use dsv4_core::plan::StepHeader;
+use dsv4_core::request::{Finish, Submit};
+use dsv4_core::{Core, Options};
+
+use crate::arrays::Arrays;
+use crate::device::{Device, Known};
+use crate::fake::Geometry;
+use crate::oracle::cold_run;
+use crate::rng::{Rng, scramble};
+
+/// How a run differs from what its seed says.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Overrides {
+    /// Steps in flight.
+    pub max_in_flight: Option<u32>,
+    /// A replay this much shorter than exactness needs.
+    pub replay_short_by: u32,
+    /// No faults and no cancellations: what is sampled then does not depend on timing.
+    pub calm: bool,
+}
+
+/// What a run did.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Operations.
+    pub ops: u64,
+    /// Hash of all events in order.
+    pub events: u64,
+    /// Hash of the outputs by request, whatever the order of events.
+    pub outputs: u64,
+    /// Virtual time at the end, by the cost model.
+    pub micros: u64,
+    /// The core's statistics at the end.
+    pub stats: HashMap<String, u64>,
+}
+
+/// A request that is not over.
+#[derive(Debug)]
+struct Live {
+    outputs: Vec<u32>,
+    aborted: bool,
+    stopped: bool,
+}
+
+/// A run in progress.
+pub struct World {
+    rng: Rng,
+    options: Options,
+    block: u32,
+    vocabulary: u32,
+    calm: bool,
+    core: Core,
+    device: Device,
+    geometry: Geometry,
+    arrays: Arrays,
+    flying: VecDeque<(StepHeader, Vec<u32>)>,
+    known: HashMap<u64, Known>,
+    live: HashMap<u64, Live>,
+    /// Conversations that ended: later prompts continue them.
+    past: Vec<(Vec<u8>, Vec<u32>)>,
+    next_id: u64,
+    report: Report,
+}
+
+fn layout(rng: &mut Rng) -> LayoutSpec {
+    let ratios: [&[u32]; 4] = [&[0, 2, 4], &[2, 4, 2], &[4, 0, 2], &[4, 4, 2]];
+    let geometry = V4Geometry {
+        compress_ratios: rng.pick(&ratios).to_vec(),
+        csa_ratio: 2,
+        hca_ratio: 4,
+        head_dim: 2,
+        index_head_dim: 2,
+        window: rng.pick(&[6, 6, 3]),
+        row: (64, "toy".to_owned()),
+        // Index rows are not modelled; their size says how many pages a snapshot takes.
+        index_row: (rng.pick(&[256, 640]), "toy".to_owned()),
+        block_tokens: rng.pick(&[4, 4, 8]),
+        draft_slack: 0,
+    };
+    LayoutSpec::v4(&geometry).expect("the toy layouts are valid")
+}
+
+impl World {
+    /// The world of a seed.
+    pub fn new(seed: u64, overrides: Overrides) -> Self {
+        let mut rng = Rng::new(seed);
+        let layout = layout(&mut rng);
+        let most = rng.pick(&[12, 16, 40]);
+        let pages = rng.range(8, most);
+        let slabs = rng.range(1, 4);
+        let in_flight = rng.range(1, 2);
+        let policies = ["none", "every:4", "every:12", "turns", "forks", "forks"];
+        let options = Options {
+            pages,
+            slabs,
+            max_step_tokens: rng.pick(&[1, 3, 5, 8, 16, 64]),
+            max_len: rng.range(20, 90),
+            max_waiting: rng.range(2, 8) as usize,
+            snapshots: rng.pick(&policies).parse().expect("the policies are valid"),
+            eviction: Eviction::Lru,
+            prefix_cache: rng.chance(95),
+            max_in_flight: overrides.max_in_flight.unwrap_or(in_flight),
+            cost: CostModel {
+                token_us: 10.0,
+                context_us_per_1k: 1.0,
+                replay_factor: rng.pick(&[0.1, 0.6, 3.0]),
+                restore_us: rng.pick(&[0.0, 40.0, 100.0]),
+            },
+            replay_tokens: (overrides.replay_short_by > 0)
+                .then(|| layout.replay_tokens() - overrides.replay_short_by),
+        };
+        let core = Core::new(&layout, options.clone()).expect("the options are valid");
+        let replay_tokens = options.replay_tokens.unwrap_or(layout.replay_tokens());
+        let geometry = Geometry::of(&layout, replay_tokens);
+        let vocabulary = rng.pick(&[2, 2, 3]);
+        World {
+            block: layout.block_tokens,
+            vocabulary,
+            calm: overrides.calm,
+            device: Device::new(geometry.clone(), pages, slabs, vocabulary),
+            geometry,
+            arrays: Arrays::new(&core.shape()),
+            core,
+            options,
+            rng,
+            flying: VecDeque::new(),
+            known: HashMap::new(),
+            live: HashMap::new(),
+            past: Vec::new(),
+            next_id: 1,
+            report: Report::default(),
+        }
+    }
+
+    /// `ops` random operations, then everything runs to its end. The error names what broke and after how many operations.
+    pub fn run(mut self, ops: u64) -> Result<Report, String> {
+        for _ in 0..ops {
+            self.operation()
+                .and_then(|()| self.check())
+                .map_err(|e| format!("operation {}: {e}", self.report.ops))?;
+        }
+        self.drain().map_err(|e| format!("at the end, after {} operations: {e}", self.report.ops))?;
+        self.report.stats = self.core.stats().into_iter().collect();
+        Ok(self.report)
+    }
+
+    fn operation(&mut self) -> Result<(), String> {
+        self.report.ops += 1;
+        match self.rng.below(if self.calm { 90 } else { 100 }) {
+            0..18 => self.submit(),
+            18..60 => self.plan().map(|_| ()),
+            60..90 => self.commit(),
+            90..92 => self.end_one(true),
+            92..94 => self.end_one(false),
+            94..96 => self.roll_back(),
+            96 => self.misuse(),
+            97 => {
+                let n = self.rng.range(1, 3);
+                self.core.evict_snapshots(n);
+                Ok(())
+            }
+            98 => {
+                let n = self.rng.range(1, 6);
+                self.core.evict_history(n);
+                Ok(())
+            }
+            _ => {
+                self.core.clear_prefix();
+                Ok(())
+            }
+        }
+    }
+
+    fn prompt(&mut self) -> (Vec<u8>, Vec<u32>) {
+        let (mut salt, mut tokens) = (self.rng.below(2) as usize, Vec::new());
+        if !self.past.is_empty() && self.rng.chance(70) {
+            let which = self.rng.below(self.past.len() as u32) as usize;
+            let (old_salt, old) = self.past[which].clone();
+            let keep =
+                if self.rng.chance(60) { old.len() as u32 } else { self.rng.range(1, old.len() as u32) };
+            (salt, tokens) = (old_salt.len(), old);
+            tokens.truncate(keep as usize);
+        }
+        let more = if tokens.is_empty() { self.rng.range(1, 40) } else { self.rng.below(8) };
+        tokens.extend((0..more).map(|_| self.rng.below(self.vocabulary)));
+        (vec![1; salt], tokens)
+    }
+
+    fn submit(&mut self) -> Result<(), String> {
+        let (salt, prompt) = self.prompt();
+        let most = self.rng.pick(&[1, 14, 40]);
+        let max_new = if self.rng.chance(10) { None } else { Some(self.rng.below(most)) };
+        let stop_ids = if self.rng.chance(30) { vec![self.rng.below(self.vocabulary)] } else { Vec::new() };
+        let (id, n) = (self.next_id, prompt.len() as u32);
+        let submit = Submit {
+            id: RequestId(id),
+            prompt: prompt.clone(),
+            max_new,
+            stop_ids: stop_ids.clone(),
+            salt: salt.clone(),
+            priority: if self.calm { 0 } else { self.rng.below(2) as i32 },
+            all_logits: self.rng.chance(5),
+        };
+        let all_logits = submit.all_logits;
+        let held = self.options.pages * self.block;
+        let wanted = max_new.unwrap_or_else(|| {
+            self.options.max_len.saturating_sub(n).min((held + 1).saturating_sub(n)).max(1)
+        });
+        let too_long = n + wanted > self.options.max_len;
+        let too_big = n + wanted.saturating_sub(1) > held;
+        match self.core.submit(submit) {
+            Ok(()) if !too_long && !too_big => {}
+            Err(CoreError::TooLong { .. }) if too_long => return Ok(()),
+            Err(CoreError::NeverFits { .. }) if too_big => return Ok(()),
+            Err(CoreError::Overloaded { .. }) if !too_long && !too_big => return Ok(()),
+            other => return Err(format!("submit of {n} + {wanted} tokens: {other:?}")),
+        }
+        self.next_id += 1;
+        let expected = cold_run(&self.geometry, &prompt, &salt, wanted, &stop_ids, self.vocabulary);
+        self.known.insert(id, Known { expected, salt, all_logits, over: false });
+        self.live.insert(id, Live { outputs: Vec::new(), aborted: false, stopped: false });
+        Ok(())
+    }
+
+    /// Plans and runs a step, which may crash. Returns whether there was one.
+    fn plan(&mut self) -> Result<bool, String> {
+        if self.flying.len() == self.options.max_in_flight as usize {
+            let refused =
+                matches!(self.core.plan(&mut self.arrays.buffers()), Err(CoreError::WrongStep { .. }));
+            return if refused { Ok(false) } else { Err("planned one step too many".to_owned()) };
+        }
+        let header = self.core.plan(&mut self.arrays.buffers()).map_err(|e| e.to_string())?;
+        let Some(header) = header else {
+            let stuck = self.flying.is_empty() && self.core.has_work();
+            return if stuck {
+                Err("nothing can run, and nothing will change that".to_owned())
+            } else {
+                Ok(false)
+            };
+        };
+        if !self.calm && self.rng.chance(2) {
+            let with_deltas = self.rng.chance(50);
+            self.device.crash(&header, &self.arrays, with_deltas)?;
+            // The engine may commit the step before first, or not.
+            if self.rng.chance(50) && !self.flying.is_empty() {
+                self.commit()?;
+            }
+            self.core.rollback(Step(header.step)).map_err(|e| e.to_string())?;
+            self.device.drop_from(header.step);
+            return Ok(true);
+        }
+        let samples = self.device.run(&header, &self.arrays, &self.known)?;
+        self.report.micros += 10 * u64::from(header.tokens);
+        self.flying.push_back((header, samples));
+        Ok(true)
+    }
+
+    fn commit(&mut self) -> Result<(), String> {
+        let Some((header, samples)) = self.flying.pop_front() else { return Ok(()) };
+        self.core.commit(Step(header.step), &samples).map_err(|e| e.to_string())?;
+        self.device.retire(header.step);
+        self.events()
+    }
+
+    fn roll_back(&mut self) -> Result<(), String> {
+        let n = self.flying.len() as u32;
+        if n == 0 {
+            return Ok(());
+        }
+        let keep = self.rng.below(n) as usize;
+        let step = self.flying[keep].0.step;
+        self.flying.truncate(keep);
+        self.device.drop_from(step);
+        self.core.rollback(Step(step)).map_err(|e| e.to_string())
+    }
+
+    fn end_one(&mut self, abort: bool) -> Result<(), String> {
+        let ids: BTreeSet<u64> = self.live.keys().copied().collect();
+        let Some(&id) = ids.iter().nth(self.rng.below(ids.len() as u32) as usize) else { return Ok(()) };
+        let request = RequestId(id);
+        if let Some(live) = self.live.get_mut(&id) {
+            (live.aborted, live.stopped) = (abort, !abort);
+        }
+        let end = |core: &mut Core| if abort { core.abort(request) } else { core.stop(request) };
+        match (end(&mut self.core), end(&mut self.core)) {
+            (Ok(true), Ok(false)) => Ok(()),
+            other => Err(format!("ending request {id} twice: {other:?}")),
+        }
+    }
+
+    /// Calls that must be refused and change nothing.
+    fn misuse(&mut self) -> Result<(), String> {
+        let beyond = Step(self.flying.back().map_or(0, |f| f.0.step) + 100);
+        let refused = [
+            self.core.commit(beyond, &[]).is_err(),
+            self.core.rollback(beyond).is_err(),
+            self.core.explain(RequestId(u64::MAX)).is_err(),
+            self.core.abort(RequestId(u64::MAX)) == Ok(false),
+        ];
+        if let Some((header, samples)) = self.flying.front() {
+            let wrong = vec![0; samples.len() + 1];
+            if self.core.commit(Step(header.step), &wrong).is_ok() {
+                return Err("a commit with one token too many was taken".to_owned());
+            }
+        }
+        if refused == [true; 4] { Ok(()) } else { Err(format!("misuse was taken: {refused:?}")) }
+    }
+
+    fn check(&mut self) -> Result<(), String> {
+        self.events()?;
+        self.core.check().map_err(|e| e.to_string())
+    }
+
+    /// Every event is compared with the cold run.
+    fn events(&mut self) -> Result<(), String> {
+        while let Some(event) = self.core.next_event() {
+            for word in event.to_row() {
+                self.report.events = scramble(self.report.events ^ word as u64).wrapping_add(1);
+            }
+            let id = event.request.0;
+            let (Some(known), Some(live)) = (self.known.get_mut(&id), self.live.get_mut(&id)) else {
+                return Err(format!("{event:?} is of nobody"));
+            };
+            let all = &known.expected.tokens[known.expected.prompt as usize..];
+            match event.what {
+                What::Token { token, index, .. } => {
+                    if index as usize != live.outputs.len() || all.get(index as usize) != Some(&token) {
+                        return Err(format!("{event:?}, but the output is {all:?}"));
+                    }
+                    live.outputs.push(token);
+                }
+                What::Finished { reason, outputs, stop } => {
+                    let whole = live.outputs.len() == all.len();
+                    let right = outputs as usize == live.outputs.len()
+                        && match reason {
+                            Finish::Stop if stop.is_none() => live.stopped,
+                            Finish::Stop => whole && known.expected.stops && stop == all.last().copied(),
+                            Finish::Length => whole && !known.expected.stops,
+                            Finish::Abort => live.aborted,
+                            Finish::Error => false,
+                        };
+                    if !right {
+                        return Err(format!("{event:?}, but the output is {:?} of {all:?}", live.outputs));
+                    }
+                    known.over = true;
+                    self.finish(id);
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, id: u64) {
+        let Some(live) = self.live.remove(&id) else { return };
+        let known = &self.known[&id];
+        let output =
+            live.outputs.iter().fold(scramble(id), |h, &t| scramble(h ^ u64::from(t)).wrapping_add(1));
+        self.report.outputs ^= output;
+        let end = known.expected.prompt as usize + live.outputs.len();
+        let conversation = (known.salt.clone(), known.expected.tokens[..end].to_vec());
+        if self.past.len() < 24 {
+            self.past.push(conversation);
+        } else {
+            let at = if self.calm { (id % 24) as usize } else { self.rng.below(24) as usize };
+            self.past[at] = conversation;
+        }
+    }
+
+    /// Runs everything to its end; then nothing may be left behind.
+    fn drain(&mut self) -> Result<(), String> {
+        let mut turns = 0;
+        while self.core.has_work() || !self.flying.is_empty() {
+            let ran = self.flying.len() < self.options.max_in_flight as usize && self.plan()?;
+            if !ran {
+                self.commit()?;
+            }
+            self.check()?;
+            turns += 1;
+            if turns > 200_000 {
+                return Err(format!("no end in sight: {:?}", self.core.stats()));
+            }
+        }
+        if let Some(id) = self.live.keys().next() {
+            return Err(format!("request {id} never ended"));
+        }
+        self.core.clear_prefix();
+        self.check()?;
+        let stats: HashMap<String, u64> = self.core.stats().into_iter().collect();
+        if stats["free_pages"] != stats["pages"] || stats["free_slabs"] != stats["slabs"] {
+            return Err(format!("something was kept: {stats:?}"));
+        }
+        Ok(())
+    }
+}
