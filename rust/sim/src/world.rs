@@ -25,7 +25,7 @@ pub struct Overrides {
     pub max_in_flight: Option<u32>,
     /// A replay this much shorter than exactness needs.
     pub replay_short_by: u32,
-    /// No faults and no cancellations: what is sampled then does not depend on timing.
+    /// One priority, and room for everyone to wait: for runs of [`World::run_batch`].
     pub calm: bool,
 }
 
@@ -105,7 +105,7 @@ impl World {
             slabs,
             max_step_tokens: rng.pick(&[1, 3, 5, 8, 16, 64]),
             max_len: rng.range(20, 90),
-            max_waiting: rng.range(2, 8) as usize,
+            max_waiting: if overrides.calm { usize::MAX } else { rng.range(2, 8) as usize },
             snapshots: rng.pick(&policies).parse().expect("the policies are valid"),
             eviction: Eviction::Lru,
             prefix_cache: rng.chance(95),
@@ -154,9 +154,19 @@ impl World {
         Ok(self.report)
     }
 
+    /// All requests first, then steps without faults until the end: what is sampled does not depend on timing.
+    pub fn run_batch(mut self, requests: u32) -> Result<Report, String> {
+        for _ in 0..requests {
+            self.submit()?;
+        }
+        self.drain()?;
+        self.report.stats = self.core.stats().into_iter().collect();
+        Ok(self.report)
+    }
+
     fn operation(&mut self) -> Result<(), String> {
         self.report.ops += 1;
-        match self.rng.below(if self.calm { 90 } else { 100 }) {
+        match self.rng.below(100) {
             0..18 => self.submit(),
             18..60 => self.plan().map(|_| ()),
             60..90 => self.commit(),
@@ -226,6 +236,9 @@ impl World {
             other => return Err(format!("submit of {n} + {wanted} tokens: {other:?}")),
         }
         self.next_id += 1;
+        if self.calm {
+            self.past.push((salt.clone(), prompt.clone()));
+        }
         let expected = cold_run(&self.geometry, &prompt, &salt, wanted, &stop_ids, self.vocabulary);
         self.known.insert(id, Known { expected, salt, all_logits, over: false });
         self.live.insert(id, Live { outputs: Vec::new(), aborted: false, stopped: false });
@@ -372,7 +385,7 @@ impl World {
         if self.past.len() < 24 {
             self.past.push(conversation);
         } else {
-            let at = if self.calm { (id % 24) as usize } else { self.rng.below(24) as usize };
+            let at = self.rng.below(24) as usize;
             self.past[at] = conversation;
         }
     }
