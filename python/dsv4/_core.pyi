@@ -1,8 +1,8 @@
 """The Rust core: scheduler, page pool, prefix tree. It sees token ids and numbers, never tensors.
 
-Every call detaches the GIL. Errors are subclasses of `Dsv4Error`; a `CorruptState` (broken invariant or panic) means that
-the engine must stop. Shapes below: R = slabs, T = max_step_tokens, S = `LayoutSpec.snapshot_pages`,
-D >= ceil(max_len / block_tokens) + 4 * R.
+Every call detaches the GIL. Errors are subclasses of `Dsv4Error`; a `CorruptState` (broken invariant or
+panic) means that the engine must stop. Shapes below: R = slabs, T = max_step_tokens, S =
+`LayoutSpec.snapshot_pages`, D >= ceil(max_len / block_tokens) + 4 * R.
 """
 
 from collections.abc import Sequence
@@ -131,8 +131,8 @@ class LayoutSpec:
     ) -> LayoutSpec:
         """The cache of a V4 checkpoint; `compress_ratios` has one entry per layer, draft layers cut off.
 
-        Raises ConfigError for a ratio that is none of 0, `csa_ratio`, `hca_ratio`, or a `block_tokens` that is no multiple
-        of a ratio in use.
+        Raises ConfigError for a ratio that is none of 0, `csa_ratio`, `hca_ratio`, or a `block_tokens` that
+        is no multiple of a ratio in use.
         """
 
     @staticmethod
@@ -197,7 +197,8 @@ class LayoutSpec:
 class PlanBuffers:
     """The arrays of one step, owned by Python and written in place by `Core.plan`.
 
-    All are contiguous, writable and given once. Raises ConfigError naming the array for a wrong dtype or shape.
+    All are contiguous, writable and given once. Raises ConfigError naming the array for a wrong dtype or
+    shape.
     """
 
     def __new__(
@@ -219,8 +220,8 @@ class PlanBuffers:
         """token_ids, positions [T]: inputs of all rows; id -(1 + i) stands for sample i of the step before.
 
         row_req, row_slab, row_start, row_len [R]: request, slab, first position, tokens.
-        row_flags [R]: bits 1 RESET (state starts empty), 2 SAMPLE (last token), 4 ALL_LOGITS, 8 REPLAY (no history is
-        written below row_replay_end), 16 DECODE. row_replay_end [R]: 0 without a replay.
+        row_flags [R]: bits 1 RESET (state starts empty), 2 SAMPLE (last token), 4 ALL_LOGITS, 8 REPLAY (no
+        history is written below row_replay_end), 16 DECODE. row_replay_end [R]: 0 without a replay.
         sample_rows [R]: sampled rows, in the order of `commit`'s tokens.
         page_deltas [D, 3]: (slab, block, page), applied in order before the forward.
         saves, restores [R, 2 + S]: (slab, position, pages…); saves after the forward, restores before it.
@@ -292,9 +293,9 @@ class Core:
         """An idle core.
 
         snapshots: `none`, `every:N`, `turns` or `forks`. max_in_flight: 1 or 2 steps between plan and commit.
-        replay_tokens: None = as many as exactness needs. The last four are the cost model, in microseconds: a prefill token,
-        what 1,000 tokens of context add to it, a replayed token relative to a computed one, restoring a saved state.
-        Raises ConfigError.
+        replay_tokens: None = as many as exactness needs. The last four are the cost model, in microseconds: a
+        prefill token, what 1,000 tokens of context add to it, a replayed token relative to a computed one,
+        restoring a saved state. Raises ConfigError.
         """
 
     def submit(
@@ -308,9 +309,11 @@ class Core:
         priority: int = 0,
         all_logits: bool = False,
     ) -> None:
-        """Queues a request. `max_new` None: as many tokens as fit; 0: the prompt is computed and nothing sampled.
+        """Queues a request. `max_new` None: as many tokens as fit; 0: the prompt is computed and nothing
+        sampled.
 
-        Raises Overloaded, NeverFits, ConfigError (empty prompt, negative id, longer than max_len), Dsv4Error (`req` is live).
+        Raises Overloaded, NeverFits, ConfigError (empty prompt, negative id, longer than max_len), Dsv4Error
+        (`req` is live).
         """
 
     def abort(self, req: int) -> bool:
@@ -326,7 +329,8 @@ class Core:
         """
 
     def commit(self, step: int, tokens: npt.NDArray[np.int32]) -> None:
-        """The result of the oldest step in flight: one token per sample row. Rows of requests that ended are ignored.
+        """The result of the oldest step in flight: one token per sample row. Rows of requests that ended are
+        ignored.
 
         Raises Dsv4Error for another step or a wrong number of tokens; nothing has changed then.
         """
@@ -335,27 +339,31 @@ class Core:
         """`step` and later ones were not run. Their requests wait again and resume with the same tokens."""
 
     def events(self, out: npt.NDArray[np.int64]) -> int:
-        """Moves events into `out` [N, 6] and returns how many; call until 0. A row is (kind, request, step, a, b, c).
+        """Moves events into `out` [N, 6] and returns how many; call until 0. A row is (kind, request, step,
+        a, b, c).
 
-        1 TOKEN: a token, b its index in the output, c its sample index in the step. 2 FINISHED: a reason (1 stop, 2 length,
-        3 abort, 4 error), b tokens sampled, c stop token or -1. 3 PREEMPTED: a why (0 memory, 1 rollback). 4 RESUMED (at
-        every admission): a tokens whose history is shared, b tokens whose history was known, c tokens run again. 5 PREFILL:
-        a tokens computed, b tokens in all.
+        1 TOKEN: a token, b its index in the output, c its sample index in the step. 2 FINISHED: a reason (1
+        stop, 2 length, 3 abort, 4 error), b tokens sampled, c stop token or -1. 3 PREEMPTED: a why (0 memory,
+        1 rollback). 4 RESUMED (at every admission): a tokens whose history is shared, b tokens whose history
+        was known, c tokens run again. 5 PREFILL: a tokens computed, b tokens in all.
         """
 
     def explain(self, req: int) -> dict[str, Any]:
-        """What of the prompt was reused: prompt_tokens, history_matched, resumed_at, replayed, cached_tokens (resumed_at -
-        replayed), reason, preemptions. Kept after the end until `forget`, or 4096 later ends. Raises UnknownRequest.
+        """What of the prompt was reused: prompt_tokens, history_matched, resumed_at, replayed, cached_tokens
+        (resumed_at - replayed), reason, preemptions. Kept after the end until `forget`, or 4096 later ends.
+        Raises UnknownRequest.
 
-        reason: `none` (nothing was lost), `never_stored`, `history_evicted`, `snapshot_evicted`, `below_block`,
-        `declined_by_cost`, `disabled`.
+        reason: `none` (nothing was lost), `never_stored`, `history_evicted`, `snapshot_evicted`,
+        `below_block`, `declined_by_cost`, `disabled`.
         """
 
     def forget(self, req: int) -> bool:
         """Drops the explanation of a finished request. False when there is none."""
 
     def stats(self) -> dict[str, int]:
-        """Gauges and counters; `lost_<reason>` count prompt tokens in whole blocks that were run in spite of the cache."""
+        """Gauges and counters; `lost_<reason>` count prompt tokens in whole blocks that were run in spite of
+        the cache.
+        """
 
     def check(self) -> None:
         """Recomputes every invariant. Raises CorruptState."""

@@ -1,0 +1,330 @@
+"""The border to the Rust core: numbers, arrays written in place, errors by class, loops with a fake model."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from dsv4 import _core
+from dsv4._core import Core, LayoutSpec, PlanBuffers
+
+FLASH = [0, 0] + [4, 128] * 20 + [4]
+PRO = [128, 128] + [4, 128] * 29 + [4]
+SLABS, STEP_TOKENS, MAX_LEN = 4, 100, 1024
+
+
+def v4(ratios: list[int], **changes: Any) -> LayoutSpec:
+    """V4 with the trained row formats."""
+    settings = dict(head_dim=512, index_head_dim=128, row_bytes=584, row_format="fp8_ds_mla")
+    settings |= dict(index_row_bytes=68, index_format="mxfp4")
+    return LayoutSpec.v4(compress_ratios=ratios, **(settings | changes))
+
+
+SMALL = v4([0, 4, 128], block_tokens=128)
+
+
+def make_core(**changes: Any) -> Core:
+    settings = dict(pages=64, slabs=SLABS, max_step_tokens=STEP_TOKENS, max_len=MAX_LEN)
+    return Core(SMALL, **(settings | changes))
+
+
+def arrays(**changes: Any) -> dict[str, np.ndarray]:
+    """The arrays of a plan; `changes` replace some."""
+    copies = (SLABS, 2 + SMALL.snapshot_pages)
+    made = {name: np.zeros(STEP_TOKENS, np.int32) for name in ("token_ids", "positions")}
+    rows = ("row_slab", "row_start", "row_len", "row_flags", "row_replay_end", "sample_rows")
+    made |= {name: np.zeros(SLABS, np.int32) for name in rows}
+    made["row_req"] = np.zeros(SLABS, np.int64)
+    made["page_deltas"] = np.zeros((MAX_LEN // SMALL.block_tokens + 4 * SLABS, 3), np.int32)
+    made["saves"], made["restores"] = np.zeros(copies, np.int32), np.zeros(copies, np.int32)
+    return made | changes
+
+
+def prompt(*tokens: int) -> np.ndarray:
+    return np.array(tokens, np.int32)
+
+
+def test_flash_and_pro_have_the_published_numbers() -> None:
+    flash, pro = v4(FLASH), v4(PRO)
+    assert flash.history_bytes_per_token == 3514.25
+    assert pro.history_bytes_per_token == pytest.approx(5031.44, abs=0.005)
+    assert (flash.replay_tokens, pro.replay_tokens) == (127 * 43, 127 * 61)
+    for spec in (flash, pro):
+        assert 1 <= spec.page_bytes / spec.block_tokens / spec.history_bytes_per_token < 1.01
+        assert spec.snapshot_pages == -(-spec.snapshot_bytes // spec.page_bytes)
+        assert spec.pages_for(10 * spec.page_bytes - 1) == 9
+
+
+def test_components_say_where_everything_lies() -> None:
+    spec = v4(FLASH)
+    names = ["csa", "csa_index", "hca", "window", "csa_pool", "csa_index_pool", "hca_pool"]
+    assert [c.name for c in spec.components] == names
+    ends = {"page": 0, "slab": 0, "snapshot": 0}
+    for c in spec.components:
+        home = "page" if c.kind == "stride" else "slab"
+        assert (c.offset, c.snapshot_offset) == (ends[home], ends["snapshot"])
+        assert c.layer_stride >= c.rows * c.row_bytes and c.layer_stride % 16 == 0
+        ends[home] += c.layer_stride * len(c.layers)
+        ends["snapshot"] += c.snapshot_layer_stride * len(c.layers)
+    assert ends["page"] <= spec.page_bytes and ends["slab"] <= spec.slab_bytes
+    assert ends["snapshot"] == spec.snapshot_bytes
+    csa, window = spec.components[0], spec.components[3]
+    assert (csa.kind, csa.ratio, csa.rows, csa.saved_rows, len(csa.layers)) == ("stride", 4, 64, 0, 21)
+    assert (window.kind, window.tokens, window.slack, window.rows, window.saved_rows) == (
+        "window",
+        128,
+        0,
+        128,
+        128,
+    )
+
+
+def test_a_layout_goes_through_json() -> None:
+    spec = v4(PRO)
+    again = LayoutSpec.from_json(spec.to_json())
+    assert again == spec and hash(again) == hash(spec) and again.fingerprint == spec.fingerprint
+    assert v4(FLASH) != spec
+
+
+def test_errors_have_their_class_and_say_what_to_do() -> None:
+    with pytest.raises(_core.ConfigError, match=r"block_tokens is 192; it must be a multiple of"):
+        v4(FLASH, block_tokens=192)
+    with pytest.raises(ValueError, match='snapshots is "sometimes"; valid values are none, every:N'):
+        make_core(snapshots="sometimes")
+    with pytest.raises(_core.ConfigError, match="max_in_flight is 3; it must be 1 or 2"):
+        make_core(max_in_flight=3)
+    core = make_core(pages=2, max_waiting=1)
+    with pytest.raises(_core.NeverFits, match=r"needs 3 pages of history and the pool has 2; at most 256"):
+        core.submit(1, np.zeros(250, np.int32), max_new=20)
+    with pytest.raises(_core.ConfigError, match="prompt and output have 1030 tokens and max_len is 1024"):
+        core.submit(1, prompt(1), max_new=1029)
+    with pytest.raises(_core.ConfigError, match="empty prompt"):
+        core.submit(1, prompt(), max_new=1)
+    with pytest.raises(_core.ConfigError, match="prompt is with token -3; token ids are at least 0"):
+        core.submit(1, prompt(1, -3), max_new=1)
+    with pytest.raises(
+        _core.ConfigError,
+        match=r"prompt is of dtype int64; it must be .* of dtype int32",
+    ):
+        core.submit(1, np.zeros(3, np.int64), max_new=1)
+    core.submit(1, prompt(1), max_new=1)
+    with pytest.raises(_core.Dsv4Error, match="request 1 is already known"):
+        core.submit(1, prompt(1), max_new=1)
+    with pytest.raises(_core.Overloaded, match="1 requests are waiting and max_waiting is 1"):
+        core.submit(2, prompt(1), max_new=1)
+    with pytest.raises(KeyError, match="request 9 is not known"):
+        core.explain(9)
+    with pytest.raises(_core.Dsv4Error, match=r"step 5 cannot be committed; in flight are \[\]"):
+        core.commit(5, prompt())
+    assert issubclass(_core.CorruptState, _core.Dsv4Error) and not issubclass(_core.CorruptState, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "row_req",
+            np.zeros(SLABS, np.int32),
+            "row_req is of dtype int32; it must be .* of dtype int64",
+        ),
+        ("positions", [0] * STEP_TOKENS, "positions is .*list.*; it must be a numpy array of dtype int32"),
+        ("token_ids", np.zeros((2, 50), np.int32), r"token_ids is of shape \[2, 50\]; it needs 1 dimension"),
+        ("row_len", np.zeros(2 * SLABS, np.int32)[::2], "row_len is strided; it must be contiguous"),
+        (
+            "page_deltas",
+            np.zeros((9, 4), np.int32),
+            r"page_deltas is of shape \[9, 4\]; rows need 3",
+        ),
+    ],
+)
+def test_wrong_arrays_are_refused_by_name(name: str, value: Any, message: str) -> None:
+    with pytest.raises(_core.ConfigError, match=message):
+        PlanBuffers(**arrays(**{name: value}))
+
+
+def test_arrays_that_do_not_fit_the_core_are_refused_by_name() -> None:
+    core = make_core()
+    core.submit(1, prompt(1, 2, 3), max_new=1)
+    frozen = np.zeros(STEP_TOKENS, np.int32)
+    frozen.flags.writeable = False
+    shared = np.zeros(SLABS, np.int32)
+    bad = [
+        (dict(token_ids=np.zeros(99, np.int32)), "token_ids is 99 elements; it needs at least 100"),
+        (dict(saves=np.zeros((SLABS, 2), np.int32)), r"saves is of shape \[4, 2\]; rows need"),
+        (dict(positions=frozen), "positions is not available .*; it must be writable and given once"),
+        (
+            dict(row_len=shared, row_slab=shared),
+            "row_len is not available .* given once",
+        ),
+    ]
+    for changes, message in bad:
+        with pytest.raises(_core.ConfigError, match=message):
+            core.plan(PlanBuffers(**arrays(**changes)))
+    assert core.plan(PlanBuffers(**arrays())) is not None
+
+
+def test_a_plan_is_written_into_the_callers_arrays() -> None:
+    core, own = make_core(), arrays()
+    addresses = {name: a.ctypes.data for name, a in own.items()}
+    core.submit(7, prompt(5, 6, 7), max_new=2)
+    header = core.plan(PlanBuffers(**own))
+    assert header is not None
+    assert (header.step, header.rows, header.tokens, header.samples, header.deltas) == (1, 1, 3, 1, 1)
+    assert own["token_ids"][:3].tolist() == [5, 6, 7] and own["positions"][:3].tolist() == [0, 1, 2]
+    assert [int(own[n][0]) for n in ("row_req", "row_start", "row_len", "row_flags")] == [7, 0, 3, 1 | 2]
+    assert {name: a.ctypes.data for name, a in own.items()} == addresses
+    core.commit(header.step, prompt(9))
+    events = np.zeros((8, 6), np.int64)
+    assert [events[i, [0, 1, 3]].tolist() for i in range(core.events(events))] == [
+        [4, 7, 0],
+        [5, 7, 3],
+        [1, 7, 9],
+    ]
+    assert core.stop(7) and not core.stop(7)
+    assert core.events(events) == 1 and events[0, [0, 1, 3, 4, 5]].tolist() == [2, 7, 1, 1, -1]
+
+
+@dataclass
+class FakeEngine:
+    """A loop over a model that samples a function of the input token and its position."""
+
+    core: Core
+    in_flight: int
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    _before: list[int] = field(default_factory=list)
+
+    def submit(self, req: int, tokens: np.ndarray, **settings: Any) -> None:
+        self.outputs[req] = []
+        self.core.submit(req, tokens, **settings)
+
+    def run(self) -> None:
+        """Until everything is done."""
+        slots = [arrays() for _ in range(self.in_flight)]
+        buffers = [PlanBuffers(**slot) for slot in slots]
+        pending: list[tuple[int, np.ndarray]] = []
+        turn = 0
+        while self.core.has_work() or pending:
+            header = self.core.plan(buffers[turn])
+            if header is not None:
+                pending.append((header.step, self._forward(header, slots[turn])))
+                turn = (turn + 1) % self.in_flight
+            if len(pending) == self.in_flight or header is None:
+                self.core.commit(*pending.pop(0))
+            self.core.check()
+            self._drain()
+
+    def _forward(self, header: _core.StepHeader, plan: dict[str, np.ndarray]) -> np.ndarray:
+        ids = plan["token_ids"][: header.tokens].copy()
+        unknown = np.flatnonzero(ids < 0)
+        ids[unknown] = [self._before[-1 - i] for i in ids[unknown]]
+        ends = np.cumsum(plan["row_len"][: header.rows])[plan["sample_rows"][: header.samples]] - 1
+        sampled = (ids[ends] * 31 + plan["positions"][ends] * 7 + 1) % 101
+        self._before = sampled.tolist()
+        return sampled.astype(np.int32)
+
+    def _drain(self) -> None:
+        events = np.zeros((3, 6), np.int64)
+        while n := self.core.events(events):
+            for kind, req, _step, a, b, _c in events[:n].tolist():
+                if kind == 1:
+                    assert b == len(self.outputs[req])
+                    self.outputs[req].append(a)
+
+
+def expected(tokens: np.ndarray, max_new: int, stop: list[int]) -> list[int]:
+    """What the fake model gives for one request alone."""
+    last, out = int(tokens[-1]), []
+    for position in range(len(tokens) - 1, len(tokens) - 1 + max_new):
+        last = (last * 31 + position * 7 + 1) % 101
+        out.append(last)
+        if last in stop:
+            break
+    return out
+
+
+@pytest.mark.parametrize("pages", [9, 64])
+@pytest.mark.parametrize("snapshots", ["none", "every:128", "turns", "forks"])
+def test_both_loops_give_the_outputs_of_each_request_alone(pages: int, snapshots: str) -> None:
+    prompts = {req: (np.arange(100 + 37 * req) % (90 + req // 4)).astype(np.int32) for req in range(1, 17)}
+
+    def stop(req: int) -> list[int]:
+        return [7] if req % 4 == 0 else []
+
+    for in_flight in (1, 2):
+        core = make_core(pages=pages, snapshots=snapshots, max_in_flight=in_flight)
+        engine = FakeEngine(core, in_flight)
+        for req, tokens in prompts.items():
+            engine.submit(req, tokens, max_new=100 + 14 * req, stop_ids=stop(req), priority=req % 2)
+        engine.run()
+        assert engine.outputs == {req: expected(p, 100 + 14 * req, stop(req)) for req, p in prompts.items()}
+        core.clear_prefix()
+        stats = core.stats()
+        assert (stats["free_pages"], stats["free_slabs"], stats["running"]) == (pages, SLABS, 0)
+        if pages == 9:
+            assert stats["preemptions"] > 0
+
+
+def test_a_second_request_is_explained_by_the_first() -> None:
+    engine = FakeEngine(make_core(snapshots="turns"), 1)
+    tokens = np.arange(300, dtype=np.int32)
+    for req in (1, 2):
+        engine.submit(req, tokens, max_new=1)
+        engine.run()
+    cold, warm = engine.core.explain(1), engine.core.explain(2)
+    assert (cold["reason"], cold["cached_tokens"]) == ("never_stored", 0)
+    assert warm == {
+        "prompt_tokens": 300,
+        "history_matched": 256,
+        "resumed_at": 256,
+        "replayed": 0,
+        "cached_tokens": 256,
+        "reason": "none",
+        "preemptions": 0,
+    }
+    assert engine.core.evict_snapshots(9) == 1
+    engine.submit(3, tokens, max_new=1)
+    engine.submit(4, tokens, max_new=1, salt=b"someone else")
+    engine.submit(5, tokens[:100], max_new=1)
+    engine.submit(6, tokens, max_new=1, all_logits=True)
+    engine.run()
+    assert [engine.core.explain(r)["reason"] for r in (3, 4, 5, 6)] == [
+        "snapshot_evicted",
+        "never_stored",
+        "below_block",
+        "disabled",
+    ]
+    assert engine.core.forget(1) and not engine.core.forget(1)
+    with pytest.raises(_core.UnknownRequest):
+        engine.core.explain(1)
+
+
+def test_a_prompt_alone_finishes_without_a_token() -> None:
+    engine = FakeEngine(make_core(), 1)
+    engine.submit(1, prompt(*range(250)), max_new=0)
+    engine.run()
+    assert engine.outputs == {1: []} and engine.core.stats()["finished"] == 1
+
+
+def test_threads_may_submit_and_abort_while_another_one_plans() -> None:
+    core = make_core(max_waiting=10_000)
+
+    def client(base: int) -> None:
+        for req in range(base, base + 200):
+            core.submit(req, prompt(1, 2, 3, req % 5), max_new=3)
+            if req % 3 == 0:
+                core.abort(req)
+
+    threads = [threading.Thread(target=client, args=(1000 * i,)) for i in range(1, 5)]
+    for t in threads:
+        t.start()
+    own = arrays()
+    buffers = PlanBuffers(**own)
+    while any(t.is_alive() for t in threads) or core.has_work():
+        header = core.plan(buffers)
+        if header is not None:
+            core.commit(header.step, np.zeros(header.samples, np.int32))
+    core.check()
+    assert core.stats()["finished"] == 800
