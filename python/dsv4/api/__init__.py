@@ -1,0 +1,18 @@
+"""HTTP: from a socket to `AsyncEngine.generate` and back.
+
+| file | responsibility |
+| --- | --- |
+| `server.py` | uvicorn with deadlines on headers, draining at SIGTERM |
+| `app.py` | routes; request ids, the key |
+| `service.py` | what handlers share: engine, names, tokenizing off the event loop |
+| `http.py` | the door of POST endpoints: body limits, JSON, disconnects, errors |
+| `sse.py` | a stream: late headers, keep-alive comments, terminal events |
+| `fields.py`, `params.py` | reading a body: types and bounds, sampling parameters |
+| `conversation.py` | messages, tools and thinking of a chat, to a prompt |
+| `generation.py` | choices of a request run against the engine and merged; token counts |
+| `openai_chat.py`, `openai_completions.py` | the dialects, one file each; `openai_usage.py` is common to both |
+| `info.py` | models, health, metrics, version, tokenize, detokenize |
+| `errors.py`, `metrics.py` | error bodies; Prometheus |
+
+A new dialect is one file with a handler and one line in `app.py`. Nothing here is imported by the engine.
+"""

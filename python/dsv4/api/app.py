@@ -1,0 +1,124 @@
+"""The ASGI application: routes, and around them what every request passes through."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import uuid
+from http import HTTPStatus
+
+import orjson
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dsv4.api import info
+from dsv4.api.errors import error_body, internal_error
+from dsv4.api.http import Handler, PostEndpoint, header
+from dsv4.api.openai_chat import chat_completions
+from dsv4.api.openai_completions import completions
+from dsv4.api.service import Service
+from dsv4.errors import RequestError
+
+OPEN_PATHS = frozenset({"/health"})
+"""Answered without a key, for probes. Everything else is closed when a key is set, whatever is added later."""
+
+
+def create_app(service: Service) -> ASGIApp:
+    """The application around one engine. A dialect is one file and one line in this list."""
+    app = Starlette(
+        routes=[
+            _post("/v1/chat/completions", chat_completions, generates=True),
+            _post("/v1/completions", completions, generates=True),
+            Route("/v1/models", info.models),
+            Route("/v1/models/{name:path}", info.one_model),
+            _post("/tokenize", info.tokenize),
+            _post("/detokenize", info.detokenize),
+            Route("/health", info.health),
+            Route("/metrics", info.metrics),
+            Route("/version", info.version),
+            Route("/", info.root),
+        ],
+        exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
+    )
+    app.state.service = service
+    return Edge(app, service)
+
+
+def _post(path: str, handler: Handler, *, generates: bool = False) -> Route:
+    return Route(path, PostEndpoint(handler, generates=generates), methods=["POST"])
+
+
+class Edge:
+    """Request ids, the key, and the count of responses. Plain ASGI: one extra call per message."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+        self._key = _digest(service.config.api_key) if service.config.api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(header(scope, b"x-request-id"))
+        scope["dsv4_request_id"] = request_id
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                # Unknown paths share one label, or every scan would add a series.
+                path = getattr(scope.get("route"), "path", "other")
+                self.service.metrics.responses.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        if self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
+            text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            await _error(RequestError(text, None, "invalid_api_key", 401))(scope, receive, sending)
+            return
+        await self.app(scope, receive, sending)
+
+    def _has_key(self, scope: Scope) -> bool:
+        bearer = header(scope, b"authorization").removeprefix("Bearer ").strip()
+        given = bearer or header(scope, b"x-api-key")
+        return hmac.compare_digest(_digest(given), self._key or b"")
+
+
+def _digest(key: str) -> bytes:
+    """Equal lengths whatever was sent, so that comparing takes the same time."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _request_id(given: str) -> str:
+    """The client's id where it is harmless in logs and headers, else a new one."""
+    if 0 < len(given) <= 128 and all(c.isalnum() or c in "-_.:" for c in given) and given.isascii():
+        return given
+    return uuid.uuid4().hex
+
+
+def _error(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(error_body(error)), error.status, headers, media_type="application/json")
+
+
+async def _request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _error(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    status = error.status_code
+    text = {
+        404: f"there is nothing at {request.url.path}; GET / lists the endpoints",
+        405: f"{request.url.path} does not take {request.method}; see the Allow header",
+    }.get(status, HTTPStatus(status).phrase)
+    return _error(RequestError(text, None, {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error"), status),
+                  dict(error.headers or {}))  # fmt: skip
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """Starlette raises the error again after this, and the server logs it."""
+    return _error(internal_error(str(request.scope.get("dsv4_request_id"))))

@@ -1,0 +1,32 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`. Other dialects wrap the same RequestError."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from dsv4.errors import RequestError
+
+RETRY_AFTER = {429: b"1", 503: b"5"}
+"""Seconds in `Retry-After`, by status: a full queue moves with every finished request, a restart takes longer."""
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """The JSON of an error."""
+    kind = _TYPES.get(error.status, "server_error" if error.status >= 500 else "invalid_request_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_event(error: RequestError) -> bytes:
+    """The terminal event of a stream that failed half-way, so that no client takes a cut for an end."""
+    return b"data: " + orjson.dumps(error_body(error)) + b"\n\ndata: [DONE]\n\n"
+
+
+def internal_error(request_id: str) -> RequestError:
+    """What a client sees of a bug: no traceback, but the id under which the log has it."""
+    return RequestError(
+        f"internal error; the server's log has it under request id {request_id}", None, "internal_error", 500
+    )

@@ -1,0 +1,141 @@
+"""Runs the choices of one HTTP request against the engine and merges what they bring."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsv4.api.http import Call
+from dsv4.api.metrics import GenerationTimer
+from dsv4.engine.request import RequestOutput
+from dsv4.errors import RequestError
+from dsv4.sampling import SamplingParams
+
+log = logging.getLogger("dsv4.api")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One choice of an answer."""
+
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    salt: str = ""
+    priority: int = 0
+
+
+def jobs_for(
+    prompts: Sequence[list[int]], params: SamplingParams, n: int, *, salt: str = "", priority: int = 0
+) -> list[Job]:
+    """`n` choices per prompt, numbered prompt by prompt. With a seed, choice k takes `seed + k`, else all were equal."""
+    jobs = []
+    for prompt in prompts:
+        for k in range(n):
+            own = (
+                params if k == 0 or params.seed is None else dataclasses.replace(params, seed=params.seed + k)
+            )
+            jobs.append(Job(len(jobs), prompt, own, salt, priority))
+    return jobs
+
+
+async def run(call: Call, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """(choice, output) as they come, until every choice has finished. Closing it aborts all of them.
+
+    A choice that ends with `error` or `abort` raises RequestError (500, 503) and takes its siblings along: half an answer
+    is not what was asked for.
+    """
+    if len(jobs) == 1:
+        async with contextlib.aclosing(_one(call, jobs[0])) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    news: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue()
+    tasks = [asyncio.ensure_future(_pump(call, job, news)) for job in jobs]
+    left = len(jobs)
+    try:
+        while left:
+            index, output = await news.get()
+            if isinstance(output, BaseException):
+                raise output
+            left -= output.finished
+            yield index, output
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(call: Call, job: Job, news: asyncio.Queue[tuple[int, RequestOutput | BaseException]]) -> None:
+    try:
+        async with contextlib.aclosing(_one(call, job)) as outputs:
+            async for output in outputs:
+                news.put_nowait((job.index, output))
+    except Exception as e:
+        news.put_nowait((job.index, e))
+
+
+async def _one(call: Call, job: Job) -> AsyncIterator[RequestOutput]:
+    timer = GenerationTimer(call.service.metrics, call.arrived)
+    request_id = f"{call.request_id}-{job.index}"
+    stream = call.service.engine.generate(
+        job.prompt, job.params, request_id=request_id, cache_salt=job.salt, priority=job.priority
+    )
+    async with contextlib.aclosing(stream) as outputs:
+        async for output in outputs:
+            timer.step(output)
+            if output.finished:
+                _log_end(request_id, output)
+                _raise_if_cut(output)
+            yield output
+
+
+def _raise_if_cut(output: RequestOutput) -> None:
+    if output.finish_reason == "error":
+        raise RequestError(output.error or "the generation failed", None, "generation_failed", 500)
+    if output.finish_reason == "abort":
+        raise RequestError("the generation was cut off: the server is shutting down", None, "aborted", 503)
+
+
+def _log_end(request_id: str, output: RequestOutput) -> None:
+    usage = output.usage
+    if usage is not None and log.isEnabledFor(logging.INFO):
+        log.info(
+            "%s %s: prompt %d, cached %d, output %d",
+            request_id, output.finish_reason, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class UsageSum:
+    """Token counts of all choices. A prompt counts once, whatever its `n`; so does what of it was cached."""
+
+    per_prompt: int
+    """Choices per prompt (`n`)."""
+    hidden_tokens: int = 0
+    """Tokens of each choice that were computed but are not part of the answer."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    explanations: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, index: int, output: RequestOutput) -> None:
+        """Adds the counts of a finished choice; other outputs have none."""
+        usage = output.usage
+        if usage is None:
+            return
+        self.completion_tokens += usage.completion_tokens - self.hidden_tokens
+        if index % self.per_prompt == 0:
+            self.prompt_tokens += usage.prompt_tokens
+            self.cached_tokens += usage.cached_tokens
+            self.explanations[index // self.per_prompt] = usage.explanation
+
+    def explanation(self) -> Any:
+        """Why so much and no more was reused: one object, or for several prompts a list in their order."""
+        ordered = [self.explanations[i] for i in sorted(self.explanations)]
+        return ordered[0] if len(ordered) == 1 else ordered

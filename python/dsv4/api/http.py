@@ -1,0 +1,200 @@
+"""The door of every POST endpoint: one request from its body to its answer, with limits, deadlines and disconnects.
+
+A handler gets a `Call` and answers through it. It runs in a task that is cancelled when the client goes away, which closes
+its engine streams and so aborts its requests, in whatever state they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from starlette.types import Message, Receive, Scope, Send
+
+from dsv4.api.errors import RETRY_AFTER, error_body, internal_error
+from dsv4.api.fields import Fields, kind
+from dsv4.errors import RequestError
+
+if TYPE_CHECKING:
+    from dsv4.api.service import Service
+
+log = logging.getLogger("dsv4.api")
+
+MAX_DEPTH = 128
+"""Levels of nesting in a body. Far beyond any real one, far below what recursion in encoders stands."""
+
+JSON_TYPE = (b"content-type", b"application/json")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its answer was complete."""
+
+
+class Call:
+    """One request as handlers see it."""
+
+    __slots__ = ("arrived", "fields", "receive", "request_id", "scope", "send", "service", "started")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, self.receive, self.send = scope, receive, send
+        self.service: Service = scope["app"].state.service
+        self.request_id: str = scope.get("dsv4_request_id", "")
+        self.arrived = time.monotonic()
+        self.fields = Fields({})
+        self.started = False
+
+    async def respond(
+        self, body: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
+    ) -> None:
+        """Sends a whole JSON answer."""
+        data = orjson.dumps(body)
+        length = (b"content-length", str(len(data)).encode())
+        await self.start(status, (JSON_TYPE, length, *headers))
+        await self.send({"type": "http.response.body", "body": data})
+
+    async def start(self, status: int, headers: tuple[tuple[bytes, bytes], ...]) -> None:
+        """Sends status and headers."""
+        self.started = True
+        await self.send({"type": "http.response.start", "status": status, "headers": list(headers)})
+
+    async def refuse(self, error: RequestError) -> None:
+        """Sends an error. A body that was not read to its end costs the connection."""
+        headers = [(b"retry-after", RETRY_AFTER[error.status])] if error.status in RETRY_AFTER else []
+        if error.status in (408, 413):
+            headers.append((b"connection", b"close"))
+        await self.respond(error_body(error), error.status, tuple(headers))
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+class PostEndpoint:
+    """A handler as an ASGI app. Starlette's Request and Response objects stay out of the hot path."""
+
+    def __init__(self, handler: Handler, *, generates: bool) -> None:
+        """`generates`: refused while the server drains."""
+        self.handler, self.generates = handler, generates
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call = Call(scope, receive, send)
+        try:
+            if self.generates:
+                call.service.refuse_while_draining()
+            call.fields = Fields(await self._read(call))
+            await unless_gone(self.handler(call), receive)
+        except ClientGone:
+            call.service.metrics.disconnects.inc()
+        except RequestError as e:
+            if e.status >= 500:
+                log.warning("%s %s: %s", call.request_id, scope["path"], e.message)
+            await call.refuse(e)
+        except Exception:
+            log.exception("%s %s failed", call.request_id, scope["path"])
+            if call.started:
+                raise
+            await call.refuse(internal_error(call.request_id))
+
+    @staticmethod
+    async def _read(call: Call) -> dict[str, Any]:
+        config = call.service.config
+        return parse_object(
+            await read_body(call.scope, call.receive, limit=config.max_body_bytes, idle=config.body_timeout)
+        )
+
+
+async def read_body(scope: Scope, receive: Receive, *, limit: int, idle: float) -> bytes:
+    """The whole body. RequestError 413 beyond `limit` bytes, 408 after `idle` seconds without one; ClientGone."""
+    declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+    parts, size = [], int(declared) if declared.isdigit() else 0
+    if size > limit:
+        raise _too_large(size, limit)
+    size, more = 0, True
+    while more:
+        try:
+            message = await asyncio.wait_for(receive(), idle)
+        except asyncio.TimeoutError:
+            text = f"the body stopped after {size} bytes; no byte came for {idle:g} s"
+            raise RequestError(text, None, "body_timeout", 408) from None
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part, more = message.get("body", b""), message.get("more_body", False)
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise _too_large(size, limit)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _too_large(size: int, limit: int) -> RequestError:
+    return RequestError(
+        f"the body has {size} bytes or more; the limit is {limit}", None, "body_too_large", 413
+    )
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object with bounded nesting. Raises RequestError."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as e:
+        what = (
+            f"the body is no valid JSON: {e}" if body.strip() else "the body is empty; it takes a JSON object"
+        )
+        raise RequestError(what, None, "invalid_json", 400) from None
+    if type(value) is not dict:
+        raise RequestError(f"the body is {kind(value)}; it takes a JSON object", None, "invalid_json", 400)
+    # Brackets bound the depth from above, and counting them costs nothing; so only odd bodies are walked.
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise RequestError(f"the body nests deeper than {MAX_DEPTH} levels", None, "invalid_json", 400)
+    return value
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        children = (x for v in level for x in (v.values() if type(v) is dict else v))
+        level = [x for x in children if type(x) is dict or type(x) is list]
+    return depth
+
+
+async def unless_gone(work: Any, receive: Receive) -> None:
+    """Awaits `work`; when the client disconnects first, cancels it, waits for its clean-up and raises ClientGone."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        task.result()
+    finally:
+        for t in (task, watcher):
+            if not t.done():
+                t.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await t
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def header(scope: Scope, name: bytes) -> str:
+    """A request header, or an empty string."""
+    return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), "")
+
+
+def with_header(send: Send, name: bytes, value: bytes) -> Send:
+    """A `send` that adds a header to the response."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (name, value)]
+        await send(message)
+
+    return sending

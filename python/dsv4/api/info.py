@@ -1,0 +1,109 @@
+"""Everything that does not generate: what is served, how it fares, and the tokenizer as a service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+import dsv4
+from dsv4.api.conversation import encode, read_conversation
+from dsv4.api.errors import RETRY_AFTER
+from dsv4.api.fields import Fields, refuse
+from dsv4.api.http import Call
+from dsv4.api.metrics import CONTENT_TYPE
+from dsv4.api.service import Service
+from dsv4.errors import RequestError
+
+
+def _json(body: Any, status: int = 200, **headers: str) -> Response:
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+async def root(request: Request) -> Response:
+    """Says what this is, for people who open the address in a browser."""
+    routes = [f"{' '.join(sorted(r.methods - {'HEAD'}))} {r.path}" for r in request.app.routes]
+    service = _service(request)
+    return _json({"name": "dsv4", "version": dsv4.__version__, "model": service.name, "endpoints": routes})
+
+
+async def health(request: Request) -> Response:
+    """200 while requests are taken and make progress, else 503 with the reason."""
+    service = _service(request)
+    alive, why = service.engine.check_alive()
+    if service.draining:
+        alive, why = False, "the server is shutting down"
+    if alive:
+        return _json({"status": "ok"})
+    return _json({"status": why}, 503, **{"retry-after": RETRY_AFTER[503].decode()})
+
+
+async def models(request: Request) -> Response:
+    """The served name and `default`."""
+    service = _service(request)
+    return _json({"object": "list", "data": [_model(service, name) for name in service.names]})
+
+
+async def one_model(request: Request) -> Response:
+    """One entry of the list, or 404 naming what is served."""
+    service, name = _service(request), request.path_params["name"]
+    service.check_model(Fields({"model": name}))
+    return _json(_model(service, name))
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "dsv4",
+        "root": service.name,
+        "max_model_len": service.max_model_len,
+    }
+
+
+async def version(request: Request) -> Response:
+    return _json({"version": dsv4.__version__})
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus text format."""
+    return Response(_service(request).metrics.render(), media_type=CONTENT_TYPE)
+
+
+async def tokenize(call: Call) -> None:
+    """Text (`prompt`) or a chat (`messages`) as token ids."""
+    fields, service = call.fields, call.service
+    service.check_model(fields)
+    if fields.get("messages") is not None:
+        ids = await encode(service, read_conversation(fields))
+    else:
+        prompt = fields.text("prompt", longest=2**31)
+        if prompt is None:
+            raise RequestError(
+                "prompt is missing; it takes text, or send messages", "prompt", "missing_field", 400
+            )
+        ids = await service.encode(prompt, "prompt")
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
+    if fields.boolean("return_token_strs"):
+        answer["token_strs"] = service.pieces(ids)
+    await call.respond(answer)
+
+
+async def detokenize(call: Call) -> None:
+    """Token ids (`tokens`) as text, special tokens included."""
+    fields, service = call.fields, call.service
+    service.check_model(fields)
+    tokens = fields.items("tokens", int, 2**22)
+    bad = next((t for t in tokens if not 0 <= t < service.vocab_size), None)
+    if bad is not None:
+        raise refuse("tokens", bad, f"token ids from 0 to {service.vocab_size - 1}")
+    tokenizer = service.tokenizer("tokens")
+    text = await service.off_loop(lambda: tokenizer.decode(tokens, skip_special=False), size=len(tokens))
+    await call.respond({"prompt": text})

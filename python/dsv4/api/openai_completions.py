@@ -1,0 +1,282 @@
+"""`POST /v1/completions`: text or token ids in, text and token ids out.
+
+Also what evaluation harnesses need: many prompts in one request, and `echo` with `logprobs` for the prompt's tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from dsv4.api.errors import error_event
+from dsv4.api.fields import Fields, kind, refuse
+from dsv4.api.generation import UsageSum, jobs_for, run
+from dsv4.api.http import Call
+from dsv4.api.openai_usage import usage_body
+from dsv4.api.params import (
+    check_response_format,
+    choices_of,
+    include_usage_of,
+    max_tokens_of,
+    routing_of,
+    sampling_params,
+)
+from dsv4.api.service import Service
+from dsv4.api.sse import EventStream
+from dsv4.engine.request import RequestOutput
+from dsv4.engine.sampler import Sampled
+from dsv4.errors import RequestError
+
+DEFAULT_MAX_TOKENS = 16
+"""As OpenAI and vLLM have it for this endpoint."""
+
+MAX_PROMPTS = 1024
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What shapes the answer, apart from sampling."""
+
+    model: str
+    n: int
+    echo: bool
+    nothing: bool
+    """max_tokens is 0: one token is generated and not shown, so that the prompt can be judged."""
+    logprobs: int | None
+    token_ids: bool
+    stream: bool
+    include_usage: bool
+
+
+async def completions(call: Call) -> None:
+    """The handler."""
+    fields, service = call.fields, call.service
+    options = _options(fields, service)
+    prompts = await _prompts(fields, service)
+    wanted = max_tokens_of(fields, DEFAULT_MAX_TOKENS)
+    params = sampling_params(
+        fields,
+        max_tokens=1 if options.nothing else wanted,
+        logprobs=options.logprobs,
+        prompt_logprobs=options.logprobs if options.echo else None,
+    )
+    check_response_format(fields)
+    jobs = jobs_for(prompts, params, options.n, **routing_of(fields))
+    answer = Answer(service, options, f"cmpl-{call.request_id}", int(time.time()), prompts)
+    if options.stream:
+        await _stream(call, answer, jobs)
+        return
+    choices = [Choice(prompts[job.index // options.n]) for job in jobs]
+    async for index, output in run(call, jobs):
+        choices[index].add(output)
+        answer.usage.add(index, output)
+    await call.respond(answer.whole(choices))
+
+
+def _options(fields: Fields, service: Service) -> Options:
+    model = service.check_model(fields)
+    logprobs = fields.get("logprobs")
+    # `true` is the chat endpoint's spelling; clients mix them up, and its meaning is plain.
+    logprobs = int(logprobs) if isinstance(logprobs, bool) and logprobs else logprobs
+    options = Options(
+        model=model,
+        n=choices_of(fields),
+        echo=fields.boolean("echo"),
+        nothing=max_tokens_of(fields, DEFAULT_MAX_TOKENS) == 0,
+        logprobs=None
+        if logprobs is False
+        else Fields({"logprobs": logprobs}).integer("logprobs", 0, MAX_LOGPROBS),
+        token_ids=fields.boolean("return_token_ids", service.engine.tokenizer is None),
+        stream=fields.boolean("stream"),
+        include_usage=include_usage_of(fields),
+    )
+    if options.stream and options.echo and options.logprobs is not None:
+        text = "echo with logprobs cannot be streamed: the prompt is judged as a whole; use stream false"
+        raise RequestError(text, "stream", "invalid_value", 400)
+    if fields.text("suffix", "", longest=2**20):
+        raise refuse(
+            "suffix", fields.get("suffix"), "an empty string", "; fill-in-the-middle is not supported"
+        )
+    return options
+
+
+async def _prompts(fields: Fields, service: Service) -> list[list[int]]:
+    """One or many prompts, each text or token ids, as token ids."""
+    prompt = fields.get("prompt")
+    if prompt is None:
+        raise RequestError(
+            "prompt is missing; it takes text or token ids, or a list of such", "prompt", "missing_field", 400
+        )
+    many = (
+        [prompt]
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int)
+        else prompt
+    )
+    if not isinstance(many, list) or not 0 < len(many) <= MAX_PROMPTS:
+        raise refuse("prompt", prompt, f"text or token ids, or a list of 1 to {MAX_PROMPTS} such")
+    return [await _prompt_ids(one, i, service) for i, one in enumerate(many)]
+
+
+async def _prompt_ids(prompt: Any, i: int, service: Service) -> list[int]:
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RequestError(
+                f"prompt[{i}] is empty; it needs at least one token", "prompt", "invalid_value", 400
+            )
+        return await service.encode(prompt, "prompt")
+    if not isinstance(prompt, list) or not prompt:
+        raise refuse(f"prompt[{i}]", prompt, "text or at least one token id")
+    bad = next((t for t in prompt if type(t) is not int), None)
+    if bad is not None or any(type(t) is not int for t in prompt):
+        raise refuse(f"prompt[{i}]", bad, f"token ids, all whole numbers; it holds {kind(bad)}")
+    low, high = min(prompt), max(prompt)
+    if low < 0 or high >= service.vocab_size:
+        raise refuse(
+            f"prompt[{i}]", low if low < 0 else high, f"token ids from 0 to {service.vocab_size - 1}"
+        )
+    return prompt
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one choice has brought so far."""
+
+    prompt: list[int]
+    text: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[Sampled] = field(default_factory=list)
+    prompt_logprobs: list[Sampled | None] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        self.text.append(output.text)
+        self.token_ids += output.token_ids
+        self.logprobs += output.logprobs or ()
+        self.prompt_logprobs += output.prompt_logprobs or ()
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+
+class Answer:
+    """Builds the JSON of an answer, whole or in chunks."""
+
+    def __init__(
+        self, service: Service, options: Options, id: str, created: int, prompts: Sequence[list[int]]
+    ) -> None:
+        self.service, self.options, self.prompts = service, options, prompts
+        self.usage = UsageSum(per_prompt=options.n)
+        if options.nothing:
+            self.usage.hidden_tokens = 1
+        self._head = {"id": id, "object": "text_completion", "created": created, "model": options.model}
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The answer of a request that was not streamed."""
+        shown = [self._choice(i, choice) for i, choice in enumerate(choices)]
+        return {**self._head, "choices": shown, "usage": usage_body(self.usage)}
+
+    def chunk(self, index: int, output: RequestOutput) -> bytes:
+        """A frame with what one output brought; nothing when it only reports progress."""
+        tokens = [] if self.options.nothing else output.token_ids
+        if not tokens and not output.text and not output.finished:
+            return b""
+        choice: dict[str, Any] = {"index": index, "text": "" if self.options.nothing else output.text}
+        if self.options.logprobs is not None and tokens:
+            judged = output.logprobs or []
+            offset = self._offsets.get(index, 0)
+            choice["logprobs"] = self._logprobs(tokens, judged, offset)
+            self._offsets[index] = offset + sum(map(len, choice["logprobs"]["tokens"]))
+        else:
+            choice["logprobs"] = None
+        choice["finish_reason"] = self._reason(output.finish_reason)
+        if output.finished:
+            choice["stop_reason"] = output.stop_reason
+        if self.options.token_ids:
+            choice["token_ids"] = tokens
+        return self._frame([choice])
+
+    def echo(self, index: int) -> bytes:
+        """The frame that repeats a prompt."""
+        prompt = self.prompts[index // self.options.n]
+        choice = {"index": index, "text": self._text(prompt), "logprobs": None, "finish_reason": None}
+        if self.options.token_ids:
+            choice["token_ids"] = prompt
+        return self._frame([choice])
+
+    def end(self) -> bytes:
+        """The usage, when asked for, and the terminal event."""
+        last = b"data: [DONE]\n\n"
+        return self._frame([], usage=usage_body(self.usage)) + last if self.options.include_usage else last
+
+    def _frame(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        body: dict[str, Any] = {**self._head, "choices": choices}
+        if self.options.include_usage:
+            body["usage"] = usage
+        return b"data: " + orjson.dumps(body) + b"\n\n"
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        shown_ids, text, judged = (
+            choice.token_ids,
+            "".join(choice.text),
+            list[Sampled | None](choice.logprobs),
+        )
+        if self.options.nothing:
+            shown_ids, text, judged = [], "", []
+        if self.options.echo:
+            shown_ids, text = choice.prompt + shown_ids, self._text(choice.prompt) + text
+            judged = choice.prompt_logprobs + judged
+        answer: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
+        if self.options.logprobs is not None:
+            answer["logprobs"] = self._logprobs(shown_ids, judged, 0)
+        answer |= {"finish_reason": self._reason(choice.finish_reason), "stop_reason": choice.stop_reason}
+        if self.options.token_ids:
+            answer |= {"token_ids": shown_ids, "prompt_token_ids": choice.prompt}
+        return answer
+
+    def _reason(self, reason: str | None) -> str | None:
+        return "length" if self.options.nothing and reason else reason
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        tokenizer = self.service.engine.tokenizer
+        return tokenizer.decode(tokens, skip_special=False) if tokenizer is not None else ""
+
+    def _logprobs(
+        self, tokens: Sequence[int], judged: Sequence[Sampled | None], offset: int
+    ) -> dict[str, Any]:
+        """Parallel lists per token, as this endpoint has them; a prompt's first token has no probability."""
+        piece, top = self.service.piece, self.options.logprobs or 0
+        texts, offsets = [piece(t) for t in tokens], []
+        for text in texts:
+            offsets.append(offset)
+            offset += len(text)
+        best = [
+            None if s is None else {piece(t): p for t, p in (*s.top[:top], (s.token, s.logprob))}
+            for s in judged
+        ]
+        return {
+            "tokens": texts,
+            "token_logprobs": [None if s is None else s.logprob for s in judged],
+            "top_logprobs": best if top else None,
+            "text_offset": offsets,
+        }
+
+
+async def _stream(call: Call, answer: Answer, jobs: Sequence[Any]) -> None:
+    async with EventStream(call, on_error=error_event) as stream:
+        shown: set[int] = set()
+        async for index, output in run(call, jobs):
+            if output.prefilled is not None:
+                stream.progress = f"prefill {output.prefilled}/{len(jobs[index].prompt)}"
+            answer.usage.add(index, output)
+            frame = answer.chunk(index, output)
+            if frame and answer.options.echo and index not in shown:
+                shown.add(index)
+                frame = answer.echo(index) + frame
+            if frame:
+                await stream.send(frame)
+        await stream.send(answer.end())

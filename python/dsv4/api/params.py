@@ -1,0 +1,96 @@
+"""Sampling parameters out of a request body. Ranges are those of `SamplingParams`, which has the last word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsv4.api.fields import Fields, refuse
+from dsv4.errors import RequestError
+from dsv4.sampling import SamplingParams
+
+MAX_CHOICES = 128
+"""Largest `n`, and choices of one request in all are bounded by the engine's queue."""
+
+_INTEGERS = ("top_k", "min_tokens", "seed")
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
+
+
+def sampling_params(
+    fields: Fields,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+    **fixed: Any,
+) -> SamplingParams:
+    """The request's parameters. `fixed` overrules what the body says. Raises RequestError naming the field."""
+    values: dict[str, Any] = {}
+    for name in (*_INTEGERS, *_NUMBERS):
+        value = fields.get(name)
+        if value is None:
+            continue
+        if type(value) not in (int, float):
+            raise refuse(name, value, "a number")
+        values[name] = int(value) if name in _INTEGERS and float(value).is_integer() else value
+    for name in _FLAGS:
+        if fields.get(name) is not None:
+            values[name] = fields.boolean(name)
+    values |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+    values |= {"stop": _stops(fields), "stop_token_ids": tuple(fields.items("stop_token_ids", int, 1024))}
+    values |= {"logit_bias": _logit_bias(fields), **fixed}
+    try:
+        return SamplingParams(**values)
+    except ValueError as e:
+        raise RequestError(str(e), str(e).split(" ", 1)[0], "invalid_value", 400) from None
+
+
+def max_tokens_of(fields: Fields, default: int | None) -> int | None:
+    """`max_completion_tokens`, else `max_tokens`, else the default; None means what the context holds."""
+    for name in ("max_completion_tokens", "max_tokens"):
+        if fields.get(name) is not None:
+            return fields.integer(name, 0, 2**31 - 1)
+    return default
+
+
+def choices_of(fields: Fields) -> int:
+    """`n`. `best_of` is the same thing here or an error, as nothing is generated to be thrown away."""
+    n = fields.integer("n", 1, MAX_CHOICES, 1) or 1
+    best_of = fields.integer("best_of", 1, MAX_CHOICES)
+    if best_of not in (None, n):
+        raise refuse("best_of", best_of, f"the value of n ({n}), or leave it out")
+    return n
+
+
+def routing_of(fields: Fields) -> dict[str, Any]:
+    """Cache salt and priority, for `Job`."""
+    salt = fields.text("cache_salt", "", longest=512) or ""
+    return {"salt": salt, "priority": fields.integer("priority", -(2**31), 2**31 - 1, 0) or 0}
+
+
+def include_usage_of(fields: Fields) -> bool:
+    """`stream_options.include_usage`."""
+    return fields.nested("stream_options").boolean("include_usage")
+
+
+def check_response_format(fields: Fields) -> None:
+    """Only plain text: to accept a schema and not to keep it would be a lie."""
+    kind = fields.nested("response_format").text("type", "text")
+    if kind != "text":
+        raise refuse("response_format.type", kind, "'text'", "; structured output is not supported")
+
+
+def _stops(fields: Fields) -> tuple[str, ...]:
+    value = fields.get("stop")
+    if isinstance(value, str):
+        return (value,)
+    return tuple(fields.items("stop", str, 16))
+
+
+def _logit_bias(fields: Fields) -> dict[int, float]:
+    bias: dict[int, float] = {}
+    for token, value in fields.nested("logit_bias").body.items():
+        if not token.isascii() or not token.isdigit() or len(token) > 10:
+            raise refuse("logit_bias", token, "token ids as keys")
+        bias[int(token)] = value
+    return bias

@@ -1,0 +1,98 @@
+"""What all handlers of one server share: the engine, the settings, the names it answers to, and tokenizing off the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from dsv4.api.fields import Fields
+from dsv4.api.metrics import Metrics
+from dsv4.config import ServerConfig
+from dsv4.errors import RequestError
+from dsv4.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsv4.engine.async_engine import AsyncEngine
+
+INLINE_CHARS = 1024
+"""Text up to this length is tokenized where it is (well under a millisecond); longer text on a thread of its own."""
+
+DEFAULT_NAME = "default"
+"""A model name that every server answers to."""
+
+
+class Service:
+    """One engine as the HTTP side sees it."""
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, name: str) -> None:
+        """`name`: the model's name in the API."""
+        self.engine, self.config, self.name = engine, config, name
+        self.names = tuple(dict.fromkeys((name, DEFAULT_NAME)))
+        self.metrics = Metrics(engine.stats, name)
+        self.started = int(time.time())
+        self.draining = False
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="dsv4-tokenize")
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output together."""
+        return self.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.model_config.vocab_size
+
+    def tokenizer(self, param: str) -> Tokenizer:
+        """The tokenizer. RequestError naming `param` when the model directory has none."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            text = f"{param} is text, but the model's directory has no tokenizer; send token ids to /v1/completions"
+            raise RequestError(text, param, "no_tokenizer", 400)
+        return tokenizer
+
+    def check_model(self, fields: Fields) -> str:
+        """The model name of a request; absent means the only one there is. RequestError 404 for another."""
+        model = fields.text("model", self.name, longest=512)
+        if model not in self.names:
+            served = " and ".join(repr(n) for n in self.names)
+            raise RequestError(
+                f"model {model!r} is not served here; this server has {served}",
+                "model",
+                "model_not_found",
+                404,
+            )
+        return self.name
+
+    def refuse_while_draining(self) -> None:
+        """RequestError 503 once the server is shutting down."""
+        if self.draining:
+            raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
+
+    async def off_loop(self, work: Any, *args: Any, size: int) -> Any:
+        """`work(*args)`, on a thread when `size` characters are too many for the event loop."""
+        if size <= INLINE_CHARS:
+            return work(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    async def encode(self, text: str, param: str) -> list[int]:
+        """Text as token ids."""
+        return await self.off_loop(self.tokenizer(param).encode, text, size=len(text))
+
+    def piece(self, token: int) -> str:
+        """One token as text, for log-probabilities; bytes that are no character alone are shown as `bytes:\\xe2`."""
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            return f"token_id:{token}"
+        text = tokenizer.decode([token], skip_special=False)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{b:02x}" for b in tokenizer.token_bytes(token))
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        return [self.piece(t) for t in tokens]
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,83 @@
+"""The command `dsv4`. Each subcommand is one file with `add(subparsers)` and `run(arguments)`; heavy imports wait until then.
+
+dsv4 serve [MODEL]       the HTTP server; without MODEL the small model that ships
+dsv4 generate PROMPT     one answer on standard output
+dsv4 chat [MODEL]        talk in the terminal
+dsv4 doctor              what this machine has, what will be used, what is missing
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import dsv4
+from dsv4.cli import chat, doctor, generate, serve
+from dsv4.config import nearest
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells expect it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """No abbreviated flags, and an unknown one names the nearest."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
+        found, rest = super().parse_known_args(args, namespace)
+        unknown = next((r.split("=")[0] for r in rest if r.startswith("-")), None)
+        if unknown is not None:
+            self.error(f"unknown flag {unknown}{nearest(unknown, tuple(self._option_string_actions))}")
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """Prints the version of package and core. An action, as the core is loaded only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from dsv4 import _core
+
+        print(f"dsv4 {dsv4.__version__} (core {_core.__version__}, {_core.build_info})")
+        parser.exit()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="dsv4", description="A serving engine for DeepSeek-V4 at million-token context.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (serve, generate, chat, doctor):
+        module.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 1 (failed), 2 (bad arguments or settings), 130 (interrupted)."""
+    arguments = build_parser().parse_args(argv)
+    from dsv4.errors import ConfigError, Dsv4Error
+
+    try:
+        return arguments.run(arguments)
+    except ConfigError as e:
+        return _fail(e, 2)
+    except Dsv4Error as e:
+        return _fail(e, 1)
+    except BrokenPipeError:  # `dsv4 generate … | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"dsv4: error: {error}", file=sys.stderr)
+    return code

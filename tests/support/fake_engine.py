@@ -1,0 +1,210 @@
+"""An engine without a model: the interface of `AsyncEngine`, tokens from a script, and counts of what is alive."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from importlib import resources
+from types import SimpleNamespace
+from typing import Any
+
+from dsv4.config import EngineConfig
+from dsv4.engine.request import RequestOutput, Usage
+from dsv4.engine.sampler import Sampled
+from dsv4.errors import RequestError
+from dsv4.sampling import SamplingParams
+from dsv4.text.chat import GA
+from dsv4.text.stop import StopStrings
+from dsv4.text.tokenizer import Tokenizer
+
+Script = Callable[[Sequence[int]], str | Sequence[int]]
+"""What the model answers to a prompt: text (special tokens recognised) or token ids. An end of sentence is added."""
+
+EOS = 1
+
+
+def small_tokenizer() -> Tokenizer:
+    """The tokenizer of the small model that ships."""
+    tokenizer = Tokenizer.from_dir(str(resources.files("dsv4") / "data" / "nano"), vocab_size=8192)
+    assert tokenizer is not None
+    return tokenizer
+
+
+class FakeEngine:
+    """Streams one token per step. Deterministic: token i of the script is the answer's token i; `ignore_eos` repeats it.
+
+    Every token's log-probability is -(i % 7) / 8; the alternatives are the ids that follow it.
+    """
+
+    def __init__(
+        self,
+        script: Script = lambda prompt: "one two three four five",
+        *,
+        tokenizer: Tokenizer | None = None,
+        step_seconds: float = 0.0,
+        prefill_steps: int = 0,
+        max_model_len: int = 4096,
+        max_live: int = 1000,
+        fail_after: int | None = None,
+    ) -> None:
+        """`fail_after`: requests end with an error after so many tokens. `max_live`: more requests are refused with 429."""
+        self.script, self.tokenizer, self.step_seconds, self.prefill_steps = (
+            script,
+            tokenizer,
+            step_seconds,
+            prefill_steps,
+        )
+        self.max_model_len, self.max_live, self.fail_after = max_model_len, max_live, fail_after
+        self.config, self.chat_format = EngineConfig(), GA
+        self.model_config = SimpleNamespace(vocab_size=8192)
+        self.live = self.begun = self.aborted = 0
+        self.cached_tokens = 0
+        """What every request reports as cached."""
+        self.seen: list[SimpleNamespace] = []
+        """Every request taken: prompt, params, salt, priority."""
+        self.died: str | None = None
+        self._draining = self._cut = False
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        params = self._admit(prompt, params)
+        self.seen.append(
+            SimpleNamespace(prompt=list(prompt), params=params, salt=cache_salt, priority=priority)
+        )
+        request_id = request_id or f"fake-{self.begun}"
+        self.begun += 1
+        self.live += 1
+        finished = False
+        try:
+            async for output in self._outputs(request_id, prompt, params):
+                finished = output.finished
+                yield output
+        finally:
+            self.live -= 1
+            self.aborted += not finished
+
+    def _admit(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
+        if self._draining:
+            raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
+        if self.live >= self.max_live:
+            raise RequestError("the queue is full", None, "overloaded", 429)
+        room = self.max_model_len - len(prompt)
+        if room < (params.max_tokens or 1):
+            text = f"prompt has {len(prompt)} tokens, the context holds {self.max_model_len}"
+            raise RequestError(text, "prompt", "context_length_exceeded", 400)
+        return params if params.max_tokens is not None else dataclasses.replace(params, max_tokens=room)
+
+    async def _outputs(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams
+    ) -> AsyncIterator[RequestOutput]:
+        for step in range(self.prefill_steps):
+            await asyncio.sleep(self.step_seconds)
+            yield RequestOutput(request_id, prefilled=len(prompt) * (step + 1) // self.prefill_steps)
+        tokens, done = self._tokens(prompt, params), 0
+        stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        detokenizer = (
+            self.tokenizer.detokenizer(skip_special=params.skip_special_tokens) if self.tokenizer else None
+        )
+        while True:
+            await asyncio.sleep(self.step_seconds)
+            token = tokens[done % len(tokens)]
+            done += 1
+            reason = self._reason(token, done, params)
+            text = ""
+            if detokenizer is not None and reason != "stop":
+                text = stops.push(detokenizer.push(token))
+                if stops.matched is not None:
+                    reason = "stop"
+                elif reason is not None:
+                    text += stops.push(detokenizer.flush()) + stops.flush()
+            elif detokenizer is not None:
+                text = stops.push(detokenizer.flush()) + stops.flush()
+            yield RequestOutput(
+                request_id,
+                [token],
+                text,
+                logprobs=[self._judge(token, done - 1, params.logprobs)]
+                if params.logprobs is not None
+                else None,
+                prompt_logprobs=self._prompt_logprobs(prompt, params) if reason else None,
+                finished=reason is not None,
+                finish_reason=reason,
+                stop_reason=stops.matched,
+                error="the step failed: boom" if reason == "error" else None,
+                usage=self._usage(prompt, done) if reason else None,
+            )
+            if reason is not None:
+                return
+
+    def _tokens(self, prompt: Sequence[int], params: SamplingParams) -> list[int]:
+        answer = self.script(prompt)
+        if isinstance(answer, str):
+            answer = self.tokenizer.encode(answer) if self.tokenizer is not None else list(answer.encode())
+        return list(answer) if params.ignore_eos else [*answer, EOS]
+
+    def _reason(self, token: int, done: int, params: SamplingParams) -> str | None:
+        if self._cut:
+            return "abort"
+        if self.fail_after is not None and done > self.fail_after:
+            return "error"
+        if (token == EOS and not params.ignore_eos) or token in params.stop_token_ids:
+            return "stop"
+        return "length" if done == params.max_tokens else None
+
+    @staticmethod
+    def _judge(token: int, place: int, top: int | None) -> Sampled:
+        own = -(place % 7) / 8
+        return Sampled(token, own, 1, tuple((token + k, own - k) for k in range(top or 0)))
+
+    def _prompt_logprobs(self, prompt: Sequence[int], params: SamplingParams) -> list[Sampled | None] | None:
+        if params.prompt_logprobs is None:
+            return None
+        return [None, *(self._judge(t, i, params.prompt_logprobs) for i, t in enumerate(prompt[1:]))]
+
+    def _usage(self, prompt: Sequence[int], done: int) -> Usage:
+        cached = min(self.cached_tokens, len(prompt) - 1)
+        explanation = {
+            "history_matched": cached,
+            "resumed_at": cached,
+            "replayed": 0,
+            "reason": "never_stored",
+        }
+        return Usage(len(prompt), done, cached, explanation)
+
+    async def drain(self, timeout: float) -> bool:
+        self._draining = True
+        end = time.monotonic() + timeout
+        while self.live and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        cut = self._cut = self.live > 0
+        while self.live:
+            await asyncio.sleep(0.01)
+        return not cut
+
+    async def shutdown(self) -> None:
+        """Nothing to stop."""
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "pages": 100,
+            "free_pages": 100 - self.live,
+            "cached_pages": 0,
+            "running": self.live,
+            "waiting": 0,
+            "steps": 7,
+        }
+
+    def describe(self) -> list[str]:
+        return ["model      fake: no weights at all"]
+
+    def check_alive(self) -> tuple[bool, str]:
+        return self.died is None, self.died or "ok"
