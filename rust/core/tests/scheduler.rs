@@ -1,0 +1,357 @@
+//! The scheduler, one rule per test. Random runs against the cold run are in the simulator crate.
+
+use dsv4_core::cache::Eviction;
+use dsv4_core::cost::CostModel;
+use dsv4_core::error::CoreError;
+use dsv4_core::event::What;
+use dsv4_core::explain::Reason;
+use dsv4_core::ids::{RequestId, Step};
+use dsv4_core::layout::{LayoutSpec, V4Geometry};
+use dsv4_core::plan::{ALL_LOGITS, DECODE, REPLAY, RESET, SAMPLE, StepHeader};
+use dsv4_core::request::{Finish, Submit};
+use dsv4_core::{Core, Options};
+use dsv4_sim::arrays::Arrays;
+
+/// Blocks of 4 tokens, a window of 3, 3 layers: a replay takes 6 tokens. A snapshot takes one page.
+fn layout() -> LayoutSpec {
+    let geometry = V4Geometry {
+        compress_ratios: vec![0, 2, 4],
+        csa_ratio: 2,
+        hca_ratio: 4,
+        head_dim: 2,
+        index_head_dim: 2,
+        window: 3,
+        row: (64, "toy".to_owned()),
+        index_row: (640, "toy".to_owned()),
+        block_tokens: 4,
+        draft_slack: 0,
+    };
+    LayoutSpec::v4(&geometry).unwrap()
+}
+
+fn options() -> Options {
+    Options {
+        pages: 32,
+        slabs: 2,
+        max_step_tokens: 8,
+        max_len: 64,
+        max_waiting: 4,
+        snapshots: "turns".parse().unwrap(),
+        eviction: Eviction::Lru,
+        prefix_cache: true,
+        max_in_flight: 1,
+        cost: CostModel { token_us: 10.0, context_us_per_1k: 0.0, replay_factor: 0.5, restore_us: 1.0 },
+        replay_tokens: None,
+    }
+}
+
+fn request(id: u64, prompt: &[u32], max_new: u32) -> Submit {
+    let (id, prompt, max_new) = (RequestId(id), prompt.to_vec(), Some(max_new));
+    Submit { id, prompt, max_new, stop_ids: vec![99], salt: Vec::new(), priority: 0, all_logits: false }
+}
+
+/// A row of a plan: request, first position, tokens, flags.
+type Row = (i64, i32, i32, i32);
+
+struct Rig {
+    core: Core,
+    arrays: Arrays,
+}
+
+impl Rig {
+    fn new(options: Options) -> Self {
+        let core = Core::new(&layout(), options).unwrap();
+        Rig { arrays: Arrays::new(&core.shape()), core }
+    }
+
+    fn plan(&mut self) -> Option<StepHeader> {
+        let header = self.core.plan(&mut self.arrays.buffers()).unwrap();
+        self.core.check().unwrap();
+        header
+    }
+
+    fn rows(&self, h: &StepHeader) -> Vec<Row> {
+        let a = &self.arrays;
+        (0..h.rows as usize).map(|r| (a.row_req[r], a.row_start[r], a.row_len[r], a.row_flags[r])).collect()
+    }
+
+    /// Plans, samples `token` for every row, commits. Returns the rows.
+    fn step(&mut self, token: u32) -> Vec<Row> {
+        let h = self.plan().expect("there is something to run");
+        let rows = self.rows(&h);
+        self.core.commit(Step(h.step), &vec![token; h.samples as usize]).unwrap();
+        self.core.check().unwrap();
+        rows
+    }
+
+    fn run(&mut self, submit: Submit) {
+        self.core.submit(submit).unwrap();
+        while self.core.has_work() {
+            self.step(1);
+        }
+    }
+
+    fn events(&mut self) -> Vec<(u64, What)> {
+        std::iter::from_fn(|| self.core.next_event()).map(|e| (e.request.0, e.what)).collect()
+    }
+
+    fn stat(&self, name: &str) -> u64 {
+        self.core.stats().into_iter().find(|(n, _)| n == name).unwrap().1
+    }
+}
+
+fn tokens(n: u32) -> Vec<u32> {
+    (0..n).map(|t| t % 7).collect()
+}
+
+#[test]
+fn decode_comes_first_and_prompts_fill_the_rest_in_order() {
+    let mut rig = Rig::new(Options { slabs: 3, ..options() });
+    rig.core.submit(request(1, &tokens(3), 9)).unwrap();
+    rig.core.submit(request(2, &tokens(10), 9)).unwrap();
+    rig.core.submit(Submit { priority: 1, ..request(3, &tokens(2), 9) }).unwrap();
+    assert_eq!(rig.step(5), [(3, 0, 2, RESET | SAMPLE), (1, 0, 3, RESET | SAMPLE), (2, 0, 3, RESET)]);
+    assert_eq!(rig.step(5), [(3, 2, 1, DECODE | SAMPLE), (1, 3, 1, DECODE | SAMPLE), (2, 3, 5, 0)]);
+    let samples = rig.events().into_iter().filter_map(|(r, w)| match w {
+        What::Token { index, sample, .. } => Some((r, index, sample)),
+        _ => None,
+    });
+    assert_eq!(samples.collect::<Vec<_>>(), [(3, 0, 0), (1, 0, 1), (3, 1, 0), (1, 1, 1)]);
+}
+
+#[test]
+fn chunks_end_where_a_state_is_saved() {
+    let mut rig = Rig::new(Options { snapshots: "turns".parse().unwrap(), max_step_tokens: 64, ..options() });
+    rig.core.submit(request(1, &tokens(10), 4)).unwrap();
+    let h = rig.plan().unwrap();
+    assert_eq!((rig.rows(&h), h.saves), (vec![(1, 0, 8, RESET)], 1));
+    assert_eq!((rig.arrays.saves[0], rig.arrays.saves[1]), (0, 8));
+    rig.core.commit(Step(h.step), &[]).unwrap();
+    assert_eq!(rig.step(1), [(1, 8, 2, SAMPLE)]);
+    assert_eq!(rig.stat("snapshots"), 1);
+    rig.step(1);
+    // Position 12 is crossed in decode: kept aside, stored at the end of the output.
+    let h = rig.plan().unwrap();
+    assert_eq!((h.saves, rig.arrays.saves[1]), (1, 12));
+    rig.core.commit(Step(h.step), &[1]).unwrap();
+    assert_eq!(rig.stat("snapshots"), 1);
+    rig.step(1);
+    assert_eq!((rig.stat("snapshots"), rig.stat("running")), (2, 0));
+}
+
+#[test]
+fn a_conversation_resumes_at_the_end_of_its_output() {
+    let mut rig = Rig::new(options());
+    rig.run(request(1, &tokens(10), 4));
+    let mut next = tokens(10);
+    next.extend([1, 1, 1, 1, 3, 3]);
+    rig.core.submit(request(2, &next, 1)).unwrap();
+    let h = rig.plan().unwrap();
+    assert_eq!((rig.rows(&h), h.restores, rig.arrays.restores[1]), (vec![(2, 12, 4, SAMPLE)], 1, 12));
+    let e = rig.core.explain(RequestId(2)).unwrap();
+    assert_eq!((e.history_matched, e.resumed_at, e.cached_tokens(), e.reason), (12, 12, 12, Reason::None));
+}
+
+#[test]
+fn a_replay_writes_no_history_and_ends_where_history_ends() {
+    let mut rig = Rig::new(Options { snapshots: "none".parse().unwrap(), max_step_tokens: 4, ..options() });
+    rig.run(request(1, &tokens(18), 1));
+    rig.core.submit(request(2, &tokens(18), 1)).unwrap();
+    assert_eq!(rig.step(1), [(2, 10, 4, RESET | REPLAY)]);
+    assert_eq!(rig.arrays.row_replay_end[0], 16);
+    assert_eq!(rig.step(1), [(2, 14, 2, REPLAY)]);
+    assert_eq!(rig.step(1), [(2, 16, 2, SAMPLE)]);
+    assert_eq!(rig.arrays.row_replay_end[0], 0);
+    let e = rig.core.explain(RequestId(2)).unwrap();
+    assert_eq!((e.resumed_at, e.replayed, e.cached_tokens(), e.reason), (16, 6, 10, Reason::None));
+}
+
+#[test]
+fn a_fork_saves_where_the_prompt_left_known_history() {
+    let mut rig = Rig::new(Options { snapshots: "forks".parse().unwrap(), ..options() });
+    rig.run(request(1, &tokens(22), 1));
+    let mut other = tokens(12);
+    other.extend([8; 10]);
+    rig.run(request(2, &other, 1));
+    other.truncate(12);
+    other.extend([9; 10]);
+    rig.core.submit(request(3, &other, 1)).unwrap();
+    let h = rig.plan().unwrap();
+    assert_eq!((h.restores, rig.arrays.restores[1]), (1, 12));
+}
+
+#[test]
+fn all_logits_start_at_the_first_token() {
+    let mut rig = Rig::new(options());
+    rig.run(request(1, &tokens(9), 1));
+    rig.core.submit(Submit { all_logits: true, ..request(2, &tokens(9), 2) }).unwrap();
+    assert_eq!(rig.step(1), [(2, 0, 8, RESET | ALL_LOGITS)]);
+    assert_eq!(rig.step(1), [(2, 8, 1, ALL_LOGITS | SAMPLE)]);
+    assert_eq!(rig.step(1), [(2, 9, 1, DECODE | SAMPLE)]);
+    assert_eq!(rig.core.explain(RequestId(2)).unwrap().reason, Reason::Disabled);
+}
+
+#[test]
+fn a_prompt_alone_is_computed_and_ends_without_a_token() {
+    let mut rig = Rig::new(options());
+    rig.core.submit(request(1, &tokens(6), 0)).unwrap();
+    assert_eq!(rig.step(1), [(1, 0, 4, RESET)]);
+    assert_eq!(rig.step(1), [(1, 4, 2, 0)]);
+    let end = What::Finished { reason: Finish::Length, outputs: 0, stop: None };
+    assert_eq!(rig.events().last(), Some(&(1, end)));
+}
+
+#[test]
+fn a_stop_token_ends_a_request_and_is_part_of_its_output() {
+    let mut rig = Rig::new(options());
+    rig.core.submit(request(1, &tokens(2), 9)).unwrap();
+    rig.step(99);
+    let events = rig.events();
+    assert!(events.contains(&(1, What::Token { token: 99, index: 0, sample: 0 })));
+    let end = What::Finished { reason: Finish::Stop, outputs: 1, stop: Some(99) };
+    assert_eq!(events.last(), Some(&(1, end)));
+}
+
+#[test]
+fn with_two_steps_in_flight_an_unknown_token_is_a_placeholder() {
+    let mut rig = Rig::new(Options { max_in_flight: 2, ..options() });
+    rig.core.submit(request(1, &tokens(3), 9)).unwrap();
+    rig.core.submit(request(2, &tokens(4), 9)).unwrap();
+    let first = rig.plan().unwrap();
+    let second = rig.plan().unwrap();
+    assert_eq!(rig.arrays.token_ids[..2], [-1, -2]);
+    assert!(matches!(
+        rig.core.plan(&mut rig.arrays.buffers()),
+        Err(CoreError::WrongStep { action: "planned", .. })
+    ));
+    assert!(matches!(rig.core.commit(Step(second.step), &[1, 1]), Err(CoreError::WrongStep { .. })));
+    rig.core.commit(Step(first.step), &[99, 5]).unwrap();
+    // Request 1 is over; its row in flight is ignored, and its slab and pages wait for that step.
+    assert_eq!((rig.stat("free_slabs"), rig.stat("running")), (0, 1));
+    let third = rig.plan().unwrap();
+    assert_eq!((rig.rows(&third), rig.arrays.token_ids[0]), (vec![(2, 5, 1, DECODE | SAMPLE)], -2));
+    rig.core.commit(Step(second.step), &[7, 6]).unwrap();
+    assert_eq!(rig.stat("free_slabs"), 1);
+    let outputs = rig.events().into_iter().filter_map(|(r, w)| match w {
+        What::Token { token, .. } => Some((r, token)),
+        _ => None,
+    });
+    assert_eq!(outputs.collect::<Vec<_>>(), [(1, 99), (2, 5), (2, 6)]);
+}
+
+#[test]
+fn a_request_can_be_aborted_in_every_state_and_twice() {
+    let mut rig = Rig::new(Options { slabs: 1, max_in_flight: 2, ..options() });
+    for (id, steps) in [(1, 0), (2, 1), (3, 2), (4, 3)] {
+        rig.core.submit(request(id, &tokens(10), 9)).unwrap();
+        let mut flying = Vec::new();
+        for _ in 0..steps {
+            if flying.len() == 2 {
+                let h: StepHeader = flying.remove(0);
+                rig.core.commit(Step(h.step), &vec![1; h.samples as usize]).unwrap();
+            }
+            flying.extend(rig.plan());
+        }
+        assert_eq!(rig.core.abort(RequestId(id)), Ok(true));
+        assert_eq!(rig.core.abort(RequestId(id)), Ok(false));
+        rig.core.check().unwrap();
+        for h in flying {
+            rig.core.commit(Step(h.step), &vec![1; h.samples as usize]).unwrap();
+        }
+        rig.core.check().unwrap();
+        assert!(matches!(rig.events().last(), Some((_, What::Finished { reason: Finish::Abort, .. }))));
+        assert_eq!((rig.stat("free_slabs"), rig.core.has_work()), (1, false));
+    }
+    rig.core.clear_prefix();
+    assert_eq!(rig.stat("free_pages"), 32);
+}
+
+#[test]
+fn the_last_in_order_gives_way_and_comes_back_with_the_same_tokens() {
+    let mut rig = Rig::new(Options { pages: 7, snapshots: "none".parse().unwrap(), ..options() });
+    rig.core.submit(request(1, &tokens(8), 12)).unwrap();
+    rig.core.submit(request(2, &[3; 8], 12)).unwrap();
+    let mut outputs = [0, 0];
+    let mut preempted = Vec::new();
+    while rig.core.has_work() {
+        rig.step(1);
+        for (id, what) in rig.events() {
+            match what {
+                What::Token { index, .. } => {
+                    assert_eq!(index, outputs[id as usize - 1]);
+                    outputs[id as usize - 1] += 1;
+                }
+                What::Preempted { .. } => preempted.push(id),
+                _ => {}
+            }
+        }
+    }
+    assert_eq!(outputs, [12, 12]);
+    assert!(!preempted.is_empty() && preempted.iter().all(|&id| id == 2), "{preempted:?}");
+    assert_eq!(rig.core.explain(RequestId(2)).unwrap().preemptions, preempted.len() as u32);
+}
+
+#[test]
+fn a_rolled_back_step_never_happened() {
+    let mut rig = Rig::new(Options { max_in_flight: 2, ..options() });
+    rig.core.submit(request(1, &tokens(3), 4)).unwrap();
+    rig.step(5);
+    let (a, b) = (rig.plan().unwrap(), rig.plan().unwrap());
+    rig.core.commit(Step(a.step), &[6]).unwrap();
+    rig.core.rollback(Step(b.step)).unwrap();
+    rig.core.check().unwrap();
+    // The first of the two had crossed position 4 in decode, and the state kept aside then went into the tree.
+    let h = rig.plan().unwrap();
+    assert_eq!((rig.rows(&h), h.restores, rig.arrays.restores[1]), (vec![(1, 4, 1, SAMPLE)], 1, 4));
+    rig.core.commit(Step(h.step), &[7]).unwrap();
+    let outputs = rig.events().into_iter().filter_map(|(_, w)| match w {
+        What::Token { token, index, .. } => Some((index, token)),
+        _ => None,
+    });
+    assert_eq!(outputs.collect::<Vec<_>>(), [(0, 5), (1, 6), (2, 7)]);
+}
+
+#[test]
+fn what_can_never_run_is_refused_at_once() {
+    let mut rig = Rig::new(Options { pages: 4, ..options() });
+    let refused = [
+        (request(1, &[], 1), CoreError::EmptyPrompt(1)),
+        (request(1, &tokens(10), 60), CoreError::TooLong { tokens: 70, limit: 64 }),
+        (request(1, &tokens(10), 8), CoreError::NeverFits { needed: 5, pages: 4, tokens: 16 }),
+    ];
+    for (submit, error) in refused {
+        assert_eq!(rig.core.submit(submit), Err(error));
+    }
+    // 10 + 7 tokens: the last one is sampled and never computed.
+    rig.run(request(1, &tokens(10), 7));
+    rig.run(Submit { max_new: None, ..request(2, &tokens(10), 0) });
+    assert_eq!(
+        rig.events().last().map(|e| e.1),
+        Some(What::Finished { reason: Finish::Length, outputs: 7, stop: None })
+    );
+    for id in 3..7 {
+        rig.core.submit(request(id, &tokens(2), 1)).unwrap();
+    }
+    assert_eq!(rig.core.submit(request(3, &tokens(2), 1)), Err(CoreError::Duplicate(3)));
+    assert_eq!(
+        rig.core.submit(request(7, &tokens(2), 1)),
+        Err(CoreError::Overloaded { waiting: 4, limit: 4 })
+    );
+}
+
+#[test]
+fn nobody_overtakes_a_request_that_waits_for_pages() {
+    let mut rig = Rig::new(Options { pages: 8, slabs: 3, ..options() });
+    rig.core.submit(request(1, &tokens(17), 4)).unwrap();
+    rig.core.submit(request(2, &[6; 17], 4)).unwrap();
+    rig.core.submit(request(3, &[5; 2], 4)).unwrap();
+    let mut first = Vec::new();
+    while rig.core.has_work() {
+        for (id, ..) in rig.step(1) {
+            if !first.contains(&id) {
+                first.push(id);
+            }
+        }
+    }
+    assert_eq!(first, [1, 2, 3]);
+}
