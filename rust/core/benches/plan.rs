@@ -64,7 +64,9 @@ impl Bench {
     fn step(&mut self) -> u32 {
         let header = self.core.plan(&mut self.arrays.buffers()).expect("the arrays are large enough");
         let header = header.expect("there is work");
-        self.core.commit(Step(header.step), &self.samples[..header.samples as usize]).expect("it is in flight");
+        self.core
+            .commit(Step(header.step), &self.samples[..header.samples as usize])
+            .expect("it is in flight");
         while self.core.events_into(&mut self.events) > 0 {}
         header.decode_rows
     }

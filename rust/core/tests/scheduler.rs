@@ -1,5 +1,7 @@
 //! The scheduler, one rule per test. Random runs against the cold run are in the simulator crate.
 
+#![expect(clippy::unwrap_used, reason = "a refusal where none is expected fails the test")]
+
 use dsv4_core::cache::Eviction;
 use dsv4_core::cost::CostModel;
 use dsv4_core::error::CoreError;
@@ -164,6 +166,22 @@ fn a_replay_writes_no_history_and_ends_where_history_ends() {
     assert_eq!(rig.arrays.row_replay_end[0], 0);
     let e = rig.core.explain(RequestId(2)).unwrap();
     assert_eq!((e.resumed_at, e.replayed, e.cached_tokens(), e.reason), (16, 6, 10, Reason::None));
+}
+
+#[test]
+fn nothing_is_saved_before_the_end_of_a_replay() {
+    let mut rig =
+        Rig::new(Options { snapshots: "every:4".parse().unwrap(), max_step_tokens: 2, ..options() });
+    rig.run(request(1, &tokens(18), 1));
+    assert_eq!(rig.core.evict_snapshots(9), 4);
+    rig.core.submit(request(2, &tokens(18), 1)).unwrap();
+    let mut saves = Vec::new();
+    while let Some(h) = rig.plan() {
+        saves.push((rig.rows(&h)[0].1, h.saves));
+        rig.core.commit(Step(h.step), &vec![1; h.samples as usize]).unwrap();
+    }
+    // The row at 10 ends at 12, a due boundary, but its state there is not exact.
+    assert_eq!(saves, [(10, 0), (12, 0), (14, 1), (16, 0)]);
 }
 
 #[test]
