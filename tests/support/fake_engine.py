@@ -1,4 +1,5 @@
-"""An engine without a model: the interface of `AsyncEngine`, tokens from a script, and counts of what is alive."""
+"""An engine without a model: the interface of `AsyncEngine`, tokens from a script, and counts of what is
+alive."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from dsv4.text.stop import StopStrings
 from dsv4.text.tokenizer import Tokenizer
 
 Script = Callable[[Sequence[int]], str | Sequence[int]]
-"""What the model answers to a prompt: text (special tokens recognised) or token ids. An end of sentence is added."""
+"""What the model answers to a prompt: text (special tokens recognised) or token ids. An end of sentence is
+added."""
 
 EOS = 1
 
@@ -33,7 +35,8 @@ def small_tokenizer() -> Tokenizer:
 
 
 class FakeEngine:
-    """Streams one token per step. Deterministic: token i of the script is the answer's token i; `ignore_eos` repeats it.
+    """Streams one token per step. Deterministic: token i of the script is the answer's token i; `ignore_eos`
+    repeats it.
 
     Every token's log-probability is -(i % 7) / 8; the alternatives are the ids that follow it.
     """
@@ -49,7 +52,8 @@ class FakeEngine:
         max_live: int = 1000,
         fail_after: int | None = None,
     ) -> None:
-        """`fail_after`: requests end with an error after so many tokens. `max_live`: more requests are refused with 429."""
+        """`fail_after`: requests end with an error after so many tokens. `max_live`: more requests are
+        refused with 429."""
         self.script, self.tokenizer, self.step_seconds, self.prefill_steps = (
             script,
             tokenizer,

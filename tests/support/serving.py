@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from dsv4.api.server import Server, bind, make_server
+from dsv4.api.listen import bind
+from dsv4.api.server import Server, make_server
 from dsv4.api.service import Service
 from dsv4.config import ServerConfig
 

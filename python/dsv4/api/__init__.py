@@ -3,6 +3,7 @@
 | file | responsibility |
 | --- | --- |
 | `server.py` | uvicorn with deadlines on headers, draining at SIGTERM |
+| `listen.py` | the listening socket |
 | `app.py` | routes; request ids, the key |
 | `service.py` | what handlers share: engine, names, tokenizing off the event loop |
 | `http.py` | the door of POST endpoints: body limits, JSON, disconnects, errors |
@@ -10,7 +11,7 @@
 | `fields.py`, `params.py` | reading a body: types and bounds, sampling parameters |
 | `conversation.py` | messages, tools and thinking of a chat, to a prompt |
 | `generation.py` | choices of a request run against the engine and merged; token counts |
-| `openai_chat.py`, `openai_completions.py` | the dialects, one file each; `openai_usage.py` is common to both |
+| `openai_chat.py`, `openai_completions.py` | one file per dialect; `openai_usage.py` is common to both |
 | `info.py` | models, health, metrics, version, tokenize, detokenize |
 | `errors.py`, `metrics.py` | error bodies; Prometheus |
 

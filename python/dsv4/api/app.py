@@ -24,7 +24,8 @@ from dsv4.api.service import Service
 from dsv4.errors import RequestError
 
 OPEN_PATHS = frozenset({"/health"})
-"""Answered without a key, for probes. Everything else is closed when a key is set, whatever is added later."""
+"""Answered without a key, for probes. Everything else is closed when a key is set, whatever is added
+later."""
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -115,8 +116,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"there is nothing at {request.url.path}; GET / lists the endpoints",
         405: f"{request.url.path} does not take {request.method}; see the Allow header",
     }.get(status, HTTPStatus(status).phrase)
-    return _error(RequestError(text, None, {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error"), status),
-                  dict(error.headers or {}))  # fmt: skip
+    return _error(
+        RequestError(
+            text, None, {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error"), status
+        ),
+        dict(error.headers or {}),
+    )
 
 
 async def _bug(request: Request, error: Exception) -> Response:

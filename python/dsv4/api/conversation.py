@@ -1,4 +1,5 @@
-"""A chat request's messages, tools and thinking settings, checked and encoded as a prompt. Dialects share it."""
+"""A chat request's messages, tools and thinking settings, checked and encoded as a prompt. Dialects share
+it."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
 
 
 def _thinking(fields: Fields) -> tuple[bool, str]:
-    """(thinking, effort) from DeepSeek's `thinking`, OpenAI's `reasoning_effort` and the template arguments of vLLM.
+    """(thinking, effort) from DeepSeek's `thinking`, OpenAI's `reasoning_effort` and the template arguments
+    of vLLM.
 
     Off unless asked for; naming an effort asks for it. The most explicit wins: a switch before an effort.
     """

@@ -1,4 +1,5 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`. Other dialects wrap the same RequestError."""
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`. Other dialects wrap the same
+RequestError."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import orjson
 from dsv4.errors import RequestError
 
 RETRY_AFTER = {429: b"1", 503: b"5"}
-"""Seconds in `Retry-After`, by status: a full queue moves with every finished request, a restart takes longer."""
+"""Seconds in `Retry-After`, by status: a full queue moves with every finished request, a restart takes
+longer."""
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

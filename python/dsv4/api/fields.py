@@ -1,4 +1,5 @@
-"""Typed, bounded reading of a JSON object. Every refusal names the field, the value, the limit and the nearest valid choice."""
+"""Typed, bounded reading of a JSON object. Every refusal names the field, the value, the limit and the
+nearest valid choice."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,9 @@ class Job:
 def jobs_for(
     prompts: Sequence[list[int]], params: SamplingParams, n: int, *, salt: str = "", priority: int = 0
 ) -> list[Job]:
-    """`n` choices per prompt, numbered prompt by prompt. With a seed, choice k takes `seed + k`, else all were equal."""
-    jobs = []
+    """`n` choices per prompt, numbered prompt by prompt. With a seed, choice k takes `seed + k`, else all
+    were equal."""
+    jobs: list[Job] = []
     for prompt in prompts:
         for k in range(n):
             own = (
@@ -44,11 +45,11 @@ def jobs_for(
     return jobs
 
 
-async def run(call: Call, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, RequestOutput]]:
+async def run(call: Call, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """(choice, output) as they come, until every choice has finished. Closing it aborts all of them.
 
-    A choice that ends with `error` or `abort` raises RequestError (500, 503) and takes its siblings along: half an answer
-    is not what was asked for.
+    A choice that ends with `error` or `abort` raises RequestError (500, 503) and takes its siblings along:
+    half an answer is not what was asked for.
     """
     if len(jobs) == 1:
         async with contextlib.aclosing(_one(call, jobs[0])) as outputs:
@@ -60,11 +61,11 @@ async def run(call: Call, jobs: Sequence[Job]) -> AsyncIterator[tuple[int, Reque
     left = len(jobs)
     try:
         while left:
-            index, output = await news.get()
-            if isinstance(output, BaseException):
-                raise output
-            left -= output.finished
-            yield index, output
+            index, what = await news.get()
+            if isinstance(what, BaseException):
+                raise what
+            left -= what.finished
+            yield index, what
     finally:
         for task in tasks:
             task.cancel()
@@ -80,7 +81,7 @@ async def _pump(call: Call, job: Job, news: asyncio.Queue[tuple[int, RequestOutp
         news.put_nowait((job.index, e))
 
 
-async def _one(call: Call, job: Job) -> AsyncIterator[RequestOutput]:
+async def _one(call: Call, job: Job) -> AsyncGenerator[RequestOutput, None]:
     timer = GenerationTimer(call.service.metrics, call.arrived)
     request_id = f"{call.request_id}-{job.index}"
     stream = call.service.engine.generate(
@@ -107,8 +108,12 @@ def _log_end(request_id: str, output: RequestOutput) -> None:
     if usage is not None and log.isEnabledFor(logging.INFO):
         log.info(
             "%s %s: prompt %d, cached %d, output %d",
-            request_id, output.finish_reason, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens,
-        )  # fmt: skip
+            request_id,
+            output.finish_reason,
+            usage.prompt_tokens,
+            usage.cached_tokens,
+            usage.completion_tokens,
+        )
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
-"""The door of every POST endpoint: one request from its body to its answer, with limits, deadlines and disconnects.
+"""The door of every POST endpoint: one request from its body to its answer, with limits, deadlines and
+disconnects.
 
-A handler gets a `Call` and answers through it. It runs in a task that is cancelled when the client goes away, which closes
-its engine streams and so aborts its requests, in whatever state they are.
+A handler gets a `Call` and answers through it. It runs in a task that is cancelled when the client goes away,
+which closes its engine streams and so aborts its requests, in whatever state they are.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class PostEndpoint:
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit: int, idle: float) -> bytes:
-    """The whole body. RequestError 413 beyond `limit` bytes, 408 after `idle` seconds without one; ClientGone."""
+    """The whole body. RequestError 413 beyond `limit` bytes, 408 after `idle` seconds without one;
+    ClientGone."""
     declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
     parts, size = [], int(declared) if declared.isdigit() else 0
     if size > limit:
@@ -163,7 +165,8 @@ def _depth(value: Any) -> int:
 
 
 async def unless_gone(work: Any, receive: Receive) -> None:
-    """Awaits `work`; when the client disconnects first, cancels it, waits for its clean-up and raises ClientGone."""
+    """Awaits `work`; when the client disconnects first, cancels it, waits for its clean-up and raises
+    ClientGone."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnect(receive))
     try:

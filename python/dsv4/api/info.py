@@ -23,7 +23,8 @@ def _json(body: Any, status: int = 200, **headers: str) -> Response:
 
 
 def _service(request: Request) -> Service:
-    return request.app.state.service
+    service: Service = request.app.state.service
+    return service
 
 
 async def root(request: Request) -> Response:

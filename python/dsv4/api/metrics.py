@@ -1,7 +1,7 @@
 """What `/metrics` shows: counters of the HTTP side, and the engine's own at the moment of the scrape.
 
-Names of our own begin with `dsv4_`. Gateways (llm-d, the Gateway API's endpoint picker) and autoscalers read three names of
-vLLM; these are given as well, with the label they expect.
+Names of our own begin with `dsv4_`. Gateways (llm-d, the Gateway API's endpoint picker) and autoscalers read
+three names of vLLM; these are given as well, with the label they expect.
 """
 
 from __future__ import annotations
@@ -124,6 +124,6 @@ class _EngineCollector(Collector):
                 max(used, 0.0),
             ),
         ):
-            family = GaugeMetricFamily(name, help, labels=("model_name",))
-            family.add_metric((self.model,), value)
-            yield family
+            gauge = GaugeMetricFamily(name, help, labels=("model_name",))
+            gauge.add_metric((self.model,), value)
+            yield gauge

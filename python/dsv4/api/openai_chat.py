@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`: messages in; content, reasoning and tool calls out, whole or as they come.
 
-The dialect is OpenAI's with DeepSeek's `reasoning_content`. A stream has the role first, then deltas, one chunk with the
-`finish_reason` per choice, the usage with `choices: []` when asked for, and `[DONE]`.
+The dialect is OpenAI's with DeepSeek's `reasoning_content`. A stream has the role first, then deltas, one
+chunk with the `finish_reason` per choice, the usage with `choices: []` when asked for, and `[DONE]`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`POST /v1/completions`: text or token ids in, text and token ids out.
 
-Also what evaluation harnesses need: many prompts in one request, and `echo` with `logprobs` for the prompt's tokens.
+Also what evaluation harnesses need: many prompts in one request, and `echo` with `logprobs` for the prompt's
+tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The `usage` object of OpenAI's dialects, with DeepSeek's two counters and our explanation of the prefix hit.
+"""The `usage` object of OpenAI's dialects, with DeepSeek's two counters and our explanation of the prefix
+hit.
 
-`usage.prompt_tokens_details.dsv4` says what of the prompt's prefix was known, where the computation was resumed, what was
-replayed, and why not more was reused. It is a list, in the prompts' order, when a request had several.
+`usage.prompt_tokens_details.dsv4` says what of the prompt's prefix was known, where the computation was
+resumed, what was replayed, and why not more was reused. It is a list, in the prompts' order, when a request
+had several.
 """
 
 from __future__ import annotations

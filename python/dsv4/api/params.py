@@ -1,4 +1,5 @@
-"""Sampling parameters out of a request body. Ranges are those of `SamplingParams`, which has the last word."""
+"""Sampling parameters out of a request body. Ranges are those of `SamplingParams`, which has the last
+word."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def sampling_params(
     prompt_logprobs: int | None = None,
     **fixed: Any,
 ) -> SamplingParams:
-    """The request's parameters. `fixed` overrules what the body says. Raises RequestError naming the field."""
+    """The request's parameters. `fixed` overrules what the body says. Raises RequestError naming the
+    field."""
     values: dict[str, Any] = {}
     for name in (*_INTEGERS, *_NUMBERS):
         value = fields.get(name)

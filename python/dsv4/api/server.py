@@ -1,8 +1,8 @@
 """Runs the application on uvicorn with uvloop: deadlines on headers, draining at SIGTERM, exit code 0.
 
-SIGTERM (or Ctrl-C): health says 503 at once and new requests get 503 with Retry-After, while running ones may end within
-`drain_timeout`; what is left then is aborted and gets a proper terminal event. A second Ctrl-C cuts the wait short; a
-second SIGTERM does not.
+SIGTERM (or Ctrl-C): health says 503 at once and new requests get 503 with Retry-After, while running ones may
+end within `drain_timeout`; what is left then is aborted and gets a proper terminal event. A second Ctrl-C
+cuts the wait short; a second SIGTERM does not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from dsv4.api.app import create_app
 from dsv4.api.errors import error_body
 from dsv4.api.service import Service
-from dsv4.errors import ConfigError, RequestError
+from dsv4.errors import RequestError
 
 log = logging.getLogger("dsv4.api")
 
@@ -31,7 +31,8 @@ MAX_HEADER_BYTES = 32 * 1024
 """Request line and headers together."""
 
 KEEP_ALIVE = 75
-"""Seconds an idle connection stays open: longer than usual proxies keep theirs, so that these never meet a closing one."""
+"""Seconds an idle connection stays open: longer than usual proxies keep theirs, so that these never meet a
+closing one."""
 
 ANSWER_GRACE = 5.0
 """Seconds for sending the terminal events once the engine has drained."""
@@ -40,7 +41,8 @@ ANSWER_GRACE = 5.0
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with what it lacks: a limit on the header's size and on the time it may take.
 
-    The clock runs from the connection's start, or from a later request's first byte, to the end of its header.
+    The clock runs from the connection's start, or from a later request's first byte, to the end of its
+    header.
     """
 
     header_timeout = 10.0
@@ -56,8 +58,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # Checked before the parser sees the data, which may end a header and hold most of a body: so at most one
-        # read (64 KiB) is let through beyond the limit.
+        # Checked before the parser sees the data, which may end a header and hold most of a body: so at most
+        # one read (64 KiB) is let through beyond the limit.
         if self._in_header:
             if self._header_bytes > MAX_HEADER_BYTES:
                 self._refuse(431, f"the header has more than {MAX_HEADER_BYTES} bytes", "header_too_large")
@@ -122,7 +124,7 @@ class Server(uvicorn.Server):
         self.service, self.on_ready = service, on_ready
         self._asked = 0
         self._drain: asyncio.Task[None] | None = None
-        self._hurry: asyncio.Task[None] | None = None
+        self._hurry: asyncio.Task[bool] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -157,27 +159,9 @@ class Server(uvicorn.Server):
             self.should_exit = True
 
     def _busy(self) -> bool:
-        return any(
-            c.cycle is not None and not c.cycle.response_complete for c in self.server_state.connections
-        )
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, made before any weight is read. ConfigError when the address cannot be had."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-    except OSError as e:
-        reason = e.strerror or str(e)
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {reason}; choose another --host or --port (0 takes a free one)"
-        ) from None
-    sock.set_inheritable(True)
-    return sock
+        """Whether a response is still under way."""
+        cycles = (c.cycle for c in self.server_state.connections if isinstance(c, GuardedProtocol))
+        return any(cycle is not None and not cycle.response_complete for cycle in cycles)
 
 
 def make_server(service: Service, on_ready: Callable[[], None] = lambda: None) -> Server:
@@ -200,7 +184,8 @@ def make_server(service: Service, on_ready: Callable[[], None] = lambda: None) -
 
 
 def serve(service: Service, sock: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serves until a signal has drained the engine; then stops the engine. `on_ready` is called once requests are taken."""
+    """Serves until a signal has drained the engine; then stops the engine. `on_ready` is called once requests
+    are taken."""
     server = make_server(service, on_ready)
     try:
         server.run(sockets=[sock])

@@ -1,12 +1,13 @@
-"""What all handlers of one server share: the engine, the settings, the names it answers to, and tokenizing off the loop."""
+"""What all handlers of one server share: the engine, the settings, the names it answers to, and tokenizing
+off the loop."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from dsv4.api.fields import Fields
 from dsv4.api.metrics import Metrics
@@ -17,8 +18,11 @@ from dsv4.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from dsv4.engine.async_engine import AsyncEngine
 
+T = TypeVar("T")
+
 INLINE_CHARS = 1024
-"""Text up to this length is tokenized where it is (well under a millisecond); longer text on a thread of its own."""
+"""Text up to this length is tokenized where it is (well under a millisecond); longer text on a thread of its
+own."""
 
 DEFAULT_NAME = "default"
 """A model name that every server answers to."""
@@ -49,7 +53,7 @@ class Service:
         """The tokenizer. RequestError naming `param` when the model directory has none."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
-            text = f"{param} is text, but the model's directory has no tokenizer; send token ids to /v1/completions"
+            text = f"{param} is text, but the model has no tokenizer; send token ids to /v1/completions"
             raise RequestError(text, param, "no_tokenizer", 400)
         return tokenizer
 
@@ -71,18 +75,20 @@ class Service:
         if self.draining:
             raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
 
-    async def off_loop(self, work: Any, *args: Any, size: int) -> Any:
-        """`work(*args)`, on a thread when `size` characters are too many for the event loop."""
+    async def off_loop(self, work: Callable[[], T], *, size: int) -> T:
+        """`work()`, on a thread when `size` characters are too many for the event loop."""
         if size <= INLINE_CHARS:
-            return work(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def encode(self, text: str, param: str) -> list[int]:
         """Text as token ids."""
-        return await self.off_loop(self.tokenizer(param).encode, text, size=len(text))
+        tokenizer = self.tokenizer(param)
+        return await self.off_loop(lambda: tokenizer.encode(text), size=len(text))
 
     def piece(self, token: int) -> str:
-        """One token as text, for log-probabilities; bytes that are no character alone are shown as `bytes:\\xe2`."""
+        """One token as text, for log-probabilities; bytes that are no character alone are shown as
+        `bytes:\\xe2`."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             return f"token_id:{token}"

@@ -1,4 +1,5 @@
-"""A stream of server-sent events: headers sent late, so that a refusal still has its status; comments while nothing comes."""
+"""A stream of server-sent events: headers sent late, so that a refusal still has its status; comments while
+nothing comes."""
 
 from __future__ import annotations
 
@@ -24,8 +25,9 @@ _HEADERS = (
 class EventStream:
     """`async with EventStream(call, on_error=…) as stream: await stream.send(b"data: …\\n\\n")`.
 
-    The response begins with the first frame or the first comment, whichever comes first. An error before that leaves as
-    an ordinary HTTP error; after it, `on_error(error)` gives the terminal event and the stream is closed properly.
+    The response begins with the first frame or the first comment, whichever comes first. An error before that
+    leaves as an ordinary HTTP error; after it, `on_error(error)` gives the terminal event and the stream is
+    closed properly.
     """
 
     def __init__(self, call: Call, *, on_error: Callable[[RequestError], bytes]) -> None:

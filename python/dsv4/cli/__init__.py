@@ -1,4 +1,5 @@
-"""The command `dsv4`. Each subcommand is one file with `add(subparsers)` and `run(arguments)`; heavy imports wait until then.
+"""The command `dsv4`. Each subcommand is one file with `add(subparsers)` and `run(arguments)`; heavy imports
+wait until then.
 
 dsv4 serve [MODEL]       the HTTP server; without MODEL the small model that ships
 dsv4 generate PROMPT     one answer on standard output
@@ -22,19 +23,10 @@ INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """No abbreviated flags, and an unknown one names the nearest."""
+    """No abbreviated flags, and errors on one line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
-
-    def parse_known_args(
-        self, args: Any = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:  # type: ignore[override]
-        found, rest = super().parse_known_args(args, namespace)
-        unknown = next((r.split("=")[0] for r in rest if r.startswith("-")), None)
-        if unknown is not None:
-            self.error(f"unknown flag {unknown}{nearest(unknown, tuple(self._option_string_actions))}")
-        return found, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -57,16 +49,31 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (serve, generate, chat, doctor):
         module.add(commands)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
+def _refuse_unknown(command: argparse.ArgumentParser, rest: Sequence[str]) -> NoReturn:
+    """An unknown flag names the nearest one."""
+    flags = [flag for action in command._actions for flag in action.option_strings]
+    word = rest[0].split("=")[0]
+    command.error(
+        f"unknown flag {word}{nearest(word, flags)}" if word.startswith("-") else f"unexpected {word!r}"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0, 1 (failed), 2 (bad arguments or settings), 130 (interrupted)."""
-    arguments = build_parser().parse_args(argv)
+    """Runs one command and returns its exit code: 0, 1 (failed), 2 (bad arguments or settings), 130
+    (interrupted)."""
+    arguments, rest = build_parser().parse_known_args(argv)
+    if rest:
+        _refuse_unknown(arguments.parser, rest)
     from dsv4.errors import ConfigError, Dsv4Error
 
     try:
-        return arguments.run(arguments)
+        code: int = arguments.run(arguments)
+        return code
     except ConfigError as e:
         return _fail(e, 2)
     except Dsv4Error as e:

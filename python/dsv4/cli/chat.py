@@ -80,8 +80,14 @@ class Session:
             self._answer(line)
             return True
         command, _, rest = line.partition(" ")
-        commands = {"/exit": None, "/quit": None, "/reset": self._reset, "/think": self._think, "/system": self._system,
-                    "/help": lambda _: note(HELP)}  # fmt: skip
+        commands = {
+            "/exit": None,
+            "/quit": None,
+            "/reset": self._reset,
+            "/think": self._think,
+            "/system": self._system,
+            "/help": lambda _: note(HELP),
+        }
         if command not in commands:
             note(f"{command} is no command{nearest(command, tuple(commands))}; /help lists them")
             return True

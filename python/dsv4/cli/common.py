@@ -37,7 +37,8 @@ def read_settings(arguments: argparse.Namespace, *classes: type) -> list[Any]:
 
 
 class LoadProgress:
-    """Shows the reading of weights: a bar on a terminal, else a line every few seconds. Standard error only."""
+    """Shows the reading of weights: a bar on a terminal, else a line every few seconds. Standard error
+    only."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
@@ -75,7 +76,8 @@ class LoadProgress:
 
 
 class PrefillProgress:
-    """Shows how far a long prompt is read: one line rewritten on a terminal, else a line every few seconds."""
+    """Shows how far a long prompt is read: one line rewritten on a terminal, else a line every few
+    seconds."""
 
     def __init__(self, total: int) -> None:
         self._total, self._began = total, time.monotonic()

@@ -139,8 +139,13 @@ def _as_json(reply: Reply) -> dict[str, Any]:
         "tool_calls": reply.calls,
         "token_ids": reply.token_ids,
         "finish_reason": reply.finish_reason,
-        "usage": usage and {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
-                            "cached_tokens": usage.cached_tokens, "explanation": usage.explanation},
+        "usage": usage
+        and {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "explanation": usage.explanation,
+        },
         "seconds_to_first_token": round(reply.first - reply.began, 4),
         "seconds": round(reply.last - reply.began, 4),
-    }  # fmt: skip
+    }

@@ -23,12 +23,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGTERM or Ctrl-C has drained the engine."""
     engine_config, server_config = read_settings(arguments, EngineConfig, ServerConfig)
     set_up_logging(server_config.log_level)
-    from dsv4.api.server import bind, serve
-    from dsv4.api.service import Service
+    from dsv4.api.listen import bind
 
-    sock = bind(
-        server_config.host, server_config.port
-    )  # before the slow part, so that a taken port is known at once
+    # Before the slow part, so that a taken port is known at once.
+    sock = bind(server_config.host, server_config.port)
+    from dsv4.api.server import serve
+    from dsv4.api.service import Service
     from dsv4.engine.async_engine import AsyncEngine
 
     with LoadProgress() as progress:

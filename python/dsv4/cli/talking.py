@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from dsv4.engine.llm import LLM
-    from dsv4.engine.request import Usage
+    from dsv4.engine.request import RequestOutput, Usage
     from dsv4.sampling import SamplingParams
 
 
@@ -52,14 +52,14 @@ class Reply:
             return f"interrupted after {len(self.token_ids)} tokens"
         seconds, further = self.last - self.first, len(self.token_ids) - 1
         rate = f", {further / seconds:.1f} tokens/s" if further > 0 and seconds > 0 else ""
-        return (
-            f"{self.usage.prompt_tokens:,} prompt tokens ({self.usage.cached_tokens:,} cached), first token after "
-            f"{self.first - self.began:.2f} s; {len(self.token_ids):,} tokens{rate}"
-        )
+        prompt = f"{self.usage.prompt_tokens:,} prompt tokens ({self.usage.cached_tokens:,} cached)"
+        wait = f"first token after {self.first - self.began:.2f} s"
+        return f"{prompt}, {wait}; {len(self.token_ids):,} tokens{rate}"
 
 
 class Printer:
-    """Content and tool calls to standard output, reasoning dimly to standard error, so that a pipe gets the answer only."""
+    """Content and tool calls to standard output, reasoning dimly to standard error, so that a pipe gets the
+    answer only."""
 
     def __init__(self) -> None:
         self._in_reasoning = False
@@ -82,7 +82,8 @@ class Printer:
 def answer(
     llm: LLM, prompt: list[int], params: SamplingParams, *, thinking: bool, show: Callable[[Any], None]
 ) -> Reply:
-    """Generates and calls `show(piece)` for every piece of reasoning, content or tool call. Ctrl-C ends it early.
+    """Generates and calls `show(piece)` for every piece of reasoning, content or tool call. Ctrl-C ends it
+    early.
 
     Raises RequestError when the request is refused or fails.
     """
@@ -91,7 +92,7 @@ def answer(
 
     reply, progress = Reply(), PrefillProgress(len(prompt))
     parser = OutputParser(thinking=thinking, tools=True)
-    with _interrupts() as interrupted, contextlib.closing(llm.stream(prompt, params)) as outputs:
+    with _interrupts() as interrupted, contextlib.closing(_stream(llm, prompt, params)) as outputs:
         for output in outputs:
             if output.error is not None:
                 raise RequestError(output.error, None, "generation_failed", 500)
@@ -114,6 +115,10 @@ def answer(
     return reply
 
 
+def _stream(llm: LLM, prompt: list[int], params: SamplingParams) -> Generator[RequestOutput, None, None]:
+    yield from llm.stream(prompt, params)
+
+
 def _keep(reply: Reply, piece: Any) -> None:
     from dsv4.text.output import Content, Reasoning, ToolStart
 
@@ -129,8 +134,8 @@ def _keep(reply: Reply, piece: Any) -> None:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Turns Ctrl-C into a flag: an exception in the middle of a step would leave the engine half-way. A second one is
-    an exception again, for a step that never ends."""
+    """Turns Ctrl-C into a flag: an exception in the middle of a step would leave the engine half-way. A
+    second one is an exception again, for a step that never ends."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag

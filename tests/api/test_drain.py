@@ -1,0 +1,106 @@
+"""SIGTERM: not ready at once, no new requests, running ones may end, the rest gets a terminal event, exit
+code 0."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+SERVER = """
+import logging, sys
+from dsv4.api.listen import bind
+from dsv4.api.server import serve
+from dsv4.api.service import Service
+from dsv4.config import ServerConfig
+from tests.support.fake_engine import FakeEngine, small_tokenizer
+
+step, drain = float(sys.argv[1]), float(sys.argv[2])
+engine = FakeEngine(tokenizer=small_tokenizer(), step_seconds=step)
+sock = bind("127.0.0.1", 0)
+service = Service(engine, ServerConfig(drain_timeout=drain), "tiny")
+serve(service, sock, lambda: print(sock.getsockname()[1], flush=True))
+print("live", engine.live, flush=True)
+"""
+
+
+@contextmanager
+def server_process(step: float, drain: float) -> Iterator[tuple[subprocess.Popen, str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(step), str(drain)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        assert process.stdout is not None
+        yield process, f"http://127.0.0.1:{int(process.stdout.readline())}"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def start_stream(url: str, tokens: int) -> tuple[threading.Thread, list[str], threading.Event]:
+    """A stream on a thread: its lines, and an event at the first token."""
+    lines, begun = [], threading.Event()
+    body = {"model": "tiny", "prompt": "Hi", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+
+    def read() -> None:
+        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30) as response:
+            for line in response.iter_lines():
+                lines.append(line)
+                begun.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert begun.wait(10)
+    return thread, lines, begun
+
+
+def test_running_requests_end_and_new_ones_are_refused() -> None:
+    with server_process(step=0.02, drain=20) as (process, url):
+        thread, lines, _ = start_stream(url, tokens=75)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        health = httpx.get(url + "/health")
+        assert health.status_code == 503 and "shutting down" in health.json()["status"]
+        refused = httpx.post(url + "/v1/completions", json={"model": "tiny", "prompt": "Hi"})
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "5"
+        assert refused.json()["error"]["code"] == "draining"
+        process.send_signal(signal.SIGTERM)  # a second one does not cut anything
+        thread.join(20)
+        assert sum(line.startswith("data: {") for line in lines) == 75 and lines[-2] == "data: [DONE]"
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize("stop", ["timeout", "second interrupt"])
+def test_what_is_left_gets_a_terminal_event(stop: str) -> None:
+    with server_process(step=0.05, drain=0.5 if stop == "timeout" else 60) as (process, url):
+        thread, lines, _ = start_stream(url, tokens=3000)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM if stop == "timeout" else signal.SIGINT)
+        if stop == "second interrupt":
+            time.sleep(0.4)
+            process.send_signal(signal.SIGINT)
+        thread.join(20)
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert data[-1] == "[DONE]" and json.loads(data[-2])["error"]["code"] == "aborted"
+        assert process.wait(10) == 0 and time.monotonic() - began < 8
+        assert "live 0" in process.stdout.read()
+
+
+def test_an_idle_server_stops_at_once() -> None:
+    with server_process(step=0, drain=60) as (process, url):
+        assert httpx.get(url + "/health").status_code == 200
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0 and time.monotonic() - began < 3
