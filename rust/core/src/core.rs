@@ -20,6 +20,7 @@ use crate::layout::LayoutSpec;
 use crate::plan::PlanShape;
 use crate::policy::SnapshotPolicy;
 use crate::request::{Finish, Phase, Request, Submit};
+use crate::sched::admit::Blocked;
 use crate::sched::flight::Flight;
 use crate::sched::slabs::Slabs;
 use crate::sched::table::{Slot, Table};
@@ -76,8 +77,8 @@ pub struct Core {
     pub(crate) coming: Step,
     /// A request had to give way in the plan being made.
     pub(crate) gave_way: bool,
-    /// The request that could not be admitted, and the pages that were available then.
-    pub(crate) blocked: Option<(Slot, u32)>,
+    /// Why the first in line was not admitted.
+    pub(crate) blocked: Option<Blocked>,
     pub(crate) epochs: u64,
     arrivals: u64,
 }
@@ -85,14 +86,14 @@ pub struct Core {
 impl Core {
     /// An idle core. Refuses options that cannot work.
     pub fn new(layout: &LayoutSpec, options: Options) -> Result<Self, CoreError> {
-        for (name, value) in [
-            ("slabs", options.slabs),
-            ("max_step_tokens", options.max_step_tokens),
-            ("max_len", options.max_len),
-        ] {
-            if value == 0 || value > i32::MAX as u32 {
-                return Err(CoreError::config(name, value, format!("it must be 1 to {}", i32::MAX)));
-            }
+        let limits = [
+            ("pages", options.pages, i32::MAX as u32),
+            ("slabs", options.slabs, 1 << 20),
+            ("max_step_tokens", options.max_step_tokens, i32::MAX as u32),
+            ("max_len", options.max_len, i32::MAX as u32),
+        ];
+        if let Some((name, value, most)) = limits.into_iter().find(|&(_, v, most)| v == 0 || v > most) {
+            return Err(CoreError::config(name, value, format!("it must be 1 to {most}")));
         }
         if !(1..=2).contains(&options.max_in_flight) {
             return Err(CoreError::config("max_in_flight", options.max_in_flight, "it must be 1 or 2"));

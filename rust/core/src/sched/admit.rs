@@ -7,9 +7,23 @@ use crate::error::CoreError;
 use crate::event::What;
 use crate::explain::{Explain, Reason};
 use crate::ids::Step;
-use crate::request::{Change, Run, Start};
+use crate::request::{Change, Rank, Run, Start};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
+
+/// What was there when the first in line could not be admitted: looking up a long prompt again can wait for more.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Blocked {
+    rank: Rank,
+    available: u32,
+    running: usize,
+}
+
+impl Blocked {
+    fn still_holds(&self, now: &Blocked) -> bool {
+        self.rank == now.rank && now.available <= self.available && now.running >= self.running
+    }
+}
 
 impl Core {
     /// Whether trying to admit makes sense: not in a step for which someone had to give way.
@@ -23,11 +37,13 @@ impl Core {
         let (n, block) = (request.known(), self.shape_block());
         let blocks = n.div_ceil(block);
         let alone = self.table.running.is_empty() && self.flights.is_empty();
-        let room = (slot, self.cache.available());
-        if self.slabs.free() == 0
-            || blocks > draft.arrays.delta_room()
-            || (!alone && self.blocked == Some(room))
-        {
+        let room = Blocked {
+            rank: request.rank,
+            available: self.cache.available(),
+            running: self.table.running.len(),
+        };
+        let hopeless = !alone && self.blocked.is_some_and(|before| before.still_holds(&room));
+        if hopeless || self.slabs.free() == 0 || blocks > draft.arrays.delta_room() {
             return Ok(false);
         }
         let limit = (n - 1) / block * block;

@@ -13,7 +13,7 @@
 //! is therefore never stopped by another; alone, everything else in the pool can be evicted, and `submit` has refused what
 //! is larger than the pool. Pages that wait for a step in flight are waited for before anyone gives way.
 
-mod admit;
+pub(crate) mod admit;
 mod commit;
 pub mod flight;
 mod memory;
