@@ -61,7 +61,9 @@ def test_64_streams_with_a_third_cut_off(tokenizer: Tokenizer) -> None:
 
     async def one(server: RunningServer, client: httpx.AsyncClient, cut_after: int | None) -> int:
         chunks = 0
-        body = {"model": "default", "prompt": "Hi", "max_tokens": 60, "ignore_eos": True, "stream": True}
+        # What is cut would go on for long, so that no answer can be complete before its client has gone.
+        tokens = 60 if cut_after is None else 4000
+        body = {"model": "default", "prompt": "Hi", "max_tokens": tokens, "ignore_eos": True, "stream": True}
         async with client.stream("POST", server.url + "/v1/completions", json=body) as response:
             async for line in response.aiter_lines():
                 chunks += line.startswith("data: {")

@@ -67,6 +67,10 @@ async def completions(call: Call) -> None:
         prompt_logprobs=options.logprobs if options.echo else None,
     )
     check_response_format(fields)
+    most = service.engine.config.max_num_waiting
+    if len(prompts) * options.n > most:
+        text = f"{len(prompts)} prompts times n {options.n} are more than the queue holds; at most {most}"
+        raise RequestError(text, "n" if options.n > 1 else "prompt", "invalid_value", 400)
     jobs = jobs_for(prompts, params, options.n, **routing_of(fields))
     answer = Answer(service, options, f"cmpl-{call.request_id}", int(time.time()), prompts)
     if options.stream:

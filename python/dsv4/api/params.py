@@ -10,7 +10,7 @@ from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 
 MAX_CHOICES = 128
-"""Largest `n`, and choices of one request in all are bounded by the engine's queue."""
+"""Largest `n`."""
 
 _INTEGERS = ("top_k", "min_tokens", "seed")
 _NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")

@@ -59,6 +59,7 @@ def _read_line() -> str | None:
             return input("\n> ")
         return sys.stdin.readline() or None
     except EOFError:
+        note("")
         return None
     except KeyboardInterrupt:
         return ""
