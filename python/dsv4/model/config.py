@@ -5,15 +5,15 @@ Whatever is not supported is refused by name: a value that is ignored gives wron
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from dsv4.errors import ConfigError
+from dsv4.model.json_fields import Fields, nearest, read_json
 
 LAYER_TYPES = {
     "sliding_attention": "swa",
@@ -22,7 +22,45 @@ LAYER_TYPES = {
 }
 """transformers' names of the layer kinds."""
 
-_MAX_JSON = 16 * 2**20
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("deepseek_v4",),
+    "scoring_func": ("sqrtsoftplus",),
+    "topk_method": ("noaux_tc",),
+    "norm_topk_prob": (True,),
+    "tie_word_embeddings": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu",),
+    "num_key_value_heads": (1,),
+    "n_shared_experts": (1,),
+    "expert_dtype": ("fp4", "fp8"),
+}
+"""Fields that name a choice of which V4 has one. Each may be absent, model_type apart."""
+
+SUPPORTED_QUANTIZATION: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("fp8",),
+    "fmt": ("e4m3",),
+    "scale_fmt": ("ue8m0",),
+    "weight_block_size": ([128, 128],),
+    "activation_scheme": ("dynamic",),
+    "expert_dtype": ("fp4", "fp8"),
+}
+"""The same for quantization_config."""
+
+ROPE_FIELDS = (
+    "type",
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "truncate",
+)
+"""What a section about rotary positions may hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +75,8 @@ class Yarn:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A model with Flash's or Pro's structure. `compress_ratios` has one entry per layer, draft layers cut off."""
+    """A model with Flash's or Pro's structure. `compress_ratios` has one entry per layer, draft layers cut
+    off."""
 
     name: str
     vocab_size: int
@@ -74,6 +113,8 @@ class ModelConfig:
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    expert_dtype: str
+    """How the release stores routed experts: `fp4`, or `fp8` (the Base models)."""
     draft: str
     """`none`, `mtp` (one block, preview) or `dspark` (three blocks, GA)."""
     dspark_rank: int
@@ -87,17 +128,22 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """A released config by name: v4-flash, v4-flash-preview, v4-pro, v4-pro-preview. Raises ConfigError."""
+        """A released config by name: v4-flash, v4-flash-preview, v4-pro, v4-pro-preview. Raises
+        ConfigError."""
         folder = resources.files("dsv4") / "model" / "configs"
         known = sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
         if name not in known:
-            raise ConfigError(f"model preset is {name!r}; known: {', '.join(known)}{_nearest(name, known)}")
+            raise ConfigError(f"model preset is {name!r}; known: {', '.join(known)}{nearest(name, known)}")
         return cls.from_dict(json.loads((folder / f"{name}.json").read_text()), name=name)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], name: str = "model") -> ModelConfig:
         """Raises ConfigError for a missing, impossible or unsupported value."""
-        return _Reader(raw).config(name)
+        fields = Fields(raw)
+        _check_choices(fields)
+        config = _read(fields, name)
+        _check_sizes(config)
+        return config
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -105,8 +151,16 @@ class ModelConfig:
         kinds = {0: "swa", self.csa_ratio: "csa", self.hca_ratio: "hca"}
         return tuple(kinds[m] for m in self.compress_ratios)
 
-    def layout(self, row_format: str, index_format: str, *, block_tokens: int = 256, draft_slack: int = 0) -> Any:
-        """The cache of this model as a `LayoutSpec`. Raises ConfigError from the core for sizes that do not fit."""
+    @property
+    def draft_layers(self) -> int:
+        """Blocks of the drafter that the checkpoint carries as `mtp.*`."""
+        return {"none": 0, "mtp": 1, "dspark": 3}[self.draft]
+
+    def layout(
+        self, row_format: str, index_format: str, *, block_tokens: int = 256, draft_slack: int = 0
+    ) -> Any:
+        """The cache of this model as a `LayoutSpec`. Raises ConfigError from the core for sizes that do not
+        fit."""
         from dsv4._core import LayoutSpec
         from dsv4.formats import row_bytes
 
@@ -126,223 +180,237 @@ class ModelConfig:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises ConfigError."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ConfigError(f"{path} has {path.stat().st_size} bytes; the largest that is read is {_MAX_JSON}")
-        data = json.loads(path.read_text())
-    except OSError as e:
-        raise ConfigError(f"{path}: {e.strerror}") from None
-    except ValueError as e:
-        raise ConfigError(f"{path} is no JSON: {e}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {type(data).__name__}, not an object")
-    return data
+def _check_choices(f: Fields) -> None:
+    f.value("model_type")
+    for field, supported in SUPPORTED.items():
+        f.check(field, supported)
+    quantization = f.section("quantization_config")
+    for field, supported in SUPPORTED_QUANTIZATION.items():
+        quantization.check(field, supported)
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _read(f: Fields, name: str) -> ModelConfig:
+    layers = f.integer("num_hidden_layers", high=4096)
+    csa, hca = _rates(f)
+    ratios, tail = _ratios(f, layers, csa, hca)
+    main, compress, yarn = _rope_sections(f)
+    vocab = f.integer("vocab_size")
+    draft = _draft(f, tail)
+    return ModelConfig(
+        name=name,
+        vocab_size=vocab,
+        hidden_size=f.integer("hidden_size"),
+        num_layers=layers,
+        num_heads=f.integer("num_attention_heads"),
+        head_dim=f.integer("head_dim"),
+        rope_dim=_rope_dim(f, main, compress),
+        q_lora_rank=f.integer("q_lora_rank"),
+        o_groups=f.integer("o_groups"),
+        o_lora_rank=f.integer("o_lora_rank"),
+        num_experts=f.integer("n_routed_experts" if "n_routed_experts" in f else "num_local_experts"),
+        experts_per_token=f.integer("num_experts_per_tok"),
+        moe_intermediate_size=f.integer("moe_intermediate_size"),
+        num_shared_experts=f.integer("n_shared_experts"),
+        routed_scaling_factor=f.number("routed_scaling_factor"),
+        num_hash_layers=_hash_layers(f, layers),
+        swiglu_limit=f.number("swiglu_limit"),
+        hc_mult=f.integer("hc_mult"),
+        hc_sinkhorn_iters=f.integer("hc_sinkhorn_iters"),
+        hc_eps=f.number("hc_eps"),
+        index_heads=f.integer("index_n_heads"),
+        index_head_dim=f.integer("index_head_dim"),
+        index_topk=f.integer("index_topk"),
+        window=f.integer("sliding_window", low=2),
+        compress_ratios=ratios,
+        csa_ratio=csa,
+        hca_ratio=hca,
+        rms_eps=f.number("rms_norm_eps"),
+        rope_theta=_theta(f, "rope_theta", main),
+        compress_rope_theta=_theta(f, "compress_rope_theta", compress),
+        yarn=_yarn(yarn),
+        max_position=f.integer("max_position_embeddings"),
+        bos_id=_token(f, "bos_token_id", vocab),
+        eos_ids=_tokens(f, "eos_token_id", vocab),
+        pad_id=_token(f, "pad_token_id", vocab),
+        expert_dtype=_expert_dtype(f),
+        draft=draft,
+        dspark_rank=f.integer("dspark_markov_rank") if draft == "dspark" else 0,
+    )
 
 
-class _Reader:
-    """config.json, field by field."""
+def _rates(f: Fields) -> tuple[int, int]:
+    """Tokens per entry of CSA and of HCA; older configs of transformers have them as two plain fields."""
+    rates = f.section("compress_rates")
+    unknown = next((name for name in rates if name not in LAYER_TYPES), None)
+    if unknown is not None:
+        raise ConfigError(f"compress_rates has {unknown!r}; supported are {', '.join(list(LAYER_TYPES)[1:])}")
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = raw
+    def rate(kind: str, plain: str, default: int) -> int:
+        for fields, name in ((rates, kind), (f, plain)):
+            if name in fields:
+                return fields.integer(name, low=2)
+        return default
 
-    def config(self, name: str) -> ModelConfig:
-        self._refuse_unsupported()
-        layers = self._int("num_hidden_layers")
-        rates = self.raw.get("compress_rates") or {}
-        csa, hca = rates.get("compressed_sparse_attention", 4), rates.get("heavily_compressed_attention", 128)
-        tail, ratios = self._ratios(layers, csa, hca)
-        head_dim = self._int("head_dim")
-        draft = self._draft(tail)
-        config = ModelConfig(
-            name=name,
-            vocab_size=self._int("vocab_size"),
-            hidden_size=self._int("hidden_size"),
-            num_layers=layers,
-            num_heads=self._int("num_attention_heads"),
-            head_dim=head_dim,
-            rope_dim=self._rope_dim(head_dim),
-            q_lora_rank=self._int("q_lora_rank"),
-            o_groups=self._int("o_groups"),
-            o_lora_rank=self._int("o_lora_rank"),
-            num_experts=self._int("n_routed_experts", "num_local_experts"),
-            experts_per_token=self._int("num_experts_per_tok"),
-            moe_intermediate_size=self._int("moe_intermediate_size"),
-            num_shared_experts=self._int("n_shared_experts"),
-            routed_scaling_factor=self._number("routed_scaling_factor"),
-            num_hash_layers=self._hash_layers(layers),
-            swiglu_limit=self._number("swiglu_limit"),
-            hc_mult=self._int("hc_mult"),
-            hc_sinkhorn_iters=self._int("hc_sinkhorn_iters"),
-            hc_eps=self._number("hc_eps"),
-            index_heads=self._int("index_n_heads"),
-            index_head_dim=self._int("index_head_dim"),
-            index_topk=self._int("index_topk"),
-            window=self._int("sliding_window"),
-            compress_ratios=ratios,
-            csa_ratio=csa,
-            hca_ratio=hca,
-            rms_eps=self._number("rms_norm_eps"),
-            rope_theta=self._main_theta(),
-            compress_rope_theta=self._number("compress_rope_theta"),
-            yarn=self._yarn(),
-            max_position=self._int("max_position_embeddings"),
-            bos_id=self.raw.get("bos_token_id"),
-            eos_ids=self._eos(),
-            pad_id=self.raw.get("pad_token_id"),
-            draft=draft,
-            dspark_rank=self._int("dspark_markov_rank") if draft == "dspark" else 0,
-        )
-        self._check(config)
-        return config
+    csa = rate("compressed_sparse_attention", "compress_rate_csa", 4)
+    hca = rate("heavily_compressed_attention", "compress_rate_hca", 128)
+    if csa == hca:
+        raise ConfigError(f"compress_rates has {csa} tokens for both kinds; they must differ")
+    return csa, hca
 
-    def _refuse_unsupported(self) -> None:
-        supported: dict[str, tuple[Any, ...]] = {
-            "model_type": ("deepseek_v4",),
-            "scoring_func": ("sqrtsoftplus",),
-            "topk_method": ("noaux_tc",),
-            "norm_topk_prob": (True,),
-            "tie_word_embeddings": (False,),
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-            "hidden_act": ("silu",),
-            "num_key_value_heads": (1,),
-            "expert_dtype": ("fp4", "fp8", None),
-        }
-        if "model_type" not in self.raw:
-            raise ConfigError("config.json has no model_type; supported is deepseek_v4")
-        for field, values in supported.items():
-            if field in self.raw and self.raw[field] not in values:
-                shown = ", ".join(json.dumps(v) for v in values if v is not None)
-                raise ConfigError(f"{field} is {json.dumps(self.raw[field])}; supported is {shown}")
-        quant = self.raw.get("quantization_config") or {}
-        expected = {
-            "quant_method": ("fp8",),
-            "fmt": ("e4m3",),
-            "scale_fmt": ("ue8m0",),
-            "weight_block_size": ([128, 128],),
-        }
-        for field, values in expected.items():
-            if field in quant and quant[field] not in values:
-                shown = json.dumps(values[0])
-                raise ConfigError(f"quantization_config.{field} is {json.dumps(quant[field])}; supported is {shown}")
 
-    def _value(self, *names: str) -> Any:
-        for name in names:
-            if self.raw.get(name) is not None:
-                return self.raw[name]
-        close = _nearest(names[0], sorted(self.raw))
-        raise ConfigError(f"config.json has no {names[0]}{close}")
-
-    def _int(self, *names: str) -> int:
-        value = self._value(*names)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ConfigError(f"{names[0]} is {value!r}; it must be a whole number of at least 0")
-        return value
-
-    def _number(self, name: str) -> float:
-        value = self._value(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
-            raise ConfigError(f"{name} is {value!r}; it must be a number of at least 0")
-        return float(value)
-
-    def _ratios(self, layers: int, csa: int, hca: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(draft tail, one ratio per layer)."""
-        if "layer_types" in self.raw:
-            types = self._value("layer_types")
-            unknown = next((t for t in types if t not in LAYER_TYPES), None)
-            if unknown is not None:
-                raise ConfigError(f"layer_types has {unknown!r}; supported are {', '.join(LAYER_TYPES)}")
-            by_kind = {"swa": 0, "csa": csa, "hca": hca}
-            ratios = [by_kind[LAYER_TYPES[t]] for t in types]
-        elif "compress_ratios" in self.raw:
-            ratios = list(self._value("compress_ratios"))
-        else:  # any default would match neither Flash nor Pro
-            raise ConfigError("config.json has neither compress_ratios nor layer_types; one of them must list every layer's kind")
-        if len(ratios) < layers:
-            raise ConfigError(f"compress_ratios has {len(ratios)} entries; num_hidden_layers is {layers}, each layer needs one")
-        bad = next((m for m in ratios if m not in (0, csa, hca)), None)
+def _ratios(f: Fields, layers: int, csa: int, hca: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(one ratio per layer, the draft layers' after them), from either way of writing it."""
+    by_type = {"swa": 0, "csa": csa, "hca": hca}
+    forms: dict[str, list[int]] = {}
+    if "layer_types" in f:
+        types = f.entries("layer_types", str)
+        unknown = next((t for t in types if t not in LAYER_TYPES), None)
+        if unknown is not None:
+            raise ConfigError(f"layer_types has {unknown!r}; supported are {', '.join(LAYER_TYPES)}")
+        forms["layer_types"] = [by_type[LAYER_TYPES[t]] for t in types]
+    if "compress_ratios" in f:
+        ratios = f.entries("compress_ratios", int)
+        bad = next((m for m in ratios if m not in by_type.values()), None)
         if bad is not None:
             raise ConfigError(f"compress_ratios has {bad!r}; each entry is 0, {csa} (CSA) or {hca} (HCA)")
-        return tuple(ratios[layers:]), tuple(ratios[:layers])
-
-    def _rope_dim(self, head_dim: int) -> int:
-        if self.raw.get("qk_rope_head_dim") is not None:
-            return self._int("qk_rope_head_dim")
-        return int(head_dim * self._number("partial_rotary_factor"))
-
-    def _hash_layers(self, layers: int) -> int:
-        types = self.raw.get("mlp_layer_types")
-        if types is None:
-            return min(layers, self._int("num_hash_layers"))
-        hashed = sum(t == "hash_moe" for t in types)
-        if types != ["hash_moe"] * hashed + ["moe"] * (layers - hashed):
-            raise ConfigError("mlp_layer_types mixes kinds; supported are hash_moe layers first, then moe layers")
-        return hashed
-
-    def _rope_parameters(self, kind: str) -> Mapping[str, Any]:
-        """`main` or `compress`; flat forms hold YaRN's numbers for `compress`."""
-        nested = self.raw.get("rope_parameters") or {}
-        if kind in nested:
-            return nested[kind]
-        return (nested or self.raw.get("rope_scaling") or {}) if kind == "compress" else {}
-
-    def _main_theta(self) -> float:
-        main = self._rope_parameters("main")
-        if main.get("rope_type", "default") != "default":
-            raise ConfigError(f"rope_parameters.main.rope_type is {main['rope_type']!r}; supported is 'default'")
-        return float(main.get("rope_theta") or self._number("rope_theta"))
-
-    def _yarn(self) -> Yarn | None:
-        p = self._rope_parameters("compress")
-        kind = p.get("rope_type", p.get("type", "default"))
-        if kind == "default":
-            return None
-        if kind != "yarn":
-            raise ConfigError(f"rope_scaling.type is {kind!r}; supported are 'yarn' and 'default'")
-        if p.get("attention_factor", 1.0) != 1.0 or p.get("mscale") not in (None, 1, 1.0):
-            raise ConfigError("rope_scaling has an attention factor other than 1; V4 scales frequencies only")
-        try:
-            return Yarn(
-                float(p["factor"]),
-                int(p["original_max_position_embeddings"]),
-                float(p.get("beta_fast", 32)),
-                float(p.get("beta_slow", 1)),
+        forms["compress_ratios"] = ratios
+    if not forms:  # the default that transformers takes is neither Flash nor Pro
+        raise ConfigError(
+            "config.json has neither compress_ratios nor layer_types; one must list the kind of every layer"
+        )
+    for field, ratios in forms.items():
+        if len(ratios) < layers:
+            raise ConfigError(
+                f"{field} has {len(ratios)} entries; each of the num_hidden_layers ({layers}) needs one"
             )
-        except KeyError as e:
-            raise ConfigError(f"rope_scaling has no {e.args[0]}") from None
+    if len({tuple(ratios[:layers]) for ratios in forms.values()}) > 1:
+        raise ConfigError(
+            "layer_types and compress_ratios name different kinds of layers; remove one of them"
+        )
+    longest = max(forms.values(), key=len)
+    return tuple(longest[:layers]), tuple(longest[layers:])
 
-    def _eos(self) -> tuple[int, ...]:
-        eos = self.raw.get("eos_token_id")
-        return () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
 
-    def _draft(self, tail: tuple[int, ...]) -> str:
-        if any(tail):
-            raise ConfigError(f"compress_ratios ends in {list(tail)}; draft layers have ratio 0")
-        if any(k.startswith("dspark_") for k in self.raw):
-            return "dspark"
-        return "mtp" if tail else "none"
+def _draft(f: Fields, tail: tuple[int, ...]) -> str:
+    if any(tail):
+        raise ConfigError(f"compress_ratios has {list(tail)} after the last layer; draft layers have 0")
+    if any(name.startswith("dspark_") for name in f):
+        return "dspark"
+    return "mtp" if tail else "none"
 
-    def _check(self, c: ModelConfig) -> None:
-        problems = [
-            (c.num_layers >= 1, "num_hidden_layers", c.num_layers, "at least 1"),
-            (c.window >= 2, "sliding_window", c.window, "at least 2"),
-            (0 < c.rope_dim <= min(c.head_dim, c.index_head_dim), "qk_rope_head_dim", c.rope_dim, "1 to head_dim and index_head_dim"),
-            (c.rope_dim % 2 == 0, "qk_rope_head_dim", c.rope_dim, "even"),
-            (c.index_head_dim & (c.index_head_dim - 1) == 0, "index_head_dim", c.index_head_dim, "a power of two"),
-            (c.o_groups >= 1 and c.num_heads % max(c.o_groups, 1) == 0, "o_groups", c.o_groups, f"a divisor of {c.num_heads} heads"),
-            (1 <= c.experts_per_token <= c.num_experts, "num_experts_per_tok", c.experts_per_token, f"1 to {c.num_experts} experts"),
-            (c.num_shared_experts == 1, "n_shared_experts", c.num_shared_experts, "1"),
-            (c.hc_mult >= 1, "hc_mult", c.hc_mult, "at least 1"),
-            (c.hc_sinkhorn_iters >= 1, "hc_sinkhorn_iters", c.hc_sinkhorn_iters, "at least 1"),
-            (c.index_topk >= 1, "index_topk", c.index_topk, "at least 1"),
-        ]  # fmt: skip
-        for holds, field, value, expected in problems:
-            if not holds:
-                raise ConfigError(f"{field} is {value}; it must be {expected}")
+
+def _hash_layers(f: Fields, layers: int) -> int:
+    if "mlp_layer_types" not in f:
+        return min(layers, f.integer("num_hash_layers", low=0))
+    types = f.entries("mlp_layer_types", str)[:layers]
+    hashed = sum(t == "hash_moe" for t in types)
+    if types != ["hash_moe"] * hashed + ["moe"] * (layers - hashed):
+        raise f.refuse("mlp_layer_types", f"hash_moe for the first layers, then moe, {layers} in all")
+    return hashed
+
+
+def _rope_sections(f: Fields) -> tuple[Fields, Fields, Fields]:
+    """(window-only layers, compressing layers, YaRN's numbers). A flat form holds YaRN's numbers and perhaps
+    the theta of window-only layers; the nested form has a section for each kind of layer."""
+    if "rope_parameters" in f and "rope_scaling" in f:
+        raise ConfigError("config.json has both rope_parameters and rope_scaling; remove one of them")
+    parameters = f.section("rope_parameters")
+    if "main" in parameters or "compress" in parameters:
+        main, compress = parameters.section("main"), parameters.section("compress")
+        yarn = compress
+        main.check("rope_type", ("default",))
+    else:
+        yarn = f.section("rope_scaling") if "rope_scaling" in f else parameters
+        main, compress = yarn, Fields({})
+    for section in (main, yarn):
+        unknown = next((name for name in section if name not in ROPE_FIELDS), None)
+        if unknown is not None:
+            raise ConfigError(f"{section.path(unknown)} is unknown{nearest(unknown, ROPE_FIELDS)}")
+    return main, compress, yarn
+
+
+def _theta(f: Fields, name: str, section: Fields) -> float:
+    """A rope base, given at the top, in its section, or in both and equal."""
+    places = [(fields, key) for fields, key in ((f, name), (section, "rope_theta")) if key in fields]
+    found = {fields.path(key): fields.number(key, above=1) for fields, key in places}
+    return _agreed("rope base", found) if found else f.number(name)
+
+
+def _agreed(what: str, found: Mapping[str, Any]) -> Any:
+    """The one value that all places give."""
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{name} says {value:g}" for name, value in found.items())
+        raise ConfigError(f"the {what} is unclear: {said}")
+    return next(iter(found.values()))
+
+
+def _rope_dim(f: Fields, *sections: Fields) -> int:
+    """Rotary channels: given as a number, as a share of head_dim, or both; all must agree."""
+    head_dim, found = f.integer("head_dim"), {}
+    if "qk_rope_head_dim" in f:
+        found["qk_rope_head_dim"] = f.integer("qk_rope_head_dim")
+    for fields in (f, *sections):
+        if "partial_rotary_factor" in fields:
+            share = fields.number("partial_rotary_factor")
+            found[fields.path("partial_rotary_factor")] = round(head_dim * share)
+    return int(_agreed("number of rotary channels", found)) if found else f.integer("qk_rope_head_dim")
+
+
+def _yarn(f: Fields) -> Yarn | None:
+    """None without scaling. V4 scales frequencies only: no factor on cos and sin, none on the softmax."""
+    kind = "rope_type" if "rope_type" in f else "type"
+    if kind not in f and "factor" not in f:
+        return None
+    f.value(kind)
+    f.check(kind, ("yarn", "default"))
+    if f.value(kind) == "default":
+        return None
+    for name in ("attention_factor", "mscale"):
+        f.check(name, (1,))
+    f.check("truncate", (True,))
+    return Yarn(
+        factor=f.number("factor"),
+        original_max_position=f.integer("original_max_position_embeddings"),
+        beta_fast=f.number("beta_fast") if "beta_fast" in f else 32.0,
+        beta_slow=f.number("beta_slow") if "beta_slow" in f else 1.0,
+    )
+
+
+def _expert_dtype(f: Fields) -> str:
+    """transformers moves the field into quantization_config."""
+    fields = f if "expert_dtype" in f else f.section("quantization_config")
+    return str(fields.value("expert_dtype")) if "expert_dtype" in fields else "fp4"
+
+
+def _token(f: Fields, name: str, vocab: int) -> int | None:
+    return f.integer(name, low=0, high=vocab - 1) if name in f else None
+
+
+def _tokens(f: Fields, name: str, vocab: int) -> tuple[int, ...]:
+    """One id, a list of ids, or nothing."""
+    if name not in f:
+        return ()
+    ids = f.entries(name, int) if isinstance(f.value(name), list) else [f.integer(name, low=0)]
+    if not all(0 <= i < vocab for i in ids):
+        raise f.refuse(name, f"below the vocabulary's {vocab}")
+    return tuple(ids)
+
+
+def _check_sizes(c: ModelConfig) -> None:
+    rotary = f"an even number from 2 to head_dim and index_head_dim ({c.head_dim}, {c.index_head_dim})"
+    power_of_two = c.index_head_dim & (c.index_head_dim - 1) == 0
+    checks = [
+        (c.rope_dim % 2 == 0, "qk_rope_head_dim", c.rope_dim, rotary),
+        (2 <= c.rope_dim <= min(c.head_dim, c.index_head_dim), "qk_rope_head_dim", c.rope_dim, rotary),
+        (power_of_two, "index_head_dim", c.index_head_dim, "a power of two"),
+        (c.num_heads % c.o_groups == 0, "o_groups", c.o_groups, f"a divisor of the {c.num_heads} heads"),
+        (
+            c.experts_per_token <= c.num_experts,
+            "num_experts_per_tok",
+            c.experts_per_token,
+            f"at most the {c.num_experts} experts",
+        ),
+    ]
+    for holds, field, value, expected in checks:
+        if not holds:
+            raise ConfigError(f"{field} is {value}; it must be {expected}")

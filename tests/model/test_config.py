@@ -1,0 +1,179 @@
+"""config.json: the released form, the one of transformers, and one clear line for everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dsv4.errors import ConfigError
+from dsv4.model.config import ModelConfig
+from dsv4.model.names import release_totals
+
+from tests.support.models import random_config_dict
+
+FLASH_RATIOS = (0, 0, *(4, 128) * 20, 4)
+PRO_RATIOS = (128, 128, *(4, 128) * 29, 4)
+
+RELEASES = {
+    # preset: ratios, draft, tensors, bytes of tensor data (the published totals)
+    "v4-flash-preview": (FLASH_RATIOS, "mtp", 69_187, 159_609_485_896),
+    "v4-flash": (FLASH_RATIOS, "dspark", 72_317, 166_878_536_440),
+    "v4-pro-preview": (PRO_RATIOS, "mtp", 145_116, 864_704_792_696),
+    "v4-pro": (PRO_RATIOS, "dspark", 149_782, 892_727_580_904),
+}
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_shapes_reproduce_the_published_sizes(name: str) -> None:
+    ratios, draft, count, size = RELEASES[name]
+    config = ModelConfig.preset(name)
+    assert (config.compress_ratios, config.draft) == (ratios, draft)
+    assert release_totals(config) == (count, size)
+
+
+@pytest.mark.parametrize(
+    ("name", "per_token", "replay"), [("v4-flash", 3514.25, 5461), ("v4-pro", 5031.4375, 7747)]
+)
+def test_layout_of_the_releases(name: str, per_token: float, replay: int) -> None:
+    layout = ModelConfig.preset(name).layout("fp8_ds_mla", "mxfp4")
+    assert layout.history_bytes_per_token == per_token
+    assert layout.replay_tokens == replay
+
+
+def test_values_of_flash() -> None:
+    c = ModelConfig.preset("v4-flash")
+    assert (c.layer_kinds.count("swa"), c.layer_kinds.count("csa"), c.layer_kinds.count("hca")) == (2, 21, 20)
+    assert (c.num_layers, c.rope_dim, c.index_topk, c.routed_scaling_factor) == (43, 64, 512, 1.5)
+    assert (c.rope_theta, c.compress_rope_theta, c.eos_ids, c.draft_layers) == (10000.0, 160000.0, (1,), 3)
+    assert c.yarn is not None and (c.yarn.factor, c.yarn.original_max_position) == (16.0, 65536)
+
+
+def transformers_form(raw: dict[str, Any], folder: Path) -> ModelConfig:
+    """The config after transformers has read it and written it again."""
+    from transformers import DeepseekV4Config
+
+    legacy = {k: v for k, v in raw.items() if k != "rope_scaling"}
+    scaling = dict(raw["rope_scaling"])
+    rope = {"rope_type": scaling.pop("type"), **scaling}
+    DeepseekV4Config(**legacy, rope_parameters=rope).save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text())
+    assert "layer_types" in written and "compress" in written["rope_parameters"]
+    return ModelConfig.from_dir(folder)
+
+
+@pytest.mark.parametrize("kind", ["flash", "pro"])
+def test_both_forms_of_a_config_are_equal(kind: str, tmp_path: Path) -> None:
+    raw = random_config_dict(kind, num_hash_layers=2, rope_theta=12345.0, compress_rope_theta=54321.0)
+    ours, theirs = ModelConfig.from_dict(raw), transformers_form(raw, tmp_path)
+    assert dataclasses.replace(theirs, name="model") == ours
+
+
+def test_rates_other_than_the_releases() -> None:
+    raw = random_config_dict("flash")
+    kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"] * 2
+    del raw["compress_ratios"]
+    raw["layer_types"] = kinds
+    rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 64}
+    nested = ModelConfig.from_dict({**raw, "compress_rates": rates})
+    plain = ModelConfig.from_dict({**raw, "compress_rate_csa": 8, "compress_rate_hca": 64})
+    assert nested == plain and nested.compress_ratios == (0, 8, 64) * 2
+
+
+YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"model_type": "deepseek_v41"}, 'model_type is "deepseek_v41"; it must be "deepseek_v4"'),
+    ({"model_type": None}, "config.json has no model_type"),
+    ({"scoring_func": "softmax"}, 'scoring_func is "softmax"; it must be "sqrtsoftplus"'),
+    ({"topk_method": "greedy"}, 'topk_method is "greedy"; it must be "noaux_tc"'),
+    ({"norm_topk_prob": False}, "norm_topk_prob is false; it must be true"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings is true; it must be false"),
+    ({"attention_bias": True}, "attention_bias is true; it must be false"),
+    ({"num_key_value_heads": 2}, "num_key_value_heads is 2; it must be 1"),
+    ({"n_shared_experts": 2}, "n_shared_experts is 2; it must be 1"),
+    ({"expert_dtype": "int4"}, 'expert_dtype is "int4"; it must be "fp4" or "fp8"'),
+    ({"quantization_config": {"quant_method": "gptq"}}, 'quantization_config.quant_method is "gptq"'),
+    ({"quantization_config": {"fmt": "e5m2"}}, 'quantization_config.fmt is "e5m2"; it must be "e4m3"'),
+    ({"quantization_config": {"scale_fmt": "float"}}, 'quantization_config.scale_fmt is "float"'),
+    ({"quantization_config": {"weight_block_size": [64, 64]}}, r"weight_block_size is \[64, 64\]"),
+    ({"quantization_config": {"expert_dtype": "mxfp8"}}, 'quantization_config.expert_dtype is "mxfp8"'),
+    ({"compress_ratios": None}, "neither compress_ratios nor layer_types"),
+    ({"compress_ratios": [0, 0, 4, 64, 4, 128]}, "compress_ratios has 64; each entry is 0, 4"),
+    ({"compress_ratios": [0, 4]}, "compress_ratios has 2 entries; each of the num_hidden_layers"),
+    ({"compress_ratios": [0, 0, 4, 128, 4, 128, 4]}, r"compress_ratios has \[4\] after the last layer"),
+    ({"compress_ratios": None, "layer_types": ["full_attention"] * 6}, "layer_types has 'full_attention'"),
+    ({"layer_types": ["sliding_attention"] * 6}, "layer_types and compress_ratios name different"),
+    ({"mlp_layer_types": ["moe", "hash_moe"] * 3}, "mlp_layer_types is .* it must be hash_moe for the first"),
+    ({"rope_scaling": {"type": "linear", "factor": 2}}, 'rope_scaling.type is "linear"; it must be "yarn"'),
+    ({"rope_scaling": {"factor": 16}}, "rope_scaling has no type"),
+    ({"rope_scaling": {**YARN, "attention_factor": 1.27}}, "rope_scaling.attention_factor is 1.27"),
+    ({"rope_scaling": {"type": "yarn", "facto": 16}}, "rope_scaling.facto is unknown; did you mean 'factor'"),
+    ({"rope_parameters": YARN}, "both rope_parameters and rope_scaling"),
+    (
+        {"rope_scaling": None, "rope_parameters": {"main": {"rope_type": "yarn"}}},
+        "rope_parameters.main.rope_type",
+    ),
+    (
+        {"rope_scaling": None, "rope_parameters": {"compress": {**YARN, "rope_theta": 5e5}}},
+        "rope base is unclear: compress_rope_theta says 160000, rope_parameters.compress.rope_theta says 5000",
+    ),
+    ({"partial_rotary_factor": 0.25}, "rotary channels is unclear: qk_rope_head_dim says 32, partial_rotary"),
+    ({"qk_rope_head_dim": 33}, "qk_rope_head_dim is 33; it must be an even number"),
+    ({"index_head_dim": 96}, "index_head_dim is 96; it must be a power of two"),
+    ({"o_groups": 3}, "o_groups is 3; it must be a divisor of the 8 heads"),
+    ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be at most the 8 experts"),
+    ({"hidden_size": 0}, "hidden_size is 0; it must be a whole number of at least 1"),
+    ({"hidden_size": "128"}, 'hidden_size is "128"; it must be a whole number'),
+    ({"hidden_size": None, "hiden_size": 128}, "config.json has no hidden_size; did you mean 'hiden_size'"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is NaN; it must be a finite number"),
+    ({"eos_token_id": [1, 4096]}, "eos_token_id is .* below the vocabulary's 256"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda x: x[:40] if isinstance(x, str) else "")
+def test_what_is_not_supported_is_one_line(change: dict[str, Any], message: str) -> None:
+    raw = {**random_config_dict("flash"), "num_hidden_layers": 6, **change}
+    with pytest.raises(ConfigError, match=message) as error:
+        ModelConfig.from_dict(raw)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+WRONG = [None, "x", -1, 0, [], {}, [1], ["x"], {"a": 1}, [None], {"main": 1}, float("inf"), 1.5, True, 10**30]
+
+
+def test_no_value_of_any_field_escapes_as_another_error(tmp_path: Path) -> None:
+    raw = random_config_dict("flash", quantization_config={"quant_method": "fp8"})
+    transformers_form(random_config_dict("flash"), tmp_path)
+    for form in (raw, json.loads((tmp_path / "config.json").read_text())):
+        for field in form:
+            for value in WRONG:
+                try:
+                    ModelConfig.from_dict({**form, field: value})
+                except ConfigError as e:
+                    assert "\n" not in str(e)
+
+
+def test_unreadable_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: No such file"):
+        ModelConfig.from_dir(tmp_path)
+    file = tmp_path / "config.json"
+    for text, message in [
+        ("{", "is no JSON"),
+        ("[1]", "holds list, not an object"),
+        ("[" * 10**5, "is no JSON"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            ModelConfig.from_dir(tmp_path)
+    with file.open("wb") as f:
+        f.truncate(2**30)
+    with pytest.raises(ConfigError, match="the largest that is read"):
+        ModelConfig.from_dir(tmp_path)
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'v4-flash'"):
+        ModelConfig.preset("v4-flsh")
