@@ -137,8 +137,7 @@ impl Tree {
 
     /// A node without blocks that is never evicted.
     pub fn new_root(&mut self, seed: u64) -> u32 {
-        let id = self.place(NIL, 0, Vec::new(), Vec::new(), vec![seed]);
-        id
+        self.place(NIL, 0, Vec::new(), Vec::new(), vec![seed])
     }
 
     /// Node slots, for callers that count per node.

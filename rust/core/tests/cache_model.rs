@@ -3,6 +3,8 @@
 //! Tiny worlds (vocabulary 2, blocks of 4, a few pages) make equal prefixes, adoption and exhaustion common. After every
 //! operation: `check()`, the same prefixes and snapshots cached, and every page that a sequence names holds what it should.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::collections::BTreeMap;
@@ -96,10 +98,12 @@ impl World {
     fn evict_one(&mut self) {
         match (self.victim(), self.oldest_snapshot()) {
             (Some((block, _)), Some((snapshot, p))) if snapshot <= block => {
-                drop(self.oracle.snapshots.remove(&p))
+                self.oracle.snapshots.remove(&p);
             }
             (Some((_, p)), _) => self.evict_block(&p),
-            (None, Some((_, p))) => drop(self.oracle.snapshots.remove(&p)),
+            (None, Some((_, p))) => {
+                self.oracle.snapshots.remove(&p);
+            }
             (None, None) => panic!("the cache evicted, the oracle has nothing to evict"),
         }
     }

@@ -1,0 +1,45 @@
+//! Runs one hot path a given number of times, for `benches/counts.sh`: `counts match|insert|evict|alloc REPETITIONS`.
+
+use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
+use dsv4_core::ids::Step;
+use dsv4_core::layout::presets;
+use dsv4_core::pool::PagePool;
+
+const TOKENS: u32 = 1 << 18;
+
+fn tokens(seed: u32) -> Vec<u32> {
+    (0..TOKENS).map(|i| (i ^ seed).wrapping_mul(2_654_435_761) >> 15).collect()
+}
+
+fn store(cache: &mut KvCache, tokens: &[u32]) {
+    let mut seq = cache.attach(b"", tokens, 0);
+    cache.extend(&mut seq, TOKENS).expect("the pool is large enough");
+    cache.publish(&mut seq, tokens, Step(0));
+    cache.release(seq, Step(0));
+}
+
+fn main() {
+    let mut args = std::env::args().skip(1);
+    let (path, times) =
+        (args.next().unwrap_or_default(), args.next().and_then(|n| n.parse().ok()).unwrap_or(1));
+    let options = CacheOptions { pages: 4096, eviction: Eviction::Lru, prefix_cache: true };
+    let mut cache = KvCache::new(&presets::flash(), &options).expect("the options are valid");
+    // What a path starts from is made as often whatever the repetitions, so that their difference is the path alone.
+    let prompts = [tokens(1 << 20), tokens(1 << 21)];
+    if path != "insert" {
+        prompts.iter().for_each(|t| store(&mut cache, t));
+    }
+    let mut pool = PagePool::new(4096);
+    let mut held = Vec::with_capacity(4096);
+    for prompt in prompts.iter().take(times) {
+        match path.as_str() {
+            "match" => assert_eq!(cache.lookup(b"", prompt, TOKENS).history, TOKENS),
+            "insert" => store(&mut cache, prompt),
+            "evict" => assert_eq!(cache.evict_history(TOKENS / 256), TOKENS / 256),
+            _ => {
+                assert!(pool.alloc(4096, &mut held));
+                held.drain(..).for_each(|p| pool.release(p));
+            }
+        }
+    }
+}

@@ -1,0 +1,148 @@
+"""`dsv4 serve` as a user starts it, driven by the unmodified `openai` package."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.record_golden import WEATHER
+from tests.support.checkpoints import write_random
+
+BASE = ["--num-pages", "200", "--max-num-seqs", "16", "--block-size", "128"]
+
+
+class Serving:
+    """A running server process."""
+
+    def __init__(self, *args: str) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        command = [sys.executable, "-m", "dsv4.cli", "serve", *args, "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        for _ in range(300):
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                assert self.process.poll() is None, self.process.stdout.read()
+                time.sleep(0.2)
+        raise AssertionError("the server did not start in 60 s")
+
+    def gauge(self, name: str) -> float:
+        """A value of /metrics."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return float(next(x for x in lines if x.startswith(name)).rsplit(" ", 1)[1])
+
+    def stop(self) -> tuple[int, str]:
+        """SIGTERM; exit code and everything printed."""
+        self.process.send_signal(signal.SIGTERM)
+        out, _ = self.process.communicate(timeout=60)
+        return self.process.returncode, out
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[Serving]:
+    serving = Serving(*BASE)
+    yield serving
+    code, out = serving.stop()
+    assert code == 0 and "Traceback" not in out, out
+    for word in ("weights", "pool", "capacity", "snapshots", "dtype"):
+        assert word in out, f"the start-up plan says nothing of {word}"
+
+
+def ask(nano: Serving, text: str, **options: Any) -> Any:
+    messages = [{"role": "user", "content": text}]
+    return nano.client.chat.completions.create(model="default", messages=messages, temperature=0, **options)
+
+
+def test_streaming_equals_not_streaming(nano: Serving) -> None:
+    whole = ask(nano, "Who are you?")
+    text, usage = "", None
+    for chunk in ask(nano, "Who are you?", stream=True, stream_options={"include_usage": True}):
+        text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+        usage = chunk.usage or usage
+    assert text == whole.choices[0].message.content and text.startswith("I am a tiny language model")
+    assert whole.choices[0].finish_reason == "stop"
+    assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_a_tool_call_and_its_result(nano: Serving) -> None:
+    first = ask(nano, "What is the weather in Prague?", tools=[WEATHER])
+    call = first.choices[0].message.tool_calls[0]
+    assert first.choices[0].finish_reason == "tool_calls"
+    assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "Prague"}')
+
+
+def test_the_second_request_says_what_it_reused(nano: Serving) -> None:
+    text = "The quick brown fox jumps over the lazy dog. " * 40
+    ask(nano, text, max_tokens=1)
+    usage = ask(nano, text, max_tokens=1).usage
+    details = usage.prompt_tokens_details
+    assert details.cached_tokens >= 256
+    assert details.model_extra["dsv4"]["history_matched"] >= details.cached_tokens
+
+
+def test_prompt_logprobs_as_an_evaluation_asks_for_them(nano: Serving) -> None:
+    prompt = [0, 3, 500, 600, 700, 4, 6]
+    answer = nano.client.completions.create(model="default", prompt=prompt, echo=True, logprobs=1, max_tokens=1)
+    logprobs = answer.choices[0].logprobs.token_logprobs
+    assert len(logprobs) == len(prompt) + 1 and logprobs[0] is None and all(x < 0 for x in logprobs[1:])
+
+
+def test_64_streams_with_a_third_cut_off_leave_nothing_behind(nano: Serving) -> None:
+    async def one(client: openai.AsyncOpenAI, i: int) -> str:
+        messages = [{"role": "user", "content": f"Count to ten. {i}"}]
+        stream = await client.chat.completions.create(
+            model="default", messages=messages, stream=True, max_tokens=16, temperature=0, extra_body={"ignore_eos": True}
+        )
+        seen = 0
+        async for chunk in stream:
+            seen += bool(chunk.choices and chunk.choices[0].delta.content)
+            if i % 3 == 0 and seen == 2:
+                await stream.close()
+                return "cut"
+            if chunk.choices and chunk.choices[0].finish_reason:
+                return chunk.choices[0].finish_reason
+        return "no end"
+
+    async def all_of_them() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{nano.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(one(client, i) for i in range(64)))
+
+    ends = asyncio.run(all_of_them())
+    assert ends.count("cut") == 22 and ends.count("length") == 42
+    deadline = time.monotonic() + 10
+    while nano.gauge("dsv4_core_free_slabs") < 16 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert nano.gauge("dsv4_core_free_slabs") == 16
+    assert nano.gauge("dsv4_core_available_pages") == nano.gauge("dsv4_core_pages") == 200
+    assert nano.gauge("dsv4_core_running") == nano.gauge("dsv4_core_waiting") == 0
+
+
+def test_a_directory_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
+    write_random(tmp_path / "tiny", "flash", compress_ratios=[0, 4, 128])
+    serving = Serving(str(tmp_path / "tiny"), "--num-pages", "20", "--max-num-seqs", "2", "--max-num-batched-tokens", "64")
+    try:
+        answer = serving.client.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=4, temperature=0)
+        assert answer.usage.completion_tokens == 4 or answer.choices[0].finish_reason == "stop"
+        with pytest.raises(openai.BadRequestError, match="tokenizer"):
+            serving.client.completions.create(model="tiny", prompt="text", max_tokens=4)
+        with pytest.raises(openai.NotFoundError, match="tiny"):
+            serving.client.completions.create(model="other", prompt=[5], max_tokens=4)
+    finally:
+        code, _ = serving.stop()
+    assert code == 0

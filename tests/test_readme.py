@@ -1,0 +1,42 @@
+"""What the README shows works: its commands exist, its Python runs, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def fenced(kind: str) -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.DOTALL)
+
+
+def test_its_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"make (\w+)", README))
+    assert {"serve", "test"} <= targets
+    assert all(re.search(rf"^{t}:", makefile, re.MULTILINE) for t in targets), targets
+
+
+def test_its_python_runs() -> None:
+    [code] = fenced("python")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("Hi! What would you like to know?") and "history_matched" in run.stdout
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`dsv4 (\w+)`", README))))
+def test_its_commands_exist(command: str) -> None:
+    run = subprocess.run([sys.executable, "-m", "dsv4.cli", command, "--help"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "usage: dsv4" in run.stdout
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
