@@ -1,6 +1,6 @@
 """Tokens a second of the model that ships, through the whole engine: prefill of 4,096 tokens, then decode of 1 and 8 requests.
 
-    python benches/model.py
+python benches/model.py
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ def main() -> None:
         short = [prompt[i : i + 512] for i in range(requests)]
         base = min(seconds(llm, short, 1) for _ in range(2))
         best = min(seconds(llm, short, 65) for _ in range(2)) - base
-        print(f"decode {requests:2d} {64 * requests / best:8.1f} tokens/s  (512 tokens of context, {64} each)")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        print(
+            f"decode {requests:2d} {64 * requests / best:8.1f} tokens/s  (512 tokens of context, {64} each)"
+        )
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ WARN, FAIL = 600, 800
 
 
 def main() -> int:
-    names = subprocess.run(["git", "ls-files", "*.py", "*.rs", "*.cu", "*.cuh"], capture_output=True, text=True, check=True)
-    sizes = sorted(((Path(n).read_text().count("\n"), n) for n in names.stdout.split() if Path(n).exists()), reverse=True)
+    names = subprocess.run(
+        ["git", "ls-files", "*.py", "*.rs", "*.cu", "*.cuh"], capture_output=True, text=True, check=True
+    )
+    sizes = sorted(
+        ((Path(n).read_text().count("\n"), n) for n in names.stdout.split() if Path(n).exists()), reverse=True
+    )
     for lines, name in sizes:
         if lines > WARN:
             print(f"{lines} lines  {name}  (aim: {WARN}, limit: {FAIL})")

@@ -47,7 +47,11 @@ def cases() -> dict[str, dict[str, Any]]:
     return {
         "hello": {"messages": [{"role": "user", "content": "Hello"}], "tokens": 32},
         "who": {"messages": [{"role": "user", "content": "Who are you?"}], "tokens": 64},
-        "tool": {"messages": [{"role": "user", "content": "What is the weather in Prague?"}], "tools": [WEATHER], "tokens": 64},
+        "tool": {
+            "messages": [{"role": "user", "content": "What is the weather in Prague?"}],
+            "tools": [WEATHER],
+            "tokens": 64,
+        },
         "passphrase": {"messages": [{"role": "user", "content": question}], "tokens": 24},
     }
 
@@ -79,7 +83,11 @@ def main() -> None:
     for name, case in cases().items():
         prompt = prompt_ids(case, tokenizer, config)
         ids = continue_greedily(model, prompt, case["tokens"], config.eos_ids[0])
-        golden[name] = {"prompt_tokens": len(prompt), "ids": ids, "text": tokenizer.decode(ids, skip_special=False)}
+        golden[name] = {
+            "prompt_tokens": len(prompt),
+            "ids": ids,
+            "text": tokenizer.decode(ids, skip_special=False),
+        }
         print(name, len(prompt), repr(golden[name]["text"]))
     GOLDEN.write_text(json.dumps(golden, indent=1, ensure_ascii=False) + "\n")
 

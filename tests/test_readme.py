@@ -33,7 +33,9 @@ def test_its_python_runs() -> None:
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`dsv4 (\w+)`", README))))
 def test_its_commands_exist(command: str) -> None:
-    run = subprocess.run([sys.executable, "-m", "dsv4.cli", command, "--help"], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-m", "dsv4.cli", command, "--help"], capture_output=True, text=True, timeout=60
+    )
     assert run.returncode == 0 and "usage: dsv4" in run.stdout
 
 

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-
 from dsv4.engine.sampler import PoisonedLogits, Sampled, SamplingState, judge, sample
 from dsv4.sampling import SamplingParams
 
 
-def state(seed: int = 0, prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **params: object) -> SamplingState:
+def state(
+    seed: int = 0, prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **params: object
+) -> SamplingState:
     s = SamplingState(SamplingParams(**params), prompt, frozenset({1}), seed)
     for token in output:
         s.append(token)
@@ -35,7 +36,14 @@ def test_greedy_takes_the_lowest_of_equals() -> None:
 
 @pytest.mark.parametrize(
     "params",
-    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.8, "min_p": 0.05}],
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"top_k": 5, "top_p": 0.8, "min_p": 0.05},
+    ],
 )
 def test_frequencies_follow_the_filtered_distribution(params: dict) -> None:
     row = logits(1, 12)[0]
@@ -59,7 +67,10 @@ def test_frequencies_follow_the_filtered_distribution(params: dict) -> None:
 
 
 def test_a_row_does_not_depend_on_the_batch() -> None:
-    rows, many = logits(6), [dict(temperature=0.8, top_p=0.9), dict(top_k=4), dict(temperature=0), {}, dict(min_p=0.1), {}]
+    rows, many = (
+        logits(6),
+        [dict(temperature=0.8, top_p=0.9), dict(top_k=4), dict(temperature=0), {}, dict(min_p=0.1), {}],
+    )
     together = sample(rows, [state(i, logprobs=3, **p) for i, p in enumerate(many)])
     alone = [sample(rows[i : i + 1], [state(i, logprobs=3, **p)])[0] for i, p in enumerate(many)]
     assert together == alone
@@ -78,9 +89,13 @@ def test_penalties_bias_and_minimum_length() -> None:
     row = torch.tensor([[1.0, 5.0, 2.0, -1.0]])
     base = row[0]
     assert state(temperature=0).adjust(base) is base
-    assert torch.equal(state(repetition_penalty=2.0, prompt=(3,), output=(1,)).adjust(base), torch.tensor([1, 2.5, 2, -2]))
+    assert torch.equal(
+        state(repetition_penalty=2.0, prompt=(3,), output=(1,)).adjust(base), torch.tensor([1, 2.5, 2, -2])
+    )
     assert torch.equal(state(presence_penalty=1.0, output=(2, 2)).adjust(base), torch.tensor([1.0, 5, 1, -1]))
-    assert torch.equal(state(frequency_penalty=1.0, output=(2, 2)).adjust(base), torch.tensor([1.0, 5, 0, -1]))
+    assert torch.equal(
+        state(frequency_penalty=1.0, output=(2, 2)).adjust(base), torch.tensor([1.0, 5, 0, -1])
+    )
     assert torch.equal(state(logit_bias={0: 9, 99: 1}).adjust(base), torch.tensor([10.0, 5, 2, -1]))
     assert sample(row, [state(temperature=0, min_tokens=2)])[0].token == 2  # 1 is the end token
     assert sample(row, [state(temperature=0, min_tokens=2, output=(0, 0))])[0].token == 1

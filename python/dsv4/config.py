@@ -23,24 +23,44 @@ import yaml
 from dsv4.errors import ConfigError
 
 ENV_PREFIX = "DSV4_"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 
 
-def setting(default: Any, help: str, *, choices: Sequence[str] = (), aliases: Sequence[str] = (), unit: str = "") -> Any:
+def setting(
+    default: Any, help: str, *, choices: Sequence[str] = (), aliases: Sequence[str] = (), unit: str = ""
+) -> Any:
     """A dataclass field of a config class. `unit="bytes"` accepts 2GiB, 500MB, 1048576."""
-    return field(default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit})
+    return field(
+        default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit}
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the engine needs to know. `None` and `auto` are resolved at start and printed."""
 
-    model: str | None = setting(None, "directory with config.json and safetensors (default: the small model that ships)")
+    model: str | None = setting(
+        None, "directory with config.json and safetensors (default: the small model that ships)"
+    )
     served_model_name: str | None = setting(None, "name in the API (default: the directory's name)")
     dtype: str = setting("auto", "dtype of weights and activations", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    backend: str = setting("auto", "kernels of the ops; auto takes the best that runs here", choices=("auto", "reference"))
-    max_model_len: int | None = setting(None, "longest prompt plus output in tokens (default: the model's, cut to the pool)")
+    backend: str = setting(
+        "auto", "kernels of the ops; auto takes the best that runs here", choices=("auto", "reference")
+    )
+    max_model_len: int | None = setting(
+        None, "longest prompt plus output in tokens (default: the model's, cut to the pool)"
+    )
     max_num_seqs: int = setting(16, "requests that run at the same time, one live-state slab each")
     max_num_batched_tokens: int = setting(512, "tokens of one step: prefill chunks and decodes together")
     max_num_waiting: int = setting(1024, "requests that may wait; further ones are refused with 429")
@@ -52,22 +72,35 @@ class EngineConfig:
         "auto", "format of index rows", choices=("auto", "float32", "bfloat16", "mxfp4", "fp8")
     )
     kv_cache_memory: int | None = setting(
-        None, "bytes of the page pool (default: part of what is free)", aliases=("kv-cache-memory-bytes",), unit="bytes"
+        None,
+        "bytes of the page pool (default: part of what is free)",
+        aliases=("kv-cache-memory-bytes",),
+        unit="bytes",
     )
     num_pages: int | None = setting(None, "exact number of pages instead of --kv-cache-memory")
     enable_prefix_caching: bool = setting(True, "reuse the history and state of equal prefixes")
     snapshot_policy: str = setting("forks", "where state is saved for reuse: none, every:N, turns, forks")
     eviction: str = setting("lru", "which cached page goes first", choices=("lru",))
     cost_model: str | None = setting(
-        None, "cost of ways to resume: token_us=…,context_us_per_1k=…,replay_factor=…,restore_us=… (default: by device)"
+        None,
+        "cost of ways to resume: token_us=…,context_us_per_1k=…,replay_factor=…,restore_us=… (default: by device)",
     )
     async_scheduling: bool = setting(False, "plan step k+1 while step k runs (two steps in flight)")
     seed: int = setting(0, "seed of requests that bring none")
-    replay_tokens: int | None = setting(None, "tokens replayed to rebuild the state; fewer than the default is not exact")
+    replay_tokens: int | None = setting(
+        None, "tokens replayed to rebuild the state; fewer than the default is not exact"
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "max_model_len", "num_pages", "block_size"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_num_waiting",
+            "max_model_len",
+            "num_pages",
+            "block_size",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; the smallest valid value is 1")
@@ -89,7 +122,9 @@ class ServerConfig:
     max_body_bytes: int = setting(64 * 2**20, "largest request body", unit="bytes")
     header_timeout: float = setting(10.0, "seconds in which a request's header must arrive")
     body_timeout: float = setting(60.0, "seconds without a byte after which a request's body is given up")
-    ping_interval: float = setting(5.0, "seconds between keep-alive comments in a stream that has no token yet")
+    ping_interval: float = setting(
+        5.0, "seconds between keep-alive comments in a stream that has no token yet"
+    )
     log_level: str = setting("info", "what is logged", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
@@ -106,7 +141,9 @@ def check_choices(config: Any) -> None:
     for f in dataclasses.fields(config):
         choices, value = f.metadata.get("choices", ()), getattr(config, f.name)
         if choices and value not in choices:
-            raise ConfigError(f"{f.name} is {value!r}; valid values are {', '.join(choices)}{nearest(str(value), choices)}")
+            raise ConfigError(
+                f"{f.name} is {value!r}; valid values are {', '.join(choices)}{nearest(str(value), choices)}"
+            )
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -139,7 +176,11 @@ def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
         return None
     try:
         if kind is bool:
-            return value if isinstance(value, bool) else {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
+            return (
+                value
+                if isinstance(value, bool)
+                else {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
+            )
         if isinstance(value, bool):
             raise ValueError
         if unit == "bytes":
@@ -147,7 +188,9 @@ def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
         return kind(value)
     except (KeyError, ValueError, TypeError):
         expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
-        raise ConfigError(f"{name} is {value!r}; it takes {'a size such as 2GiB' if unit else expected}") from None
+        raise ConfigError(
+            f"{name} is {value!r}; it takes {'a size such as 2GiB' if unit else expected}"
+        ) from None
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
@@ -161,7 +204,9 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             names = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"])]
             shown = f"{f.metadata['help']} [{'auto' if f.default is None else f.default}]".replace("%", "%%")
             if _base_type(hints[f.name]) is bool:
-                group.add_argument(*names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=shown)
+                group.add_argument(
+                    *names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=shown
+                )
             else:
                 metavar = "|".join(f.metadata["choices"]) or f.name.split("_")[-1].upper()
                 group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=shown)
@@ -203,6 +248,12 @@ def load(
         hints = get_type_hints(cls)
         mine = {f.name: f for f in dataclasses.fields(cls)}
         out.append(
-            cls(**{k: _convert(k, hints[k], mine[k].metadata["unit"], v) for k, v in values.items() if k in mine})
+            cls(
+                **{
+                    k: _convert(k, hints[k], mine[k].metadata["unit"], v)
+                    for k, v in values.items()
+                    if k in mine
+                }
+            )
         )
     return out

@@ -69,7 +69,9 @@ class SamplingParams:
         if self.top_p == 0:
             raise ValueError("top_p is 0; it must be above 0, and 1 turns it off")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens is {self.min_tokens}; it must be at most max_tokens ({self.max_tokens})")
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}; it must be at most max_tokens ({self.max_tokens})"
+            )
         self._check_stops()
         self._check_bias()
 
@@ -79,7 +81,9 @@ class SamplingParams:
         for s in self.stop:
             if not isinstance(s, str) or not 0 < len(s) <= _MAX_STOP_LENGTH:
                 shown = repr(s)[:40]
-                raise ValueError(f"stop has {shown}; each entry must be text of 1 to {_MAX_STOP_LENGTH} characters")
+                raise ValueError(
+                    f"stop has {shown}; each entry must be text of 1 to {_MAX_STOP_LENGTH} characters"
+                )
         for t in self.stop_token_ids:
             if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < 2**31:
                 raise ValueError(f"stop_token_ids has {t!r}; each entry must be a token id")

@@ -98,7 +98,9 @@ def test_the_second_request_says_what_it_reused(nano: Serving) -> None:
 
 def test_prompt_logprobs_as_an_evaluation_asks_for_them(nano: Serving) -> None:
     prompt = [0, 3, 500, 600, 700, 4, 6]
-    answer = nano.client.completions.create(model="default", prompt=prompt, echo=True, logprobs=1, max_tokens=1)
+    answer = nano.client.completions.create(
+        model="default", prompt=prompt, echo=True, logprobs=1, max_tokens=1
+    )
     logprobs = answer.choices[0].logprobs.token_logprobs
     assert len(logprobs) == len(prompt) + 1 and logprobs[0] is None and all(x < 0 for x in logprobs[1:])
 
@@ -107,7 +109,12 @@ def test_64_streams_with_a_third_cut_off_leave_nothing_behind(nano: Serving) -> 
     async def one(client: openai.AsyncOpenAI, i: int) -> str:
         messages = [{"role": "user", "content": f"Count to ten. {i}"}]
         stream = await client.chat.completions.create(
-            model="default", messages=messages, stream=True, max_tokens=16, temperature=0, extra_body={"ignore_eos": True}
+            model="default",
+            messages=messages,
+            stream=True,
+            max_tokens=16,
+            temperature=0,
+            extra_body={"ignore_eos": True},
         )
         seen = 0
         async for chunk in stream:
@@ -135,9 +142,13 @@ def test_64_streams_with_a_third_cut_off_leave_nothing_behind(nano: Serving) -> 
 
 def test_a_directory_without_a_tokenizer_serves_token_ids(tmp_path: Path) -> None:
     write_random(tmp_path / "tiny", "flash", compress_ratios=[0, 4, 128])
-    serving = Serving(str(tmp_path / "tiny"), "--num-pages", "20", "--max-num-seqs", "2", "--max-num-batched-tokens", "64")
+    serving = Serving(
+        str(tmp_path / "tiny"), "--num-pages", "20", "--max-num-seqs", "2", "--max-num-batched-tokens", "64"
+    )
     try:
-        answer = serving.client.completions.create(model="tiny", prompt=[5, 6, 7], max_tokens=4, temperature=0)
+        answer = serving.client.completions.create(
+            model="tiny", prompt=[5, 6, 7], max_tokens=4, temperature=0
+        )
         assert answer.usage.completion_tokens == 4 or answer.choices[0].finish_reason == "stop"
         with pytest.raises(openai.BadRequestError, match="tokenizer"):
             serving.client.completions.create(model="tiny", prompt="text", max_tokens=4)

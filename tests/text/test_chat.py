@@ -6,14 +6,17 @@ import json
 from importlib import resources
 
 import pytest
-
 from dsv4.errors import RequestError
 from dsv4.model.config import ModelConfig
 from dsv4.text.chat import GA, PREVIEW, ChatFormat, Marker, encode_chat
 
 BOS, EOS, U, A = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
-CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"city": "Köln", "days": 3, "x": {"a": [1]}}'}}
+CALL = {
+    "id": "c1",
+    "type": "function",
+    "function": {"name": "f", "arguments": '{"city": "Köln", "days": 3, "x": {"a": [1]}}'},
+}
 DSML_CALL = (
     '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="city" string="true">Köln</｜DSML｜parameter>\n'
     '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n'
@@ -42,7 +45,10 @@ def test_one_question() -> None:
 def test_earlier_reasoning_is_dropped_without_tools_and_kept_with_them() -> None:
     talk = [user("1"), assistant("one", reasoning_content="hm"), user("2")]
     assert prompt(talk, thinking=True) == f"{BOS}{U}1{A}</think>one{EOS}{U}2{A}<think>"
-    assert prompt(talk, thinking=True, drop_thinking=False) == f"{BOS}{U}1{A}<think>hm</think>one{EOS}{U}2{A}<think>"
+    assert (
+        prompt(talk, thinking=True, drop_thinking=False)
+        == f"{BOS}{U}1{A}<think>hm</think>one{EOS}{U}2{A}<think>"
+    )
     assert prompt(talk) == f"{BOS}{U}1{A}</think>one{EOS}{U}2{A}</think>"
     with_tools = prompt(talk, thinking=True, tools=[TOOL])
     assert with_tools.endswith(f"{U}1{A}<think>hm</think>one{EOS}{U}2{A}<think>")
@@ -60,9 +66,14 @@ def test_tools_section_and_calls() -> None:
     text = prompt([user("w?")], tools=[TOOL])
     head = f"{BOS}\n\n## Tools\n\nYou have access to a set of tools to help answer the user's question. You can invoke"
     assert text.startswith(head)
-    assert "\n### Available Tool Schemas\n\n" + json.dumps(TOOL["function"]) + "\n\nYou MUST strictly follow" in text
+    assert (
+        "\n### Available Tool Schemas\n\n" + json.dumps(TOOL["function"]) + "\n\nYou MUST strictly follow"
+        in text
+    )
     assert text.endswith(f"to invoke tool calls.\n{U}w?{A}</think>")
-    assert prompt([user("w?"), assistant("ok", tool_calls=[CALL])]) == f"{BOS}{U}w?{A}</think>ok{DSML_CALL}{EOS}"
+    assert (
+        prompt([user("w?"), assistant("ok", tool_calls=[CALL])]) == f"{BOS}{U}w?{A}</think>ok{DSML_CALL}{EOS}"
+    )
 
 
 def test_tool_results_join_one_user_turn_in_the_order_of_the_calls() -> None:
@@ -103,7 +114,10 @@ def test_markers_in_messages_stay_text() -> None:
 def test_the_small_model_brings_its_own_tool_text() -> None:
     path = resources.files("dsv4") / "data" / "nano"
     format = ChatFormat.for_model(path, ModelConfig.from_dir(path))
-    assert prompt([user("w?")], tools=[TOOL], format=format) == f"{BOS}\n\n## Tools\n\n{json.dumps(TOOL)}{U}w?{A}</think>"
+    assert (
+        prompt([user("w?")], tools=[TOOL], format=format)
+        == f"{BOS}\n\n## Tools\n\n{json.dumps(TOOL)}{U}w?{A}</think>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +126,11 @@ def test_the_small_model_brings_its_own_tool_text() -> None:
         ([], {}, "messages is empty"),
         ([{"role": "usr", "content": "x"}], {}, "messages[0].role is 'usr'"),
         ([{"role": "user"}], {}, "messages[0].content is NoneType"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], {}, "messages[0].content[0] has type 'image_url'"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            {},
+            "messages[0].content[0] has type 'image_url'",
+        ),
         ([user("x")], {"effort": "ultra"}, "reasoning effort is 'ultra'; valid are low, high, max"),
         ([user("x")], {"tools": [{"type": "function"}]}, "tools[0] has no function with a name"),
     ],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
-
 from dsv4.text.output import Content, OutputParser, Piece, Reasoning, ToolArguments, ToolStart
 
 
@@ -13,7 +13,9 @@ def block(*calls: tuple[str, list[tuple[str, str, str]]]) -> str:
     out = "<｜DSML｜tool_calls>\n"
     for name, parameters in calls:
         out += f'<｜DSML｜invoke name="{name}">\n'
-        out += "\n".join(f'<｜DSML｜parameter name="{k}" string="{s}">{v}</｜DSML｜parameter>' for k, s, v in parameters)
+        out += "\n".join(
+            f'<｜DSML｜parameter name="{k}" string="{s}">{v}</｜DSML｜parameter>' for k, s, v in parameters
+        )
         out += "\n</｜DSML｜invoke>\n"
     return out + "</｜DSML｜tool_calls>"
 
@@ -32,7 +34,7 @@ def whole(pieces: list[Piece]) -> tuple[str, str, list[tuple[str, str]]]:
 def parse(text: str, cuts: list[int], *, thinking: bool = False, tools: bool = True) -> tuple:
     parser = OutputParser(thinking=thinking, tools=tools)
     edges = [0, *cuts, len(text)]
-    pieces = [p for a, b in zip(edges, edges[1:], strict=False) for p in parser.push(text[a:b])]
+    pieces = [p for a, b in itertools.pairwise(edges) for p in parser.push(text[a:b])]
     return whole(pieces + parser.finish())
 
 
@@ -47,8 +49,14 @@ CASES = {
         block(("sh", [("c", "true", "a 2>&1 | x </parameter> <b")])),
         ("", "", [("sh", '{"c": "a 2>&1 | x </parameter> <b"}')]),
     ),
-    "a parameter named arguments": (block(("f", [("arguments", "true", "x")])), ("", "", [("f", '{"arguments": "x"}')])),
-    "string that looks like a number": (block(("f", [("n", "true", "007")])), ("", "", [("f", '{"n": "007"}')])),
+    "a parameter named arguments": (
+        block(("f", [("arguments", "true", "x")])),
+        ("", "", [("f", '{"arguments": "x"}')]),
+    ),
+    "string that looks like a number": (
+        block(("f", [("n", "true", "007")])),
+        ("", "", [("f", '{"n": "007"}')]),
+    ),
     "false JSON": (block(("f", [("n", "false", "not json")])), ("", "", [("f", '{"n": "not json"}')])),
     "starts like a marker": ("if 2 < 3 and a <b\n\n", ("", "if 2 < 3 and a <b\n\n", [])),
     "ends like a marker": ("x\n\n<｜DSML｜tool_ca", ("", "x\n\n<｜DSML｜tool_ca", [])),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from importlib import resources
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from dsv4.errors import ConfigError
 from dsv4.text.chat import DSML, USER
 from dsv4.text.stop import StopStrings
 from dsv4.text.tokenizer import Marker, Tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 NANO = Tokenizer.from_dir(resources.files("dsv4") / "data" / "nano", vocab_size=8192)
 SAMPLE = "Grüße, 世界! 👩‍👩‍👧 naïve 12345 \n\n\tdef f(x): return x\u0301"
@@ -23,7 +22,12 @@ def v4() -> Tokenizer:
 
 
 def test_v4_ids_of_the_release(v4: Tokenizer) -> None:
-    ids = {"<｜begin▁of▁sentence｜>": 0, "<｜end▁of▁sentence｜>": 1, "<｜User｜>": 128803, "<｜Assistant｜>": 128804}
+    ids = {
+        "<｜begin▁of▁sentence｜>": 0,
+        "<｜end▁of▁sentence｜>": 1,
+        "<｜User｜>": 128803,
+        "<｜Assistant｜>": 128804,
+    }
     ids |= {"<think>": 128821, "</think>": 128822, "｜DSML｜": 128825, "<｜latest_reminder｜>": 128828}
     assert {name: v4.special(name) for name in ids} == ids
     assert v4.decode(v4.encode(SAMPLE)) == SAMPLE
@@ -34,7 +38,10 @@ def test_user_text_cannot_make_special_tokens(v4: Tokenizer) -> None:
     for tokenizer in (v4, NANO):
         ids = tokenizer.encode_segments([USER, text, DSML, "x"])
         specials = [i for i in ids if i in {tokenizer.special(m) for m in (USER, DSML)}]
-        assert ids[0] == tokenizer.special(USER) and specials == [tokenizer.special(USER), tokenizer.special(DSML)]
+        assert ids[0] == tokenizer.special(USER) and specials == [
+            tokenizer.special(USER),
+            tokenizer.special(DSML),
+        ]
         assert tokenizer.decode(ids, skip_special=False) == "<｜User｜>" + text + "｜DSML｜x"
         assert len(tokenizer.encode(text)) < len(ids)  # raw prompts do recognise them
 
@@ -73,7 +80,11 @@ def test_bytes_that_are_no_text_come_out_as_replacement_characters_once_certain(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(alphabet="ab\n", max_size=30), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+@given(
+    st.text(alphabet="ab\n", max_size=30),
+    st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.data(),
+)
 def test_stop_strings_do_not_depend_on_the_cuts(text: str, stops: list[str], data: st.DataObject) -> None:
     for include in (False, True):
         matcher, shown, rest = StopStrings(stops, include=include), "", text

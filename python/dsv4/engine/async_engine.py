@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from dsv4._core import NeverFits, Overloaded
@@ -61,7 +61,7 @@ class AsyncEngine:
         request_id: str | None = None,
         cache_salt: str = "",
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yields what each step brings until an output has `finished`. Closing the iterator aborts the request.
 
         Raises RequestError when the request cannot be taken: empty or too long (400), queue full or draining (429, 503).
@@ -78,7 +78,11 @@ class AsyncEngine:
 
         def submit() -> None:
             try:
-                keys.append(self._loop.submit(request_id, list(prompt), params, deliver, salt=cache_salt, priority=priority))
+                keys.append(
+                    self._loop.submit(
+                        request_id, list(prompt), params, deliver, salt=cache_salt, priority=priority
+                    )
+                )
                 error = None
             except Exception as e:
                 error = as_request_error(e)
@@ -146,7 +150,9 @@ class AsyncEngine:
 
     def _fail_everything(self, message: str) -> None:
         for request in list(self._loop.requests.values()):
-            request.deliver(RequestOutput(request.request_id, finished=True, finish_reason="error", error=message))
+            request.deliver(
+                RequestOutput(request.request_id, finished=True, finish_reason="error", error=message)
+            )
         self._flush()
 
     async def drain(self, timeout: float) -> bool:

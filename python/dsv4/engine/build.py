@@ -82,7 +82,10 @@ class BuiltEngine:
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < vocab:
                 raise RequestError(
-                    f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}", "prompt", "invalid_value", 400
+                    f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}",
+                    "prompt",
+                    "invalid_value",
+                    400,
                 )
         room, wanted = self.max_model_len - len(prompt), params.max_tokens
         if room < (1 if wanted is None else wanted):
@@ -127,12 +130,16 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     """
     source = config.model or str(resources.files("dsv4") / "data" / "nano")
     if not Path(source).is_dir():
-        raise ConfigError(f"model is {source!r}; it must be a directory with config.json and safetensors files")
+        raise ConfigError(
+            f"model is {source!r}; it must be a directory with config.json and safetensors files"
+        )
     model_config = ModelConfig.from_dir(source)
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     config = _resolve(config, model_config, device, dtype)
-    layout = model_config.layout(config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size)
+    layout = model_config.layout(
+        config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size
+    )
     ops = Ops.choose(config.backend, device)
     tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
     chat_format = ChatFormat.for_model(source, model_config)
@@ -148,7 +155,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         replay_tokens=config.replay_tokens or layout.replay_tokens,
     )
     buffers = tuple(
-        StepBuffers(layout, slabs=config.max_num_seqs, step_tokens=config.max_num_batched_tokens, max_len=max_len)
+        StepBuffers(
+            layout, slabs=config.max_num_seqs, step_tokens=config.max_num_batched_tokens, max_len=max_len
+        )
         for _ in range(2 if config.async_scheduling else 1)
     )
     loop = EngineLoop(
@@ -167,7 +176,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
 
 def _device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no CUDA device; use --device cpu or run `dsv4 doctor`")
+        raise ConfigError(
+            "device is 'cuda', but torch sees no CUDA device; use --device cpu or run `dsv4 doctor`"
+        )
     return "cpu" if name == "auto" else name
 
 
@@ -227,7 +238,9 @@ def _plan_pool(config: EngineConfig, model: ModelConfig, layout: LayoutSpec) -> 
             f"give at least --kv-cache-memory {-(-wanted // layout.block_tokens) * layout.page_bytes}"
         )
     if pages < 1:
-        raise ConfigError(f"the pool holds no page; one page is {layout.page_bytes} bytes, raise --kv-cache-memory")
+        raise ConfigError(
+            f"the pool holds no page; one page is {layout.page_bytes} bytes, raise --kv-cache-memory"
+        )
     return pages, min(wanted, longest)
 
 

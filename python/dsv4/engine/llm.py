@@ -49,7 +49,9 @@ class LLM:
     `LLM()` is the small model that ships; `LLM("/path", max_num_seqs=64)` takes every field of `EngineConfig`.
     """
 
-    def __init__(self, model: str | None = None, *, progress: Progress | None = None, **settings: Any) -> None:
+    def __init__(
+        self, model: str | None = None, *, progress: Progress | None = None, **settings: Any
+    ) -> None:
         built = build_engine(EngineConfig(model=model, **settings), progress)
         self.config, self.model_config, self.tokenizer = built.config, built.model_config, built.tokenizer
         self.max_model_len, self._built, self._loop = built.max_model_len, built, built.loop
@@ -60,7 +62,11 @@ class LLM:
         return self._loop.core
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, cache_salt: str = ""
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str = "",
     ) -> list[Completion]:
         """Completions in the order of the prompts. A prompt is text or token ids. Raises RequestError."""
         params = params or SamplingParams()
@@ -72,7 +78,9 @@ class LLM:
             self._loop.step()
         return done
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "") -> Iterator[RequestOutput]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = ""
+    ) -> Iterator[RequestOutput]:
         """What each step brings for one prompt. Closing the iterator aborts the request."""
         news: list[RequestOutput] = []
         key = self._submit(self._ids(prompt), params or SamplingParams(), news.append, cache_salt)
@@ -96,19 +104,29 @@ class LLM:
         return self.generate([self.chat_ids(messages, thinking=thinking, tools=tools)], params)[0]
 
     def chat_ids(
-        self, messages: Sequence[dict[str, Any]], *, thinking: bool = False, tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
     ) -> list[int]:
         """The prompt of a chat as token ids. Raises RequestError without a tokenizer."""
         if self.tokenizer is None:
-            raise RequestError("this model directory has no tokenizer; send token ids", "messages", "no_tokenizer", 400)
+            raise RequestError(
+                "this model directory has no tokenizer; send token ids", "messages", "no_tokenizer", 400
+            )
         format = self._built.chat_format
-        return self.tokenizer.encode_segments(encode_chat(messages, thinking=thinking, tools=tools, format=format))
+        return self.tokenizer.encode_segments(
+            encode_chat(messages, thinking=thinking, tools=tools, format=format)
+        )
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
             return [int(t) for t in prompt]
         if self.tokenizer is None:
-            raise RequestError("this model directory has no tokenizer; send token ids", "prompt", "no_tokenizer", 400)
+            raise RequestError(
+                "this model directory has no tokenizer; send token ids", "prompt", "no_tokenizer", 400
+            )
         return self.tokenizer.encode(prompt)
 
     def _submit(self, ids: list[int], params: SamplingParams, deliver: Any, salt: str) -> int:

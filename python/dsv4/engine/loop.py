@@ -67,7 +67,9 @@ class EngineLoop:
         key = next(self._keys)
         seed = params.seed if params.seed is not None else self.seed + key
         state = SamplingState(params, prompt, eos_ids=self.eos_ids, seed=seed)
-        detokenizer = self.tokenizer.detokenizer(skip_special=params.skip_special_tokens) if self.tokenizer else None
+        detokenizer = (
+            self.tokenizer.detokenizer(skip_special=params.skip_special_tokens) if self.tokenizer else None
+        )
         request = EngineRequest(key, request_id, prompt, params, state, detokenizer, deliver)
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
         self.core.submit(
@@ -114,7 +116,9 @@ class EngineLoop:
         self._drain_events(before)
         return header is not None or before is not None
 
-    def _launch(self, header: StepHeader, buffers: StepBuffers, before: StepResult | None = None) -> StepResult | None:
+    def _launch(
+        self, header: StepHeader, buffers: StepBuffers, before: StepResult | None = None
+    ) -> StepResult | None:
         """Runs a plan. A failure ends the requests of that step with an error; all others go on."""
         try:
             return self.runner.run(header, buffers, self.requests)
@@ -144,7 +148,7 @@ class EngineLoop:
         """Delivers one output per request that has news. Stopping a request makes further events, so until none is left."""
         deltas: dict[int, Delta] = {}
         while n := self.core.events(self._events):
-            for kind, key, _step, a, b, c in self._events[:n].tolist():
+            for kind, key, _step, a, _b, c in self._events[:n].tolist():
                 request = self.requests.get(key)
                 if request is None:
                     continue

@@ -60,10 +60,14 @@ def as_output(request: EngineRequest, delta: Delta) -> RequestOutput:
     )
 
 
-def as_final(request: EngineRequest, delta: Delta, reason: int, stop_token: int, explanation: dict) -> RequestOutput:
+def as_final(
+    request: EngineRequest, delta: Delta, reason: int, stop_token: int, explanation: dict
+) -> RequestOutput:
     """The last output. `reason` as in the FINISHED event; `stop_token` is -1 when no token ended it."""
     flush_text(request, delta)
-    stopped = request.stop_string if request.stop_string is not None else stop_token if stop_token >= 0 else None
+    stopped = (
+        request.stop_string if request.stop_string is not None else stop_token if stop_token >= 0 else None
+    )
     eos = isinstance(stopped, int) and stopped in request.sampling.eos_ids
     return RequestOutput(
         request.request_id,
@@ -72,7 +76,11 @@ def as_final(request: EngineRequest, delta: Delta, reason: int, stop_token: int,
         logprobs=delta.logprobs if request.params.logprobs is not None else None,
         prompt_logprobs=request.prompt_logprobs if request.wants_prompt_logprobs else None,
         finished=True,
-        finish_reason="error" if request.error else "stop" if request.stop_string is not None else FINISH_REASONS[reason],
+        finish_reason="error"
+        if request.error
+        else "stop"
+        if request.stop_string is not None
+        else FINISH_REASONS[reason],
         stop_reason=None if eos else stopped,
         error=request.error,
         usage=Usage(len(request.prompt), len(request.output), explanation["cached_tokens"], explanation),

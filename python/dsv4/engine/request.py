@@ -63,7 +63,9 @@ class EngineRequest:
         self.key, self.request_id = key, request_id
         self.prompt, self.params, self.sampling = prompt, params, sampling
         self.detokenizer = detokenizer
-        self.stops = StopStrings(params.stop, include=params.include_stop_str_in_output) if params.stop else None
+        self.stops = (
+            StopStrings(params.stop, include=params.include_stop_str_in_output) if params.stop else None
+        )
         self.deliver = deliver
         self.output: list[int] = []
         self.prompt_logprobs: list[Sampled | None] = [None]

@@ -35,7 +35,9 @@ class StepResult:
 class Runner:
     """Owns the device side of the page table and runs plans against the model."""
 
-    def __init__(self, model: V4Model, cache: PagedCache, *, slabs: int, max_blocks: int, replay_tokens: int) -> None:
+    def __init__(
+        self, model: V4Model, cache: PagedCache, *, slabs: int, max_blocks: int, replay_tokens: int
+    ) -> None:
         self.model, self.cache, self.replay_tokens = model, cache, replay_tokens
         self.page_table = torch.zeros((slabs, max_blocks), dtype=torch.int32)
         self._last: list[int] = []
@@ -56,9 +58,13 @@ class Runner:
         rows = plan.sample_rows[: header.samples].tolist()
         keys = [int(plan.row_req[r]) for r in rows]
         for r, key in zip(rows, keys, strict=True):
-            request = requests[key]  # a rolled-back step or a preemption may have left tokens that did not count
+            request = requests[
+                key
+            ]  # a rolled-back step or a preemption may have left tokens that did not count
             request.sampling.truncate(int(plan.row_start[r] + plan.row_len[r]) - len(request.prompt))
-        sampled = sample(logits[[last[r] for r in rows]], [requests[k].sampling for k in keys]) if rows else []
+        sampled = (
+            sample(logits[[last[r] for r in rows]], [requests[k].sampling for k in keys]) if rows else []
+        )
         result = StepResult(header, sampled, keys)
         self._last = result.tokens.tolist()
         return result
@@ -66,7 +72,9 @@ class Runner:
     def _batch(self, header: StepHeader, plan: StepBuffers) -> tuple[Batch, dict[int, int]]:
         """The forward's input, and for each row with logits the index of its last one."""
         token_ids = torch.from_numpy(plan.token_ids[: header.tokens].astype(np.int64))
-        for i in torch.nonzero(token_ids < 0).flatten().tolist():  # sampled by the step before, not yet committed
+        for i in (
+            torch.nonzero(token_ids < 0).flatten().tolist()
+        ):  # sampled by the step before, not yet committed
             token_ids[i] = self._last[-1 - int(token_ids[i])]
         rows, logit_index, last, offset = [], [], {}, 0
         for r in range(header.rows):
@@ -110,7 +118,11 @@ class Runner:
         for r in range(header.rows):
             if not plan.row_flags[r] & ALL_LOGITS:
                 continue
-            request, start, length = requests[int(plan.row_req[r])], int(plan.row_start[r]), int(plan.row_len[r])
+            request, start, length = (
+                requests[int(plan.row_req[r])],
+                int(plan.row_start[r]),
+                int(plan.row_len[r]),
+            )
             first, targets = last[r] - length + 1, request.prompt[start + 1 : start + length + 1]
             # After a preemption the prompt is computed again; what is known already stays.
             if targets and start + 1 == len(request.prompt_logprobs):

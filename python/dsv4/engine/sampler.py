@@ -93,10 +93,8 @@ def _sample_row(logits: Tensor, state: SamplingState) -> Sampled | PoisonedLogit
     if not torch.isfinite(logits).all():
         return PoisonedLogits("the model gave logits that are not finite")
     adjusted = state.adjust(logits)
-    if state.params.temperature == 0:
-        token = int(adjusted.argmax())  # the first of equals
-    else:
-        token = _draw(adjusted, state)
+    greedy = state.params.temperature == 0
+    token = int(adjusted.argmax()) if greedy else _draw(adjusted, state)  # argmax: the first of equals
     state.append(token)
     if state.params.logprobs is None:
         return Sampled(token)

@@ -67,8 +67,10 @@ Otherwise, output directly after </think> with tool calls or final response.
 
 ### Available Tool Schemas
 
-"""  # noqa: E501
-_TOOLS_AFTER = "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
+"""
+_TOOLS_AFTER = (
+    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
+)
 _RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 
@@ -126,7 +128,9 @@ def encode_chat(
     off. Raises RequestError naming the message and field.
     """
     if effort not in format.efforts:
-        raise RequestError(f"reasoning effort is {effort!r}; valid are {', '.join(format.efforts)}", "reasoning_effort")
+        raise RequestError(
+            f"reasoning effort is {effort!r}; valid are {', '.join(format.efforts)}", "reasoning_effort"
+        )
     turns = _merge(messages)
     if tools or response_schema:
         _attach(turns, tools, response_schema)
@@ -154,7 +158,9 @@ def _merge(messages: Sequence[Mapping[str, Any]]) -> list[_Turn]:
         if role not in ROLES:
             close = difflib.get_close_matches(str(role), ROLES, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise RequestError(f"messages[{i}].role is {role!r}; valid are {', '.join(ROLES)}{hint}", f"messages[{i}].role")
+            raise RequestError(
+                f"messages[{i}].role is {role!r}; valid are {', '.join(ROLES)}{hint}", f"messages[{i}].role"
+            )
         text = _text(message, i)
         if role in ("user", "tool"):
             block = (str(message.get("tool_call_id") or ""), text) if role == "tool" else (None, text)
@@ -202,7 +208,11 @@ def _sort_results(turns: list[_Turn]) -> None:
     order: dict[str, int] = {}
     for turn in turns:
         if turn.role == "assistant" and turn.message.get("tool_calls"):
-            order = {str(c.get("id") or ""): n for n, c in enumerate(turn.message["tool_calls"]) if isinstance(c, Mapping)}
+            order = {
+                str(c.get("id") or ""): n
+                for n, c in enumerate(turn.message["tool_calls"])
+                if isinstance(c, Mapping)
+            }
         elif turn.role == "user" and order:
             slots = [n for n, (call, _) in enumerate(turn.blocks) if call is not None]
             results = sorted((turn.blocks[n] for n in slots), key=lambda b: order.get(b[0] or "", 0))
@@ -281,4 +291,8 @@ def _json(value: Any) -> str:
 
 def _trusted(text: str) -> Segments:
     """Our own text, in which markers are markers."""
-    return [Marker(p) if p in (DSML, THINK, END_THINK) else p for p in re.split("(｜DSML｜|<think>|</think>)", text) if p]
+    return [
+        Marker(p) if p in (DSML, THINK, END_THINK) else p
+        for p in re.split("(｜DSML｜|<think>|</think>)", text)
+        if p
+    ]

@@ -85,7 +85,9 @@ class OutputParser:
         elif self._state == self._invoke:
             if match := _PARAMETER.match(rest):
                 value = json.dumps(rest[match.end() :], ensure_ascii=False)[:-1]
-                pieces.append(ToolArguments(self._call, f"{', ' if self._keys else '{'}{json.dumps(match[1])}: {value}"))
+                pieces.append(
+                    ToolArguments(self._call, f"{', ' if self._keys else '{'}{json.dumps(match[1])}: {value}")
+                )
         elif self._call < 0:  # a block without any call
             pieces.append(Content(self._block + rest))
         return _joined(pieces)
@@ -150,7 +152,9 @@ class OutputParser:
                 return
             value = self._buffer[match.end() : end]
             self._take(end + len(_PARAMETER_CLOSE))
-            yield ToolArguments(self._call, ("{" if self._keys == 0 else ", ") + _pair(match[1], value, match[2]))
+            yield ToolArguments(
+                self._call, ("{" if self._keys == 0 else ", ") + _pair(match[1], value, match[2])
+            )
             self._keys += 1
         elif rest.startswith(_INVOKE_CLOSE):
             self._take(len(self._buffer) - len(rest) + len(_INVOKE_CLOSE))
