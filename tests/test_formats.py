@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from dsv4.errors import ConfigError
-from dsv4.formats import hadamard, plane_bytes, pow2_ceil, rotate, row_bytes, row_format
+from dsv4.formats import (
+    fp4_decode,
+    fp4_encode,
+    fp4_pack,
+    fp4_unpack,
+    hadamard,
+    plane_bytes,
+    pow2_ceil,
+    rotate,
+    row_bytes,
+    row_format,
+    ue8m0_decode,
+    ue8m0_encode,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 FORMATS = ["float32", "bfloat16", "fp8_ds_mla", "mxfp4", "fp8"]
 DIMS = [(512, 64), (128, 32), (64, 8), (96, 16)]
@@ -62,6 +76,64 @@ def test_round_trips_are_idempotent_and_close(name: str) -> None:
     error = (once - x)[:, :448].abs()
     assert (error <= torch.maximum(x[:, :448].abs() / 16, blocks.clamp(min=1e-4) / 448) + 1e-30).all()
     assert torch.equal(once[:, 448:], x[:, 448:].bfloat16().float())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=96, max_size=96))
+def test_any_finite_row_survives_a_second_round_trip(row: list[float]) -> None:
+    x = torch.tensor([row]).clamp(-3e38, 3e38)  # bfloat16 ends a little below float32
+    for name in ("float32", "bfloat16", "fp8_ds_mla"):
+        codec = row_format(name, 96, 16)
+        once = codec.roundtrip(x)
+        assert once.isfinite().all() and torch.equal(codec.roundtrip(once), once)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "fp8"])
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-4, 1.0, 1e30])
+def test_index_rows_of_any_size(name: str, size: float) -> None:
+    codec, x = row_format(name, 64, 16), torch.randn(5, 64, generator=torch.Generator().manual_seed(3)) * size
+    stored = codec.roundtrip(x)
+    assert stored.isfinite().all()
+    floor = 0.0 if name == "mxfp4" else 1e-4 / 448  # the smallest scale of fp8 rows
+    assert ((stored - rotate(x)).abs() <= rotate(x).abs().amax(-1, keepdim=True) / 3 + floor).all()
+    assert stored.count_nonzero() or size <= 1e-38
+
+
+def test_bytes_of_a_page_are_those_of_flashmla() -> None:
+    """64 rows of 448 e4m3 and 64 bf16, then 64 rows of seven scales and a pad."""
+    codec, region = row_format("fp8_ds_mla", 512, 64), torch.zeros(1, 64 * 584, dtype=torch.uint8)
+    x = torch.zeros(1, 512)
+    x[0, 64 * 3], x[0, 64 * 3 + 1], x[0, 448], x[0, 511] = 448.0, -1.0, 1.0, -2.0
+    codec.write(region, torch.tensor([0]), torch.tensor([5]), x, 64)
+    data, scales = region[0, 5 * 576 : 6 * 576], region[0, 64 * 576 + 5 * 8 : 64 * 576 + 6 * 8]
+    assert data[192:194].tolist() == [0x7E, 0xB8]  # 448 and -1 in e4m3, scale 1
+    assert data[448:450].tolist() == [0x80, 0x3F] and data[574:576].tolist() == [
+        0x00,
+        0xC0,
+    ]  # bf16, little end
+    smallest = 127 - 22  # 2^ceil(log2(1e-4 / 448)): blocks of zeros
+    assert scales.tolist() == [smallest, smallest, smallest, 127, smallest, smallest, smallest, 0]
+    assert region.count_nonzero() == 2 + 2 + 1 + 7
+
+
+def test_fp4_rounds_to_nearest_and_ties_to_the_even_code() -> None:
+    grid = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    ties = {0.25: 0.0, 0.75: 1.0, 1.25: 1.0, 1.75: 2.0, 2.5: 2.0, 3.5: 4.0, 5.0: 4.0}
+    assert fp4_decode(fp4_encode(torch.tensor(grid))).tolist() == grid
+    assert fp4_decode(fp4_encode(torch.tensor(list(ties)))).tolist() == list(ties.values())
+    assert fp4_decode(fp4_encode(-torch.tensor(list(ties)))).tolist() == [-v for v in ties.values()]
+    x = torch.linspace(-7, 7, 9973)
+    nearest = (x[:, None] - torch.tensor(grid + [-v for v in grid])).abs().amin(1)
+    assert torch.equal((fp4_decode(fp4_encode(x)) - x).abs(), nearest)
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert fp4_pack(codes)[:2].tolist() == [0x10, 0x32]  # the low nibble is the even index
+    assert torch.equal(fp4_unpack(fp4_pack(codes)), codes)
+
+
+def test_scale_bytes_are_biased_exponents() -> None:
+    scales = torch.tensor([2.0**-126, 2.0**-20, 1.0, 2.0, 2.0**127])
+    assert ue8m0_encode(scales).tolist() == [1, 107, 127, 128, 254]
+    assert torch.equal(ue8m0_decode(ue8m0_encode(scales)), scales)
 
 
 @pytest.mark.parametrize(("name", "bound"), [("mxfp4", 0.25), ("fp8", 0.07)])

@@ -1,7 +1,7 @@
 """The errors that callers see. Each message is one line that names the field, the value and the remedy.
 
-`Dsv4Error` is the base of all, the core's included; `ConfigError` (also a ValueError) is a setting, array or config.json
-that cannot work.
+`Dsv4Error` is the base of all, the core's included; `ConfigError` (also a ValueError) is a setting, array or
+config.json that cannot work.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ class RequestError(Dsv4Error):
     `param` names the field at fault, `code` is machine-readable, `status` is the HTTP status.
     """
 
-    def __init__(self, message: str, param: str | None = None, code: str = "invalid_value", status: int = 400) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
+    ) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status

@@ -1,13 +1,13 @@
 """Row formats: how a row of the cache lies in bytes, and the codec that every backend must agree with.
 
-A *region* is the rows of one component and layer in one page or slab, uint8 [P, rows * row_bytes]. A format with scales
-keeps two planes in a region: the data of all rows, then the scales of all rows (FlashMLA's page order), so that data stays
-aligned to 16 bytes.
+A *region* is the rows of one component and layer in one page or slab, uint8 [P, rows * row_bytes]. A format
+with scales keeps two planes in a region: the data of all rows, then the scales of all rows (FlashMLA's page
+order), so that data stays aligned to 16 bytes.
 
 | name | rows | bytes of a row | source |
 | --- | --- | --- | --- |
 | `float32`, `bfloat16` | main, index | 4 or 2 per channel | |
-| `fp8_ds_mla` | main | e4m3 per channel before the rope part, bf16 rope part, 8 bytes of ue8m0 scales, one per 64 | spec 8.2 |
+| `fp8_ds_mla` | main | e4m3, then the rope part in bf16; 8 bytes of ue8m0 scales, one per 64 | spec 8.2 |
 | `mxfp4` | index | e2m1 per channel after a Hadamard rotation, one ue8m0 scale per 32 | spec 5 |
 | `fp8` | index | e4m3 per channel after a Hadamard rotation, one float32 scale | spec 8.2 |
 """
@@ -26,7 +26,10 @@ from dsv4.errors import ConfigError
 E4M3_MAX = 448.0
 FP4_MAX = 6.0
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP4_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+_BELOW = 1 - 2.0**-24
+_FP4_BOUNDS = (0.25, 0.75 * _BELOW, 1.25, 1.75 * _BELOW, 2.5, 3.5 * _BELOW, 5.0)
+"""Largest float32 that still rounds to each value: half way where the value's code is even, just below it
+where odd, so that ties go to the even code as in the hardware's conversion."""
 _NOPE_BLOCK, _MLA_SCALE_BYTES = 64, 8
 _FP4_BLOCK = 32
 
@@ -52,7 +55,8 @@ class RowFormat(Protocol):
         ...
 
     def transform(self, query: Tensor) -> Tensor:
-        """The query side of a dot product with read rows: float32 [..., dim] into the space that rows are stored in."""
+        """The query side of a dot product with read rows: float32 [..., dim] into the space that rows are
+        stored in."""
         ...
 
 
@@ -73,8 +77,8 @@ def ue8m0_decode(byte: Tensor) -> Tensor:
 
 
 def fp4_encode(x: Tensor) -> Tensor:
-    """Scaled values -> e2m1 codes 0..15, uint8; ties go to the smaller magnitude."""
-    code = torch.bucketize(x.abs(), torch.tensor(_FP4_MIDPOINTS, device=x.device))
+    """Scaled float32 values -> nearest e2m1 codes 0..15, uint8; ties go to the even code, excess to 6."""
+    code = torch.bucketize(x.abs(), torch.tensor(_FP4_BOUNDS, device=x.device))
     return (code | ((x < 0).long() << 3)).to(torch.uint8)
 
 
@@ -104,7 +108,8 @@ def hadamard(n: int) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Hadamard rotation of the last dimension, the same bits for a row however many there are: a butterfly of sums."""
+    """Hadamard rotation of the last dimension as a butterfly of sums: the same bits for a row however many
+    there are."""
     n = x.shape[-1]
     y, half = x.float(), 1
     while half < n:
@@ -136,7 +141,8 @@ class _Coded:
         return region[:, start : start + rows * self.planes[index]].unflatten(1, (rows, self.planes[index]))
 
     def read(self, region: Tensor, page: Tensor, row: Tensor, rows: int) -> Tensor:
-        return self.decode(tuple(_gather(self._plane(region, i, rows), page, row) for i in range(len(self.planes))))
+        planes = (self._plane(region, i, rows) for i in range(len(self.planes)))
+        return self.decode(tuple(_gather(plane, page, row) for plane in planes))
 
     def write(self, region: Tensor, page: Tensor, row: Tensor, values: Tensor, rows: int) -> None:
         for i, data in enumerate(self.encode(values)):
@@ -150,7 +156,7 @@ class _Coded:
 
 
 def _gather(plane: Tensor, page: Tensor, row: Tensor) -> Tensor:
-    """plane[page, row] of a uint8 [P, rows, n], in words as wide as the alignment allows: several times quicker."""
+    """plane[page, row] of a uint8 [P, rows, n], in words as wide as alignment allows: much quicker."""
     for word in (torch.int64, torch.int32, torch.int16):
         if not any(x % word.itemsize for x in (plane.storage_offset(), plane.shape[2], *plane.stride()[:2])):
             return plane.view(word)[page, row].view(torch.uint8)
@@ -181,11 +187,13 @@ class Fp8DsMla(_Coded):
         self.dim, self.rope_dim, self.nope = dim, rope_dim, dim - rope_dim
         self.blocks = -(-self.nope // _NOPE_BLOCK)
         if self.blocks > _MLA_SCALE_BYTES:
-            raise ConfigError(f"head_dim is {dim}; fp8_ds_mla rows hold {_MLA_SCALE_BYTES * _NOPE_BLOCK} channels before the rope part")
+            most = _MLA_SCALE_BYTES * _NOPE_BLOCK
+            raise ConfigError(f"head_dim is {dim}; fp8_ds_mla holds {most} channels before the rope part")
         self.planes = (self.nope + 2 * rope_dim, _MLA_SCALE_BYTES)
 
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        nope = torch.nn.functional.pad(values[:, : self.nope].float(), (0, self.blocks * _NOPE_BLOCK - self.nope))
+        padding = (0, self.blocks * _NOPE_BLOCK - self.nope)
+        nope = torch.nn.functional.pad(values[:, : self.nope].float(), padding)
         blocks = nope.unflatten(1, (self.blocks, _NOPE_BLOCK))
         scale = pow2_ceil(blocks.abs().amax(-1).clamp(min=1e-4) / E4M3_MAX)
         codes = (blocks / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
@@ -203,7 +211,7 @@ class Fp8DsMla(_Coded):
 
 
 class Mxfp4(_Coded):
-    """Hadamard, then e2m1 with one ue8m0 scale per 32: the format the indexer was trained with. Rows stay rotated."""
+    """Hadamard, then e2m1 with one ue8m0 scale per 32: as the indexer was trained. Rows stay rotated."""
 
     name = "mxfp4"
 

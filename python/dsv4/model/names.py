@@ -1,6 +1,8 @@
-"""One table of a checkpoint: every tensor's released name, storage format and shape, as a function of the config.
+"""One table of a checkpoint: every tensor's released name, storage format and shape, from the config.
 
-Loader, exporter and size arithmetic all use it. Its totals reproduce the published sizes of all four releases.
+Loader, exporter and size arithmetic all use it. Its totals reproduce the published sizes of all four
+releases. The other namings are those of transformers: what it keeps in memory, and the mix that
+`save_pretrained` writes.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ FP8_BLOCK, FP4_BLOCK = 128, 32
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A logical tensor. `storage`: fp8 (e4m3, one ue8m0 scale per 128 x 128), fp4 (packed e2m1, one ue8m0 scale per 32),
-    bf16, f32 or i64."""
+    """A logical tensor. `storage` is how the release keeps it: fp8 (e4m3, one ue8m0 scale per 128 x 128), fp4
+    (packed e2m1, one ue8m0 scale per 32), bf16, f32 or i64."""
 
     shape: tuple[int, ...]
     storage: str
@@ -100,7 +102,7 @@ def _compressor(p: str, ratio: int, dim: int, d: int, *, overlap: bool) -> Itera
 
 
 def _moe(c: ModelConfig, p: str, *, hashed: bool) -> Iterator[tuple[str, TensorSpec]]:
-    d, i = c.hidden_size, c.moe_intermediate_size
+    d = c.hidden_size
     yield f"{p}gate.weight", TensorSpec((c.num_experts, d), "bf16")
     if hashed:
         yield f"{p}gate.tid2eid", TensorSpec((c.vocab_size, c.experts_per_token), "i64")
@@ -108,7 +110,7 @@ def _moe(c: ModelConfig, p: str, *, hashed: bool) -> Iterator[tuple[str, TensorS
         yield f"{p}gate.bias", TensorSpec((c.num_experts,), "f32")
     for name, shape in expert_shapes(c):
         for e in range(c.num_experts):
-            yield f"{p}experts.{e}.{name}.weight", TensorSpec(shape, "fp4")
+            yield f"{p}experts.{e}.{name}.weight", TensorSpec(shape, c.expert_dtype)
         yield f"{p}shared_experts.{name}.weight", TensorSpec(shape, "fp8")
 
 
@@ -129,7 +131,8 @@ def _mtp(c: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
 
 
 def _dspark(c: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
-    """Three window-only blocks; the first projects the main model's streams, the last has the heads (spec 7, 9.1)."""
+    """Three window-only blocks; the first projects the main model's streams, the last has the heads (spec 7
+    and 9.1)."""
     d, rank = c.hidden_size, c.dspark_rank
     for stage in range(3):
         yield from _block(c, f"mtp.{stage}.", 0, hashed=False)
@@ -152,10 +155,87 @@ def release_totals(c: ModelConfig) -> tuple[int, int]:
     return count, size
 
 
+_GLOBAL = {
+    "embed.weight": "embed_tokens.weight",
+    "head.weight": "lm_head.weight",
+    "hc_head_fn": "hc_head.hc_fn",
+    "hc_head_base": "hc_head.hc_base",
+    "hc_head_scale": "hc_head.hc_scale",
+}
+"""Released name: the one of transformers, without its `model.` prefix."""
+
+_COMPRESSOR = {"wkv.": "kv_proj.", "wgate.": "gate_proj.", "ape": "position_bias", "norm.": "kv_norm."}
+
+_IN_LAYER = {
+    "attn_norm.": "input_layernorm.",
+    "ffn_norm.": "post_attention_layernorm.",
+    "hc_attn_": "attn_hc.",
+    "hc_ffn_": "ffn_hc.",
+    "attn.wq_a.": "self_attn.q_a_proj.",
+    "attn.wq_b.": "self_attn.q_b_proj.",
+    "attn.wkv.": "self_attn.kv_proj.",
+    "attn.wo_a.": "self_attn.o_a_proj.",
+    "attn.wo_b.": "self_attn.o_b_proj.",
+    "attn.q_norm.": "self_attn.q_a_norm.",
+    "attn.kv_norm.": "self_attn.kv_norm.",
+    "attn.attn_sink": "self_attn.sinks",
+    **{f"attn.compressor.{a}": f"self_attn.compressor.{b}" for a, b in _COMPRESSOR.items()},
+    **{f"attn.indexer.compressor.{a}": f"self_attn.compressor.indexer.{b}" for a, b in _COMPRESSOR.items()},
+    "attn.indexer.wq_b.": "self_attn.compressor.indexer.q_b_proj.",
+    "attn.indexer.weights_proj.": "self_attn.compressor.indexer.scorer.weights_proj.",
+    "ffn.gate.weight": "mlp.gate.weight",
+    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.shared_experts.w1.": "mlp.shared_experts.gate_proj.",
+    "ffn.shared_experts.w3.": "mlp.shared_experts.up_proj.",
+    "ffn.shared_experts.w2.": "mlp.shared_experts.down_proj.",
+}
+"""The same within a layer, by the start of the name."""
+
+_STACKED = {"mlp.experts.gate_up_proj": ("w1", "w3"), "mlp.experts.down_proj": ("w2",)}
+"""Tensors [E, ...] of transformers that hold these projections of all experts, one under the other."""
+
+
 def canonical_name(name: str) -> str:
-    """A file's tensor name in the released naming. `save_pretrained` of transformers writes a mix: a `model.` prefix, its
-    own names for embedding, head mix and the KV norm, the released ones for the rest."""
+    """A file's tensor name in the released naming; a name that is in no table stays as it is.
+
+    `save_pretrained` writes the released names with a `model.` prefix, but its own for the embedding, the
+    head mix and the KV norm; with `save_original_format=False` it writes its own throughout.
+    """
     name = name.removeprefix("model.")
-    name = name.replace("hc_head.hc_", "hc_head_") if name.startswith("hc_head.") else name
-    name = name[: -len("norm.weight")] + "kv_norm.weight" if name.endswith(".attn.norm.weight") else name
-    return {"embed_tokens.weight": "embed.weight", "lm_head.weight": "head.weight"}.get(name, name)
+    parts = name.split(".", 2)
+    if parts[0] != "layers" or len(parts) < 3:
+        return next((ours for ours, theirs in _GLOBAL.items() if name == theirs), name)
+    layer, rest = f"layers.{parts[1]}.", parts[2]
+    if rest == "attn.norm.weight":
+        return f"{layer}attn.kv_norm.weight"
+    found = ((ours, theirs) for ours, theirs in _IN_LAYER.items() if rest.startswith(theirs))
+    ours, theirs = next(found, ("", ""))
+    return layer + ours + rest.removeprefix(theirs)
+
+
+def transformers_name(name: str) -> str:
+    """The name that transformers has in memory, experts apart (it stacks them). KeyError for unknown ones."""
+    if not name.startswith("layers."):
+        theirs = _GLOBAL.get(name, name)
+        return theirs if theirs.startswith("lm_head") else f"model.{theirs}"
+    _, layer, rest = name.split(".", 2)
+    for ours, theirs in _IN_LAYER.items():
+        if rest.startswith(ours):
+            return f"model.layers.{layer}.{theirs}{rest.removeprefix(ours)}"
+    raise KeyError(name)
+
+
+def stacked_experts(name: str, experts: int) -> list[str]:
+    """Released names of the equal pieces of a stacked tensor in the order they lie in it, or nothing.
+
+    gate_up_proj [E, 2 i, d] is expert 0's w1, its w3, expert 1's w1, ...; down_proj [E, d, i] is one w2 after
+    another.
+    """
+    layer, _, rest = name.partition(".mlp.")
+    projections = _STACKED.get(f"mlp.{rest}", ())
+    return [
+        f"{layer}.ffn.experts.{e}.{p}.weight"
+        for e in range(experts if projections else 0)
+        for p in projections
+    ]
