@@ -1,4 +1,4 @@
-"""Tokenizer, detokenizer and stop strings."""
+"""Tokenizer and detokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from importlib import resources
 import pytest
 from dsv4.errors import ConfigError
 from dsv4.text.chat import DSML, USER
-from dsv4.text.stop import StopStrings
 from dsv4.text.tokenizer import Marker, Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,24 +76,3 @@ def test_bytes_that_are_no_text_come_out_as_replacement_characters_once_certain(
     letter = NANO.encode("a")[0]
     detokenizer = NANO.detokenizer()
     assert [detokenizer.push(part), detokenizer.push(letter), detokenizer.flush()] == ["", "\ufffda", ""]
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    st.text(alphabet="ab\n", max_size=30),
-    st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), min_size=1, max_size=3),
-    st.data(),
-)
-def test_stop_strings_do_not_depend_on_the_cuts(text: str, stops: list[str], data: st.DataObject) -> None:
-    for include in (False, True):
-        matcher, shown, rest = StopStrings(stops, include=include), "", text
-        while rest and matcher.matched is None:
-            n = data.draw(st.integers(1, len(rest)))
-            shown, rest = shown + matcher.push(rest[:n]), rest[n:]
-        if matcher.matched is None:
-            assert shown + matcher.flush() == text and not any(s in text for s in stops)
-        else:
-            first = min(text.find(s) for s in stops if s in text)
-            assert text.find(matcher.matched) >= first
-            end = shown.removesuffix(matcher.matched) if include else shown
-            assert not any(s in end for s in stops)
