@@ -5,9 +5,11 @@ Plain reads, no memory map: a file that shrinks meanwhile is an error, not a cra
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -51,14 +53,29 @@ class Stored:
 def index_checkpoint(path: Path, experts: int) -> dict[str, Stored]:
     """Released name -> place of every tensor, from the headers of all shards. Raises CheckpointError."""
     stored: dict[str, Stored] = {}
-    for file in _files(path):
-        for name, place in read_header(file).items():
-            for canonical, part in _parts(canonical_name(name), place, experts):
-                if canonical in stored:
-                    first = stored[canonical].file.name
-                    raise CheckpointError(f"tensor {canonical} is there twice: in {first} and in {file.name}")
-                stored[canonical] = part
+    with _collector_paused():
+        for file in _files(path):
+            for name, place in read_header(file).items():
+                for canonical, part in _parts(canonical_name(name), place, experts):
+                    if canonical in stored:
+                        first = stored[canonical].file.name
+                        raise CheckpointError(
+                            f"tensor {canonical} is there twice: in {first} and in {file.name}"
+                        )
+                    stored[canonical] = part
     return stored
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without the garbage collector: it took half of the time, looking for cycles in 70,000 header entries."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _files(path: Path) -> list[Path]:
