@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from pathlib import Path
 
 import pytest
-from dsv4.errors import RequestError
+from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
-from dsv4.text.chat import GA, PREVIEW, ChatFormat, Marker, encode_chat
+from dsv4.text.chat import GA, PREVIEW, ROLES, ChatFormat, Marker, encode_chat
+from dsv4.text.tokenizer import Tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 BOS, EOS, U, A = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
@@ -133,9 +137,81 @@ def test_the_small_model_brings_its_own_tool_text() -> None:
         ),
         ([user("x")], {"effort": "ultra"}, "reasoning effort is 'ultra'; valid are low, high, max"),
         ([user("x")], {"tools": [{"type": "function"}]}, "tools[0] has no function with a name"),
+        ([{"role": "system", "content": "", "tools": 5}], {}, "messages[0].tools is int; it must be a list"),
+        ([assistant("x", tool_calls="f")], {}, "messages[0].tool_calls is str; it must be a list"),
+        ([{**user("x"), "task": "titel"}], {}, "messages[0].task is 'titel'; valid are action, query"),
     ],
 )
 def test_bad_messages_are_one_line(messages: list[dict], options: dict, words: str) -> None:
     with pytest.raises(RequestError) as e:
         encode_chat(messages, **options)
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_quick_tasks() -> None:
+    asked = {"role": "user", "content": "q", "task": "action"}
+    assert prompt([asked]) == f"{BOS}{U}q{A}</think><｜action｜>"
+    assert (
+        prompt([asked, assistant("Search")], thinking=True) == f"{BOS}{U}q{A}<think><｜action｜>Search{EOS}"
+    )
+    assert prompt([{**asked, "task": "query"}]) == f"{BOS}{U}q<｜query｜>"
+    titled = [user("q"), assistant("a", task="title"), assistant("T")]
+    assert prompt(titled) == f"{BOS}{U}q{A}</think>a{EOS}<｜title｜>T{EOS}"
+    assert all(isinstance(s, Marker) for s in encode_chat([asked]) if s == "<｜action｜>")
+
+
+def test_odd_arguments_of_a_call_never_fail() -> None:
+    small = Tokenizer.from_dir(resources.files("dsv4") / "data" / "nano", vocab_size=8192)
+    for arguments in (None, "", "[" * 100_000, '{"a": "\\ud800"}', "null", "[1]", {"a": 1}):
+        call = {"id": "c", "function": {"name": "f", "arguments": arguments}}
+        assert small.encode_segments(encode_chat([user("q"), assistant("", tool_calls=[call])]))
+    none = [user("q"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": None}}])]
+    assert 'invoke name="f">\n\n</｜DSML｜invoke>' in prompt(none)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"tools_befor": ""}, "has the key 'tools_befor'; known are efforts, tools_before"),
+        ({"tools_before": 3}, "has tools_before = 3"),
+        ({"efforts": {"high": ""}}, "has efforts without 'low'"),
+        ({"efforts": {"low": 1}}, "has efforts without 'low', or whose prefixes are no texts"),
+    ],
+)
+def test_a_bad_chat_format_is_one_line(tmp_path: Path, raw: dict, words: str) -> None:
+    (tmp_path / "chat_format.json").write_text(json.dumps(raw))
+    with pytest.raises(ConfigError) as e:
+        ChatFormat.for_model(tmp_path, ModelConfig.preset("v4-flash"))
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+CALLS = st.lists(
+    st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": JUNK, "arguments": JUNK})})
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(ROLES)},
+    optional={
+        "content": st.text(max_size=4) | JUNK,
+        "tool_calls": CALLS | JUNK,
+        "tools": CALLS | JUNK,
+        "tool_call_id": JUNK,
+        "reasoning_content": JUNK,
+        "task": st.just("title") | JUNK,
+    },
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(MESSAGE | JUNK, max_size=4), st.booleans(), CALLS | st.none())
+def test_no_messages_fail_but_with_one_line(messages: list, thinking: bool, tools: list | None) -> None:
+    try:
+        segments = encode_chat(messages, thinking=thinking, tools=tools)
+    except RequestError as e:
+        assert "\n" not in str(e)
+    else:
+        assert all(isinstance(s, str) for s in segments) and segments[0] == BOS

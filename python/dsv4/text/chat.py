@@ -26,6 +26,8 @@ BOS, EOS = Marker("<｜begin▁of▁sentence｜>"), Marker("<｜end▁of▁sente
 USER, ASSISTANT = Marker("<｜User｜>"), Marker("<｜Assistant｜>")
 THINK, END_THINK = Marker("<think>"), Marker("</think>")
 REMINDER, DSML = Marker("<｜latest_reminder｜>"), Marker("｜DSML｜")
+TASKS = {t: Marker(f"<｜{t}｜>") for t in ("action", "query", "authority", "domain", "title", "read_url")}
+"""Quick tasks the model was trained on: a message's `task` asks for a short verdict on it."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 EFFORTS = ("low", "high", "max")
@@ -95,6 +97,14 @@ class ChatFormat:
         unknown = next((k for k in raw if k not in known), None)
         if unknown is not None:
             raise ConfigError(f"{file} has the key {unknown!r}; known are {', '.join(known)}")
+        for key, value in raw.items():
+            if type(value) is not type(getattr(base, key)):
+                raise ConfigError(
+                    f"{file} has {key} = {value!r:.40}; it must be like {getattr(base, key)!r:.40}"
+                )
+        efforts = raw.get("efforts", base.efforts)
+        if "low" not in efforts or not all(isinstance(text, str) for text in efforts.values()):
+            raise ConfigError(f"{file} has efforts without 'low', or whose prefixes are no texts")
         return dataclasses.replace(base, **raw)
 
 
@@ -142,10 +152,17 @@ def encode_chat(
         last_user = max((i for i, t in enumerate(turns) if t.role in ("user", "developer")), default=-1)
     out: Segments = [BOS, format.efforts[effort] if thinking else ""]
     for i, turn in enumerate(turns):
-        out += _render(turn, thinking and (keep or i > last_user), format)
+        verdict = i > 0 and turns[i - 1].message.get("task")  # the answer to a quick task has no reasoning
+        out += _render(turn, thinking and not verdict and (keep or i > last_user), format)
         following = turns[i + 1].role if i + 1 < len(turns) else "assistant"
-        if turn.role in ("user", "developer") and following in ("assistant", "latest_reminder"):
-            out += [ASSISTANT, THINK if thinking and (keep or i >= last_user) else END_THINK]
+        if following not in ("assistant", "latest_reminder"):
+            continue
+        task = turn.message.get("task")
+        opened = [ASSISTANT, THINK if thinking and (task or keep or i >= last_user) else END_THINK]
+        if task:
+            out += [*opened, TASKS[task]] if task == "action" else [TASKS[task]]
+        elif turn.role in ("user", "developer"):
+            out += opened
     return [s for s in out if s]
 
 
@@ -162,15 +179,27 @@ def _merge(messages: Sequence[Mapping[str, Any]]) -> list[_Turn]:
                 f"messages[{i}].role is {role!r}; valid are {', '.join(ROLES)}{hint}", f"messages[{i}].role"
             )
         text = _text(message, i)
+        _check_extras(message, i)
         if role in ("user", "tool"):
             block = (str(message.get("tool_call_id") or ""), text) if role == "tool" else (None, text)
-            if turns and turns[-1].role == "user":
+            if turns and turns[-1].role == "user" and (role == "tool" or not turns[-1].message.get("task")):
                 turns[-1].blocks.append(block)
             else:
                 turns.append(_Turn("user", [block], message if role == "user" else {}))
         else:
             turns.append(_Turn(role, [(None, text)], message))
     return turns
+
+
+def _check_extras(message: Mapping[str, Any], i: int) -> None:
+    for key in ("tools", "tool_calls"):
+        if not isinstance(message.get(key) or [], (list, tuple)):
+            where = f"messages[{i}].{key}"
+            raise RequestError(f"{where} is {type(message[key]).__name__}; it must be a list", where)
+    task = message.get("task")
+    if task is not None and (not isinstance(task, str) or task not in TASKS):
+        where = f"messages[{i}].task"
+        raise RequestError(f"{where} is {task!r}; valid are {', '.join(TASKS)}", where)
 
 
 def _text(message: Mapping[str, Any], i: int) -> str:
@@ -262,7 +291,8 @@ def _tool_calls(calls: Sequence[Mapping[str, Any]]) -> Segments:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RequestError(f"tool_calls[{n}] has no function with a name", "messages")
         out += ["\n" if n else "", "<", DSML, f'invoke name="{function["name"]}">\n']
-        out += _parameters(function.get("arguments", "{}"))
+        arguments = function.get("arguments")
+        out += _parameters("{}" if arguments is None else arguments)
         out += ["\n</", DSML, "invoke>"]
     return [*out, "\n</", DSML, "tool_calls>"]
 
@@ -273,10 +303,10 @@ def _parameters(arguments: Any) -> Segments:
     if isinstance(arguments, str):
         try:
             values = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: nested deeper than any tool's arguments
             values = None
     if not isinstance(values, Mapping):
-        values = {"arguments": arguments}
+        values = {"arguments": arguments}  # as the release's encoder has it
     out: Segments = []
     for n, (key, value) in enumerate(values.items()):
         plain = isinstance(value, str)

@@ -2,24 +2,34 @@
 
 Tool calls are DSML (spec 9.3). Markers never leak: text that may still become one is held back. Nothing is lost: what
 turns out to be no valid block is content.
+
+    content
+    <｜DSML｜tool_calls>
+    <｜DSML｜invoke name="F">
+    <｜DSML｜parameter name="k" string="true">raw text</｜DSML｜parameter>
+    <｜DSML｜parameter name="n" string="false">JSON</｜DSML｜parameter>
+    </｜DSML｜invoke>
+    </｜DSML｜tool_calls>
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dsv4.text.stop import held_back
 
 _END_THINK = "</think>"
 _OPEN, _CLOSE = "<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"
-_INVOKE = re.compile(r'\s*<｜DSML｜invoke name="([^"\n]+)">')
-_PARAMETER = re.compile(r'\s*<｜DSML｜parameter name="([^"\n]+)" string="(true|false)">')
+_NAME = r'"([^"<>\n]{1,256})"'
+_INVOKE = re.compile(rf"\s*<｜DSML｜invoke name={_NAME}>")
+_PARAMETER = re.compile(rf'\s*<｜DSML｜parameter name={_NAME} string="(true|false)">')
 _INVOKE_CLOSE, _PARAMETER_CLOSE = "</｜DSML｜invoke>", "</｜DSML｜parameter>"
 _INVOKE_HEAD, _PARAMETER_HEAD = "<｜DSML｜invoke name=", "<｜DSML｜parameter name="
 _MAX_HEAD = 512
+"""Longest unfinished tag, in characters, that is waited for; no valid one is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,7 @@ class ToolStart:
 
 @dataclass(frozen=True, slots=True)
 class ToolArguments:
-    """A further piece of a call's arguments; the pieces of a call joined are a JSON object."""
+    """A further piece of a call's arguments; the pieces of a call that is whole, joined, are a JSON object."""
 
     index: int
     text: str
@@ -59,14 +69,20 @@ class OutputParser:
     """Feed it text as it comes; whatever the cuts, the pieces joined are the same.
 
     `thinking`: the text starts inside the thinking part. `tools`: tool calls are looked for; otherwise DSML is content.
+    Text in a parameter streams; JSON comes at the parameter's end, when it is known to be JSON.
+
+        reasoning -> content -> calls <-> invoke <-> value
+                                  |         |
+                                  +-> after <
     """
 
     def __init__(self, *, thinking: bool, tools: bool) -> None:
         self._tools, self._buffer = tools, ""
-        self._state = self._reasoning if thinking else self._content
+        self._state: Callable[[], Iterator[Piece]] = self._reasoning if thinking else self._content
         self._call = -1
         self._keys = 0
         self._block = ""  # what was read of the tool block since its last valid part
+        self._json: list[str] | None = None  # the value so far of a parameter that claims to be JSON
 
     def push(self, text: str) -> list[Piece]:
         """The pieces that became certain."""
@@ -74,20 +90,18 @@ class OutputParser:
         return _joined(self._run())
 
     def finish(self) -> list[Piece]:
-        """The rest, once no more text comes. The arguments of a call that was cut short stay open JSON, so that nobody
-        takes them for whole; other remains are text."""
+        """The rest, once no more text comes. The arguments of a call that was cut short stay open JSON; other remains are
+        text."""
         pieces = list(self._run())
         rest, self._buffer = self._buffer, ""
         if self._state == self._reasoning:
             pieces.append(Reasoning(rest))
         elif self._state in (self._content, self._after):
             pieces.append(Content(rest))
+        elif self._state == self._value:
+            pieces += self._some(rest) if self._json is None else [self._more("".join([*self._json, rest]))]
         elif self._state == self._invoke:
-            if match := _PARAMETER.match(rest):
-                value = json.dumps(rest[match.end() :], ensure_ascii=False)[:-1]
-                pieces.append(
-                    ToolArguments(self._call, f"{', ' if self._keys else '{'}{json.dumps(match[1])}: {value}")
-                )
+            pieces += self._left_open()
         elif self._call < 0:  # a block without any call
             pieces.append(Content(self._block + rest))
         return _joined(pieces)
@@ -103,6 +117,17 @@ class OutputParser:
     def _take(self, n: int) -> str:
         taken, self._buffer = self._buffer[:n], self._buffer[n:]
         return taken
+
+    def _more(self, text: str) -> ToolArguments:
+        return ToolArguments(self._call, text)
+
+    def _left_open(self) -> list[Piece]:
+        """Shows in the arguments that the call is not whole: to run it with half its parameters could do harm."""
+        return [] if self._keys else [self._more("{")]
+
+    def _some(self, text: str) -> list[Piece]:
+        """Text inside a JSON string."""
+        return [self._more(json.dumps(text, ensure_ascii=False)[1:-1])]
 
     def _reasoning(self) -> Iterator[Piece]:
         at = self._buffer.find(_END_THINK)
@@ -147,22 +172,34 @@ class OutputParser:
         """Inside a call: another parameter, or the call's end."""
         rest = self._buffer.lstrip()
         if match := _PARAMETER.match(self._buffer):
-            end = self._buffer.find(_PARAMETER_CLOSE, match.end())
-            if end < 0:
-                return
-            value = self._buffer[match.end() : end]
-            self._take(end + len(_PARAMETER_CLOSE))
-            yield ToolArguments(
-                self._call, ("{" if self._keys == 0 else ", ") + _pair(match[1], value, match[2])
-            )
+            self._take(match.end())
+            yield self._more(f"{', ' if self._keys else '{'}{json.dumps(match[1], ensure_ascii=False)}: ")
             self._keys += 1
+            self._json = [] if match[2] == "false" else None
+            if self._json is None:
+                yield self._more('"')
+            self._state = self._value
         elif rest.startswith(_INVOKE_CLOSE):
             self._take(len(self._buffer) - len(rest) + len(_INVOKE_CLOSE))
-            yield ToolArguments(self._call, "}" if self._keys else "{}")
+            yield self._more("}" if self._keys else "{}")
             self._state = self._calls
         elif not _may_become(rest, _INVOKE_CLOSE, _PARAMETER_HEAD):
-            yield ToolArguments(self._call, "}" if self._keys else "{}")
+            yield from self._left_open()
             yield from self._give_up()
+
+    def _value(self) -> Iterator[Piece]:
+        """Inside a parameter, up to its closing tag and nothing else."""
+        at = self._buffer.find(_PARAMETER_CLOSE)
+        closed = at >= 0
+        value = self._take(at if closed else len(self._buffer) - held_back(self._buffer, [_PARAMETER_CLOSE]))
+        if self._json is None:
+            yield from self._some(value)
+        else:
+            self._json.append(value)
+        if closed:
+            self._take(len(_PARAMETER_CLOSE))
+            yield self._more('"' if self._json is None else _as_json("".join(self._json)))
+            self._state = self._invoke
 
     def _after(self) -> Iterator[Piece]:
         """Text after the block; an end of sentence usually follows at once."""
@@ -182,14 +219,17 @@ def _may_become(text: str, *heads: str) -> bool:
     return any(text.startswith(head) and ">" not in text and len(text) < _MAX_HEAD for head in heads[1:])
 
 
-def _pair(key: str, value: str, is_string: str) -> str:
-    """`"key": value` as JSON; a value that claims to be JSON but is not stays text."""
-    if is_string == "false":
-        try:
-            return f"{json.dumps(key)}: {json.dumps(json.loads(value), ensure_ascii=False)}"
-        except ValueError:
-            pass
-    return f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}"
+def _as_json(value: str) -> str:
+    """A value that claims to be JSON, as it was written; as a JSON string where it is none (NaN and Infinity are none)."""
+    try:
+        json.loads(value, parse_constant=_refuse)
+    except (ValueError, RecursionError):  # the latter: nested deeper than any reader follows
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _joined(pieces: Iterator[Piece] | list[Piece]) -> list[Piece]:

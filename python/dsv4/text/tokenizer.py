@@ -33,6 +33,15 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def _whole(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which JSON escapes can smuggle in and UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 class Tokenizer:
     """Text to ids and back. Thread-safe; slow on long text, so keep it off the event loop."""
 
@@ -63,7 +72,10 @@ class Tokenizer:
         """The directory's tokenizer; V4's own for a model with V4's vocabulary; else None (the model serves token ids)."""
         file = Path(path) / "tokenizer.json"
         if file.exists():
-            return cls(file.read_text(encoding="utf-8"), str(file))
+            try:
+                return cls(file.read_text(encoding="utf-8"), str(file))
+            except (OSError, UnicodeDecodeError) as e:
+                raise ConfigError(f"{file} cannot be read: {e}") from None
         if vocab_size == V4_VOCABULARY:
             return cls.v4()
         return None
@@ -80,7 +92,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of raw text in which special tokens are recognised, as completion prompts are written."""
-        return self._full.encode(text, add_special_tokens=False).ids
+        return self._full.encode(_whole(text), add_special_tokens=False).ids
 
     def encode_segments(self, segments: Iterable[str]) -> list[int]:
         """Ids of a prompt in which only `Marker`s are special tokens. Raises ConfigError for a marker that is unknown."""
@@ -89,7 +101,7 @@ class Tokenizer:
 
         def flush() -> None:
             if pending:  # joined first: merges may cross the pieces of one text
-                ids.extend(self._plain.encode("".join(pending), add_special_tokens=False).ids)
+                ids.extend(self._plain.encode(_whole("".join(pending)), add_special_tokens=False).ids)
                 pending.clear()
 
         for segment in segments:
