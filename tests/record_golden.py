@@ -35,9 +35,9 @@ KEY, PASSPHRASE = "harbor", "violet-anchor-42"
 
 
 def license_with_plant() -> str:
-    """About 4,900 tokens: the plant lies 600 tokens from the start."""
+    """About 5,000 tokens: the plant lies 600 tokens from the start."""
     text = (Path(__file__).parents[1] / "LICENSE").read_text()
-    body = text + "\n\n" + text[:5000]
+    body = text + "\n\n" + text[:7000]
     return f"{body[:1800]}\n\nThe passphrase for {KEY} is {PASSPHRASE}.\n\n{body[1800:]}"
 
 
