@@ -96,6 +96,13 @@ class BuiltEngine:
                 "context_length_exceeded",
                 400,
             )
+        if params.min_tokens > room:
+            raise RequestError(
+                f"min_tokens is {params.min_tokens}; after this prompt the context holds {room} tokens",
+                "min_tokens",
+                "context_length_exceeded",
+                400,
+            )
         return params if wanted is not None else dataclasses.replace(params, max_tokens=room)
 
     def describe(self) -> list[str]:

@@ -35,9 +35,9 @@ def _push_text(request: EngineRequest, delta: Delta, text: str) -> bool:
     if request.stops is None:
         delta.text += text
         return False
-    delta.text += request.stops.push(text)
-    request.stop_string = request.stops.matched
     # min_tokens holds for stop strings as well: one that completes too early is plain text.
+    delta.text += request.stops.push(text, armed=len(request.output) >= request.params.min_tokens)
+    request.stop_string = request.stops.matched
     return request.stop_string is not None
 
 
