@@ -6,11 +6,8 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use dsv4_core::cache::Eviction;
-use dsv4_core::cost::CostModel;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
-use dsv4_core::policy::SnapshotPolicy;
 use dsv4_core::request::Submit;
 use dsv4_core::{Core, Options};
 use dsv4_sim::arrays::Arrays;
@@ -35,12 +32,7 @@ impl Bench {
             max_step_tokens: n + chunk,
             max_len: 1 << 24,
             max_waiting: usize::MAX,
-            snapshots: SnapshotPolicy::Forks,
-            eviction: Eviction::Lru,
-            prefix_cache: true,
-            max_in_flight: 1,
-            cost: CostModel::default(),
-            replay_tokens: None,
+            ..Options::default()
         };
         let core = Core::new(&presets::flash(), options).expect("the options are valid");
         let arrays = Arrays::new(&core.shape());
@@ -55,8 +47,7 @@ impl Bench {
     fn submit(&mut self, id: RequestId, tokens: usize, first: u32) {
         let prompt = (0..tokens as u32).map(|t| if t == 0 { first } else { t % 1000 }).collect();
         let (stop_ids, salt) = (vec![u32::MAX], Vec::new());
-        let submit =
-            Submit { id, prompt, max_new: Some(1 << 22), stop_ids, salt, priority: 0, all_logits: false };
+        let submit = Submit { id, prompt, max_new: Some(1 << 22), stop_ids, salt, ..Submit::default() };
         self.core.submit(submit).expect("there is room");
     }
 

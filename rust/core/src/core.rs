@@ -51,6 +51,41 @@ pub struct Options {
     pub cost: CostModel,
     /// Tokens of a replay; `None`: as many as the layout needs to be exact.
     pub replay_tokens: Option<u32>,
+    /// Time that a step may take by the cost model; `None`: only `max_step_tokens` bounds it.
+    pub step_us: Option<f64>,
+    /// Tenants with a share or a quota of their own; others have weight 1 and no quota.
+    pub tenants: Vec<Tenant>,
+}
+
+/// A tenant's share of the device.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Tenant {
+    /// As in [`Submit::tenant`].
+    pub id: u32,
+    /// Its share of prefill tokens relative to others, above 0.
+    pub weight: f64,
+    /// Cached pages that it keeps at most while others need memory; `None`: no limit.
+    pub quota_pages: Option<u32>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Options {
+            pages: 1,
+            slabs: 1,
+            max_step_tokens: 2048,
+            max_len: 1 << 20,
+            max_waiting: 1024,
+            snapshots: SnapshotPolicy::Forks,
+            eviction: Eviction::Lru,
+            prefix_cache: true,
+            max_in_flight: 1,
+            cost: CostModel::default(),
+            replay_tokens: None,
+            step_us: None,
+            tenants: Vec::new(),
+        }
+    }
 }
 
 /// The scheduler with its cache.

@@ -11,7 +11,7 @@ pub struct PageId(pub u32);
 pub struct SlabId(pub u32);
 
 /// A request, named by the caller.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default, Serialize, Deserialize)]
 pub struct RequestId(pub u64);
 
 /// A planned step. Steps are numbered from 1; `Step(0)` is before all of them.

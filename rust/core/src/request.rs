@@ -102,7 +102,7 @@ impl Change {
 }
 
 /// What the caller submits.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Submit {
     /// The caller's name for it; free again once it has finished.
     pub id: RequestId,
@@ -118,6 +118,23 @@ pub struct Submit {
     pub priority: i32,
     /// Logits of every prompt position are wanted, so nothing is reused.
     pub all_logits: bool,
+    /// Whose share of the device it uses; see [`crate::core::Tenant`].
+    pub tenant: u32,
+    /// When its first token is wanted, on the clock of [`crate::Core::set_time`].
+    pub deadline_us: Option<u64>,
+    /// What its owner says of later use of its prefix.
+    pub retention: Retention,
+}
+
+/// A hint of a request's owner: how its prefix will be used again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Retention {
+    /// Requests with the same key continue each other (`prompt_cache_key`).
+    pub session: Option<u64>,
+    /// Keep it for at least so long after its last use (`cache_control.ttl`).
+    pub ttl_us: Option<u64>,
+    /// Higher goes later when memory is short.
+    pub priority: i32,
 }
 
 /// Scheduling order: higher priority first, then first come.

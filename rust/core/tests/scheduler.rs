@@ -2,7 +2,6 @@
 
 #![expect(clippy::unwrap_used, reason = "a refusal where none is expected fails the test")]
 
-use dsv4_core::cache::Eviction;
 use dsv4_core::cost::CostModel;
 use dsv4_core::error::CoreError;
 use dsv4_core::event::What;
@@ -39,17 +38,14 @@ fn options() -> Options {
         max_len: 64,
         max_waiting: 4,
         snapshots: "turns".parse().unwrap(),
-        eviction: Eviction::Lru,
-        prefix_cache: true,
-        max_in_flight: 1,
         cost: CostModel { token_us: 10.0, context_us_per_1k: 0.0, replay_factor: 0.5, restore_us: 1.0 },
-        replay_tokens: None,
+        ..Options::default()
     }
 }
 
 fn request(id: u64, prompt: &[u32], max_new: u32) -> Submit {
     let (id, prompt, max_new) = (RequestId(id), prompt.to_vec(), Some(max_new));
-    Submit { id, prompt, max_new, stop_ids: vec![99], salt: Vec::new(), priority: 0, all_logits: false }
+    Submit { id, prompt, max_new, stop_ids: vec![99], ..Submit::default() }
 }
 
 /// A row of a plan: request, first position, tokens, flags.

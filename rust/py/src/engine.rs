@@ -124,6 +124,7 @@ impl PyCore {
                 max_in_flight,
                 cost,
                 replay_tokens,
+                ..Options::default()
             };
             Core::new(&layout.0, options)
         })?;
@@ -148,7 +149,16 @@ impl PyCore {
         let prompt = tokens_of(py, "prompt", prompt)?;
         let id = RequestId(req);
         self.call(py, |core| {
-            Ok(core.submit(Submit { id, prompt, max_new, stop_ids, salt, priority, all_logits })?)
+            Ok(core.submit(Submit {
+                id,
+                prompt,
+                max_new,
+                stop_ids,
+                salt,
+                priority,
+                all_logits,
+                ..Submit::default()
+            })?)
         })
     }
 

@@ -118,6 +118,7 @@ impl World {
             },
             replay_tokens: (overrides.replay_short_by > 0)
                 .then(|| layout.replay_tokens() - overrides.replay_short_by),
+            ..Options::default()
         };
         let core = Core::new(&layout, options.clone()).expect("the options are valid");
         let replay_tokens = options.replay_tokens.unwrap_or(layout.replay_tokens());
@@ -220,6 +221,7 @@ impl World {
             salt: salt.clone(),
             priority: if self.calm { 0 } else { self.rng.below(2) as i32 },
             all_logits: self.rng.chance(5),
+            ..Submit::default()
         };
         let all_logits = submit.all_logits;
         let held = self.options.pages * self.block;
