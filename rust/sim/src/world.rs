@@ -120,20 +120,26 @@ impl World {
                 .then(|| layout.replay_tokens() - overrides.replay_short_by),
             ..Options::default()
         };
-        let core = Core::new(&layout, options.clone()).expect("the options are valid");
-        let replay_tokens = options.replay_tokens.unwrap_or(layout.replay_tokens());
-        let geometry = Geometry::of(&layout, replay_tokens);
         let vocabulary = rng.pick(&[2, 2, 3]);
+        World { rng, calm: overrides.calm, ..World::scripted(&layout, options, vocabulary) }
+    }
+
+    /// A world in which nothing happens by chance: for tests that say each step with [`World::enter`], [`World::plan`],
+    /// [`World::commit`] and [`World::end`].
+    pub fn scripted(layout: &LayoutSpec, options: Options, vocabulary: u32) -> Self {
+        let core = Core::new(layout, options.clone()).expect("the options are valid");
+        let replay_tokens = options.replay_tokens.unwrap_or(layout.replay_tokens());
+        let geometry = Geometry::of(layout, replay_tokens);
         World {
             block: layout.block_tokens,
             vocabulary,
-            calm: overrides.calm,
-            device: Device::new(geometry.clone(), pages, slabs, vocabulary),
+            calm: true,
+            device: Device::new(geometry.clone(), options.pages, options.slabs, vocabulary),
             geometry,
             arrays: Arrays::new(&core.shape()),
             core,
             options,
-            rng,
+            rng: Rng::new(0),
             flying: VecDeque::new(),
             known: HashMap::new(),
             live: HashMap::new(),
@@ -141,6 +147,11 @@ impl World {
             next_id: 1,
             report: Report::default(),
         }
+    }
+
+    /// The core, for questions.
+    pub fn core(&mut self) -> &mut Core {
+        &mut self.core
     }
 
     /// `ops` random operations, then everything runs to its end. The error names what broke and after how many operations.
@@ -212,20 +223,18 @@ impl World {
         let most = self.rng.pick(&[1, 14, 40]);
         let max_new = if self.rng.chance(10) { None } else { Some(self.rng.below(most)) };
         let stop_ids = if self.rng.chance(30) { vec![self.rng.below(self.vocabulary)] } else { Vec::new() };
-        let (id, n) = (self.next_id, prompt.len() as u32);
-        let submit = Submit {
-            id: RequestId(id),
-            prompt: prompt.clone(),
-            max_new,
-            stop_ids: stop_ids.clone(),
-            salt: salt.clone(),
-            priority: if self.calm { 0 } else { self.rng.below(2) as i32 },
-            all_logits: self.rng.chance(5),
-            ..Submit::default()
-        };
-        let all_logits = submit.all_logits;
+        let priority = if self.calm { 0 } else { self.rng.below(2) as i32 };
+        let all_logits = self.rng.chance(5);
+        self.enter(Submit { prompt, max_new, stop_ids, salt, priority, all_logits, ..Submit::default() })
+    }
+
+    /// Submits a request under the next id, which is returned by [`World::last_id`]. A refusal must be one that is due.
+    pub fn enter(&mut self, submit: Submit) -> Result<(), String> {
+        let (id, n) = (self.next_id, submit.prompt.len() as u32);
+        let submit = Submit { id: RequestId(id), ..submit };
+        let Submit { prompt, stop_ids, salt, all_logits, .. } = submit.clone();
         let held = self.options.pages * self.block;
-        let wanted = max_new.unwrap_or_else(|| {
+        let wanted = submit.max_new.unwrap_or_else(|| {
             self.options.max_len.saturating_sub(n).min((held + 1).saturating_sub(n)).max(1)
         });
         let too_long = n + wanted > self.options.max_len;
@@ -247,8 +256,18 @@ impl World {
         Ok(())
     }
 
+    /// The id of the newest request.
+    pub fn last_id(&self) -> u64 {
+        self.next_id - 1
+    }
+
+    /// What the cold run gives a request: prompt and outputs.
+    pub fn expected(&self, id: u64) -> &[u32] {
+        &self.known[&id].expected.tokens
+    }
+
     /// Plans and runs a step, which may crash. Returns whether there was one.
-    fn plan(&mut self) -> Result<bool, String> {
+    pub fn plan(&mut self) -> Result<bool, String> {
         if self.flying.len() == self.options.max_in_flight as usize {
             let refused =
                 matches!(self.core.plan(&mut self.arrays.buffers()), Err(CoreError::WrongStep { .. }));
@@ -280,7 +299,8 @@ impl World {
         Ok(true)
     }
 
-    fn commit(&mut self) -> Result<(), String> {
+    /// Commits the oldest step in flight, if there is one, and compares what it gave.
+    pub fn commit(&mut self) -> Result<(), String> {
         let Some((header, samples)) = self.flying.pop_front() else { return Ok(()) };
         self.core.commit(Step(header.step), &samples).map_err(|e| e.to_string())?;
         self.device.retire(header.step);
@@ -302,6 +322,11 @@ impl World {
     fn end_one(&mut self, abort: bool) -> Result<(), String> {
         let ids: BTreeSet<u64> = self.live.keys().copied().collect();
         let Some(&id) = ids.iter().nth(self.rng.below(ids.len() as u32) as usize) else { return Ok(()) };
+        self.end(id, abort)
+    }
+
+    /// Aborts or stops a live request, twice: the second time there is nothing to end.
+    pub fn end(&mut self, id: u64, abort: bool) -> Result<(), String> {
         let request = RequestId(id);
         if let Some(live) = self.live.get_mut(&id) {
             (live.aborted, live.stopped) = (abort, !abort);
@@ -331,7 +356,8 @@ impl World {
         if refused == [true; 4] { Ok(()) } else { Err(format!("misuse was taken: {refused:?}")) }
     }
 
-    fn check(&mut self) -> Result<(), String> {
+    /// Compares all events with the cold run and recomputes every invariant.
+    pub fn check(&mut self) -> Result<(), String> {
         self.events()?;
         self.core.check().map_err(|e| e.to_string())
     }
@@ -392,8 +418,8 @@ impl World {
         }
     }
 
-    /// Runs everything to its end; then nothing may be left behind.
-    fn drain(&mut self) -> Result<(), String> {
+    /// Runs everything to its end.
+    pub fn settle(&mut self) -> Result<(), String> {
         let mut turns = 0;
         while self.core.has_work() || !self.flying.is_empty() {
             let ran = self.flying.len() < self.options.max_in_flight as usize && self.plan()?;
@@ -409,6 +435,12 @@ impl World {
         if let Some(id) = self.live.keys().next() {
             return Err(format!("request {id} never ended"));
         }
+        Ok(())
+    }
+
+    /// Runs everything to its end and forgets all prefixes; then nothing may be left behind.
+    pub fn drain(&mut self) -> Result<(), String> {
+        self.settle()?;
         self.core.clear_prefix();
         self.check()?;
         let stats: HashMap<String, u64> = self.core.stats().into_iter().collect();
