@@ -261,6 +261,11 @@ impl World {
         self.next_id - 1
     }
 
+    /// Whether a request has not ended.
+    pub fn is_live(&self, id: u64) -> bool {
+        self.live.contains_key(&id)
+    }
+
     /// What the cold run gives a request: prompt and outputs.
     pub fn expected(&self, id: u64) -> &[u32] {
         &self.known[&id].expected.tokens
