@@ -1,6 +1,6 @@
 //! Any order of cache operations keeps every invariant.
 //!
-//!     cargo +nightly fuzz run cache_ops --fuzz-dir rust/fuzz
+//!     RUSTC_BOOTSTRAP=1 cargo fuzz run cache_ops --fuzz-dir rust/fuzz
 #![no_main]
 
 use arbitrary::Arbitrary;

@@ -312,7 +312,8 @@ impl World {
         self.events()
     }
 
-    fn roll_back(&mut self) -> Result<(), String> {
+    /// Takes back a step in flight, chosen at random, and all after it.
+    pub fn roll_back(&mut self) -> Result<(), String> {
         let n = self.flying.len() as u32;
         if n == 0 {
             return Ok(());
