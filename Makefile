@@ -3,6 +3,7 @@
 #   make test    everything that CI runs
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
+#   make bench-gpu  kernels against the GPU's limits (needs CUDA; PYTHON=python3, ARGS="--quick --only attention")
 #   make wheel   the wheel that pip installs            make seeds   the simulator on many seeds (SEEDS=10000)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ ARGS ?=
 SEEDS ?= 10000
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test test-rust test-python lint fmt bench counts wheel seeds clean
+.PHONY: setup serve test test-rust test-python lint fmt bench bench-gpu counts wheel seeds clean
 
 setup: .venv/built
 
@@ -49,6 +50,9 @@ fmt: setup
 
 bench:
 	cargo bench --workspace --quiet
+
+bench-gpu:
+	PYTHONPATH=python:. $(PYTHON) -m benches.gpu $(ARGS)
 
 counts:
 	benches/counts.sh

@@ -6,7 +6,16 @@ config.json that cannot work.
 
 from __future__ import annotations
 
-from dsv4._core import ConfigError, Dsv4Error
+try:
+    from dsv4._core import ConfigError, Dsv4Error
+except ImportError:  # ops, kernels and their benches also run from a source tree where the core is not built
+
+    class Dsv4Error(Exception):
+        """Base of all errors."""
+
+    class ConfigError(Dsv4Error, ValueError):
+        """A setting, array or config.json that cannot work."""
+
 
 __all__ = ["CheckpointError", "ConfigError", "Dsv4Error", "RequestError"]
 

@@ -1,5 +1,5 @@
 """GPU kernels, imported as `dsv4.kernels`. Each backend registers its ops here; nothing is imported until one
-is chosen."""
+is chosen (neither triton nor dsv4's core)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv4.ops.registry import Registry
 
-BACKENDS: tuple[str, ...] = ()
-"""Names of the subpackages with kernels; each has a function `register(registry)`."""
+BACKENDS: tuple[str, ...] = ("triton", "gluon")
+"""Names of the subpackages with kernels; each has a table `OPS` and a function `usable(device)`."""
+
+PRIORITY = {"triton": 10, "gluon": 20}
+"""Which backend `auto` takes of those that run on a device: the higher one."""
 
 
 def register_all(registry: Registry) -> None:
     """Adds every backend's ops to the registry: name, lazy factory, what it needs."""
     from importlib import import_module
 
-    for name in BACKENDS:
-        import_module(f"{__name__}.{name}").register(registry)
+    for backend in BACKENDS:
+        package = import_module(f"{__name__}.{backend}")
+        for op, module in package.OPS.items():
+            registry.register(
+                op,
+                backend,
+                lambda path=f"{package.__name__}.{module}", op=op: getattr(import_module(path), op),
+                usable=package.usable,
+                priority=PRIORITY[backend],
+            )

@@ -1,0 +1,14 @@
+"""Kernels in plain Triton (`tl`): any CUDA device from Ampere on, wgmma on Hopper and tcgen05 on Blackwell through
+`tl.dot`, and the interpreter in tests."""
+
+from __future__ import annotations
+
+from dsv4.kernels.device import capability, has_triton
+
+OPS: dict[str, str] = {}
+"""Op -> module of this package that defines a function of the op's name. One line per op."""
+
+
+def usable(device: str) -> bool:
+    """Whether these kernels run on "cpu" or "cuda" of this machine."""
+    return device == "cuda" and has_triton() and capability() >= (8, 0)
