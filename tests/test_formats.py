@@ -11,14 +11,13 @@ from dsv4.formats import (
     fp4_pack,
     fp4_unpack,
     hadamard,
-    plane_bytes,
     pow2_ceil,
     rotate,
-    row_bytes,
     row_format,
     ue8m0_decode,
     ue8m0_encode,
 )
+from dsv4.row_sizes import plane_bytes, row_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -14,14 +14,13 @@ order), so that data stays aligned to 16 bytes.
 
 from __future__ import annotations
 
-import difflib
 from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dsv4.errors import ConfigError
+from dsv4.row_sizes import FP4_BLOCK, MLA_SCALE_BYTES, NOPE_BLOCK, planes
 
 E4M3_MAX = 448.0
 FP4_MAX = 6.0
@@ -30,8 +29,6 @@ _BELOW = 1 - 2.0**-24
 _FP4_BOUNDS = (0.25, 0.75 * _BELOW, 1.25, 1.75 * _BELOW, 2.5, 3.5 * _BELOW, 5.0)
 """Largest float32 that still rounds to each value: half way where the value's code is even, just below it
 where odd, so that ties go to the even code as in the hardware's conversion."""
-_NOPE_BLOCK, _MLA_SCALE_BYTES = 64, 8
-_FP4_BLOCK = 32
 
 
 class RowFormat(Protocol):
@@ -169,7 +166,7 @@ class Plain(_Coded):
     def __init__(self, name: str, dim: int) -> None:
         self.name, self.dim = name, dim
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-        self.planes = (dim * self.dtype.itemsize,)
+        self.planes = planes(name, dim, 0)
 
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
         return (values.to(self.dtype).contiguous().view(torch.uint8),)
@@ -185,27 +182,24 @@ class Fp8DsMla(_Coded):
 
     def __init__(self, dim: int, rope_dim: int) -> None:
         self.dim, self.rope_dim, self.nope = dim, rope_dim, dim - rope_dim
-        self.blocks = -(-self.nope // _NOPE_BLOCK)
-        if self.blocks > _MLA_SCALE_BYTES:
-            most = _MLA_SCALE_BYTES * _NOPE_BLOCK
-            raise ConfigError(f"head_dim is {dim}; fp8_ds_mla holds {most} channels before the rope part")
-        self.planes = (self.nope + 2 * rope_dim, _MLA_SCALE_BYTES)
+        self.blocks = -(-self.nope // NOPE_BLOCK)
+        self.planes = planes(self.name, dim, rope_dim)
 
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
-        padding = (0, self.blocks * _NOPE_BLOCK - self.nope)
+        padding = (0, self.blocks * NOPE_BLOCK - self.nope)
         nope = torch.nn.functional.pad(values[:, : self.nope].float(), padding)
-        blocks = nope.unflatten(1, (self.blocks, _NOPE_BLOCK))
+        blocks = nope.unflatten(1, (self.blocks, NOPE_BLOCK))
         scale = pow2_ceil(blocks.abs().amax(-1).clamp(min=1e-4) / E4M3_MAX)
         codes = (blocks / scale[..., None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         codes = codes.flatten(1)[:, : self.nope].contiguous().view(torch.uint8)
         rope = values[:, self.nope :].to(torch.bfloat16).contiguous().view(torch.uint8)
-        scales = torch.nn.functional.pad(ue8m0_encode(scale), (0, _MLA_SCALE_BYTES - self.blocks))
+        scales = torch.nn.functional.pad(ue8m0_encode(scale), (0, MLA_SCALE_BYTES - self.blocks))
         return torch.cat((codes, rope), dim=1), scales
 
     def decode(self, planes: tuple[Tensor, ...]) -> Tensor:
         data, scales = planes
         nope = data[:, : self.nope].contiguous().view(torch.float8_e4m3fn).float()
-        scale = ue8m0_decode(scales[:, : self.blocks]).repeat_interleave(_NOPE_BLOCK, dim=1)[:, : self.nope]
+        scale = ue8m0_decode(scales[:, : self.blocks]).repeat_interleave(NOPE_BLOCK, dim=1)[:, : self.nope]
         rope = data[:, self.nope :].contiguous().view(torch.bfloat16).float()
         return torch.cat((nope * scale, rope), dim=1)
 
@@ -216,17 +210,15 @@ class Mxfp4(_Coded):
     name = "mxfp4"
 
     def __init__(self, dim: int) -> None:
-        self.dim, self.blocks = dim, dim // _FP4_BLOCK
-        if dim % _FP4_BLOCK:
-            raise ConfigError(f"index_head_dim is {dim}; mxfp4 rows need a multiple of {_FP4_BLOCK}")
-        self.planes = (dim // 2, self.blocks)
+        self.dim, self.blocks = dim, dim // FP4_BLOCK
+        self.planes = planes(self.name, dim, 0)
 
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
         codes, scale = self._quantise(rotate(values))
         return fp4_pack(codes.flatten(1)), ue8m0_encode(scale)
 
     def decode(self, planes: tuple[Tensor, ...]) -> Tensor:
-        codes = fp4_decode(fp4_unpack(planes[0])).unflatten(1, (self.blocks, _FP4_BLOCK))
+        codes = fp4_decode(fp4_unpack(planes[0])).unflatten(1, (self.blocks, FP4_BLOCK))
         return (codes * ue8m0_decode(planes[1])[..., None]).flatten(1)
 
     def transform(self, query: Tensor) -> Tensor:
@@ -234,7 +226,7 @@ class Mxfp4(_Coded):
         return (fp4_decode(codes) * scale[..., None]).view(query.shape)
 
     def _quantise(self, rotated: Tensor) -> tuple[Tensor, Tensor]:
-        blocks = rotated.unflatten(1, (self.blocks, _FP4_BLOCK))
+        blocks = rotated.unflatten(1, (self.blocks, FP4_BLOCK))
         scale = pow2_ceil((blocks.abs().amax(-1) / FP4_MAX).clamp(min=2.0**-126))
         return fp4_encode(blocks / scale[..., None]), scale
 
@@ -245,7 +237,7 @@ class Fp8Index(_Coded):
     name = "fp8"
 
     def __init__(self, dim: int) -> None:
-        self.dim, self.planes = dim, (dim, 4)
+        self.dim, self.planes = dim, planes(self.name, dim, 0)
 
     def encode(self, values: Tensor) -> tuple[Tensor, ...]:
         codes, scale = self._quantise(rotate(values))
@@ -275,21 +267,5 @@ _MAKERS = {
 
 def row_format(name: str, dim: int, rope_dim: int) -> RowFormat:
     """The codec `name` for rows of `dim` channels, the last `rope_dim` of them rotary. Raises ConfigError."""
-    if name not in _MAKERS:
-        close = difflib.get_close_matches(name, _MAKERS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"row format is {name!r}; known: {', '.join(_MAKERS)}{hint}")
+    planes(name, dim, rope_dim)  # refuses unknown names and impossible dims
     return _MAKERS[name](dim, rope_dim)
-
-
-def row_bytes(name: str, dim: int, rope_dim: int) -> int:
-    """Bytes of a row: 584 for fp8_ds_mla at V4's dims, 68 for mxfp4 and 132 for fp8 at 128 channels."""
-    return sum(row_format(name, dim, rope_dim).planes)
-
-
-def plane_bytes(name: str, row_bytes: int) -> tuple[int, ...]:
-    """Bytes of a row in each plane, from the row's bytes alone (for copies that do not decode)."""
-    scales = {"fp8_ds_mla": _MLA_SCALE_BYTES, "fp8": 4}
-    if name == "mxfp4":  # n / 2 data and n / 32 scale bytes
-        return row_bytes * 16 // 17, row_bytes // 17
-    return (row_bytes - scales[name], scales[name]) if name in scales else (row_bytes,)

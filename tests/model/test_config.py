@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,26 @@ def test_layout_of_the_releases(name: str, per_token: float, replay: int) -> Non
     layout = ModelConfig.preset(name).layout("fp8_ds_mla", "mxfp4")
     assert layout.history_bytes_per_token == per_token
     assert layout.replay_tokens == replay
+
+
+def test_a_layout_needs_no_torch() -> None:
+    """`dsv4 plan` and `dsv4 simulate` start at once."""
+    code = (
+        "import sys; from dsv4.model.config import ModelConfig; "
+        "ModelConfig.preset('v4-pro').layout('fp8_ds_mla', 'fp8'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_model_is_found_by_name_directory_or_file(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    raw = random_config_dict()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(raw))
+    assert ModelConfig.find("v4-pro") == ModelConfig.preset("v4-pro")
+    assert ModelConfig.find(str(tmp_path / "mine")) == ModelConfig.from_dict(raw, "mine")
+    assert ModelConfig.find(str(tmp_path / "mine" / "config.json")) == ModelConfig.from_dict(raw, "mine")
+    with pytest.raises(ConfigError, match=r"model is 'v4-flsh'; .*did you mean 'v4-flash'\?"):
+        ModelConfig.find("v4-flsh")
 
 
 def test_values_of_flash() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsv4._core import Component, LayoutSpec
 from dsv4.cache.rows import Rows
-from dsv4.formats import RowFormat, plane_bytes
+from dsv4.formats import RowFormat
+from dsv4.row_sizes import plane_bytes
 
 _POISON = 0xFF
 """As a byte of float32, bfloat16, e4m3 and ue8m0 it makes a NaN, so reading what nobody wrote shows in the

@@ -47,6 +47,9 @@ SUPPORTED_QUANTIZATION: dict[str, tuple[Any, ...]] = {
 }
 """The same for quantization_config."""
 
+RELEASED = ("v4-flash", "v4-flash-preview", "v4-pro", "v4-pro-preview")
+"""Configs that ship, by name."""
+
 ROPE_FIELDS = (
     "type",
     "rope_type",
@@ -128,13 +131,29 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """A released config by name: v4-flash, v4-flash-preview, v4-pro, v4-pro-preview. Raises
-        ConfigError."""
+        """A released config by name: one of RELEASED. Raises ConfigError."""
         folder = resources.files("dsv4") / "model" / "configs"
-        known = sorted(f.name.removesuffix(".json") for f in folder.iterdir() if f.name.endswith(".json"))
-        if name not in known:
-            raise ConfigError(f"model preset is {name!r}; known: {', '.join(known)}{nearest(name, known)}")
+        if name not in RELEASED:
+            raise ConfigError(
+                f"model preset is {name!r}; known: {', '.join(RELEASED)}{nearest(name, RELEASED)}"
+            )
         return cls.from_dict(json.loads((folder / f"{name}.json").read_text()), name=name)
+
+    @classmethod
+    def find(cls, model: str) -> ModelConfig:
+        """A released config by name, a directory with config.json, or the file itself. Raises ConfigError."""
+        path = Path(model)
+        if path.is_dir():
+            return cls.from_dir(path)
+        if path.is_file():
+            return cls.from_dict(read_json(path), name=path.resolve().parent.name)
+        if model in RELEASED:
+            return cls.preset(model)
+        known = ", ".join(RELEASED)
+        raise ConfigError(
+            f"model is {model!r}; it must be a directory with config.json, such a file, or one of {known}"
+            f"{nearest(model, RELEASED)}"
+        )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], name: str = "model") -> ModelConfig:
@@ -162,7 +181,7 @@ class ModelConfig:
         """The cache of this model as a `LayoutSpec`. Raises ConfigError from the core for sizes that do not
         fit."""
         from dsv4._core import LayoutSpec
-        from dsv4.formats import row_bytes
+        from dsv4.row_sizes import row_bytes
 
         return LayoutSpec.v4(
             compress_ratios=list(self.compress_ratios),
