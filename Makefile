@@ -5,6 +5,7 @@
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
 #   make bench-gpu  kernels against the GPU's limits (needs CUDA; PYTHON=python3, ARGS="--quick --only attention")
 #   make wheel   the wheel that pip installs            make seeds   the simulator on many seeds (SEEDS=10000)
+#   make fuzz    each fuzz target for a minute          make coverage  lines of the core that no test runs
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ ARGS ?=
 SEEDS ?= 10000
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test test-rust test-python lint fmt bench bench-gpu counts wheel seeds clean
+.PHONY: setup serve test test-rust test-seeds test-python lint fmt bench bench-gpu counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -27,10 +28,14 @@ setup: .venv/built
 serve: setup
 	$(BIN)/dsv4 serve $(ARGS)
 
-test: test-rust test-python
+test: test-rust test-seeds test-python
 
 test-rust:
 	cargo test --workspace --quiet
+
+# Two minutes of seeds that nobody has seen; a failure prints its seed.
+test-seeds:
+	cargo run --release --quiet -p dsv4-sim -- --seconds 120 --from fresh
 
 test-python: setup
 	$(BIN)/python -m pytest -q tests $(ARGS)
@@ -62,6 +67,15 @@ wheel: .venv/bin/maturin
 
 seeds:
 	cargo run --release --quiet -p dsv4-sim -- --seeds $(SEEDS)
+
+# Needs `cargo install cargo-fuzz`; the sanitizer's flags are unstable, hence RUSTC_BOOTSTRAP.
+fuzz:
+	for target in $$(RUSTC_BOOTSTRAP=1 cargo fuzz list --fuzz-dir rust/fuzz); do \
+	  RUSTC_BOOTSTRAP=1 cargo fuzz run $$target --fuzz-dir rust/fuzz -- -max_total_time=60 || exit 1; done
+
+# Needs `cargo install cargo-tarpaulin`.
+coverage:
+	cargo tarpaulin --engine llvm -p dsv4-core -p dsv4-sim --release --include-files 'rust/core/src/*' --out Stdout
 
 clean:
 	cargo clean

@@ -34,6 +34,8 @@ pub struct Overrides {
 pub struct Report {
     /// Operations.
     pub ops: u64,
+    /// Requests that were taken.
+    pub requests: u64,
     /// Hash of all events in order.
     pub events: u64,
     /// Hash of the outputs by request, whatever the order of events.
@@ -64,6 +66,8 @@ pub struct World {
     geometry: Geometry,
     arrays: Arrays,
     flying: VecDeque<(StepHeader, Vec<u32>)>,
+    /// The newest steps that were committed or rolled back, with their samples.
+    gone: VecDeque<(u64, usize)>,
     known: HashMap<u64, Known>,
     live: HashMap<u64, Live>,
     /// Conversations that ended: later prompts continue them.
@@ -141,6 +145,7 @@ impl World {
             options,
             rng: Rng::new(0),
             flying: VecDeque::new(),
+            gone: VecDeque::new(),
             known: HashMap::new(),
             live: HashMap::new(),
             past: Vec::new(),
@@ -247,6 +252,7 @@ impl World {
             other => return Err(format!("submit of {n} + {wanted} tokens: {other:?}")),
         }
         self.next_id += 1;
+        self.report.requests += 1;
         if self.calm {
             self.past.push((salt.clone(), prompt.clone()));
         }
@@ -309,7 +315,16 @@ impl World {
         let Some((header, samples)) = self.flying.pop_front() else { return Ok(()) };
         self.core.commit(Step(header.step), &samples).map_err(|e| e.to_string())?;
         self.device.retire(header.step);
+        self.is_gone(header.step, samples.len());
         self.events()
+    }
+
+    fn is_gone(&mut self, step: u64, samples: usize) {
+        self.gone.push_back((step, samples));
+        self.gone.truncate(8);
+        if self.gone.len() == 8 {
+            self.gone.pop_front();
+        }
     }
 
     /// Takes back a step in flight, chosen at random, and all after it.
@@ -320,7 +335,9 @@ impl World {
         }
         let keep = self.rng.below(n) as usize;
         let step = self.flying[keep].0.step;
-        self.flying.truncate(keep);
+        for (header, samples) in self.flying.split_off(keep) {
+            self.is_gone(header.step, samples.len());
+        }
         self.device.drop_from(step);
         self.core.rollback(Step(step)).map_err(|e| e.to_string())
     }
@@ -344,8 +361,13 @@ impl World {
         }
     }
 
-    /// Calls that must be refused and change nothing.
+    /// Calls that must be refused and change nothing, late and duplicate completions among them.
     fn misuse(&mut self) -> Result<(), String> {
+        for &(step, samples) in &self.gone {
+            if self.core.commit(Step(step), &vec![0; samples]).is_ok() {
+                return Err(format!("step {step} was committed after it was over"));
+            }
+        }
         let beyond = Step(self.flying.back().map_or(0, |f| f.0.step) + 100);
         let refused = [
             self.core.commit(beyond, &[]).is_err(),
