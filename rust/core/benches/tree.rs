@@ -16,6 +16,7 @@ use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_ma
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
 use dsv4_core::ids::Step;
 use dsv4_core::layout::presets;
+use dsv4_core::retention::Hint;
 
 const MILLION: u32 = 1 << 20;
 const BLOCK: u32 = 256;
@@ -25,14 +26,14 @@ fn tokens(seed: u32, n: u32) -> Vec<u32> {
 }
 
 fn cache(pages: u32) -> KvCache {
-    let options = CacheOptions { pages, eviction: Eviction::Lru, prefix_cache: true };
+    let options = CacheOptions { pages, eviction: Eviction::Lru, ..CacheOptions::default() };
     KvCache::new(&presets::flash(), &options).expect("the options are valid")
 }
 
 /// Publishes `tokens` as a prompt that ran alone.
 fn store(cache: &mut KvCache, tokens: &[u32]) {
     let known = cache.lookup(b"", tokens, tokens.len() as u32).history;
-    let mut seq = cache.attach(b"", tokens, known);
+    let mut seq = cache.attach(b"", tokens, known, Hint::default());
     cache.extend(&mut seq, tokens.len() as u32).expect("the pool is large enough");
     cache.publish(&mut seq, tokens, Step(0));
     cache.release(seq, Step(0));

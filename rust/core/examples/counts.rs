@@ -4,6 +4,7 @@ use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
 use dsv4_core::ids::Step;
 use dsv4_core::layout::presets;
 use dsv4_core::pool::PagePool;
+use dsv4_core::retention::Hint;
 
 const TOKENS: u32 = 1 << 18;
 
@@ -12,7 +13,7 @@ fn tokens(seed: u32) -> Vec<u32> {
 }
 
 fn store(cache: &mut KvCache, tokens: &[u32]) {
-    let mut seq = cache.attach(b"", tokens, 0);
+    let mut seq = cache.attach(b"", tokens, 0, Hint::default());
     cache.extend(&mut seq, TOKENS).expect("the pool is large enough");
     cache.publish(&mut seq, tokens, Step(0));
     cache.release(seq, Step(0));
@@ -22,7 +23,7 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let (path, times) =
         (args.next().unwrap_or_default(), args.next().and_then(|n| n.parse().ok()).unwrap_or(1));
-    let options = CacheOptions { pages: 4096, eviction: Eviction::Lru, prefix_cache: true };
+    let options = CacheOptions { pages: 4096, eviction: Eviction::Lru, ..CacheOptions::default() };
     let mut cache = KvCache::new(&presets::flash(), &options).expect("the options are valid");
     // What a path starts from is made as often whatever the repetitions, so that their difference is the path alone.
     let prompts = [tokens(1 << 20), tokens(1 << 21)];

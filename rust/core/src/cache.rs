@@ -15,30 +15,15 @@
 
 use std::collections::HashMap;
 
+use crate::cost::CostModel;
 use crate::error::{CoreError, Malformed};
-use crate::ids::{PageId, SnapshotId, Step};
+pub use crate::eviction::Eviction;
+use crate::ids::{PageId, PinId, SnapshotId, Step};
 use crate::layout::LayoutSpec;
 use crate::pool::PagePool;
+use crate::retention::Hint;
 use crate::snapshot::{SnapshotPages, Snapshots};
 use crate::tree::{Tree, hash_block};
-
-/// Which cached page goes first.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Eviction {
-    /// The least recently used block or snapshot.
-    #[default]
-    Lru,
-}
-
-impl Eviction {
-    /// By its name in settings.
-    pub fn parse(name: &str) -> Result<Self, CoreError> {
-        match name {
-            "lru" => Ok(Eviction::Lru),
-            other => Err(CoreError::config("eviction", other, "valid values are lru")),
-        }
-    }
-}
 
 /// How much memory there is and how it is used.
 #[derive(Clone, Debug)]
@@ -49,6 +34,25 @@ pub struct CacheOptions {
     pub eviction: Eviction,
     /// Off: nothing is looked up or kept.
     pub prefix_cache: bool,
+    /// Largest share of the pool that snapshots may fill while memory is short.
+    pub snapshot_budget: f64,
+    /// Tenants with a quota of cached pages.
+    pub quotas: Vec<(u32, u32)>,
+    /// What recomputation costs.
+    pub cost: CostModel,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        CacheOptions {
+            pages: 1,
+            eviction: Eviction::default(),
+            prefix_cache: true,
+            snapshot_budget: 0.1,
+            quotas: Vec::new(),
+            cost: CostModel::default(),
+        }
+    }
 }
 
 /// Why a prefix was not known any further.
@@ -84,6 +88,7 @@ pub struct Sequence {
     cursor: u32,
     published: u32,
     pages: Vec<PageId>,
+    hint: Hint,
 }
 
 impl Sequence {
@@ -148,6 +153,11 @@ pub struct KvCache {
     now: u64,
     ghosts: Box<[u64]>,
     counters: CacheCounters,
+    now_us: u64,
+    pins: HashMap<PinId, Sequence>,
+    last_pin: u64,
+    /// The node at which a session was last let go.
+    sessions: HashMap<u64, u32>,
 }
 
 impl KvCache {
@@ -171,6 +181,10 @@ impl KvCache {
             now: 0,
             ghosts: vec![0; GHOSTS].into_boxed_slice(),
             counters: CacheCounters::default(),
+            now_us: 0,
+            pins: HashMap::new(),
+            last_pin: 0,
+            sessions: HashMap::new(),
         })
     }
 
@@ -225,7 +239,7 @@ impl KvCache {
     }
 
     /// Starts a sequence on the first `upto` known tokens (as `lookup` found them): pins the path, shares its pages.
-    pub fn attach(&mut self, salt: &[u8], tokens: &[u32], upto: u32) -> Sequence {
+    pub fn attach(&mut self, salt: &[u8], tokens: &[u32], upto: u32, hint: Hint) -> Sequence {
         self.now += 1;
         let root = self.root(salt);
         let walk = self.tree.walk(root, &tokens[..upto as usize]);
@@ -240,7 +254,35 @@ impl KvCache {
             at = n.parent;
         }
         pages.iter().for_each(|&p| self.pool.retain(p));
-        Sequence { root, cursor, published: walk.blocks, pages }
+        Sequence { root, cursor, published: walk.blocks, pages, hint }
+    }
+
+    /// The time now, in microseconds. Going backwards is ignored.
+    pub fn set_time(&mut self, now_us: u64) {
+        self.now_us = self.now_us.max(now_us);
+    }
+
+    /// Keeps the known whole blocks of `tokens`, and the saved states on them, until [`KvCache::unpin`]. Returns the pin
+    /// and the tokens that it keeps.
+    pub fn pin(&mut self, salt: &[u8], tokens: &[u32]) -> (PinId, u32) {
+        let known = self.lookup(salt, tokens, tokens.len() as u32).history;
+        let seq = self.attach(salt, tokens, known, Hint::default());
+        self.last_pin += 1;
+        self.pins.insert(PinId(self.last_pin), seq);
+        (PinId(self.last_pin), known)
+    }
+
+    /// Ends a pin. False when there is none of that name.
+    pub fn unpin(&mut self, pin: PinId) -> bool {
+        let seq = self.pins.remove(&pin);
+        let known = seq.is_some();
+        seq.into_iter().for_each(|seq| self.let_go(Leaving::Sequence(seq)));
+        known
+    }
+
+    /// A session is over: what only it used goes first when memory is short. False when nothing of it is cached.
+    pub fn end_session(&mut self, session: u64) -> bool {
+        self.sessions.remove(&session).is_some()
     }
 
     fn root(&mut self, salt: &[u8]) -> u32 {
@@ -449,6 +491,7 @@ impl KvCache {
             Leaving::Sequence(seq) => {
                 self.now += 1;
                 self.tree.unpin_path(seq.cursor, self.now);
+                seq.hint.retention.session.map(|s| self.sessions.insert(s, seq.cursor));
                 self.drop_idle_root(seq.root);
                 seq.pages
             }
@@ -526,12 +569,13 @@ impl KvCache {
 
     /// Recomputes every count from scratch. `live` are the sequences and `held` the private snapshots outside the cache.
     pub fn check<'a>(
-        &self,
+        &'a self,
         live: impl Iterator<Item = &'a Sequence>,
         held: impl Iterator<Item = &'a SnapshotPages>,
     ) -> Result<(), Malformed> {
         let leaving = self.leaving.iter().map(|(_, l)| l);
-        let (mut cursors, mut holders): (Vec<&Sequence>, Vec<PageId>) = (live.collect(), Vec::new());
+        let (mut cursors, mut holders): (Vec<&Sequence>, Vec<PageId>) =
+            (live.chain(self.pins.values()).collect(), Vec::new());
         for l in leaving {
             match l {
                 Leaving::Sequence(s) => cursors.push(s),

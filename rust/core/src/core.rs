@@ -15,11 +15,11 @@ use crate::cost::CostModel;
 use crate::error::{CoreError, Malformed};
 use crate::event::{Event, Events};
 use crate::explain::{Archive, Explain, Reason};
-use crate::ids::{PageId, RequestId, Step};
+use crate::ids::{PageId, PinId, RequestId, Step};
 use crate::layout::LayoutSpec;
 use crate::plan::PlanShape;
 use crate::policy::SnapshotPolicy;
-use crate::request::{Finish, Phase, Request, Submit};
+use crate::request::{Finish, Hint, Phase, Request, Submit};
 use crate::sched::admit::Blocked;
 use crate::sched::flight::Flight;
 use crate::sched::slabs::Slabs;
@@ -41,6 +41,8 @@ pub struct Options {
     pub max_waiting: usize,
     /// Where state is saved for reuse.
     pub snapshots: SnapshotPolicy,
+    /// Largest share of the pool that snapshots may fill while memory is short, 0 to 1.
+    pub snapshot_budget: f64,
     /// Which cached page goes first.
     pub eviction: Eviction,
     /// Off: no prefix is reused.
@@ -76,8 +78,9 @@ impl Default for Options {
             max_step_tokens: 2048,
             max_len: 1 << 20,
             max_waiting: 1024,
-            snapshots: SnapshotPolicy::Forks,
-            eviction: Eviction::Lru,
+            snapshots: SnapshotPolicy::Auto,
+            snapshot_budget: 0.1,
+            eviction: Eviction::Value,
             prefix_cache: true,
             max_in_flight: 1,
             cost: CostModel::default(),
@@ -134,10 +137,17 @@ impl Core {
             return Err(CoreError::config("max_in_flight", options.max_in_flight, "it must be 1 or 2"));
         }
         options.cost.validate()?;
+        if !(0.0..=1.0).contains(&options.snapshot_budget) {
+            let budget = options.snapshot_budget;
+            return Err(CoreError::config("snapshot_budget", budget, "it must be a share from 0 to 1"));
+        }
         let cache_options = CacheOptions {
             pages: options.pages,
             eviction: options.eviction,
             prefix_cache: options.prefix_cache,
+            snapshot_budget: options.snapshot_budget,
+            quotas: options.tenants.iter().filter_map(|t| t.quota_pages.map(|q| (t.id, q))).collect(),
+            cost: options.cost,
         };
         let shape = PlanShape {
             rows: options.slabs as usize,
@@ -205,6 +215,7 @@ impl Core {
             salt: submit.salt.into(),
             rank: (Reverse(submit.priority), self.arrivals),
             all_logits: submit.all_logits,
+            hint: Hint { tenant: submit.tenant, retention: submit.retention },
             phase: Phase::Waiting,
             run: None,
             computed_before: 0,
@@ -299,6 +310,21 @@ impl Core {
     /// Evicts all prefixes that nobody uses. Returns the pages that became free.
     pub fn clear_prefix(&mut self) -> u32 {
         self.cache.clear()
+    }
+
+    /// Keeps the known whole blocks of `tokens` and the saved states on them until [`Core::unpin`].
+    pub fn pin(&mut self, salt: &[u8], tokens: &[u32]) -> Result<PinId, CoreError> {
+        Ok(self.cache.pin(salt, tokens).0)
+    }
+
+    /// Ends a pin. False when there is none of that name.
+    pub fn unpin(&mut self, pin: PinId) -> bool {
+        self.cache.unpin(pin)
+    }
+
+    /// A session is over: what only it used goes first when memory is short. False when nothing of it is cached.
+    pub fn end_session(&mut self, session: u64) -> bool {
+        self.cache.end_session(session)
     }
 
     pub(crate) fn wrong_step(&self, step: u64, action: &'static str) -> CoreError {

@@ -23,6 +23,8 @@ pub enum SnapshotPolicy {
     Turns,
     /// Turns, and where a prompt diverged from known history.
     Forks,
+    /// Forks, where a hit was lost for want of one, and spacing; admitted by expected use under a budget.
+    Auto,
 }
 
 impl FromStr for SnapshotPolicy {
@@ -34,11 +36,12 @@ impl FromStr for SnapshotPolicy {
             ("none", _) => Ok(SnapshotPolicy::None),
             ("turns", _) => Ok(SnapshotPolicy::Turns),
             ("forks", _) => Ok(SnapshotPolicy::Forks),
+            ("auto", _) => Ok(SnapshotPolicy::Auto),
             (_, Some(n)) => Ok(SnapshotPolicy::Every(n)),
             _ => Err(CoreError::config(
                 "snapshots",
                 format!("{text:?}"),
-                "valid values are none, every:N, turns, forks",
+                "valid values are auto, forks, turns, every:N, none",
             )),
         }
     }
@@ -75,13 +78,15 @@ impl SnapshotPolicy {
         let mut marks = match self {
             SnapshotPolicy::None | SnapshotPolicy::Every(_) => [0; 4],
             SnapshotPolicy::Turns => [inner(prompt), whole, inner(known), 0],
-            SnapshotPolicy::Forks => [inner(prompt), whole, inner(known), found.history],
+            SnapshotPolicy::Forks | SnapshotPolicy::Auto => {
+                [inner(prompt), whole, inner(known), found.history]
+            }
         };
         let saved = |pos: u32| found.snapshots.iter().any(|s| s.0 == pos);
         marks.iter_mut().filter(|m| saved(**m)).for_each(|m| *m = 0);
         marks.sort_unstable();
         let every = if let SnapshotPolicy::Every(n) = self { n.div_ceil(block) * block } else { 0 };
-        let decode = matches!(self, SnapshotPolicy::Turns | SnapshotPolicy::Forks);
+        let decode = !matches!(self, SnapshotPolicy::None | SnapshotPolicy::Every(_));
         Due { block, prompt, every, marks, decode }
     }
 }
@@ -148,6 +153,9 @@ mod tests {
     #[test]
     fn an_unknown_policy_is_refused_with_the_known_ones() {
         let e = "every:0".parse::<SnapshotPolicy>().unwrap_err();
-        assert_eq!(e.to_string(), "snapshots is \"every:0\"; valid values are none, every:N, turns, forks");
+        assert_eq!(
+            e.to_string(),
+            "snapshots is \"every:0\"; valid values are auto, forks, turns, every:N, none"
+        );
     }
 }

@@ -16,6 +16,7 @@ use crate::error::CoreError;
 use crate::explain::Explain;
 use crate::ids::{PageId, RequestId, SlabId, Step};
 use crate::policy::Due;
+pub use crate::retention::{Hint, Retention};
 use crate::snapshot::SnapshotPages;
 
 /// Why a request ended; the numbers are those of the FINISHED event.
@@ -126,17 +127,6 @@ pub struct Submit {
     pub retention: Retention,
 }
 
-/// A hint of a request's owner: how its prefix will be used again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Retention {
-    /// Requests with the same key continue each other (`prompt_cache_key`).
-    pub session: Option<u64>,
-    /// Keep it for at least so long after its last use (`cache_control.ttl`).
-    pub ttl_us: Option<u64>,
-    /// Higher goes later when memory is short.
-    pub priority: i32,
-}
-
 /// Scheduling order: higher priority first, then first come.
 pub type Rank = (Reverse<i32>, u64);
 
@@ -159,6 +149,8 @@ pub struct Request {
     pub rank: Rank,
     /// See [`Submit::all_logits`].
     pub all_logits: bool,
+    /// Its tenant and retention.
+    pub hint: Hint,
     /// Where it stands.
     pub phase: Phase,
     /// What it holds while it runs.

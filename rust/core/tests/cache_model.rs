@@ -13,6 +13,7 @@ use common::{Rng, for_seeds};
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache, Lost, Sequence};
 use dsv4_core::ids::{PageId, Step};
 use dsv4_core::layout::{LayoutSpec, presets};
+use dsv4_core::retention::Hint;
 
 const BLOCK: usize = 4;
 type Prefix = (u8, Vec<u32>);
@@ -54,7 +55,7 @@ impl World {
         let mut rng = Rng::new(seed);
         let layout = presets::toy(BLOCK as u32, 6, 3);
         let pages = 8 + rng.below(33) as u32;
-        let options = CacheOptions { pages, eviction: Eviction::Lru, prefix_cache: true };
+        let options = CacheOptions { pages, eviction: Eviction::Lru, ..CacheOptions::default() };
         World {
             cache: KvCache::new(&layout, &options).unwrap(),
             content: vec![None; pages as usize],
@@ -150,7 +151,7 @@ impl World {
             self.oracle.snapshots.insert((salt, tokens[..pos as usize].to_vec()), self.now);
         }
         self.now += 1;
-        let seq = self.cache.attach(&[salt], &tokens, found.history);
+        let seq = self.cache.attach(&[salt], &tokens, found.history, Hint::default());
         self.live.push(Live { seq, salt, tokens, computed: found.history as usize });
     }
 
@@ -222,7 +223,7 @@ impl World {
     fn twin(&mut self, live: &Live) -> Sequence {
         self.now += 1;
         let upto = live.seq.published_blocks() * BLOCK as u32;
-        self.cache.attach(&[live.salt], &live.tokens, upto)
+        self.cache.attach(&[live.salt], &live.tokens, upto, Hint::default())
     }
 
     fn let_go(&mut self, salt: u8, published: &[u32]) {

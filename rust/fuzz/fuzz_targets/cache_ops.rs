@@ -6,6 +6,7 @@
 use arbitrary::Arbitrary;
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache, Sequence};
 use dsv4_core::ids::Step;
+use dsv4_core::retention::Hint;
 use dsv4_core::layout::presets;
 use libfuzzer_sys::fuzz_target;
 
@@ -35,7 +36,7 @@ fn prompt(length: u8, bits: u64) -> Vec<u32> {
 }
 
 fuzz_target!(|ops: Vec<Op>| {
-    let options = CacheOptions { pages: 24, eviction: Eviction::Lru, prefix_cache: true };
+    let options = CacheOptions { pages: 24, eviction: Eviction::Lru, ..CacheOptions::default() };
     let mut cache = KvCache::new(&presets::toy(4, 6, 3), &options).expect("the options are valid");
     let (mut running, mut step): (Vec<Running>, u64) = (Vec::new(), 0);
     for op in ops {
@@ -44,7 +45,7 @@ fuzz_target!(|ops: Vec<Op>| {
             Op::Attach { salt, length, bits } if running.len() < 6 => {
                 let tokens = prompt(length, bits);
                 let known = cache.lookup(&[u8::from(salt)], &tokens, tokens.len() as u32 - 1).history;
-                let seq = cache.attach(&[u8::from(salt)], &tokens, known);
+                let seq = cache.attach(&[u8::from(salt)], &tokens, known, Hint::default());
                 running.push(Running { seq, tokens, computed: known as usize });
             }
             Op::Compute { which, tokens } => {

@@ -2,7 +2,6 @@
 
 use std::sync::Mutex;
 
-use dsv4_core::cache::Eviction;
 use dsv4_core::cost::CostModel;
 use dsv4_core::event::EVENT_WIDTH;
 use dsv4_core::ids::{RequestId, Step};
@@ -111,7 +110,7 @@ impl PyCore {
             restore_us: restore_us.unwrap_or(usual.restore_us),
         };
         let core = enter(py, || {
-            let (snapshots, eviction) = (snapshots.parse()?, Eviction::parse(eviction)?);
+            let (snapshots, eviction) = (snapshots.parse()?, eviction.parse()?);
             let options = Options {
                 pages,
                 slabs,

@@ -100,7 +100,7 @@ impl Core {
         }
         for snapshots in choices {
             let way = self.options.cost.cheapest(n, found.history, snapshots, self.replay_tokens);
-            let mut seq = self.cache.attach(&request.salt, &request.tokens, way.resumed_at());
+            let mut seq = self.cache.attach(&request.salt, &request.tokens, way.resumed_at(), request.hint);
             let leased =
                 if matches!(way, Way::Snapshot { .. }) { self.shape.snapshot_pages as u32 } else { 0 };
             let needed = n.div_ceil(self.shape_block()) - seq.pages().len() as u32;

@@ -1,0 +1,42 @@
+//! Which cached page goes first.
+
+use std::str::FromStr;
+
+use crate::error::CoreError;
+
+/// The value of `eviction`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Eviction {
+    /// What saves least: recomputation saved times likelihood of reuse, per byte.
+    #[default]
+    Value,
+    /// The least recently used.
+    Lru,
+    /// The oldest, used or not.
+    Fifo,
+}
+
+impl Eviction {
+    /// Every value, in the order of messages.
+    pub const ALL: [Eviction; 3] = [Eviction::Value, Eviction::Lru, Eviction::Fifo];
+
+    /// As it reads in settings.
+    pub fn name(self) -> &'static str {
+        match self {
+            Eviction::Value => "value",
+            Eviction::Lru => "lru",
+            Eviction::Fifo => "fifo",
+        }
+    }
+}
+
+impl FromStr for Eviction {
+    type Err = CoreError;
+
+    fn from_str(text: &str) -> Result<Self, CoreError> {
+        let found = Self::ALL.into_iter().find(|e| e.name() == text);
+        found.ok_or_else(|| {
+            CoreError::config("eviction", format!("{text:?}"), "valid values are value, lru, fifo")
+        })
+    }
+}
