@@ -4,6 +4,7 @@ wait until then.
 dsv4 serve [MODEL]       the HTTP server; without MODEL the small model that ships
 dsv4 generate PROMPT     one answer on standard output
 dsv4 chat [MODEL]        talk in the terminal
+dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 doctor              what this machine has, what will be used, what is missing
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import dsv4
-from dsv4.cli import chat, doctor, generate, serve
+from dsv4.cli import chat, doctor, generate, plan, serve
 from dsv4.config import nearest
 
 INTERRUPTED = 130
@@ -47,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dsv4", description="A serving engine for DeepSeek-V4 at million-token context.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (serve, generate, chat, doctor):
+    for module in (serve, generate, chat, plan, doctor):
         module.add(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)

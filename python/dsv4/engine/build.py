@@ -22,6 +22,7 @@ from dsv4.model.config import ModelConfig
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
 from dsv4.ops.registry import Ops
+from dsv4.plan.cache import pages_of, size_pool
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat import ChatFormat
 from dsv4.text.tokenizer import Tokenizer
@@ -150,7 +151,15 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     ops = Ops.choose(config.backend, device)
     tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
     chat_format = ChatFormat.for_model(source, model_config)
-    pages, max_len = _plan_pool(config, model_config, layout)
+    pages, max_len = size_pool(
+        layout,
+        model_positions=model_config.max_position,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        num_pages=config.num_pages,
+        memory=config.kv_cache_memory,
+        free=_free_memory() // 4,
+    )
     core = _core(config, layout, pages, max_len)
     weights = load_weights(source, model_config, dtype, progress)
     cache = PagedCache(layout, pages, config.max_num_seqs, device)
@@ -158,7 +167,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         V4Model(model_config, weights, cache, ops),
         cache,
         slabs=config.max_num_seqs,
-        max_blocks=-(-max_len // layout.block_tokens),
+        max_blocks=pages_of(layout, max_len),
         replay_tokens=config.replay_tokens or layout.replay_tokens,
     )
     buffers = tuple(
@@ -222,33 +231,6 @@ def _parse_costs(text: str | None) -> dict[str, float]:
         if key not in known or costs[key] < 0:
             raise ConfigError(f"cost_model has {part!r}; it takes {', '.join(known)}, each at least 0")
     return costs
-
-
-def _plan_pool(config: EngineConfig, model: ModelConfig, layout: LayoutSpec) -> tuple[int, int]:
-    """(pages, longest request in tokens). By default a quarter of the free memory, but no more than all slabs can use."""
-    if config.max_model_len is not None and config.max_model_len > model.max_position:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}; the model was trained for {model.max_position} positions at most"
-        )
-    wanted = config.max_model_len or model.max_position
-    per_request = -(-wanted // layout.block_tokens) + layout.snapshot_pages
-    if config.num_pages is not None:
-        pages = config.num_pages
-    elif config.kv_cache_memory is not None:
-        pages = layout.pages_for(config.kv_cache_memory)
-    else:
-        pages = min(layout.pages_for(_free_memory() // 4), per_request * config.max_num_seqs)
-    longest = pages * layout.block_tokens
-    if config.max_model_len is not None and longest < wanted:
-        raise ConfigError(
-            f"max_model_len is {wanted}, but the pool of {pages} pages holds {longest} tokens; "
-            f"give at least --kv-cache-memory {-(-wanted // layout.block_tokens) * layout.page_bytes}"
-        )
-    if pages < 1:
-        raise ConfigError(
-            f"the pool holds no page; one page is {layout.page_bytes} bytes, raise --kv-cache-memory"
-        )
-    return pages, min(wanted, longest)
 
 
 def _free_memory() -> int:

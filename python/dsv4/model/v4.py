@@ -96,9 +96,9 @@ class V4Model:
             Layer(top.within(f"layers.{i}"), config, i, cache, codecs, ops, self.embed.dtype)
             for i in range(config.num_layers)
         ]
-        self.ropes = {
-            m: RopeTable.for_ratio(config, m, cache.device) for m in sorted(set(config.compress_ratios))
-        }
+        # CSA and HCA layers turn alike: one table for both
+        tables = {bool(m): RopeTable.for_ratio(config, m, cache.device) for m in config.compress_ratios}
+        self.ropes = {m: tables[bool(m)] for m in sorted(set(config.compress_ratios))}
         self.geometry = Geometry(
             window=config.window,
             ring=next(c.rows for c in cache.layout.components if c.kind == "window"),

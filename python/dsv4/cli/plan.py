@@ -1,0 +1,180 @@
+"""`dsv4 plan`: what fits on which GPUs, to the byte, without one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from dsv4.config import EngineConfig
+from dsv4.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dsv4.plan.build import Question
+
+INDEX_FORMATS = {"fp4": "mxfp4", "fp8": "fp8", "bfloat16": "bfloat16", "float32": "float32"}
+EVERY = "2048,8192,32768"
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what fits on which GPUs, to the byte, without one",
+        description="Weights, cache, workspace and capacity of a model on given GPUs, with every formula.",
+    )
+    defaults = {
+        f: EngineConfig.__dataclass_fields__[f].default
+        for f in ("max_num_seqs", "max_num_batched_tokens", "block_size")
+    }
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="v4-flash, v4-pro, v4-flash-preview, v4-pro-preview, a directory or a config.json",
+    )
+    parser.add_argument(
+        "--gpu", required=True, metavar="NAME", help="h100, h200, h20, b200, b300, gb200, gb300"
+    )
+    parser.add_argument("--num", type=int, default=1, metavar="N", help="GPUs in all [1]")
+    parser.add_argument(
+        "--tp", type=int, metavar="N", help="GPUs that share each request [what num and dp leave]"
+    )
+    parser.add_argument(
+        "--dp", type=int, metavar="N", help="groups of tp GPUs that serve requests of their own [1]"
+    )
+    parser.add_argument(
+        "--ep", type=int, metavar="N", help="1, or tp * dp: whole experts over all GPUs [by dp]"
+    )
+    parser.add_argument(
+        "--pool-gb", type=float, metavar="GB", help="size of a GPU's page pool in 10^9 bytes [what is left]"
+    )
+    parser.add_argument(
+        "--memory-fraction", type=float, default=0.9, metavar="F", help="share of a GPU's memory to use [0.9]"
+    )
+    parser.add_argument(
+        "--max-model-len",
+        "--max-len",
+        dest="max_len",
+        type=int,
+        metavar="N",
+        help="longest request [the model's]",
+    )
+    parser.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=defaults["max_num_seqs"],
+        metavar="N",
+        help=f"running requests [{defaults['max_num_seqs']}]",
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        "--max-step-tokens",
+        dest="step_tokens",
+        type=int,
+        default=defaults["max_num_batched_tokens"],
+        metavar="N",
+        help=f"tokens of a step [{defaults['max_num_batched_tokens']}]",
+    )
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        default=defaults["block_size"],
+        metavar="N",
+        help=f"tokens of a page [{defaults['block_size']}]",
+    )
+    parser.add_argument(
+        "--rows", default="fp8_ds_mla", metavar="FORMAT", help="fp8_ds_mla, bfloat16, float32 [fp8_ds_mla]"
+    )
+    parser.add_argument(
+        "--index", default="fp4", choices=tuple(INDEX_FORMATS), help="format of index rows [fp4]"
+    )
+    parser.add_argument(
+        "--weights",
+        default="released",
+        choices=("released", "bfloat16", "float32"),
+        help="how weights are kept [released]",
+    )
+    parser.add_argument("--draft", action="store_true", help="count the drafter's weights too")
+    parser.add_argument(
+        "--snapshot-budget",
+        type=float,
+        metavar="F",
+        help="largest share of the pool for snapshots under auto",
+    )
+    parser.add_argument(
+        "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"
+    )
+    parser.add_argument(
+        "--turn-tokens", type=int, metavar="N", help="new tokens of a turn, for turns and forks [6680]"
+    )
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the plan. Raises ConfigError for what cannot be asked or does not fit."""
+    from dsv4.plan.build import answer
+    from dsv4.plan.report import as_json, as_text
+
+    plan = answer(question(arguments))
+    print(json.dumps(as_json(plan), indent=2, default=str) if arguments.json else as_text(plan))
+    return 0
+
+
+def question(a: argparse.Namespace) -> Question:
+    """The flags as a question. Raises ConfigError."""
+    from dsv4.gpus import gpu
+    from dsv4.model.config import ModelConfig
+    from dsv4.plan.build import Question
+    from dsv4.plan.cache import AUTO_BUDGET, Traffic
+    from dsv4.plan.parallel import choose
+    from dsv4.plan.workspace import Limits
+
+    config = ModelConfig.find(a.model)
+    for flag, value in (
+        ("--max-num-seqs", a.max_num_seqs),
+        ("--max-step-tokens", a.step_tokens),
+        ("--turn-tokens", a.turn_tokens),
+    ):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} is {value}; the smallest valid value is 1")
+    max_len = config.max_position if a.max_len is None else a.max_len
+    if not 1 <= max_len <= config.max_position:
+        raise ConfigError(f"--max-len is {max_len}; {config.name} takes 1 to {config.max_position}")
+    budget = AUTO_BUDGET if a.snapshot_budget is None else a.snapshot_budget
+    _share("--memory-fraction", a.memory_fraction)
+    _share("--snapshot-budget", budget)
+    return Question(
+        config=config,
+        layout=config.layout(a.rows, INDEX_FORMATS[a.index], block_tokens=a.block_size),
+        gpu=gpu(a.gpu),
+        num=a.num,
+        parallel=choose(config, a.num, a.tp, a.dp, a.ep),
+        limits=Limits(a.step_tokens, a.max_num_seqs, max_len),
+        memory_fraction=a.memory_fraction,
+        pool_bytes=None if a.pool_gb is None else _pool(a.pool_gb),
+        snapshot_budget=budget,
+        every=_spacings(a.every),
+        traffic=Traffic() if a.turn_tokens is None else Traffic(turn_tokens=a.turn_tokens),
+        draft=a.draft,
+        held=a.weights,
+    )
+
+
+def _share(flag: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ConfigError(f"{flag} is {value:g}; it takes a number above 0 and up to 1")
+
+
+def _pool(gb: float) -> int:
+    if not 0 < gb < 1e6:
+        raise ConfigError(f"--pool-gb is {gb:g}; it takes a number above 0, in units of 10^9 bytes")
+    return round(gb * 1e9)
+
+
+def _spacings(text: str) -> tuple[int, ...]:
+    """'2048,8192' -> (2048, 8192)."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    bad = next((p for p in parts if not p.isdecimal() or int(p) < 1), None)
+    if bad is not None:
+        raise ConfigError(f"--every has {bad!r}; it takes whole numbers from 1, such as {EVERY}")
+    return tuple(int(p) for p in parts)

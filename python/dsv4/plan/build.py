@@ -1,0 +1,138 @@
+"""A question about capacity, and its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsv4.errors import ConfigError
+from dsv4.gpus import Gpu
+from dsv4.model.config import ModelConfig
+from dsv4.model.names import release_totals
+from dsv4.plan.cache import Capacity, Traffic, capacities
+from dsv4.plan.parallel import Parallel, alternatives
+from dsv4.plan.weights import WeightRow, weight_rows
+from dsv4.plan.workspace import Buffer, Limits, bound, workspace
+
+if TYPE_CHECKING:
+    from dsv4._core import LayoutSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked. `pool_bytes` None: the pool takes what `memory_fraction` leaves."""
+
+    config: ModelConfig
+    layout: LayoutSpec
+    gpu: Gpu
+    num: int
+    parallel: Parallel
+    limits: Limits
+    memory_fraction: float
+    pool_bytes: int | None
+    snapshot_budget: float
+    every: Sequence[int]
+    traffic: Traffic
+    draft: bool
+    held: str
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes of one GPU by use."""
+
+    weights: int
+    slabs: int
+    workspace: int
+    pool: int
+    """Bytes of whole pages; negative: so much is missing."""
+    pages: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.slabs + self.workspace + max(self.pool, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another way over the same GPUs, at the same bytes a GPU."""
+
+    parallel: Parallel
+    memory: Memory
+    per_pool: Capacity | None
+    """Under the default policy; None when the weights do not fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The answer. Counts in `capacities` are of one pool; `question.parallel.pools` of them make the whole."""
+
+    question: Question
+    release: tuple[int, int]
+    weights: list[WeightRow]
+    buffers: list[Buffer]
+    memory: Memory
+    max_len: int
+    capacities: list[Capacity]
+    alternatives: list[Alternative]
+
+
+def answer(q: Question) -> Plan:
+    """Raises ConfigError when the weights do not fit, or not one request of the asked length does."""
+    weights = weight_rows(q.config, q.parallel, draft=q.draft, held=q.held)
+    memory = _memory(q, q.parallel, None)
+    pages, max_len = memory.pages, q.limits.max_len
+    if pages < 1:
+        raise ConfigError(_does_not_fit(q, memory))
+    if pages * q.layout.block_tokens < max_len:
+        raise ConfigError(
+            f"max_len is {max_len}; the pool of {pages} pages holds {pages * q.layout.block_tokens} tokens, "
+            f"give --max-len {pages * q.layout.block_tokens} or less"
+        )
+    return Plan(
+        question=q,
+        release=release_totals(q.config),
+        weights=weights,
+        buffers=workspace(q.config, q.layout, q.parallel, q.limits),
+        memory=memory,
+        max_len=max_len,
+        capacities=_capacities(q, pages),
+        alternatives=[_alternative(q, p, memory.total) for p in alternatives(q.config, q.num)],
+    )
+
+
+def _capacities(q: Question, pages: int) -> list[Capacity]:
+    return capacities(
+        q.layout, pages, q.limits.max_len, every=q.every, budget=q.snapshot_budget, traffic=q.traffic
+    )
+
+
+def _memory(q: Question, parallel: Parallel, total: int | None) -> Memory:
+    """One GPU's memory; `total` None: as the question says, else so many bytes in all."""
+    weights = sum(row.rank for row in weight_rows(q.config, parallel, draft=q.draft, held=q.held))
+    slabs = q.limits.running * q.layout.slab_bytes
+    work = bound(workspace(q.config, q.layout, parallel, q.limits))
+    if total is None and q.pool_bytes is not None:
+        left = q.pool_bytes
+    else:
+        left = (
+            (int(q.gpu.memory_bytes * q.memory_fraction) if total is None else total) - weights - slabs - work
+        )
+    pages = q.layout.pages_for(max(left, 0))
+    return Memory(weights, slabs, work, pages * q.layout.page_bytes if left >= 0 else left, pages)
+
+
+def _alternative(q: Question, parallel: Parallel, total: int) -> Alternative:
+    memory = _memory(q, parallel, total)
+    return Alternative(parallel, memory, _capacities(q, memory.pages)[-1] if memory.pages > 0 else None)
+
+
+def _does_not_fit(q: Question, m: Memory) -> str:
+    have = int(q.gpu.memory_bytes * q.memory_fraction)
+    need = m.weights + m.slabs + m.workspace + q.layout.page_bytes
+    return (
+        f"{q.config.name} does not fit on {q.num} x {q.gpu.name} as {q.parallel}: a GPU needs {need / 1e9:,.1f} GB "
+        f"({m.weights / 1e9:,.1f} of them weights) and {q.memory_fraction:g} of its memory is {have / 1e9:,.1f} GB; "
+        "raise --num or --tp, or take a larger GPU"
+    )

@@ -1,0 +1,140 @@
+"""Bytes of weights, in all and on one GPU, from the table of shapes that the loader uses."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, prod
+
+from dsv4.model.config import ModelConfig
+from dsv4.model.names import DTYPE_BYTES, TensorSpec, tensors
+from dsv4.plan.parallel import Parallel
+
+PUBLISHED = {
+    "v4-flash": 166_878_536_440,
+    "v4-flash-preview": 159_609_485_896,
+    "v4-pro": 892_727_580_904,
+    "v4-pro-preview": 864_704_792_696,
+}
+"""Bytes of tensor data of the releases, as their index files give them."""
+
+HELD = ("released", "bfloat16", "float32")
+"""How weights are kept in memory: quantised as released, or expanded when they are read."""
+
+EXPERTS = "routed experts"
+_GROUPS = (
+    ("mtp.", "draft"),
+    (".ffn.experts.", EXPERTS),
+    (".shared_experts.", "shared experts"),
+    (".indexer.", "indexers"),
+    (".compressor.", "compressors"),
+    (".attn.", "attention"),
+    (".ffn.gate.", "gates"),
+    ("hc_", "hyper-connections"),
+    ("embed.", "embedding and head"),
+    ("head.weight", "embedding and head"),
+    ("norm.", "norms"),
+)
+"""Group of a tensor by the first of these that is in its name."""
+
+_CUTS = {
+    "embed.weight": 0,
+    "head.weight": 0,
+    ".attn.wq_b.weight": 0,
+    ".attn.wo_a.weight": 0,
+    ".attn.wo_b.weight": 1,
+    ".attn.attn_sink": 0,
+    ".w1.weight": 0,
+    ".w3.weight": 0,
+    ".w2.weight": 1,
+}
+"""Axis along which tensor parallelism cuts, by the end of the name; everything else is on every rank."""
+
+_NUMBERS = re.compile(r"(?<=\.)\d+\.")
+
+_DTYPE_NAMES = {
+    "I8": "fp4",
+    "F8_E4M3": "fp8",
+    "F8_E8M0": "scales",
+    "BF16": "bf16",
+    "F32": "f32",
+    "I64": "i64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Equal tensors: their group, shape, and how they are cut."""
+
+    group: str
+    spec: TensorSpec
+    axis: int | None
+    expert: bool
+
+    def on_rank(self, parallel: Parallel) -> TensorSpec:
+        """The piece of one rank; experts that are cut by number keep their shape."""
+        ways = 1 if self.axis is None or (self.expert and parallel.ep > 1) else parallel.tp
+        if ways == 1:
+            return self.spec
+        axis = self.axis or 0
+        shape = tuple(ceil(n / ways) if i == axis else n for i, n in enumerate(self.spec.shape))
+        return TensorSpec(shape, self.spec.storage)
+
+
+@lru_cache
+def kinds(config: ModelConfig, *, draft: bool) -> Counter[Kind]:
+    """How many tensors there are of each kind."""
+    found: Counter[Kind] = Counter()
+    for name, spec in tensors(config, draft=draft):
+        group, axis, expert = _place(_NUMBERS.sub("", name))
+        found[Kind(group, spec, axis, expert)] += 1
+    return found
+
+
+@lru_cache
+def _place(name: str) -> tuple[str, int | None, bool]:
+    """(group, axis of the cut, whether it is a routed expert's) of a name without its numbers."""
+    group = next((group for part, group in _GROUPS if part in name), "norms")
+    axis = next((axis for end, axis in _CUTS.items() if name == end or name.endswith(end)), None)
+    return group, axis, ".ffn.experts." in name
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRow:
+    """Bytes of a group's tensors in one dtype."""
+
+    group: str
+    dtype: str
+    tensors: int
+    total: int
+    rank: int
+
+
+def weight_rows(config: ModelConfig, parallel: Parallel, *, draft: bool, held: str) -> list[WeightRow]:
+    """By group and dtype, in the order of the table; `held` is one of HELD."""
+    sums: dict[tuple[str, str], list[int]] = {}
+    for kind, count in kinds(config, draft=draft).items():
+        here = count // parallel.ep if kind.expert else count
+        for dtype, size in _sizes(kind.spec, held):
+            row = sums.setdefault((kind.group, dtype), [0, 0, 0])
+            row[0] += count
+            row[1] += count * size
+        for dtype, size in _sizes(kind.on_rank(parallel), held):
+            sums[kind.group, dtype][2] += here * size
+    order = list(dict.fromkeys(group for _, group in _GROUPS))
+    order = order[1:] + order[:1]
+    keys = sorted(sums, key=lambda k: (order.index(k[0]), list(_DTYPE_NAMES.values()).index(k[1])))
+    return [WeightRow(*key, *sums[key]) for key in keys]
+
+
+def _sizes(spec: TensorSpec, held: str) -> Iterator[tuple[str, int]]:
+    """(dtype, bytes) of what is kept of a tensor. What the release has in f32 or i64 stays so."""
+    if held == "released" or spec.storage in ("f32", "i64"):
+        for _, dtype, shape in spec.stored("x.weight"):
+            yield _DTYPE_NAMES[dtype], prod(shape) * DTYPE_BYTES[dtype]
+    else:
+        dtype = {"bfloat16": "bf16", "float32": "f32"}[held]
+        yield dtype, prod(spec.shape) * {"bf16": 2, "f32": 4}[dtype]

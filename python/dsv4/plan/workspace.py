@@ -1,0 +1,182 @@
+"""Upper bound of what a step needs beside weights, pool and slabs, from limits alone.
+
+No buffer grows with the context, index scores apart, and those are made for so many queries at a time that they stay
+below SCORE_BYTES. Buffers of one phase are live together, phases follow each other, so the bound is what stays plus
+the largest phase. Activations are counted as if no kernel were fused.
+
+What is not in it lies outside the memory fraction: the CUDA context, NCCL's buffers and the allocator's fragments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from dsv4.model.config import ModelConfig
+from dsv4.plan.cache import pages_of
+from dsv4.plan.parallel import Parallel
+
+if TYPE_CHECKING:
+    from dsv4._core import LayoutSpec
+
+SCORE_BYTES = 256 * 2**20
+"""Largest array of index scores: one query at 1,048,576 tokens has 1 MiB of them."""
+GRAPH_NODE_BYTES = 4096
+"""Device memory of one captured kernel launch, an allowance."""
+LAUNCHES_PER_LAYER = 48
+"""Captured launches of a layer, an allowance above what the decode step has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds a step."""
+
+    step_tokens: int
+    """T: tokens of one step."""
+    running: int
+    """R: requests with a slab."""
+    max_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One array, or several equal ones. `phase` is "always" or the phase in which it lives."""
+
+    phase: str
+    name: str
+    formula: str
+    size: int
+
+
+class _Sheet:
+    """Collects buffers; a factor is (what it is, number)."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Buffer] = []
+
+    def add(self, phase: str, name: str, *factors: tuple[str, int]) -> None:
+        text = " x ".join(f"{value:,} {what}" for what, value in factors)
+        self.buffers.append(Buffer(phase, name, text, prod(value for _, value in factors)))
+
+
+def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> list[Buffer]:
+    """Every buffer with its formula, on one rank, activations in bfloat16."""
+    sheet = _Sheet()
+    _always(sheet, config, layout, limits)
+    _attention(sheet, config, parallel, limits)
+    _experts(sheet, config, parallel, limits)
+    _logits(sheet, config, limits)
+    return sheet.buffers
+
+
+def bound(buffers: list[Buffer]) -> int:
+    """What stays plus the largest phase."""
+    phases: dict[str, int] = {}
+    for b in buffers:
+        phases[b.phase] = phases.get(b.phase, 0) + b.size
+    return phases.pop("always", 0) + max(phases.values(), default=0)
+
+
+def step_array_bytes(layout: LayoutSpec, limits: Limits) -> int:
+    """Bytes of one step's plan arrays (`dsv4.engine.buffers.StepBuffers`)."""
+    deltas = limits.max_len // layout.block_tokens + 1 + 4 * limits.running
+    words = 2 * limits.step_tokens + (2 + 6) * limits.running + 3 * deltas
+    return 4 * (words + 2 * limits.running * (2 + layout.snapshot_pages))
+
+
+def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits) -> None:
+    t, r = ("tokens", limits.step_tokens), ("requests", limits.running)
+    streams = ("streams", c.hc_mult), ("hidden", c.hidden_size)
+    sheet.add("always", "residual streams, before and after", t, *streams, ("bytes", 2), ("arrays", 2))
+    sheet.add("always", "page table", r, ("pages", pages_of(layout, limits.max_len)), ("bytes", 4))
+    sheet.add("always", "plan arrays, two steps", ("bytes", step_array_bytes(layout, limits)), ("steps", 2))
+    tables = len({bool(m) for m in c.compress_ratios})
+    sheet.add(
+        "always",
+        "rotary tables",
+        ("positions", limits.max_len),
+        ("channels", c.rope_dim),
+        ("bytes", 4),
+        ("tables", tables),
+    )
+    sizes = max(1, limits.running.bit_length())
+    nodes = LAUNCHES_PER_LAYER * c.num_layers
+    sheet.add("always", "captured graphs", ("sizes", sizes), ("launches", nodes), ("bytes", GRAPH_NODE_BYTES))
+
+
+def _attention(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits) -> None:
+    phase, t = "attention", ("tokens", limits.step_tokens)
+    heads = ("heads", c.num_heads // parallel.tp)
+    sheet.add(phase, "input, also in float32", t, ("hidden", c.hidden_size), ("bytes", 2 + 4))
+    sheet.add(phase, "low-rank queries", t, ("rank", c.q_lora_rank), ("bytes", 2))
+    sheet.add(
+        phase,
+        "queries and outputs, before and after rotation",
+        t,
+        heads,
+        ("channels", c.head_dim),
+        ("bytes", 2),
+        ("arrays", 4),
+    )
+    sheet.add(phase, "rows of the step", t, ("channels", c.head_dim), ("bytes", 4), ("arrays", 2))
+    groups = ("groups", max(1, c.o_groups // parallel.tp))
+    sheet.add(phase, "grouped outputs", t, groups, ("rank", c.o_lora_rank), ("bytes", 2))
+    sheet.add(phase, "output", t, ("hidden", c.hidden_size), ("bytes", 2))
+    sheet.add(
+        phase, "compressor values and gates", t, ("channels", 2 * c.head_dim), ("bytes", 4), ("arrays", 2)
+    )
+    if c.csa_ratio in c.compress_ratios:
+        _index(sheet, c, limits)
+
+
+def _index(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
+    phase, t = "attention", ("tokens", limits.step_tokens)
+    sheet.add(
+        phase,
+        "index queries, plain and rotated",
+        t,
+        ("heads", c.index_heads),
+        ("channels", c.index_head_dim),
+        ("bytes", 2),
+        ("arrays", 2),
+    )
+    sheet.add(phase, "index compressor", t, ("channels", 2 * c.index_head_dim), ("bytes", 4), ("arrays", 2))
+    keys = -(-limits.max_len // c.csa_ratio)
+    rows = min(limits.step_tokens, max(1, SCORE_BYTES // (4 * keys)))
+    sheet.add(
+        phase,
+        f"index scores, at most {SCORE_BYTES >> 20} MiB",
+        ("queries at a time", rows),
+        ("keys", keys),
+        ("bytes", 4),
+    )
+    sheet.add(phase, "selected entries", t, ("top-k", c.index_topk), ("bytes", 8))
+
+
+def _experts(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits) -> None:
+    phase, t = "experts", ("tokens", limits.step_tokens)
+    sheet.add(phase, "input and sum", t, ("hidden", c.hidden_size), ("bytes", 2 + 4))
+    sheet.add(phase, "router scores", t, ("experts", c.num_experts), ("bytes", 4), ("arrays", 2))
+    if parallel.ep > 1:  # every rank may send all its tokens here
+        rows = (
+            ("tokens of all ranks", limits.step_tokens * parallel.dp),
+            ("choices", min(c.experts_per_token, c.num_experts // parallel.ep)),
+        )
+        columns = c.moe_intermediate_size
+    else:
+        rows = (t, ("choices", c.experts_per_token))
+        columns = c.moe_intermediate_size // parallel.tp
+    sheet.add(
+        phase, "routed inputs in FP8 with scales", *rows, ("hidden", c.hidden_size + c.hidden_size // 32)
+    )
+    sheet.add(phase, "gate and up", *rows, ("columns", columns), ("bytes", 2), ("arrays", 2))
+    sheet.add(phase, "hidden in FP8 with scales", *rows, ("columns", columns + columns // 32))
+    sheet.add(phase, "routed outputs", *rows, ("hidden", c.hidden_size), ("bytes", 4))
+
+
+def _logits(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
+    t = ("tokens, if all want log-probabilities", limits.step_tokens)
+    sheet.add(
+        "logits", "logits and their log-softmax", t, ("vocabulary", c.vocab_size), ("bytes", 4), ("arrays", 2)
+    )

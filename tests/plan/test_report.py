@@ -1,0 +1,132 @@
+"""`dsv4 plan` as users call it, its worked example, and that the engine agrees with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dsv4.cli import main
+from dsv4.config import EngineConfig
+from dsv4.engine.buffers import StepBuffers
+from dsv4.engine.build import build_engine
+from dsv4.model.config import ModelConfig
+from dsv4.plan.parallel import Parallel
+from dsv4.plan.weights import weight_rows
+from dsv4.plan.workspace import SCORE_BYTES, Limits, bound, step_array_bytes, workspace
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
+NANO = str(resources.files("dsv4") / "data" / "nano")
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["plan", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    [block] = re.findall(r"```console\n(.*?)```", GUIDE, re.DOTALL)
+    command, *shown = block.splitlines()
+    assert main(command.removeprefix("$ dsv4 ").split()) == 0
+    printed = iter(capsys.readouterr().out.splitlines())
+    for line in shown:
+        if line != "…":
+            assert any(line == p for p in printed), f"not printed, or not in this order: {line}"
+
+
+def test_it_starts_without_torch() -> None:
+    code = (
+        "import sys; from dsv4.cli import main; "
+        "assert main(['plan', 'v4-flash', '--gpu', 'h200', '--num', '2']) == 0; sys.exit('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert run.returncode == 0, run.stderr
+
+
+def test_json_has_the_numbers_of_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    p = plan(capsys, "v4-flash", "--gpu", "b200", "--num", "8", "--dp", "8", "--max-num-seqs", "64")
+    assert p["release"] == {"tensors": 72_317, "bytes": 166_878_536_440, "published": 166_878_536_440}
+    memory, layout = p["memory"], p["layout"]
+    assert memory["weights"] == sum(row["rank"] for row in p["weights"])
+    assert memory["slabs"] == 64 * layout["slab_bytes"]
+    assert memory["pool"] == memory["pages"] * layout["page_bytes"]
+    assert 0 <= int(0.9 * p["gpu"]["memory_bytes"]) - memory["total"] < layout["page_bytes"]
+    by_policy = {row["policy"]: row for row in p["capacity"]}
+    assert by_policy["none"]["tokens_in_all"] == 8 * by_policy["none"]["tokens"] == 8 * 256 * memory["pages"]
+    chosen = [row for row in p["what_if"] if row["parallel"] == p["parallel"]["name"]]
+    assert [row["capacity"] for row in chosen] == [by_policy["auto"]]
+    assert any("= 3,514.2500 B" in line for line in p["how"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["v4-por", "--gpu", "b200"], "model is 'v4-por'; .*did you mean 'v4-pro'"),
+        (["v4-pro", "--gpu", "b20"], "gpu is 'b20'; .*did you mean 'b200'"),
+        (["v4-pro", "--gpu", "h100", "--num", "8"], "v4-pro does not fit on 8 x h100 as TP8: a GPU needs"),
+        (
+            ["v4-pro", "--gpu", "b200", "--num", "8", "--max-len", "2000000"],
+            "--max-len is 2000000; .* 1048576",
+        ),
+        (
+            ["v4-pro", "--gpu", "b200", "--num", "8", "--pool-gb", "1"],
+            "max_len is 1048576; .*--max-len 198656 or less",
+        ),
+        (["v4-pro", "--gpu", "b200", "--num", "8", "--pool-gb", "-1"], "--pool-gb is -1"),
+        (["v4-pro", "--gpu", "b200", "--memory-fraction", "1.5"], "--memory-fraction is 1.5"),
+        (["v4-pro", "--gpu", "b200", "--every", "2048,x"], "--every has 'x'"),
+        (["v4-pro", "--gpu", "b200", "--block-size", "100"], "block_tokens is 100"),
+        (["v4-pro", "--gpu", "b200", "--max-num-seqs", "0"], "--max-num-seqs is 0"),
+    ],
+)
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert main(["plan", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.search(said, err), err
+
+
+def test_the_engine_has_the_planned_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, pages, slabs and step arrays of a running engine, and the plan of the same settings."""
+    built = build_engine(EngineConfig(kv_cache_memory=3_000_000, max_num_seqs=3, max_num_batched_tokens=64))
+    flags = ["--rows", "float32", "--index", "float32", "--weights", "float32", "--pool-gb", "0.003"]
+    flags += ["--max-num-seqs", "3", "--max-step-tokens", "64", "--max-len", str(built.max_model_len)]
+    p = plan(capsys, NANO, "--gpu", "h100", *flags)
+    memory, arrays = built.memory, built.loop.buffers[0]
+    assert (p["memory"]["weights"], p["memory"]["slabs"]) == (memory.weights, memory.slabs)
+    assert (p["memory"]["pages"], p["memory"]["pool"]) == (memory.pages, memory.pool)
+    assert sum(b["size"] for b in p["workspace"] if b["name"] == "page table") == memory.page_table
+    held = sum(a.nbytes for name, a in vars(arrays).items() if name != "core")
+    assert step_array_bytes(built.layout, Limits(64, 3, built.max_model_len)) == held
+
+
+def test_step_arrays_are_counted_as_they_are_made() -> None:
+    layout = ModelConfig.preset("v4-pro").layout("fp8_ds_mla", "mxfp4")
+    made = StepBuffers(layout, slabs=7, step_tokens=300, max_len=10_000)
+    held = sum(a.nbytes for name, a in vars(made).items() if name != "core")
+    assert step_array_bytes(layout, Limits(300, 7, 10_000)) == held
+
+
+def test_the_workspace_is_bounded_by_limits_alone() -> None:
+    """Eight times the context costs pages of tables and rotary rows, no activations; scores stay under their limit."""
+    pro = ModelConfig.preset("v4-pro")
+    layout = pro.layout("fp8_ds_mla", "mxfp4")
+    short, long = (workspace(pro, layout, Parallel(8), Limits(4096, 64, n)) for n in (131_072, 1_048_576))
+    grown = {b.name for a, b in zip(short, long, strict=True) if a.size != b.size}
+    assert grown == {"page table", "plan arrays, two steps", "rotary tables"}
+    scores = [b.size for b in long if b.name.startswith("index scores")]
+    assert scores == [SCORE_BYTES]
+    assert bound(long) < sum(b.size for b in long)
+
+
+def test_a_smaller_part_of_a_model_needs_fewer_bytes() -> None:
+    flash = ModelConfig.preset("v4-flash")
+    ranks = [
+        sum(r.rank for r in weight_rows(flash, p, draft=False, held="released"))
+        for p in (Parallel(), Parallel(2), Parallel(4), Parallel(8))
+    ]
+    assert ranks == sorted(ranks, reverse=True) and ranks[0] / ranks[3] > 6
