@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from dsv4.model.config import ModelConfig
-from dsv4.ops.tables import EntryTable, RowSource, TileTable
+from dsv4.ops.reference.norm import rope
+from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 from torch import Tensor
 
 from tests.support.driving import Driver, random_tokens
@@ -113,21 +114,31 @@ class _Choices:
         ops.index_select = self  # type: ignore[method-assign]
 
     def __call__(
-        self, q: Tensor, weights: Tensor, keys: RowSource, tiles: TileTable, entries: EntryTable, topk: int
+        self,
+        q: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        weights: Tensor,
+        keys: RowSource,
+        tokens: TokenTable,
+        entries: EntryTable,
+        topk: int,
     ) -> Tensor:
-        selected = self._select(q, weights, keys, tiles, entries, topk)
+        selected = self._select(q, cos, sin, weights, keys, tokens, entries, topk)
         mine = [set(r) - {-1} for r in selected.tolist()]
         self.sets.append(mine)
         if self.impose is None:
             return selected
         forced = self.impose[len(self.sets) - 1]
-        dots = torch.einsum("thd,ed->the", q, keys.read(entries.ids[0])).relu()
+        every = entries.locate(tokens.slab[:1], torch.arange(entries.most))
+        dots = torch.einsum("thd,ed->the", rope(q, cos, sin), keys.read(every)).relu()
         scores = torch.einsum("th,the->te", weights, dots)
         for t, (a, b) in enumerate(zip(mine, forced, strict=True)):
             if a != b:
                 odd = scores[t, sorted(a ^ b)]
                 self.largest_gap = max(self.largest_gap, float(odd.max() - odd.min()))
-        return torch.tensor([sorted(s) + [-1] * (selected.shape[1] - len(s)) for s in forced])
+        ids = [sorted(s) + [-1] * (selected.shape[1] - len(s)) for s in forced]
+        return torch.tensor(ids, dtype=torch.int32)
 
 
 def test_bfloat16_stays_near_float32() -> None:

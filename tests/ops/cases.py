@@ -4,25 +4,20 @@ backend."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
+from dsv4.cache.rows import Rows
+from dsv4.formats import row_format
 from dsv4.model.batch import Batch, Row
 from dsv4.model.step import Geometry, Step, build_step
+from dsv4.ops.spec import SPECS
+from dsv4.ops.tables import moved as moved_table
 from torch import Tensor
 
 D, HEADS, DIM, ROPE, INDEX_HEADS, INDEX_DIM, WINDOW, RATIO = 96, 6, 64, 32, 3, 32, 16, 4
 BLOCK_TOKENS, BLOCKS = 32, 12
-
-
-class TensorRows:
-    """Rows that lie in a tensor [N, dim]."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    def read(self, ids: Tensor) -> Tensor:
-        return self.values[ids]
 
 
 def step_of(*rows: tuple[int, int]) -> Step:
@@ -46,9 +41,26 @@ def step_of(*rows: tuple[int, int]) -> Step:
     return step
 
 
-def history_rows(g: torch.Generator, rows: int, dim: int) -> TensorRows:
+def stored(values: Tensor, per_page: int, form: str = "float32", rope: int = ROPE) -> Rows:
+    """Rows float32 [N, dim] stored in pages of `per_page`, in a region with other bytes around it, as in a page."""
+    codec = row_format(form, values.shape[1], rope)
+    pages, size = -(-len(values) // per_page), per_page * sum(codec.planes)
+    storage = torch.full((pages, size + 64), 0xFF, dtype=torch.uint8)
+    rows = Rows(codec, storage[:, 16 : 16 + size], per_page)
+    rows.write(torch.arange(len(values)), values)
+    return rows
+
+
+def history_rows(g: torch.Generator, rows: int, dim: int, form: str = "float32") -> Rows:
     """Random values for every physical row of `rows` sequences."""
-    return TensorRows(torch.randn((rows * BLOCKS * BLOCK_TOKENS // RATIO, dim), generator=g))
+    per_page = BLOCK_TOKENS // RATIO
+    return stored(torch.randn((rows * BLOCKS * per_page, dim), generator=g), per_page, form)
+
+
+def window_rows(step: Step, g: torch.Generator, dim: int, form: str = "float32") -> Rows:
+    """Random values for every row that the step's window ids name, in ring or scratch pages."""
+    count = max(int(step.window.ids.max()), int(step.window.target.max())) + 1
+    return stored(torch.randn((count, dim), generator=g), WINDOW, form)
 
 
 def _g(seed: int) -> torch.Generator:
@@ -76,23 +88,54 @@ def _hc_post(t: int, g: torch.Generator) -> dict[str, Any]:
     return dict(y=r(t, D), streams=r(t, 4, D), post=r(t, 4), comb=r(t, 4, 4))
 
 
-def _rope(t: int, g: torch.Generator) -> dict[str, Any]:
+def _norm_rope(t: int, g: torch.Generator) -> dict[str, Any]:
     cos, sin = _cos_sin(t, g)
-    return dict(x=torch.randn((t, HEADS, DIM), generator=g), cos=cos, sin=sin, inverse=bool(t % 2))
+    weight = 1 + 0.1 * torch.randn(DIM, generator=g) if t % 2 else None
+    return dict(x=torch.randn((t, HEADS, DIM), generator=g), weight=weight, cos=cos, sin=sin, eps=1e-6)
 
 
-def _pool_fold(t: int, g: torch.Generator) -> dict[str, Any]:
-    count = torch.randint(1, 5, (max(1, t // 3),), generator=g)
-    value, lse = torch.randn((2, len(count), DIM), generator=g)
-    value[::2], lse[::2] = 0, -torch.inf
-    kv, score = torch.randn((2, int(count.sum()), DIM), generator=g)
-    return dict(value=value, lse=lse, kv=kv, score=score, first=count.cumsum(0) - count, count=count)
-
-
-def _finish(t: int, g: torch.Generator) -> dict[str, Any]:
+def _write_rows(t: int, g: torch.Generator) -> dict[str, Any]:
     cos, sin = _cos_sin(t, g)
-    norm = 1 + 0.1 * torch.randn(DIM, generator=g)
-    return dict(pooled=torch.randn((t, DIM), generator=g), weight=norm, cos=cos, sin=sin, eps=1e-6)
+    return dict(
+        x=torch.randn((t, DIM), generator=g),
+        weight=1 + 0.1 * torch.randn(DIM, generator=g),
+        cos=cos,
+        sin=sin,
+        eps=1e-6,
+        rows=stored(torch.zeros(t + 9, DIM), 8),
+        target=torch.randperm(t + 9, generator=g)[:t],
+    )
+
+
+def _copy_rows(t: int, g: torch.Generator) -> dict[str, Any]:
+    return dict(
+        source=stored(torch.randn((t + 5, DIM), generator=g), 4, "fp8_ds_mla"),
+        ids=torch.randint(0, t + 5, (t,), generator=g),
+        rows=stored(torch.zeros(t + 9, DIM), 8, "fp8_ds_mla"),
+        target=torch.randperm(t + 9, generator=g)[:t],
+    )
+
+
+def _compress(t: int, g: torch.Generator) -> dict[str, Any]:
+    """Overlapping blocks for odd t, plain ones for even."""
+    step, halves = _two_rows(t), 1 + t % 2
+    n, blocks = len(step.token), step.blocks[RATIO]
+    cos, sin = _cos_sin(len(blocks.first), g)
+    state = torch.randn((3, halves, 2, DIM), generator=g)
+    state[2, :, 0], state[2, :, 1] = 0, -torch.inf  # the row that starts at position 0
+    return dict(
+        projected=torch.randn((n, 2 * halves * DIM), generator=g),
+        ape=torch.randn((RATIO, halves * DIM), generator=g),
+        state=state,
+        tokens=step.tokens,
+        blocks=blocks,
+        weight=1 + 0.1 * torch.randn(DIM, generator=g),
+        cos=cos,
+        sin=sin,
+        eps=1e-6,
+        dtype=torch.float32,
+        rows=stored(torch.zeros(3 * BLOCKS * BLOCK_TOKENS // RATIO, DIM), BLOCK_TOKENS // RATIO),
+    )
 
 
 def _two_rows(t: int) -> Step:
@@ -101,31 +144,36 @@ def _two_rows(t: int) -> Step:
 
 def _index_select(t: int, g: torch.Generator) -> dict[str, Any]:
     step = _two_rows(t)
-    n = len(step.positions)
+    n = len(step.token)
+    cos, sin = _cos_sin(n, g)
     return dict(
         q=torch.randn((n, INDEX_HEADS, INDEX_DIM), generator=g),
+        cos=cos,
+        sin=sin,
         weights=torch.randn((n, INDEX_HEADS), generator=g),
         keys=history_rows(g, 3, INDEX_DIM),
-        tiles=step.tiles,
+        tokens=step.tokens,
         entries=step.entries[RATIO],
         topk=8,
     )
 
 
 def _sparse_attention(t: int, g: torch.Generator) -> dict[str, Any]:
+    """Selected entries for odd t, all visible ones for even."""
     step = _two_rows(t)
-    n, past = len(step.positions), len(step.window.past)
-    rows = torch.randn((past + n + 1, DIM), generator=g)
-    rows[-1] = 0
-    chosen = torch.stack([torch.randperm(5, generator=g)[:3].sort().values for _ in range(n)])
+    n = len(step.token)
+    cos, sin = _cos_sin(n, g)
+    chosen = torch.stack([torch.randperm(5, generator=g)[:3].sort().values for _ in range(n)]).int()
     selected = torch.where(chosen < step.entries[RATIO].visible[:, None], chosen, -1)
     return dict(
         q=torch.randn((n, HEADS, DIM), generator=g),
         sink=torch.randn(HEADS, generator=g),
         scale=DIM**-0.5,
-        tiles=step.tiles,
-        window_rows=rows,
-        window=step.window.keys,
+        cos=cos,
+        sin=sin,
+        tokens=step.tokens,
+        window=window_rows(step, g, DIM),
+        window_ids=step.window.ids,
         history=history_rows(g, 3, DIM),
         entries=step.entries[RATIO],
         selected=selected.sort(descending=True).values if t % 2 else None,
@@ -176,12 +224,13 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "rmsnorm": lambda t, g: dict(
         x=torch.randn((t, D), generator=g), weight=torch.randn(D, generator=g) if t % 2 else None, eps=1e-6
     ),
-    "rope": _rope,
+    "norm_rope": _norm_rope,
+    "write_rows": _write_rows,
+    "copy_rows": _copy_rows,
     "hc_pre": lambda t, g: dict(**_hyper(t, g, 24, 3), iters=20),
     "hc_post": _hc_post,
     "hc_head": lambda t, g: _hyper(t, g, 4, 1),
-    "pool_fold": _pool_fold,
-    "compress_finish": _finish,
+    "compress": _compress,
     "index_select": _index_select,
     "sparse_attention": _sparse_attention,
     "route": _route,
@@ -193,3 +242,32 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
 def case(op: str, tokens: int, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments for `op` with about `tokens` tokens."""
     return CASES[op](tokens, _g(seed + tokens))
+
+
+def moved(args: dict[str, Any], device: str) -> dict[str, Any]:
+    """A copy of the arguments on a device."""
+
+    def move(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.to(device, copy=True)
+        if isinstance(x, Rows):  # with the bytes around it and the stride between pages
+            storage = x.region.as_strided((len(x.region), x.region.stride(0)), x.region.stride(), 0)
+            region = storage.to(device, copy=True)[:, x.region.storage_offset() :][:, : x.region.shape[1]]
+            return Rows(x.codec, region, x.rows)
+        if is_dataclass(x) and not isinstance(x, type):
+            return moved_table(x, move)
+        return x
+
+    return {name: move(value) for name, value in args.items()}
+
+
+def outcome(op: str, run: Callable[..., Any], args: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What an op gives: its results, and what it wrote (rows decoded, unwritten ones as zeros). Changes `args`."""
+    result = run(**args)
+    found = () if result is None else result if isinstance(result, tuple) else (result,)
+    for name in SPECS[op].writes:
+        x = args[name]
+        if isinstance(x, Rows):
+            x = x.read(torch.arange(len(x.region) * x.rows, device=x.region.device)).nan_to_num()
+        found += (x,)
+    return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dsv4.ops.reference import attention, blocks, index
 from dsv4.ops.reference.index import lowest_index_topk
+from dsv4.ops.reference.norm import rope
 from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
 from torch import Tensor
@@ -66,17 +67,12 @@ def _hc_head(
     return torch.einsum("ti,tid->td", pre, streams.double())
 
 
-def _pool_fold(
-    value: Tensor, lse: Tensor, kv: Tensor, score: Tensor, first: Tensor, count: Tensor
-) -> tuple[Tensor, ...]:
-    values, totals = [], []
-    for b in range(len(first)):
-        at = slice(int(first[b]), int(first[b] + count[b]))
-        slots = torch.cat((value[b : b + 1], kv[at])).double()
-        scores = torch.cat((lse[b : b + 1], score[at])).double()
-        values.append((torch.softmax(scores, 0) * slots).sum(0))
-        totals.append(torch.logsumexp(scores, 0))
-    return torch.stack(values), torch.stack(totals)
+def _norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    return _rope(_rmsnorm(x, weight, eps), cos, sin)
+
+
+def _pooled(values: Tensor, scores: Tensor) -> Tensor:
+    return (torch.softmax(scores.double(), 0) * values.double()).sum(0)
 
 
 def _route(
@@ -109,17 +105,15 @@ FORMULAS = {
     "grouped_linear": lambda x, weight: torch.einsum("tgi,goi->tgo", x.double(), weight.double()),
     "logits": lambda x, weight: x.double() @ weight.double().T,
     "rmsnorm": _rmsnorm,
-    "rope": _rope,
+    "norm_rope": _norm_rope,
     "hc_pre": _hc_pre,
     "hc_post": _hc_post,
     "hc_head": _hc_head,
-    "pool_fold": _pool_fold,
-    "compress_finish": lambda pooled, weight, cos, sin, eps: _rope(_rmsnorm(pooled, weight, eps), cos, sin),
     "route": _route,
     "experts": _experts,
     "swiglu": _swiglu,
 }
-"""`index_select` and `sparse_attention` need the step's rows and have tests of their own below."""
+"""Ops that need the step's rows have tests of their own below."""
 
 
 @pytest.mark.parametrize("op", FORMULAS)
@@ -146,13 +140,72 @@ def _seen(positions: Tensor) -> list[int]:
     return [(t + 1) // RATIO for t in positions.tolist()]
 
 
+def test_rope_back_and_forth() -> None:
+    args = case("norm_rope", 6)
+    x, cos, sin = args["x"], args["cos"], args["sin"]
+    assert (rope(x, cos, sin, inverse=True) - _rope(x, cos, sin, inverse=True)).abs().max() <= 1e-5
+    assert (rope(rope(x, cos, sin), cos, sin, inverse=True) - x).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 21])
+def test_write_rows(tokens: int) -> None:
+    args = case("write_rows", tokens)
+    before = args["rows"].read(torch.arange(tokens + 9))
+    OPS.write_rows(**args)
+    names = ("x", "weight", "cos", "sin", "eps")
+    before[args["target"]] = _norm_rope(*(args[n] for n in names)).float()
+    assert (args["rows"].read(torch.arange(tokens + 9)) - before).abs().max() <= 1e-5
+
+
+def test_copy_rows_keeps_the_bytes() -> None:
+    args = case("copy_rows", 6)
+    source, rows = args["source"], args["rows"]
+    OPS.copy_rows(**args)
+    assert torch.equal(rows.read(args["target"]), source.read(args["ids"]))
+    for old, new in zip(source.planes(), rows.planes(), strict=True):
+        at, to = args["ids"], args["target"]
+        assert torch.equal(new[to // rows.rows, to % rows.rows], old[at // source.rows, at % source.rows])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 6, 21])
+def test_compress(tokens: int) -> None:
+    """Every entry that a step completes, from its slots: what was carried, then the step's tokens."""
+    step, args = step_of((150, tokens), (37, 1), (0, max(1, tokens // 2))), case("compress", tokens)
+    state, halves = args["state"].clone(), args["state"].shape[1]
+    OPS.compress(**args)
+    kv, score = args["projected"].unflatten(1, (2, halves, -1)).unbind(1)
+    ape = args["ape"].unflatten(1, (halves, -1))
+    for row in step.rows:
+        carried = [state[row.slab, i].split(1) for i in range(halves)]  # (value, lse) of each pool
+        slots = [([c[0]], [c[1]]) for c in carried]
+        for t in range(row.offset, row.offset + row.length):
+            position = int(step.tokens.position[t])
+            place, block = position % RATIO, position // RATIO
+            lo_hi = [(kv[t, i, None], (score[t, i] + ape[place, i])[None]) for i in range(halves)]
+            for (values, scores), (v, s) in zip(slots, lo_hi[::-1], strict=True):
+                values.append(v)
+                scores.append(s)
+            if place < RATIO - 1:
+                continue
+            pooled = _pooled(torch.cat(slots[0][0]), torch.cat(slots[0][1]))[None]
+            b = int(torch.searchsorted(step.blocks[RATIO].first, t, right=True)) - 1
+            expected = _norm_rope(
+                pooled, args["weight"], args["cos"][b : b + 1], args["sin"][b : b + 1], 1e-6
+            )
+            got = args["rows"].read(step.entries[RATIO].locate(torch.tensor(row.slab), torch.tensor([block])))
+            assert (got - expected).abs().max() <= 1e-5
+            empty = ([torch.zeros(1, kv.shape[-1])], [torch.full((1, kv.shape[-1]), -torch.inf)])
+            slots = [slots[1], empty] if halves == 2 else [empty]
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 21])
 def test_index_select(tokens: int, pieces: None) -> None:
     args, step = case("index_select", tokens), step_of((150, tokens), (37, 1), (0, max(1, tokens // 2)))
     got = OPS.index_select(**args)
-    for t, visible in enumerate(_seen(step.positions)):
-        keys = args["keys"].read(args["entries"].ids[args["entries"].row[t], :visible]).double()
-        dots = torch.relu(args["q"][t].double() @ keys.T)
+    q = _rope(args["q"], args["cos"], args["sin"])
+    for t, visible in enumerate(_seen(step.tokens.position)):
+        at = args["entries"].locate(step.tokens.slab[t], torch.arange(visible))
+        dots = torch.relu(q[t] @ args["keys"].read(at).double().T)
         scores = (args["weights"][t].double() @ dots).tolist()
         expected = sorted(sorted(range(visible), key=lambda e: (-scores[e], e))[:8])
         assert got[t].tolist() == expected + [-1] * (got.shape[1] - len(expected))
@@ -170,33 +223,38 @@ def test_index_select_takes_everything_when_little_is_visible() -> None:
 def test_sparse_attention(tokens: int, pieces: None) -> None:
     args, step = case("sparse_attention", tokens), step_of((150, tokens), (37, 1), (0, max(1, tokens // 2)))
     got, entries, selected = OPS.sparse_attention(**args), args["entries"], args["selected"]
-    past = len(step.window.past)
-    for t, position in enumerate(step.positions.tolist()):
-        row = step.rows[int(entries.row[t])]
-        own = range(max(row.start, position - WINDOW + 1), position + 1)
-        old = range(max(0, position - WINDOW + 1), min(row.start, position + 1))
-        index = [past + row.offset + p - row.start for p in own]
-        index += [int(entries.row[t]) * WINDOW + p - (row.start - WINDOW) for p in old]
+    for t, position in enumerate(step.tokens.position.tolist()):
+        row = step.rows[int(step.tokens.row[t])]
+        seen = range(max(0, position - WINDOW + 1), position + 1)
+        if step.window.direct:
+            index = [row.slab * WINDOW + p % WINDOW for p in seen]
+        else:
+            past = len(step.window.past)
+            old = int(step.tokens.row[t]) * WINDOW - (row.start - WINDOW)
+            index = [old + p if p < row.start else past + row.offset + p - row.start for p in seen]
         chosen = (
             list(range((position + 1) // RATIO))
             if selected is None
             else [e for e in selected[t].tolist() if e >= 0]
         )
-        compressed = args["history"].read(entries.ids[entries.row[t], chosen])
-        rows = torch.cat((args["window_rows"][index], compressed)).double()
+        at = entries.locate(step.tokens.slab[t], torch.tensor(chosen, dtype=torch.int64))
+        rows = torch.cat((args["window"].read(torch.tensor(index)), args["history"].read(at))).double()
         z = torch.cat((args["q"][t].double() @ rows.T * args["scale"], args["sink"][:, None].double()), dim=1)
-        expected = torch.softmax(z, -1)[:, :-1] @ rows
+        expected = (torch.softmax(z, -1)[:, :-1] @ rows)[None]
+        expected = _rope(expected, args["cos"][t : t + 1], args["sin"][t : t + 1], inverse=True)[0]
         assert (got[t] - expected).abs().max() <= 1e-5
 
 
 def test_attention_without_keys_but_itself() -> None:
     """The first token of a sequence: its own row against the sink."""
     args, step = case("sparse_attention", 1), step_of((0, 1))
-    rows = torch.randn(WINDOW + 2, args["q"].shape[-1])
-    got = OPS.sparse_attention(args["q"][:1], args["sink"], 1.0, step.tiles, rows, step.window.keys)
-    z = args["q"][0].double() @ rows[WINDOW].double()
+    rows = args["window"]
+    cos, sin = torch.ones_like(args["cos"][:1]), torch.zeros_like(args["sin"][:1])
+    got = OPS.sparse_attention(args["q"][:1], args["sink"], 1.0, cos, sin, step.tokens, rows, step.window.ids)
+    own = rows.read(step.window.target)[0].double()
+    z = args["q"][0].double() @ own
     weight = torch.exp(z) / (torch.exp(z) + torch.exp(args["sink"].double()))
-    assert torch.allclose(got[0].double(), weight[:, None] * rows[WINDOW].double(), atol=1e-5)
+    assert torch.allclose(got[0].double(), weight[:, None] * own, atol=1e-5)
 
 
 def test_topk_breaks_ties_by_lowest_index() -> None:

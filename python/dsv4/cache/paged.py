@@ -10,14 +10,17 @@ snapshot = the saved rows of a slab, layer after layer, cut into pages
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dsv4._core import Component, LayoutSpec
 from dsv4.cache.rows import Rows
 from dsv4.formats import RowFormat
 from dsv4.row_sizes import plane_bytes
+
+if TYPE_CHECKING:
+    from dsv4._core import Component, LayoutSpec
 
 _POISON = 0xFF
 """As a byte of float32, bfloat16, e4m3 and ue8m0 it makes a NaN, so reading what nobody wrote shows in the

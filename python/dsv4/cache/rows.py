@@ -21,8 +21,14 @@ class Rows:
         """float32 [..., dim] for int64 [...] ids."""
         flat = ids.reshape(-1)
         values = self.codec.read(self.region, flat // self.rows, flat % self.rows, self.rows)
-        return values.view(*ids.shape, -1)
+        return values.view(*ids.shape, self.codec.dim)
 
     def write(self, ids: Tensor, values: Tensor) -> None:
         """Encodes float32 [N, dim] into rows int64 [N], no id twice."""
         self.codec.write(self.region, ids // self.rows, ids % self.rows, values, self.rows)
+
+    def planes(self) -> tuple[Tensor, ...]:
+        """Views uint8 [P, rows, bytes], one per plane of the format."""
+        sizes = [self.rows * n for n in self.codec.planes]
+        parts = self.region.split(sizes, dim=1)
+        return tuple(p.unflatten(1, (self.rows, -1)) for p in parts)

@@ -33,13 +33,15 @@ class StepResult:
 
 
 class Runner:
-    """Owns the device side of the page table and runs plans against the model."""
+    """Owns the page table, on the host and on the device, and runs plans against the model."""
 
     def __init__(
         self, model: V4Model, cache: PagedCache, *, slabs: int, max_blocks: int, replay_tokens: int
     ) -> None:
         self.model, self.cache, self.replay_tokens = model, cache, replay_tokens
         self.page_table = torch.zeros((slabs, max_blocks), dtype=torch.int32)
+        on_host = cache.device.type == "cpu"
+        self.device_pages = None if on_host else torch.zeros_like(self.page_table, device=cache.device)
         self._last: list[int] = []
 
     @torch.inference_mode()
@@ -48,6 +50,12 @@ class Runner:
         deltas = torch.from_numpy(plan.page_deltas[: header.deltas]).long()
         for slab, block, page in deltas.tolist():
             self.page_table[slab, block] = page
+        if self.device_pages is not None and len(
+            deltas
+        ):  # from the host's table, as a place may change twice
+            slab, block = deltas[:, 0], deltas[:, 1]
+            changed = self.page_table[slab, block].to(self.cache.device)
+            self.device_pages[slab.to(self.cache.device), block.to(self.cache.device)] = changed
         for slab, position, *pages in plan.restores[: header.restores].tolist():
             self.cache.restore(slab, position, pages)
         batch, last = self._batch(header, plan)
@@ -103,6 +111,7 @@ class Runner:
             rows=tuple(rows),
             page_table=self.page_table,
             logit_index=torch.tensor(logit_index, dtype=torch.int64),
+            device_pages=self.device_pages,
         )
         return batch, last
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4.cache.paged import PagedCache
+from dsv4.cache.rows import Rows
 from dsv4.formats import RowFormat
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
@@ -53,7 +54,7 @@ class Attention:
         self.wo_a = weights["wo_a.weight"].unflatten(0, (config.o_groups, config.o_lora_rank))
         self.q_norm, self.kv_norm = weights.float("q_norm.weight"), weights.float("kv_norm.weight")
         self.sink = weights.float("attn_sink")
-        self.codec, self.window = codecs.row, cache.rows("window", layer, codecs.row)
+        self.window = cache.rows("window", layer, codecs.row)
         self.ratio = config.compress_ratios[layer]
         self.history = self.compressor = self.indexer = None
         if self.ratio:
@@ -68,30 +69,28 @@ class Attention:
                     weights.within("indexer"), config, layer, cache, codecs.index, ops, dtype
                 )
 
-    def __call__(self, x: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> Tensor:
-        """[T, d] -> [T, d]. `rope` is at the tokens' positions, `block_rope` at those of the emitted blocks;
-        both are of this layer's kind, which serves queries, window rows, entries, the indexer and the way
-        back alike."""
-        ops = self.ops
+    def __call__(
+        self, x: Tensor, step: Step, rope: Rope, block_rope: Rope | None, scratch: Rows | None
+    ) -> Tensor:
+        """[T, d] -> [T, d]. `rope` is at the tokens' positions, `block_rope` at the blocks' first; both are of this
+        layer's kind, which serves queries, window rows, entries, the indexer and the way back alike. `scratch` holds
+        the step's window rows where the ring cannot (see WindowTable)."""
+        ops, window = self.ops, step.window
         qr = ops.rmsnorm(ops.linear(x, self.wq_a), self.q_norm, self.eps)
-        q = ops.rmsnorm(ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim)), None, self.eps)
-        q = ops.rope(q, *rope)
-        kv = ops.rope(ops.rmsnorm(ops.linear(x, self.wkv), self.kv_norm, self.eps), *rope)
-        rows = self.codec.roundtrip(kv.float())  # what is attended to now is what a later step will read
-
+        q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
+        q = ops.norm_rope(q, None, *rope, self.eps)
+        rows = self.window
+        if scratch is not None and window.past is not None:
+            rows = scratch
+            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
+        # What is attended to now has been through the format, as what a later step reads.
+        ops.write_rows(ops.linear(x, self.wkv), self.kv_norm, *rope, self.eps, rows, window.target)
         compressed = self._compressed(x, qr, step, rope, block_rope)
-        o = ops.sparse_attention(
-            q, self.sink, self.scale, step.tiles, self._window_rows(rows, step), step.window.keys, *compressed
-        )
-        self.window.write(step.window.target, rows[step.window.kept])
-
-        o = ops.rope(o, *rope, inverse=True).to(x.dtype)
+        o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
+        if rows is scratch:
+            ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
         u = ops.grouped_linear(o.view(len(x), self.wo_a.shape[0], -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
-
-    def _window_rows(self, rows: Tensor, step: Step) -> Tensor:
-        """Rows before the step, the step's own, and zeros (see WindowTable)."""
-        return torch.cat((self.window.read(step.window.past), rows, rows.new_zeros((1, rows.shape[1]))))
 
     def _compressed(self, x: Tensor, qr: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> tuple:
         """The history arguments of `sparse_attention`, with this step's entries written first, as its tokens

@@ -39,7 +39,8 @@ class Batch:
 
     `token_ids`, `positions` int64 [T], row after row; `page_table` int32 [slabs, blocks] (page of each block
     of block_tokens tokens; entries that no row needs may hold anything); `logit_index` int64 [S], ascending:
-    tokens whose logits are wanted.
+    tokens whose logits are wanted. All lie on the CPU; `device_pages` is the page table on the model's device, where
+    that is another.
     """
 
     token_ids: Tensor
@@ -47,3 +48,4 @@ class Batch:
     rows: tuple[Row, ...]
     page_table: Tensor
     logit_index: Tensor
+    device_pages: Tensor | None = None

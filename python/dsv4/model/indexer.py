@@ -28,7 +28,7 @@ class Indexer:
         ops: Ops,
         dtype: torch.dtype,
     ) -> None:
-        self.ops, self.codec = ops, codec
+        self.ops = ops
         self.heads, self.dim, self.topk = config.index_heads, config.index_head_dim, config.index_topk
         self.ratio = config.csa_ratio
         self.wq_b, self.weights_proj = weights["wq_b.weight"], weights["weights_proj.weight"]
@@ -47,10 +47,11 @@ class Indexer:
         rope: tuple[Tensor, Tensor],
         block_rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Selected entries int64 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank
+        """Selected entries int32 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank
         query. Writes this step's keys first."""
         self.compressor(x32, step, block_rope)
         q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
-        q = self.codec.transform(self.ops.rope(q, *rope).float())  # into the space that keys are stored in
         weights = self.ops.linear(x, self.weights_proj).float() * (self.dim * self.heads) ** -0.5
-        return self.ops.index_select(q, weights, self.keys, step.tiles, step.entries[self.ratio], self.topk)
+        return self.ops.index_select(
+            q, *rope, weights, self.keys, step.tokens, step.entries[self.ratio], self.topk
+        )

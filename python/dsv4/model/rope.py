@@ -42,10 +42,9 @@ class RopeTable:
             return cls(frequencies(config.rope_dim, config.rope_theta, None), device)
         return cls(frequencies(config.rope_dim, config.compress_rope_theta, config.yarn), device)
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin), float32 [N, rope_dim / 2] each, for int64 [N] positions."""
-        need = int(positions.max()) + 1 if len(positions) else 0
-        while len(self._cos) < need:
+    def at(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin), float32 [N, rope_dim / 2] each, for int64 [N] positions, all below `end`."""
+        while len(self._cos) < end:
             angle = (
                 torch.arange(len(self._cos), len(self._cos) + _GROW, dtype=torch.float32)[:, None]
                 * self._freq

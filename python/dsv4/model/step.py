@@ -1,5 +1,5 @@
 """Index tables of one step. They depend on rows, positions and pages alone, so they are built once for all
-layers.
+layers, on the host, and then moved to the device.
 
 Only a step with replaying rows needs other tables per layer: the deeper the layer, the fewer tokens take
 part.
@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv4.model.batch import Batch, Row
-from dsv4.ops.tables import BlockTable, EntryTable, KeyTable, TileTable
-
-KEY_MULTIPLE = 256
-"""Entry tables are as wide as a multiple of this; a backend's key block divides it."""
+from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable, moved, runs, spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,41 +28,47 @@ class Geometry:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowTable:
-    """Where window rows come from and go to.
-
-    The rows that a layer's attention reads are, in this order: `past` (int64 [R * W] ring row ids, positions
-    start - W .. start - 1 of each batch row), the step's own T rows, one row of zeros. `keys` indexes these.
-    Afterwards token `kept` int64 [M] is written to ring row `target` int64 [M].
-    """
-
-    past: Tensor
-    keys: KeyTable
-    kept: Tensor
-    target: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
-    """The tables of one layer's tokens. `token` int64 [T]: index in the batch of each token that takes
-    part."""
+    """The tables of one layer's tokens. `token` int64 [T]: index in the batch of each token that takes part;
+    `end`: all positions are below this."""
 
     rows: tuple[Row, ...]
     token: Tensor
     token_ids: Tensor
-    positions: Tensor
-    slabs: Tensor
-    tiles: TileTable
+    end: int
+    tokens: TokenTable
     window: WindowTable
     entries: dict[int, EntryTable]
     blocks: dict[int, BlockTable]
 
+    def to(self, device: torch.device, pages: Tensor) -> Step:
+        """The step on a device, where the page table is `pages`."""
+        if device.type == "cpu":
+            return self
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        return Step(
+            rows=self.rows,
+            token=move(self.token),
+            token_ids=move(self.token_ids),
+            end=self.end,
+            tokens=moved(self.tokens, move),
+            window=moved(self.window, move),
+            entries={
+                m: EntryTable(pages, t.per_page, move(t.visible), t.most) for m, t in self.entries.items()
+            },
+            blocks={m: moved(t, move) for m, t in self.blocks.items()},
+        )
+
 
 def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
-    """Tables for the tokens of `batch` that take part in `layer`; None when there are none."""
+    """Tables (on the CPU, as all tensors of `batch` are) for the tokens of `batch` that take part in `layer`; None
+    when there are none."""
     rows: list[Row] = []
     floors: list[int] = []
-    tokens: list[Tensor] = []
+    taken: list[Tensor] = []
     offset = 0
     for row in batch.rows:
         floor = row.floor(layer, geometry.window)
@@ -73,7 +76,7 @@ def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
         length = row.length - skipped
         if length <= 0:
             continue
-        tokens.append(torch.arange(row.offset + skipped, row.offset + row.length))
+        taken.append(torch.arange(row.offset + skipped, row.offset + row.length))
         rows.append(
             Row(row.slab, row.start + skipped, length, offset, row.reset, row.replay_end, row.replay_start)
         )
@@ -81,135 +84,89 @@ def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
         offset += length
     if not rows:
         return None
-    token = torch.cat(tokens).to(batch.positions.device)
-    r = _RowTensors.of(rows, floors, token.device)
-    positions = batch.positions[token]
-    pages = batch.page_table[r.slab].long()
-    tiles, places = _tiles(r, geometry.tile)
+    token = torch.cat(taken)
+    columns = [
+        (x.slab, x.start, x.length, x.offset, f, x.replay_end) for x, f in zip(rows, floors, strict=True)
+    ]
+    slabs, start, length, first, floor, replay_end = torch.tensor(columns).unbind(1)
+    row = spread(length)
+    tokens = TokenTable(
+        row=row,
+        slab=slabs[row].int(),
+        position=batch.positions[token],
+        slabs=slabs,
+        start=start,
+        length=length,
+        offset=first,
+        group=geometry.tile,
+    )
     return Step(
         rows=tuple(rows),
         token=token,
         token_ids=batch.token_ids[token],
-        positions=positions,
-        slabs=r.slab,
-        tiles=tiles,
-        window=_window(r, positions, tiles, places, geometry),
-        entries={m: _entries(r, positions, pages, geometry.block_tokens, m) for m in geometry.ratios},
-        blocks={m: _blocks(r, positions, pages, geometry.block_tokens, m) for m in geometry.ratios},
+        end=max(x.start + x.length for x in rows),
+        tokens=tokens,
+        window=_window(tokens, floor, geometry),
+        entries={m: _entries(tokens, batch.page_table, geometry.block_tokens, m) for m in geometry.ratios},
+        blocks={
+            m: _blocks(tokens, batch.page_table, replay_end, geometry.block_tokens, m)
+            for m in geometry.ratios
+        },
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _RowTensors:
-    """The rows as columns, int64 [R] each; `of_token` int64 [T] is the row of each token."""
-
-    slab: Tensor
-    start: Tensor
-    length: Tensor
-    offset: Tensor
-    floor: Tensor
-    replay_end: Tensor
-    of_token: Tensor
-
-    @classmethod
-    def of(cls, rows: list[Row], floors: list[int], device: torch.device) -> _RowTensors:
-        columns = [
-            (x.slab, x.start, x.length, x.offset, f, x.replay_end) for x, f in zip(rows, floors, strict=True)
-        ]
-        slab, start, length, offset, floor, replay_end = torch.tensor(columns, device=device).unbind(1)
-        return cls(slab, start, length, offset, floor, replay_end, _spread(length))
-
-    @property
-    def end(self) -> Tensor:
-        return self.start + self.length
-
-
-def _spread(counts: Tensor) -> Tensor:
-    """[2, 3] -> [0, 0, 1, 1, 1]."""
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-
-
-def _runs(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """[2, 3] -> owners [0, 0, 1, 1, 1] and places [0, 1, 0, 1, 2]."""
-    owner = _spread(counts)
-    begin = counts.cumsum(0) - counts
-    return owner, torch.arange(len(owner), device=counts.device) - begin[owner]
-
-
-def _tiles(r: _RowTensors, group: int) -> tuple[TileTable, Tensor]:
-    """Tiles of the rows, and the position int64 [n, g] of each place (also of empty ones)."""
-    row, nth = _runs((r.end - 1) // group - r.start // group + 1)
-    first = (r.start[row] // group + nth) * group
-    position = first[:, None] + torch.arange(group, device=first.device)
-    inside = (position >= r.start[row, None]) & (position < r.end[row, None])
-    total = len(r.of_token)
-    tokens = torch.where(inside, r.offset[row, None] + position - r.start[row, None], total)
-    slot = torch.nonzero(inside.flatten()).flatten()  # tokens lie in tiles in their own order
-    return TileTable(tokens=tokens, slot=slot, row=row), position
-
-
-def _window(
-    r: _RowTensors, positions: Tensor, tiles: TileTable, places: Tensor, geometry: Geometry
-) -> WindowTable:
-    """Keys of a tile that starts at position s are positions s - W .. s + g - 1, whoever sees them."""
-    w, ring, group, total = geometry.window, geometry.ring, geometry.tile, len(r.of_token)
-    row, device = tiles.row, places.device
-    key = places[:, :1] - w + torch.arange(w + group, device=device)
-    start, low = r.start[row, None], r.floor[row, None]
-    own = (key >= start) & (key < r.end[row, None])
-    past = (key >= low.clamp(min=0)) & (key < start) & (key >= start - w)
-    at = places[:, :, None]
-    visible = (
-        (own | past)[:, None]
-        & (key[:, None] <= at)
-        & (key[:, None] > at - w)
-        & (tiles.tokens != total)[..., None]
-    )
-    zeros = len(r.slab) * w + total
-    index = (
-        torch.where(own, len(r.slab) * w + r.offset[row, None] - start, row[:, None] * w - (start - w)) + key
-    )
-    index = torch.where(visible.any(1), index, zeros)  # the ring may hold no row yet where nobody looks
-    behind = r.start[:, None] - w + torch.arange(w, device=device)
-    kept = torch.nonzero(positions >= r.end[r.of_token] - ring).flatten()  # the ring holds no more of a row
+def _window(t: TokenTable, floor: Tensor, geometry: Geometry) -> WindowTable:
+    w, ring = geometry.window, geometry.ring
+    position = t.position[:, None] - torch.arange(w - 1, -1, -1)
+    held = position >= floor.clamp(min=0)[t.row, None]
+    slab = t.slabs[t.row]
+    own = slab * ring + t.position % ring
+    if int(t.length.max()) + w - 1 <= ring:
+        ids = torch.where(held, slab[:, None] * ring + position % ring, -1)
+        return WindowTable(ids=ids.int(), target=own)
+    start = t.start[t.row, None]
+    past, rows = len(t.slabs) * w, len(t.row)
+    old = t.row[:, None] * w + position - (start - w)
+    new = past + t.offset[t.row, None] + position - start
+    behind = t.start[:, None] - w + torch.arange(w)
+    kept = torch.nonzero(
+        t.position >= (t.start + t.length)[t.row] - ring
+    ).flatten()  # the ring holds no more of a row
     return WindowTable(
-        past=(r.slab[:, None] * ring + behind % ring).flatten(),
-        keys=KeyTable(index=index, visible=visible),
+        ids=torch.where(held, torch.where(position < start, old, new), -1).int(),
+        target=past + torch.arange(rows),
+        past=(t.slabs[:, None] * ring + behind % ring).flatten(),
         kept=kept,
-        target=r.slab[r.of_token[kept]] * ring + positions[kept] % ring,
+        kept_to=own[kept],
     )
 
 
-def _entries(r: _RowTensors, positions: Tensor, pages: Tensor, block_tokens: int, ratio: int) -> EntryTable:
-    """An entry is visible to position t when its block has ended at t or before."""
-    visible = (positions + 1) // ratio
-    most = int(visible.max())
-    per_page = block_tokens // ratio
-    entry = torch.arange(most + -most % KEY_MULTIPLE, device=positions.device)
-    page = pages[:, (entry // per_page).clamp(max=pages.shape[1] - 1)]
-    ids = torch.where(entry < (r.end // ratio)[:, None], page * per_page + entry % per_page, 0)
-    return EntryTable(ids=ids, row=r.of_token, visible=visible, most=most)
+def _entries(t: TokenTable, pages: Tensor, block_tokens: int, ratio: int) -> EntryTable:
+    """An entry is visible to position p when its block has ended at p or before."""
+    visible = (t.position + 1) // ratio
+    return EntryTable(
+        pages=pages, per_page=block_tokens // ratio, visible=visible.int(), most=int(visible.max())
+    )
 
 
-def _blocks(r: _RowTensors, positions: Tensor, pages: Tensor, block_tokens: int, ratio: int) -> BlockTable:
-    counts = (r.end - 1) // ratio - r.start // ratio + 1
-    row, nth = _runs(counts)
-    block = r.start[row] // ratio + nth
-    low = torch.maximum(block * ratio, r.start[row])
-    high = torch.minimum((block + 1) * ratio, r.end[row])
+def _blocks(t: TokenTable, pages: Tensor, replay_end: Tensor, block_tokens: int, ratio: int) -> BlockTable:
+    end = t.start + t.length
+    counts = (end - 1) // ratio - t.start // ratio + 1
+    row, nth = runs(counts)
+    block = t.start[row] // ratio + nth
+    low = torch.maximum(block * ratio, t.start[row])
+    high = torch.minimum((block + 1) * ratio, end[row])
     ends = counts.cumsum(0) - 1
     complete = high == (block + 1) * ratio
-    emitted = torch.nonzero(complete & (high > r.replay_end[row])).flatten()
     per_page = block_tokens // ratio
-    entry, of = block[emitted], row[emitted]
+    page = pages[t.slabs[row], block // per_page].long()
     return BlockTable(
-        first=r.offset[row] + low - r.start[row],
+        first=t.offset[row] + low - t.start[row],
         count=high - low,
         opens=ends - counts + 1,
         ends=ends,
         closed=complete[ends],
-        emitted=emitted,
-        target=pages[of, entry // per_page] * per_page + entry % per_page,
-        position=entry * ratio,
-        slot=positions % ratio,
+        target=torch.where(complete & (high > replay_end[row]), page * per_page + block % per_page, -1),
+        position=block * ratio,
+        slot=t.position % ratio,
     )

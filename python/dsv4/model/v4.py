@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dsv4.cache.paged import PagedCache
+from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.model.attention import Attention, Codecs, Rope
 from dsv4.model.batch import Batch
@@ -20,6 +21,9 @@ from dsv4.ops.registry import Ops
 
 _TILE_ROWS = 64
 """Query rows (tokens times heads) that share a block of window keys: enough to be worth a matrix product."""
+
+_SCRATCH_ROWS = 64
+"""Rows of a page of the scratch region."""
 
 
 class HyperConnection:
@@ -61,9 +65,11 @@ class Layer:
         self.attn = Attention(weights.within("attn"), config, index, cache, codecs, ops, dtype)
         self.moe = MoE(weights.within("ffn"), config, index, ops)
 
-    def __call__(self, streams: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> Tensor:
+    def __call__(
+        self, streams: Tensor, step: Step, rope: Rope, block_rope: Rope | None, scratch: Rows | None
+    ) -> Tensor:
         y, post, comb = self.attn_hc.pre(streams)
-        y = self.attn(self.ops.rmsnorm(y, self.attn_norm, self.eps), step, rope, block_rope)
+        y = self.attn(self.ops.rmsnorm(y, self.attn_norm, self.eps), step, rope, block_rope, scratch)
         streams = self.attn_hc.post(y, streams, post, comb)
 
         y, post, comb = self.ffn_hc.pre(streams)
@@ -92,6 +98,7 @@ class V4Model:
             row=row_format(formats["window"], config.head_dim, config.rope_dim),
             index=row_format(formats.get("csa_index", "float32"), config.index_head_dim, config.rope_dim),
         )
+        self.window_codec = codecs.row
         self.layers = [
             Layer(top.within(f"layers.{i}"), config, i, cache, codecs, ops, self.embed.dtype)
             for i in range(config.num_layers)
@@ -117,25 +124,43 @@ class V4Model:
         """
         if fresh := [row.slab for row in batch.rows if row.reset]:
             self.cache.reset(fresh)
-        alive = torch.arange(len(batch.token_ids), device=self.embed.device)
-        streams = self.embed[batch.token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        device = self.embed.device
+        pages = batch.page_table if batch.device_pages is None else batch.device_pages
         replays = any(row.replay_end for row in batch.rows)
+        alive, streams = torch.arange(len(batch.token_ids)), None
         for i, layer in enumerate(self.layers):
             if i == 0 or replays:  # the deeper the layer, the fewer tokens of a replay take part
                 step = build_step(batch, self.geometry, i)
                 if step is None:
                     return self.embed.new_empty((0, len(self.head)), dtype=torch.float32)
-                streams, alive = streams[torch.searchsorted(alive, step.token)], step.token
-                ropes = self._ropes(step)
-            streams = layer(streams, step, *ropes[layer.ratio])
-        return self._logits(streams[torch.searchsorted(alive, batch.logit_index)])
+                kept = torch.searchsorted(alive, step.token).to(device)
+                alive, step = step.token, step.to(device, pages)
+                ropes, scratch = self._ropes(step), self._scratch(step)
+                if streams is None:
+                    streams = self.embed[step.token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+                else:
+                    streams = streams[kept]
+            streams = layer(streams, step, *ropes[layer.ratio], scratch)
+        return self._logits(streams[torch.searchsorted(alive, batch.logit_index).to(device)])
 
     def _ropes(self, step: Step) -> dict[int, tuple[Rope, Rope | None]]:
-        """By ratio: rotations at the tokens' positions and at those of the blocks that become complete."""
+        """By ratio: rotations at the tokens' positions and at the blocks' first."""
         return {
-            m: (table.at(step.positions), table.at(step.blocks[m].position) if m else None)
+            m: (
+                table.at(step.tokens.position, step.end),
+                table.at(step.blocks[m].position, step.end) if m else None,
+            )
             for m, table in self.ropes.items()
         }
+
+    def _scratch(self, step: Step) -> Rows | None:
+        """A region for the window rows of a step that the ring cannot hold; all layers use it in turn."""
+        if step.window.past is None:
+            return None
+        codec, rows = self.window_codec, len(step.window.past) + len(step.window.target)
+        pages = -(-rows // _SCRATCH_ROWS)
+        shape = (pages, _SCRATCH_ROWS * sum(codec.planes))
+        return Rows(codec, torch.empty(shape, dtype=torch.uint8, device=self.embed.device), _SCRATCH_ROWS)
 
     def _logits(self, streams: Tensor) -> Tensor:
         h = self.ops.hc_head(streams, *self.hc_head, self.config.rms_eps, self.config.hc_eps)

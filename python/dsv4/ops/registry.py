@@ -16,9 +16,10 @@ Op = Callable[..., Any]
 
 _REFERENCE_MODULES = {
     "linear": ("linear", "grouped_linear", "logits"),
-    "norm": ("rmsnorm", "rope"),
+    "norm": ("rmsnorm", "norm_rope"),
+    "rows": ("write_rows", "copy_rows"),
     "hyper": ("hc_pre", "hc_post", "hc_head"),
-    "compress": ("pool_fold", "compress_finish"),
+    "compress": ("compress",),
     "index": ("index_select",),
     "attention": ("sparse_attention",),
     "moe": ("route", "experts", "swiglu"),

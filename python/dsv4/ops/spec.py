@@ -2,10 +2,11 @@
 reference.
 
 Letters in shapes: T tokens of the step, d hidden size, n streams of mHC, h heads, D head dim, r rope dim, H
-index heads, I index head dim, B blocks that the step touches, K key columns, k selected entries or experts, E
-experts, S sampled tokens. Dtype `model` is the dtype of the model (float32 or bfloat16); the others are
-exact. Tables are described in `tables.py`. Sources name sections of DeepSeek's V4 paper (arXiv 2606.19348) or
-the module of the released inference code.
+index heads, I index head dim, B blocks that the step touches, W window, k selected entries or experts, E
+experts, m ratio, w pool rows, S sampled tokens. Dtype `model` is the dtype of the model (float32 or
+bfloat16); the others are exact. `rows` are stored rows, read and written in place (`tables.RowSource`).
+Tables are described in `tables.py`. Sources name sections of DeepSeek's V4 paper (arXiv 2606.19348) or the
+module of the released inference code.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class OpSpec:
     result: tuple[Arg, ...]
     tolerance: float
     source: str
+    writes: tuple[str, ...] = ()
+    """Arguments that the op changes in place (tensors and rows)."""
 
     def __str__(self) -> str:
         return f"{self.name}({', '.join(map(str, self.args))}) -> {', '.join(map(str, self.result))}"
@@ -51,8 +54,10 @@ def _args(text: str) -> tuple[Arg, ...]:
     return tuple(parsed)
 
 
-def _spec(name: str, args: str, result: str, tolerance: float, source: str) -> tuple[str, OpSpec]:
-    return name, OpSpec(name, _args(args), _args(result), tolerance, source)
+def _spec(
+    name: str, args: str, result: str, tolerance: float, source: str, writes: str = ""
+) -> tuple[str, OpSpec]:
+    return name, OpSpec(name, _args(args), _args(result), tolerance, source, tuple(writes.split()))
 
 
 SPECS: dict[str, OpSpec] = dict(
@@ -80,11 +85,28 @@ SPECS: dict[str, OpSpec] = dict(
             "RMSNorm",
         ),
         _spec(
-            "rope",
-            "x model[T,...,D]; cos float32[T,r/2]; sin float32[T,r/2]; inverse value",
+            "norm_rope",
+            "x model[T,...,D]; weight float32[D] or None; cos float32[T,r/2]; sin float32[T,r/2]; eps value",
             "y model[T,...,D]",
             1e-6,
-            "apply_rotary_emb: interleaved pairs of the last r channels; inverse rotates by -t",
+            "RMSNorm, then apply_rotary_emb: interleaved pairs of the last r channels",
+        ),
+        _spec(
+            "write_rows",
+            "x model[T,D]; weight float32[D]; cos float32[T,r/2]; sin float32[T,r/2]; eps value; "
+            "rows rows[.,D]; target int64[T]",
+            "",
+            1e-6,
+            "norm_rope of the key-value row, encoded into physical row target[t]",
+            writes="rows",
+        ),
+        _spec(
+            "copy_rows",
+            "source rows[.,D]; ids int64[N]; rows rows[.,D]; target int64[N]",
+            "",
+            0.0,
+            "row ids[n] of source to row target[n], bytes as they are; both of one format",
+            writes="rows",
         ),
         _spec(
             "hc_pre",
@@ -110,38 +132,34 @@ SPECS: dict[str, OpSpec] = dict(
             "hc_head of the release: hc_pre without Sinkhorn",
         ),
         _spec(
-            "pool_fold",
-            "value float32[B,D]; lse float32[B,D]; kv float32[T,D]; score float32[T,D]; "
-            "first int64[B]; count int64[B]",
-            "value float32[B,D]; lse float32[B,D]",
+            "compress",
+            "projected float32[T,2*w*D]; ape float32[m,w*D]; state float32[slabs,w,2,D]; tokens TokenTable; "
+            "blocks BlockTable; weight float32[D]; cos float32[B,r/2]; sin float32[B,r/2]; eps value; "
+            "dtype value; rows rows[.,D]",
+            "",
             1e-5,
-            "softmax over slots per channel, paper 2.3.1 and 2.3.2, as a left fold of (value, lse) pairs",
-        ),
-        _spec(
-            "compress_finish",
-            "pooled model[B,D]; weight float32[D]; cos float32[B,r/2]; sin float32[B,r/2]; eps value",
-            "rows float32[B,D]",
-            1e-6,
-            "norm, then rope at the first position of the block",
+            "paper 2.3.1 (CSA, w = 2) and 2.3.2 (HCA, w = 1): softmax over slots per channel as a left fold of "
+            "(value, lse) pairs; complete blocks are rounded to dtype, normed, turned and written to blocks.target",
+            writes="state rows",
         ),
         _spec(
             "index_select",
-            "q float32[T,H,I]; weights float32[T,H]; keys rows[.,I]; tiles TileTable; "
-            "entries EntryTable; topk value",
-            "selected int64[T,k]",
+            "q model[T,H,I]; cos float32[T,r/2]; sin float32[T,r/2]; weights float32[T,H]; keys rows[.,I]; "
+            "tokens TokenTable; entries EntryTable; topk value",
+            "selected int32[T,k]",
             0.0,
-            "lightning indexer, paper 2.3.1: sum_h w_h relu(q_h . k_e); "
-            "top-k, ties by lowest index, ascending, -1 pads",
+            "lightning indexer, paper 2.3.1: rope and the codec's transform of q, then sum_h w_h relu(q_h . k_e); "
+            "top-k, ties by lowest index, ascending, -1 pads; k = min(topk, most visible)",
         ),
         _spec(
             "sparse_attention",
-            "q model[T,h,D]; sink float32[h]; scale value; "
-            "tiles TileTable; window_rows float32[.,D]; window KeyTable; "
-            "history rows[.,D] or None; entries EntryTable or None; selected int64[T,k] or None",
-            "o float32[T,h,D]",
+            "q model[T,h,D]; sink float32[h]; scale value; cos float32[T,r/2]; sin float32[T,r/2]; "
+            "tokens TokenTable; window rows[.,D]; window_ids int32[T,W]; "
+            "history rows[.,D] or None; entries EntryTable or None; selected int32[T,k] or None",
+            "o model[T,h,D]",
             1e-5,
             "one softmax over the window, the visible (or selected) entries and the sink; "
-            "keys are the values",
+            "keys are the values; the result's last r channels are turned back by the token's position",
         ),
         _spec(
             "route",

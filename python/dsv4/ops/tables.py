@@ -2,22 +2,37 @@
 
 A *tile* is a group of g consecutive tokens of one request whose first position is a multiple of g. A token's
 place in its tile depends on its position alone, so a matrix product over tiles gives the same bits however
-the tokens were batched.
+the tokens were batched. The reference works tile by tile; kernels go token by token and never ask for tiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+Table = TypeVar("Table")
 
 
 class RowSource(Protocol):
-    """Stored rows that can be read by physical row id."""
+    """Stored rows by physical row id (`dsv4.cache.rows.Rows`). Kernels read the bytes in place: row `id` is row
+    `id % rows` of `region[id // rows]`, laid out by `codec`."""
+
+    codec: Any
+    region: Tensor
+    rows: int
 
     def read(self, ids: Tensor) -> Tensor:
         """float32 [..., dim] for int64 [...] ids, all of which must be valid."""
+
+    def write(self, ids: Tensor, values: Tensor) -> None:
+        """Encodes float32 [N, dim] into rows int64 [N], no id twice."""
+
+    def planes(self) -> tuple[Tensor, ...]:
+        """Views uint8 [P, rows, bytes] of the region, one per plane of the format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +46,77 @@ class TileTable:
 
 
 @dataclass(frozen=True, slots=True)
-class KeyTable:
-    """Keys that the tokens of a tile share. `index` int64 [n, K] into the rows given with it; `visible` bool
-    [n, g, K]. What is visible to no one may point anywhere that holds finite numbers."""
+class TokenTable:
+    """The tokens of a step. `row` int64 [T]: batch row; `slab` int32 [T]: slab, which is also the row of the page
+    table; `position` int64 [T]. `slabs`, `start`, `length`, `offset` int64 [R]: slab, first position, tokens and
+    first token of each batch row. `group`: tokens of a tile."""
 
-    index: Tensor
-    visible: Tensor
+    row: Tensor
+    slab: Tensor
+    position: Tensor
+    slabs: Tensor
+    start: Tensor
+    length: Tensor
+    offset: Tensor
+    group: int
+    _tiles: list[TileTable] = field(default_factory=list, repr=False)
+
+    def tiles(self) -> TileTable:
+        """The tiles, built when first asked for."""
+        if not self._tiles:
+            self._tiles.append(self._build())
+        return self._tiles[0]
+
+    def _build(self) -> TileTable:
+        group, end, total = self.group, self.start + self.length, len(self.row)
+        row, nth = runs((end - 1) // group - self.start // group + 1)
+        first = (self.start[row] // group + nth) * group
+        position = first[:, None] + torch.arange(group, device=first.device)
+        inside = (position >= self.start[row, None]) & (position < end[row, None])
+        tokens = torch.where(inside, self.offset[row, None] + position - self.start[row, None], total)
+        slot = torch.nonzero(inside.flatten()).flatten()  # tokens lie in tiles in their own order
+        return TileTable(tokens=tokens, slot=slot, row=row)
 
 
 @dataclass(frozen=True, slots=True)
 class EntryTable:
-    """Compressed entries of one ratio. `ids` int64 [R, K] physical row id of each entry of each batch row, 0
-    where there is none, K a multiple of the key block; `row` int64 [T] batch row of each token; `visible`
-    int64 [T]: entries below this number are visible; `most` the largest of them."""
+    """Compressed entries of one ratio. `pages` int32 [slabs, blocks]: the page table, whatever it holds beyond a
+    request's pages is never read; `per_page`: entries of a page; `visible` int32 [T]: entries below this number
+    are visible to a token; `most`: the largest of them."""
 
-    ids: Tensor
-    row: Tensor
+    pages: Tensor
+    per_page: int
     visible: Tensor
     most: int
+
+    def locate(self, slab: Tensor, entry: Tensor) -> Tensor:
+        """Physical row ids int64 of entries [...] of slabs [...] (broadcast); of entries past the table's end those
+        of its last block."""
+        block = (entry // self.per_page).clamp(max=self.pages.shape[1] - 1)
+        return self.pages[slab.long(), block].long() * self.per_page + entry % self.per_page
+
+
+@dataclass(frozen=True, slots=True)
+class WindowTable:
+    """Window rows of a step.
+
+    `ids` int32 [T, W]: physical row of each key of each token, ascending by position and the token's own last, -1
+    where there is none. Where every batch row is so short that the ring holds its window and its own tokens, ids
+    name rows of the ring and `target` int64 [T] is the token's own row there. Otherwise they name rows of a
+    scratch region that holds first the W ring rows `past` int64 [R * W] before each batch row's start and then the
+    step's own, which is `target`; tokens `kept` int64 [M] are copied to ring rows `kept_to` int64 [M] afterwards.
+    """
+
+    ids: Tensor
+    target: Tensor
+    past: Tensor | None = None
+    kept: Tensor | None = None
+    kept_to: Tensor | None = None
+
+    @property
+    def direct(self) -> bool:
+        """Whether tokens go to the ring first and are read from there."""
+        return self.past is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +125,8 @@ class BlockTable:
 
     `first`, `count` int64 [B]: a block's tokens are first .. first + count - 1. `opens` int64 [R] and `ends`
     int64 [R]: first and last block of each batch row. `closed` bool [R]: the last block of the row is
-    complete. `emitted` int64 [M]: complete blocks whose entry is to be written, to physical row `target`
-    int64 [M]; `position` int64 [M] is the block's first position. `slot` int64 [T]: place of each token in
-    its block.
+    complete. `target` int64 [B]: physical row that the block's entry is written to, -1 where it is not (yet);
+    `position` int64 [B]: the block's first position. `slot` int64 [T]: place of each token in its block.
     """
 
     first: Tensor
@@ -67,7 +134,24 @@ class BlockTable:
     opens: Tensor
     ends: Tensor
     closed: Tensor
-    emitted: Tensor
     target: Tensor
     position: Tensor
     slot: Tensor
+
+
+def moved(table: Table, move: Callable[[Tensor], Tensor]) -> Table:
+    """The table with `move` applied to every tensor."""
+    values = {f.name: getattr(table, f.name) for f in fields(table) if f.init and not f.name.startswith("_")}
+    return type(table)(**{k: move(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def spread(counts: Tensor) -> Tensor:
+    """[2, 3] -> [0, 0, 1, 1, 1]."""
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+
+
+def runs(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """[2, 3] -> owners [0, 0, 1, 1, 1] and places [0, 1, 0, 1, 2]."""
+    owner = spread(counts)
+    begin = counts.cumsum(0) - counts
+    return owner, torch.arange(len(owner), device=counts.device) - begin[owner]

@@ -1,5 +1,6 @@
 """Compressors: softmax pooling of a block's tokens, kept as (value, lse) per channel so that it can stop
-anywhere."""
+anywhere. HCA pools the tokens of its block. CSA overlaps: a token has two halves, `hi` for the entry of its own block
+and `lo` for the next one; entry e pools lo of block e - 1, as one slot pooled before, and then hi of block e."""
 
 from __future__ import annotations
 
@@ -7,7 +8,43 @@ import torch
 from torch import Tensor
 
 from dsv4.ops.reference.elementwise import logaddexp
-from dsv4.ops.reference.norm import rmsnorm, rope
+from dsv4.ops.reference.norm import norm_rope
+from dsv4.ops.tables import BlockTable, RowSource, TokenTable
+
+Pool = tuple[Tensor, Tensor]
+"""(value, lse), float32 [B, D] each."""
+
+
+def compress(
+    projected: Tensor,
+    ape: Tensor,
+    state: Tensor,
+    tokens: TokenTable,
+    blocks: BlockTable,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    rows: RowSource,
+) -> None:
+    """Takes in a step's tokens, writes the entries that they complete and carries the rest over.
+
+    `projected` float32 [T, 2 w D]: values, then scores, of each token's w halves (`lo` before `hi`); `ape` float32
+    [m, w D] is added to the scores by place in the block. `state` float32 [slabs, w, 2, D] holds pools as (value,
+    lse): row 0 the entry being filled, row 1 (CSA) the lo halves of the block so far. cos and sin float32 [B, r/2]
+    are at `blocks.position`.
+    """
+    kv, score = projected.chunk(2, dim=-1)
+    score = score + ape[blocks.slot]
+    carried = state[tokens.slabs]
+    pool = _plain if state.shape[1] == 1 else _overlapping
+    value = pool(kv, score, carried, blocks)
+    state[tokens.slabs] = carried
+    emitted = torch.nonzero(blocks.target >= 0).flatten()
+    if len(emitted):
+        pooled = value[emitted].to(dtype)
+        rows.write(blocks.target[emitted], norm_rope(pooled, weight, cos[emitted], sin[emitted], eps).float())
 
 
 def pool_fold(
@@ -31,12 +68,51 @@ def pool_fold(
     return value, lse
 
 
-def compress_finish(pooled: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """Pooled values [B, D] in the model's dtype as rows to store, float32: norm, then rope at the block's
-    first position."""
-    return rope(rmsnorm(pooled, weight, eps), cos, sin).float()
-
-
 def _fold(value: Tensor, lse: Tensor, kv: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
     total = logaddexp(lse, score)
     return value + torch.exp(score - total) * (kv - value), total
+
+
+def _plain(kv: Tensor, score: Tensor, state: Tensor, blocks: BlockTable) -> Tensor:
+    """Pooled values [B, D] of the blocks; `state` [R, 1, 2, D] becomes what the rows carry over."""
+    start = _put(_empty(len(blocks.first), kv), blocks.opens, state[:, 0])
+    value, lse = pool_fold(*start, kv, score, blocks.first, blocks.count)
+    _carry(state[:, 0], (value, lse), blocks)
+    return value
+
+
+def _overlapping(kv: Tensor, score: Tensor, state: Tensor, blocks: BlockTable) -> Tensor:
+    (kv_lo, kv_hi), (score_lo, score_hi) = kv.chunk(2, dim=-1), score.chunk(2, dim=-1)
+    start = _put(_empty(len(blocks.first), kv_lo), blocks.opens, state[:, 1])
+    lo = pool_fold(*start, kv_lo, score_lo, blocks.first, blocks.count)
+    before = (lo[0].roll(1, 0), lo[1].roll(1, 0))  # of the block before, but for the first block of a row
+    before = _put(before, blocks.opens, state[:, 0])
+    hi = pool_fold(*before, kv_hi, score_hi, blocks.first, blocks.count)
+    following = torch.where(blocks.closed[:, None, None], _at(lo, blocks.ends), _at(hi, blocks.ends))
+    state[:, 0] = following
+    _carry(state[:, 1], lo, blocks)
+    return hi[0]
+
+
+def _empty(blocks: int, like: Tensor) -> Pool:
+    value = like.new_zeros((blocks, like.shape[-1]))
+    return value, torch.full_like(value, -torch.inf)
+
+
+def _put(pool: Pool, index: Tensor, state: Tensor) -> Pool:
+    """`pool` with state [R, 2, D] at `index`."""
+    value, lse = pool
+    value[index], lse[index] = state[:, 0], state[:, 1]
+    return value, lse
+
+
+def _at(pool: Pool, index: Tensor) -> Tensor:
+    """[R, 2, D]."""
+    return torch.stack((pool[0][index], pool[1][index]), dim=1)
+
+
+def _carry(state: Tensor, pool: Pool, blocks: BlockTable) -> None:
+    """state [R, 2, D] := the last pool of each row, or an empty one where that block is complete."""
+    state.copy_(_at(pool, blocks.ends))
+    state[:, 0].masked_fill_(blocks.closed[:, None], 0)
+    state[:, 1].masked_fill_(blocks.closed[:, None], -torch.inf)

@@ -6,26 +6,38 @@ import torch
 from torch import Tensor
 
 from dsv4.ops.reference.blocks import INDEX_BLOCK, padded_tiles, tile_chunks
-from dsv4.ops.tables import EntryTable, RowSource, TileTable
+from dsv4.ops.reference.norm import rope
+from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
 
 def index_select(
-    q: Tensor, weights: Tensor, keys: RowSource, tiles: TileTable, entries: EntryTable, topk: int
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor,
+    keys: RowSource,
+    tokens: TokenTable,
+    entries: EntryTable,
+    topk: int,
 ) -> Tensor:
-    """For each token the `topk` visible entries with the largest sum_h weights_h * relu(q_h . key), as int64
+    """For each token the `topk` visible entries with the largest sum_h weights_h * relu(q_h . key), as int32
     [T, min(topk, most visible)]: ascending, -1 after the last. Where no more than topk are visible, these are
-    all."""
-    tokens, width = q.shape[0], min(topk, entries.most)
+    all. q [T, H, I] comes as projected; it is turned by cos, sin float32 [T, r/2] and brought into the space that
+    keys are stored in."""
+    width = min(topk, entries.most)
     if entries.most <= topk:
-        every = torch.arange(width, device=q.device).expand(tokens, width)
+        every = torch.arange(width, device=q.device, dtype=torch.int32).expand(q.shape[0], width)
         return torch.where(every < entries.visible[:, None], every, -1)
+    q = keys.codec.transform(rope(q, cos, sin).float())
+    tiles = tokens.tiles()
     group = tiles.tokens.shape[1]
     q_tiles, w_tiles = padded_tiles(q, tiles), padded_tiles(weights, tiles)
     visible = torch.nn.functional.pad(entries.visible, (0, 1))[tiles.tokens]  # an empty place sees none
-    out = torch.empty((tiles.tokens.numel(), width), dtype=torch.int64, device=q.device)
-    for lo, hi in tile_chunks(len(tiles.row), max(group * entries.ids.shape[1], INDEX_BLOCK * q.shape[-1])):
-        seen = visible[lo:hi]
-        scores = _scores(q_tiles[lo:hi], w_tiles[lo:hi], keys, entries.ids, tiles.row[lo:hi], int(seen.max()))
+    out = torch.empty((tiles.tokens.numel(), width), dtype=torch.int32, device=q.device)
+    columns = entries.most + -entries.most % INDEX_BLOCK
+    for lo, hi in tile_chunks(len(tiles.row), max(group * columns, INDEX_BLOCK * q.shape[-1])):
+        seen, row = visible[lo:hi], tiles.row[lo:hi]
+        scores = _scores(q_tiles[lo:hi], w_tiles[lo:hi], keys, entries, tokens.slabs, row, int(seen.max()))
         out[lo * group : hi * group] = lowest_index_topk(scores.flatten(0, 1), seen.flatten(), width)
     return out[tiles.slot]
 
@@ -33,9 +45,9 @@ def index_select(
 def lowest_index_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     """Indices of the k largest of scores[t, : visible[t]], ascending, -1 after the last; of equal scores the
     ones with the lowest index. NaN counts as -inf, so that damage in one row stays in that row. float32 [T,
-    K], int64 [T] -> int64 [T, k]."""
+    K], int [T] -> int32 [T, k]."""
     tokens, columns = scores.shape
-    column = torch.arange(columns, device=scores.device)
+    column = torch.arange(columns, device=scores.device, dtype=torch.int32)
     seen = column < visible[:, None]
     scores = scores.masked_fill(~seen | scores.isnan(), -torch.inf)
     take = min(k, columns)
@@ -46,19 +58,28 @@ def lowest_index_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     place = torch.where(
         chosen, chosen.cumsum(-1) - 1, k
     )  # column k takes what was not chosen, and is cut off
-    out = torch.full((tokens, k + 1), -1, dtype=torch.int64, device=scores.device)
+    out = torch.full((tokens, k + 1), -1, dtype=torch.int32, device=scores.device)
     return out.scatter_(1, place, column.expand(tokens, columns))[:, :k].contiguous()
 
 
-def _scores(q: Tensor, weights: Tensor, keys: RowSource, ids: Tensor, row: Tensor, most: int) -> Tensor:
+def _scores(
+    q: Tensor,
+    weights: Tensor,
+    keys: RowSource,
+    entries: EntryTable,
+    slabs: Tensor,
+    row: Tensor,
+    most: int,
+) -> Tensor:
     """float32 [n, g, K] for tiles q [n, g, H, I] and weights [n, g, H]; K is `most` rounded up to an index
-    block."""
+    block. What lies past a row's entries may be anything."""
     n, group, heads, _ = q.shape
     left, columns = q.flatten(1, 2), most + -most % INDEX_BLOCK
     out = q.new_empty((n, group, columns))
     lowest = int(row[0])
     for at in range(0, columns, INDEX_BLOCK):
-        block = keys.read(ids[lowest : int(row[-1]) + 1, at : at + INDEX_BLOCK])[row - lowest]
+        column = torch.arange(at, at + INDEX_BLOCK, device=row.device)
+        block = keys.read(entries.locate(slabs[lowest : int(row[-1]) + 1, None], column))[row - lowest]
         dots = torch.bmm(left, block.transpose(1, 2)).clamp_(min=0).view(n, group, heads, INDEX_BLOCK)
         total = weights[:, :, 0, None] * dots[:, :, 0]
         for head in range(1, heads):

@@ -25,3 +25,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     even, odd = x[..., -2 * half :].float().unflatten(-1, (half, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
     return torch.cat((x[..., : -2 * half], turned.to(x.dtype)), dim=-1)
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """`rope` of `rmsnorm`: queries, and key-value rows before they are stored. x [T, ..., D]."""
+    return rope(rmsnorm(x, weight, eps), cos, sin)
