@@ -1,0 +1,94 @@
+"""Routed FP4 experts of Flash and Pro: plan, quantisation, both products and the sum over experts; top 6 at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from dsv4.formats import fp4_decode, fp4_unpack, ue8m0_decode
+from dsv4.kernels.triton.moe import PackedExperts, pack, run
+from torch import Tensor
+
+from benches.gpu.timing import Bench, Row, max_abs_err
+
+SHAPES = {"Flash": (256, 4096, 2048), "Pro": (384, 7168, 3072)}
+"""experts, hidden size, size of an expert."""
+
+TOKENS = (1, 2, 8, 32, 128, 512, 2048, 8192)
+TOPK, LIMIT = 6, 10.0
+
+
+class Experts:
+    """Random experts: expert e's codes are those of e % DISTINCT, so that a reference stays small."""
+
+    DISTINCT = 4
+
+    def __init__(self, count: int, dim: int, inner: int, device: torch.device) -> None:
+        def some(n: int, k: int) -> tuple[Tensor, Tensor]:
+            codes = torch.randint(0, 256, (self.DISTINCT, n, k // 2), device=device, dtype=torch.uint8)
+            return codes, torch.randint(
+                116, 121, (self.DISTINCT, n, k // 32), device=device, dtype=torch.uint8
+            )
+
+        self.w1, self.w3, self.w2 = some(inner, dim), some(inner, dim), some(dim, inner)
+        few = pack(*self.w1, *self.w3, *self.w2)
+        names = ("w13", "s13", "b13", "w2", "s2", "b2")
+        again = lambda t: t.repeat(count // self.DISTINCT, *[1] * (t.dim() - 1))  # noqa: E731
+        self.packed = PackedExperts(*(again(getattr(few, n)) for n in names), few.hidden, few.absorb)
+
+    def expected(self, x: Tensor, experts: Tensor, weights: Tensor, shared: Tensor) -> Tensor:
+        """float32, activations quantised as the kernel does (per 128, hidden per 64)."""
+        out = shared.float()
+        x = roundtrip(x.float(), 128)
+        for e in range(self.DISTINCT):
+            w1, w3, w2 = (
+                fp4_decode(fp4_unpack(c[e])) * ue8m0_decode(s[e]).repeat_interleave(32, 1)
+                for c, s in (self.w1, self.w3, self.w2)
+            )
+            a, b = (x @ w1.t()).clamp(max=LIMIT), (x @ w3.t()).clamp(-LIMIT, LIMIT)
+            h = torch.nn.functional.silu(a) * b
+            for j in range(TOPK):
+                mine = torch.where(experts[:, j] % self.DISTINCT == e, weights[:, j], 0)[:, None]
+                out = out + roundtrip(h * mine, 64) @ w2.t()
+        return out
+
+
+def roundtrip(x: Tensor, block: int) -> Tensor:
+    """Through e4m3 with a power-of-two scale per `block` channels."""
+    v = x.unflatten(-1, (-1, block))
+    scale = torch.exp2(torch.ceil(torch.log2(v.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448)))
+    return ((v / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
+
+
+def rows(bench: Bench) -> Iterator[Row]:
+    torch.manual_seed(0)
+    for name, (count, dim, inner) in SHAPES.items():
+        model = Experts(count, dim, inner, bench.device)
+        size = model.packed.nbytes // count
+        for tokens in (1, 8, 128, 2048) if bench.quick else TOKENS:
+            x = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
+            experts = torch.rand((tokens, count), device=bench.device).topk(TOPK).indices.sort().values
+            weights = torch.rand((tokens, TOPK), device=bench.device)
+            shared = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
+            f = partial(run, x, experts, weights, model.packed, LIMIT, shared)
+            last = slice(tokens - min(tokens, 16), None)
+            error = max_abs_err(
+                f()[last], model.expected(x[last], experts[last], weights[last], shared[last])
+            )
+            hit = len(experts.unique())
+            yield Row(
+                "moe",
+                f"{name} {count} x {dim} x {inner} top {TOPK}",
+                tokens,
+                hit,
+                bench.us(f),
+                hit * size + 6 * x.numel(),
+                2 * tokens * TOPK * 3 * dim * inner,
+                "fp8",
+                "",
+                None,
+                error,
+            )
+        del model
+        bench.free()

@@ -1,0 +1,286 @@
+"""Matrix products with weights that stay packed: y = x W^T for FP8 (e4m3, ue8m0 per 128 x 128), bf16 or float32
+weights, also block-diagonal (`groups`) and as SwiGLU of two.
+
+Two kernels. `narrow`, for few tokens, is bound by reading weights: they take the matrix unit's wide side, tokens the
+narrow one; activations are quantised on the way in; K is split over programs until the machine is full, and the last
+program to arrive adds the parts in a fixed order. `wide`, for many tokens, is bound by arithmetic: tensor-memory
+loads, 128-wide steps, one multiply-add per output and step for the scales (on Blackwell the hardware applies them).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.kernels.aot import Aot
+from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.quantise import dot, exponent_scale, pow2_scale, quantise, to_e4m3
+
+NARROW_TOKENS = 128
+"""Up to this many tokens `narrow` runs FP8 products, beyond `wide`."""
+
+_COUNTERS = 1 << 16
+
+
+@triton.jit
+def _row_scales(ws, row, KB, kb):
+    """float32 scales of weight rows `row` in block kb of the channels."""
+    return exponent_scale(tl.load(ws + (row // 128) * KB + kb))
+
+
+@triton.jit
+def silu_gate(a, b, limit):
+    """silu(min(a, limit)) * clamp(b, -limit, limit)."""
+    a = tl.minimum(a, limit)
+    return a / (1.0 + tl.exp(-a)) * tl.minimum(tl.maximum(b, -limit), limit)
+
+
+@triton.jit(do_not_specialize=["T", "STEPS", "SPLIT", "limit"])
+def narrow_kernel(
+    x, w, ws, w_up, ws_up, y, parts, arrived, limit,
+    T, OUT, K, KB, STEPS, SPLIT, TILES, x_stride,
+    FP8: tl.constexpr, QUANTISE: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, xs=None,
+):  # fmt: skip
+    """y [T, groups * OUT] = x [T, groups * K] times each group's w [OUT, K] (rows group * OUT + n of w). GATED: y =
+    silu_gate(x w, x w_up). Grid: (groups * TILES * SPLIT, token blocks); a program takes STEPS steps of BK channels."""
+    split, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    group, first = tile // TILES, (tile % TILES) * BN
+    n, t, c = first + tl.arange(0, BN), tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, BK)
+    row = (group * OUT + tl.minimum(n, OUT - 1)).to(tl.int64)
+    live = t < T
+    wp = w + row[:, None] * K + c[None, :]
+    up = w_up + row[:, None] * K + c[None, :]
+    xp = x + t[:, None].to(tl.int64) * x_stride + group * K + c[None, :]
+    acc = tl.zeros((BN, BT), tl.float32)
+    acc_up = tl.zeros((BN, BT), tl.float32)
+    for step in range(split * STEPS, tl.minimum((split + 1) * STEPS, tl.cdiv(K, BK))):
+        inside = step * BK + c < K
+        v = tl.load(xp + step * BK, mask=live[:, None] & inside[None, :], other=0.0)
+        a = tl.load(wp + step * BK, mask=inside[None, :], other=0.0)
+        if GATED:
+            b = tl.load(up + step * BK, mask=inside[None, :], other=0.0)
+        if FP8:
+            if QUANTISE:
+                v = v.to(tl.float32)
+                scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
+                v = to_e4m3(v * inverse[:, None])
+            else:
+                scale = tl.load(xs + (group * KB + step).to(tl.int64) * T + t, mask=live, other=0.0)
+            v = tl.trans(v)
+            acc += tl.dot(a, v) * (_row_scales(ws, row, KB, step)[:, None] * scale[None, :])
+            if GATED:
+                acc_up += tl.dot(b, v) * (_row_scales(ws_up, row, KB, step)[:, None] * scale[None, :])
+        else:
+            v = tl.trans(v.to(a.dtype))
+            acc = dot(a, v, acc)
+            if GATED:
+                acc_up = dot(b, v, acc_up)
+    last = True
+    if PARTS:
+        at = tl.arange(0, BN)[:, None] * BT + tl.arange(0, BT)[None, :]
+        here = tl.program_id(1) * (tl.num_programs(0) // SPLIT) + tile
+        size: tl.constexpr = BN * BT * (2 if GATED else 1)
+        mine = parts + (here.to(tl.int64) * SPLIT + split) * size
+        tl.store(mine + at, acc, mask=live[None, :])
+        if GATED:
+            tl.store(mine + BN * BT + at, acc_up, mask=live[None, :])
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + here, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            acc = tl.zeros((BN, BT), tl.float32)
+            acc_up = tl.zeros((BN, BT), tl.float32)
+            for s in range(SPLIT):
+                part = parts + (here.to(tl.int64) * SPLIT + s) * size
+                acc += tl.load(part + at, mask=live[None, :], other=0.0, cache_modifier=".cg")
+                if GATED:
+                    acc_up += tl.load(
+                        part + BN * BT + at, mask=live[None, :], other=0.0, cache_modifier=".cg"
+                    )
+            tl.store(arrived + here, 0)
+    if last:
+        if GATED:
+            acc = silu_gate(acc, acc_up, limit)
+        groups = tl.num_programs(0) // (SPLIT * TILES)
+        out = t[None, :].to(tl.int64) * (groups * OUT) + group * OUT + n[:, None]
+        tl.store(y + out, acc.to(y.dtype.element_ty), mask=live[None, :] & (n < OUT)[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def wide_kernel(
+    x, xs, w, ws, y, T, OUT, K, KB, GROUPS,
+    BT: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, MX: tl.constexpr,
+):  # fmt: skip
+    """The same product for codes x (descriptor over [T, groups * K], box BT x 128) and w (over [groups * OUT, K], box
+    BN x 128). Programs go down bands of BAND token blocks, so that weights and tokens of neighbours meet in L2."""
+    tiles, rows = GROUPS * (OUT // BN), tl.cdiv(T, BT)
+    band = tl.program_id(0) // (BAND * tiles)
+    height = tl.minimum(rows - band * BAND, BAND)
+    at = tl.program_id(0) % (BAND * tiles)
+    t0, n0 = (band * BAND + at % height) * BT, (at // height) * BN
+    t = t0 + tl.arange(0, BT)
+    first = n0 // OUT
+    xp = xs + first.to(tl.int64) * KB * T + t
+    T = T.to(tl.int64)
+    wp = ws + (n0 // 128) * KB
+    acc = tl.zeros((BT, BN), tl.float32)
+    for kb in range(KB):
+        a = x.load([t0, first * K + kb * 128])
+        b = w.load([n0, kb * 128])
+        scale = tl.load(xp + kb * T, mask=t < T, other=0.0)
+        if MX:
+            code = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
+            left = tl.broadcast_to(code[:, None], (BT, 4))
+            right = tl.full((BN, 4), 0, tl.uint8) + tl.load(wp + kb)
+            acc = tl.dot_scaled(a, left, "e4m3", b.T, right, "e4m3", acc)
+        else:
+            acc += tl.dot(a, b.T) * (scale * exponent_scale(tl.load(wp + kb)))[:, None]
+    n = n0 + tl.arange(0, BN)
+    out = t[:, None].to(tl.int64) * (GROUPS * OUT) + n[None, :]
+    tl.store(y + out, acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
+
+
+_arrived: dict[torch.device, Tensor] = {}
+
+
+def counters(device: torch.device) -> Tensor:
+    """int32 zeros that every kernel leaves at zero. One stream at a time may use them."""
+    if device not in _arrived:
+        _arrived[device] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return _arrived[device]
+
+
+def split_of(programs: int, steps: int, per_sm: int = 3, least: int = 2) -> int:
+    """In how many parts to cut K of `steps` steps, so that `programs` fill the machine with at least `least` steps
+    each."""
+    wanted = max(1, per_sm * multiprocessors() // programs)
+    return max(1, min(wanted, steps // least, 32))
+
+
+def narrow(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor | None,
+    *,
+    out_dtype: torch.dtype,
+    groups: int = 1,
+    up: tuple[Tensor, Tensor | None] | None = None,
+    limit: float = 0.0,
+    tune: dict[str, int] | None = None,
+) -> Tensor:
+    """y [T, rows] for x [T, groups * K] and weight [rows, K]: e4m3 with ue8m0 `scales` [ceil(rows / 128), ceil(K / 128)]
+    or a plain dtype without. `up`: SwiGLU with a second matrix of the same shape. `tune` overrides split, stages, ..."""
+    tokens, rows, wide = x.shape[0], *weight.shape
+    y = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
+    if not tokens:
+        return y
+    fp8, out = scales is not None, rows // groups
+    pick = _narrow_config(tokens, weight, groups, gated=up is not None) | (tune or {})
+    bt, bn, bk, split = pick["bt"], pick["bn"], pick["bk"], pick["split"]
+    tiles, blocks, steps = cdiv(out, bn), cdiv(tokens, bt), cdiv(wide, bk)
+    each = cdiv(steps, split)
+    split = cdiv(steps, each)
+    programs = groups * tiles * blocks
+    parts = torch.empty(
+        programs * split * bn * bt * (2 if up else 1) if split > 1 else 1,
+        dtype=torch.float32,
+        device=x.device,
+    )
+    xs, quantised = None, fp8 and tokens <= 16
+    if fp8 and not quantised:
+        x, xs = quantise(x, groups)
+    second, second_scales = up or (weight, scales)
+    narrow_kernel[(groups * tiles * split, blocks)](
+        x, weight, scales, second, second_scales, y, parts, counters(x.device), limit,
+        tokens, out, wide, cdiv(wide, 128), each, split, tiles, x.stride(0),
+        FP8=fp8, QUANTISE=quantised, GATED=up is not None, PARTS=split > 1, BT=bt, BN=bn, BK=bk, xs=xs,
+        num_warps=pick["warps"], num_stages=pick["stages"],
+    )  # fmt: skip
+    return y
+
+
+def _narrow_config(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dict[str, int]:
+    rows, wide = weight.shape
+    out, size = rows // groups, weight.element_size()
+    bt = min(128, max(16, next_pow2(tokens)))
+    bn = min(64 if gated or bt > 32 or out * groups <= 2048 else 128, max(16, next_pow2(out)))
+    bk = 128 // min(size, 2)
+    steps = cdiv(wide, bk)
+    programs = groups * cdiv(out, bn) * cdiv(tokens, bt)
+    return dict(bt=bt, bn=bn, bk=bk, split=split_of(programs, steps), warps=4, stages=4 if bt <= 64 else 3)
+
+
+def wide(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    *,
+    out_dtype: torch.dtype,
+    groups: int = 1,
+    tune: dict[str, int] | None = None,
+) -> Tensor:
+    """`narrow` for FP8 weights and many tokens. rows / groups and K must be multiples of 128."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tokens, rows, width = x.shape[0], *weight.shape
+    codes, xs = quantise(x, groups)
+    y = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
+    mx = capability()[0] >= 10
+    pick = dict(bt=128, bn=128, band=8, warps=4 if mx else 8, stages=4) | (tune or {})
+    bt, bn = pick["bt"], pick["bn"]
+    wide_kernel[(cdiv(tokens, bt) * (rows // bn),)](
+        TensorDescriptor.from_tensor(codes, [bt, 128]), xs, TensorDescriptor.from_tensor(weight, [bn, 128]), scales, y,
+        tokens, rows // groups, width, width // 128, groups,
+        BT=bt, BN=bn, BAND=pick["band"], MX=mx and not INTERPRETED,
+        num_warps=pick["warps"], num_stages=pick["stages"],
+    )  # fmt: skip
+    return y
+
+
+def product(x: Tensor, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1) -> Tensor:
+    """The FP8 product by whichever kernel suits the number of tokens and the shape."""
+    rows, width = weight.shape
+    aligned = (rows // groups) % 128 == 0 and width % 128 == 0
+    if len(x) <= NARROW_TOKENS or not aligned:
+        return narrow(x, weight, scales, out_dtype=out_dtype, groups=groups)
+    return wide(x, weight, scales, out_dtype=out_dtype, groups=groups)
+
+
+_INTS = {k: "i32" for k in ("T", "STEPS", "SPLIT", "TILES")} | {k: "i32:16" for k in ("OUT", "K", "x_stride")}
+_NARROW = _INTS | {
+    "KB": "i32",
+    "ws": "*u8",
+    "ws_up": "*u8",
+    "parts": "*fp32",
+    "arrived": "*i32",
+    "limit": "fp32",
+}
+
+
+def _aot_narrow(kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, out: str = "bf16") -> Aot:
+    fp8, fused = kind == "fp8e4nv", bt == 16
+    signature = _NARROW | {k: f"*{kind}" for k in ("w", "w_up")} | {"y": f"*{out}"}
+    signature |= {"x": "*bf16"} if fused or not fp8 else {"x": "*fp8e4nv", "xs": "*fp32"}
+    flags = dict(FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk)
+    absent = {k: None for k in ("ws", "ws_up") if not fp8} | ({} if "xs" in signature else {"xs": None})
+    return Aot(narrow_kernel, signature, flags | absent, num_warps=4, num_stages=4, matrix=True)
+
+
+def _aot_wide(arch: int) -> Aot:
+    box = "tensordesc<fp8e4nv[128, 128]>"
+    signature = {"x": box, "w": box, "xs": "*fp32", "ws": "*u8", "y": "*bf16"}
+    signature |= {k: "i32" for k in ("T", "GROUPS", "KB")} | {k: "i32:16" for k in ("OUT", "K")}
+    flags = dict(BT=128, BN=128, BAND=8, MX=arch == 100)
+    return Aot(wide_kernel, signature, flags, 4 if arch == 100 else 8, 4, matrix=True, archs=(arch,))
+
+
+AOT = [
+    _aot_narrow("fp8e4nv", 16, 128, 128),
+    _aot_narrow("fp8e4nv", 16, 64, 128, gated=True),
+    _aot_narrow("fp8e4nv", 128, 64, 128),
+    _aot_narrow("bf16", 16, 128, 64, out="fp32"),
+    _aot_wide(90),
+    _aot_wide(100),
+]

@@ -1,0 +1,495 @@
+"""Routed FP4 experts (e2m1, one ue8m0 scale per 32) with e4m3 activations: out = sum_j w2 (r_j silu_gate(w1 x, w3 x)).
+
+Weights stay FP4 in memory and become e4m3 in registers, as the wide operand of the matrix unit; tokens are the narrow
+one, 16 columns in decode, up to 128 in prefill. They are repacked once at load, without changing their size, so that a
+program streams contiguous memory:
+
+- a tile is 128 rows x 64 channels, 32 bytes a row; w1 and w3 alternate in runs of 8 rows, so that a thread of the
+  matrix unit holds both and SwiGLU costs no exchange;
+- 4 bytes of a row hold 4 weights of its first 32 channels ("low") and 4 of its second ("high"): magnitudes of low in
+  bits 4j to 4j + 2, of high in 16 + 4j to 18 + 4j, signs in bits 8j + 7 and 8j + 3. A byte permute then looks 4
+  magnitudes up in a table of 8 e4m3 bytes: 7 integer operations for 8 weights.
+
+Scales: with few columns the products of each 32 channels are scaled (exact for any scales). With many, the scale
+relative to the row's smallest goes into the lookup table, and the row's own is applied once at the end (`row_base`):
+exact where a row's scales span at most 2^11, which `pack_rows` reports.
+
+Launches of one call: plan and quantisation; first product with SwiGLU, routing weight and quantisation per 64; second
+product; sum over experts and the shared expert. With up to FEW tokens the sum is done by whichever program arrives last,
+and one token needs no plan. Every sum has a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.kernels.aot import Aot
+from dsv4.kernels.triton.common import INTERPRETED, cdiv, next_pow2, pdl
+from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
+from dsv4.kernels.triton.quantise import EMULATE, pow2_scale, to_e4m3
+
+ROWS = 128
+"""Rows of a tile."""
+
+FEW = 8
+"""Up to this many tokens the second product adds up its own results."""
+
+SPAN = 11
+"""Binary orders of magnitude that a row's scales may span to be taken into the lookup table."""
+
+
+@triton.jit
+def _expand(wp, a0, b0, a1, b1):
+    """Packed [N, 32] at wp -> (low, high) as e4m3, looked up in (a0, b0) and (a1, b1), int32 tables [N, 1] of the bytes for
+    magnitudes 0, .5, 1, 1.5 (a) and 2, 3, 4, 6 (b)."""
+    x = tl.load(wp)
+    if EMULATE:
+        c = tl.arange(0, 32)[None, :]
+        unit = wp - c % 4 + (c % 4) // 2
+        low = (tl.load(unit).to(tl.int32) >> (c % 2 * 4)) & 7
+        high = (tl.load(unit + 2).to(tl.int32) >> (c % 2 * 4)) & 7
+        sign = x.to(tl.int32)
+        low = (tl.where(low < 4, a0 >> (low * 8), b0 >> (low * 8 - 32)) & 255) | (sign & 128)
+        high = (tl.where(high < 4, a1 >> (high * 8), b1 >> (high * 8 - 32)) & 255) | ((sign << 4) & 128)
+        low, high = low.to(tl.uint8), high.to(tl.uint8)
+    else:
+        a0, b0 = tl.broadcast_to(a0, x.shape), tl.broadcast_to(b0, x.shape)
+        a1, b1 = tl.broadcast_to(a1, x.shape), tl.broadcast_to(b1, x.shape)
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, u, p, q;
+            and.b32 t, $2, 0x77777777;
+            shr.u32 u, t, 16;
+            prmt.b32 p, $3, $7, t;
+            lop3.b32 $0, $2, 0x80808080, p, 0xEA;
+            prmt.b32 q, $11, $15, u;
+            shl.b32 t, $2, 4;
+            lop3.b32 $1, t, 0x80808080, q, 0xEA;
+            }""",
+            "=&r,=&r,r" + ",r" * 16,
+            [x, a0, b0, a1, b1],
+            dtype=(tl.uint8, tl.uint8),
+            is_pure=True,
+            pack=4,
+        )
+    return low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _table(byte, g: tl.constexpr):
+    """Lookup tables of group g, whose byte holds 8 x the exponent above the row's base: e4m3 bytes of value x 2^(t - 5)."""
+    t = ((byte >> (8 * g)) & 255) * 0x01010101
+    return (t & -256) + 0x14100800, t + 0x24201C18
+
+
+@triton.jit
+def _group_scale(s, g: tl.constexpr):
+    return (((s >> (8 * g)) & 255) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def plan_kernel(
+    experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T,
+    BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program e < E: `rows` gets expert e's slots (token * k + j) in order, `plan` its blocks of at most BT slots as
+    (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks. The programs beyond quantise x,
+    one block of BLOCK channels of 8 tokens each. An expert outside 0 .. E - 1 is left out."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    e = tl.program_id(0)
+    if e >= E:
+        t = (e - E) // KB * 8 + tl.arange(0, 8)
+        c = (e - E) % KB * BLOCK + tl.arange(0, BLOCK)
+        live = (t < T)[:, None] & (c < D)[None, :]
+        v = tl.load(x + t[:, None].to(tl.int64) * x_stride + c[None, :], mask=live, other=0.0).to(tl.float32)
+        scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
+        tl.store(codes + t[:, None].to(tl.int64) * D + c[None, :], to_e4m3(v * inverse[:, None]), mask=live)
+        tl.store(scales + t.to(tl.int64) * KB + (e - E) % KB, scale, mask=t < T)
+    else:
+        at, bins = tl.arange(0, CHUNK), tl.arange(0, BINS)
+        counts = tl.zeros((BINS,), tl.int32)
+        for lo in range(0, S, CHUNK):
+            ids = tl.load(experts + lo + at, mask=lo + at < S, other=-1).to(tl.int32)
+            known = (ids >= 0) & (ids < E)
+            counts += tl.histogram(tl.where(known, ids, 0), BINS, mask=known)
+        mine = tl.sum(tl.where(bins == e, counts, 0))
+        start = tl.sum(tl.where(bins < e, counts, 0))
+        blocks = (counts + BT - 1) // BT
+        first = tl.sum(tl.where(bins < e, blocks, 0))
+        if e == 0:
+            tl.store(plan, tl.sum(blocks))
+        for j in range((mine + BT - 1) // BT):
+            entry = plan + 3 + (first + j) * 3
+            tl.store(entry, e)
+            tl.store(entry + 1, start + j * BT)
+            tl.store(entry + 2, tl.minimum(mine - j * BT, BT))
+        if mine > 0:
+            for lo in range(0, S, CHUNK):
+                here = tl.load(experts + lo + at, mask=lo + at < S, other=-1) == e
+                rank = tl.cumsum(here.to(tl.int32), 0)
+                tl.store(rows + start + rank - 1, lo + at, mask=here)
+                start += tl.sum(here.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["T", "STEPS", "SPLIT", "limit"])
+def experts_kernel(
+    x, xs, w, ws, base, experts, plan, rows, gate, out, out_s, parts, arrived, shared, y, limit,
+    T, K, N, TILES, SPLIT, STEPS,
+    TOPK: tl.constexpr, FIRST: tl.constexpr, ONE: tl.constexpr, SUM: tl.constexpr, ABSORB: tl.constexpr,
+    PARTS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr, SUMMED: tl.constexpr = 1,
+):  # fmt: skip
+    """One product of routed experts; a program takes one tile of 128 rows, BT slots of one expert, STEPS of the steps of
+    128 channels. Grid: blocks * TILES * SPLIT.
+
+    FIRST: x codes [T, K] with scales [T, K / 128] (or bf16 x, quantised here, where ONE); out codes [slots, N] with scales
+    [slots, TILES]; tile rows alternate between w1 and w3. Else: x codes [slots, K] with scales per 64; out bf16 [slots, N],
+    or, where SUM, y [T, N] through `parts`, plus `shared` [T, N] unless that is None.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    split, tile, block = (
+        tl.program_id(0) % SPLIT,
+        tl.program_id(0) // SPLIT % TILES,
+        tl.program_id(0) // SPLIT // TILES,
+    )
+    m, r = tl.arange(0, BT), tl.arange(0, 128)
+    if ONE:
+        blocks, expert, count = TOPK, tl.load(experts + block).to(tl.int64), 1
+        live = m < 1
+        slot = tl.zeros((BT,), tl.int64) + block
+    else:
+        blocks = tl.load(plan)
+        if block >= blocks:
+            return
+        expert = tl.load(plan + 3 + block * 3).to(tl.int64)
+        start, count = tl.load(plan + 4 + block * 3), tl.load(plan + 5 + block * 3)
+        live = m < count
+        slot = tl.load(rows + start + m, mask=live, other=0).to(tl.int64)
+    src = slot // TOPK if FIRST else slot
+    c, steps = tl.arange(0, 32), tl.cdiv(K, 128)
+    wp = w + (expert * TILES + tile) * steps * (2 * 128 * 32) + r[:, None] * 32 + c[None, :]
+    sp = ws + (expert * TILES + tile) * steps * 128 + r
+    xp = x + src[None, :] * K + c[:, None]
+    xb: tl.constexpr = 1 if FIRST else 2
+    qp = xs + src * (steps * xb)
+    if ABSORB:
+        lowest = tl.load(base + (expert * TILES + tile) * 128 + r).to(tl.int32)
+    acc = tl.zeros((128, BT), tl.float32)
+    for k in range(split * STEPS, tl.minimum((split + 1) * STEPS, steps)):
+        s = tl.load(sp + k * 128)
+        x0 = tl.load(xp + k * 128, mask=live[None, :] & (k * 128 + c < K)[:, None], other=0.0)
+        x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (k * 128 + 32 + c < K)[:, None], other=0.0)
+        x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (k * 128 + 64 + c < K)[:, None], other=0.0)
+        x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (k * 128 + 96 + c < K)[:, None], other=0.0)
+        if FIRST and ONE:
+            x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+            most = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
+            q, inverse = pow2_scale(tl.max(most, 0))
+            inverse = inverse[None, :]
+            x0, x1, x2, x3 = (
+                to_e4m3(x0 * inverse),
+                to_e4m3(x1 * inverse),
+                to_e4m3(x2 * inverse),
+                to_e4m3(x3 * inverse),
+            )
+        else:
+            q = tl.load(qp + k * xb)
+        if ABSORB:
+            byte = ((s - lowest * 0x01010101) << 3)[:, None]
+            a0, b0 = _table(byte, 0)
+            a1, b1 = _table(byte, 1)
+            w0, w1 = _expand(wp + 2 * k * (128 * 32), a0, b0, a1, b1)
+            a0, b0 = _table(byte, 2)
+            a1, b1 = _table(byte, 3)
+            w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a0, b0, a1, b1)
+            p = tl.dot(w1, x1, tl.dot(w0, x0))
+            if FIRST:
+                acc += tl.dot(w3, x3, tl.dot(w2, x2, p)) * q[None, :]
+            else:
+                acc += p * q[None, :]
+                acc += tl.dot(w3, x3, tl.dot(w2, x2)) * tl.load(qp + k * xb + 1)[None, :]
+        else:
+            a = tl.full((128, 1), 0x0C080400, tl.int32)
+            b = tl.full((128, 1), 0x1C181410, tl.int32)
+            w0, w1 = _expand(wp + 2 * k * (128 * 32), a, b, a, b)
+            w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a, b, a, b)
+            p0 = tl.dot(w0, x0) * _group_scale(s, 0)[:, None] + tl.dot(w1, x1) * _group_scale(s, 1)[:, None]
+            p2 = tl.dot(w2, x2) * _group_scale(s, 2)[:, None] + tl.dot(w3, x3) * _group_scale(s, 3)[:, None]
+            if FIRST:
+                acc += (p0 + p2) * q[None, :]
+            else:
+                acc += p0 * q[None, :] + p2 * tl.load(qp + k * xb + 1)[None, :]
+    if ABSORB:
+        acc *= ((lowest + 5) << 23).to(tl.float32, bitcast=True)[:, None]
+    else:
+        acc *= 64.0
+    if FIRST:
+        last = True
+        if PARTS:
+            at = r[:, None] * BT + m[None, :]
+            here = block * TILES + tile
+            mine = parts + here.to(tl.int64) * SPLIT * (128 * BT)
+            tl.store(mine + split * (128 * BT) + at, acc, mask=live[None, :])
+            tl.debug_barrier()
+            last = tl.atomic_add(arrived + here, 1, sem="acq_rel") == SPLIT - 1
+            if last:
+                acc = tl.zeros((128, BT), tl.float32)
+                for i in range(SPLIT):
+                    acc += tl.load(
+                        mine + i * (128 * BT) + at, mask=live[None, :], other=0.0, cache_modifier=".cg"
+                    )
+                tl.store(arrived + here, 0)
+        if last:
+            pair = acc.reshape(8, 2, 8, BT).permute(0, 2, 3, 1)
+            a, b = tl.split(pair)
+            h = silu_gate(a, b, limit).reshape(64, BT)
+            h = h * tl.load(gate + slot, mask=live, other=0.0)[None, :]
+            scale, inverse = pow2_scale(tl.max(tl.abs(h), 0))
+            o = slot[None, :] * (TILES * 64) + tile * 64 + tl.arange(0, 64)[:, None]
+            tl.store(out + o, to_e4m3(h * inverse[None, :]), mask=live[None, :])
+            tl.store(out_s + slot * TILES + tile, scale, mask=live)
+    else:
+        n = tile * 128 + r
+        if SUM:
+            o = (slot[None, :] * SPLIT + split) * (TILES * 128) + n[:, None]
+            tl.store(parts + o, acc, mask=live[None, :])
+            tl.debug_barrier()
+            if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == blocks * SPLIT - 1:
+                j = tl.arange(0, SUMMED)
+                for t in range(T):
+                    p = parts + (t * TOPK * SPLIT + j)[:, None].to(tl.int64) * (TILES * 128) + n[None, :]
+                    term = tl.load(p, mask=(j < TOPK * SPLIT)[:, None], other=0.0, cache_modifier=".cg")
+                    total = tl.sum(term, 0)
+                    if shared is not None:
+                        total += tl.load(shared + t * N + n, mask=n < N, other=0.0).to(tl.float32)
+                    tl.store(y + t * N + n, total.to(y.dtype.element_ty), mask=n < N)
+                tl.store(arrived + tile, 0)
+        else:
+            tl.store(
+                out + slot[None, :] * N + n[:, None],
+                acc.to(out.dtype.element_ty),
+                mask=live[None, :] & (n < N)[:, None],
+            )
+
+
+@triton.jit
+def combine_kernel(out, shared, y, N, TOPK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """y [T, N] = sum of a token's slots in order, plus shared [T, N] unless None. Grid: column blocks x tokens."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    t = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.load(out + t * TOPK * N + n, mask=n < N, other=0.0).to(tl.float32)
+    for j in tl.static_range(1, TOPK):
+        acc += tl.load(out + (t * TOPK + j) * N + n, mask=n < N, other=0.0).to(tl.float32)
+    if shared is not None:
+        acc += tl.load(shared + t * N + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y + t * N + n, acc.to(y.dtype.element_ty), mask=n < N)
+
+
+def pack_rows(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Checkpoint rows of one expert, codes uint8 [N, K / 2] (low nibble first) and ue8m0 scales [N, K / 32], as tiles uint8
+    [N / 128, K / 64, 128, 32], scales int32 [N / 128, K / 128, 128], the rows' lowest scales uint8 [N / 128, 128], and
+    whether every row spans at most SPAN. N and K are rounded up to 128; the padding is zero.
+    """
+    pad_n, pad_k = -codes.shape[0] % 128, -(2 * codes.shape[1]) % 128
+    codes = torch.nn.functional.pad(codes, (0, pad_k // 2, 0, pad_n))
+    scales = torch.nn.functional.pad(scales, (0, pad_k // 32, 0, pad_n))
+    n, k = codes.shape[0], 2 * codes.shape[1]
+    v = torch.stack((codes & 15, codes >> 4), -1).view(n // 128, 128, k // 64, 2, 8, 4).int()
+    shift = torch.arange(4, dtype=torch.int32, device=codes.device)
+    low, high = v[..., 0, :, :], v[..., 1, :, :]
+    unit = ((low & 7) << (4 * shift)) | ((high & 7) << (16 + 4 * shift))
+    unit |= ((low & 8) << (8 * shift + 4)) | ((high & 8) << (8 * shift))
+    unit = unit.sum(-1, dtype=torch.int64)  # disjoint bits; int32 would overflow into its sign the same way
+    unit = torch.where(unit >= 1 << 31, unit - (1 << 32), unit).int()
+    tiles = unit.permute(0, 2, 1, 3).contiguous().view(torch.uint8)
+    empty = (codes.view(n, k // 32, 16) & 0x77).amax(-1) == 0
+    used = scales.int()
+    lowest = torch.where(empty, 255, used).amin(-1)
+    highest = torch.where(empty, 0, used).amax(-1)
+    lowest = torch.where(lowest == 255, 127, lowest)
+    narrow = bool(((highest - lowest) <= SPAN).all())
+    used = torch.where(empty, lowest[:, None], used).to(torch.uint8)
+    packed = used.view(n // 128, 128, k // 128, 4).permute(0, 2, 1, 3).contiguous().view(torch.int32)[..., 0]
+    return tiles, packed.contiguous(), lowest.to(torch.uint8).view(n // 128, 128), narrow
+
+
+def alternate(w1: Tensor, w3: Tensor) -> Tensor:
+    """[N, ...] twice -> [2 N, ...] in runs of 8 rows; N is padded to a multiple of 128."""
+    pad = (0, 0) * (w1.dim() - 1) + (0, -len(w1) % 128)
+    w1, w3 = torch.nn.functional.pad(w1, pad), torch.nn.functional.pad(w3, pad)
+    return torch.stack((w1.unflatten(0, (-1, 8)), w3.unflatten(0, (-1, 8))), 1).flatten(0, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """Repacked FP4 experts of a layer: tiles, scales and lowest scales of w1|w3 and of w2 (see the module), the real
+    hidden size, and whether scales go into the lookup table where there are many tokens."""
+
+    w13: Tensor
+    s13: Tensor
+    b13: Tensor
+    w2: Tensor
+    s2: Tensor
+    b2: Tensor
+    hidden: int
+    absorb: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.w13, self.s13, self.b13, self.w2, self.s2, self.b2))
+
+
+def pack(w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor, w2: Tensor, s2: Tensor) -> PackedExperts:
+    """Codes uint8 [E, out, in / 2] and scales uint8 [E, out, in / 32] of a layer's experts, repacked one by one."""
+    first = [pack_rows(alternate(w1[e], w3[e]), alternate(s1[e], s3[e])) for e in range(len(w1))]
+    second = [pack_rows(w2[e], s2[e]) for e in range(len(w2))]
+    stack = lambda parts, i: torch.stack([p[i] for p in parts])  # noqa: E731
+    absorb = all(p[3] for p in (*first, *second))
+    return PackedExperts(*(stack(p, i) for p in (first, second) for i in range(3)), w2.shape[1], absorb)
+
+
+def run(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    packed: PackedExperts,
+    limit: float,
+    shared: Tensor | None,
+    tune: dict[str, int] | None = None,
+) -> Tensor:
+    """y [T, d] in x's dtype: the routed experts' sum plus `shared` [T, d] for x [T, d], experts int64 and weights float32
+    [T, k]. Weights of an expert that no token has are never read."""
+    (tokens, k), dim, dev = experts.shape, x.shape[1], x.device
+    y = torch.empty_like(x)
+    if not tokens:
+        return y
+    slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]
+    pick = _config(tokens, k, count, tiles1, tiles2, packed) | (tune or {})
+    bt, one, few = pick["bt"], tokens == 1, tokens <= FEW
+    blocks = slots if one else min(slots, count + slots // bt)
+    empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
+    overlap = pdl()
+    rows, plan = empty(slots, dtype=torch.int32), empty(3 + 3 * blocks, dtype=torch.int32)
+    codes, scales, steps1 = x, weights, cdiv(dim, 128)
+    if not one:
+        codes, scales = (
+            empty(tokens, dim, dtype=torch.float8_e4m3fn),
+            empty(tokens, steps1, dtype=torch.float32),
+        )
+        plan_kernel[(count + cdiv(tokens, 8) * steps1,)](
+            experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens,
+            BINS=next_pow2(count), CHUNK=min(2048, next_pow2(slots)), BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
+        )  # fmt: skip
+    h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
+    hs = empty(slots, tiles1, dtype=torch.float32)
+    out = empty(1 if few else slots, dim, dtype=torch.bfloat16)
+    each1, each2 = cdiv(steps1, pick["split1"]), cdiv(tiles1 // 2, pick["split2"])
+    split1, split2 = cdiv(steps1, each1), cdiv(tiles1 // 2, each2)
+    parts1 = empty(blocks * tiles1 * split1 * 128 * bt if split1 > 1 else 1, dtype=torch.float32)
+    parts2 = empty(slots * split2 * tiles2 * 128 if few else 1, dtype=torch.float32)
+    arrived = counters(dev)
+    common = dict(
+        TOPK=k, ONE=one, ABSORB=bool(pick["absorb"]), BT=bt, PDL=bool(overlap),
+        num_warps=pick["warps"], num_stages=pick["stages"], **overlap,
+    )  # fmt: skip
+    experts_kernel[(blocks * tiles1 * split1,)](
+        codes, scales, packed.w13, packed.s13, packed.b13, experts, plan, rows, weights, h, hs, parts1, arrived, None, y,
+        limit, tokens, dim, tiles1 * 64, tiles1, split1, each1, FIRST=True, SUM=False, PARTS=split1 > 1, **common,
+    )  # fmt: skip
+    experts_kernel[(blocks * tiles2 * split2,)](
+        h, hs, packed.w2, packed.s2, packed.b2, experts, plan, rows, weights, out, hs, parts2, arrived, shared, y,
+        limit, tokens, tiles1 * 64, dim, tiles2, split2, each2, FIRST=False, SUM=few, PARTS=False,
+        SUMMED=next_pow2(k * split2), **common,
+    )  # fmt: skip
+    if not few:
+        block = min(1024, next_pow2(dim))
+        combine_kernel[(cdiv(dim, block), tokens)](
+            out, shared, y, dim, TOPK=k, BLOCK=block, PDL=bool(overlap), **overlap
+        )
+    return y
+
+
+def _config(
+    tokens: int, k: int, count: int, tiles1: int, tiles2: int, packed: PackedExperts
+) -> dict[str, int]:
+    """Block of tokens by how many an expert has on average; K split while a decode step leaves the machine idle."""
+    slots = tokens * k
+    bt = 16 if INTERPRETED else min(128, max(16, next_pow2(cdiv(slots, count))))
+    split1, split2 = 1, 1
+    if tokens <= FEW:
+        blocks = min(slots, count)
+        split1 = split_of(blocks * tiles1, packed.w13.shape[2] // 2, per_sm=6, least=4)
+        split2 = split_of(blocks * tiles2, packed.w2.shape[2] // 2, per_sm=6, least=4)
+    many = bt >= 32
+    return dict(
+        bt=bt, split1=split1, split2=split2, absorb=many and packed.absorb,
+        warps=8 if bt >= 64 else 4, stages=3 if many else 4,
+    )  # fmt: skip
+
+
+def _aot(*, first: bool, one: bool = False, few: bool = False, absorb: bool = False, bt: int = 16) -> Aot:
+    signature = {
+        "x": "*bf16" if first and one else "*fp8e4nv",
+        "xs": "*fp32",
+        "w": "*u8",
+        "ws": "*i32",
+        "base": "*u8",
+    }
+    signature |= {
+        "experts": "*i64",
+        "plan": "*i32",
+        "rows": "*i32",
+        "gate": "*fp32",
+        "out_s": "*fp32",
+        "limit": "fp32",
+    }
+    signature |= {
+        "out": "*fp8e4nv" if first else "*bf16",
+        "parts": "*fp32",
+        "arrived": "*i32",
+        "shared": "*bf16",
+    }
+    signature |= (
+        {"y": "*bf16"} | {k: "i32" for k in ("T", "TILES", "SPLIT", "STEPS")} | {"K": "i32:16", "N": "i32:16"}
+    )
+    flags = dict(
+        TOPK=6,
+        FIRST=first,
+        ONE=one,
+        SUM=few and not first,
+        ABSORB=absorb,
+        PARTS=few and first,
+        BT=bt,
+        PDL=True,
+    )
+    warps = 8 if bt >= 64 else 4
+    return Aot(experts_kernel, signature, flags | {"SUMMED": 32}, warps, 3 if bt >= 32 else 4, matrix=True)
+
+
+AOT = [
+    _aot(first=True, one=True, few=True),
+    _aot(first=False, one=True, few=True),
+    _aot(first=True),
+    _aot(first=False),
+    _aot(first=True, absorb=True, bt=128),
+    _aot(first=False, absorb=True, bt=128),
+    _aot(first=True, absorb=True, bt=64),
+    _aot(first=True, bt=64),
+    Aot(
+        plan_kernel,
+        {k: "*i32" for k in ("rows", "plan")} | {k: "i32" for k in ("S", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")}
+        | {"experts": "*i64", "x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"},
+        dict(BINS=256, CHUNK=2048, BT=16, BLOCK=128, PDL=True),
+    ),
+]  # fmt: skip

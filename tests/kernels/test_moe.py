@@ -1,0 +1,115 @@
+"""FP4 experts against a loop over tokens in float32 with the same quantised inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.device import DEVICE, close, on_gpu
+from tests.kernels.quantised import EXACT, fp4, roundtrip
+
+pytest.importorskip("triton")
+
+from dsv4.kernels.triton import moe
+
+LIMIT = 7.0
+
+
+def _g(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _experts(
+    count: int, dim: int, inner: int, high: int = 121
+) -> tuple[moe.PackedExperts, tuple[Tensor, ...]]:
+    """Packed ones on the device, and w1, w3, w2 in float32."""
+    g = _g(count)
+    parts = [fp4((count, *shape), g, high=high) for shape in ((inner, dim), (inner, dim), (dim, inner))]
+    packed = moe.pack(*(t.to(DEVICE) for codes, scales, _ in parts for t in (codes, scales)))
+    return packed, tuple(values for *_, values in parts)
+
+
+def _expected(
+    x: Tensor, experts: Tensor, weights: Tensor, dense: tuple[Tensor, ...], shared: Tensor | None
+) -> Tensor:
+    w1, w3, w2 = dense
+    out = torch.zeros(x.shape) if shared is None else shared.float().clone()
+    xq = roundtrip(x)
+    for t in range(len(x)):
+        for j, e in enumerate(experts[t].tolist()):
+            a, b = (w1[e] @ xq[t]).clamp(max=LIMIT), (w3[e] @ xq[t]).clamp(-LIMIT, LIMIT)
+            out[t] += w2[e] @ roundtrip(torch.nn.functional.silu(a) * b * weights[t, j], 64)
+    return out
+
+
+def _check(
+    packed: moe.PackedExperts, dense: tuple[Tensor, ...], experts: Tensor, tolerance: float, **tune: int
+) -> None:
+    tokens, k = experts.shape
+    g = _g(tokens)
+    x, weights = torch.randn((tokens, dense[0].shape[2]), generator=g), torch.rand((tokens, k), generator=g)
+    shared = torch.randn(x.shape, generator=g) if tokens % 2 else None
+    moved = [v.to(DEVICE) for v in (x, experts, weights)]
+    there = None if shared is None else shared.to(DEVICE)
+    y = moe.run(*moved, packed, LIMIT, there, tune=tune)
+    assert close(y, _expected(x, experts, weights, dense, shared)) < tolerance
+    assert torch.equal(y, moe.run(*moved, packed, LIMIT, there, tune=tune))
+
+
+SMALL = _experts(4, 128, 64)
+
+
+def test_packing_keeps_size_and_sees_wide_rows() -> None:
+    packed, (w1, _, _) = SMALL
+    assert (
+        packed.absorb and packed.nbytes < 1.1 * 4 * (4 * 128 * 128 // 2) * 33 / 32
+    )  # hidden 64 is padded to 128
+    codes, scales, _ = fp4((8, 64), _g())
+    scales[3] = torch.tensor([100, 112])
+    assert not moe.pack_rows(codes, scales)[3]
+    codes[3, :16] = 0x80  # minus zero and zero: their scale does not matter
+    assert moe.pack_rows(codes, scales)[3]
+    assert w1.shape == (4, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("experts", "tune"),
+    [
+        ([[2, 0]], {}),
+        ([[1, 3]], {"split1": 1, "split2": 1, "absorb": 1}),
+        ([[0, 1], [1, 2], [0, 1]], {}),
+        ([[3, 1]] * 9, {"absorb": 1}),
+    ],
+)
+def test_equals_the_loop(experts: list[list[int]], tune: dict[str, int]) -> None:
+    _check(*SMALL, torch.tensor(experts), EXACT if len(experts) <= moe.FEW else 5e-3, **tune)
+
+
+def test_widths_that_are_no_multiple_and_split_sums() -> None:
+    _check(*_experts(3, 160, 96), torch.tensor([[2, 0]]), EXACT, split1=2)
+
+
+def test_no_tokens() -> None:
+    x, experts = torch.empty((0, 128), device=DEVICE), torch.empty((0, 2), dtype=torch.int64, device=DEVICE)
+    assert moe.run(x, experts, torch.empty((0, 2), device=DEVICE), SMALL[0], LIMIT, None).shape == (0, 128)
+
+
+def test_experts_without_tokens_are_not_read() -> None:
+    """Scales of 255 (2^128) in the others give infinity or NaN where they are read."""
+    packed, dense = SMALL
+    scales = packed.s13.clone()
+    scales[[1, 2]] = -1
+    poisoned = moe.PackedExperts(packed.w13, scales, packed.b13, packed.w2, packed.s2, packed.b2, 128, True)
+    _check(poisoned, dense, torch.tensor([[0, 3], [3, 0]]), EXACT)
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 33, 128, 300, 1100])
+def test_many_tokens_of_few_experts(tokens: int) -> None:
+    """Tiles of 16 to 128 tokens, with and without scales in the table, and all tokens to the same two experts."""
+    packed, dense = _experts(8, 1024, 512)
+    ids = torch.stack([torch.randperm(8, generator=_g(t))[:6] for t in range(tokens)])
+    _check(packed, dense, ids, 6e-3)
+    _check(packed, dense, ids, 6e-3, absorb=0)
+    _check(packed, dense, torch.tensor([[5, 2]] * tokens), 6e-3)
