@@ -1,0 +1,427 @@
+"""Sparse MQA attention in plain Triton: decode and prefill, any head dim, rows of every main format.
+
+One program takes a token, up to 64 of its heads and a run of key blocks: first the token's window rows, then its
+entries. All heads share the rows, and rows are keys and values at once, so a block is read once, widened to the dtype of
+the matrix product, and used twice. Where there are too few tokens to fill the GPU, the blocks of a token are split over
+programs and merged in index order by a second kernel, so results do not depend on timing.
+
+Formula: one softmax over window, entries and the sink (V4 paper 2.3.1 and 2.3.2), online as in flash attention.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.kernels.aot import Aot
+from dsv4.kernels.triton.common import INTERPRETED, cdiv, multiprocessors, next_pow2
+from dsv4.ops.tables import EntryTable, RowSource, TokenTable
+
+LOG2E = 1.4426950408889634
+FORMS = {"float32": 0, "bfloat16": 1, "fp8_ds_mla": 2}
+DOT_TYPES = {0: tl.float32, 1: tl.float32 if INTERPRETED else tl.bfloat16, 2: tl.float16}
+"""Type of the matrix products (the interpreter has none for bf16): e4m3 times a power of two is exact in fp16 (from 2^-24 to 57344), which also rounds
+probabilities finer than bf16."""
+
+
+def sparse_attention(
+    q: Tensor,
+    sink: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None = None,
+    entries: EntryTable | None = None,
+    selected: Tensor | None = None,
+    *,
+    splits: int | None = None,
+) -> Tensor:
+    """q [T, h, D] (float32 or bfloat16) over window rows int32 [T, W] and, where `history` is given, the entries
+    `selected` int32 [T, k] or all visible ones; -1 is no row. [T, h, D] in q's dtype, the last 2 * cos.shape[1] channels
+    turned back by cos, sin float32 [T, r/2]. `splits`: programs per token and head block; by default enough to fill the
+    GPU."""
+    total, heads, dim = q.shape
+    out = torch.empty_like(q)
+    if history is None or entries is None or entries.most == 0:
+        history, entries, selected = None, None, None
+    key_blocks = max_blocks(window_ids, entries, selected, _BN)
+    block_heads = min(64, max(16, next_pow2(heads)))
+    head_blocks = cdiv(heads, block_heads)
+    if splits is None:
+        splits = choose_splits(total * head_blocks, key_blocks, 2 * multiprocessors())
+    partial, lse = scratch(q, splits)
+    rows = history or window
+    form = FORMS[window.codec.name]
+    grid = (total * head_blocks, splits)
+    _attend[grid](
+        q,
+        sink,
+        cos,
+        sin,
+        window.region,
+        window_ids,
+        rows.region,
+        entries.pages if entries else window_ids,
+        tokens.slab,
+        selected if selected is not None else window_ids,
+        entries.visible if entries else window_ids,
+        out,
+        partial,
+        lse,
+        window.region.stride(0),
+        rows.region.stride(0),
+        entries.pages.stride(0) if entries else 0,
+        scale * LOG2E,
+        0 if selected is None else selected.shape[1],
+        **constants(q, cos, window, rows, window_ids, entries, selected, form),
+        BH=block_heads,
+        BN=_BN,
+        SPLIT=splits > 1,
+        num_warps=4 if dim <= 256 else 8,
+        num_stages=1,
+    )
+    if splits > 1:
+        merge(partial, lse, sink, cos, sin, out)
+    return out
+
+
+_BN = 16 if INTERPRETED else 64
+"""Keys of a block."""
+
+
+def max_blocks(window_ids: Tensor, entries: EntryTable | None, selected: Tensor | None, size: int) -> int:
+    """Most key blocks that any token of the step has."""
+    count = cdiv(window_ids.shape[1], size)
+    if entries is not None:
+        count += cdiv(entries.most if selected is None else selected.shape[1], size)
+    return count
+
+
+def choose_splits(programs: int, key_blocks: int, places: int) -> int:
+    """Equal shares of the key blocks, as many as places on the GPU allow."""
+    splits = min(key_blocks, max(1, places // programs))
+    return cdiv(key_blocks, cdiv(key_blocks, splits))
+
+
+def scratch(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Partial results float32 [T, splits, h, D] and their log2 sums [T, splits, h]; small ones where there is one
+    split."""
+    total, heads, dim = q.shape
+    n = total * splits * heads if splits > 1 else 0
+    partial = torch.empty((max(1, n * dim),), dtype=torch.float32, device=q.device)
+    lse = torch.empty((max(1, n),), dtype=torch.float32, device=q.device)
+    return (partial.view(total, splits, heads, dim), lse.view(total, splits, heads)) if n else (partial, lse)
+
+
+def constants(
+    q: Tensor,
+    cos: Tensor,
+    window: RowSource,
+    rows: RowSource,
+    window_ids: Tensor,
+    entries: EntryTable | None,
+    selected: Tensor | None,
+    form: int,
+) -> dict[str, object]:
+    """Compile-time values of `_attend` that follow from the arguments' shapes."""
+    return dict(
+        H=q.shape[1],
+        D=q.shape[2],
+        DP=next_pow2(q.shape[2]),
+        R=2 * cos.shape[1],
+        W=window_ids.shape[1],
+        WIN_ROWS=window.rows,
+        HIST_ROWS=rows.rows,
+        MODE=0 if entries is None else 1 if selected is None else 2,
+        FORM=form,
+        DOT=DOT_TYPES[form],
+    )
+
+
+def merge(partial: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Joins partial [T, splits, h, D] with log2 sums lse [T, splits, h] and the sink, turns the result back, stores
+    it."""
+    total, splits, heads, dim = partial.shape
+    block = 1 if total * heads <= 2048 else 4
+    _merge[(total * cdiv(heads, block),)](
+        partial,
+        lse,
+        sink,
+        cos,
+        sin,
+        out,
+        splits,
+        H=heads,
+        D=dim,
+        DP=next_pow2(dim),
+        R=2 * cos.shape[1],
+        HB=block,
+        SP=next_pow2(splits),
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _rows_of(
+    base,
+    page,
+    row,
+    ok,
+    stride,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    R: tl.constexpr,
+    FORM: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Stored rows [BN, DP] widened to the type of the matrix product; zeros where not `ok` and past D."""
+    col = tl.arange(0, DP)
+    page = tl.where(ok, page, 0).to(tl.int64) * stride
+    row = tl.where(ok, row, 0)
+    if FORM == 0:
+        at = base + page[:, None] + (row * (4 * D))[:, None] + (col * 4)[None, :]
+        return tl.load(at.to(tl.pointer_type(tl.float32)), mask=ok[:, None] & (col < D)[None, :], other=0.0)
+    elif FORM == 1:
+        at = base + page[:, None] + (row * (2 * D))[:, None] + (col * 2)[None, :]
+        x = tl.load(at.to(tl.pointer_type(tl.bfloat16)), mask=ok[:, None] & (col < D)[None, :], other=0.0)
+        return x.to(tl.float32) if DOT == tl.float32 else x
+    else:
+        NOPE: tl.constexpr = D - R
+        DATA: tl.constexpr = NOPE + 2 * R
+        start = base + page[:, None] + (row * DATA)[:, None]
+        code = tl.load(start + col[None, :], mask=ok[:, None] & (col < NOPE)[None, :], other=0)
+        scales = base + page[:, None] + (ROWS * DATA + row * 8)[:, None] + (col // 64)[None, :]
+        power = tl.load(scales, mask=ok[:, None] & (col < NOPE)[None, :], other=127)
+        power = (power.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        nope = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * power
+        turned = start + NOPE + tl.maximum(col - NOPE, 0)[None, :] * 2
+        high = (col >= NOPE) & (col < D)
+        rope = tl.load(turned.to(tl.pointer_type(tl.bfloat16)), mask=ok[:, None] & high[None, :], other=0.0)
+        return tl.where(high[None, :], rope.to(tl.float32), nope).to(tl.float16)
+
+
+@triton.jit
+def _add_block(q, k, ok, top, total, acc, scale, DOT: tl.constexpr):
+    """One block of keys k [BN, DP] into the online softmax of q [BH, DP]; `scale` includes log2(e)."""
+    exact: tl.constexpr = "ieee" if DOT == tl.float32 else "tf32"
+    s = tl.dot(q, tl.trans(k), input_precision=exact) * scale
+    s = tl.where(ok[None, :], s, float("-inf"))
+    new = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    fade = tl.exp2(top - base)
+    p = tl.exp2(s - base[:, None])
+    acc = acc * fade[:, None] + tl.dot(p.to(DOT), k, input_precision=exact)
+    return new, total * fade + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _turned_back(o, cos, sin, t, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, N: tl.constexpr):
+    """o [N, DP] with the pairs of its last R channels (before D) turned by minus the token's angle."""
+    even, odd = tl.split(tl.reshape(o, (N, DP // 2, 2)))
+    j = tl.arange(0, DP // 2) - (D - R) // 2
+    inside = (j >= 0) & (j < R // 2)
+    c = tl.load(cos + t * (R // 2) + j, mask=inside, other=1.0)
+    s = tl.load(sin + t * (R // 2) + j, mask=inside, other=0.0)
+    a = even * c[None, :] + odd * s[None, :]
+    b = odd * c[None, :] - even * s[None, :]
+    return tl.reshape(tl.join(a, b), (N, DP))
+
+
+@triton.jit
+def _log2_sink(sink, head, H: tl.constexpr):
+    """Sinks in the base of the softmax, an infinite one as a number so large that nothing remains beside it."""
+    return tl.minimum(tl.load(sink + head, mask=head < H, other=0.0) * 1.4426950408889634, 1e30)
+
+
+@triton.jit
+def _attend(
+    q_ptr,
+    sink_ptr,
+    cos,
+    sin,
+    window,
+    window_ids,
+    history,
+    pages,
+    slabs,
+    selected,
+    visible,
+    out,
+    partial,
+    lse,
+    window_stride,
+    history_stride,
+    pages_stride,
+    scale,
+    k,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    WIN_ROWS: tl.constexpr,
+    HIST_ROWS: tl.constexpr,
+    MODE: tl.constexpr,
+    FORM: tl.constexpr,
+    DOT: tl.constexpr,
+    BH: tl.constexpr,
+    BN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones."""
+    HEAD_BLOCKS: tl.constexpr = (H + BH - 1) // BH
+    NW: tl.constexpr = (W + BN - 1) // BN
+    t = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
+    head = (tl.program_id(0) % HEAD_BLOCKS) * BH + tl.arange(0, BH)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    col, n = tl.arange(0, DP), tl.arange(0, BN)
+    held = (head < H)[:, None] & (col < D)[None, :]
+    q = tl.load(q_ptr + t * (H * D) + (head * D)[:, None] + col[None, :], mask=held, other=0.0).to(DOT)
+
+    count = 0
+    if MODE == 1:
+        count = tl.load(visible + t)
+    elif MODE == 2:
+        count = k
+    blocks = NW + (count + BN - 1) // BN
+    first = (blocks * split) // splits
+    last = (blocks * (split + 1)) // splits
+
+    top = tl.full((BH,), float("-inf"), tl.float32)
+    total = tl.zeros((BH,), tl.float32)
+    acc = tl.zeros((BH, DP), tl.float32)
+    for i in range(first, tl.minimum(last, NW)):
+        at = i * BN + n
+        id = tl.load(window_ids + t * W + at, mask=at < W, other=-1)
+        ok = id >= 0
+        keys = _rows_of(
+            window, id // WIN_ROWS, id % WIN_ROWS, ok, window_stride, WIN_ROWS, D, DP, R, FORM, DOT
+        )
+        top, total, acc = _add_block(q, keys, ok, top, total, acc, scale, DOT)
+    if MODE > 0:
+        table = pages + tl.load(slabs + t).to(tl.int64) * pages_stride
+        for i in range(tl.maximum(first, NW), last):
+            at = (i - NW) * BN + n
+            if MODE == 1:
+                id = tl.where(at < count, at, -1)
+            else:
+                id = tl.load(selected + t * k + at, mask=at < count, other=-1)
+            ok = id >= 0
+            page = tl.load(table + id // HIST_ROWS, mask=ok, other=0)
+            keys = _rows_of(history, page, id % HIST_ROWS, ok, history_stride, HIST_ROWS, D, DP, R, FORM, DOT)
+            top, total, acc = _add_block(q, keys, ok, top, total, acc, scale, DOT)
+
+    base = tl.where(top == float("-inf"), 0.0, top)
+    if SPLIT:
+        o = acc / tl.where(total > 0, total, 1.0)[:, None]
+        at = (t * splits + split) * H + head
+        tl.store(
+            lse + at,
+            tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf")),
+            mask=head < H,
+        )
+        tl.store(partial + (at * D)[:, None] + col[None, :], o, mask=held)
+    else:
+        sink = _log2_sink(sink_ptr, head, H)
+        both = tl.maximum(base, sink)  # a sink far above every score must not overflow
+        whole = total * tl.exp2(base - both) + tl.exp2(sink - both)
+        weight = tl.where(whole > 0, tl.exp2(base - both) / tl.where(whole > 0, whole, 1.0), 0.0)
+        o = _turned_back(acc * weight[:, None], cos, sin, t, D, DP, R, BH)
+        place = out + t * (H * D) + (head * D)[:, None] + col[None, :]
+        tl.store(place, o.to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _merge(
+    partial,
+    lse,
+    sink_ptr,
+    cos,
+    sin,
+    out,
+    splits,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    R: tl.constexpr,
+    HB: tl.constexpr,
+    SP: tl.constexpr,
+):
+    """Joins the splits of HB heads of one token in index order; the sink enters here."""
+    HEAD_BLOCKS: tl.constexpr = (H + HB - 1) // HB
+    t = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
+    head = (tl.program_id(0) % HEAD_BLOCKS) * HB + tl.arange(0, HB)
+    s, col = tl.arange(0, SP), tl.arange(0, DP)
+    at = (t * splits + s)[:, None] * H + head[None, :]
+    sums = tl.load(lse + at, mask=(s < splits)[:, None] & (head < H)[None, :], other=float("-inf"))
+    sink = _log2_sink(sink_ptr, head, H)
+    top = tl.maximum(tl.max(sums, 0), sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    whole = tl.sum(tl.exp2(sums - base[None, :]), 0) + tl.exp2(sink - base)
+    acc = tl.zeros((HB, DP), tl.float32)
+    held = (head < H)[:, None] & (col < D)[None, :]
+    for i in range(splits):
+        place = (t * splits + i) * H + head
+        weight = tl.exp2(tl.load(lse + place, mask=head < H, other=float("-inf")) - base)
+        part = tl.load(partial + (place * D)[:, None] + col[None, :], mask=held, other=0.0)
+        acc += tl.where(weight[:, None] > 0, part * weight[:, None], 0.0)
+    o = acc / tl.where(whole > 0, whole, 1.0)[:, None]
+    o = _turned_back(o, cos, sin, t, D, DP, R, HB)
+    to = out + t * (H * D) + (head * D)[:, None] + col[None, :]
+    tl.store(to, o.to(out.dtype.element_ty), mask=held)
+
+
+_SIGNATURE = dict(
+    q_ptr="*bf16",
+    sink_ptr="*fp32",
+    cos="*fp32",
+    sin="*fp32",
+    window="*u8",
+    window_ids="*i32",
+    history="*u8",
+    pages="*i32",
+    slabs="*i32",
+    selected="*i32",
+    visible="*i32",
+    out="*bf16",
+    partial="*fp32",
+    lse="*fp32",
+    window_stride="i32:16",
+    history_stride="i32:16",
+    pages_stride="i32",
+    scale="fp32",
+    k="i32:16",
+)
+_SHAPE = dict(D=512, DP=512, R=64, W=128, WIN_ROWS=128, BH=64, BN=64)
+
+
+def _aot(heads: int, per_page: int, mode: int, form: int, split: bool) -> Aot:
+    values = dict(_SHAPE, H=heads, HIST_ROWS=per_page, MODE=mode, FORM=form, DOT=DOT_TYPES[form], SPLIT=split)
+    return Aot(_attend, _SIGNATURE, values, num_warps=8, num_stages=1, matrix=True)
+
+
+AOT = [
+    _aot(64, 64, 2, 2, True),
+    _aot(128, 64, 2, 2, False),
+    _aot(128, 2, 1, 2, False),
+    _aot(64, 2, 1, 1, True),
+    Aot(
+        _merge,
+        dict(
+            partial="*fp32",
+            lse="*fp32",
+            sink_ptr="*fp32",
+            cos="*fp32",
+            sin="*fp32",
+            out="*bf16",
+            splits="i32",
+        ),
+        dict(H=64, D=512, DP=512, R=64, HB=1, SP=16),
+    ),
+]

@@ -1,0 +1,134 @@
+"""Sparse attention kernels against the reference: formats, index lists, splits, damage in rows that must not be read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dsv4.kernels.triton import attention
+from dsv4.ops.reference.attention import sparse_attention as reference
+
+from tests.kernels.device import DEVICE, close
+from tests.ops.cases import BLOCK_TOKENS, BLOCKS, RATIO, moved, step_of, stored
+
+Case = dict[str, Any]
+
+
+def make(
+    rows: tuple[tuple[int, int], ...],
+    *,
+    form: str = "float32",
+    heads: int = 3,
+    dim: int = 64,
+    rope: int = 32,
+    k: int | None = 8,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Case:
+    """Inputs for rows (start, length). Every stored row that a token may read is finite; the others are NaN."""
+    g = torch.Generator().manual_seed(seed)
+    step = step_of(*rows)
+    n, entries, per_page = len(step.token), step.entries[RATIO], BLOCK_TOKENS // RATIO
+    seen = torch.zeros(int(step.window.ids.max()) + 1, dtype=torch.bool)
+    seen[step.window.ids[step.window.ids >= 0].long()] = True
+    values = torch.randn((len(seen), dim), generator=g)
+    window = stored(values, 16, form, rope)
+    past = torch.randn((len(rows) * BLOCKS * per_page, dim), generator=g)
+    history = stored(past, per_page, form, rope)
+    selected = None
+    if k is not None:
+        selected = torch.full((n, k), -1, dtype=torch.int32)
+        for t, v in enumerate(entries.visible.tolist()):
+            take = torch.randperm(v, generator=g)[: max(0, k - t % 3)].sort().values
+            selected[t, : len(take)] = take.int()
+    angle = 6.3 * torch.rand((n, rope // 2), generator=g)
+    case = dict(
+        q=torch.randn((n, heads, dim), generator=g).to(dtype),
+        sink=torch.randn(heads, generator=g),
+        scale=dim**-0.5,
+        cos=angle.cos(),
+        sin=angle.sin(),
+        tokens=step.tokens,
+        window=window,
+        window_ids=step.window.ids,
+        history=history,
+        entries=entries,
+        selected=selected,
+    )
+    poison(case, seen)
+    return case
+
+
+def poison(case: Case, seen: torch.Tensor) -> None:
+    """0xFF, a NaN in every format, in the rows that no token reads."""
+    entries, slabs = case["entries"], case["tokens"].slab
+    read = torch.zeros(len(case["history"].region) * case["history"].rows, dtype=torch.bool)
+    for t, v in enumerate(entries.visible.tolist()):
+        every = torch.arange(v) if case["selected"] is None else case["selected"][t][case["selected"][t] >= 0]
+        read[entries.locate(slabs[t], every.long())] = True
+    for rows, used in ((case["window"], seen), (case["history"], read)):
+        at = (~used).nonzero().flatten()
+        for plane in rows.planes():
+            plane[at // rows.rows, at % rows.rows] = 0xFF
+
+
+def check(case: Case, tolerance: float, run: Any = attention.sparse_attention, **options: Any) -> None:
+    expected = reference(**moved(case, "cpu"))
+    got = run(**moved(case, DEVICE), **options)
+    assert got.dtype == expected.dtype and got.shape == expected.shape
+    assert close(got, expected) <= tolerance
+
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "fp8_ds_mla": 2e-3}
+"""||error|| / ||result||; probabilities are rounded to the type of the matrix product."""
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("k", [8, None], ids=["selected", "all"])
+@pytest.mark.parametrize("form", TOLERANCE)
+def test_formats(form: str, k: int | None, splits: int) -> None:
+    """Decode: rows of one token at odd positions, so that windows are short, full and wrapped."""
+    check(make(((150, 1), (37, 1), (0, 1)), form=form, k=k), TOLERANCE[form], splits=splits)
+
+
+@pytest.mark.parametrize("k", [5, None], ids=["selected", "all"])
+def test_chunks_and_decode_together(k: int | None) -> None:
+    """Prefill chunks beside a decode token: window rows come from the scratch region."""
+    check(make(((9, 5), (0, 3), (40, 1)), k=k, form="fp8_ds_mla", dim=96), TOLERANCE["fp8_ds_mla"])
+
+
+def test_dims_that_are_no_power_of_two() -> None:
+    check(make(((33, 1), (2, 1)), dim=80, rope=16, heads=5), TOLERANCE["float32"])
+
+
+def test_window_alone() -> None:
+    case = make(((20, 1), (3, 1)))
+    case |= dict(history=None, entries=None, selected=None)
+    check(case, TOLERANCE["float32"])
+
+
+def test_empty_lists() -> None:
+    """Nothing selected, and a first token that sees itself alone."""
+    case = make(((150, 1), (0, 1)))
+    case["selected"].fill_(-1)
+    check(case, TOLERANCE["float32"])
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), 200.0])
+def test_sinks_at_the_edge(value: float, splits: int) -> None:
+    """An infinite sink takes everything, one of minus infinity nothing; a large one does not overflow."""
+    case = make(((150, 1),), heads=4)
+    case["sink"][1] = value
+    got = attention.sparse_attention(**moved(case, DEVICE), splits=splits)
+    assert got.isfinite().all()
+    if value > 0:
+        assert (got[:, 1].abs() < 1e-6).all()
+    else:
+        case["sink"][1] = -1e4
+        assert close(got, reference(**moved(case, "cpu"))) <= TOLERANCE["float32"]
+
+
+def test_bfloat16_model() -> None:
+    check(make(((150, 1), (5, 1)), dtype=torch.bfloat16, form="bfloat16"), 6e-3)
