@@ -12,7 +12,9 @@ from dsv4.errors import ConfigError
 NOPE_BLOCK, MLA_SCALE_BYTES = 64, 8
 """fp8_ds_mla: channels that share a scale, and bytes that a row keeps for scales."""
 FP4_BLOCK = 32
-"""mxfp4: channels that share a scale."""
+"""mxfp4 rows and FP4 weights: channels that share a scale."""
+FP8_BLOCK = 128
+"""FP8 weights: rows and channels that share a scale."""
 FP8_SCALE_BYTES = 4
 """fp8: one float32 scale per row."""
 ROW_FORMATS = ("float32", "bfloat16", "fp8_ds_mla", "mxfp4", "fp8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from dsv4 import LLM
 from dsv4.errors import CheckpointError, ConfigError
 from dsv4.model.config import ModelConfig
 from dsv4.model.export import export_release
-from dsv4.model.names import tensors
-from dsv4.model.weights import load_weights
+from dsv4.model.names import DTYPE_BYTES, tensors
+from dsv4.model.weights import expanded_bytes, load_weights
+from dsv4.ops.weight import Fp4Weight, Fp8Weight, dense
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tests.support.driving import Chunk, Driver
 from tests.support.models import hf_twin, random_config_dict, random_weights
 
 NARROW = {
@@ -81,6 +84,50 @@ def test_what_lies_on_the_grid_comes_back_exactly(
     again = load_weights(tmp_path, config, torch.float32, lambda *news: calls.append(news))
     assert all(torch.equal(once[name], again[name]) for name in once)
     assert calls[-1][0] == calls[-1][1] and [c[0] for c in calls] == sorted(c[0] for c in calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_weights_take_the_bytes_of_the_file_and_give_the_same_bits(
+    release: tuple[Path, dict[str, Any]], dtype: torch.dtype
+) -> None:
+    path, raw = release
+    config = ModelConfig.from_dict(raw)
+    expanded = load_weights(path, config, dtype)
+    packed = load_weights(path, config, dtype, packed=True)
+    assert sum(w.nbytes for w in expanded.values()) == expanded_bytes(config, dtype)
+    assert sum(w.nbytes for w in packed.values()) == sum(
+        prod(shape) * (dtype.itemsize if kind == "BF16" else DTYPE_BYTES[kind])
+        for name, spec in tensors(config)
+        for _, kind, shape in spec.stored(name)
+    )
+    assert isinstance(packed["layers.2.attn.wq_a.weight"], Fp8Weight)
+    assert isinstance(packed["layers.2.ffn.experts.w2"], Fp4Weight)
+    assert packed.keys() == expanded.keys()
+    assert all(torch.equal(dense(packed[name]), expanded[name]) for name in packed)
+    ids = torch.arange(40) * 5 % config.vocab_size
+    logits = [Driver(config, w).step([Chunk(0, ids, 0)])[0] for w in (expanded, packed)]
+    assert torch.equal(*logits)
+
+
+def test_a_stack_of_experts_that_are_stored_unlike_each_other_is_expanded(
+    release: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, raw = release
+    config = ModelConfig.from_dict(raw)
+    name = "layers.0.ffn.experts.3.w1.weight"
+    expanded = load_weights(path, config, torch.float32)
+    for file in path.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+
+    def widen(flat: dict[str, torch.Tensor]) -> None:
+        flat[name] = expanded["layers.0.ffn.experts.w1"][3].contiguous()
+        del flat[name.replace("weight", "scale")]
+
+    rewrite(tmp_path, widen)
+    mixed = load_weights(tmp_path, config, torch.float32, packed=True)
+    stack = mixed["layers.0.ffn.experts.w1"]
+    assert isinstance(stack, torch.Tensor) and torch.equal(stack, expanded["layers.0.ffn.experts.w1"])
+    assert isinstance(mixed["layers.0.ffn.experts.w3"], Fp4Weight)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

@@ -14,6 +14,7 @@ from dsv4.model.batch import Batch, Row
 from dsv4.model.step import Geometry, Step, build_step
 from dsv4.ops.spec import SPECS
 from dsv4.ops.tables import moved as moved_table
+from dsv4.ops.weight import Fp4Weight, Fp8Weight, Gated, Weight
 from torch import Tensor
 
 D, HEADS, DIM, ROPE, INDEX_HEADS, INDEX_DIM, WINDOW, RATIO = 96, 6, 64, 32, 3, 32, 16, 4
@@ -193,34 +194,77 @@ def _route(t: int, g: torch.Generator) -> dict[str, Any]:
     )
 
 
-def _experts(t: int, g: torch.Generator) -> dict[str, Any]:
+def _experts(t: int, g: torch.Generator, inner: int = 40) -> dict[str, Any]:
     w = lambda *shape: torch.randn(shape, generator=g) / shape[-1] ** 0.5  # noqa: E731
     return dict(
         x=torch.randn((t, D), generator=g),
         experts=torch.rand((t, 8), generator=g).argsort(-1)[:, :3],
         weights=torch.rand((t, 3), generator=g),
-        w1=w(8, 40, D),
-        w3=w(8, 40, D),
-        w2=w(8, D, 40),
+        w=Gated(w(8, inner, D), w(8, inner, D), w(8, D, inner)),
         limit=0.7,
+        shared=torch.randn((t, D), generator=g) if t % 2 else None,
     )
 
 
 def _swiglu(t: int, g: torch.Generator) -> dict[str, Any]:
     case = _experts(t, g)
-    return dict(x=case["x"], w1=case["w1"][0], w3=case["w3"][0], w2=case["w2"][0], limit=0.7)
+    return dict(x=case["x"], w=Gated(*(m[0] for m in case["w"])), limit=0.7)
+
+
+def _linear(rows: int) -> Callable[[int, torch.Generator], dict[str, Any]]:
+    return lambda t, g: dict(
+        x=torch.randn((t, D), generator=g), weight=torch.randn((rows, D), generator=g) / 10
+    )
+
+
+def fp8_weight(*shape: int, g: torch.Generator) -> Fp8Weight:
+    """Random codes and scales, decoding to float32 of a size that keeps products near 1."""
+    *lead, out, width = shape
+    scales = torch.randint(
+        116, 120, (*lead, -(-out // 128), -(-width // 128)), generator=g, dtype=torch.uint8
+    )
+    codes = (64 * torch.randn(shape, generator=g)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return Fp8Weight(codes, scales, torch.float32)
+
+
+def fp4_weight(*shape: int, g: torch.Generator) -> Fp4Weight:
+    """The same in FP4."""
+    *lead, width = shape
+    codes = torch.randint(0, 256, (*lead, width // 2), generator=g, dtype=torch.uint8)
+    scales = torch.randint(120, 124, (*lead, width // 32), generator=g, dtype=torch.uint8)
+    return Fp4Weight(codes, scales, torch.float32)
+
+
+def quantised(op: str, t: int, seed: int = 0) -> dict[str, Any]:
+    """The op's case with FP8 weights, experts with FP4."""
+    g = _g(seed + t)
+    if op == "linear":
+        return dict(x=torch.randn((t, D), generator=g), weight=fp8_weight(136, D, g=g))
+    if op == "grouped_linear":
+        return dict(x=torch.randn((t, 2, D), generator=g), weight=fp8_weight(2 * 24, D, g=g))
+    if op == "swiglu":
+        w = Gated(fp8_weight(40, D, g=g), fp8_weight(40, D, g=g), fp8_weight(D, 40, g=g))
+        return dict(x=torch.randn((t, D), generator=g), w=w, limit=0.7)
+    w = Gated(fp4_weight(8, 64, D, g=g), fp4_weight(8, 64, D, g=g), fp4_weight(8, D, 64, g=g))
+    return {**_experts(t, g), "w": w}
+
+
+QUANTISED = ("linear", "grouped_linear", "experts", "swiglu")
+"""Ops whose weights the release quantises."""
+
+
+def each_weight(value: Weight | Gated, f: Callable[[Weight], Weight]) -> Weight | Gated:
+    """f of a weight, or of each of three."""
+    return Gated(*map(f, value)) if isinstance(value, Gated) else f(value)
 
 
 CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
-    "linear": lambda t, g: dict(
-        x=torch.randn((t, D), generator=g), weight=torch.randn((24, D), generator=g) / 10
-    ),
+    "linear": _linear(24),
+    "linear_f32": _linear(24),
     "grouped_linear": lambda t, g: dict(
-        x=torch.randn((t, 2, D), generator=g), weight=torch.randn((2, 24, D), generator=g) / 10
+        x=torch.randn((t, 2, D), generator=g), weight=torch.randn((2 * 24, D), generator=g) / 10
     ),
-    "logits": lambda t, g: dict(
-        x=torch.randn((t, D), generator=g), weight=torch.randn((50, D), generator=g) / 10
-    ),
+    "logits": _linear(50),
     "rmsnorm": lambda t, g: dict(
         x=torch.randn((t, D), generator=g), weight=torch.randn(D, generator=g) if t % 2 else None, eps=1e-6
     ),
@@ -254,6 +298,8 @@ def moved(args: dict[str, Any], device: str) -> dict[str, Any]:
             storage = x.region.as_strided((len(x.region), x.region.stride(0)), x.region.stride(), 0)
             region = storage.to(device, copy=True)[:, x.region.storage_offset() :][:, : x.region.shape[1]]
             return Rows(x.codec, region, x.rows)
+        if isinstance(x, Gated):
+            return Gated(*map(move, x))
         if is_dataclass(x) and not isinstance(x, type):
             return moved_table(x, move)
         return x

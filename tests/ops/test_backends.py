@@ -4,14 +4,17 @@ in pieces."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from dsv4.errors import ConfigError
 from dsv4.ops.registry import REGISTRY, Op, Ops, Registry
+from dsv4.ops.spec import QUANTISED as QUANTISED_ERROR
 from dsv4.ops.spec import SPECS
+from dsv4.ops.weight import dense
 
-from tests.ops.cases import CASES, case, moved, outcome
+from tests.ops.cases import CASES, QUANTISED, case, each_weight, moved, outcome, quantised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OTHERS = [
@@ -25,6 +28,16 @@ ROWWISE = [
     for op in SPECS
     if op not in ("write_rows", "copy_rows", "compress", "index_select", "sparse_attention")
 ]
+
+
+WEIGHTS = {op: [a.name for a in spec.args if a.dtype in ("weight", "gated")] for op, spec in SPECS.items()}
+"""Arguments that hold matrices, by op."""
+
+
+def prepared(op: Op, name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with weights in the form that the backend wants."""
+    hook = getattr(op, "prepare", None)
+    return args | {k: hook(args[k]) for k in WEIGHTS[name] if hook}
 
 
 def test_every_op_has_cases() -> None:
@@ -48,10 +61,34 @@ def test_backend_equals_reference(op: str, backend: str) -> None:
     reference, other = REGISTRY.load(op, "reference"), REGISTRY.load(op, backend)
     for tokens in (1, 7, 64):
         args = case(op, tokens)
-        ours = outcome(op, other, moved(args, DEVICE))
+        ours = outcome(op, other, prepared(other, op, moved(args, DEVICE)))
         for a, b in zip(outcome(op, reference, args), ours, strict=True):
             assert a.dtype == b.dtype
             assert (a - b.cpu()).abs().max() <= SPECS[op].tolerance
+
+
+@pytest.mark.parametrize(("op", "backend"), [o for o in OTHERS if o[0] in QUANTISED])
+def test_backend_with_quantised_weights(op: str, backend: str) -> None:
+    """Against unquantised activations; that the products are exact is shown in tests/kernels."""
+    reference, other = REGISTRY.load(op, "reference"), REGISTRY.load(op, backend)
+    for tokens in (1, 7, 64):
+        args = quantised(op, tokens)
+        ours = outcome(op, other, prepared(other, op, moved(args, DEVICE)))
+        for a, b in zip(outcome(op, reference, args), ours, strict=True):
+            assert a.dtype == b.dtype
+            assert (a - b.cpu()).norm() <= QUANTISED_ERROR * a.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", QUANTISED)
+def test_packed_weights_give_the_bits_of_expanded_ones(op: str, dtype: torch.dtype) -> None:
+    run = REGISTRY.load(op, "reference")
+    for tokens in (1, 18):
+        args = quantised(op, tokens)
+        args = {k: v.to(dtype) if k in ("x", "shared") and v is not None else v for k, v in args.items()}
+        packed = args | {k: each_weight(args[k], lambda w: w.to(dtype)) for k in WEIGHTS[op]}
+        expanded = packed | {k: each_weight(packed[k], dense) for k in WEIGHTS[op]}
+        assert torch.equal(run(**packed), run(**expanded))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -64,6 +101,7 @@ def test_reference_gives_the_same_bits_for_any_part_of_a_batch(op: str, dtype: t
     rows = {a.name for a in spec.args if a.shape[:1] in ("T", "S")}
     rows |= {"x"} & set(args)
     args = {k: v.to(dtype) if k in model and v is not None else v for k, v in args.items()}
+    args |= {k: each_weight(args[k], lambda w: w.to(dtype)) for k in WEIGHTS[op]}
     whole = outcome(op, run, args)
     for n in (1, 2, 15, 16, 17, 100):
         part = {k: v[5 : 5 + n].clone() if k in rows and v is not None else v for k, v in args.items()}

@@ -12,6 +12,7 @@ from dsv4.ops.reference.index import lowest_index_topk
 from dsv4.ops.reference.norm import rope
 from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
+from dsv4.ops.weight import Gated
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,23 +87,27 @@ def _route(
 
 
 def _experts(
-    x: Tensor, experts: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float
+    x: Tensor, experts: Tensor, weights: Tensor, w: Gated, limit: float, shared: Tensor | None
 ) -> Tensor:
-    out = torch.zeros_like(x, dtype=torch.float64)
+    out = torch.zeros_like(x, dtype=torch.float64) if shared is None else shared.double()
     for t in range(len(x)):
-        for e, w in zip(experts[t].tolist(), weights[t].tolist(), strict=True):
-            out[t] += w * _swiglu(x[t], w1[e], w3[e], w2[e], limit)
+        for e, r in zip(experts[t].tolist(), weights[t].tolist(), strict=True):
+            out[t] += r * _swiglu(x[t], Gated(*(m[e] for m in w)), limit)
     return out
 
 
-def _swiglu(x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float) -> Tensor:
-    a, b = (x.double() @ w1.double().T).clamp(max=limit), (x.double() @ w3.double().T).clamp(-limit, limit)
-    return (F.silu(a) * b) @ w2.double().T
+def _swiglu(x: Tensor, w: Gated, limit: float) -> Tensor:
+    w1, w3, w2 = (m.double() for m in w)
+    a, b = (x.double() @ w1.T).clamp(max=limit), (x.double() @ w3.T).clamp(-limit, limit)
+    return (F.silu(a) * b) @ w2.T
 
 
 FORMULAS = {
     "linear": lambda x, weight: x.double() @ weight.double().T,
-    "grouped_linear": lambda x, weight: torch.einsum("tgi,goi->tgo", x.double(), weight.double()),
+    "linear_f32": lambda x, weight: x.double() @ weight.double().T,
+    "grouped_linear": lambda x, weight: torch.einsum(
+        "tgi,goi->tgo", x.double(), weight.double().unflatten(0, (x.shape[1], -1))
+    ),
     "logits": lambda x, weight: x.double() @ weight.double().T,
     "rmsnorm": _rmsnorm,
     "norm_rope": _norm_rope,

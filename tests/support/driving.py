@@ -13,6 +13,7 @@ from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.v4 import V4Model
 from dsv4.ops.registry import Ops
+from dsv4.ops.weight import Weight
 from torch import Tensor
 
 
@@ -33,7 +34,7 @@ class Driver:
     pages for snapshots."""
 
     config: ModelConfig
-    weights: dict[str, Tensor]
+    weights: dict[str, Weight]
     slabs: int = 1
     max_len: int = 1024
     row: str = "float32"

@@ -20,7 +20,7 @@ from dsv4.engine.runner import Runner
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
 from dsv4.model.v4 import V4Model
-from dsv4.model.weights import load_weights
+from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
 from dsv4.plan.cache import pages_of, size_pool
 from dsv4.sampling import SamplingParams
@@ -44,6 +44,8 @@ class MemoryPlan:
     """Bytes by use. What is resolved from `auto` is here too."""
 
     weights: int
+    packed: bool
+    """FP8 and FP4 matrices are as in the checkpoint; else they are expanded to the model's dtype."""
     pages: int
     pool: int
     slabs: int
@@ -117,7 +119,7 @@ class BuiltEngine:
             f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {formats.get('csa_index', 'none')}",
             f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
             f"tokenizer  {self.tokenizer.describe() if self.tokenizer else 'none: token ids in, token ids out'}",
-            f"weights    {_size(m.weights)}",
+            f"weights    {_size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             f"pool       {_size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {_size(layout.page_bytes)} each; "
             f"{history:,.2f} B of history per token, {100 * (layout.page_bytes / layout.block_tokens / history - 1):.2f}% padding",
             f"capacity   {tokens:,} tokens of history; {tokens // m.max_model_len} requests of {m.max_model_len:,} tokens",
@@ -161,10 +163,12 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         free=_free_memory() // 4,
     )
     core = _core(config, layout, pages, max_len)
-    weights = load_weights(source, model_config, dtype, progress)
+    packed = ops.packed or expanded_bytes(model_config, dtype) > _free_memory() // 2
+    weights = load_weights(source, model_config, dtype, progress, packed=packed, device=device)
     cache = PagedCache(layout, pages, config.max_num_seqs, device)
+    model = V4Model(model_config, weights, cache, ops, consume=True)
     runner = Runner(
-        V4Model(model_config, weights, cache, ops),
+        model,
         cache,
         slabs=config.max_num_seqs,
         max_blocks=pages_of(layout, max_len),
@@ -180,7 +184,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         core, runner, buffers, tokenizer=tokenizer, eos_ids=frozenset(model_config.eos_ids), seed=config.seed
     )
     memory = MemoryPlan(
-        weights=sum(t.numel() * t.element_size() for t in weights.values()),
+        weights=model.weight_bytes,
+        packed=packed,
         pages=pages,
         pool=pages * layout.page_bytes,
         slabs=config.max_num_seqs * layout.slab_bytes,

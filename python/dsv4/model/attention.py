@@ -49,9 +49,9 @@ class Attention:
         self.ops, self.heads, self.dim, self.eps = ops, config.num_heads, config.head_dim, config.rms_eps
         self.scale = config.head_dim**-0.5
         self.wq_a, self.wq_b, self.wkv, self.wo_b = (
-            weights[f"{n}.weight"] for n in ("wq_a", "wq_b", "wkv", "wo_b")
+            weights.matrix("linear", f"{n}.weight") for n in ("wq_a", "wq_b", "wkv", "wo_b")
         )
-        self.wo_a = weights["wo_a.weight"].unflatten(0, (config.o_groups, config.o_lora_rank))
+        self.groups, self.wo_a = config.o_groups, weights.matrix("grouped_linear", "wo_a.weight")
         self.q_norm, self.kv_norm = weights.float("q_norm.weight"), weights.float("kv_norm.weight")
         self.sink = weights.float("attn_sink")
         self.window = cache.rows("window", layer, codecs.row)
@@ -89,7 +89,7 @@ class Attention:
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
         if rows is scratch:
             ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
-        u = ops.grouped_linear(o.view(len(x), self.wo_a.shape[0], -1), self.wo_a)
+        u = ops.grouped_linear(o.view(len(x), self.groups, -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
 
     def _compressed(self, x: Tensor, qr: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> tuple:
@@ -97,9 +97,8 @@ class Attention:
         see them."""
         if self.compressor is None:
             return ()
-        x32 = x.float()
-        self.compressor(x32, step, block_rope)
+        self.compressor(x, step, block_rope)
         entries = step.entries[self.ratio]
         if self.indexer is None:
             return self.history, entries
-        return self.history, entries, self.indexer(x, x32, qr, step, rope, block_rope)
+        return self.history, entries, self.indexer(x, qr, step, rope, block_rope)

@@ -27,14 +27,15 @@ class Compressor:
         dtype: torch.dtype,
     ) -> None:
         self.ops, self.ratio, self.eps, self.dtype = ops, ratio, eps, dtype
-        self.project = torch.cat((weights.float("wkv.weight"), weights.float("wgate.weight")))
+        project = torch.cat((weights["wkv.weight"], weights["wgate.weight"]))
+        self.project = ops.prepare("linear_f32", project)
         self.ape, self.norm = weights.float("ape"), weights.float("norm.weight")
         self.state, self.history = state, history
 
     def __call__(self, x: Tensor, step: Step, rope: tuple[Tensor, Tensor]) -> None:
-        """Takes in the step's tokens (x float32 [T, d]), writes the entries that they complete, carries the
+        """Takes in the step's tokens (x [T, d]), writes the entries that they complete, carries the
         rest over. `rope` is (cos, sin) at the blocks' first positions."""
-        projected = self.ops.linear(x, self.project)
+        projected = self.ops.linear_f32(x, self.project)
         self.ops.compress(
             projected,
             self.ape,

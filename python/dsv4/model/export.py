@@ -15,7 +15,8 @@ from torch import Tensor
 from dsv4.errors import CheckpointError
 from dsv4.formats import E4M3_MAX, FP4_MAX, fp4_encode, fp4_pack, pow2_ceil, ue8m0_encode
 from dsv4.model.config import ModelConfig
-from dsv4.model.names import FP4_BLOCK, FP8_BLOCK, TensorSpec, scale_name, tensors
+from dsv4.model.names import TensorSpec, scale_name, tensors
+from dsv4.row_sizes import FP4_BLOCK, FP8_BLOCK
 
 _TINY = 1e-10
 """Smallest largest-value of a block, so that blocks of zeros have a scale."""

@@ -31,7 +31,8 @@ class Indexer:
         self.ops = ops
         self.heads, self.dim, self.topk = config.index_heads, config.index_head_dim, config.index_topk
         self.ratio = config.csa_ratio
-        self.wq_b, self.weights_proj = weights["wq_b.weight"], weights["weights_proj.weight"]
+        self.wq_b = weights.matrix("linear", "wq_b.weight")
+        self.weights_proj = weights.matrix("linear", "weights_proj.weight")
         self.keys = cache.rows("csa_index", layer, codec)
         pools = cache.pools("csa_index_pool", layer)
         self.compressor = Compressor(
@@ -41,7 +42,6 @@ class Indexer:
     def __call__(
         self,
         x: Tensor,
-        x32: Tensor,
         qr: Tensor,
         step: Step,
         rope: tuple[Tensor, Tensor],
@@ -49,7 +49,7 @@ class Indexer:
     ) -> Tensor:
         """Selected entries int32 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank
         query. Writes this step's keys first."""
-        self.compressor(x32, step, block_rope)
+        self.compressor(x, step, block_rope)
         q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         weights = self.ops.linear(x, self.weights_proj).float() * (self.dim * self.heads) ** -0.5
         return self.ops.index_select(

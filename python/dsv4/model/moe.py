@@ -16,16 +16,16 @@ class MoE:
     def __init__(self, weights: Scope, config: ModelConfig, layer: int, ops: Ops) -> None:
         self.ops, self.limit = ops, config.swiglu_limit
         self.k, self.scale = config.experts_per_token, config.routed_scaling_factor
-        self.gate = weights.float("gate.weight")
+        self.gate = weights.matrix("route", "gate.weight")
         hashed = layer < config.num_hash_layers
         self.table = weights["gate.tid2eid"].sort(-1).values if hashed else None
         self.bias = None if hashed else weights.float("gate.bias")
-        self.experts = tuple(weights[f"experts.{name}"] for name in ("w1", "w3", "w2"))
-        self.shared = tuple(weights[f"shared_experts.{name}.weight"] for name in ("w1", "w3", "w2"))
+        self.experts = weights.gated("experts", "experts")
+        self.shared = weights.gated("swiglu", "shared_experts", ".weight")
 
     def __call__(self, x: Tensor, token_ids: Tensor) -> Tensor:
         """[T, d] -> [T, d]; token_ids int64 [T]."""
         chosen = None if self.table is None else self.table[token_ids]
-        experts, weights = self.ops.route(x.float(), self.gate, self.bias, chosen, self.k, self.scale)
-        routed = self.ops.experts(x, experts, weights, *self.experts, self.limit)
-        return (routed + self.ops.swiglu(x, *self.shared, self.limit).float()).to(x.dtype)
+        experts, weights = self.ops.route(x, self.gate, self.bias, chosen, self.k, self.scale)
+        shared = self.ops.swiglu(x, self.shared, self.limit)
+        return self.ops.experts(x, experts, weights, self.experts, self.limit, shared)

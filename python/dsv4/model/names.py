@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from dsv4.model.config import ModelConfig
+from dsv4.row_sizes import FP4_BLOCK, FP8_BLOCK
 
 DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "I64": 8}
 """safetensors dtype names and their bytes."""
-
-FP8_BLOCK, FP4_BLOCK = 128, 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,25 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
+from dsv4.ops.registry import Ops
+from dsv4.ops.weight import Gated, Weight
 
+
+@dataclass(frozen=True, slots=True)
 class Scope:
-    """`Scope(weights, "layers.3.attn.")["wq_a.weight"]`. A missing tensor is a KeyError with its full
-    name."""
+    """`Scope(weights, ops, prefix="layers.3.attn.")["wq_a.weight"]`. A missing tensor is a KeyError with its full name.
 
-    def __init__(self, weights: Mapping[str, Tensor], prefix: str = "") -> None:
-        self._weights, self._prefix = weights, prefix
+    `consume`: experts are taken out of the mapping, so that a backend's form of them needs no second copy.
+    """
+
+    weights: MutableMapping[str, Weight]
+    ops: Ops
+    prefix: str = ""
+    consume: bool = False
+    _used: list[int] = field(default_factory=lambda: [0])
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self._prefix + name]
+        """A tensor that is never quantised, in the model's dtype or as stored."""
+        value = self.weights[self.prefix + name]
+        assert isinstance(value, Tensor), f"{self.prefix}{name} is quantised; ask for it with `matrix`"
+        self._used[0] += value.nbytes
+        return value
 
     def float(self, name: str) -> Tensor:
         """As float32, for what is computed in float32 whatever the model's dtype."""
         return self[name].float()
 
+    def matrix(self, op: str, name: str) -> Any:
+        """A matrix in the form that the op wants."""
+        return self._prepared(op, self.weights[self.prefix + name])
+
+    def gated(self, op: str, name: str, suffix: str = "") -> Any:
+        """The matrices `name`.w1, w3 and w2 in the form that the op wants."""
+        names = [f"{self.prefix}{name}.{part}{suffix}" for part in Gated._fields]
+        take = self.weights.pop if self.consume else self.weights.__getitem__
+        return self._prepared(op, Gated(*map(take, names)))
+
     def within(self, prefix: str) -> Scope:
         """The scope below."""
-        return Scope(self._weights, f"{self._prefix}{prefix}.")
+        return Scope(self.weights, self.ops, f"{self.prefix}{prefix}.", self.consume, self._used)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights handed out so far, from any scope of the same root, in the form they were given."""
+        return self._used[0]
+
+    def _prepared(self, op: str, weight: Weight | Gated) -> Any:
+        value = self.ops.prepare(op, weight)
+        self._used[0] += sum(w.nbytes for w in value) if isinstance(value, Gated) else value.nbytes
+        return value

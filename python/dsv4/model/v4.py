@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from dsv4.model.rope import RopeTable
 from dsv4.model.scope import Scope
 from dsv4.model.step import Geometry, Step, build_step
 from dsv4.ops.registry import Ops
+from dsv4.ops.weight import Weight
 
 _TILE_ROWS = 64
 """Query rows (tokens times heads) that share a block of window keys: enough to be worth a matrix product."""
@@ -80,18 +81,21 @@ class Layer:
 class V4Model:
     """Any model with Flash's or Pro's structure. Weights are in the released naming; activations have the
     dtype of the embedding; norms, compressors, gate, hyper-connections, softmax and head compute in
-    float32."""
+    float32. `consume`: experts are taken out of `weights` (see Scope)."""
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], cache: PagedCache, ops: Ops
+        self,
+        config: ModelConfig,
+        weights: MutableMapping[str, Weight],
+        cache: PagedCache,
+        ops: Ops,
+        *,
+        consume: bool = False,
     ) -> None:
         self.config, self.cache, self.ops = config, cache, ops
-        top = Scope(weights)
-        self.embed, self.head, self.norm = (
-            top["embed.weight"],
-            top.float("head.weight"),
-            top.float("norm.weight"),
-        )
+        top = Scope(weights, ops, consume=consume)
+        self.embed, self.norm = top["embed.weight"], top.float("norm.weight")
+        self.head = top.matrix("logits", "head.weight")
         self.hc_head = tuple(top.float(f"hc_head_{part}") for part in ("fn", "scale", "base"))
         formats = {c.name: c.format for c in cache.layout.components}
         codecs = Codecs(
@@ -103,6 +107,7 @@ class V4Model:
             Layer(top.within(f"layers.{i}"), config, i, cache, codecs, ops, self.embed.dtype)
             for i in range(config.num_layers)
         ]
+        self.weight_bytes = top.nbytes
         # CSA and HCA layers turn alike: one table for both
         tables = {bool(m): RopeTable.for_ratio(config, m, cache.device) for m in config.compress_ratios}
         self.ropes = {m: tables[bool(m)] for m in sorted(set(config.compress_ratios))}
@@ -132,7 +137,7 @@ class V4Model:
             if i == 0 or replays:  # the deeper the layer, the fewer tokens of a replay take part
                 step = build_step(batch, self.geometry, i)
                 if step is None:
-                    return self.embed.new_empty((0, len(self.head)), dtype=torch.float32)
+                    return self.embed.new_empty((0, self.config.vocab_size), dtype=torch.float32)
                 kept = torch.searchsorted(alive, step.token).to(device)
                 alive, step = step.token, step.to(device, pages)
                 ropes, scratch = self._ropes(step), self._scratch(step)

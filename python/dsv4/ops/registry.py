@@ -15,7 +15,7 @@ from dsv4.ops.spec import SPECS
 Op = Callable[..., Any]
 
 _REFERENCE_MODULES = {
-    "linear": ("linear", "grouped_linear", "logits"),
+    "linear": ("linear", "linear_f32", "grouped_linear", "logits"),
     "norm": ("rmsnorm", "norm_rope"),
     "rows": ("write_rows", "copy_rows"),
     "hyper": ("hc_pre", "hc_post", "hc_head"),
@@ -100,6 +100,16 @@ class Ops:
         if backend not in known:
             raise ConfigError(f"backend is {backend!r}{_nearest(backend, known)}; known: {', '.join(known)}")
         return cls({op: registry.pick(op, backend, device) for op in SPECS}, registry)
+
+    def prepare(self, op: str, weight: Any) -> Any:
+        """A `Weight` or `Gated` in the form that the chosen backend of `op` wants (see weight.py)."""
+        hook = getattr(getattr(self, op), "prepare", None)
+        return weight if hook is None else hook(weight)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a backend multiplies with FP8 and FP4 weights as they are stored."""
+        return any(self.chosen[op] != "reference" for op in ("linear", "experts"))
 
     def describe(self) -> list[str]:
         """One line per backend in use, for start-up: which ops it runs."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
-from dsv4.model.names import FP8_BLOCK
+from dsv4.row_sizes import FP8_BLOCK
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4.ops.weight import Weight, dense, prepared_by
+
 TILE = 16
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """`x @ weight.T`: [T, in] x [out, in] -> [T, out], in the dtype of the two (they must agree)."""
     tokens, wide = x.shape
-    right = weight.t()
+    right = dense(weight).t()
     y = x.new_empty((tokens + -tokens % TILE, weight.shape[0]))
     whole = tokens - tokens % TILE
     for at in range(0, whole, TILE):
@@ -23,11 +25,24 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return y[:tokens]
 
 
-def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Block-diagonal product: [T, g, in] x [g, out, in] -> [T, g, out]."""
-    return torch.stack([linear(x[:, i].contiguous(), weight[i]) for i in range(weight.shape[0])], dim=1)
+def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
+    """Block-diagonal product: [T, g, in] x [g * out, in] -> [T, g, out]."""
+    parts = dense(weight).unflatten(0, (x.shape[1], -1))
+    return torch.stack([linear(x[:, i].contiguous(), part) for i, part in enumerate(parts)], dim=1)
 
 
-def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """The output head in float32: [S, d] x [V, d] -> float32 [S, V]."""
-    return linear(x.float(), weight)
+def float32(weight: Weight) -> Tensor:
+    """The form that float32 products take."""
+    return dense(weight).float()
+
+
+@prepared_by(float32)
+def linear_f32(x: Tensor, weight: Weight) -> Tensor:
+    """The product in float32: [T, in] x [out, in] -> float32 [T, out]."""
+    return linear(x.float(), float32(weight))
+
+
+@prepared_by(float32)
+def logits(x: Tensor, weight: Weight) -> Tensor:
+    """The output head: [S, d] x [V, d] -> float32 [S, V]."""
+    return linear_f32(x, weight)

@@ -1,0 +1,106 @@
+"""Matrices as a checkpoint stores them. Ops take a `Weight`; the reference decodes it where it is used, a backend may
+want it in another form, which `Ops.prepare` asks it for once, at load.
+
+| value | stored | decodes to |
+| --- | --- | --- |
+| a tensor | float32 or bfloat16 [..., out, in] | itself |
+| `Fp8Weight` | e4m3 codes, one ue8m0 scale per 128 x 128 | `dtype` |
+| `Fp4Weight` | e2m1 codes, two in a byte (the low nibble first), one ue8m0 scale per 32 of a row | `dtype` |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from dsv4.formats import fp4_decode, fp4_unpack, ue8m0_decode
+from dsv4.row_sizes import FP4_BLOCK, FP8_BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Codes with scales; indexing and moving act on both."""
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the decoded matrix."""
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    def __getitem__(self, index: int) -> Packed:
+        return replace(self, codes=self.codes[index], scales=self.scales[index])
+
+    def to(self, target: torch.dtype | torch.device | str) -> Packed:
+        """On another device, or decoding to another dtype."""
+        if isinstance(target, torch.dtype):
+            return replace(self, dtype=target)
+        return replace(self, codes=self.codes.to(target), scales=self.scales.to(target))
+
+    def dense(self) -> Tensor:
+        """Decoded, in `dtype`."""
+        raise AssertionError("a packed weight defines dense")
+
+
+class Fp8Weight(Packed):
+    """codes float8_e4m3fn [..., out, in], scales uint8 [..., ceil(out / 128), ceil(in / 128)]."""
+
+    __slots__ = ()
+
+    def dense(self) -> Tensor:
+        out, width = self.codes.shape[-2:]
+        wide = ue8m0_decode(self.scales).repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
+        return (self.codes.float() * wide[..., :out, :width]).to(self.dtype)
+
+
+class Fp4Weight(Packed):
+    """codes uint8 [..., out, in / 2], scales uint8 [..., out, in / 32]."""
+
+    __slots__ = ()
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
+
+    def dense(self) -> Tensor:
+        wide = ue8m0_decode(self.scales).repeat_interleave(FP4_BLOCK, -1)
+        return (fp4_decode(fp4_unpack(self.codes)) * wide).to(self.dtype)
+
+
+Weight = Tensor | Packed
+
+
+class Gated(NamedTuple):
+    """The three projections of an expert, or of a stack of them [E, ...]: gate and up [i, d], down [d, i]."""
+
+    w1: Weight
+    w3: Weight
+    w2: Weight
+
+
+def dense(weight: Weight) -> Tensor:
+    """The matrix as a tensor."""
+    return weight.dense() if isinstance(weight, Packed) else weight
+
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+
+def prepared_by(hook: Callable[[Any], Any]) -> Callable[[Op], Op]:
+    """Says in what form an op wants its weight (a `Weight` or `Gated`): `hook` makes it, once at load."""
+
+    def mark(op: Op) -> Op:
+        op.prepare = hook  # type: ignore[attr-defined]
+        return op
+
+    return mark
