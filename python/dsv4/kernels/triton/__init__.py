@@ -7,6 +7,15 @@ from dsv4.kernels.device import capability, has_triton
 
 OPS: dict[str, str] = {
     "sparse_attention": "attention",
+    "rmsnorm": "norm",
+    "norm_rope": "norm",
+    "write_rows": "rows",
+    "copy_rows": "rows",
+    "compress": "compressor",
+    "hc_pre": "mhc",
+    "hc_post": "mhc",
+    "hc_head": "mhc",
+    "index_select": "indexer",
 }
 """Op -> module of this package that defines a function of the op's name. One line per op."""
 

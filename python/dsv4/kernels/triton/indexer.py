@@ -1,0 +1,686 @@
+"""Lightning indexer: scores of all visible entries and the best k of them, without ever writing a long score row.
+
+1. `query`  turns, rotates and quantises the queries to e4m3; what scales them goes into the weights.
+2. `scan`   multiplies tiles of stored keys with the queries of a request. It either writes scores (rows of at most
+            SAMPLE entries, or an even sample of longer ones) or appends the entries that pass a threshold.
+3. `topk`   selects: directly, where the whole row was written; else among the appended candidates.
+
+The threshold of a decode step is the one that the last step of the same slab left behind (`_State.hint`), that of a
+prompt's token comes from a sample of its own scores. Should it have been wrong, `refine` takes the exact best k of each
+of several parts of the row, in one launch that ends at once where nothing was wrong. So the result is exact always.
+
+Workspace is for TOKENS tokens at a time, whatever the context: CAP candidates of 8 bytes and SAMPLE scores each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.kernels.aot import Aot
+from dsv4.kernels.triton import topk as select
+from dsv4.kernels.triton.codec import (
+    as_model,
+    ceil_exponent,
+    e2m1_code,
+    e4m3_code,
+    exp2_of,
+    rotate,
+    turn,
+)
+from dsv4.kernels.triton.common import INTERPRETED, cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.rows import row_constants
+from dsv4.kernels.triton.topk import key_of, prefix, search, wrong
+
+TOKENS = 256
+"""Tokens that a call handles at a time."""
+CAP = 8192
+"""Candidates of a token."""
+SAMPLE = 8192
+"""Entries up to which a row's scores are written whole."""
+SAMPLED = 4096
+"""Entries that the threshold of a longer row is taken from."""
+
+
+@triton.jit
+def _e2m1_value(code):
+    m = (code & 7).to(tl.int32)
+    v = tl.where(m < 2, m * 0.5, (2 + (m & 1)) * exp2_of((126 + (m >> 1)).to(tl.uint32)) * 0.5)
+    return tl.where((code & 8) != 0, -v, v)
+
+
+@triton.jit
+def query_kernel(
+    q,
+    cos,
+    sin,
+    weights,
+    out,
+    out_weights,
+    HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    N: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    BF16: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """N heads of a token. `out` [T, PADDED, DIM] in the arithmetic of the scan, `out_weights` float32 [T, PADDED]: half
+    of weight times query scale, as the scan sums s + |s| = 2 relu(s). SPLIT: channels 8t .. 8t+3 of all t first."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * N + tl.arange(0, N)
+    c = tl.arange(0, DIM)
+    live = h < HEADS
+    at = (t * HEADS + h)[:, None] * DIM + c[None, :]
+    x = tl.load(q + at, mask=live[:, None] & (c >= 0)[None, :], other=0.0).to(tl.float32)
+    x = as_model(turn(x, cos, sin, t + h * 0, live, N, DIM, DIM, ROPE), BF16)
+    w = tl.load(weights + t * HEADS + h, mask=live, other=0.0) * 0.5
+    to = c
+    if SPLIT:
+        to = ((c // 4) % 2) * (DIM // 2) + (c // 8) * 4 + c % 4
+    place = (t * PADDED + h)[:, None] * DIM + to[None, :]
+    held = (h < PADDED)[:, None] & (c >= 0)[None, :]
+    if FORMAT == "mxfp4":
+        blocks = tl.reshape(rotate(x, N, DIM), (N, DIM // 32, 32))
+        e = ceil_exponent(tl.maximum(tl.div_rn(tl.max(tl.abs(blocks), 2), 6.0), 1.1754943508222875e-38)).to(
+            tl.int32
+        )
+        top = tl.max(e, 1)
+        v = _e2m1_value(e2m1_code(blocks * exp2_of((254 - e).to(tl.uint32))[:, :, None]))
+        shift = tl.maximum(e - top[:, None] + 133, 1)  # largest group at 2^6
+        v = tl.reshape(v * exp2_of(shift.to(tl.uint32))[:, :, None], (N, DIM))
+        tl.store(out + place, e4m3_code(v), mask=held)
+        w = w * exp2_of(tl.maximum(top - 6, 1).to(tl.uint32))
+    elif FORMAT == "fp8":
+        y = rotate(x, N, DIM)
+        e = ceil_exponent(tl.div_rn(tl.maximum(tl.max(tl.abs(y), 1), 1e-4), 448.0))
+        tl.store(out + place, e4m3_code(y * exp2_of(254 - e)[:, None]), mask=held)
+        w = w * exp2_of(e)
+    else:
+        tl.store(out + place, x.to(out.dtype.element_ty), mask=held)
+    tl.store(out_weights + t * PADDED + h, w, mask=h < PADDED)
+
+
+@triton.jit
+def tile_scores(
+    q,
+    weights,
+    region,
+    stride,
+    pages,
+    e,
+    n,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DIM: tl.constexpr,
+    PLANE: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Scores float32 [E, QUERIES] of entries e [E] of a request with n >= 1 of them, whose pages are at `pages`. q [DIM,
+    QUERIES * HEADS], weights float32 [QUERIES * HEADS]. Entries past the last one get its score."""
+    count: tl.constexpr = e.shape[0]
+    e = tl.minimum(e, n - 1)
+    page = tl.load(pages + e // ROWS).to(tl.int64)
+    base, row = region + page * stride, e % ROWS
+    if FORMAT == "mxfp4":
+        c, g = tl.arange(0, DIM // 2), tl.arange(0, DIM // 32)
+        x = tl.load((base + row * PLANE)[:, None] + c[None, :])
+        xs = tl.load((base + ROWS * PLANE + row * SCALES)[:, None] + g[None, :])
+        qs = tl.full((q.shape[1], DIM // 32), 127, tl.uint8)
+        s = tl.dot_scaled(x, xs, "e2m1", q, qs, "e4m3")
+        scale = tl.full((count,), 1.0, tl.float32)
+    elif FORMAT == "fp8":
+        c = tl.arange(0, DIM)
+        x = tl.load((base + row * PLANE).to(tl.pointer_type(tl.float8e4nv))[:, None] + c[None, :])
+        scale = tl.load((base + ROWS * PLANE + row * SCALES).to(tl.pointer_type(tl.float32)))
+        s = tl.dot(x, q)
+    else:
+        c = tl.arange(0, DIM)
+        if FORMAT == "bfloat16":
+            x = tl.load((base + row * PLANE).to(tl.pointer_type(tl.bfloat16))[:, None] + c[None, :]).to(
+                tl.float32
+            )
+        else:
+            x = tl.load((base + row * PLANE).to(tl.pointer_type(tl.float32))[:, None] + c[None, :])
+        s = tl.dot(x, q, input_precision="ieee")
+        scale = tl.full((count,), 1.0, tl.float32)
+    s = (s + tl.abs(s)) * weights[None, :]
+    if QUERIES == 1:
+        return tl.sum(s, 1)[:, None] * scale[:, None]
+    else:
+        return tl.sum(tl.reshape(s, (count, QUERIES, HEADS)), 2) * scale[:, None]
+
+
+@triton.jit
+def scan_kernel(
+    q,
+    weights,
+    region,
+    stride,
+    pages,
+    page_stride,
+    slab,
+    visible,
+    bound,
+    bound_by,
+    used,
+    key,
+    index,
+    scores,
+    tokens,
+    sampled,
+    APPEND: tl.constexpr,
+    CAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DIM: tl.constexpr,
+    PLANE: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """Part program_id(0) of the entries for the QUERIES tokens of program_id(1). APPEND: what reaches `bound` (of the
+    token, or of its slab where `bound_by`) goes to the candidates. Else `scores` [T, sampled] gets entries 0 .. sampled
+    - 1, or evenly spread ones of a longer row."""
+    t0 = tl.program_id(1) * QUERIES
+    i = tl.arange(0, QUERIES)
+    done = 0
+    while done < QUERIES:  # once, unless the tokens belong to several requests
+        first = tl.minimum(t0 + done, tokens - 1)
+        s = tl.load(slab + first)
+        t = t0 + i
+        mine = (i >= done) & (t < tokens)
+        mine = mine & (tl.load(slab + t, mask=mine, other=-1) == s)
+        count = tl.maximum(tl.sum(mine.to(tl.int32), 0), 1)
+        mine = mine & (i < done + count)
+        n = tl.load(visible + t, mask=mine, other=0)
+        most = tl.max(n, 0)
+        limit = most if APPEND else tl.minimum(most, sampled)
+        parts = tl.num_programs(0)
+        per = tl.cdiv(tl.cdiv(limit, parts), TILE) * TILE
+        begin = tl.program_id(0) * per
+        end = tl.minimum(begin + per, limit)
+        if begin < end:
+            col = tl.arange(0, QUERIES * HEADS)
+            tq = tl.minimum(t0 + col // HEADS, tokens - 1).to(tl.int64)
+            c = tl.arange(0, DIM)
+            Q = tl.load(q + (tq * HEADS + col % HEADS)[None, :] * DIM + c[:, None])
+            W = tl.load(weights + tq * HEADS + col % HEADS)
+            row = pages + s.to(tl.int64) * page_stride
+            t64 = t.to(tl.int64)
+            gap = tl.maximum(most // tl.maximum(sampled, 1), 1)
+            if APPEND:
+                b = tl.load(
+                    bound + tl.where(bound_by == 0, t64, s.to(tl.int64)), mask=mine, other=float("inf")
+                )
+            for at in range(begin, end, TILE):
+                e = at + tl.arange(0, TILE)
+                if APPEND:
+                    v = tile_scores(
+                        Q, W, region, stride, row, e, most, HEADS, QUERIES, ROWS, FORMAT, DIM, PLANE, SCALES
+                    )
+                    take = (v >= b[None, :]) & (e[:, None] < n[None, :])
+                    one = tl.full((TILE, QUERIES), 1, tl.int32)
+                    place = tl.atomic_add(used + t[None, :] + one * 0, one, mask=take, sem="relaxed")
+                    to = t64[None, :] * CAP + place
+                    take = take & (place < CAP)
+                    tl.store(key + to, key_of(v).to(tl.int32, bitcast=True), mask=take)
+                    tl.store(index + to, e[:, None] + one * 0, mask=take)
+                else:
+                    place = e * gap + (e * 7) % gap
+                    v = tile_scores(
+                        Q,
+                        W,
+                        region,
+                        stride,
+                        row,
+                        place,
+                        most,
+                        HEADS,
+                        QUERIES,
+                        ROWS,
+                        FORMAT,
+                        DIM,
+                        PLANE,
+                        SCALES,
+                    )
+                    keep = mine[None, :] & (e < end)[:, None]
+                    tl.store(scores + t64[None, :] * sampled + e[:, None], v, mask=keep)
+        done += count
+
+
+@triton.jit
+def refine_kernel(
+    q,
+    weights,
+    region,
+    stride,
+    pages,
+    page_stride,
+    slab,
+    visible,
+    used,
+    key,
+    index,
+    fresh,
+    k,
+    K: tl.constexpr,
+    PARTS: tl.constexpr,
+    CAP: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DIM: tl.constexpr,
+    PLANE: tl.constexpr,
+    SCALES: tl.constexpr,
+):
+    """For a token whose threshold was wrong: the exact best K of part program_id(0) of its entries, in order, as its
+    candidates part * K and on; key 0 where there are fewer. K more entries at a time join the K best so far."""
+    t, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    n = tl.load(visible + t)
+    if wrong(n, tl.load(used + t), k, CAP):
+        per = tl.cdiv(n, PARTS)
+        begin, end = part * per, tl.minimum(part * per + per, n)
+        col, c = tl.arange(0, HEADS), tl.arange(0, DIM)
+        Q = tl.load(q + (t * HEADS + col)[None, :] * DIM + c[:, None])
+        W = tl.load(weights + t * HEADS + col)
+        row = pages + tl.load(slab + t).to(tl.int64) * page_stride
+        i, j = tl.arange(0, K), tl.arange(0, 2 * K)
+        best = t * CAP + part * K
+        new = (t * PARTS + part) * K
+        tl.store(key + best + i, i * 0)
+        for at in range(begin, end, K):
+            for step in range(0, K, TILE):
+                e = at + step + tl.arange(0, TILE)
+                v = tile_scores(Q, W, region, stride, row, e, n, HEADS, 1, ROWS, FORMAT, DIM, PLANE, SCALES)
+                u = tl.where(e < end, key_of(tl.sum(v, 1)), 0).to(tl.uint32)
+                tl.store(fresh + new + step + tl.arange(0, TILE), u.to(tl.int32, bitcast=True))
+            tl.debug_barrier()
+            old = tl.load(key + best + j, mask=j < K, other=0)
+            u = tl.where(j < K, old, tl.load(fresh + new + j - K, mask=j >= K, other=0)).to(
+                tl.uint32, bitcast=True
+            )
+            e = tl.where(j < K, tl.load(index + best + j, mask=(j < K) & (u > 0), other=0), at + j - K)
+            lo, hi, c_lo, c_hi = search(u, tl.sum((u > 0).to(tl.int32), 0), K)
+            full = c_lo > K
+            tie = (u == lo) & full
+            s = prefix((tie & (u > 0)).to(tl.int32))
+            take = ((u > 0) & ((u >= tl.where(full, hi, lo)) | (tie & (s <= K - c_hi)))) != 0
+            place = prefix(take.to(tl.int32)) - 1
+            tl.debug_barrier()
+            tl.store(key + best + place, u.to(tl.int32, bitcast=True), mask=take)
+            tl.store(index + best + place, e, mask=take)
+            tl.debug_barrier()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One call's constants. `rows`: of `row_constants`; `heads` are padded; `queries` share a tile of `tile` keys."""
+
+    rows: dict[str, Any]
+    heads: int
+    queries: int
+    tile: int
+    k: int
+    append: bool
+    split_query: bool = False
+
+    @property
+    def width(self) -> int:
+        """k as a power of two."""
+        return next_pow2(max(16, self.k))
+
+    @property
+    def parts(self) -> int:
+        return min(16, CAP // self.width)
+
+
+Scan = Callable[..., None]
+
+
+def launch_scan(
+    plan: Plan,
+    q: Tensor,
+    weights: Tensor,
+    keys: Any,
+    pages: Tensor,
+    slab: Tensor,
+    visible: Tensor,
+    most: int,
+    *,
+    append: bool,
+    bound: Tensor,
+    bound_by_slab: bool,
+    used: Tensor,
+    key: Tensor,
+    index: Tensor,
+    scores: Tensor,
+) -> None:
+    """Plain Triton's scan. `scores` [T, sampled]."""
+    tokens, sampled = len(slab), scores.shape[1]
+    groups = cdiv(tokens, plan.queries)
+    length = most if append else min(most, sampled)
+    splits = max(1, min(cdiv(4 * multiprocessors(), groups), cdiv(length, 4 * plan.tile)))
+    r = plan.rows
+    scan_kernel[(splits, groups)](
+        q,
+        weights,
+        keys.region,
+        keys.region.stride(0),
+        pages,
+        pages.stride(0),
+        slab,
+        visible,
+        bound,
+        int(bound_by_slab),
+        used,
+        key,
+        index,
+        scores,
+        tokens,
+        sampled,
+        APPEND=append,
+        CAP=CAP,
+        HEADS=plan.heads,
+        QUERIES=plan.queries,
+        TILE=plan.tile,
+        ROWS=r["ROWS"],
+        FORMAT=r["FORMAT"],
+        DIM=r["DIM"],
+        PLANE=r["PLANE"],
+        SCALES=r["SCALES"],
+        num_warps=4 if plan.queries == 1 else 8,
+        num_stages=1 if INTERPRETED else 4 if r["FORMAT"] in ("fp8", "mxfp4") else 2,
+    )
+
+
+class _State:
+    """What is kept between steps of one layer: the threshold of each slab's last query. A stale one costs time only."""
+
+    hints: dict[tuple[int, int], Tensor] = {}  # noqa: RUF012 (shared on purpose: one per stored region)
+
+    @classmethod
+    def hint(cls, keys: Any, slabs: int) -> Tensor:
+        """float32 [slabs]; NaN, which nothing reaches, where there was no query yet."""
+        name = (keys.region.data_ptr(), slabs)
+        if name not in cls.hints:
+            cls.hints[name] = torch.full((slabs,), float("nan"), device=keys.region.device)
+        return cls.hints[name]
+
+
+def prepare(
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, plan: Plan, rope_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Queries [T, padded heads, I] and weights float32 [T, padded heads] as the scan takes them."""
+    tokens, heads, dim = q.shape
+    form = plan.rows["FORMAT"]
+    dtype = torch.float8_e4m3fn if form in ("fp8", "mxfp4") else torch.float32
+    out = torch.empty((tokens, plan.heads, dim), dtype=dtype, device=q.device)
+    folded = torch.empty((tokens, plan.heads), dtype=torch.float32, device=q.device)
+    n = min(16, plan.heads)
+    query_kernel[(tokens, cdiv(plan.heads, n))](
+        q.contiguous(),
+        cos.contiguous(),
+        sin.contiguous(),
+        weights.contiguous(),
+        out.view(torch.uint8) if dtype.itemsize == 1 else out,
+        folded,
+        HEADS=heads,
+        PADDED=plan.heads,
+        N=n,
+        FORMAT=form,
+        DIM=dim,
+        ROPE=rope_dim,
+        BF16=q.dtype == torch.bfloat16,
+        SPLIT=plan.split_query,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return out, folded
+
+
+def index_select(
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor,
+    keys: Any,
+    tokens: Any,
+    entries: Any,
+    topk: int,
+    scan: Scan = launch_scan,
+    split_query: bool = False,
+) -> Tensor:
+    """The op `index_select`. `scan` is the kernel that does the work; `split_query`: how it wants channels ordered."""
+    total, k = len(q), min(topk, entries.most)
+    out = torch.empty((total, k), dtype=torch.int32, device=q.device)
+    if not total or not k:
+        return out
+    if entries.most <= topk:
+        every = torch.arange(k, dtype=torch.int32, device=q.device)
+        return torch.where(every < entries.visible[:, None], every, -1)
+    plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs), split_query)
+    q8, folded = prepare(q, cos, sin, weights, plan, 2 * cos.shape[-1])
+    select_entries(
+        plan, scan, q8, folded, keys, entries.pages, tokens.slab, entries.visible, entries.most, out
+    )
+    return out
+
+
+def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool, split_query: bool = False) -> Plan:
+    """`decode`: one token of each request, so that the last step's thresholds serve."""
+    quantised = keys.codec.name in ("fp8", "mxfp4")
+    return Plan(
+        rows=row_constants(keys.codec, keys.rows),
+        heads=max(16, next_pow2(heads)),
+        queries=1 if decode else 4,
+        tile=32 if INTERPRETED or not quantised else 128,
+        k=k,
+        append=most > SAMPLE,
+        split_query=split_query,
+    )
+
+
+def select_entries(
+    plan: Plan,
+    scan: Scan,
+    q: Tensor,
+    weights: Tensor,
+    keys: Any,
+    pages: Tensor,
+    slab: Tensor,
+    visible: Tensor,
+    most: int,
+    out: Tensor,
+) -> None:
+    """Fills `out` int32 [T, k] for prepared queries, TOKENS of them at a time."""
+    for at in range(0, len(q), TOKENS):
+        cut = slice(at, min(at + TOKENS, len(q)))
+        part = (q[cut], weights[cut], keys, pages, slab[cut], visible[cut], most)
+        run = _appended if plan.append else _whole
+        run(plan, scan, part, out[cut])
+
+
+def _whole(plan: Plan, scan: Scan, part: tuple, out: Tensor) -> None:
+    """Rows that fit a program: all scores, then the choice among them."""
+    n, most = len(out), part[-1]
+    scores = torch.empty((n, min(SAMPLE, next_pow2(most))), dtype=torch.float32, device=out.device)
+    none = torch.empty((0,), dtype=torch.int32, device=out.device)
+    scan(
+        plan,
+        *part,
+        append=False,
+        bound=none,
+        bound_by_slab=False,
+        used=none,
+        key=none,
+        index=none,
+        scores=scores,
+    )
+    select.rows_kernel[(n,)](
+        scores,
+        scores.stride(0),
+        part[5],
+        out,
+        out.stride(0),
+        plan.k,
+        K=plan.width,
+        BLOCK=next_pow2(max(most, 16)),
+        num_warps=4 if most <= 2048 else 16,
+    )
+
+
+def _appended(plan: Plan, scan: Scan, part: tuple, out: Tensor) -> None:
+    q, weights, keys, pages, slab, visible, _most = part
+    decode = plan.queries == 1
+    n, device, parts, width = len(out), out.device, plan.parts, plan.width
+    hint = _State.hint(keys, len(pages))
+    key, index = (torch.empty((n, CAP), dtype=torch.int32, device=device) for _ in range(2))
+    fresh = torch.empty((n, parts, width), dtype=torch.int32, device=device)
+    scores = torch.empty((n, 0 if decode else SAMPLED), dtype=torch.float32, device=device)
+    used = torch.zeros((n,), dtype=torch.int32, device=device)
+    bound = hint
+    if not decode:
+        bound = torch.empty((n,), dtype=torch.float32, device=device)
+        common = dict(bound=bound, bound_by_slab=False, used=used, key=key, index=index, scores=scores)
+        scan(plan, *part, append=False, **common)
+        select.threshold_kernel[(n,)](
+            scores, SAMPLED, visible, bound, used, plan.k, BLOCK=SAMPLED, num_warps=8
+        )
+    scan(
+        plan,
+        *part,
+        append=True,
+        bound=bound,
+        bound_by_slab=decode,
+        used=used,
+        key=key,
+        index=index,
+        scores=scores,
+    )
+    r = plan.rows
+    refine_kernel[(parts, n)](
+        q,
+        weights,
+        keys.region,
+        keys.region.stride(0),
+        pages,
+        pages.stride(0),
+        slab,
+        visible,
+        used,
+        key,
+        index,
+        fresh,
+        plan.k,
+        K=width,
+        PARTS=parts,
+        CAP=CAP,
+        HEADS=plan.heads,
+        TILE=min(plan.tile, width),
+        ROWS=r["ROWS"],
+        FORMAT=r["FORMAT"],
+        DIM=r["DIM"],
+        PLANE=r["PLANE"],
+        SCALES=r["SCALES"],
+        num_warps=4,
+        num_stages=1 if INTERPRETED else 3,
+    )
+    select.finish_kernel[(n,)](
+        visible,
+        slab,
+        bound,
+        int(decode),
+        used,
+        key,
+        index,
+        fresh,
+        hint,
+        out,
+        out.stride(0),
+        n,
+        plan.k,
+        K=width,
+        SMALL=min(CAP, 4 * width),
+        CAP=CAP,
+        PARTS=parts,
+        num_warps=16,
+    )
+
+
+_KEYS = {"q": "*fp8e4nv", "weights": "*fp32", "region": "*u8", "stride": "i64:16", "pages": "*i32"}
+_KEYS |= {"page_stride": "i32", "slab": "*i32", "visible": "*i32"}
+_LISTS = {"used": "*i32", "key": "*i32", "index": "*i32"}
+_SCAN = {
+    **_KEYS,
+    **_LISTS,
+    "bound": "*fp32",
+    "bound_by": "i32",
+    "scores": "*fp32",
+    "tokens": "i32",
+    "sampled": "i32",
+}
+_FP8 = {"ROWS": 64, "FORMAT": "fp8", "DIM": 128, "PLANE": 128, "SCALES": 4}
+_FP4 = {"ROWS": 64, "FORMAT": "mxfp4", "DIM": 128, "PLANE": 64, "SCALES": 4}
+
+
+def _aot_scan(append: bool, queries: int, form: dict[str, Any], archs: tuple[int, ...] = (90, 100)) -> Aot:
+    constants = {"APPEND": append, "CAP": CAP, "HEADS": 64, "QUERIES": queries, "TILE": 128, **form}
+    return Aot(
+        scan_kernel,
+        _SCAN,
+        constants,
+        num_warps=4 if queries == 1 else 8,
+        num_stages=4,
+        matrix=True,
+        archs=archs,
+    )
+
+
+def _aot_query(form: str, split: bool) -> Aot:
+    signature = {
+        "q": "*bf16",
+        "cos": "*fp32",
+        "sin": "*fp32",
+        "weights": "*fp32",
+        "out": "*u8",
+        "out_weights": "*fp32",
+    }
+    constants = {
+        "HEADS": 64,
+        "PADDED": 64,
+        "N": 16,
+        "FORMAT": form,
+        "DIM": 128,
+        "ROPE": 64,
+        "BF16": True,
+        "SPLIT": split,
+    }
+    return Aot(query_kernel, signature, constants, options={"enable_fp_fusion": False})
+
+
+AOT = [
+    _aot_query("mxfp4", True),
+    _aot_query("fp8", False),
+    _aot_scan(True, 1, _FP8),
+    _aot_scan(True, 4, _FP8),
+    _aot_scan(False, 1, _FP8),
+    _aot_scan(True, 1, _FP4),
+    Aot(
+        refine_kernel,
+        {**_KEYS, **_LISTS, "fresh": "*i32", "k": "i32"},
+        {"K": 512, "PARTS": 16, "CAP": CAP, "HEADS": 64, "TILE": 128, **_FP8},
+        num_stages=3,
+    ),
+]

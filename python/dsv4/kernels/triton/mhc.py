@@ -1,0 +1,333 @@
+"""Manifold-constrained hyper-connections in one launch each.
+
+`hc_pre` needs fn . v over all channels of a token before it can mix the streams, so a tile of tokens is shared by SPLITS
+programs, each with its own slice of every stream. A program multiplies its slice, publishes the partial sums, waits for
+the other programs of its tile, adds the partials in a fixed order and mixes its own slice, which then still lies in L2:
+device memory is read once. The programs of a tile have neighbouring ids, and blocks start in the order of their ids, so
+those that wait are at most SPLITS from those they wait for and always run.
+
+The product keeps float32's accuracy on bfloat16 tensor cores: streams are bfloat16 as they are, fn is the sum of two
+bfloat16 pieces (error 2^-17).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.kernels.aot import Aot
+from dsv4.kernels.triton.common import INTERPRETED, cdiv, next_pow2
+
+_COLUMNS = 32
+"""Room for the n (n + 2) products of a token and the sum of its squares, in floats."""
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _product(x, f, PIECES: tl.constexpr):
+    """[M, K] x [C, K] -> [M, C] in float32; PIECES: x is bfloat16, f is taken as two pieces of it."""
+    if PIECES:
+        high = f.to(tl.bfloat16)
+        low = (f - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(x, tl.trans(high)) + tl.dot(x, tl.trans(low))
+    else:
+        return tl.dot(x.to(tl.float32), tl.trans(f), input_precision="ieee")
+
+
+@triton.jit
+def _gather(partial, token, column, held, SPLITS: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum over the splits, first to last, of partial [SPLITS, M, COLUMNS] at [token, column]."""
+    at = partial + token[:, None] * COLUMNS + column[None, :]
+    total = tl.load(at, mask=held, other=0.0, cache_modifier=".cg")
+    for s in tl.static_range(1, SPLITS):
+        total += tl.load(at + s * M * COLUMNS, mask=held, other=0.0, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def _wait(arrived, left, SPLITS: tl.constexpr):
+    """Returns when all programs of the tile have come here; leaves both counters at 0."""
+    tl.debug_barrier()
+    tl.atomic_add(arrived, 1, sem="acq_rel")
+    while tl.atomic_add(arrived, 0, sem="acquire") < SPLITS:
+        pass
+    if tl.atomic_add(left, 1, sem="acq_rel") == SPLITS - 1:
+        tl.atomic_xchg(left, 0)
+        tl.atomic_xchg(arrived, 0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _sinkhorn(a, eps, ITERS: tl.constexpr):
+    """[M, n, n]: softmax over rows, then ITERS rounds of normalising, the first of the columns alone."""
+    a = tl.exp(a - tl.max(a, 2)[:, :, None])
+    a = a / tl.sum(a, 2)[:, :, None] + eps
+    a = a / (tl.sum(a, 1)[:, None, :] + eps)
+    for _ in range(ITERS - 1):
+        a = a / (tl.sum(a, 2)[:, :, None] + eps)
+        a = a / (tl.sum(a, 1)[:, None, :] + eps)
+    return a
+
+
+@triton.jit
+def hc_pre_kernel(
+    streams,
+    fn,
+    scale,
+    base,
+    y,
+    post,
+    comb,
+    partial,
+    counters,
+    tokens,
+    norm_eps,
+    eps,
+    HEAD: tl.constexpr,
+    ITERS: tl.constexpr,
+    STREAMS: tl.constexpr,
+    DIM: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SLICE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    split, tile = tl.program_id(0), tl.program_id(1)
+    t = tile.to(tl.int64) * M + tl.arange(0, M)
+    live = t < tokens
+    column, k = tl.arange(0, COLUMNS), tl.arange(0, K)
+    products: tl.constexpr = STREAMS if HEAD else STREAMS * (STREAMS + 2)
+    tl.static_assert(products < COLUMNS)
+    acc, squares = tl.zeros((M, COLUMNS), tl.float32), tl.zeros((M,), tl.float32)
+    steps: tl.constexpr = SLICE // K
+    for step in range(STREAMS * steps):
+        c = split * SLICE + step % steps * K + k
+        at, held = step // steps * DIM + c, c < DIM
+        x = tl.load(
+            streams + t[:, None] * (STREAMS * DIM) + at[None, :],
+            mask=live[:, None] & held[None, :],
+            other=0.0,
+        )
+        f = tl.load(
+            fn + column[:, None] * (STREAMS * DIM) + at[None, :],
+            mask=(column < products)[:, None] & held[None, :],
+            other=0.0,
+        )
+        acc += _product(x, f, PIECES)
+        x = x.to(tl.float32)
+        squares += tl.sum(x * x, 1)
+    acc = tl.where((column == products)[None, :], squares[:, None], acc)
+    partial += tile.to(tl.int64) * (SPLITS * M * COLUMNS)
+    row = tl.arange(0, M)
+    tl.store(
+        partial + split * (M * COLUMNS) + row[:, None] * COLUMNS + column[None, :], acc, mask=live[:, None]
+    )
+    if SPLITS > 1:
+        _wait(counters + 2 * tile, counters + 2 * tile + 1, SPLITS)
+    else:
+        tl.debug_barrier()
+
+    i = tl.arange(0, STREAMS)
+    norm = tl.sum(
+        _gather(partial, row, products + i * 0, live[:, None] & (i == 0)[None, :], SPLITS, M, COLUMNS), 1
+    )
+    norm = tl.rsqrt(norm / (STREAMS * DIM) + norm_eps)[:, None]
+    mix = _gather(partial, row, i, live[:, None] & (i >= 0)[None, :], SPLITS, M, COLUMNS) * norm
+    pre = _sigmoid(mix * tl.load(scale) + tl.load(base + i)[None, :]) + eps
+    for step in range(steps):
+        c = split * SLICE + step * K + k
+        held = live[:, None] & (c < DIM)[None, :]
+        total = tl.zeros((M, K), tl.float32)
+        for n in tl.static_range(STREAMS):
+            x = tl.load(streams + t[:, None] * (STREAMS * DIM) + n * DIM + c[None, :], mask=held, other=0.0)
+            total += tl.sum(tl.where((i == n)[None, :], pre, 0.0), 1)[:, None] * x.to(tl.float32)
+        tl.store(y + t[:, None] * DIM + c[None, :], total.to(y.dtype.element_ty), mask=held)
+
+    if not HEAD:  # noqa: SIM102 (constexpr: no code in the head's kernel)
+        if split == 0:
+            few = live[:, None] & (i >= 0)[None, :]
+            p = _gather(partial, row, STREAMS + i, few, SPLITS, M, COLUMNS) * norm
+            p = 2 * _sigmoid(p * tl.load(scale + 1) + tl.load(base + STREAMS + i)[None, :])
+            tl.store(post + t[:, None] * STREAMS + i[None, :], p, mask=few)
+            ij = tl.arange(0, STREAMS * STREAMS)
+            all = live[:, None] & (ij >= 0)[None, :]
+            a = _gather(partial, row, 2 * STREAMS + ij, all, SPLITS, M, COLUMNS) * norm
+            a = a * tl.load(scale + 2) + tl.load(base + 2 * STREAMS + ij)[None, :]
+            b = _sinkhorn(tl.reshape(a, (M, STREAMS, STREAMS)), eps, ITERS)
+            out = comb + t[:, None] * (STREAMS * STREAMS) + ij[None, :]
+            tl.store(out, tl.reshape(b, (M, STREAMS * STREAMS)), mask=all)
+
+
+@triton.jit
+def hc_post_kernel(
+    y,
+    streams,
+    post,
+    comb,
+    out,
+    tokens,
+    STREAMS: tl.constexpr,
+    DIM: tl.constexpr,
+    M: tl.constexpr,
+    K: tl.constexpr,
+):
+    t = tl.program_id(1).to(tl.int64) * M + tl.arange(0, M)
+    c = tl.program_id(0) * K + tl.arange(0, K)
+    live = t < tokens
+    held = live[:, None] & (c < DIM)[None, :]
+    at = t[:, None] * (STREAMS * DIM) + c[None, :]
+    v = tl.load(y + t[:, None] * DIM + c[None, :], mask=held, other=0.0).to(tl.float32)
+    x0 = tl.load(streams + at, mask=held, other=0.0).to(tl.float32)
+    x1, x2, x3 = x0, x0, x0
+    if STREAMS > 1:
+        x1 = tl.load(streams + at + DIM, mask=held, other=0.0).to(tl.float32)
+    if STREAMS > 2:
+        x2 = tl.load(streams + at + 2 * DIM, mask=held, other=0.0).to(tl.float32)
+        x3 = tl.load(streams + at + 3 * DIM, mask=held, other=0.0).to(tl.float32)
+    for j in tl.static_range(STREAMS):
+        a = comb + t * (STREAMS * STREAMS) + j
+        total = tl.load(post + t * STREAMS + j, mask=live, other=0.0)[:, None] * v
+        total += tl.load(a, mask=live, other=0.0)[:, None] * x0
+        if STREAMS > 1:
+            total += tl.load(a + STREAMS, mask=live, other=0.0)[:, None] * x1
+        if STREAMS > 2:
+            total += tl.load(a + 2 * STREAMS, mask=live, other=0.0)[:, None] * x2
+            total += tl.load(a + 3 * STREAMS, mask=live, other=0.0)[:, None] * x3
+        tl.store(out + at + j * DIM, total.to(out.dtype.element_ty), mask=held)
+
+
+_counters: dict[torch.device, Tensor] = {}
+
+
+def _plan(tokens: int, dim: int) -> tuple[int, int]:
+    """Tokens of a tile and programs that share it. Few tokens: enough programs to read fn quickly; many: wide tiles,
+    so that fn, which every tile reads from L2, weighs little."""
+    if INTERPRETED:
+        return 16, 1  # programs run one after the other there and cannot wait for each other
+    if tokens <= 256:
+        tile, splits = 16, 64 if tokens <= 4 else 32 if tokens <= 32 else 16
+    else:
+        tile, splits = 64, 16 if tokens <= 1024 else 8
+    return tile, min(splits, max(1, dim // 64))
+
+
+def _pre(
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_eps: float,
+    eps: float,
+    iters: int,
+    head: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    streams = streams.contiguous()
+    tokens, n, dim = streams.shape
+    if n not in (1, 2, 4):
+        raise ValueError(f"hc_mult is {n}; the kernels hold 1, 2 or 4 streams")
+    y = torch.empty((tokens, dim), dtype=streams.dtype, device=streams.device)
+    post = torch.empty((tokens, n), dtype=torch.float32, device=streams.device)
+    comb = torch.empty((tokens, n, n), dtype=torch.float32, device=streams.device)
+    if not tokens:
+        return y, post, comb
+    tile, splits = _plan(tokens, dim)
+    tiles = cdiv(tokens, tile)
+    partial = torch.empty((tiles, splits, tile, _COLUMNS), dtype=torch.float32, device=streams.device)
+    counters = _counters.get(streams.device)
+    if counters is None or len(counters) < 2 * tiles:
+        counters = torch.zeros(max(4096, 2 * tiles), dtype=torch.int32, device=streams.device)
+        _counters[streams.device] = counters
+    k = 64 if dim >= 64 else max(16, next_pow2(dim))
+    hc_pre_kernel[(splits, tiles)](
+        streams,
+        fn,
+        scale,
+        base,
+        y,
+        post,
+        comb,
+        partial,
+        counters,
+        tokens,
+        norm_eps,
+        eps,
+        HEAD=head,
+        ITERS=iters,
+        STREAMS=n,
+        DIM=dim,
+        M=tile,
+        K=k,
+        SPLITS=splits,
+        SLICE=cdiv(cdiv(dim, splits), k) * k,
+        COLUMNS=_COLUMNS,
+        PIECES=streams.dtype == torch.bfloat16 and not INTERPRETED,  # it multiplies bits of bfloat16
+        num_warps=4,
+        num_stages=3,
+    )
+    return y, post, comb
+
+
+def hc_pre(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float, iters: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `hc_pre`."""
+    return _pre(streams, fn, scale, base, norm_eps, hc_eps, iters, False)
+
+
+def hc_head(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float
+) -> Tensor:
+    """The op `hc_head`."""
+    return _pre(streams, fn, scale, base, norm_eps, hc_eps, 0, True)[0]
+
+
+def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
+    """The op `hc_post`."""
+    streams = streams.contiguous()
+    tokens, n, dim = streams.shape
+    out = torch.empty_like(streams)
+    if tokens:
+        k = min(1024, next_pow2(dim))
+        hc_post_kernel[(cdiv(dim, k), tokens)](
+            y.contiguous(), streams, post, comb, out, tokens, STREAMS=n, DIM=dim, M=1, K=k, num_warps=4
+        )
+    return out
+
+
+_PRE = {
+    **dict.fromkeys(("streams", "y"), "*bf16"),
+    **dict.fromkeys(("fn", "scale", "base", "post", "comb", "partial"), "*fp32"),
+    **{"counters": "*i32", "tokens": "i32", "norm_eps": "fp32", "eps": "fp32"},
+}
+_SHAPE = {"STREAMS": 4, "DIM": 4096, "K": 64, "COLUMNS": _COLUMNS, "PIECES": True}
+AOT = [
+    Aot(
+        hc_pre_kernel,
+        _PRE,
+        {"HEAD": False, "ITERS": 20, "M": 16, "SPLITS": 64, "SLICE": 64, **_SHAPE},
+        num_stages=3,
+    ),
+    Aot(
+        hc_pre_kernel,
+        _PRE,
+        {"HEAD": False, "ITERS": 20, "M": 64, "SPLITS": 8, "SLICE": 512, **_SHAPE},
+        num_stages=3,
+        matrix=True,
+    ),
+    Aot(
+        hc_post_kernel,
+        {
+            **dict.fromkeys(("y", "streams", "out"), "*bf16"),
+            **{"post": "*fp32", "comb": "*fp32", "tokens": "i32"},
+        },
+        {"STREAMS": 4, "DIM": 4096, "M": 1, "K": 1024},
+    ),
+]

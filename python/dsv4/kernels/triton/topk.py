@@ -1,0 +1,263 @@
+"""Exact, deterministic top-k: ties by the lowest index, ascending indices, -1 after the last.
+
+Scores become order-preserving uint32 keys (0: no score; NaN counts as -inf; -0 equals 0). The k-th key is found by
+counting how many keys reach each of several pivots at once, so a search takes about log9 of the key range rounds.
+
+`rows` takes a score row that fits a program. A longer row is never written: the scan appends what passes a threshold,
+in any order, to the row's CAP candidates (key, index), and `finish` selects among these. The result depends on the set
+alone, so it has the same bits however the appends came. A threshold that fewer than k or more than CAP entries pass
+costs time only: `finish` finds k candidates of each of several parts of the row instead, made by the caller's `refine`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dsv4.kernels.aot import Aot
+
+PIVOTS = tl.constexpr(8)
+
+
+@triton.jit
+def wrong(n, total, k, CAP: tl.constexpr):
+    """Whether a threshold that `total` of n entries reached does not decide the row."""
+    return (total < tl.minimum(k, n)) | (total > CAP)
+
+
+@triton.jit
+def key_of(f):
+    """float32 -> uint32 > 0 in the same order."""
+    f = tl.where(f == f, f, float("-inf"))
+    b = tl.where(f == 0.0, 0.0, f).to(tl.uint32, bitcast=True)
+    return tl.where(b >> 31 != 0, ~b, b | 0x80000000)
+
+
+@triton.jit
+def value_of(u):
+    """The way back."""
+    return tl.where(u >> 31 != 0, u & 0x7FFFFFFF, ~u).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def _two(u, pivot, step):
+    """Which keys reach `pivot` and `pivot` + step: two 16-bit counters in a word."""
+    return (u >= pivot.to(tl.uint32)).to(tl.int32) + ((u >= (pivot + step).to(tl.uint32)).to(tl.int32) << 16)
+
+
+@triton.jit
+def _better(lo, hi, c_lo, c_hi, pivot, c, k):
+    enough = c >= k
+    low, high = enough & (pivot > lo), (c < k) & (pivot < hi)
+    return (
+        tl.where(low, pivot, lo),
+        tl.where(high, pivot, hi),
+        tl.where(low, c, c_lo),
+        tl.where(high, c, c_hi),
+    )
+
+
+@triton.jit
+def search(u, total, k):
+    """For fewer than 2^16 keys u, of which `total` are above 0: (lo, hi, c_lo, c_hi) with c_lo = count(u >= lo) = k,
+    or, where ties forbid that, lo the exact k-th key and hi = lo + 1; c_hi = count(u >= hi) < k. Where total <= k,
+    c_lo = total."""
+    hi = tl.max(u, 0).to(tl.int64) + 1
+    lo = tl.maximum(tl.min(tl.where(u == 0, 0xFFFFFFFF, u).to(tl.uint32), 0).to(tl.int64), 1)
+    hi = tl.maximum(hi, lo + 1)
+    lo = tl.where(total > 0, lo, hi - 1)
+    c_lo, c_hi = total, total * 0
+    while (c_lo > k) & (hi - lo > 1):
+        step = tl.maximum((hi - lo) // (PIVOTS + 1), 1)
+        p = lo + step
+        a, b, c, d = tl.reduce(
+            (
+                _two(u, p, step),
+                _two(u, p + 2 * step, step),
+                _two(u, p + 4 * step, step),
+                _two(u, p + 6 * step, step),
+            ),
+            0,
+            _add,
+        )
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p, a & 0xFFFF, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + step, a >> 16, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 2 * step, b & 0xFFFF, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 3 * step, b >> 16, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 4 * step, c & 0xFFFF, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 5 * step, c >> 16, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 6 * step, d & 0xFFFF, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 7 * step, d >> 16, k)
+    return lo.to(tl.uint32), hi.to(tl.uint32), c_lo, c_hi
+
+
+@triton.jit
+def prefix(v):
+    """Inclusive prefix sum; in groups of 16 first, which needs far fewer shuffles than one flat scan."""
+    n: tl.constexpr = v.shape[0]
+    if n <= 16:
+        return tl.cumsum(v, 0)
+    else:
+        g = v.reshape(n // 16, 16)
+        t = tl.sum(g, 1)
+        return (tl.cumsum(g, 1) + (tl.cumsum(t, 0) - t)[:, None]).reshape(n)
+
+
+@triton.jit
+def emit(u, index, total, out, stride, k, K: tl.constexpr):
+    """Writes the indices of the k largest keys in their order of place, -1 up to K; index ascends with place."""
+    lo, hi, c_lo, c_hi = search(u, total, k)
+    full = c_lo > k  # then lo is the exact key, and its ties count by place
+    strict, tie = (u > 0) & (u >= tl.where(full, hi, lo)), (u > 0) & (u == lo) & full
+    s = prefix((strict.to(tl.int32) << 16) | tie.to(tl.int32))
+    t, need = s & 0xFFFF, k - c_hi
+    take = (strict | (tie & (t <= need))) != 0
+    tl.store(out + ((s >> 16) + tl.where(full, tl.minimum(t, need), 0) - 1) * stride, index, mask=take)
+    j = tl.arange(0, K)
+    tl.store(out + j * stride, j * 0 - 1, mask=(j >= tl.minimum(c_lo, k)) & (j < k))
+
+
+@triton.jit
+def rows_kernel(scores, score_stride, visible, out, out_stride, k, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of at most BLOCK scores, a program each."""
+    t = tl.program_id(0).to(tl.int64)
+    e, n = tl.arange(0, BLOCK), tl.load(visible + t)
+    f = tl.load(scores + t * score_stride + e, mask=e < n, other=0.0)
+    emit(tl.where(e < n, key_of(f), 0).to(tl.uint32), e, n, out + t * out_stride, 1, k, K)
+
+
+@triton.jit
+def threshold_kernel(scores, score_stride, visible, bound, used, k, BLOCK: tl.constexpr):
+    """From a sample of BLOCK scores of a row, spread evenly: a bound that about 1.5 k to 4 k of its scores reach, and
+    an empty candidate list. A row of no more than BLOCK scores was sampled whole and gets the bound -inf."""
+    t = tl.program_id(0).to(tl.int64)
+    e, n = tl.arange(0, BLOCK), tl.load(visible + t)
+    gap = tl.maximum(n // BLOCK, 1)
+    f = tl.load(scores + t * score_stride + e, mask=e < n, other=0.0)
+    mean = k * 1.0 / gap
+    rank = (mean + 4.0 * tl.sqrt(mean) + 6.0).to(tl.int32)
+    lo, _hi, _a, _b = search(tl.where(e < n, key_of(f), 0).to(tl.uint32), tl.minimum(n, BLOCK), rank)
+    tl.store(bound + t, tl.where(n <= BLOCK, float("-inf"), value_of(lo)))
+    tl.store(used + t, n * 0)
+
+
+@triton.jit
+def _select(key, index, total, bound, row, cap, scratch, out, k, K: tl.constexpr, TILE: tl.constexpr):
+    """Among `total` <= TILE candidates in any order, those that reached `bound`, or all that matter where it is -inf.
+    Returns a threshold that about 2 k to 3 k would reach."""
+    j = tl.arange(0, TILE)
+    u = tl.load(key + row * cap + j, mask=j < total, other=0).to(tl.uint32, bitcast=True)
+    e = tl.load(index + row * cap + j, mask=j < total, other=0x7FFFFFFF)
+    present = tl.sum((u > 0).to(tl.int32), 0)
+    lo, hi, c_lo, c_hi = search(u, present, k)
+    full = c_lo > k
+    take = ((u > 0) & (u >= tl.where(full, hi, lo))) != 0
+    if full:  # of the keys equal to lo those with the lowest indices
+        tie = (u > 0) & (u == lo)
+        early = (0x7FFFFFFF - e).to(tl.uint32)
+        first, _hi, _a, _b = search(tl.where(tie, early, 0), c_lo - c_hi, k - c_hi)
+        take = (take | (tie & (early >= first))) != 0
+    place = prefix(take.to(tl.int32)) - 1
+    tl.store(scratch + row * K + place, e, mask=take & (place < K))
+    tl.debug_barrier()
+    i = tl.arange(0, K)
+    found = tl.sort(tl.load(scratch + row * K + i, mask=i < tl.minimum(c_lo, k), other=0x7FFFFFFF))
+    tl.store(out + i, tl.where(found == 0x7FFFFFFF, -1, found), mask=i < k)
+    kth = value_of(lo)
+    next = float("-inf")
+    if (present >= 2 * k) & (bound == float("-inf")):
+        low, _hi, _a, _b = search(u, present, 2 * k)
+        next = value_of(low)
+    if bound > float("-inf"):  # the tail falls off exponentially: k reach kth, `present` the bound
+        scale = tl.log(tl.maximum(present * 1.0 / k, 1.15))
+        next = kth - (kth - bound) * (1.0986 / scale)
+    return next
+
+
+@triton.jit
+def finish_kernel(
+    visible,
+    slab,
+    bound,
+    bound_by,
+    used,
+    key,
+    index,
+    scratch,
+    hint,
+    out,
+    out_stride,
+    tokens,
+    k,
+    K: tl.constexpr,
+    SMALL: tl.constexpr,
+    CAP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Selects among the candidates of a row: the `used` appended ones, or K of each of PARTS parts where the threshold
+    was wrong. Leaves a threshold for the next step of the slab in `hint` and an empty list."""
+    t = tl.program_id(0).to(tl.int64)
+    n, total, s = tl.load(visible + t), tl.load(used + t), tl.load(slab + t)
+    b = tl.load(bound + tl.where(bound_by == 0, t, s.to(tl.int64)))
+    if wrong(n, total, k, CAP):
+        total = PARTS * K
+        b = float("-inf")
+    next = float("-inf")
+    if total <= SMALL:
+        next = _select(key, index, total, b, t, CAP, scratch, out + t * out_stride, k, K, SMALL)
+    else:
+        next = _select(key, index, total, b, t, CAP, scratch, out + t * out_stride, k, K, CAP)
+    tl.store(used + t, n * 0)
+    if t == tokens - 1:
+        tl.store(hint + s, next)
+    else:
+        if tl.load(slab + t + 1) != s:
+            tl.store(hint + s, next)
+
+
+_FINISH = {
+    **dict.fromkeys(("visible", "slab", "used", "key", "index", "scratch", "out"), "*i32"),
+    **{
+        "bound": "*fp32",
+        "bound_by": "i32",
+        "hint": "*fp32",
+        "out_stride": "i32",
+        "tokens": "i32",
+        "k": "i32",
+    },
+}
+AOT = [
+    Aot(
+        rows_kernel,
+        {
+            "scores": "*fp32",
+            "score_stride": "i32:16",
+            "visible": "*i32",
+            "out": "*i32",
+            "out_stride": "i32",
+            "k": "i32",
+        },
+        {"K": 512, "BLOCK": 8192},
+        num_warps=16,
+    ),
+    Aot(
+        threshold_kernel,
+        {
+            "scores": "*fp32",
+            "score_stride": "i32:16",
+            "visible": "*i32",
+            "bound": "*fp32",
+            "used": "*i32",
+            "k": "i32",
+        },
+        {"BLOCK": 4096},
+        num_warps=8,
+    ),
+    Aot(finish_kernel, _FINISH, {"K": 512, "SMALL": 2048, "CAP": 8192, "PARTS": 16}, num_warps=16),
+    Aot(finish_kernel, _FINISH, {"K": 1024, "SMALL": 4096, "CAP": 8192, "PARTS": 8}, num_warps=16),
+]

@@ -1,0 +1,190 @@
+"""The lightning indexer and its top-k against the reference: whole rows, appended candidates, wrong thresholds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dsv4.cache.rows import Rows
+from dsv4.formats import row_format
+from dsv4.kernels.triton import indexer
+from dsv4.ops.reference.index import lowest_index_topk
+from dsv4.ops.registry import REGISTRY, Ops
+
+from tests.kernels.device import DEVICE, on_gpu
+from tests.ops.cases import case, history_rows, moved
+
+REFERENCE = Ops.choose("reference")
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So little room that rows of a hundred entries are long ones."""
+    for name, value in (("SAMPLE", 8), ("CAP", 64), ("SAMPLED", 32), ("TOKENS", 16)):
+        monkeypatch.setattr(indexer, name, value)
+    indexer._State.hints.clear()
+
+
+@pytest.mark.parametrize("form", ["float32", "fp8", "mxfp4"])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_whole_rows(form: str, tokens: int) -> None:
+    args = case("index_select", tokens)
+    args["keys"] = history_rows(torch.Generator().manual_seed(3), 3, args["q"].shape[-1], form)
+    got = indexer.index_select(**moved(args, DEVICE))
+    assert torch.equal(got.cpu(), REFERENCE.index_select(**args))
+
+
+@pytest.mark.parametrize("form", ["float32", "fp8"])
+def test_long_rows(form: str, small: None) -> None:
+    """Prompt chunks sample their thresholds; then decode steps start from what the step before left behind."""
+    for tokens in (6, 1, 1):
+        args = case("index_select", tokens)
+        args["keys"] = history_rows(torch.Generator().manual_seed(3), 3, args["q"].shape[-1], form)
+        got = indexer.index_select(**moved(args, DEVICE))
+        assert torch.equal(got.cpu(), REFERENCE.index_select(**args))
+
+
+def _integers(
+    g: torch.Generator, requests: int, entries: int, heads: int, dim: int, per_page: int
+) -> dict[str, Any]:
+    """FP8 keys and queries of small integers, so that every score is exact and many are equal. Pages are scattered; what
+    no request holds is NaN."""
+    codec = row_format("fp8", dim, dim // 2)
+    blocks = -(-entries // per_page)
+    pages = (
+        torch.randperm(requests * blocks + 3, generator=g)[: requests * blocks].int().view(requests, blocks)
+    )
+    region = torch.full((requests * blocks + 3, per_page * (dim + 4) + 64), 0xFF, dtype=torch.uint8)
+    rows = Rows(codec, region[:, 32 : 32 + per_page * (dim + 4)], per_page)
+    k = torch.randint(-1, 2, (requests, entries, dim), generator=g).float()
+    data, scale = rows.planes() if hasattr(rows, "planes") else (None, None)
+    assert data is not None and scale is not None
+    for r in range(requests):
+        for b in range(blocks):
+            part = k[r, b * per_page : (b + 1) * per_page]
+            data[pages[r, b], : len(part)] = part.to(torch.float8_e4m3fn).view(torch.uint8)
+            scale[pages[r, b], : len(part)] = torch.ones(len(part), 1).view(torch.uint8)
+    q = torch.randint(-1, 2, (requests, heads, dim), generator=g).float()
+    return dict(k=k, q=q, rows=rows, pages=pages)
+
+
+def _check_integers(requests: int, entries: int, topk: int, heads: int, dim: int, per_page: int) -> None:
+    g = torch.Generator().manual_seed(entries)
+    x = _integers(g, requests, entries, heads, dim, per_page)
+    visible = torch.tensor([max(0, entries - 17 * r * r) for r in range(requests)], dtype=torch.int32)
+    if requests > 2:
+        visible[1] = 0
+        visible[2] = topk // 2
+    weights = torch.randint(-2, 3, (requests, heads), generator=g).float()
+    scores = torch.einsum("rhe,rh->re", torch.relu(torch.einsum("rhd,red->rhe", x["q"], x["k"])), weights)
+    expected = lowest_index_topk(scores, visible, topk)
+    rows = moved({"rows": x["rows"]}, DEVICE)["rows"]
+    padded = max(16, heads)
+    q = torch.zeros((requests, padded, dim))
+    q[:, :heads] = x["q"]
+    w = torch.zeros((requests, padded))
+    w[:, :heads] = weights / 2
+    for decode in (False, True, True):
+        plan = indexer.plan_of(heads, rows, topk, entries, decode)
+        for _ in range(2):
+            out = torch.full((requests, topk), -7, dtype=torch.int32, device=DEVICE)
+            indexer.select_entries(
+                plan,
+                indexer.launch_scan,
+                q.to(DEVICE).to(torch.float8_e4m3fn),
+                w.to(DEVICE),
+                rows,
+                x["pages"].to(DEVICE),
+                torch.arange(requests, dtype=torch.int32, device=DEVICE),
+                visible.to(DEVICE),
+                entries,
+                out,
+            )
+            assert torch.equal(out.cpu(), expected)
+
+
+@pytest.mark.parametrize("entries", [90, 131])
+def test_ties_by_lowest_index(entries: int, small: None) -> None:
+    _check_integers(4, entries, 8, 3, 32, 8)
+
+
+@on_gpu
+@pytest.mark.parametrize("topk", [512, 1024])
+@pytest.mark.parametrize("entries", [700, 5000, 9000, 40_000, 262_144])
+def test_ties_by_lowest_index_in_long_rows(entries: int, topk: int) -> None:
+    indexer._State.hints.clear()
+    _check_integers(5, entries, min(topk, entries), 64, 128, 64)
+
+
+def _scores(args: dict[str, Any], t: int, row: int) -> torch.Tensor:
+    """float64 scores of all visible entries of a token."""
+    from dsv4.ops.reference.norm import rope
+
+    n, keys = int(args["entries"].visible[t]), args["keys"]
+    q = keys.codec.transform(rope(args["q"], args["cos"], args["sin"]).float())[t].double()
+    ids = args["entries"].locate(args["tokens"].slabs[row : row + 1], torch.arange(n, device=q.device))
+    return (torch.relu(keys.read(ids).double() @ q.T) * args["weights"][t].double()).sum(1)
+
+
+@on_gpu
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+@pytest.mark.parametrize(
+    ("starts", "length"),
+    [((4000, 40_000, 9000), 1), ((150_000, 3), 1), ((40_000, 20), 97), ((1_048_000,), 3)],
+)
+def test_selection_at_full_width(form: str, starts: tuple[int, ...], length: int) -> None:
+    """What is selected scores at least as much as what is not, up to the rounding of the tensor cores; every backend."""
+    from dsv4.model.batch import Batch, Row
+    from dsv4.model.step import Geometry, build_step
+
+    g = torch.Generator(device=DEVICE).manual_seed(1)
+    count, offset, rows = len(starts), 0, []
+    for slab, start in enumerate(starts):
+        rows.append(Row(slab, start, length, offset))
+        offset += length
+    positions = torch.cat([torch.arange(r.start, r.start + r.length) for r in rows])
+    blocks = -(-(max(starts) + length) // 256)
+    table = torch.randperm(count * blocks).int().view(count, blocks)
+    nothing = torch.zeros(offset, dtype=torch.int64)
+    step = build_step(
+        Batch(nothing, positions, tuple(rows), table, nothing[:0]), Geometry(128, 128, 256, (4,), 1)
+    )
+    assert step is not None
+    codec = row_format(form, 128, 64)
+    size = 64 * sum(codec.planes)
+    region = torch.full((count * blocks, size + 128), 0xFF, dtype=torch.uint8, device=DEVICE)
+    keys = Rows(codec, region[:, 64 : 64 + size], 64)
+    for slab, start in enumerate(starts):
+        n = (start + length) // 4
+        ids = step.entries[4].locate(torch.tensor([slab]), torch.arange(n)).to(DEVICE)
+        keys.write(ids, torch.randn((n, 128), device=DEVICE, generator=g))
+    angle = torch.rand((offset, 32), device=DEVICE, generator=g)
+    args = dict(
+        q=torch.randn((offset, 64, 128), device=DEVICE, generator=g).bfloat16(),
+        cos=angle.cos(),
+        sin=angle.sin(),
+        weights=torch.randn((offset, 64), device=DEVICE, generator=g),
+        keys=keys,
+        tokens=moved(dict(t=step.tokens), DEVICE)["t"],
+        entries=moved(dict(t=step.entries[4]), DEVICE)["t"],
+        topk=512,
+    )
+    for backend in REGISTRY.backends("index_select"):
+        if backend == "reference" or REGISTRY.pick("index_select", backend, DEVICE) != backend:
+            continue
+        select = REGISTRY.load("index_select", backend)
+        got = select(**args)
+        for _ in range(3):
+            assert torch.equal(got, select(**args))
+        row_of = step.tokens.row.tolist()
+        for t in range(0, offset, max(1, offset // 6)):
+            scores = _scores(args, t, row_of[t])
+            chosen = got[t][got[t] >= 0].long()
+            assert len(chosen) == min(512, len(scores))
+            if len(scores) <= 512:
+                continue
+            assert bool((chosen[1:] > chosen[:-1]).all()) and int(chosen[-1]) < len(scores)
+            rest = torch.ones(len(scores), dtype=torch.bool, device=DEVICE)
+            rest[chosen] = False
+            assert scores[chosen].min() >= scores[rest].max() - 2e-3 * scores.abs().max(), backend

@@ -1,0 +1,236 @@
+"""Norms, row writes, compressors and hyper-connections against their references: small in the interpreter, at V4's
+widths on a GPU."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from dsv4.cache.rows import Rows
+from dsv4.formats import row_format
+from dsv4.ops.registry import Ops
+from dsv4.ops.spec import SPECS
+
+from tests.kernels.device import DEVICE, close, on_gpu
+from tests.ops.cases import case, moved, outcome, step_of
+
+REFERENCE = Ops.choose("reference")
+MODULES = {
+    "rmsnorm": "norm",
+    "norm_rope": "norm",
+    "write_rows": "rows",
+    "copy_rows": "rows",
+    "compress": "compressor",
+    "hc_pre": "mhc",
+    "hc_post": "mhc",
+    "hc_head": "mhc",
+}
+FORMATS = [
+    ("float32", 64, 32),
+    ("bfloat16", 64, 32),
+    ("fp8_ds_mla", 64, 32),
+    ("fp8_ds_mla", 256, 64),
+    ("mxfp4", 64, 32),
+    ("fp8", 64, 32),
+]
+
+
+def kernel(op: str) -> Any:
+    return getattr(import_module(f"dsv4.kernels.triton.{MODULES[op]}"), op)
+
+
+@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("tokens", [1, 7, 18])
+def test_equals_reference(op: str, tokens: int) -> None:
+    args = case(op, tokens)
+    ours = outcome(op, kernel(op), moved(args, DEVICE))
+    theirs = outcome(op, getattr(REFERENCE, op), args)
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert torch.allclose(a.cpu(), b, rtol=0, atol=max(SPECS[op].tolerance, 2e-6), equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["norm_rope", "rmsnorm", "hc_post", "hc_pre"])
+def test_bfloat16(op: str) -> None:
+    args = case(op, 5)
+    args |= {a.name: args[a.name].bfloat16() for a in SPECS[op].args if a.dtype == "model"}
+    for a, b in zip(kernel(op)(**moved(args, DEVICE)), getattr(REFERENCE, op)(**args), strict=True):
+        assert a.dtype == b.dtype
+        assert close(a, b) < 6e-3
+
+
+def _region(codec: Any, pages: int, rows: int) -> Rows:
+    """Rows of NaN in a region between other bytes."""
+    size = rows * sum(codec.planes)
+    storage = torch.full((pages, size + 64), 0xFF, dtype=torch.uint8)
+    return Rows(codec, storage[:, 32 : 32 + size], rows)
+
+
+def _write(
+    form: str, dim: int, rope: int, tokens: int, dtype: torch.dtype
+) -> tuple[Rows, Rows, torch.Tensor]:
+    """A write by the reference and by the kernel; every third token has no target."""
+    g = torch.Generator().manual_seed(dim + tokens)
+    codec, rows = row_format(form, dim, rope), 8
+    angle = 6.3 * torch.rand((tokens, rope // 2), generator=g)
+    x = (torch.randn((tokens, dim), generator=g) * torch.exp(torch.randn((tokens, dim), generator=g))).to(
+        dtype
+    )
+    x[0] = 0
+    weight = 1 + 0.1 * torch.randn(dim, generator=g)
+    target = torch.randperm(tokens + 9, generator=g)[:tokens]
+    kept = torch.arange(tokens) % 3 != 2
+    args = dict(x=x, weight=weight, cos=angle.cos(), sin=angle.sin(), eps=1e-6)
+    theirs = _region(codec, -(-(tokens + 9) // rows), rows)
+    ours = moved({"rows": theirs}, DEVICE)["rows"]
+    kernel("write_rows")(**moved(args, DEVICE), rows=ours, target=torch.where(kept, target, -1).to(DEVICE))
+    part = {k: v[kept] if k in ("x", "cos", "sin") else v for k, v in args.items()}
+    REFERENCE.write_rows(**part, rows=theirs, target=target[kept])
+    return ours, theirs, target[kept]
+
+
+def _same(ours: Rows, theirs: Rows, ids: torch.Tensor) -> None:
+    """Equal bytes but for values that rounding puts next to a boundary: at most one code of a hundred may differ, and
+    by one step; rows that were not written keep their bytes."""
+    a = moved({"rows": ours}, "cpu")["rows"]
+    untouched = torch.ones(len(theirs.region) * theirs.rows, dtype=torch.bool)
+    untouched[ids] = False
+    rest = torch.nonzero(untouched).flatten()
+    if len(rest):
+        assert not a.read(rest).isfinite().any()
+    x, y = a.read(ids), theirs.read(ids)
+    assert not x.isnan().any()
+    differing = ((x - y).abs() > 1e-5 + 1e-5 * y.abs()).float().mean()
+    assert differing < 0.01 and (x - y).abs().max() <= 0.26 * y.abs().max(), float(differing)
+
+
+@pytest.mark.parametrize(("form", "dim", "rope"), FORMATS)
+def test_row_formats(form: str, dim: int, rope: int) -> None:
+    ours, theirs, ids = _write(form, dim, rope, 11, torch.float32)
+    _same(ours, theirs, ids)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("form", "dim"), [("fp8_ds_mla", 512), ("bfloat16", 512), ("mxfp4", 128), ("fp8", 128)]
+)
+def test_row_formats_at_full_width(form: str, dim: int, dtype: torch.dtype) -> None:
+    for tokens in (1, 33, 3001):
+        ours, theirs, ids = _write(form, dim, 64, tokens, dtype)
+        _same(ours, theirs, ids)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_compress_in_pieces_equals_whole(halves: int) -> None:
+    """A prompt of 21 tokens whole and cut into chunks, each carrying its state on: same rows, same state."""
+    g = torch.Generator().manual_seed(halves)
+    args = case("compress", 6 + (halves - 1))
+    dim, results = args["weight"].shape[0], []
+    projected = torch.randn((21, 2 * halves * dim), generator=g)
+    angle = torch.rand((8, 16), generator=g)
+    for cuts in ((0, 21), (0, 3, 4, 5, 13, 21), (0, 10, 11, 21)):
+        state = torch.zeros((1, halves, 2, dim))
+        state[:, :, 1] = -torch.inf
+        rows = moved({"rows": args["rows"]}, DEVICE)["rows"]
+        state = state.to(DEVICE)
+        for start, end in pairwise(cuts):
+            step = step_of((start, end - start))
+            blocks = step.blocks[4]
+            at = blocks.position // 4
+            fixed = {k: args[k] for k in ("ape", "weight")} | {"projected": projected[start:end]}
+            fixed |= {"cos": angle.cos()[at], "sin": angle.sin()[at], "tokens": step.tokens, "blocks": blocks}
+            kernel("compress")(**moved(fixed, DEVICE), state=state, eps=1e-6, dtype=torch.float32, rows=rows)
+        results.append((rows.read(torch.arange(88, 96, device=DEVICE)), state))
+    for rows, state in results[1:]:
+        assert torch.allclose(rows, results[0][0], atol=1e-5, equal_nan=True)
+        assert torch.allclose(state, results[0][1], atol=1e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("halves", "ratio", "form", "dim"),
+    [(2, 4, "fp8_ds_mla", 512), (2, 4, "mxfp4", 128), (1, 128, "fp8_ds_mla", 512)],
+)
+def test_compress_at_full_width(halves: int, ratio: int, form: str, dim: int) -> None:
+    from dsv4.model.batch import Batch, Row
+    from dsv4.model.step import Geometry, build_step
+
+    g = torch.Generator().manual_seed(ratio)
+    rows, offset = [], 0
+    for slab, (start, length) in enumerate([(0, 1), (511, 1), (300, 700), (1024, 256), (77, 3)]):
+        rows.append(Row(slab, start, length, offset))
+        offset += length
+    positions = torch.cat([torch.arange(r.start, r.start + r.length) for r in rows])
+    table = torch.randperm(5 * 6, generator=g).int().view(5, 6)
+    nothing = torch.zeros(offset, dtype=torch.int64)
+    step = build_step(
+        Batch(nothing, positions, tuple(rows), table, nothing[:0]), Geometry(128, 128, 256, (ratio,), 1)
+    )
+    assert step is not None
+    blocks, codec = step.blocks[ratio], row_format(form, dim, 64)
+    angle = 6.3 * torch.rand((len(blocks.first), 32), generator=g)
+    state = torch.randn((5, halves, 2, dim), generator=g)
+    args = dict(
+        projected=torch.randn((offset, 2 * halves * dim), generator=g),
+        ape=torch.randn((ratio, halves * dim), generator=g),
+        state=state,
+        tokens=step.tokens,
+        blocks=blocks,
+        weight=1 + 0.1 * torch.randn(dim, generator=g),
+        cos=angle.cos(),
+        sin=angle.sin(),
+        eps=1e-6,
+        dtype=torch.bfloat16,
+        rows=_region(codec, 30, 256 // ratio),
+    )
+    ours = moved(args, DEVICE)
+    kernel("compress")(**ours)
+    REFERENCE.compress(**args)
+    _same(ours["rows"], args["rows"], blocks.target[blocks.target >= 0])
+    assert torch.allclose(ours["state"].cpu(), args["state"], atol=2e-5)
+
+
+@on_gpu
+@pytest.mark.parametrize("dim", [4096, 7168])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 33, 200, 300, 1500])
+def test_hyper_connections_at_full_width(dim: int, tokens: int) -> None:
+    g = torch.Generator().manual_seed(tokens)
+    streams = torch.randn((tokens, 4, dim), generator=g).bfloat16()
+    fn = torch.randn((24, 4 * dim), generator=g) / (4 * dim) ** 0.5
+    args = dict(streams=streams, fn=fn, scale=torch.rand(3, generator=g), base=torch.randn(24, generator=g))
+    args |= dict(norm_eps=1e-6, hc_eps=1e-6, iters=20)
+    expected = REFERENCE.hc_pre(**args)
+    first = None
+    for _ in range(3):
+        y, post, comb = kernel("hc_pre")(**moved(args, DEVICE))
+        assert close(y, expected[0]) < 3e-3
+        assert torch.allclose(post.cpu(), expected[1], atol=2e-5) and torch.allclose(
+            comb.cpu(), expected[2], atol=2e-5
+        )
+        first = first or (y, post, comb)
+        assert all(map(torch.equal, first, (y, post, comb)))
+    out = torch.randn((tokens, dim), generator=g).bfloat16()
+    mixed = kernel("hc_post")(*moved(dict(a=out, b=streams, c=expected[1], d=expected[2]), DEVICE).values())
+    assert close(mixed, REFERENCE.hc_post(out, streams, *expected[1:])) < 3e-3
+
+
+@on_gpu
+def test_rows_beyond_four_gigabytes() -> None:
+    """Row ids whose byte offset exceeds 2^32 and whose element offset exceeds 2^31."""
+    codec = row_format("fp8_ds_mla", 512, 64)
+    rows, pages = 64, 5400
+    stride = 900_000
+    storage = torch.zeros((pages, stride), dtype=torch.uint8, device=DEVICE)
+    region = Rows(codec, storage[:, 4096 : 4096 + rows * 584], rows)
+    target = torch.tensor([0, pages * rows - 1, (pages - 1) * rows], device=DEVICE)
+    x = torch.randn((3, 512), device=DEVICE)
+    one, zero = torch.ones((3, 32), device=DEVICE), torch.zeros((3, 32), device=DEVICE)
+    kernel("write_rows")(x, torch.ones(512, device=DEVICE), one, zero, 1e-6, region, target)
+    assert close(region.read(target), REFERENCE.rmsnorm(x, None, 1e-6)) < 0.05
+    kernel("copy_rows")(region, target, region, target - torch.tensor([-9, 7, -5], device=DEVICE))
+    assert torch.equal(region.read(torch.tensor([pages * rows - 8], device=DEVICE)), region.read(target[1:2]))
