@@ -8,8 +8,9 @@ import pytest
 import torch
 from dsv4.kernels.triton import attention
 from dsv4.ops.reference.attention import sparse_attention as reference
+from dsv4.ops.registry import REGISTRY
 
-from tests.kernels.device import DEVICE, close
+from tests.kernels.device import DEVICE, close, on_gpu, on_hopper
 from tests.ops.cases import BLOCK_TOKENS, BLOCKS, RATIO, moved, step_of, stored
 
 Case = dict[str, Any]
@@ -24,11 +25,12 @@ def make(
     rope: int = 32,
     k: int | None = 8,
     dtype: torch.dtype = torch.float32,
+    window: int = 16,
     seed: int = 0,
 ) -> Case:
     """Inputs for rows (start, length). Every stored row that a token may read is finite; the others are NaN."""
     g = torch.Generator().manual_seed(seed)
-    step = step_of(*rows)
+    step = step_of(*rows, window=window)
     n, entries, per_page = len(step.token), step.entries[RATIO], BLOCK_TOKENS // RATIO
     seen = torch.zeros(int(step.window.ids.max()) + 1, dtype=torch.bool)
     seen[step.window.ids[step.window.ids >= 0].long()] = True
@@ -71,6 +73,12 @@ def poison(case: Case, seen: torch.Tensor) -> None:
         at = (~used).nonzero().flatten()
         for plane in rows.planes():
             plane[at // rows.rows, at % rows.rows] = 0xFF
+
+
+def full_width(rows: tuple[tuple[int, int], ...], **options: Any) -> Case:
+    """V4's dims and rows."""
+    kinds = dict(dim=512, rope=64, heads=64, form="fp8_ds_mla", window=128, k=64, dtype=torch.bfloat16)
+    return make(rows, **(kinds | options))
 
 
 def check(case: Case, tolerance: float, run: Any = attention.sparse_attention, **options: Any) -> None:
@@ -132,3 +140,54 @@ def test_sinks_at_the_edge(value: float, splits: int) -> None:
 
 def test_bfloat16_model() -> None:
     check(make(((150, 1), (5, 1)), dtype=torch.bfloat16, form="bfloat16"), 6e-3)
+
+
+ON_GPU = [pytest.param("triton", marks=on_gpu), pytest.param("gluon", marks=on_hopper)]
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+@pytest.mark.parametrize(
+    "options", [{}, {"heads": 4, "k": 50}, {"heads": 128}, {"k": None}, {"k": 0}], ids=str
+)
+def test_full_width(backend: str, options: dict[str, Any]) -> None:
+    """Decode at odd batch sizes, alone and split, and a chunk beside decode tokens."""
+    run = REGISTRY.load("sparse_attention", backend)
+    for rows in (((350, 1),), ((350, 1), (37, 1), (0, 1), (128, 1), (254, 1)), ((300, 70), (0, 5), (201, 1))):
+        for splits in (None, 1, 2):
+            check(full_width(rows, **options), 4e-3, run, splits=splits)
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_repeats_are_bitwise_equal(backend: str) -> None:
+    run, case = REGISTRY.load("sparse_attention", backend), moved(full_width(((350, 1), (99, 1))), DEVICE)
+    first = run(**case)
+    assert all(torch.equal(first, run(**case)) for _ in range(20))
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_sinks_at_full_width(backend: str) -> None:
+    run = REGISTRY.load("sparse_attention", backend)
+    case = full_width(((350, 1),))
+    case["sink"][:2] = torch.tensor([float("inf"), float("-inf")])
+    for splits in (1, 2):
+        got = run(**moved(case, DEVICE), splits=splits)
+        assert got.isfinite().all() and (got[:, 0].abs() < 1e-6).all() and got[:, 1].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_pools_beyond_4_gib(backend: str) -> None:
+    """The same pages at the end of a pool of 2^31 elements and more give the same bits."""
+    run = REGISTRY.load("sparse_attention", backend)
+    case = moved(full_width(((350, 1), (99, 1))), DEVICE)
+    expected, history, entries = run(**case), case["history"], case["entries"]
+    stride = 1 << 20
+    pages = (5 << 30) // stride
+    pool = torch.full((pages, stride), 0xFF, dtype=torch.uint8, device=DEVICE)
+    size, count = history.region.shape[1], len(history.region)
+    region = pool[:, 4096 : 4096 + size]
+    region[pages - count :] = history.region
+    case["history"] = type(history)(history.codec, region, history.rows)
+    case["entries"] = type(entries)(
+        entries.pages + (pages - count), entries.per_page, entries.visible, entries.most
+    )
+    assert torch.equal(run(**case), expected)

@@ -21,7 +21,7 @@ D, HEADS, DIM, ROPE, INDEX_HEADS, INDEX_DIM, WINDOW, RATIO = 96, 6, 64, 32, 3, 3
 BLOCK_TOKENS, BLOCKS = 32, 12
 
 
-def step_of(*rows: tuple[int, int]) -> Step:
+def step_of(*rows: tuple[int, int], window: int = WINDOW) -> Step:
     """Tables for rows (start, length), one slab each, pages in reverse order."""
     placed, offset = [], 0
     for slab, (start, length) in enumerate(rows):
@@ -36,7 +36,7 @@ def step_of(*rows: tuple[int, int]) -> Step:
         table,
         torch.empty(0, dtype=torch.int64),
     )
-    geometry = Geometry(WINDOW, WINDOW, BLOCK_TOKENS, (RATIO,), tile=4)
+    geometry = Geometry(window, window, BLOCK_TOKENS, (RATIO,), tile=4)
     step = build_step(batch, geometry)
     assert step is not None
     return step

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dsv4.kernels.device import capability, has_triton
 
-OPS: dict[str, str] = {}
+OPS: dict[str, str] = {
+    "sparse_attention": "attention",
+}
 """Op -> module of this package that defines a function of the op's name. One line per op."""
 
 
