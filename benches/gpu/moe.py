@@ -1,4 +1,5 @@
-"""Routed FP4 experts of Flash and Pro: plan, quantisation, both products and the sum over experts; top 6 at random."""
+"""Routed FP4 experts of Flash and Pro, from router to sum: scores and choice of 6 experts, plan, quantisation, both
+products, sum over experts and the shared expert's result. The router is random, so experts are hit at random."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from functools import partial
 import torch
 from dsv4.formats import fp4_decode, fp4_unpack, ue8m0_decode
 from dsv4.kernels.triton.moe import PackedExperts, pack, run
+from dsv4.kernels.triton.route import route
 from torch import Tensor
 
 from benches.gpu.timing import Bench, Row, max_abs_err
@@ -61,17 +63,23 @@ def roundtrip(x: Tensor, block: int) -> Tensor:
     return ((v / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
 
 
+def layer(x: Tensor, gate: Tensor, bias: Tensor, packed: PackedExperts, shared: Tensor) -> Tensor:
+    """What a layer runs besides the shared expert."""
+    return run(x, *route(x, gate, bias, None, TOPK, 1.5), packed, LIMIT, shared)
+
+
 def rows(bench: Bench) -> Iterator[Row]:
     torch.manual_seed(0)
     for name, (count, dim, inner) in SHAPES.items():
         model = Experts(count, dim, inner, bench.device)
         size = model.packed.nbytes // count
+        gate = torch.randn((count, dim), device=bench.device, dtype=torch.bfloat16) / dim**0.5
+        bias = torch.randn(count, device=bench.device) / 10
         for tokens in (1, 8, 128, 2048) if bench.quick else TOKENS:
             x = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
-            experts = torch.rand((tokens, count), device=bench.device).topk(TOPK).indices.sort().values
-            weights = torch.rand((tokens, TOPK), device=bench.device)
             shared = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
-            f = partial(run, x, experts, weights, model.packed, LIMIT, shared)
+            f = partial(layer, x, gate, bias, model.packed, shared)
+            experts, weights = route(x, gate, bias, None, TOPK, 1.5)
             last = slice(tokens - min(tokens, 16), None)
             error = max_abs_err(
                 f()[last], model.expected(x[last], experts[last], weights[last], shared[last])
@@ -83,7 +91,7 @@ def rows(bench: Bench) -> Iterator[Row]:
                 tokens,
                 hit,
                 bench.us(f),
-                hit * size + 6 * x.numel(),
+                hit * size + gate.nbytes + 6 * x.numel(),
                 2 * tokens * TOPK * 3 * dim * inner,
                 "fp8",
                 "",

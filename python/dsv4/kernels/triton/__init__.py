@@ -16,6 +16,13 @@ OPS: dict[str, str] = {
     "hc_post": "mhc",
     "hc_head": "mhc",
     "index_select": "indexer",
+    "linear": "linear",
+    "linear_f32": "linear",
+    "grouped_linear": "linear",
+    "logits": "linear",
+    "swiglu": "linear",
+    "route": "route",
+    "experts": "moe",
 }
 """Op -> module of this package that defines a function of the op's name. One line per op."""
 

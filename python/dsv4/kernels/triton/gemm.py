@@ -242,8 +242,8 @@ def wide(
 def product(x: Tensor, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1) -> Tensor:
     """The FP8 product by whichever kernel suits the number of tokens and the shape."""
     rows, width = weight.shape
-    aligned = (rows // groups) % 128 == 0 and width % 128 == 0
-    if len(x) <= NARROW_TOKENS or not aligned:
+    fits = (rows // groups) % 128 == 0 and width % 128 == 0 and (INTERPRETED or capability()[0] >= 9)
+    if len(x) <= NARROW_TOKENS or not fits:
         return narrow(x, weight, scales, out_dtype=out_dtype, groups=groups)
     return wide(x, weight, scales, out_dtype=out_dtype, groups=groups)
 

@@ -21,6 +21,7 @@ and one token needs no plan. Every sum has a fixed order.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,10 @@ from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, cdiv, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
 from dsv4.kernels.triton.quantise import EMULATE, pow2_scale, to_e4m3
+from dsv4.ops.reference import moe as reference
+from dsv4.ops.weight import Fp4Weight, Gated, dense, prepared_by
+
+log = logging.getLogger("dsv4.kernels")
 
 ROWS = 128
 """Rows of a tile."""
@@ -352,11 +357,40 @@ class PackedExperts:
 
 def pack(w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor, w2: Tensor, s2: Tensor) -> PackedExperts:
     """Codes uint8 [E, out, in / 2] and scales uint8 [E, out, in / 32] of a layer's experts, repacked one by one."""
-    first = [pack_rows(alternate(w1[e], w3[e]), alternate(s1[e], s3[e])) for e in range(len(w1))]
-    second = [pack_rows(w2[e], s2[e]) for e in range(len(w2))]
-    stack = lambda parts, i: torch.stack([p[i] for p in parts])  # noqa: E731
-    absorb = all(p[3] for p in (*first, *second))
-    return PackedExperts(*(stack(p, i) for p in (first, second) for i in range(3)), w2.shape[1], absorb)
+    stacks: list[Tensor] = []
+    absorb = True
+    for e in range(len(w1)):
+        first = pack_rows(alternate(w1[e], w3[e]), alternate(s1[e], s3[e]))
+        second = pack_rows(w2[e], s2[e])
+        parts = (*first[:3], *second[:3])
+        stacks = stacks or [p.new_empty((len(w1), *p.shape)) for p in parts]
+        for stack, part in zip(stacks, parts, strict=True):
+            stack[e] = part
+        absorb &= first[3] and second[3]
+    return PackedExperts(*stacks, w2.shape[1], absorb)
+
+
+def prepare(w: Gated) -> PackedExperts | Gated:
+    """FP4 experts repacked; others as tensors, which the reference multiplies, and a line in the log says so."""
+    if all(isinstance(m, Fp4Weight) for m in w):
+        return pack(*(t for m in w for t in (m.codes, m.scales)))
+    log.warning("experts are not FP4: the reference multiplies them, expert by expert")
+    return Gated(*map(dense, w))
+
+
+@prepared_by(prepare)
+def experts(
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    w: PackedExperts | Gated,
+    limit: float,
+    shared: Tensor | None,
+) -> Tensor:
+    """The op: [T, d] in x's dtype, routed experts plus `shared`."""
+    if isinstance(w, PackedExperts):
+        return run(x, experts, weights, w, limit, shared)
+    return reference.experts(x, experts, weights, w, limit, shared)
 
 
 def run(
@@ -371,7 +405,7 @@ def run(
     """y [T, d] in x's dtype: the routed experts' sum plus `shared` [T, d] for x [T, d], experts int64 and weights float32
     [T, k]. Weights of an expert that no token has are never read."""
     (tokens, k), dim, dev = experts.shape, x.shape[1], x.device
-    y = torch.empty_like(x)
+    y = torch.empty(x.shape, dtype=x.dtype, device=dev)
     if not tokens:
         return y
     slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]

@@ -23,7 +23,7 @@ def route(
     scores = torch.sqrt(softplus(linear_f32(x, gate)))
     if chosen is None:
         every = torch.full((x.shape[0],), scores.shape[1], dtype=torch.int64, device=x.device)
-        chosen = lowest_index_topk(scores if bias is None else scores + bias, every, k)
+        chosen = lowest_index_topk(scores if bias is None else scores + bias, every, k).long()
     picked = scores.gather(1, chosen)
     return chosen, picked / (ordered_sum(picked, 1)[:, None] + 1e-20) * scale
 
