@@ -160,10 +160,10 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_num_seqs=config.max_num_seqs,
         num_pages=config.num_pages,
         memory=config.kv_cache_memory,
-        free=_free_memory() // 4,
+        free=_room_for_pages(source, model_config, ops, dtype, device),
     )
     core = _core(config, layout, pages, max_len)
-    packed = ops.packed or expanded_bytes(model_config, dtype) > _free_memory() // 2
+    packed = ops.packed or expanded_bytes(model_config, dtype) > _free_memory(device) // 2
     weights = load_weights(source, model_config, dtype, progress, packed=packed, device=device)
     cache = PagedCache(layout, pages, config.max_num_seqs, device)
     model = V4Model(model_config, weights, cache, ops, consume=True)
@@ -200,7 +200,9 @@ def _device(name: str) -> str:
         raise ConfigError(
             "device is 'cuda', but torch sees no CUDA device; use --device cpu or run `dsv4 doctor`"
         )
-    return "cpu" if name == "auto" else name
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
 
 
 def _dtype(name: str, device: str) -> torch.dtype:
@@ -212,12 +214,15 @@ def _dtype(name: str, device: str) -> torch.dtype:
 def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch.dtype) -> EngineConfig:
     """Every `auto` that depends on the device replaced by what it means, so that describe() prints it."""
     plain = str(dtype).removeprefix("torch.")
+    # On a GPU in bf16 rows are stored in the formats that the release was trained for, which the kernels read.
+    trained = device == "cuda" and dtype == torch.bfloat16
+    row, index = ("fp8_ds_mla", "mxfp4") if trained else (plain, plain)
     costs = COST_MODELS[device] | _parse_costs(config.cost_model)
     return dataclasses.replace(
         config,
         device=device,
-        kv_cache_dtype=plain if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
-        index_cache_dtype=plain if config.index_cache_dtype == "auto" else config.index_cache_dtype,
+        kv_cache_dtype=row if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
+        index_cache_dtype=index if config.index_cache_dtype == "auto" else config.index_cache_dtype,
         cost_model=",".join(f"{k}={v:g}" for k, v in costs.items()),
     )
 
@@ -238,8 +243,20 @@ def _parse_costs(text: str | None) -> dict[str, float]:
     return costs
 
 
-def _free_memory() -> int:
-    """Bytes that can be had without swapping."""
+def _room_for_pages(source: str, model: ModelConfig, ops: Ops, dtype: torch.dtype, device: str) -> int:
+    """Bytes that the page pool may take by default: a quarter of the host's free memory, or what the weights leave of a
+    GPU's but for a tenth, which is for activations."""
+    free = _free_memory(device)
+    if device == "cpu":
+        return free // 4
+    files = sum(f.stat().st_size for f in Path(source).glob("*.safetensors"))
+    return max(0, (free - (files if ops.packed else expanded_bytes(model, dtype))) * 9 // 10)
+
+
+def _free_memory(device: str) -> int:
+    """Bytes that can be had: of the GPU, or of the host without swapping."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
