@@ -4,6 +4,7 @@
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
 #   make bench-gpu  kernels against the GPU's limits (needs CUDA; PYTHON=python3, ARGS="--quick --only attention")
+#   make bench-peers  the core beside other engines' caches (ARGS="--trace FILE"; fetches peers from the registries)
 #   make wheel   the wheel that pip installs            make seeds   the simulator on many seeds (SEEDS=10000)
 #   make fuzz    each fuzz target for a minute          make coverage  lines of the core that no test runs
 
@@ -13,7 +14,7 @@ ARGS ?=
 SEEDS ?= 10000
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test test-rust test-seeds test-python lint fmt bench bench-gpu counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -43,6 +44,7 @@ test-python: setup
 lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	cargo clippy --manifest-path benches/peers/rust/Cargo.toml --no-default-features --target-dir target --quiet -- -D warnings
 	$(BIN)/ruff format --check python tests benches
 	$(BIN)/ruff check python tests benches
 	$(BIN)/python -m mypy.stubtest dsv4._core
@@ -58,6 +60,10 @@ bench:
 
 bench-gpu:
 	PYTHONPATH=python:. $(PYTHON) -m benches.gpu $(ARGS)
+
+bench-peers: setup
+	$(BIN)/pip install -q matplotlib xxhash cbor2
+	$(BIN)/python -m benches.peers $(ARGS)
 
 counts:
 	benches/counts.sh

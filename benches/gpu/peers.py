@@ -18,7 +18,7 @@ def flashmla() -> Any | None:
     """FlashMLA's ops (`sparse_decode_fwd`, `sparse_prefill_fwd`) as built into vllm, or None."""
     library = FOLDER / "vllm" / "_flashmla_C.abi3.so"
     if not library.exists():
-        print(f"no FlashMLA: {library} is missing (python benches/gpu/fetch_peers.py)", file=sys.stderr)
+        print(f"no FlashMLA: {library} is missing (python -m benches.gpu.fetch_peers)", file=sys.stderr)
         return None
     try:
         torch.ops.load_library(str(library))
@@ -33,7 +33,7 @@ def deep_gemm() -> Any | None:
     """The deep_gemm package as shipped in vllm, or None."""
     folder = FOLDER / "vllm" / "third_party"
     if not (folder / "deep_gemm").exists():
-        print("no DeepGEMM: .peer is missing (python benches/gpu/fetch_peers.py)", file=sys.stderr)
+        print("no DeepGEMM: .peer is missing (python -m benches.gpu.fetch_peers)", file=sys.stderr)
         return None
     sys.path.insert(0, str(folder))
     try:

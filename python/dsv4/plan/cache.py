@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
 
 
-AUTO_BUDGET = 0.125
+AUTO_BUDGET = 0.1
 """Default of `snapshot_budget`."""
 
 
