@@ -1,5 +1,6 @@
-"""FP8 projections of Flash and Pro, quantisation of the activations included. The peer is cuBLAS through torch's
-blockwise scaled_mm, given activations that are quantised already."""
+"""FP8 projections of Flash and Pro as the model runs them on this GPU, quantisation of the activations included; with many
+tokens the Triton kernel too, where another one is chosen. The peer is cuBLAS through torch's blockwise scaled_mm, given
+activations that are quantised already."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from dsv4.kernels.triton.gemm import product
+from dsv4.kernels.triton import gemm
 from dsv4.kernels.triton.quantise import quantise
+from dsv4.ops.registry import Ops
+from dsv4.ops.weight import Fp8Weight
 from torch import Tensor
 
 from benches.gpu.timing import Bench, Row, max_abs_err
@@ -73,26 +76,35 @@ def cublas(codes: Tensor, xs: Tensor, w: Tensor, ws: Tensor) -> Callable[[], Ten
 
 def rows(bench: Bench) -> Iterator[Row]:
     torch.manual_seed(0)
+    ops = Ops.choose("auto", "cuda")
+    print(f"gemm_fp8 runs on {ops.chosen['linear']}")
     for name in QUICK if bench.quick else SHAPES:
         groups, out, width = SHAPES[name]
         w, ws = weights(groups * out, width, bench.device)
+        op = "linear" if groups == 1 else "grouped_linear"
+        packed = ops.prepare(op, Fp8Weight(w, ws, torch.bfloat16))
         for tokens in TOKENS:
             x = torch.randn((tokens, groups * width), device=bench.device, dtype=torch.bfloat16)
-            run = partial(product, x, w, ws, torch.bfloat16, groups)
+            shaped = x if groups == 1 else x.unflatten(1, (groups, width))
             codes, xs = quantise(x, groups)
             last = min(tokens, 32)
-            error = max_abs_err(run()[-last:], expected(codes, xs, w, ws, groups, last))
-            peer = cublas(codes, xs, w, ws) if groups == 1 and tokens % 4 == 0 else None
-            yield Row(
-                "gemm_fp8",
-                f"{name} {groups} x {out} x {width}",
-                tokens,
-                0,
-                bench.us(run),
-                w.numel() + ws.numel() + 2 * x.numel() + 2 * tokens * groups * out,
-                2 * tokens * w.numel(),
-                "fp8",
-                "cuBLAS" if peer else "",
-                bench.us(peer) if peer else None,
-                error,
-            )
+            truth = expected(codes, xs, w, ws, groups, last)
+            runs = {"": partial(getattr(ops, op), shaped, packed)}
+            if tokens >= 2048 and ops.chosen[op] != "triton":
+                runs[" (Triton)"] = partial(gemm.wide, x, w, ws, out_dtype=torch.bfloat16, groups=groups)
+            for label, run in runs.items():
+                error = max_abs_err(run()[-last:].flatten(1), truth)
+                peer = cublas(codes, xs, w, ws) if groups == 1 and tokens % 4 == 0 else None
+                yield Row(
+                    "gemm_fp8",
+                    f"{name} {groups} x {out} x {width}{label}",
+                    tokens,
+                    0,
+                    bench.us(run),
+                    w.numel() + ws.numel() + 2 * x.numel() + 2 * tokens * groups * out,
+                    2 * tokens * w.numel(),
+                    "fp8",
+                    "cuBLAS" if peer else "",
+                    bench.us(peer) if peer else None,
+                    error,
+                )

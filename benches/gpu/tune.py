@@ -40,20 +40,10 @@ def gemms(bench: Bench) -> None:
     for name in ("Flash wq_a", "Flash wq_b", "Flash wo_a", "Flash wo_b", "Pro wo_b"):
         groups, out, width = gemm_bench.SHAPES[name]
         w, ws = gemm_bench.weights(groups * out, width, bench.device)
-        for tokens in (1, 32, 128, 8192):
+        for tokens in (1, 16, 32):
             x = torch.randn((tokens, groups * width), device=bench.device, dtype=torch.bfloat16)
-            kind = gemm.narrow if tokens <= 128 else gemm.wide
-            run = partial(kind, x, w, ws, out_dtype=torch.bfloat16, groups=groups)
-            if tokens == 1:
-                tries = settings(bn=(64, 128), split=(1, 2, 4, 8, 16), stages=(4, 6))
-            elif tokens <= 128:
-                tries = settings(bn=(64, 128), split=(1, 2, 4), stages=(3, 4), warps=(4, 8))
-            else:
-                tries = [
-                    dict(bt=bt, bn=bn, warps=warps, stages=stages)
-                    for bt, bn, warps in ((128, 128, 8), (128, 128, 4), (64, 128, 4), (128, 64, 4), (256, 128, 8), (256, 64, 8))
-                    for stages in (3, 4)
-                ]  # fmt: skip
+            run = partial(gemm.narrow, x, w, ws, out_dtype=torch.bfloat16, groups=groups)
+            tries = settings(bn=(64, 128), split=(1, 2, 4, 8, 16, 32), stages=(3, 4, 6))
             moved = w.numel() + 2 * x.numel() + 2 * tokens * groups * out
             bound = max(moved / bench.copy_tb_s, 2 * tokens * w.numel() / bench.fp8_tf) / 1e6
             compare(bench, f"{name} T={tokens}", run, tries, bound)
@@ -62,22 +52,23 @@ def gemms(bench: Bench) -> None:
 def experts(bench: Bench) -> None:
     count, dim, inner = moe_bench.SHAPES["Flash"]
     model = moe_bench.Experts(count, dim, inner, bench.device)
-    for tokens in (1, 8, 32, 128, 512, 2048, 8192):
+    for tokens in (1, 8, 128, 512, 2048, 8192):
         x = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
         ids = torch.rand((tokens, count), device=bench.device).topk(moe_bench.TOPK).indices.sort().values
         weights = torch.rand((tokens, moe_bench.TOPK), device=bench.device)
         run = partial(moe.run, x, ids, weights, model.packed, moe_bench.LIMIT, x)
         if tokens <= 8:
-            tries = settings(split1=(1, 2, 4, 8), split2=(1, 2, 4), stages=(3, 4, 5))
+            tries = settings(split1=(1, 2, 4, 8), split2=(1, 2, 4), stages=(3, 4, 6))
         elif tokens <= 128:
-            tries = settings(stages=(3, 4, 5, 6))
+            tries = settings(stages=(3, 5), absorb=(0, 1))
         else:
             tries = [
                 dict(bt=bt, absorb=absorb, warps=warps, stages=stages)
-                for bt in (32, 64, 128)
-                for absorb, warps, stages in itertools.product((0, 1), (4, 8), (2, 3, 4))
-                if not (bt == 128 and (warps == 4 or not absorb))
-            ]
+                for bt, absorb, warps, stages in (
+                    (16, 0, 4, 4), (16, 1, 4, 4), (32, 0, 4, 3), (32, 1, 4, 2), (32, 1, 4, 3), (32, 1, 4, 4), (32, 1, 8, 3),
+                    (64, 1, 4, 2), (64, 1, 4, 3), (64, 1, 8, 2), (64, 1, 8, 3), (64, 1, 8, 4), (128, 1, 8, 3),
+                )
+            ]  # fmt: skip
         bytes_moved = len(ids.unique()) * (model.packed.nbytes // count) + 6 * x.numel()
         flops = 2 * tokens * moe_bench.TOPK * 3 * dim * inner
         bound = max(bytes_moved / bench.copy_tb_s, flops / bench.fp8_tf) / 1e6

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.device import DEVICE, close, on_gpu
+from tests.kernels.device import DEVICE, close, on_gpu, on_hopper
 from tests.kernels.quantised import EXACT, fp8, roundtrip
 
 pytest.importorskip("triton")
 
 from dsv4.kernels.triton import gemm
 from dsv4.kernels.triton.quantise import quantise
+from dsv4.ops.weight import Fp8Weight
 
 
 def _g(seed: int = 0) -> torch.Generator:
@@ -28,9 +29,10 @@ def test_quantise_is_the_formula(tokens: int, width: int, groups: int) -> None:
     if tokens > 4:
         x[1], x[2, :, 0], x[3] = 0, 448 * 2.0**7, 1e-6
         x[4, :, 5] = torch.nextafter(torch.tensor(448.0 * 16), torch.tensor(1e9))
-    codes, scales = quantise(x.flatten(1).to(DEVICE), groups)
-    decoded = codes.float().cpu().view(tokens, groups, width)
-    wide = scales.t().cpu().unflatten(1, (groups, -1)).repeat_interleave(128, 2)[..., :width]
+    codes, scales = quantise(x.flatten(1).to(DEVICE), groups, pad=4)
+    assert len(codes) == scales.shape[1] == tokens + -tokens % 4
+    decoded = codes.float().cpu()[:tokens].view(tokens, groups, width)
+    wide = scales.t().cpu()[:tokens].unflatten(1, (groups, -1)).repeat_interleave(128, 2)[..., :width]
     assert torch.equal(decoded * wide, roundtrip(x))
 
 
@@ -99,6 +101,30 @@ def test_shapes_of_the_releases(tokens: int, groups: int, out: int, width: int) 
         "tgk,gnk->tgn", roundtrip(x.view(tokens, groups, width)), w.view(groups, out, width)
     )
     assert close(y, expected.flatten(1)) < 4e-3  # bf16 results
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [1, 17, 129, 1001])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_cublas_gives_the_same_products(tokens: int, groups: int) -> None:
+    from dsv4.kernels.cublas import linear as cublas
+    from dsv4.kernels.cublas import usable
+
+    if not usable("cuda"):
+        pytest.skip("this torch has no blockwise products")
+    codes, scales, w = (v.to(DEVICE) for v in fp8(groups * 256, 896, _g(1)))
+    x = torch.randn((tokens, groups, 896), generator=_g(2)).bfloat16().to(DEVICE)
+    expected = torch.einsum("tgk,gnk->tgn", roundtrip(x), w.view(groups, 256, 896))
+    packed = cublas.grouped_linear.prepare(Fp8Weight(codes, scales, torch.bfloat16))
+    assert close(cublas.grouped_linear(x, packed), expected) < 4e-3  # bf16 results
+    if groups == 1:
+        assert close(cublas.linear(x[:, 0], packed), expected[:, 0]) < 4e-3
+
+
+def test_silu_gate_of_two_results() -> None:
+    a, b = 2 * torch.randn((2, 3, 700), generator=_g(3))
+    h = gemm.silu_gate_of(a.to(DEVICE), b.to(DEVICE), 0.7)
+    assert close(h, torch.nn.functional.silu(a.clamp(max=0.7)) * b.clamp(-0.7, 0.7)) < 1e-6
 
 
 @on_gpu

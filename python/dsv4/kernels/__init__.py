@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dsv4.ops.registry import Registry
 
-BACKENDS: tuple[str, ...] = ("triton", "gluon")
+BACKENDS: tuple[str, ...] = ("triton", "cublas", "gluon")
 """Names of the subpackages with kernels; each has a table `OPS` and a function `usable(device)`."""
 
-PRIORITY = {"triton": 10, "gluon": 20}
+PRIORITY = {"triton": 10, "cublas": 15, "gluon": 20}
 """Which backend `auto` takes of those that run on a device: the higher one."""
 
 

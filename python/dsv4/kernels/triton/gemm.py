@@ -18,7 +18,7 @@ from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2
 from dsv4.kernels.triton.quantise import dot, exponent_scale, pow2_scale, quantise, to_e4m3
 
-NARROW_TOKENS = 128
+NARROW_TOKENS = 32
 """Up to this many tokens `narrow` runs FP8 products, beyond `wide`."""
 
 _COUNTERS = 1 << 16
@@ -140,6 +140,23 @@ def wide_kernel(
     n = n0 + tl.arange(0, BN)
     out = t[:, None].to(tl.int64) * (GROUPS * OUT) + n[None, :]
     tl.store(y + out, acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
+
+
+@triton.jit
+def silu_gate_kernel(a, b, h, limit, SIZE, BLOCK: tl.constexpr):
+    """h = silu_gate(a, b), elementwise. Grid: blocks."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < SIZE
+    gate, up = tl.load(a + at, mask=live).to(tl.float32), tl.load(b + at, mask=live).to(tl.float32)
+    tl.store(h + at, silu_gate(gate, up, limit).to(h.dtype.element_ty), mask=live)
+
+
+def silu_gate_of(a: Tensor, b: Tensor, limit: float) -> Tensor:
+    """silu(min(a, limit)) * clamp(b, -limit, limit) in float32, rounded to a's dtype; both contiguous, of one shape."""
+    h = torch.empty_like(a)
+    if h.numel():
+        silu_gate_kernel[(cdiv(h.numel(), 2048),)](a, b, h, limit, h.numel(), BLOCK=2048, num_warps=8)
+    return h
 
 
 _arrived: dict[torch.device, Tensor] = {}
@@ -283,4 +300,10 @@ AOT = [
     _aot_narrow("bf16", 16, 128, 64, out="fp32"),
     _aot_wide(90),
     _aot_wide(100),
+    Aot(
+        silu_gate_kernel,
+        {"a": "*bf16", "b": "*bf16", "h": "*bf16", "limit": "fp32", "SIZE": "i32"},
+        {"BLOCK": 2048},
+        num_warps=8,
+    ),
 ]

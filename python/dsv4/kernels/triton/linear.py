@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv4.kernels.triton.gemm import NARROW_TOKENS, narrow, product
+from dsv4.kernels.triton.gemm import NARROW_TOKENS, narrow, product, silu_gate_of
 from dsv4.ops.weight import Fp8Weight, Gated, Packed, Weight, dense, prepared_by
+
+_PLAIN_TOKENS = 16
+"""Up to this many tokens our kernel multiplies plain matrices, beyond cuBLAS."""
 
 
 def _kept(weight: Weight) -> Weight:
@@ -39,7 +42,7 @@ def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
     """[T, in] x [out, in] -> float32 [T, out]. Products of bf16 operands are exact, so they need no float32 copy."""
     if x.dtype == torch.float32 or weight.dtype == torch.float32:
         return F.linear(x.float(), weight.float())
-    if len(x) <= NARROW_TOKENS or not x.is_cuda:
+    if len(x) <= _PLAIN_TOKENS or not x.is_cuda:
         return narrow(x, weight, None, out_dtype=torch.float32)
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
@@ -61,6 +64,5 @@ def swiglu(x: Tensor, w: Gated, limit: float) -> Tensor:
     if len(x) <= NARROW_TOKENS and isinstance(w1, Packed) and isinstance(w3, Packed):
         h = narrow(x, w1.codes, w1.scales, out_dtype=x.dtype, up=(w3.codes, w3.scales), limit=limit)
     else:
-        gate, up = linear(x, w1).float(), linear(x, w3).float()
-        h = (F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)).to(x.dtype)
+        h = silu_gate_of(linear(x, w1), linear(x, w3), limit)
     return linear(h, w2)

@@ -51,8 +51,8 @@ def exponent_scale(byte):
 
 
 @triton.jit
-def quantise_kernel(x, codes, scales, T, K, KB, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """x [T, groups * K] -> codes [T, groups * K], scales float32 [groups * KB, T]. Grid: row blocks x blocks of channels."""
+def quantise_kernel(x, codes, scales, T, PADDED, K, KB, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """x [T, groups * K] -> codes [T, groups * K], scales float32 [groups * KB, PADDED]. Grid: row blocks x blocks of channels."""
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group, kb = tl.program_id(1) // KB, tl.program_id(1) % KB
     k = kb * BLOCK + tl.arange(0, BLOCK)
@@ -62,20 +62,22 @@ def quantise_kernel(x, codes, scales, T, K, KB, x_stride, ROWS: tl.constexpr, BL
     scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
     out = t[:, None].to(tl.int64) * (tl.num_programs(1) // KB * K) + group * K + k[None, :]
     tl.store(codes + out, to_e4m3(v * inverse[:, None]), mask=live)
-    tl.store(scales + tl.program_id(1).to(tl.int64) * T + t, scale, mask=t < T)
+    tl.store(scales + tl.program_id(1).to(tl.int64) * PADDED + t, scale, mask=t < T)
 
 
-def quantise(x: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, groups: int = 1, pad: int = 1) -> tuple[Tensor, Tensor]:
     """x [T, groups * K] -> e4m3 codes of the same shape and float32 scales [groups * ceil(K / 128), T]. A group's
-    blocks of 128 channels start at its own first channel; the last one may be shorter."""
+    blocks of 128 channels start at its own first channel; the last one may be shorter. T is rounded up to a multiple of
+    `pad`; the rows beyond are not written."""
     tokens, width = x.shape
     blocks = cdiv(width // groups, BLOCK)
-    codes = torch.empty((tokens, width), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((groups * blocks, tokens), dtype=torch.float32, device=x.device)
+    padded = tokens + -tokens % pad
+    codes = torch.empty((padded, width), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((groups * blocks, padded), dtype=torch.float32, device=x.device)
     if tokens:
         rows = 8 if tokens < 1024 else 32
         grid = (cdiv(tokens, rows), groups * blocks)
         quantise_kernel[grid](
-            x, codes, scales, tokens, width // groups, blocks, x.stride(0), ROWS=rows, BLOCK=BLOCK
+            x, codes, scales, tokens, padded, width // groups, blocks, x.stride(0), ROWS=rows, BLOCK=BLOCK
         )
     return codes, scales
