@@ -23,7 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So little room that rows of a hundred entries are long ones."""
     for name, value in (("SAMPLE", 8), ("CAP", 64), ("SAMPLED", 32), ("TOKENS", 16)):
         monkeypatch.setattr(indexer, name, value)
-    indexer._State.hints.clear()
+    indexer.State.hints.clear()
 
 
 @pytest.mark.parametrize("form", ["float32", "fp8", "mxfp4"])
@@ -113,7 +113,7 @@ def test_ties_by_lowest_index(entries: int, small: None) -> None:
 @pytest.mark.parametrize("topk", [512, 1024])
 @pytest.mark.parametrize("entries", [700, 5000, 9000, 40_000, 262_144])
 def test_ties_by_lowest_index_in_long_rows(entries: int, topk: int) -> None:
-    indexer._State.hints.clear()
+    indexer.State.hints.clear()
     _check_integers(5, entries, min(topk, entries), 64, 128, 64)
 
 

@@ -6,6 +6,7 @@ from dsv4.kernels.device import capability, has_triton
 
 OPS: dict[str, str] = {
     "sparse_attention": "attention",
+    "index_select": "indexer",
 }
 """Op -> module of this package that defines a function of the op's name. One line per op."""
 

@@ -5,7 +5,7 @@
             SAMPLE entries, or an even sample of longer ones) or appends the entries that pass a threshold.
 3. `topk`   selects: directly, where the whole row was written; else among the appended candidates.
 
-The threshold of a decode step is the one that the last step of the same slab left behind (`_State.hint`), that of a
+The threshold of a decode step is the one that the last step of the same slab left behind (`State.hint`), that of a
 prompt's token comes from a sample of its own scores. Should it have been wrong, `refine` takes the exact best k of each
 of several parts of the row, in one launch that ends at once where nothing was wrong. So the result is exact always.
 
@@ -70,10 +70,9 @@ def query_kernel(
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
     BF16: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """N heads of a token. `out` [T, PADDED, DIM] in the arithmetic of the scan, `out_weights` float32 [T, PADDED]: half
-    of weight times query scale, as the scan sums s + |s| = 2 relu(s). SPLIT: channels 8t .. 8t+3 of all t first."""
+    of weight times query scale, as the scan sums s + |s| = 2 relu(s)."""
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * N + tl.arange(0, N)
     c = tl.arange(0, DIM)
@@ -82,10 +81,7 @@ def query_kernel(
     x = tl.load(q + at, mask=live[:, None] & (c >= 0)[None, :], other=0.0).to(tl.float32)
     x = as_model(turn(x, cos, sin, t + h * 0, live, N, DIM, DIM, ROPE), BF16)
     w = tl.load(weights + t * HEADS + h, mask=live, other=0.0) * 0.5
-    to = c
-    if SPLIT:
-        to = ((c // 4) % 2) * (DIM // 2) + (c // 8) * 4 + c % 4
-    place = (t * PADDED + h)[:, None] * DIM + to[None, :]
+    place = (t * PADDED + h)[:, None] * DIM + c[None, :]
     held = (h < PADDED)[:, None] & (c >= 0)[None, :]
     if FORMAT == "mxfp4":
         blocks = tl.reshape(rotate(x, N, DIM), (N, DIM // 32, 32))
@@ -136,7 +132,10 @@ def tile_scores(
         x = tl.load((base + row * PLANE)[:, None] + c[None, :])
         xs = tl.load((base + ROWS * PLANE + row * SCALES)[:, None] + g[None, :])
         qs = tl.full((q.shape[1], DIM // 32), 127, tl.uint8)
-        s = tl.dot_scaled(x, xs, "e2m1", q, qs, "e4m3")
+        none = tl.zeros((count, q.shape[1]), tl.float32) + tl.minimum(n, 0).to(tl.float32)
+        s = tl.dot_scaled(
+            x, xs, "e2m1", q, qs, "e4m3", acc=none
+        )  # Triton 3.6 fails on a constant 0 for Blackwell
         scale = tl.full((count,), 1.0, tl.float32)
     elif FORMAT == "fp8":
         c = tl.arange(0, DIM)
@@ -334,7 +333,6 @@ class Plan:
     tile: int
     k: int
     append: bool
-    split_query: bool = False
 
     @property
     def width(self) -> int:
@@ -405,7 +403,7 @@ def launch_scan(
     )
 
 
-class _State:
+class State:
     """What is kept between steps of one layer: the threshold of each slab's last query. A stale one costs time only."""
 
     hints: dict[tuple[int, int], Tensor] = {}  # noqa: RUF012 (shared on purpose: one per stored region)
@@ -443,7 +441,6 @@ def prepare(
         DIM=dim,
         ROPE=rope_dim,
         BF16=q.dtype == torch.bfloat16,
-        SPLIT=plan.split_query,
         num_warps=4,
         enable_fp_fusion=False,
     )
@@ -460,9 +457,8 @@ def index_select(
     entries: Any,
     topk: int,
     scan: Scan = launch_scan,
-    split_query: bool = False,
 ) -> Tensor:
-    """The op `index_select`. `scan` is the kernel that does the work; `split_query`: how it wants channels ordered."""
+    """The op `index_select`. `scan` launches the kernel that does the work."""
     total, k = len(q), min(topk, entries.most)
     out = torch.empty((total, k), dtype=torch.int32, device=q.device)
     if not total or not k:
@@ -470,7 +466,7 @@ def index_select(
     if entries.most <= topk:
         every = torch.arange(k, dtype=torch.int32, device=q.device)
         return torch.where(every < entries.visible[:, None], every, -1)
-    plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs), split_query)
+    plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs))
     q8, folded = prepare(q, cos, sin, weights, plan, 2 * cos.shape[-1])
     select_entries(
         plan, scan, q8, folded, keys, entries.pages, tokens.slab, entries.visible, entries.most, out
@@ -478,7 +474,7 @@ def index_select(
     return out
 
 
-def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool, split_query: bool = False) -> Plan:
+def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool) -> Plan:
     """`decode`: one token of each request, so that the last step's thresholds serve."""
     quantised = keys.codec.name in ("fp8", "mxfp4")
     return Plan(
@@ -488,7 +484,6 @@ def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool, split_query:
         tile=32 if INTERPRETED or not quantised else 128,
         k=k,
         append=most > SAMPLE,
-        split_query=split_query,
     )
 
 
@@ -508,11 +503,11 @@ def select_entries(
     for at in range(0, len(q), TOKENS):
         cut = slice(at, min(at + TOKENS, len(q)))
         part = (q[cut], weights[cut], keys, pages, slab[cut], visible[cut], most)
-        run = _appended if plan.append else _whole
+        run = appended if plan.append else whole
         run(plan, scan, part, out[cut])
 
 
-def _whole(plan: Plan, scan: Scan, part: tuple, out: Tensor) -> None:
+def whole(plan: Plan, scan: Scan, part: tuple, out: Tensor) -> None:
     """Rows that fit a program: all scores, then the choice among them."""
     n, most = len(out), part[-1]
     scores = torch.empty((n, min(SAMPLE, next_pow2(most))), dtype=torch.float32, device=out.device)
@@ -528,30 +523,22 @@ def _whole(plan: Plan, scan: Scan, part: tuple, out: Tensor) -> None:
         index=none,
         scores=scores,
     )
-    select.rows_kernel[(n,)](
-        scores,
-        scores.stride(0),
-        part[5],
-        out,
-        out.stride(0),
-        plan.k,
-        K=plan.width,
-        BLOCK=next_pow2(max(most, 16)),
-        num_warps=4 if most <= 2048 else 16,
-    )
+    select.choose(scores, part[5], out, most)
 
 
-def _appended(plan: Plan, scan: Scan, part: tuple, out: Tensor) -> None:
+def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | None = None) -> None:
+    """Longer rows. `bound` float32 [slabs]: thresholds of a decode step, else those that the last step left."""
     q, weights, keys, pages, slab, visible, _most = part
     decode = plan.queries == 1
     n, device, parts, width = len(out), out.device, plan.parts, plan.width
-    hint = _State.hint(keys, len(pages))
+    hint = State.hint(keys, len(pages))
     key, index = (torch.empty((n, CAP), dtype=torch.int32, device=device) for _ in range(2))
     fresh = torch.empty((n, parts, width), dtype=torch.int32, device=device)
     scores = torch.empty((n, 0 if decode else SAMPLED), dtype=torch.float32, device=device)
     used = torch.zeros((n,), dtype=torch.int32, device=device)
-    bound = hint
-    if not decode:
+    if decode:
+        bound = hint if bound is None else bound
+    else:
         bound = torch.empty((n,), dtype=torch.float32, device=device)
         common = dict(bound=bound, bound_by_slab=False, used=used, key=key, index=index, scores=scores)
         scan(plan, *part, append=False, **common)
@@ -648,7 +635,7 @@ def _aot_scan(append: bool, queries: int, form: dict[str, Any], archs: tuple[int
     )
 
 
-def _aot_query(form: str, split: bool) -> Aot:
+def _aot_query(form: str) -> Aot:
     signature = {
         "q": "*bf16",
         "cos": "*fp32",
@@ -665,14 +652,13 @@ def _aot_query(form: str, split: bool) -> Aot:
         "DIM": 128,
         "ROPE": 64,
         "BF16": True,
-        "SPLIT": split,
     }
     return Aot(query_kernel, signature, constants, options={"enable_fp_fusion": False})
 
 
 AOT = [
-    _aot_query("mxfp4", True),
-    _aot_query("fp8", False),
+    _aot_query("mxfp4"),
+    _aot_query("fp8"),
     _aot_scan(True, 1, _FP8),
     _aot_scan(True, 4, _FP8),
     _aot_scan(False, 1, _FP8),

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dsv4.kernels.aot import Aot
+from dsv4.kernels.triton.common import next_pow2
 
 PIVOTS = tl.constexpr(8)
 
@@ -218,6 +220,22 @@ def finish_kernel(
     else:
         if tl.load(slab + t + 1) != s:
             tl.store(hint + s, next)
+
+
+def choose(scores: Tensor, visible: Tensor, out: Tensor, most: int) -> None:
+    """Fills out int32 [T, k] from scores float32 [T, >= most], of which visible[t] <= most count."""
+    k = out.shape[1]
+    rows_kernel[(len(out),)](
+        scores,
+        scores.stride(0),
+        visible,
+        out,
+        out.stride(0),
+        k,
+        K=next_pow2(max(16, k)),
+        BLOCK=next_pow2(max(16, most)),
+        num_warps=4 if most <= 2048 else 16,
+    )
 
 
 _FINISH = {
