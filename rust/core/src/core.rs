@@ -148,6 +148,8 @@ impl Core {
             snapshot_budget: options.snapshot_budget,
             quotas: options.tenants.iter().filter_map(|t| t.quota_pages.map(|q| (t.id, q))).collect(),
             cost: options.cost,
+            admit_by_value: options.snapshots == SnapshotPolicy::Auto,
+            replay_tokens: options.replay_tokens.unwrap_or(layout.replay_tokens()),
         };
         let shape = PlanShape {
             rows: options.slabs as usize,

@@ -90,7 +90,8 @@ impl CostModel {
         }
     }
 
-    fn compute(&self, from: u32, to: u32) -> f64 {
+    /// Microseconds to compute positions `from..to`.
+    pub fn compute(&self, from: u32, to: u32) -> f64 {
         let (a, b) = (f64::from(from), f64::from(to));
         self.token_us * (b - a) + self.context_us_per_1k * (b * b - a * a) / 2000.0
     }

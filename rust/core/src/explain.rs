@@ -18,6 +18,8 @@ pub enum Reason {
     SnapshotEvicted,
     /// The next block was evicted.
     HistoryEvicted,
+    /// The prompt's first block is known, but under another salt only.
+    Salt,
     /// The prompt has no whole block before its last token.
     BelowBlock,
     /// There was more history, but starting earlier was cheaper.
@@ -28,11 +30,12 @@ pub enum Reason {
 
 impl Reason {
     /// Every reason, in the order of `stats()`.
-    pub const ALL: [Reason; 7] = [
+    pub const ALL: [Reason; 8] = [
         Reason::None,
         Reason::NeverStored,
         Reason::SnapshotEvicted,
         Reason::HistoryEvicted,
+        Reason::Salt,
         Reason::BelowBlock,
         Reason::DeclinedByCost,
         Reason::Disabled,
@@ -45,6 +48,7 @@ impl Reason {
             Reason::NeverStored => "never_stored",
             Reason::SnapshotEvicted => "snapshot_evicted",
             Reason::HistoryEvicted => "history_evicted",
+            Reason::Salt => "salt",
             Reason::BelowBlock => "below_block",
             Reason::DeclinedByCost => "declined_by_cost",
             Reason::Disabled => "disabled",
@@ -73,6 +77,7 @@ impl Reason {
             Lost::Nothing => Reason::None,
             Lost::NeverStored => Reason::NeverStored,
             Lost::HistoryEvicted => Reason::HistoryEvicted,
+            Lost::Salt => Reason::Salt,
             Lost::BelowBlock => Reason::BelowBlock,
         }
     }

@@ -26,6 +26,11 @@ impl PagePool {
         self.refs.is_empty()
     }
 
+    /// Bytes of bookkeeping.
+    pub fn bytes(&self) -> usize {
+        (self.refs.capacity() + self.free.capacity()) * 4
+    }
+
     /// Pages that can be allocated now.
     pub fn free(&self) -> u32 {
         self.free.len() as u32

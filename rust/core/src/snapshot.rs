@@ -1,9 +1,8 @@
-//! Saved states: which pages hold them, which node they belong to, and which goes first.
+//! Saved states: which pages hold them, which node they belong to, and what decides how long they stay.
 
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
-
-const NIL: u32 = u32::MAX;
+use crate::order::Place;
 
 /// Pages that hold, or will hold, one saved state. They belong to whoever has this value; give it back to the cache.
 #[derive(Debug, PartialEq, Eq)]
@@ -16,36 +15,44 @@ impl SnapshotPages {
     }
 }
 
+/// A saved state in the tree.
 #[derive(Debug)]
-struct Entry {
-    node: u32,
-    pages: SnapshotPages,
-    used: u64,
-    prev: u32,
-    next: u32,
+pub(crate) struct Entry {
+    pub node: u32,
+    pub pages: SnapshotPages,
+    pub born: u64,
+    pub used: u64,
+    pub expiry: u64,
+    pub tenant: u32,
+    pub uses: u8,
+    pub level: i8,
+    /// What it saves, see `order.rs`.
+    pub octave: i8,
+    /// A deeper state of the same path or session has replaced it: first to go.
+    pub superseded: bool,
+    pub place: Option<Place>,
 }
 
-/// All snapshots of the tree in one list, least recently used first.
-#[derive(Debug)]
+/// All snapshots of the tree.
+#[derive(Debug, Default)]
 pub(crate) struct Snapshots {
     entries: Vec<Option<Entry>>,
     vacant: Vec<u32>,
-    head: u32,
-    tail: u32,
     count: u32,
 }
 
 impl Snapshots {
-    pub fn new() -> Self {
-        Snapshots { entries: Vec::new(), vacant: Vec::new(), head: NIL, tail: NIL, count: 0 }
+    pub fn get(&self, id: SnapshotId) -> &Entry {
+        self.entries[id.0 as usize].as_ref().expect("the snapshot lives")
     }
 
-    fn entry(&self, id: u32) -> &Entry {
-        self.entries[id as usize].as_ref().expect("the snapshot lives")
+    pub fn get_mut(&mut self, id: SnapshotId) -> &mut Entry {
+        self.entries[id.0 as usize].as_mut().expect("the snapshot lives")
     }
 
-    fn entry_mut(&mut self, id: u32) -> &mut Entry {
-        self.entries[id as usize].as_mut().expect("the snapshot lives")
+    /// Whether it lives and was stored at `born`.
+    pub fn is(&self, id: SnapshotId, born: u64) -> bool {
+        self.entries[id.0 as usize].as_ref().is_some_and(|e| e.born == born)
     }
 
     /// Snapshots that live.
@@ -53,84 +60,41 @@ impl Snapshots {
         self.count
     }
 
-    /// Adds the state at the end of `node` as the most recently used one.
-    pub fn insert(&mut self, node: u32, pages: SnapshotPages, now: u64) -> SnapshotId {
-        let entry = Some(Entry { node, pages, used: now, prev: NIL, next: NIL });
-        let id = self.vacant.pop().unwrap_or_else(|| {
-            self.entries.push(None);
-            self.entries.len() as u32 - 1
-        });
-        self.entries[id as usize] = entry;
+    /// Adds a state.
+    pub fn insert(&mut self, entry: Entry) -> SnapshotId {
         self.count += 1;
-        self.insert_last(id);
-        SnapshotId(id)
+        if let Some(id) = self.vacant.pop() {
+            self.entries[id as usize] = Some(entry);
+            return SnapshotId(id);
+        }
+        self.entries.push(Some(entry));
+        SnapshotId(self.entries.len() as u32 - 1)
     }
 
-    /// Takes a snapshot out: its node and its pages.
-    pub fn remove(&mut self, id: SnapshotId) -> (u32, SnapshotPages) {
-        self.unlist(id.0);
+    /// Takes a snapshot out.
+    pub fn remove(&mut self, id: SnapshotId) -> Entry {
         let entry = self.entries[id.0 as usize].take().expect("the snapshot lives");
         self.vacant.push(id.0);
         self.count -= 1;
-        (entry.node, entry.pages)
+        entry
     }
 
-    pub fn pages(&self, id: SnapshotId) -> &[PageId] {
-        &self.entry(id.0).pages.0
-    }
-
-    /// Makes it the most recently used one.
-    pub fn touch(&mut self, id: SnapshotId, now: u64) {
-        self.unlist(id.0);
-        self.entry_mut(id.0).used = now;
-        self.insert_last(id.0);
-    }
-
-    /// The least recently used one and when that was.
-    pub fn oldest(&self) -> Option<(SnapshotId, u64)> {
-        (self.head != NIL).then(|| (SnapshotId(self.head), self.entry(self.head).used))
-    }
-
-    /// Every snapshot with its node.
-    pub fn iter(&self) -> impl Iterator<Item = (SnapshotId, u32, &[PageId])> {
+    /// Every snapshot.
+    pub fn iter(&self) -> impl Iterator<Item = (SnapshotId, &Entry)> {
         let live = self.entries.iter().enumerate();
-        live.filter_map(|(i, e)| e.as_ref().map(|e| (SnapshotId(i as u32), e.node, e.pages.0.as_slice())))
+        live.filter_map(|(i, e)| e.as_ref().map(|e| (SnapshotId(i as u32), e)))
     }
 
-    fn unlist(&mut self, id: u32) {
-        let (prev, next) = (self.entry(id).prev, self.entry(id).next);
-        match prev {
-            NIL => self.head = next,
-            p => self.entry_mut(p).next = next,
-        }
-        match next {
-            NIL => self.tail = prev,
-            n => self.entry_mut(n).prev = prev,
-        }
+    /// Bytes of bookkeeping.
+    pub fn bytes(&self) -> usize {
+        self.entries.capacity() * size_of::<Option<Entry>>() + self.vacant.capacity() * 4
     }
 
-    fn insert_last(&mut self, id: u32) {
-        let tail = self.tail;
-        let e = self.entry_mut(id);
-        (e.prev, e.next) = (tail, NIL);
-        match tail {
-            NIL => self.head = id,
-            t => self.entry_mut(t).next = id,
-        }
-        self.tail = id;
-    }
-
-    /// The list holds every snapshot once, in order of use.
+    /// The count holds.
     pub fn check(&self) -> Result<(), Malformed> {
-        let (mut at, mut seen, mut last) = (self.head, 0, 0);
-        while at != NIL && seen <= self.count {
-            let e = self.entry(at);
-            Malformed::unless(e.used >= last, "snapshot recency", || format!("snapshot {at}"))?;
-            (seen, last, at) = (seen + 1, e.used, e.next);
-        }
         let live = self.iter().count() as u32;
-        Malformed::unless(seen == live && live == self.count, "snapshot list", || {
-            format!("{seen} listed, {live} alive, count {}", self.count)
+        Malformed::unless(live == self.count, "snapshot count", || {
+            format!("{live} alive, count {}", self.count)
         })
     }
 }

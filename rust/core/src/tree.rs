@@ -1,43 +1,66 @@
 //! The radix tree over token blocks: which pages hold the history of which prefix.
 //!
 //! ```text
-//!   root(salt) ── [ b0 b1 b2 ] ──┬── [ b3 b4 ] *        edge = run of blocks, tokens contiguous
+//!   root(salt) ── [ b0 b1 b2 ] ──┬── [ b3 b4 ] *        edge = run of blocks
 //!                                └── [ b3' ] ── [ … ] * node end = optional snapshot (*)
 //! ```
 //!
-//! - An edge's tokens lie in one vector, so matching a long prefix is a memory compare.
+//! - **Tokens lie by page**: the tokens of the block whose history is in page `p` are `tokens[p * block ..][.. block]`. An
+//!   edge is then a list of page ids; splitting it moves no token, and pages that follow each other are compared at once.
 //! - A child is found by a hash of its first block and then compared token by token; equal hashes never make equal prefixes.
 //! - **Pins.** Each running request pins every node from its cursor to the root; its cursor is always a node's end.
-//! - **Recency.** Unpinned nodes form one list, least recently used first. A path is put to its end leaf before parent,
-//!   so a child always lies nearer to the head than its parent and the head is a leaf: the victim is found in O(1).
 //! - **Split** gives the new node the upper part; the lower one keeps its id, its children and the cursors at its end.
 
 use hashbrown::HashTable;
+use serde::{Deserialize, Serialize};
 
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
+use crate::order::Place;
 
-/// "No node": end of lists, parent of roots.
+/// "No node": parent of roots.
 pub(crate) const NIL: u32 = u32::MAX;
+
+/// What the blocks of an edge have in common besides their tokens.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Facts {
+    /// When it was stored and when it was used last, on the cache's counters of operations.
+    pub born: u64,
+    pub used: u64,
+    /// Kept at least until then.
+    pub expiry: u64,
+    /// Whose quota it counts against.
+    pub tenant: u32,
+    /// Later requests that came for it and did not just continue the path.
+    pub uses: u8,
+    /// It continued a known prefix when it was stored.
+    pub grown: bool,
+    /// Priority of retention.
+    pub level: i8,
+    /// Its owner said that it is over: first to go.
+    pub ended: bool,
+    /// A snapshot at its end was evicted.
+    pub lost_snapshot: bool,
+}
 
 /// An edge and the node at its end.
 #[derive(Debug)]
 pub(crate) struct Node {
     pub parent: u32,
+    /// The root above; its own id for a root.
+    pub root: u32,
     /// Blocks before this edge.
     pub start: u32,
-    pub tokens: Vec<u32>,
     pub pages: Vec<PageId>,
-    /// Running hash of the prefix up to and with each block.
-    pub chains: Vec<u64>,
     pub children: u32,
+    /// Cursors at or below.
     pub pins: u32,
-    pub used: u64,
+    /// Explicit pins at or below; they are among `pins`.
+    pub holds: u32,
     pub snapshot: Option<SnapshotId>,
-    /// A snapshot at this end was evicted.
-    pub lost_snapshot: bool,
-    prev: u32,
-    next: u32,
+    pub facts: Facts,
+    /// Its place in the order of eviction.
+    pub place: Option<Place>,
 }
 
 impl Node {
@@ -46,8 +69,13 @@ impl Node {
         self.start + self.pages.len() as u32
     }
 
-    fn is_root(&self) -> bool {
+    pub fn is_root(&self) -> bool {
         self.parent == NIL
+    }
+
+    /// Nobody uses it and nothing continues it.
+    pub fn is_free_leaf(&self) -> bool {
+        self.pins == 0 && self.children == 0 && !self.is_root()
     }
 }
 
@@ -63,48 +91,49 @@ pub(crate) struct Walk {
 #[derive(Debug)]
 pub(crate) struct Tree {
     block: usize,
+    tokens: Vec<u32>,
     nodes: Vec<Node>,
     vacant: Vec<u32>,
     children: HashTable<(u64, u32)>,
-    head: u32,
-    tail: u32,
+    /// First blocks of all roots, by hash of their tokens: tells what is known under another salt.
+    firsts: HashTable<(u64, u32)>,
     blocks: u32,
     unpinned_blocks: u32,
 }
 
-/// A fast hash of a block, continuing from `seed`. Quality matters little: equality is decided by comparing tokens.
+/// A fast hash of tokens, continuing from `seed`. Quality matters little: equality is decided by comparing tokens.
 pub(crate) fn hash_block(seed: u64, tokens: &[u32]) -> u64 {
-    const K: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mut lanes = [seed ^ K, seed.rotate_left(17) ^ 0xbf58_476d_1ce4_e5b9];
-    for pair in tokens.chunks(4) {
-        for (lane, half) in lanes.iter_mut().zip(pair.chunks(2)) {
-            let word = half.iter().fold(1u64, |w, &t| (w << 32) ^ u64::from(t));
-            *lane = (*lane ^ word).wrapping_mul(K).rotate_left(29);
+    const K: [u64; 4] =
+        [0x9e37_79b9_7f4a_7c15, 0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb, 0xd6e8_feb8_6659_fd93];
+    let mut lanes = [seed ^ K[0], seed.rotate_left(17) ^ K[1], !seed, seed.rotate_left(41) ^ K[3]];
+    let (eights, rest) = tokens.as_chunks::<8>();
+    for t in eights {
+        for i in 0..4 {
+            let word = u64::from(t[2 * i]) | u64::from(t[2 * i + 1]) << 32;
+            lanes[i] = (lanes[i] ^ word).wrapping_mul(K[i]).rotate_left(29);
         }
     }
-    let mixed = lanes[0] ^ lanes[1].rotate_left(32);
-    (mixed ^ (mixed >> 31)).wrapping_mul(0x94d0_49bb_1331_11eb) ^ (mixed >> 29)
+    for &t in rest {
+        lanes[0] = (lanes[0] ^ u64::from(t) ^ (1 << 32)).wrapping_mul(K[0]).rotate_left(29);
+    }
+    let mixed = lanes.into_iter().fold(0u64, |h, l| (h.rotate_left(23) ^ l).wrapping_mul(K[2]));
+    (mixed ^ (mixed >> 31)).wrapping_mul(K[1]) ^ (mixed >> 29)
 }
 
-/// Whole blocks at the start of `a` and `b` that are equal.
-fn common_blocks(a: &[u32], b: &[u32], block: usize) -> u32 {
-    let len = a.len().min(b.len()) / block * block;
-    if a[..len] == b[..len] {
-        return (len / block) as u32; // one memory compare for the usual case
-    }
-    let equal = a.chunks_exact(block).zip(b.chunks_exact(block)).take_while(|(x, y)| x == y);
-    equal.count() as u32
+/// Pages at the start of `pages` that follow each other.
+fn run_of(pages: &[PageId]) -> usize {
+    1 + pages.windows(2).take_while(|w| w[1].0 == w[0].0 + 1).count()
 }
 
 impl Tree {
-    pub fn new(block_tokens: u32) -> Self {
+    pub fn new(block_tokens: u32, pages: u32) -> Self {
         Tree {
             block: block_tokens as usize,
+            tokens: vec![0; block_tokens as usize * pages as usize],
             nodes: Vec::new(),
             vacant: Vec::new(),
             children: HashTable::new(),
-            head: NIL,
-            tail: NIL,
+            firsts: HashTable::new(),
             blocks: 0,
             unpinned_blocks: 0,
         }
@@ -128,16 +157,27 @@ impl Tree {
         self.unpinned_blocks
     }
 
-    /// Bytes of bookkeeping, tokens and page ids left out.
+    /// The tokens of the block in a page of the tree.
+    pub fn tokens_of(&self, page: PageId) -> &[u32] {
+        &self.tokens[page.0 as usize * self.block..][..self.block]
+    }
+
+    fn first_tokens(&self, id: u32) -> &[u32] {
+        self.tokens_of(self.node(id).pages[0])
+    }
+
+    /// Bytes of bookkeeping besides tokens.
     pub fn metadata_bytes(&self) -> usize {
-        let per_block: usize =
-            self.nodes.iter().map(|n| n.chains.capacity() * 8 + n.pages.capacity() * 4).sum();
-        self.nodes.capacity() * size_of::<Node>() + self.children.capacity() * 17 + per_block
+        let pages: usize = self.nodes.iter().map(|n| n.pages.capacity() * 4).sum();
+        let tables = self.children.allocation_size() + self.firsts.allocation_size();
+        self.nodes.capacity() * size_of::<Node>() + self.vacant.capacity() * 4 + tables + pages
     }
 
     /// A node without blocks that is never evicted.
-    pub fn new_root(&mut self, seed: u64) -> u32 {
-        self.place(NIL, 0, Vec::new(), Vec::new(), vec![seed])
+    pub fn new_root(&mut self) -> u32 {
+        let id = self.place(NIL, 0, Vec::new(), Facts::default());
+        self.node_mut(id).root = id;
+        id
     }
 
     /// Node slots, for callers that count per node.
@@ -151,27 +191,19 @@ impl Tree {
         self.vacant.push(id);
     }
 
-    fn place(
-        &mut self,
-        parent: u32,
-        start: u32,
-        tokens: Vec<u32>,
-        pages: Vec<PageId>,
-        chains: Vec<u64>,
-    ) -> u32 {
+    fn place(&mut self, parent: u32, start: u32, pages: Vec<PageId>, facts: Facts) -> u32 {
+        let root = if parent == NIL { NIL } else { self.node(parent).root };
         let node = Node {
             parent,
+            root,
             start,
-            tokens,
             pages,
-            chains,
             children: 0,
             pins: 0,
-            used: 0,
+            holds: 0,
             snapshot: None,
-            lost_snapshot: false,
-            prev: NIL,
-            next: NIL,
+            facts,
+            place: None,
         };
         if let Some(id) = self.vacant.pop() {
             self.nodes[id as usize] = node;
@@ -182,36 +214,60 @@ impl Tree {
         }
     }
 
-    /// The hash of the prefix that ends at the end of `id` (the root's is its salt's seed).
-    pub fn chain_at_end(&self, id: u32) -> u64 {
-        *self.node(id).chains.last().expect("a node has blocks, a root its seed")
-    }
-
-    fn child_key(parent: u32, first_block: &[u32]) -> u64 {
-        hash_block(u64::from(parent), first_block)
-    }
-
     fn find_child(&self, parent: u32, first_block: &[u32]) -> Option<u32> {
-        let (key, nodes, block) = (Self::child_key(parent, first_block), &self.nodes, self.block);
+        let key = hash_block(u64::from(parent), first_block);
         let same = |&(k, id): &(u64, u32)| {
-            let n = &nodes[id as usize];
-            k == key && n.parent == parent && n.tokens[..block] == *first_block
+            k == key && self.node(id).parent == parent && self.first_tokens(id) == first_block
         };
         self.children.find(key, same).map(|&(_, id)| id)
     }
 
     fn link_child(&mut self, id: u32) {
-        let n = &self.nodes[id as usize];
-        let key = Self::child_key(n.parent, &n.tokens[..self.block]);
+        let parent = self.node(id).parent;
+        let key = hash_block(u64::from(parent), self.first_tokens(id));
         self.children.insert_unique(key, (key, id), |&(k, _)| k);
+        if self.node(parent).is_root() {
+            let first = hash_block(0, self.first_tokens(id));
+            self.firsts.insert_unique(first, (first, id), |&(k, _)| k);
+        }
     }
 
     fn unlink_child(&mut self, id: u32) {
-        let n = &self.nodes[id as usize];
-        let key = Self::child_key(n.parent, &n.tokens[..self.block]);
+        let (parent, first) = (self.node(id).parent, self.first_tokens(id));
+        let (key, as_first) = (hash_block(u64::from(parent), first), hash_block(0, first));
         if let Ok(entry) = self.children.find_entry(key, |&(_, i)| i == id) {
             entry.remove();
         }
+        if self.node(parent).is_root()
+            && let Ok(entry) = self.firsts.find_entry(as_first, |&(_, i)| i == id)
+        {
+            entry.remove();
+        }
+    }
+
+    /// Whether a prompt that starts with this block is known under any salt.
+    pub fn is_first_of_any(&self, first_block: &[u32]) -> bool {
+        let key = hash_block(0, first_block);
+        self.firsts.find(key, |&(k, id)| k == key && self.first_tokens(id) == first_block).is_some()
+    }
+
+    /// Whole blocks at the start of the edge `pages` and of `tokens` that are equal.
+    fn common_blocks(&self, pages: &[PageId], tokens: &[u32]) -> usize {
+        let most = pages.len().min(tokens.len() / self.block);
+        let mut done = 0;
+        while done < most {
+            let run = run_of(&pages[done..most]);
+            let first = pages[done].0 as usize * self.block;
+            let (mine, theirs) =
+                (&self.tokens[first..][..run * self.block], &tokens[done * self.block..][..run * self.block]);
+            // One memory compare for the usual case.
+            if mine != theirs {
+                let mut pairs = mine.chunks_exact(self.block).zip(theirs.chunks_exact(self.block));
+                return done + pairs.position(|(a, b)| a != b).unwrap_or(run);
+            }
+            done += run;
+        }
+        done
     }
 
     /// Follows `tokens` from the end of `from` as far as whole blocks are known.
@@ -223,17 +279,17 @@ impl Tree {
                 break;
             };
             let n = self.node(child);
-            let equal = common_blocks(&n.tokens, rest, self.block);
-            (node, blocks) = (child, blocks + equal);
-            if (equal as usize) < n.pages.len() {
+            let equal = self.common_blocks(&n.pages, rest);
+            (node, blocks) = (child, blocks + equal as u32);
+            if equal < n.pages.len() {
                 break;
             }
-            rest = &rest[n.tokens.len()..];
+            rest = &rest[equal * self.block..];
         }
         Walk { node, blocks }
     }
 
-    /// Makes `blocks` (inside the edge of `id`) a node's end and returns that node.
+    /// Makes `blocks` (inside the edge of `id`) a node's end and returns that node; the caller looks after its place.
     pub fn split(&mut self, id: u32, blocks: u32) -> u32 {
         let keep = (blocks - self.node(id).start) as usize;
         if keep == self.node(id).pages.len() {
@@ -241,233 +297,134 @@ impl Tree {
         }
         debug_assert!(keep > 0, "a split keeps at least one block above");
         self.unlink_child(id);
-        let at = keep * self.block;
         let n = &mut self.nodes[id as usize];
-        let (parent, start, pins, used) = (n.parent, n.start, n.pins, n.used);
-        let (tokens, pages, chains) =
-            (n.tokens.split_off(at), n.pages.split_off(keep), n.chains.split_off(keep));
-        let above = (
-            std::mem::replace(&mut n.tokens, tokens),
-            std::mem::replace(&mut n.pages, pages),
-            std::mem::replace(&mut n.chains, chains),
-        );
-        let upper = self.place(parent, start, above.0, above.1, above.2);
+        let (parent, start, pins, holds) = (n.parent, n.start, n.pins, n.holds);
+        let facts = Facts { lost_snapshot: false, ended: false, ..n.facts };
+        let lower = n.pages.split_off(keep);
+        let upper_pages = std::mem::replace(&mut n.pages, lower);
+        let upper = self.place(parent, start, upper_pages, facts);
         let n = &mut self.nodes[id as usize];
         (n.parent, n.start) = (upper, blocks);
         let u = &mut self.nodes[upper as usize];
-        (u.children, u.pins, u.used) = (1, pins, used);
+        (u.children, u.pins, u.holds) = (1, pins, holds);
         self.link_child(upper);
         self.link_child(id);
-        if pins == 0 {
-            self.insert_after(upper, id);
-        }
         upper
     }
 
-    /// Appends blocks below `id`: to its own edge where only this cursor ends there, else as a new child. Returns the node
-    /// at the new end, pinned once like the cursor it replaces.
-    pub fn append(&mut self, id: u32, tokens: &[u32], pages: &[PageId], now: u64) -> u32 {
-        let mut chain = self.chain_at_end(id);
-        let chains = tokens.chunks_exact(self.block).map(|b| {
-            chain = hash_block(chain, b);
-            chain
-        });
+    /// Appends blocks below `id`: to its own edge where only this cursor ends there (and `may_grow`), else as a new child
+    /// with `facts`. Returns the node at the new end, pinned once like the cursor it replaces.
+    pub fn append(&mut self, id: u32, tokens: &[u32], pages: &[PageId], facts: Facts, may_grow: bool) -> u32 {
+        for (block, page) in tokens.chunks_exact(self.block).zip(pages) {
+            self.tokens[page.0 as usize * self.block..][..self.block].copy_from_slice(block);
+        }
         self.blocks += pages.len() as u32;
-        let n = self.node(id);
-        if !n.is_root() && n.children == 0 && n.pins == 1 && n.snapshot.is_none() {
-            let chains: Vec<u64> = chains.collect();
-            let n = self.node_mut(id);
-            n.tokens.extend_from_slice(tokens);
+        let n = self.node_mut(id);
+        if may_grow && !n.is_root() && n.children == 0 && n.pins == 1 && n.snapshot.is_none() {
             n.pages.extend_from_slice(pages);
-            n.chains.extend(chains);
-            (n.used, n.lost_snapshot) = (now, false);
+            (n.facts.used, n.facts.lost_snapshot) = (facts.used, false);
             return id;
         }
-        let (start, chains) = (n.end(), chains.collect());
-        let child = self.place(id, start, tokens.to_vec(), pages.to_vec(), chains);
+        n.children += 1;
+        let start = n.end();
+        let child = self.place(id, start, pages.to_vec(), facts);
         self.link_child(child);
-        self.node_mut(id).children += 1;
-        let c = self.node_mut(child);
-        (c.pins, c.used) = (1, now);
+        self.node_mut(child).pins = 1;
         child
     }
 
-    /// Pins one node below an already pinned cursor, as the cursor moves down to it.
-    pub fn pin_one(&mut self, id: u32, now: u64) {
+    /// Pins one node. True when it was free before.
+    pub fn pin(&mut self, id: u32) -> bool {
         let n = self.node_mut(id);
-        n.used = now;
         n.pins += 1;
-        if n.pins == 1 && !n.is_root() {
+        let first = n.pins == 1 && !n.is_root();
+        if first {
             self.unpinned_blocks -= self.node(id).pages.len() as u32;
-            self.unlist(id);
         }
+        first
     }
 
-    /// Pins every node from `id` to the root.
-    pub fn pin_path(&mut self, mut id: u32, now: u64) {
-        while id != NIL {
-            self.pin_one(id, now);
-            id = self.node(id).parent;
+    /// Takes one pin back. True when that was the last one.
+    pub fn unpin(&mut self, id: u32) -> bool {
+        let n = self.node_mut(id);
+        debug_assert!(n.pins > 0, "node {id} is not pinned");
+        n.pins -= 1;
+        let last = n.pins == 0 && !n.is_root();
+        if last {
+            self.unpinned_blocks += self.node(id).pages.len() as u32;
         }
+        last
     }
 
-    /// Takes a cursor's pins back; nodes that nobody pins become the most recently used, leaf before parent.
-    pub fn unpin_path(&mut self, mut id: u32, now: u64) {
-        while id != NIL {
-            let n = self.node_mut(id);
-            debug_assert!(n.pins > 0, "node {id} is not pinned");
-            n.pins -= 1;
-            n.used = now;
-            let (parent, free) = (n.parent, n.pins == 0 && !n.is_root());
-            if free {
-                self.unpinned_blocks += self.node(id).pages.len() as u32;
-                self.insert_last(id);
-            }
-            id = parent;
-        }
+    /// The nodes from `id` to its root, the root included.
+    pub fn path(&self, id: u32) -> impl Iterator<Item = u32> + '_ {
+        std::iter::successors(Some(id), |&at| (self.node(at).parent != NIL).then(|| self.node(at).parent))
     }
 
-    /// The least recently used unpinned node; it has no children.
-    pub fn victim(&self) -> Option<u32> {
-        (self.head != NIL).then_some(self.head)
-    }
-
-    /// Removes the last block of an unpinned leaf; returns its page and chain hash. A node without blocks goes.
-    pub fn pop_block(&mut self, id: u32) -> (PageId, u64) {
-        let block = self.block;
-        if self.node(id).pages.len() == 1 {
+    /// Removes the last `n` blocks of a free leaf into `out`, last block first. A node without blocks goes. True when it went.
+    pub fn pop_blocks(&mut self, id: u32, n: u32, out: &mut Vec<PageId>) -> bool {
+        let keep = self.node(id).pages.len() - n as usize;
+        if keep == 0 {
             self.unlink_child(id);
         }
-        let n = self.node_mut(id);
-        debug_assert!(n.pins == 0 && n.children == 0 && n.snapshot.is_none());
-        let page = n.pages.pop().expect("a node has blocks");
-        let chain = n.chains.pop().expect("one chain per block");
-        n.tokens.truncate(n.pages.len() * block);
-        n.lost_snapshot = false;
-        let (empty, parent) = (n.pages.is_empty(), n.parent);
-        self.blocks -= 1;
-        self.unpinned_blocks -= 1;
-        if empty {
-            self.unlist(id);
+        let node = self.node_mut(id);
+        debug_assert!(node.is_free_leaf() && node.snapshot.is_none());
+        out.extend(node.pages.drain(keep..).rev());
+        node.facts.lost_snapshot = false;
+        let parent = node.parent;
+        self.blocks -= n;
+        self.unpinned_blocks -= n;
+        if keep == 0 {
+            self.node_mut(id).pages = Vec::new();
             self.node_mut(parent).children -= 1;
             self.vacant.push(id);
         }
-        (page, chain)
+        keep == 0
     }
 
-    /// The node on the path to `id` whose end is at `blocks`, splitting an edge where needed.
-    pub fn node_ending_at(&mut self, mut id: u32, blocks: u32) -> u32 {
+    /// The node on the path to `id` whose end is at `blocks`, or the one whose edge has it inside.
+    pub fn node_at(&self, mut id: u32, blocks: u32) -> u32 {
         while self.node(id).start >= blocks {
             id = self.node(id).parent;
         }
-        self.split(id, blocks)
-    }
-
-    fn unlist(&mut self, id: u32) {
-        let (prev, next) = (self.node(id).prev, self.node(id).next);
-        match prev {
-            NIL => self.head = next,
-            p => self.node_mut(p).next = next,
-        }
-        match next {
-            NIL => self.tail = prev,
-            n => self.node_mut(n).prev = prev,
-        }
-        let n = self.node_mut(id);
-        (n.prev, n.next) = (NIL, NIL);
-    }
-
-    fn insert_last(&mut self, id: u32) {
-        let tail = self.tail;
-        let n = self.node_mut(id);
-        (n.prev, n.next) = (tail, NIL);
-        match tail {
-            NIL => self.head = id,
-            t => self.node_mut(t).next = id,
-        }
-        self.tail = id;
-    }
-
-    fn insert_after(&mut self, id: u32, before: u32) {
-        let next = self.node(before).next;
-        if next == NIL {
-            return self.insert_last(id);
-        }
-        let n = self.node_mut(id);
-        (n.prev, n.next) = (before, next);
-        self.node_mut(before).next = id;
-        self.node_mut(next).prev = id;
+        id
     }
 
     /// Every node with blocks, by id.
     pub fn ids(&self) -> impl Iterator<Item = u32> + '_ {
-        let dead: std::collections::HashSet<u32> = self.vacant.iter().copied().collect();
-        (0..self.nodes.len() as u32).filter(move |id| !dead.contains(id) && !self.node(*id).is_root())
+        let live = |id: &u32| !self.node(*id).is_root() && !self.node(*id).pages.is_empty();
+        (0..self.nodes.len() as u32).filter(live)
     }
 
-    /// Structure, counters, list order and lookups; `pins[id]` is how many cursors lie at or below a node.
+    /// Structure, counters and lookups; `pins[id]` is how many cursors lie at or below a node.
     pub fn check(&self, pins: &[u32]) -> Result<(), Malformed> {
-        let (mut blocks, mut unpinned, mut listed) = (0, 0, 0);
+        let (mut blocks, mut unpinned, mut firsts) = (0, 0, 0);
         let mut children = vec![0; self.nodes.len()];
         for id in self.ids() {
             let n = self.node(id);
             blocks += n.pages.len() as u32;
             unpinned += if n.pins == 0 { n.pages.len() as u32 } else { 0 };
-            listed += u32::from(n.pins == 0);
             children[n.parent as usize] += 1;
-            let sizes = (n.tokens.len(), n.chains.len()) == (n.pages.len() * self.block, n.pages.len());
-            Malformed::unless(sizes && !n.pages.is_empty(), "edge sizes", || format!("node {id}"))?;
+            firsts += usize::from(self.node(n.parent).is_root());
             Malformed::unless(n.start == self.node(n.parent).end(), "edge start", || format!("node {id}"))?;
             Malformed::unless(n.pins == pins[id as usize], "pins", || {
                 format!("node {id}: {}, cursors {}", n.pins, pins[id as usize])
             })?;
-            let found = self.find_child(n.parent, &n.tokens[..self.block]);
+            let found = self.find_child(n.parent, self.first_tokens(id));
             Malformed::unless(found == Some(id), "child lookup", || format!("node {id}, found {found:?}"))?;
-            let chain = n
-                .tokens
-                .chunks(self.block)
-                .zip(&n.chains)
-                .try_fold(self.chain_before(id), |before, (tokens, &c)| {
-                    (hash_block(before, tokens) == c).then_some(c)
-                });
-            Malformed::unless(chain.is_some(), "chain hashes", || format!("node {id}"))?;
         }
         for id in self.ids() {
             let (is, should) = (self.node(id).children, children[id as usize]);
             Malformed::unless(is == should, "children", || format!("node {id}: {is}, counted {should}"))?;
         }
+        let linked = (self.children.len(), self.firsts.len());
+        let nodes = self.ids().count();
+        Malformed::unless(linked == (nodes, firsts), "child tables", || {
+            format!("{linked:?} entries, {nodes} nodes, {firsts} below roots")
+        })?;
         let sums = (blocks, unpinned) == (self.blocks, self.unpinned_blocks);
         Malformed::unless(sums, "block counters", || {
             format!("counted {blocks} / {unpinned}, kept {} / {}", self.blocks, self.unpinned_blocks)
-        })?;
-        self.check_list(listed)
-    }
-
-    fn chain_before(&self, id: u32) -> u64 {
-        self.chain_at_end(self.node(id).parent)
-    }
-
-    /// The list holds every unpinned node once, children before parents.
-    fn check_list(&self, listed: u32) -> Result<(), Malformed> {
-        let mut place = vec![u32::MAX; self.nodes.len()];
-        let (mut at, mut count) = (self.head, 0);
-        while at != NIL {
-            place[at as usize] = count;
-            count += 1;
-            let n = self.node(at);
-            Malformed::unless(n.pins == 0 && count <= listed, "recency list", || format!("node {at}"))?;
-            at = n.next;
-        }
-        Malformed::unless(count == listed, "recency list", || format!("{count} listed, {listed} unpinned"))?;
-        for id in self.ids().filter(|&id| self.node(id).pins == 0) {
-            let parent = self.node(id).parent;
-            let ordered = self.node(parent).is_root()
-                || self.node(parent).pins > 0
-                || place[id as usize] < place[parent as usize];
-            Malformed::unless(ordered, "recency order", || {
-                format!("node {id} lies after its parent {parent}")
-            })?;
-        }
-        Ok(())
+        })
     }
 }

@@ -59,8 +59,9 @@ fuzz_target!(|ops: Vec<Op>| {
             }
             Op::Save { which, block, evict } => {
                 let Some(i) = pick(which, running.len()) else { continue };
-                let Some(pages) = cache.reserve_snapshot(evict) else { continue };
-                if let Err(pages) = cache.publish_snapshot(&mut running[i].seq, u32::from(block % 12) * 4, pages) {
+                let pos = u32::from(block % 12) * 4;
+                let Some(pages) = cache.reserve_snapshot(&running[i].seq, pos, evict) else { continue };
+                if let Err(pages) = cache.publish_snapshot(&mut running[i].seq, pos, pages) {
                     cache.drop_snapshot(pages, Step(step));
                 }
             }

@@ -11,8 +11,8 @@ use crate::sched::table::Slot;
 use crate::snapshot::SnapshotPages;
 
 /// Pages for a state that is worth saving, if at least `least` can be had: a save must not make a request give way.
-pub(super) fn reserve_state(cache: &mut KvCache, least: u32) -> Option<SnapshotPages> {
-    if cache.available() < least { None } else { cache.reserve_snapshot(true) }
+pub(super) fn reserve_state(cache: &mut KvCache, run: &Run, pos: u32, least: u32) -> Option<SnapshotPages> {
+    if cache.available() < least { None } else { cache.reserve_snapshot(&run.seq, pos, true) }
 }
 
 impl Core {

@@ -110,12 +110,11 @@ impl Core {
             // one to keep, so it is not written over if there is room for both.
             Keep::Spare if known.is_some() => match run.spare.take() {
                 Some((_, pages)) => Some(pages),
-                None => reserve_state(&mut self.cache, least),
+                None => reserve_state(&mut self.cache, run, end, least),
             },
-            Keep::Spare => {
-                reserve_state(&mut self.cache, least).or_else(|| run.spare.take().map(|(_, pages)| pages))
-            }
-            Keep::Publish => reserve_state(&mut self.cache, least),
+            Keep::Spare => reserve_state(&mut self.cache, run, end, least)
+                .or_else(|| run.spare.take().map(|(_, pages)| pages)),
+            Keep::Publish => reserve_state(&mut self.cache, run, end, least),
         };
         run.planned = end;
         run.unknown += 1;
@@ -182,7 +181,7 @@ impl Core {
             run.sampled_at = (draft.flight.step, index);
         }
         let epoch = run.epoch;
-        let pages = if keep == Keep::No { None } else { reserve_state(&mut self.cache, least) };
+        let pages = if keep == Keep::No { None } else { reserve_state(&mut self.cache, run, end, least) };
         if let Some(pages) = &pages {
             draft.arrays.save(row.slab, end, pages.pages());
         }

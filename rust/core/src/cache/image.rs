@@ -1,0 +1,211 @@
+//! The cache as data: what a dump holds of it. Page ids are not part of it: a loaded cache lays its blocks out anew.
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{KvCache, Sequence};
+use crate::error::CoreError;
+use crate::ids::PinId;
+use crate::retention::Hint;
+use crate::reuse::Reuse;
+use crate::snapshot::{Entry, SnapshotPages};
+use crate::tree::{Facts, NIL};
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+enum Above {
+    Salt(usize),
+    Node(usize),
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct NodeImage {
+    above: Above,
+    tokens: Vec<u32>,
+    facts: Facts,
+    snapshot: Option<SnapshotImage>,
+}
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct SnapshotImage {
+    born: u64,
+    used: u64,
+    expiry: u64,
+    tenant: u32,
+    uses: u8,
+    level: i8,
+    octave: i8,
+    superseded: bool,
+}
+
+/// Prefixes with their tokens, snapshots, hints and what was learned of reuse.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CacheImage {
+    now: u64,
+    now_us: u64,
+    salts: Vec<Vec<u8>>,
+    /// Predecessors first.
+    nodes: Vec<NodeImage>,
+    /// Key, node of the newest end, node of the newest snapshot.
+    sessions: Vec<(u64, Option<usize>, Option<usize>)>,
+    pins: Vec<(PinId, Above)>,
+    last_pin: u64,
+    uses: Vec<f64>,
+    exposure: Vec<f64>,
+    ghosts: Vec<(u64, u8)>,
+}
+
+impl KvCache {
+    /// What is cached, for a dump. Running sequences are left out, except for what they have published.
+    pub fn image(&self) -> CacheImage {
+        let mut ids: Vec<u32> = self.tree.ids().collect();
+        ids.sort_by_key(|&id| (self.tree.node(id).start, self.tree.node(id).facts.born, id));
+        let index: HashMap<u32, usize> = ids.iter().enumerate().map(|(i, &id)| (id, i)).collect();
+        let mut roots: Vec<(&[u8], u32)> = self.roots.iter().map(|(s, &r)| (&**s, r)).collect();
+        roots.sort_unstable();
+        let above = |id: u32| match index.get(&id) {
+            Some(&node) => Above::Node(node),
+            None => Above::Salt(roots.iter().position(|r| r.1 == id).expect("a node is below a root")),
+        };
+        let live =
+            |id: u32, born: u64| index.get(&id).copied().filter(|_| self.tree.node(id).facts.born == born);
+        let mut sessions: Vec<_> = self
+            .sessions
+            .iter()
+            .map(|(key, s)| {
+                let state = s.snapshot.filter(|&(id, born)| self.snapshots.is(id, born));
+                let state = state.map(|(id, _)| index[&self.snapshots.get(id).node]);
+                (key, s.tail.and_then(|(id, born)| live(id, born)), state)
+            })
+            .collect();
+        sessions.sort_unstable();
+        let (uses, exposure) = self.reuse.sums();
+        CacheImage {
+            now: self.now,
+            now_us: self.now_us,
+            salts: roots.iter().map(|r| r.0.to_vec()).collect(),
+            nodes: ids.iter().map(|&id| self.node_image(id, above(self.tree.node(id).parent))).collect(),
+            sessions,
+            pins: self.pins.iter().map(|(&pin, seq)| (pin, above(seq.cursor))).collect(),
+            last_pin: self.last_pin,
+            uses: uses.to_vec(),
+            exposure: exposure.to_vec(),
+            ghosts: self.ghosts.iter().collect(),
+        }
+    }
+
+    fn node_image(&self, id: u32, above: Above) -> NodeImage {
+        let n = self.tree.node(id);
+        NodeImage {
+            above,
+            tokens: n.pages.iter().flat_map(|&p| self.tree.tokens_of(p)).copied().collect(),
+            facts: n.facts,
+            snapshot: n.snapshot.map(|id| {
+                let e = self.snapshots.get(id);
+                SnapshotImage {
+                    born: e.born,
+                    used: e.used,
+                    expiry: e.expiry,
+                    tenant: e.tenant,
+                    uses: e.uses,
+                    level: e.level,
+                    octave: e.octave,
+                    superseded: e.superseded,
+                }
+            }),
+        }
+    }
+
+    /// Fills an empty cache with what an image holds.
+    pub fn fill(&mut self, image: &CacheImage) -> Result<(), CoreError> {
+        let wrong = |what: &str| CoreError::config("dump", what, "it must be what dump() returned");
+        (self.now, self.now_us, self.last_pin) = (image.now, image.now_us, image.last_pin);
+        let roots: Vec<u32> = image.salts.iter().map(|salt| self.root(salt)).collect();
+        let mut nodes: Vec<u32> = Vec::with_capacity(image.nodes.len());
+        for n in &image.nodes {
+            let above = match n.above {
+                Above::Salt(i) => roots.get(i),
+                Above::Node(i) => nodes.get(i),
+            };
+            let above = *above.ok_or_else(|| wrong("a node without predecessor"))?;
+            nodes.push(self.fill_node(above, n).ok_or_else(|| wrong("larger than its pool"))?);
+        }
+        for &(pin, above) in &image.pins {
+            let cursor = match above {
+                Above::Salt(i) => roots.get(i),
+                Above::Node(i) => nodes.get(i),
+            };
+            self.fill_pin(pin, *cursor.ok_or_else(|| wrong("a pin without prefix"))?);
+        }
+        for &(key, tail, state) in &image.sessions {
+            let node = |i: Option<usize>| i.and_then(|i| nodes.get(i)).map(|&id| (id, self.tree.node(id)));
+            let tail = node(tail).map(|(id, n)| (id, n.facts.born));
+            let state = node(state).and_then(|(_, n)| n.snapshot).map(|s| (s, self.snapshots.get(s).born));
+            let session = self.session(key);
+            (session.tail, session.snapshot) = (tail, state);
+        }
+        let sums = (image.uses.as_slice().try_into(), image.exposure.as_slice().try_into());
+        let (Ok(uses), Ok(exposure)) = sums else { return Err(wrong("with other classes of reuse")) };
+        self.reuse = Reuse::from_sums(uses, exposure);
+        image.ghosts.iter().for_each(|&(key, uses)| self.ghosts.note(key, uses));
+        nodes.iter().for_each(|&id| self.list_blocks(id));
+        roots.iter().for_each(|&root| self.drop_idle_root(root));
+        Ok(())
+    }
+
+    fn fill_node(&mut self, above: u32, n: &NodeImage) -> Option<u32> {
+        let mut pages = Vec::new();
+        let blocks = n.tokens.len() as u32 / self.block;
+        let taken = blocks > 0 && self.pool.alloc(blocks, &mut pages);
+        let id = taken.then(|| self.tree.append(above, &n.tokens, &pages, n.facts, false))?;
+        self.tree.unpin(id);
+        self.quotas.add(n.facts.tenant, blocks);
+        if let Some(s) = n.snapshot {
+            let mut pages = Vec::new();
+            self.pool.alloc(self.snapshot_pages, &mut pages).then_some(())?;
+            let snapshot = self.snapshots.insert(Entry {
+                node: id,
+                pages: SnapshotPages(pages),
+                born: s.born,
+                used: s.used,
+                expiry: s.expiry,
+                tenant: s.tenant,
+                uses: s.uses,
+                level: s.level,
+                octave: s.octave,
+                superseded: s.superseded,
+                place: None,
+            });
+            self.tree.node_mut(id).snapshot = Some(snapshot);
+            self.quotas.add(s.tenant, self.snapshot_pages);
+            self.list_snapshot(snapshot);
+        }
+        Some(id)
+    }
+
+    fn fill_pin(&mut self, pin: PinId, cursor: u32) {
+        let path: Vec<u32> = self.tree.path(cursor).collect();
+        for id in path {
+            self.pin_node(id);
+            self.hold(id);
+        }
+        let (root, published) = (self.tree.node(cursor).root, self.tree.node(cursor).end());
+        let (pages, hint) = (Vec::new(), Hint::default());
+        self.pins.insert(
+            pin,
+            Sequence { root, cursor, published, pages, hint, grown: false, again: 0, edge: NIL },
+        );
+    }
+
+    /// The tokens of every cached prefix by salt, each up to the end of a node, and whether a state is saved there.
+    pub fn prefixes(&self) -> Vec<(Vec<u8>, Vec<u32>, bool)> {
+        let of = |id: u32| {
+            let mut path: Vec<u32> = self.tree.path(id).collect();
+            let root = path.pop().expect("a path ends at a root");
+            let pages = path.iter().rev().flat_map(|&id| &self.tree.node(id).pages);
+            let tokens = pages.flat_map(|&p| self.tree.tokens_of(p)).copied().collect();
+            (self.salts[&root].0.to_vec(), tokens, self.tree.node(id).snapshot.is_some())
+        };
+        self.tree.ids().map(of).collect()
+    }
+}

@@ -1,0 +1,536 @@
+//! The cache: pool, tree and snapshots behind one door. The scheduler moves [`Sequence`]s through it.
+//!
+//! ```text
+//!   lookup ──▶ attach ──▶ extend ──▶ publish ──▶ … ──▶ release
+//!              pins the    takes      full blocks      unpins; what was not published is freed
+//!              known path  pages      enter the tree
+//! ```
+//!
+//! | file | does |
+//! | --- | --- |
+//! | `mod.rs` | the life of a sequence, from lookup to release |
+//! | `evict.rs` | room for what is needed: who goes |
+//! | `states.rs` | snapshots: room, admission, what replaces what |
+//! | `keep.rs` | pins, sessions, time |
+//! | `image.rs` | the cache as data, for a dump |
+//! | `check.rs` | every count from scratch |
+//!
+//! **Fences.** What a step in flight may still read or write is given back *behind* that step: it waits in `leaving` until
+//! [`KvCache::retire`] says that the step is done. Nothing else frees a page that was in use.
+//!
+//! **Who holds a page.** The tree (a block or a snapshot), each sequence whose table names it, private snapshots, leases.
+//! A request that publishes a block which the tree already has adopts the tree's page, so a running request's published
+//! prefix always consists of pinned pages of the tree (docs/decisions/0003).
+
+mod check;
+mod evict;
+mod image;
+mod keep;
+mod states;
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::cost::CostModel;
+use crate::error::CoreError;
+pub use crate::eviction::Eviction;
+use crate::ghosts::{Ghosts, name_of};
+use crate::ids::{PageId, PinId, SnapshotId, Step};
+use crate::layout::LayoutSpec;
+use crate::order::Order;
+use crate::pool::PagePool;
+use crate::retention::{Hint, Quotas, Sessions};
+use crate::reuse::{Reuse, class_of_blocks};
+use crate::snapshot::Snapshots;
+use crate::tree::{Facts, NIL, Tree, hash_block};
+pub use image::CacheImage;
+
+/// How much memory there is and how it is used.
+#[derive(Clone, Debug)]
+pub struct CacheOptions {
+    /// Pages of the pool.
+    pub pages: u32,
+    /// Which cached page goes first.
+    pub eviction: Eviction,
+    /// Off: nothing is looked up or kept.
+    pub prefix_cache: bool,
+    /// Largest share of the pool that snapshots may fill while memory is short.
+    pub snapshot_budget: f64,
+    /// While memory is short, a state is only saved where it is worth more than what it pushes out.
+    pub admit_by_value: bool,
+    /// Tenants with a quota of cached pages.
+    pub quotas: Vec<(u32, u32)>,
+    /// What recomputation costs.
+    pub cost: CostModel,
+    /// Tokens of an exact replay.
+    pub replay_tokens: u32,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        CacheOptions {
+            pages: 1,
+            eviction: Eviction::default(),
+            prefix_cache: true,
+            snapshot_budget: 0.1,
+            admit_by_value: false,
+            quotas: Vec::new(),
+            cost: CostModel::default(),
+            replay_tokens: u32::MAX,
+        }
+    }
+}
+
+/// Why a prefix was not known any further.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lost {
+    /// All of it was known.
+    Nothing,
+    /// The next block was never stored.
+    NeverStored,
+    /// The next block was stored once and evicted.
+    HistoryEvicted,
+    /// The first block is known, but under another salt only.
+    Salt,
+    /// The prompt has no whole block that could be shared.
+    BelowBlock,
+}
+
+/// What is known of a prompt.
+#[derive(Clone, Debug)]
+pub struct Match {
+    /// Tokens with history, a multiple of the block size.
+    pub history: u32,
+    /// Saved states on the way, by position, ascending; all within `history`.
+    pub snapshots: Vec<(u32, SnapshotId)>,
+    /// Why `history` ends where it ends.
+    pub lost: Lost,
+    /// The deepest position at which a saved state was evicted.
+    pub snapshot_evicted: Option<u32>,
+}
+
+/// A running request's place in the cache. Give it back with [`KvCache::release`].
+#[derive(Debug)]
+pub struct Sequence {
+    root: u32,
+    cursor: u32,
+    published: u32,
+    pages: Vec<PageId>,
+    hint: Hint,
+    /// It started on a known prefix.
+    grown: bool,
+    /// Uses of the blocks that it stores again after their eviction.
+    again: u8,
+    /// The edge that it added last: further blocks join it.
+    edge: u32,
+}
+
+impl Sequence {
+    /// The page of each block, known and private ones.
+    pub fn pages(&self) -> &[PageId] {
+        &self.pages
+    }
+
+    /// Blocks that are in the tree.
+    pub fn published_blocks(&self) -> u32 {
+        self.published
+    }
+}
+
+/// Not enough pages, also after evicting everything that can be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Shortage {
+    /// Pages asked for.
+    pub needed: u32,
+    /// Pages free or evictable now.
+    pub available: u32,
+}
+
+#[derive(Debug)]
+enum Leaving {
+    Sequence(Sequence),
+    Pages(Vec<PageId>),
+}
+
+/// Counters that only grow.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CacheCounters {
+    /// Blocks evicted.
+    pub evicted_blocks: u64,
+    /// Snapshots stored in the tree.
+    pub snapshots_taken: u64,
+    /// Snapshots leased for a resume.
+    pub snapshots_used: u64,
+    /// Snapshots evicted.
+    pub snapshots_evicted: u64,
+    /// States not saved because what they would have pushed out was worth more.
+    pub snapshots_declined: u64,
+    /// Pages given back because the tree had an equal block.
+    pub adopted_blocks: u64,
+}
+
+/// Pool, tree and snapshots.
+#[derive(Debug)]
+pub struct KvCache {
+    block: u32,
+    snapshot_pages: u32,
+    fingerprint: u64,
+    options: CacheOptions,
+    pool: PagePool,
+    tree: Tree,
+    snapshots: Snapshots,
+    order: Order,
+    reuse: Reuse,
+    ghosts: Ghosts,
+    quotas: Quotas,
+    sessions: Sessions,
+    pins: BTreeMap<PinId, Sequence>,
+    last_pin: u64,
+    /// Blocks and snapshots that no eviction can reach, because their prefix is pinned by name.
+    pinned_blocks: u32,
+    held_snapshots: u32,
+    roots: HashMap<Box<[u8]>, u32>,
+    /// Salt and hash seed by root.
+    salts: HashMap<u32, (Box<[u8]>, u64)>,
+    leaving: Vec<(Step, Leaving)>,
+    done: Step,
+    /// Operations so far: what is used later has a higher number.
+    now: u64,
+    now_us: u64,
+    popped: Vec<PageId>,
+    counters: CacheCounters,
+}
+
+impl KvCache {
+    /// An empty cache.
+    pub fn new(layout: &LayoutSpec, options: &CacheOptions) -> Result<Self, CoreError> {
+        if options.pages == 0 {
+            return Err(CoreError::config("pages", 0, "the pool needs at least one page"));
+        }
+        Ok(KvCache {
+            block: layout.block_tokens,
+            snapshot_pages: layout.snapshot_pages(),
+            fingerprint: layout.fingerprint(),
+            pool: PagePool::new(options.pages),
+            tree: Tree::new(layout.block_tokens, options.pages),
+            snapshots: Snapshots::default(),
+            order: Order::new(options.eviction, options.quotas.iter().map(|q| q.0)),
+            reuse: Reuse::new(),
+            ghosts: Ghosts::new(options.pages),
+            quotas: Quotas::new(&options.quotas),
+            sessions: Sessions::new(),
+            pins: BTreeMap::new(),
+            last_pin: 0,
+            pinned_blocks: 0,
+            held_snapshots: 0,
+            roots: HashMap::new(),
+            salts: HashMap::new(),
+            leaving: Vec::new(),
+            done: Step(0),
+            now: 0,
+            now_us: 0,
+            popped: Vec::new(),
+            counters: CacheCounters::default(),
+            options: options.clone(),
+        })
+    }
+
+    /// How far whole blocks of `tokens` are known, at most `limit` tokens. Changes nothing, recency included.
+    pub fn lookup(&self, salt: &[u8], tokens: &[u32], limit: u32) -> Match {
+        let limit = limit.min(tokens.len() as u32) / self.block;
+        let nothing = |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None };
+        if limit == 0 {
+            return nothing(Lost::BelowBlock);
+        }
+        let Some(&root) = self.roots.get(salt) else {
+            return nothing(self.loss(self.seed(salt), tokens, 0));
+        };
+        let walk = self.tree.walk(root, &tokens[..(limit * self.block) as usize]);
+        let (mut snapshots, mut evicted) = (Vec::new(), None);
+        for n in self.tree.path(walk.node).map(|id| self.tree.node(id)) {
+            if n.end() <= walk.blocks {
+                snapshots.extend(n.snapshot.map(|s| (n.end() * self.block, s)));
+                evicted = evicted.max(n.facts.lost_snapshot.then_some(n.end() * self.block));
+            }
+        }
+        snapshots.reverse();
+        let lost = if walk.blocks == limit {
+            Lost::Nothing
+        } else {
+            self.loss(self.salts[&root].1, tokens, walk.blocks)
+        };
+        Match { history: walk.blocks * self.block, snapshots, lost, snapshot_evicted: evicted }
+    }
+
+    /// Why block `index` of `tokens` is not known.
+    fn loss(&self, seed: u64, tokens: &[u32], index: u32) -> Lost {
+        if self.ghosts.find(self.name(seed, tokens, index)).is_some() {
+            Lost::HistoryEvicted
+        } else if index == 0 && self.tree.is_first_of_any(&tokens[..self.block as usize]) {
+            Lost::Salt
+        } else {
+            Lost::NeverStored
+        }
+    }
+
+    /// The name of block `index` of `tokens` among the evicted ones.
+    fn name(&self, seed: u64, tokens: &[u32], index: u32) -> u64 {
+        let (at, block) = ((index * self.block) as usize, self.block as usize);
+        let before = if index == 0 { &[][..] } else { &tokens[at - block..at] };
+        name_of(seed, index, before, &tokens[at..at + block])
+    }
+
+    fn seed(&self, salt: &[u8]) -> u64 {
+        let words: Vec<u32> = salt.iter().map(|&b| u32::from(b)).collect();
+        hash_block(self.fingerprint, &words)
+    }
+
+    /// Starts a sequence on the first `upto` known tokens (as `lookup` found them): pins the path, shares its pages.
+    pub fn attach(&mut self, salt: &[u8], tokens: &[u32], upto: u32, hint: Hint) -> Sequence {
+        self.now += 1;
+        let root = self.root(salt);
+        let walk = self.tree.walk(root, &tokens[..upto as usize]);
+        assert_eq!(walk.blocks * self.block, upto, "attach goes as far as lookup found");
+        // Going on from the end of a path says that its owner is still there, not that others want it, too.
+        let n = self.tree.node(walk.node);
+        let goes_on =
+            n.children == 0 && walk.blocks == n.end() && tokens.len() as u32 / self.block > walk.blocks;
+        let cursor = self.tree.split(walk.node, walk.blocks);
+        let mut pages = vec![PageId(0); walk.blocks as usize];
+        let mut at = cursor;
+        while at != root {
+            self.pin_node(at);
+            self.count_use(at, !goes_on, &hint);
+            let n = self.tree.node(at);
+            pages[n.start as usize..n.end() as usize].copy_from_slice(&n.pages);
+            at = n.parent;
+        }
+        self.pin_node(root);
+        pages.iter().for_each(|&p| self.pool.retain(p));
+        Sequence {
+            root,
+            cursor,
+            published: walk.blocks,
+            pages,
+            hint,
+            grown: walk.blocks > 0,
+            again: 0,
+            edge: NIL,
+        }
+    }
+
+    /// A request came for these blocks.
+    fn count_use(&mut self, id: u32, by_others: bool, hint: &Hint) {
+        let (now, now_us) = (self.now, self.now_us);
+        let n = self.tree.node_mut(id);
+        let f = &mut n.facts;
+        let (class, age) = (class_of_blocks(f.uses, f.grown), now - f.used);
+        f.uses = f.uses.saturating_add(u8::from(by_others));
+        f.grown &= !by_others;
+        f.level = if f.expiry <= now_us { hint.level() } else { f.level.max(hint.level()) };
+        f.expiry = f.expiry.max(hint.expiry(now_us));
+        (f.used, f.ended) = (now, false);
+        self.reuse.left(class, age, n.pages.len() as u32, true);
+    }
+
+    fn pin_node(&mut self, id: u32) {
+        if self.tree.pin(id) {
+            self.unlist_blocks(id);
+        }
+    }
+
+    fn root(&mut self, salt: &[u8]) -> u32 {
+        if let Some(&root) = self.roots.get(salt) {
+            return root;
+        }
+        let (root, seed) = (self.tree.new_root(), self.seed(salt));
+        self.roots.insert(salt.into(), root);
+        self.salts.insert(root, (salt.into(), seed));
+        root
+    }
+
+    fn drop_idle_root(&mut self, id: u32) {
+        let n = self.tree.node(id);
+        if n.children == 0
+            && n.pins == 0
+            && let Some((salt, _)) = self.salts.remove(&id)
+        {
+            self.roots.remove(&salt);
+            self.tree.remove_root(id);
+        }
+    }
+
+    /// Pages so that the sequence covers `tokens`: all or none. Evicts by policy, but only when that will be enough.
+    pub fn extend(&mut self, seq: &mut Sequence, tokens: u32) -> Result<(), Shortage> {
+        let needed = tokens.div_ceil(self.block).saturating_sub(seq.pages.len() as u32);
+        self.make_room(needed, false)?;
+        let taken = self.pool.alloc(needed, &mut seq.pages);
+        debug_assert!(taken, "room was made");
+        Ok(())
+    }
+
+    /// Gives back the pages of a sequence beyond `tokens`, which no step in flight touches.
+    pub fn shrink(&mut self, seq: &mut Sequence, tokens: u32) {
+        let keep = tokens.div_ceil(self.block).max(seq.published) as usize;
+        let unused = seq.pages.len().min(keep)..seq.pages.len();
+        seq.pages.drain(unused).for_each(|p| self.pool.release(p));
+    }
+
+    /// Puts the full blocks of `tokens` (all that is computed) into the tree. Where the tree has an equal block, the
+    /// sequence adopts its page: these (block, page) pairs are returned, and the own page is given back behind `at`.
+    pub fn publish(&mut self, seq: &mut Sequence, tokens: &[u32], at: Step) -> Vec<(u32, PageId)> {
+        let full = tokens.len() as u32 / self.block;
+        let (mut adopted, mut spare) = (Vec::new(), Vec::new());
+        if !self.options.prefix_cache || full <= seq.published {
+            return adopted;
+        }
+        self.now += 1;
+        let rest = |from: u32| &tokens[(from * self.block) as usize..(full * self.block) as usize];
+        let walk = self.tree.walk(seq.cursor, rest(seq.published));
+        // The walk goes down node by node; each one on the way is pinned, the last one ends where the walk ended.
+        if walk.blocks > seq.published {
+            let last = self.tree.split(walk.node, walk.blocks);
+            let mut at_node = last;
+            while at_node != seq.cursor {
+                self.pin_node(at_node);
+                self.count_use(at_node, true, &seq.hint);
+                let n = self.tree.node(at_node);
+                for (block, &page) in (n.start..n.end()).zip(&n.pages) {
+                    self.pool.retain(page);
+                    spare.push(std::mem::replace(&mut seq.pages[block as usize], page));
+                    adopted.push((block, page));
+                }
+                at_node = n.parent;
+            }
+            (seq.cursor, seq.published) = (last, walk.blocks);
+        }
+        if full > seq.published {
+            self.store(seq, tokens, full);
+        }
+        self.counters.adopted_blocks += adopted.len() as u64;
+        self.leave(Leaving::Pages(spare), at);
+        adopted
+    }
+
+    /// New blocks of the sequence enter the tree.
+    fn store(&mut self, seq: &mut Sequence, tokens: &[u32], full: u32) {
+        let from = seq.published;
+        if let Some(uses) = self.ghosts.find(self.name(self.salts[&seq.root].1, tokens, from)) {
+            seq.again = uses.saturating_add(1);
+        }
+        let pages = &seq.pages[from as usize..full as usize];
+        let facts = Facts {
+            born: self.now,
+            used: self.now,
+            expiry: seq.hint.expiry(self.now_us),
+            tenant: seq.hint.tenant,
+            uses: seq.again,
+            grown: seq.grown,
+            level: seq.hint.level(),
+            ..Facts::default()
+        };
+        let rest = &tokens[(from * self.block) as usize..(full * self.block) as usize];
+        // Blocks of one edge share what is known of them; their time of birth is what `fifo` goes by.
+        let mine = seq.edge == seq.cursor && self.tree.node(seq.cursor).facts.uses == facts.uses;
+        let may_grow = mine && self.options.eviction != Eviction::Fifo;
+        seq.cursor = self.tree.append(seq.cursor, rest, pages, facts, may_grow);
+        seq.edge = seq.cursor;
+        pages.iter().for_each(|&p| self.pool.retain(p));
+        self.quotas.add(facts.tenant, full - from);
+        seq.published = full;
+    }
+
+    /// Ends a sequence behind `at`: unpins its path, frees what was not published.
+    pub fn release(&mut self, seq: Sequence, at: Step) {
+        self.leave(Leaving::Sequence(seq), at);
+    }
+
+    fn leave(&mut self, what: Leaving, at: Step) {
+        if at <= self.done {
+            self.let_go(what);
+        } else {
+            self.leaving.push((at, what));
+        }
+    }
+
+    fn let_go(&mut self, what: Leaving) {
+        let pages = match what {
+            Leaving::Pages(pages) => pages,
+            Leaving::Sequence(seq) => {
+                self.now += 1;
+                self.unpin_path(seq.cursor, Some(&seq.hint));
+                self.move_session(&seq);
+                self.drop_idle_root(seq.root);
+                seq.pages
+            }
+        };
+        pages.into_iter().for_each(|p| self.pool.release(p));
+    }
+
+    /// Takes a cursor's pins back. With a hint the path counts as used now.
+    fn unpin_path(&mut self, mut id: u32, hint: Option<&Hint>) {
+        loop {
+            let (now, now_us) = (self.now, self.now_us);
+            let n = self.tree.node_mut(id);
+            if let Some(hint) = hint {
+                n.facts.used = now;
+                n.facts.expiry = n.facts.expiry.max(hint.expiry(now_us));
+            }
+            let parent = n.parent;
+            if self.tree.unpin(id) {
+                self.list_blocks(id);
+            }
+            if parent == NIL {
+                return;
+            }
+            id = parent;
+        }
+    }
+
+    /// All steps up to `done` are over: what waited behind them is free.
+    pub fn retire(&mut self, done: Step) {
+        self.done = self.done.max(done);
+        let (over, waiting): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.leaving).into_iter().partition(|(at, _)| *at <= self.done);
+        self.leaving = waiting;
+        over.into_iter().for_each(|(_, what)| self.let_go(what));
+    }
+
+    /// Pages in all.
+    pub fn pages(&self) -> u32 {
+        self.pool.len()
+    }
+
+    /// Pages that can be taken without evicting.
+    pub fn free_pages(&self) -> u32 {
+        self.pool.free()
+    }
+
+    /// Blocks in the tree.
+    pub fn cached_blocks(&self) -> u32 {
+        self.tree.blocks()
+    }
+
+    /// Snapshots in the tree.
+    pub fn snapshots(&self) -> u32 {
+        self.snapshots.count()
+    }
+
+    /// Cached pages of tenants that have a quota.
+    pub fn quota_use(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.quotas.held()
+    }
+
+    /// Pages that wait for a step to end (an upper bound: shared ones count too).
+    pub fn leaving_pages(&self) -> u32 {
+        let size = |l: &Leaving| match l {
+            Leaving::Pages(p) => p.len() as u32,
+            Leaving::Sequence(s) => s.pages.len() as u32 - s.published,
+        };
+        self.leaving.iter().map(|(_, l)| size(l)).sum()
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> CacheCounters {
+        self.counters
+    }
+}

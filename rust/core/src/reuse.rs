@@ -1,0 +1,132 @@
+//! How likely what is cached is used again: learned from what happens, class by class.
+//!
+//! A class gathers what looks alike: how often it was used by someone who did not just continue it, or whether it is the
+//! new end of a known prefix. For each class two sums are kept: uses, and exposure (pages times age, until use or eviction).
+//! Their quotient is the maximum likelihood estimate of a constant rate of reuse, and it is right for what is evicted before
+//! it is used, too. Both sums start from a prior and halve now and then, so that the estimate follows the traffic.
+//!
+//! Rates within a class differ, and they fall with age, so `Order` uses the square root of the rate, over the age
+//! (docs/decisions/0004 has the traces on which this was chosen).
+
+/// Classes of history by uses, then of snapshots.
+const CLASSES: usize = 9;
+
+/// What rates are before anything is known, relative to each other.
+const PRIOR: [f64; CLASSES] = [1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 1.0, 3.0];
+
+/// Uses that the prior weighs.
+const PRIOR_USES: f64 = 250.0;
+
+/// Pages used or evicted after which all sums halve.
+const HALF_LIFE: u64 = 20_000;
+
+/// Rates of reuse by class.
+#[derive(Clone, Debug)]
+pub(crate) struct Reuse {
+    uses: [f64; CLASSES],
+    exposure: [f64; CLASSES],
+    likelihood: [f64; CLASSES],
+    pages: u64,
+    fresh: u32,
+}
+
+/// The class of blocks.
+pub(crate) fn class_of_blocks(uses: u8, grown: bool) -> u8 {
+    match uses {
+        0 => u8::from(grown),
+        1 | 2 => uses + 1,
+        3 | 4 => 4,
+        5..=8 => 5,
+        _ => 6,
+    }
+}
+
+/// The class of a snapshot.
+pub(crate) fn class_of_snapshot(uses: u8) -> u8 {
+    7 + u8::from(uses > 0)
+}
+
+impl Reuse {
+    pub fn new() -> Self {
+        let mut reuse = Reuse {
+            uses: [0.0; CLASSES],
+            exposure: [0.0; CLASSES],
+            likelihood: [0.0; CLASSES],
+            pages: 0,
+            fresh: 0,
+        };
+        reuse.estimate();
+        reuse
+    }
+
+    /// `pages` of a class left it at an age: because they were used, or else because they were evicted.
+    pub fn left(&mut self, class: u8, age: u64, pages: u32, used: bool) {
+        let (c, n) = (usize::from(class), f64::from(pages));
+        self.exposure[c] += n * age as f64;
+        self.uses[c] += if used { n } else { 0.0 };
+        self.pages += u64::from(pages);
+        self.fresh += 1;
+        if self.pages >= HALF_LIFE {
+            self.pages = 0;
+            self.uses.iter_mut().chain(&mut self.exposure).for_each(|sum| *sum /= 2.0);
+        }
+        if self.fresh >= 64 {
+            self.estimate();
+        }
+    }
+
+    fn estimate(&mut self) {
+        self.fresh = 0;
+        let expected: f64 = self.exposure.iter().zip(PRIOR).map(|(e, p)| e * p).sum();
+        let base = (self.uses.iter().sum::<f64>() + 1.0) / (expected + 1000.0);
+        for c in 0..CLASSES {
+            let rate = (self.uses[c] + PRIOR_USES) / (self.exposure[c] + PRIOR_USES / (base * PRIOR[c]));
+            self.likelihood[c] = rate.sqrt();
+        }
+    }
+
+    /// Square root of the rate of reuse.
+    pub fn likelihood(&self, class: u8) -> f64 {
+        self.likelihood[usize::from(class)]
+    }
+
+    /// The sums, for a dump.
+    pub fn sums(&self) -> ([f64; CLASSES], [f64; CLASSES]) {
+        (self.uses, self.exposure)
+    }
+
+    /// From sums of a dump.
+    pub fn from_sums(uses: [f64; CLASSES], exposure: [f64; CLASSES]) -> Self {
+        let mut reuse = Reuse { uses, exposure, ..Reuse::new() };
+        reuse.estimate();
+        reuse
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_follow_what_happens_and_start_from_the_prior() {
+        let mut reuse = Reuse::new();
+        assert!(reuse.likelihood(6) > reuse.likelihood(2) && reuse.likelihood(2) > reuse.likelihood(0));
+        for _ in 0..20_000 {
+            reuse.left(0, 10, 1, true);
+            reuse.left(6, 10, 1, false);
+        }
+        assert!(reuse.likelihood(0) > reuse.likelihood(6));
+    }
+
+    #[test]
+    fn what_is_evicted_unused_lowers_the_rate_as_much_as_its_age() {
+        let (mut a, mut b) = (Reuse::new(), Reuse::new());
+        for _ in 0..1000 {
+            a.left(0, 100, 1, true);
+            // Twice the exposure for the same uses.
+            b.left(0, 100, 1, true);
+            b.left(0, 100, 1, false);
+        }
+        assert!(a.likelihood(0) > b.likelihood(0));
+    }
+}
