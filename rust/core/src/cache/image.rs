@@ -193,7 +193,7 @@ impl KvCache {
         let (pages, hint) = (Vec::new(), Hint::default());
         self.pins.insert(
             pin,
-            Sequence { root, cursor, published, pages, hint, grown: false, again: 0, edge: NIL },
+            Sequence { root, cursor, published, pages, hint, grown: false, again: 0, edge: (NIL, 0) },
         );
     }
 

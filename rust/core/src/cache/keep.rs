@@ -48,7 +48,7 @@ impl KvCache {
         let pages = Vec::new();
         self.pins.insert(
             pin,
-            Sequence { root, cursor, published, pages, hint, grown: false, again: 0, edge: NIL },
+            Sequence { root, cursor, published, pages, hint, grown: false, again: 0, edge: (NIL, 0) },
         );
         (pin, walk.blocks * self.block)
     }

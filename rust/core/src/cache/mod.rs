@@ -120,8 +120,8 @@ pub struct Sequence {
     grown: bool,
     /// Uses of the blocks that it stores again after their eviction.
     again: u8,
-    /// The edge that it added last: further blocks join it.
-    edge: u32,
+    /// The edge that it added last, and when: further blocks join it, unless others have used it since.
+    edge: (u32, u64),
 }
 
 impl Sequence {
@@ -314,7 +314,7 @@ impl KvCache {
             hint,
             grown: walk.blocks > 0,
             again: 0,
-            edge: NIL,
+            edge: (NIL, 0),
         }
     }
 
@@ -430,10 +430,11 @@ impl KvCache {
         };
         let rest = &tokens[(from * self.block) as usize..(full * self.block) as usize];
         // Blocks of one edge share what is known of them; their time of birth is what `fifo` goes by.
-        let mine = seq.edge == seq.cursor && self.tree.node(seq.cursor).facts.uses == facts.uses;
+        let known = self.tree.node(seq.cursor).facts;
+        let mine = seq.edge == (seq.cursor, known.used) && known.uses == facts.uses;
         let may_grow = mine && self.options.eviction != Eviction::Fifo;
         seq.cursor = self.tree.append(seq.cursor, rest, pages, facts, may_grow);
-        seq.edge = seq.cursor;
+        seq.edge = (seq.cursor, self.now);
         pages.iter().for_each(|&p| self.pool.retain(p));
         self.quotas.add(facts.tenant, full - from);
         seq.published = full;
