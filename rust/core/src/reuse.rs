@@ -79,9 +79,10 @@ impl Reuse {
         self.fresh = 0;
         let expected: f64 = self.exposure.iter().zip(PRIOR).map(|(e, p)| e * p).sum();
         let base = (self.uses.iter().sum::<f64>() + 1.0) / (expected + 1000.0);
-        for c in 0..CLASSES {
-            let rate = (self.uses[c] + PRIOR_USES) / (self.exposure[c] + PRIOR_USES / (base * PRIOR[c]));
-            self.likelihood[c] = rate.sqrt();
+        let sums = self.uses.iter().zip(&self.exposure).zip(PRIOR);
+        for (likelihood, ((uses, exposure), prior)) in self.likelihood.iter_mut().zip(sums) {
+            let rate = (uses + PRIOR_USES) / (exposure + PRIOR_USES / (base * prior));
+            *likelihood = rate.sqrt();
         }
     }
 
