@@ -1,0 +1,154 @@
+"""Documentation pages as blocks of text, without what surrounds the text on every page."""
+
+from __future__ import annotations
+
+import hashlib
+import html.parser
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from sources import Source, read_files
+
+
+class Block(NamedTuple):
+    """`kind`: `h` heading, `p` paragraph, `pre` verbatim."""
+
+    kind: str
+    text: str
+
+
+_BREAKS = set("p li dt dd h1 h2 h3 h4 td th tr div section table ul ol blockquote article".split())
+_SKIPPED = set("script style nav head footer svg button form select".split())
+_VOID = set("br img hr input meta link col wbr area base".split())
+_FURNITURE = re.compile(
+    r"(?:^|\s)(?:sphinxsidebar|related|toctree|navheader|navfooter|footer|sidebar|nav|mobile|menu|toc\b|breadcrumb|version"
+    r"|search|wy-nav-side|wy-menu|fixed-sidebar|docs-(?:top|version|sidebar|narrow))",
+    re.I,
+)
+
+
+class _Reader(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.blocks: list[Block] = []
+        self._text: list[str] = []
+        self._kind, self._verbatim = "p", 0
+        self._skipping: list[str] = []
+
+    def flush(self, kind: str = "p") -> None:
+        text = "".join(self._text)
+        text = text.rstrip() if self._verbatim else re.sub(r"\s+", " ", text).strip()
+        if text.strip():
+            self.blocks.append(Block("pre" if self._verbatim else self._kind, clean(text)))
+        self._text, self._kind = [], kind
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in _VOID:
+            if tag == "br":
+                self._text.append("\n" if self._verbatim else " ")
+            return
+        of = dict(attrs)
+        names = f"{of.get('class') or ''} {of.get('id') or ''}" if tag in ("div", "ul", "p") else ""
+        headerlink = tag == "a" and "headerlink" in (of.get("class") or "")
+        if self._skipping or tag in _SKIPPED or headerlink or _FURNITURE.search(names):
+            self._skipping.append(tag)
+        elif tag == "pre":
+            self.flush()
+            self._verbatim += 1
+        elif tag in _BREAKS and not self._verbatim:
+            self.flush("h" if tag[0] == "h" else "p")
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._skipping:
+            if tag in self._skipping:
+                while self._skipping.pop() != tag:
+                    pass
+        elif tag == "pre" and self._verbatim:
+            self.flush()
+            self._verbatim -= 1
+        elif tag in _BREAKS and not self._verbatim:
+            self.flush()
+
+    def handle_data(self, data: str) -> None:
+        if not self._skipping:
+            self._text.append(data)
+
+
+def clean(text: str) -> str:
+    """ASCII, Latin and common punctuation; typographic quotes become plain ones."""
+    for a, b in (("\u00a0", " "), ("’", "'"), ("‘", "'"), ("“", '"'), ("”", '"'), ("¶", "")):
+        text = text.replace(a, b)
+    return re.sub(r"[^\x09\x0a\x20-\x7e\u00a1-\u024f\u2013\u2014\u2022\u2026]", "", text)
+
+
+def blocks_of(path: Path, raw: str) -> list[Block]:
+    """Blocks of an HTML page, a Python file or the dictionary."""
+    if path.suffix == ".py":
+        return [Block("pre", b) for b in re.split(r"\n\n\n+", clean(raw))]
+    if path.suffix == ".dz":
+        entries = re.split(r"\n(?=\S)", clean(raw))
+        return [Block("p", re.sub(r"\s+", " ", e).strip()) for e in entries]
+    reader = _Reader()
+    try:
+        reader.feed(raw)
+        reader.flush()
+    except AssertionError:  # html.parser on broken markup
+        return []
+    return reader.blocks
+
+
+def _key(text: str) -> bytes:
+    return hashlib.md5(re.sub(r"\W+", "", text.lower()).encode()).digest()[:8]
+
+
+def _mostly_no_words(text: str) -> bool:
+    return len(text) < 200 and sum(c.isalpha() or c == " " for c in text) < 0.5 * len(text)
+
+
+def documents(source: Source, debs: Path, seen: set[bytes]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Texts of the package, and (heading, first paragraph) pairs. Long blocks are kept once over all
+    packages (`seen`); short ones that many pages have, and lists of versions, are page furniture."""
+    pages = []
+    for path, raw in read_files(source, debs):
+        pages.append(blocks_of(path, raw))
+        if sum(len(b.text) for page in pages[-1:] for b in page) == 0:
+            pages.pop()
+    on_pages = Counter(k for page in pages for k in {_key(b.text) for b in page if len(b.text) <= 60})
+    most = max(3, len(pages) // 50)
+    texts, pairs, size = [], [], 0
+    for page in pages:
+        kept: list[str] = []
+        heading: str | None = None
+        for kind, text in page:
+            key = _key(text)
+            if kind == "h":
+                heading = re.sub(r"^[\d.]+\s*", "", text)
+            if len(text) > 30 and key in seen:
+                continue
+            if kind != "pre" and (on_pages[key] > most or _mostly_no_words(text)):
+                continue
+            seen.add(key)
+            if kind == "p" and heading and _defines(heading, text):
+                pairs.append((heading, text))
+                heading = None
+            kept.append(f"\n{text}\n" if kind == "h" else text)
+        text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
+        if len(text) > 400:
+            texts.append(text)
+            size += len(text)
+        if size > source.megabytes * 1e6:
+            break
+    return texts, pairs
+
+
+def _defines(heading: str, text: str) -> bool:
+    """A first paragraph that can answer "What is HEADING?"."""
+    return (
+        60 < len(text) < 420
+        and text[0].isupper()
+        and text[-1] == "."
+        and 3 < len(heading) < 50
+        and "?" not in heading
+    )
