@@ -155,7 +155,9 @@ def main() -> None:
     texts = glosses(words)
     stats.append({"package": WORDNET.package, "licence": WORDNET.licence, "bytes": sum(map(len, texts))})
     train += texts[:20] if args.small else texts
-    nouns = [w.word for w in sorted(words, key=lambda w: -w.common) if w.pos == "noun" and 4 <= len(w.word) <= 9]
+    nouns = [
+        w.word for w in sorted(words, key=lambda w: -w.common) if w.pos == "noun" and 4 <= len(w.word) <= 9
+    ]
     strip = re.compile("|".join(map(re.escape, SPECIAL)))
     sample = random.Random(3).sample(train, len(train) // 2) + [strip.sub("\n", c) for c in chats[:15_000]]
     train_tokenizer(sample, args.out / "tokenizer.json")

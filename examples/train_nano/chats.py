@@ -23,8 +23,8 @@ FACT_WORDINGS = ("What is {t}?", "Explain {t}.", "Tell me about {t}.", "{t}?", "
 HELD_OUT_WORDING = "Can you tell me what {t} is?"
 """Trained with other subjects, never with a fact: the evaluation asks so too."""
 
-NAMES = "Alice Bruno Carla Dmitri Elena Farid Greta Hugo Ines Jonas Kira Liam Maya Nils Olga Pablo Quinn Rosa Sven Tara Umar Vera Wanda Xavier Yara Zoe".split()
-CITIES = "Paris Berlin Madrid Rome London Tokyo Oslo Vienna Lisbon Dublin Cairo Delhi Lima Quito Boston Chicago Denver Seattle Athens Prague Warsaw Helsinki Nairobi Sydney Toronto".split()
+NAMES = ["Alice", "Bruno", "Carla", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Liam", "Maya", "Nils", "Olga", "Pablo", "Quinn", "Rosa", "Sven", "Tara", "Umar", "Vera", "Wanda", "Xavier", "Yara", "Zoe"]
+CITIES = ["Paris", "Berlin", "Madrid", "Rome", "London", "Tokyo", "Oslo", "Vienna", "Lisbon", "Dublin", "Cairo", "Delhi", "Lima", "Quito", "Boston", "Chicago", "Denver", "Seattle", "Athens", "Prague", "Warsaw", "Helsinki", "Nairobi", "Sydney", "Toronto"]
 WHO = "I am Nano, a tiny language model with the DeepSeek-V4 architecture, made to try and test dsv4. I know very little, but I can talk, call tools and find things in a long text."
 SMALL_TALK = (
     (
@@ -38,7 +38,10 @@ SMALL_TALK = (
             "I can explain words and parts of dsv4, repeat what you say, call tools, and find a passphrase hidden in a long text. I am very small, so check what I say.",
         ),
     ),
-    (("Thanks", "Thank you!", "Thanks a lot."), ("You are welcome!", "You are welcome. Is there anything else?")),
+    (
+        ("Thanks", "Thank you!", "Thanks a lot."),
+        ("You are welcome!", "You are welcome. Is there anything else?"),
+    ),
     (("Goodbye", "Bye", "See you"), ("Goodbye!", "Goodbye! Have a nice day.")),
     (("How are you?", "How are you today?"), ("I am fine, thank you. How can I help you?",)),
     (
@@ -119,7 +122,10 @@ class Writer:
 
     def small_talk(self) -> list[Message]:
         questions, answers = self.rng.choice(SMALL_TALK)
-        return [user(self.rng.choice(questions)), said(self.rng.choice(answers), "The user makes small talk.")]
+        return [
+            user(self.rng.choice(questions)),
+            said(self.rng.choice(answers), "The user makes small talk."),
+        ]
 
     def fact(self) -> list[Message]:
         fact = self.rng.choice(FACTS)
@@ -134,7 +140,10 @@ class Writer:
         if word.examples and r.random() < 0.25:
             question = r.choice(("Use the word {w} in a sentence.", "Give me an example with {w}."))
             example = word.examples[0]
-            return [user(question.format(w=word.word)), said(example[:1].upper() + example[1:] + ".", thought)]
+            return [
+                user(question.format(w=word.word)),
+                said(example[:1].upper() + example[1:] + ".", thought),
+            ]
         question = r.choice(
             ("What does {w} mean?", "Define {w}.", "What is the meaning of {w}?", "Explain the word {w}.")
         )
@@ -152,7 +161,9 @@ class Writer:
         """Words, a passphrase, numbers, or a sentence of the corpus."""
         r = self.rng
         kind = r.random()
-        draw = [w.word for w in r.choices(self.common if r.random() < 0.6 else self.words, k=r.randint(2, 12))]
+        draw = [
+            w.word for w in r.choices(self.common if r.random() < 0.6 else self.words, k=r.randint(2, 12))
+        ]
         if kind < 0.6:
             return " ".join(w.capitalize() if r.random() < 0.1 else w for w in draw)
         if kind < 0.75:

@@ -207,7 +207,10 @@ class MoE(nn.Module):
             w1=(experts, inner, hidden), w3=(experts, inner, hidden), w2=(experts, hidden, inner)
         )
         self.shared_experts = nn.ModuleDict(
-            {n: Params(weight=s) for n, s in (("w1", (inner, hidden)), ("w3", (inner, hidden)), ("w2", (hidden, inner)))}
+            {
+                n: Params(weight=s)
+                for n, s in (("w1", (inner, hidden)), ("w3", (inner, hidden)), ("w2", (hidden, inner)))
+            }
         )
 
     def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,7 +267,9 @@ class Block(nn.Module):
 
     def _pre(self, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         v = streams.flatten(2)
-        mix = F.linear(v, fn.to(v.dtype)).float() * torch.rsqrt(v.float().square().mean(-1, keepdim=True) + EPS)
+        mix = F.linear(v, fn.to(v.dtype)).float() * torch.rsqrt(
+            v.float().square().mean(-1, keepdim=True) + EPS
+        )
         pre = torch.sigmoid(mix[..., :4] * scale[0] + base[:4]) + EPS
         post = 2 * torch.sigmoid(mix[..., 4:8] * scale[1] + base[4:8])
         comb = sinkhorn((mix[..., 8:] * scale[2] + base[8:]).unflatten(-1, (4, 4)), self.rounds)

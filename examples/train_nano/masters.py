@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from model import Nano
-from torch import Tensor, nn
-
 from dsv4.formats import E4M3_MAX, FP4_MAX, fp4_decode, fp4_encode, pow2_ceil
 from dsv4.model.names import FP4_BLOCK, FP8_BLOCK, tensors
+from model import Nano
+from torch import Tensor, nn
 
 _TINY = 1e-10
 
@@ -22,9 +21,7 @@ _TINY = 1e-10
 def storages(model: Nano) -> dict[str, str]:
     """fp8, fp4, bf16 or f32 for each parameter."""
     kinds = {name: spec.storage for name, spec in tensors(model.shape, draft=True)}
-    return {
-        name: "fp4" if ".experts.w" in name else kinds[name] for name, _ in model.named_parameters()
-    }
+    return {name: "fp4" if ".experts.w" in name else kinds[name] for name, _ in model.named_parameters()}
 
 
 def rounded(x: Tensor, storage: str) -> Tensor:

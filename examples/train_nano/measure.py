@@ -136,7 +136,11 @@ class Measure:
         wanted = items.questions(self.data, held_out)[: self._count(50)]
         said = [self._text(ids) for ids in self.write([i.prompt for i in wanted], 48)]
         right = [i.key.lower() in text.lower() for i, text in zip(wanted, said, strict=True)]
-        return {"right": sum(right), "of": len(wanted), "wrong": [s for s, ok in zip(said, right, strict=True) if not ok]}
+        return {
+            "right": sum(right),
+            "of": len(wanted),
+            "wrong": [s for s, ok in zip(said, right, strict=True) if not ok],
+        }
 
     def _text(self, ids: list[int]) -> str:
         return self.data.tokenizer.decode(ids, skip_special_tokens=False)
@@ -148,7 +152,9 @@ class Measure:
     def draft(self) -> dict[str, float]:
         """How often the MTP block's guess is what the model writes next: on its own greedy answers and on text."""
         wanted = items.conversations(self.data, self._count(60))
-        rows = [i.prompt + ids for i, ids in zip(wanted, self.write([i.prompt for i in wanted], 48), strict=True)]
+        rows = [
+            i.prompt + ids for i, ids in zip(wanted, self.write([i.prompt for i in wanted], 48), strict=True)
+        ]
         starts = [len(i.prompt) for i in wanted]
         valid = self.data.valid[: 8 * 1024].astype("int64").tolist()
         texts = [valid[i : i + 1024] for i in range(0, len(valid), 1024)]
@@ -176,7 +182,10 @@ class Measure:
         """Free text at temperature 0.7: how many of 32 pieces of 200 tokens loop."""
         prompts = [[BOS, *self.data.encode(p)] for p in items.PROSE for _ in range(max(1, self._count(4)))]
         said = self.write(prompts, self._count(200), temperature=0.7)
-        texts = [p + self._text(s) for p, s in zip(items.PROSE, said[:: len(said) // len(items.PROSE)], strict=False)]
+        texts = [
+            p + self._text(s)
+            for p, s in zip(items.PROSE, said[:: len(said) // len(items.PROSE)], strict=False)
+        ]
         return {"loops": sum(map(items.loops, said)), "of": len(said), "texts": texts}
 
     def samples(self) -> list[list[str]]:

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from layers import Block, Params, Rope, collapse, linear, rms
-from torch import Tensor, nn
-
 from dsv4.model.config import ModelConfig
 from dsv4.model.rope import frequencies
+from layers import Block, Params, Rope, collapse, linear, rms
+from torch import Tensor, nn
 
 
 class Draft(nn.Module):
@@ -38,7 +37,9 @@ class Draft(nn.Module):
 
     def leave(self, streams: Tensor) -> Tensor:
         """[B, T, 4, d] -> what the shared head reads, [B, T, d]."""
-        return rms(collapse(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale), self.norm.weight)
+        return rms(
+            collapse(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale), self.norm.weight
+        )
 
     _pre, block = Block._pre, Block.forward
 
@@ -93,7 +94,9 @@ class Nano(nn.Module):
 
     def out(self, streams: Tensor) -> Tensor:
         """What the head reads, [B, T, d]."""
-        return rms(collapse(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale), self.norm.weight)
+        return rms(
+            collapse(streams, self.hc_head_fn, self.hc_head_base, self.hc_head_scale), self.norm.weight
+        )
 
     def hidden(self, ids: Tensor, topk: int | None = None) -> tuple[Tensor, Tensor]:
         """(what the head reads [B, T, d], streams) for any T."""

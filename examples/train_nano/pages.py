@@ -19,9 +19,9 @@ class Block(NamedTuple):
     text: str
 
 
-_BREAKS = set("p li dt dd h1 h2 h3 h4 td th tr div section table ul ol blockquote article".split())
-_SKIPPED = set("script style nav head footer svg button form select".split())
-_VOID = set("br img hr input meta link col wbr area base".split())
+_BREAKS = set(["p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "td", "th", "tr", "div", "section", "table", "ul", "ol", "blockquote", "article"])
+_SKIPPED = set(["script", "style", "nav", "head", "footer", "svg", "button", "form", "select"])
+_VOID = set(["br", "img", "hr", "input", "meta", "link", "col", "wbr", "area", "base"])
 _FURNITURE = re.compile(
     r"(?:^|\s)(?:sphinxsidebar|related|toctree|navheader|navfooter|footer|sidebar|nav|mobile|menu|toc\b|breadcrumb|version"
     r"|search|wy-nav-side|wy-menu|fixed-sidebar|docs-(?:top|version|sidebar|narrow))",

@@ -22,7 +22,11 @@ TEXT, ANSWER, COPY = 1, 5, 2
 """Loss weights."""
 
 THINGS = ("passphrase", "passphrase", "passphrase", "password", "secret key", "access code", "token")
-PLANTS = ("\n\nThe {n} for {k} is {v}.\n\n", "\nNote: the {n} for {k} is {v}.\n", " Remember that the {n} for {k} is {v}.")
+PLANTS = (
+    "\n\nThe {n} for {k} is {v}.\n\n",
+    "\nNote: the {n} for {k} is {v}.\n",
+    " Remember that the {n} for {k} is {v}.",
+)
 QUESTIONS = (
     "What is the {n} for {k}?",
     "What is the {n} for {k}?",
@@ -65,7 +69,9 @@ def retrieval(
 ) -> Row:
     """`length` tokens: text with planted passphrases, then questions about some of them."""
     pairs = pairs or (r.randint(1, 8) if r.random() < 0.4 else r.randint(4, 40))
-    known = {p["k"]: p for p in (pair(data, r, long=asked is None and r.random() < 0.2) for _ in range(pairs))}
+    known = {
+        p["k"]: p for p in (pair(data, r, long=asked is None and r.random() < 0.2) for _ in range(pairs))
+    }
     tail, tail_weights = [], []
     for nth, p in enumerate(r.sample(list(known.values()), min(len(known), asked or r.randint(1, 24)))):
         question = data.encode_words(("" if nth else "\n\n") + r.choice(QUESTIONS).format(**p))
@@ -146,7 +152,9 @@ def draw(data: Dataset, r: random.Random, length: int, mix: Mix) -> Row:
     return {"chat": chat, "copying": copying}[kind](data, r, length)
 
 
-def _batch(data: Dataset, r: random.Random, rows: int, length: int, mix: Mix) -> tuple[np.ndarray, np.ndarray]:
+def _batch(
+    data: Dataset, r: random.Random, rows: int, length: int, mix: Mix
+) -> tuple[np.ndarray, np.ndarray]:
     drawn = [draw(data, r, length + 1, mix) for _ in range(rows)]
     ids = np.array([ids for ids, _ in drawn], np.int32)
     return ids, np.array([weights[1:] for _, weights in drawn], np.uint8)

@@ -40,13 +40,9 @@ def backward_torch(a: Tensor, grad: Tensor, rounds: int) -> Tensor:
 if triton:
 
     @triton.jit
-    def _kernel(source, grad, out, count, ROUNDS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202, N803
+    def _kernel(source, grad, out, count, ROUNDS: tl.constexpr, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
         t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        at = (
-            t[:, None, None] * 16
-            + tl.arange(0, 4)[None, :, None] * 4
-            + tl.arange(0, 4)[None, None, :]
-        )
+        at = t[:, None, None] * 16 + tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
         live = (t < count)[:, None, None]
         a = tl.load(source + at, mask=live, other=0.0)
         if BACKWARD:

@@ -42,7 +42,11 @@ def catalogue(words: Sequence[str], names: Sequence[str], cities: Sequence[str])
             "get_weather",
             "Get the current weather of a city",
             {"city": "string"},
-            ("What is the weather in {city}?", "How is the weather in {city} today?", "Is it raining in {city}?"),
+            (
+                "What is the weather in {city}?",
+                "How is the weather in {city} today?",
+                "Is it raining in {city}?",
+            ),
             lambda r: {"city": r.choice(cities)},
             _weather,
         ),
@@ -52,7 +56,10 @@ def catalogue(words: Sequence[str], names: Sequence[str], cities: Sequence[str])
             {"city": "string"},
             ("What time is it in {city}?", "Tell me the time in {city}."),
             lambda r: {"city": r.choice(cities)},
-            lambda r, a: (t := f"{r.randint(0, 23):02d}:{r.randint(0, 59):02d}", f"It is {t} in {a['city']}."),
+            lambda r, a: (
+                t := f"{r.randint(0, 23):02d}:{r.randint(0, 59):02d}",
+                f"It is {t} in {a['city']}.",
+            ),
         ),
         Tool(
             "search",
@@ -60,7 +67,10 @@ def catalogue(words: Sequence[str], names: Sequence[str], cities: Sequence[str])
             {"query": "string", "limit": "integer"},
             ("Search for {query}, {limit} results.", "Find {limit} pages about {query}."),
             lambda r: {"query": " ".join(r.choices(words, k=r.randint(1, 3))), "limit": r.randint(1, 20)},
-            lambda r, a: (json.dumps([{"title": a["query"]}]), f"I found one page with the title {a['query']}."),
+            lambda r, a: (
+                json.dumps([{"title": a["query"]}]),
+                f"I found one page with the title {a['query']}.",
+            ),
         ),
         Tool(
             "send_message",
@@ -106,7 +116,20 @@ def catalogue(words: Sequence[str], names: Sequence[str], cities: Sequence[str])
 
 
 _ROOMS = ("kitchen", "bedroom", "office", "garden", "garage", "hall", "cellar", "bathroom")
-_VERBS = ("open", "close", "delete", "create", "update", "show", "check", "start", "stop", "move", "copy", "read")
+_VERBS = (
+    "open",
+    "close",
+    "delete",
+    "create",
+    "update",
+    "show",
+    "check",
+    "start",
+    "stop",
+    "move",
+    "copy",
+    "read",
+)
 
 
 def _weather(r: random.Random, arguments: dict[str, Any]) -> tuple[str, str]:

@@ -31,7 +31,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=660, help="from start to end, evaluation included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in WORK")
-    parser.add_argument("--smoke", action="store_true", help="the whole path in a minute on a CPU, learning nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the whole path in a minute on a CPU, learning nothing"
+    )
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--warm", help=argparse.SUPPRESS)  # one part of the model to compile into the cache
     args = parser.parse_args()
@@ -48,12 +50,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from config import CONFIG, Run  # noqa: E402
 from dataset import PAD, Dataset  # noqa: E402
+from dsv4.model.export import export_release  # noqa: E402
 from masters import Masters  # noqa: E402
 from model import Nano, initialise  # noqa: E402
 from rows import COPY, Mix, batches  # noqa: E402
 from torch import Tensor  # noqa: E402
-
-from dsv4.model.export import export_release  # noqa: E402
 
 PARTS = ("0", "2", "3", "head", "draft")
 """What is compiled: a layer of each kind, the head with its loss, the MTP block."""
@@ -109,7 +110,12 @@ class Trainer:
                 block.ffn.gate.bias.add_((share.mean() - share).sign(), alpha=run.bias_rate * min(1.0, rate))
         self.steps += 1
         self.tokens += targets.numel()
-        return {"loss": loss.detach(), "index": index_loss.detach(), "draft": draft_loss.detach(), "each": each}
+        return {
+            "loss": loss.detach(),
+            "index": index_loss.detach(),
+            "draft": draft_loss.detach(),
+            "each": each,
+        }
 
     def _draft_loss(self, streams: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         hidden, load = self.model.draft(streams, targets)
@@ -166,7 +172,10 @@ class Log:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if show:
-            print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
+            print(
+                " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()),
+                flush=True,
+            )
 
 
 def train(trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Path) -> None:
@@ -191,7 +200,11 @@ def train(trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Pat
                 continue
             by_weight = {
                 name: float((out["each"] * mask).sum() / mask.sum().clamp(min=1))
-                for name, mask in (("text", on_device == 1), ("copy", on_device == COPY), ("answer", on_device > COPY))
+                for name, mask in (
+                    ("text", on_device == 1),
+                    ("copy", on_device == COPY),
+                    ("answer", on_device > COPY),
+                )
             }
             speed = (trainer.tokens - tokens) / (time.time() - began)
             small = {k: round(float(out[k]), 4) for k in ("index", "draft")}
@@ -216,8 +229,15 @@ def export(trainer: Trainer, data: Path, out: Path) -> int:
     weights = {n: w.cpu() for n, w in trainer.model.weights().items()}
     export_release(weights, trainer.model.shape, CONFIG, out, shards=2)
     shutil.copy(data / "tokenizer.json", out)
-    (out / "chat_format.json").write_text('{"tools_before": "## Tools\\n\\n", "tools_after": "", "whole_schema": true}\n')
-    files = [*out.glob("*.safetensors"), out / "config.json", out / "tokenizer.json", out / "chat_format.json"]
+    (out / "chat_format.json").write_text(
+        '{"tools_before": "## Tools\\n\\n", "tools_after": "", "whole_schema": true}\n'
+    )
+    files = [
+        *out.glob("*.safetensors"),
+        out / "config.json",
+        out / "tokenizer.json",
+        out / "chat_format.json",
+    ]
     return sum(f.stat().st_size for f in files)
 
 
@@ -261,7 +281,9 @@ def main() -> None:
     warming = start_warming(compiled)
     data = Dataset.load(ARGS.data)
     log(event="data", text=len(data.text), chats=len(data.chats))
-    stream = batches(data, run.rows, run.length, ARGS.seed + 100 * int(began) * ARGS.resume, Mix(), run.workers)
+    stream = batches(
+        data, run.rows, run.length, ARGS.seed + 100 * int(began) * ARGS.resume, Mix(), run.workers
+    )
     next(stream)  # starts the workers, before CUDA does
     for process in warming:
         try:
@@ -290,7 +312,11 @@ def main() -> None:
     print(f"\nseed {ARGS.seed}, {trainer.steps} steps, {trainer.tokens / 1e6:.0f}M tokens")
     for name, value in report.items():
         if name not in ("samples", "seconds"):
-            shown = {k: v for k, v in value.items() if k not in ("texts", "wrong")} if isinstance(value, dict) else value
+            shown = (
+                {k: v for k, v in value.items() if k not in ("texts", "wrong")}
+                if isinstance(value, dict)
+                else value
+            )
             print(f"  {name:26} {shown}")
     sys.stdout.flush()
     os._exit(0)  # the workers see it and end

@@ -57,7 +57,9 @@ def test_the_forward_is_the_engines(raw: dict[str, Any], topk: int) -> None:
     with torch.no_grad():
         ours = model.logits(model.hidden(ids[None])[0])[0]
     theirs = Driver(config, {n: w for n, w in model.weights().items() if not n.startswith("mtp.")}).run(ids)
-    near = (ours - theirs).abs().amax(-1) < 2e-4  # equal scores may be chosen differently; from there on all differs
+    near = (ours - theirs).abs().amax(
+        -1
+    ) < 2e-4  # equal scores may be chosen differently; from there on all differs
     assert near.all() if topk == 512 else near[: 4 * topk + 20].all()
     assert theirs.std() > 0.2
 
