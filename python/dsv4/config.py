@@ -77,6 +77,9 @@ class EngineConfig:
         aliases=("kv-cache-memory-bytes",),
         unit="bytes",
     )
+    gpu_memory_utilization: float = setting(
+        0.9, "share of a GPU's memory to use", aliases=("memory-fraction",)
+    )
     num_pages: int | None = setting(None, "exact number of pages instead of --kv-cache-memory")
     enable_prefix_caching: bool = setting(True, "reuse the history and state of equal prefixes")
     snapshot_policy: str = setting("forks", "where state is saved for reuse: none, every:N, turns, forks")
@@ -104,6 +107,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; the smallest valid value is 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization:g}; it takes a number above 0 and up to 1"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs ({self.max_num_seqs}), "

@@ -11,14 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from dsv4.cache.paged import PagedCache
 from dsv4.cli import main
 from dsv4.config import EngineConfig
+from dsv4.engine import build
 from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.build import build_engine
+from dsv4.gpus import GPUS
 from dsv4.model.config import ModelConfig
+from dsv4.model.export import export_release
+from dsv4.model.v4 import V4Model
+from dsv4.model.weights import load_weights
+from dsv4.ops.registry import Ops
+from dsv4.plan.build import divide
 from dsv4.plan.parallel import Parallel
 from dsv4.plan.weights import weight_rows
 from dsv4.plan.workspace import SCORE_BYTES, Limits, bound, step_array_bytes, workspace
+
+from tests.support.models import random_config, random_config_dict, random_weights
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "plan.md").read_text()
 NANO = str(resources.files("dsv4") / "data" / "nano")
@@ -102,6 +113,38 @@ def test_the_engine_has_the_planned_bytes(capsys: pytest.CaptureFixture[str]) ->
     assert sum(b["size"] for b in p["workspace"] if b["name"] == "page table") == memory.page_table
     held = sum(a.nbytes for name, a in vars(arrays).items() if name != "core")
     assert step_array_bytes(built.layout, Limits(64, 3, built.max_model_len)) == held
+
+
+def test_a_gpu_engine_sizes_its_pool_as_planned(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The function that serve calls on a GPU, told that it is on an idle H200."""
+    p = plan(
+        capsys, "v4-flash", "--gpu", "h200", "--num", "2", "--tp", "1", "--dp", "2", "--rows", "bfloat16"
+    )
+    config = EngineConfig(device="cuda")
+    memory = GPUS["h200"].memory_bytes
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory, memory))
+    flash = ModelConfig.preset("v4-flash")
+    layout = flash.layout("bfloat16", "mxfp4")
+    one_gpu = divide(flash, layout, Parallel(), Limits(512, 16, 2**20), int(0.9 * memory), held="released")
+    assert build._room_for_pages(config, flash, layout, "released") == one_gpu.pool < 0  # 145 GB of weights
+    halves = divide(
+        flash, layout, Parallel(1, 2, 2), Limits(512, 16, 2**20), int(0.9 * memory), held="released"
+    )
+    assert (halves.pool, halves.pages) == (p["memory"]["pool"], p["memory"]["pages"])
+
+
+def test_packed_weights_take_what_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint in the release's formats, for a backend that multiplies with weights as they are."""
+    monkeypatch.setattr(Ops, "prepare", lambda self, op, weight: weight)
+    config = random_config()
+    export_release(random_weights(config, seed=1), config, random_config_dict(), tmp_path)
+    packed = load_weights(tmp_path, config, torch.bfloat16, packed=True)
+    layout = config.layout("bfloat16", "bfloat16")
+    model = V4Model(config, packed, PagedCache(layout, 1, 1), Ops.choose("reference"))
+    planned = weight_rows(config, Parallel(), draft=False, held="released")
+    assert model.weight_bytes == sum(r.rank for r in planned)
 
 
 def test_step_arrays_are_counted_as_they_are_made() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from dsv4.config import EngineConfig
@@ -22,10 +23,8 @@ def add(commands: Any) -> None:
         help="what fits on which GPUs, to the byte, without one",
         description="Weights, cache, workspace and capacity of a model on given GPUs, with every formula.",
     )
-    defaults = {
-        f: EngineConfig.__dataclass_fields__[f].default
-        for f in ("max_num_seqs", "max_num_batched_tokens", "block_size")
-    }
+    names = ("max_num_seqs", "max_num_batched_tokens", "block_size", "gpu_memory_utilization")
+    defaults = {f.name: f.default for f in fields(EngineConfig) if f.name in names}
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -48,7 +47,13 @@ def add(commands: Any) -> None:
         "--pool-gb", type=float, metavar="GB", help="size of a GPU's page pool in 10^9 bytes [what is left]"
     )
     parser.add_argument(
-        "--memory-fraction", type=float, default=0.9, metavar="F", help="share of a GPU's memory to use [0.9]"
+        "--gpu-memory-utilization",
+        "--memory-fraction",
+        dest="memory_fraction",
+        type=float,
+        default=defaults["gpu_memory_utilization"],
+        metavar="F",
+        help=f"share of a GPU's memory to use [{defaults['gpu_memory_utilization']}]",
     )
     parser.add_argument(
         "--max-model-len",

@@ -22,7 +22,10 @@ from dsv4.model.config import ModelConfig
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
+from dsv4.plan.build import divide
 from dsv4.plan.cache import pages_of, size_pool
+from dsv4.plan.parallel import Parallel
+from dsv4.plan.workspace import Limits
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat import ChatFormat
 from dsv4.text.tokenizer import Tokenizer
@@ -153,6 +156,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     ops = Ops.choose(config.backend, device)
     tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
     chat_format = ChatFormat.for_model(source, model_config)
+    packed = ops.packed or expanded_bytes(model_config, dtype) > _free_memory(device) // 2
+    held = "released" if packed else str(dtype).removeprefix("torch.")
     pages, max_len = size_pool(
         layout,
         model_positions=model_config.max_position,
@@ -160,10 +165,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_num_seqs=config.max_num_seqs,
         num_pages=config.num_pages,
         memory=config.kv_cache_memory,
-        free=_room_for_pages(source, model_config, ops, dtype, device),
+        free=_room_for_pages(config, model_config, layout, held),
     )
     core = _core(config, layout, pages, max_len)
-    packed = ops.packed or expanded_bytes(model_config, dtype) > _free_memory(device) // 2
     weights = load_weights(source, model_config, dtype, progress, packed=packed, device=device)
     cache = PagedCache(layout, pages, config.max_num_seqs, device)
     model = V4Model(model_config, weights, cache, ops, consume=True)
@@ -243,14 +247,18 @@ def _parse_costs(text: str | None) -> dict[str, float]:
     return costs
 
 
-def _room_for_pages(source: str, model: ModelConfig, ops: Ops, dtype: torch.dtype, device: str) -> int:
-    """Bytes that the page pool may take by default: a quarter of the host's free memory, or what the weights leave of a
-    GPU's but for a tenth, which is for activations."""
-    free = _free_memory(device)
-    if device == "cpu":
+def _room_for_pages(config: EngineConfig, model: ModelConfig, layout: LayoutSpec, held: str) -> int:
+    """Bytes that the page pool may take by default: a quarter of the host's free memory, or what weights, slabs and
+    workspace leave of a GPU's, as `dsv4 plan` computes it."""
+    free = _free_memory(config.device)
+    if config.device == "cpu":
         return free // 4
-    files = sum(f.stat().st_size for f in Path(source).glob("*.safetensors"))
-    return max(0, (free - (files if ops.packed else expanded_bytes(model, dtype))) * 9 // 10)
+    limits = Limits(
+        config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len or model.max_position
+    )
+    total = torch.cuda.mem_get_info()[1]
+    memory = min(free, int(total * config.gpu_memory_utilization))
+    return divide(model, layout, Parallel(), limits, memory, held=held).pool
 
 
 def _free_memory(device: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dsv4.errors import ConfigError
@@ -54,6 +54,26 @@ class Memory:
         return self.weights + self.slabs + self.workspace + max(self.pool, 0)
 
 
+def divide(
+    config: ModelConfig,
+    layout: LayoutSpec,
+    parallel: Parallel,
+    limits: Limits,
+    memory: int,
+    *,
+    held: str,
+    draft: bool = False,
+) -> Memory:
+    """How `memory` bytes of one GPU are used: what weights, slabs and workspace leave is the pool's. The engine on a GPU
+    sizes its pool here too."""
+    weights = sum(row.rank for row in weight_rows(config, parallel, draft=draft, held=held))
+    slabs = limits.running * layout.slab_bytes
+    work = bound(workspace(config, layout, parallel, limits))
+    left = memory - weights - slabs - work
+    pages = layout.pages_for(max(left, 0))
+    return Memory(weights, slabs, work, pages * layout.page_bytes if left >= 0 else left, pages)
+
+
 @dataclass(frozen=True, slots=True)
 class Alternative:
     """Another way over the same GPUs, at the same bytes a GPU."""
@@ -81,7 +101,7 @@ class Plan:
 def answer(q: Question) -> Plan:
     """Raises ConfigError when the weights do not fit, or not one request of the asked length does."""
     weights = weight_rows(q.config, q.parallel, draft=q.draft, held=q.held)
-    memory = _memory(q, q.parallel, None)
+    memory = _memory(q)
     pages, max_len = memory.pages, q.limits.max_len
     if pages < 1:
         raise ConfigError(_does_not_fit(q, memory))
@@ -108,23 +128,21 @@ def _capacities(q: Question, pages: int) -> list[Capacity]:
     )
 
 
-def _memory(q: Question, parallel: Parallel, total: int | None) -> Memory:
-    """One GPU's memory; `total` None: as the question says, else so many bytes in all."""
-    weights = sum(row.rank for row in weight_rows(q.config, parallel, draft=q.draft, held=q.held))
-    slabs = q.limits.running * q.layout.slab_bytes
-    work = bound(workspace(q.config, q.layout, parallel, q.limits))
-    if total is None and q.pool_bytes is not None:
-        left = q.pool_bytes
-    else:
-        left = (
-            (int(q.gpu.memory_bytes * q.memory_fraction) if total is None else total) - weights - slabs - work
-        )
-    pages = q.layout.pages_for(max(left, 0))
-    return Memory(weights, slabs, work, pages * q.layout.page_bytes if left >= 0 else left, pages)
+def _divide(q: Question, parallel: Parallel, memory: int) -> Memory:
+    return divide(q.config, q.layout, parallel, q.limits, memory, held=q.held, draft=q.draft)
+
+
+def _memory(q: Question) -> Memory:
+    """As the question says: what the fraction leaves, or a pool of the given size."""
+    memory = _divide(q, q.parallel, int(q.gpu.memory_bytes * q.memory_fraction))
+    if q.pool_bytes is None:
+        return memory
+    pages = q.layout.pages_for(q.pool_bytes)
+    return replace(memory, pool=pages * q.layout.page_bytes, pages=pages)
 
 
 def _alternative(q: Question, parallel: Parallel, total: int) -> Alternative:
-    memory = _memory(q, parallel, total)
+    memory = _divide(q, parallel, total)
     return Alternative(parallel, memory, _capacities(q, memory.pages)[-1] if memory.pages > 0 else None)
 
 
