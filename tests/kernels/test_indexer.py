@@ -35,12 +35,11 @@ def test_whole_rows(form: str, tokens: int) -> None:
     assert torch.equal(got.cpu(), REFERENCE.index_select(**args))
 
 
-@pytest.mark.parametrize("form", ["float32", "fp8"])
-def test_long_rows(form: str, small: None) -> None:
+def test_long_rows(small: None) -> None:
     """Prompt chunks sample their thresholds; then decode steps start from what the step before left behind."""
     for tokens in (6, 1, 1):
         args = case("index_select", tokens)
-        args["keys"] = history_rows(torch.Generator().manual_seed(3), 3, args["q"].shape[-1], form)
+        args["keys"] = history_rows(torch.Generator().manual_seed(3), 3, args["q"].shape[-1], "fp8")
         got = indexer.index_select(**moved(args, DEVICE))
         assert torch.equal(got.cpu(), REFERENCE.index_select(**args))
 
@@ -87,7 +86,7 @@ def _check_integers(requests: int, entries: int, topk: int, heads: int, dim: int
     w[:, :heads] = weights / 2
     for decode in (False, True, True):
         plan = indexer.plan_of(heads, rows, topk, entries, decode)
-        for _ in range(2):
+        for _ in range(1 if DEVICE == "cpu" else 2):
             out = torch.full((requests, topk), -7, dtype=torch.int32, device=DEVICE)
             indexer.select_entries(
                 plan,
@@ -104,9 +103,8 @@ def _check_integers(requests: int, entries: int, topk: int, heads: int, dim: int
             assert torch.equal(out.cpu(), expected)
 
 
-@pytest.mark.parametrize("entries", [90, 131])
-def test_ties_by_lowest_index(entries: int, small: None) -> None:
-    _check_integers(4, entries, 8, 3, 32, 8)
+def test_ties_by_lowest_index(small: None) -> None:
+    _check_integers(3, 131, 8, 3, 32, 8)
 
 
 @on_gpu

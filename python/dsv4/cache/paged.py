@@ -10,13 +10,14 @@ snapshot = the saved rows of a slab, layer after layer, cut into pages
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from dsv4.cache.rows import Rows
 from dsv4.formats import RowFormat
+from dsv4.kernels.device import has_triton
 from dsv4.row_sizes import plane_bytes
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class PagedCache:
         self.slabs = torch.full((slabs, layout.slab_bytes), fill, dtype=torch.uint8, device=self.device)
         self._components = {c.name: c for c in layout.components}
         self._state = [c for c in layout.components if c.kind != "stride"]
+        self._copies: Any = None
+        if self.device.type == "cuda" and has_triton() and not poison:
+            from dsv4.kernels.triton.copies import Copies
+
+            self._copies = Copies(layout, self.pages, self.slabs)
 
     def rows(self, name: str, layer: int, codec: RowFormat) -> Rows:
         """Rows of a history component (ids count through pages) or of the window (ids count through
@@ -62,6 +68,9 @@ class PagedCache:
 
     def reset(self, slabs: Sequence[int]) -> None:
         """Empties the pools of slabs. Window rows stay: positions before a row's start are never read."""
+        if self._copies:
+            self._copies.reset(slabs)
+            return
         at = torch.tensor(slabs, dtype=torch.int64, device=self.device)
         if self._poison:
             self.slabs[at] = _POISON
@@ -78,6 +87,19 @@ class PagedCache:
     def save(self, slab: int, position: int, pages: Sequence[int]) -> None:
         """Writes the snapshot of a slab at a position (a multiple of block_tokens) into
         `layout.snapshot_pages` pages."""
+        self.save_all([(slab, position, *pages)])
+
+    def save_all(self, jobs: Sequence[Sequence[int]]) -> None:
+        """`save` of each (slab, position, pages ...), in one launch on a GPU."""
+        for _, _, *pages in jobs:
+            self._snapshot_pages(pages)
+        if self._copies:
+            self._copies.save(jobs)
+            return
+        for slab, position, *pages in jobs:
+            self._save(slab, position, pages)
+
+    def _save(self, slab: int, position: int, pages: Sequence[int]) -> None:
         at = self._snapshot_pages(pages)
         packed = torch.zeros(len(at) * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
         for live, rows, saved in self._saved(slab, position, packed):
@@ -87,6 +109,19 @@ class PagedCache:
     def restore(self, slab: int, position: int, pages: Sequence[int]) -> None:
         """Makes a slab what it was when `save` was called; what a snapshot leaves out is empty at such a
         position."""
+        self.restore_all([(slab, position, *pages)])
+
+    def restore_all(self, jobs: Sequence[Sequence[int]]) -> None:
+        """`restore` of each (slab, position, pages ...), in one launch on a GPU."""
+        for _, _, *pages in jobs:
+            self._snapshot_pages(pages)
+        if self._copies:
+            self._copies.restore(jobs)
+            return
+        for slab, position, *pages in jobs:
+            self._restore(slab, position, pages)
+
+    def _restore(self, slab: int, position: int, pages: Sequence[int]) -> None:
         packed = self.pages[self._snapshot_pages(pages)].flatten()
         self.reset([slab])
         for live, rows, saved in self._saved(slab, position, packed):

@@ -56,12 +56,10 @@ class Runner:
             slab, block = deltas[:, 0], deltas[:, 1]
             changed = self.page_table[slab, block].to(self.cache.device)
             self.device_pages[slab.to(self.cache.device), block.to(self.cache.device)] = changed
-        for slab, position, *pages in plan.restores[: header.restores].tolist():
-            self.cache.restore(slab, position, pages)
+        self.cache.restore_all(plan.restores[: header.restores].tolist())
         batch, last = self._batch(header, plan)
         logits = self.model.forward(batch)
-        for slab, position, *pages in plan.saves[: header.saves].tolist():
-            self.cache.save(slab, position, pages)
+        self.cache.save_all(plan.saves[: header.saves].tolist())
         self._collect_prompt_logprobs(header, plan, requests, logits, last)
         rows = plan.sample_rows[: header.samples].tolist()
         keys = [int(plan.row_req[r]) for r in rows]

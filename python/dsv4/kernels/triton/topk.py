@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.triton.common import next_pow2
+from dsv4.kernels.triton.common import INTERPRETED, next_pow2
 
 PIVOTS = tl.constexpr(8)
+ONE_BY_ONE = tl.constexpr(INTERPRETED)
+"""The interpreter reduces several tensors at once an element at a time."""
 
 
 @triton.jit
@@ -77,16 +79,12 @@ def search(u, total, k):
     while (c_lo > k) & (hi - lo > 1):
         step = tl.maximum((hi - lo) // (PIVOTS + 1), 1)
         p = lo + step
-        a, b, c, d = tl.reduce(
-            (
-                _two(u, p, step),
-                _two(u, p + 2 * step, step),
-                _two(u, p + 4 * step, step),
-                _two(u, p + 6 * step, step),
-            ),
-            0,
-            _add,
-        )
+        a, b = _two(u, p, step), _two(u, p + 2 * step, step)
+        c, d = _two(u, p + 4 * step, step), _two(u, p + 6 * step, step)
+        if ONE_BY_ONE:
+            a, b, c, d = tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
+        else:
+            a, b, c, d = tl.reduce((a, b, c, d), 0, _add)
         lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p, a & 0xFFFF, k)
         lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + step, a >> 16, k)
         lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 2 * step, b & 0xFFFF, k)
