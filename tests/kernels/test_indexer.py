@@ -23,7 +23,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So little room that rows of a hundred entries are long ones."""
     for name, value in (("SAMPLE", 8), ("CAP", 64), ("SAMPLED", 32), ("TOKENS", 16)):
         monkeypatch.setattr(indexer, name, value)
-    indexer.State.hints.clear()
+    monkeypatch.setattr(indexer.State, "hints", {})
+    monkeypatch.setattr(indexer.State, "lists", {})
 
 
 @pytest.mark.parametrize("form", ["float32", "fp8", "mxfp4"])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -404,9 +404,12 @@ def launch_scan(
 
 
 class State:
-    """What is kept between steps of one layer: the threshold of each slab's last query. A stale one costs time only."""
+    """What outlives a call. `hints`: by stored region, the threshold of each slab's last query; a stale one costs time
+    only. `lists`: by device, candidates (key, index) and their numbers, and room for `refine`; calls share them, so they
+    belong to one stream."""
 
-    hints: dict[tuple[int, int], Tensor] = {}  # noqa: RUF012 (shared on purpose: one per stored region)
+    hints: ClassVar[dict[tuple[int, int], Tensor]] = {}
+    lists: ClassVar[dict[torch.device, tuple[Tensor, ...]]] = {}
 
     @classmethod
     def hint(cls, keys: Any, slabs: int) -> Tensor:
@@ -415,6 +418,15 @@ class State:
         if name not in cls.hints:
             cls.hints[name] = torch.full((slabs,), float("nan"), device=keys.region.device)
         return cls.hints[name]
+
+    @classmethod
+    def workspace(cls, device: torch.device) -> tuple[Tensor, ...]:
+        """(used [TOKENS], key and index [TOKENS, CAP], fresh [TOKENS, CAP]), int32; `used` is 0 between calls."""
+        if device not in cls.lists:
+            used = torch.zeros((TOKENS,), dtype=torch.int32, device=device)
+            rest = (torch.empty((TOKENS, CAP), dtype=torch.int32, device=device) for _ in range(3))
+            cls.lists[device] = (used, *rest)
+        return cls.lists[device]
 
 
 def prepare(
@@ -532,10 +544,8 @@ def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | N
     decode = plan.queries == 1
     n, device, parts, width = len(out), out.device, plan.parts, plan.width
     hint = State.hint(keys, len(pages))
-    key, index = (torch.empty((n, CAP), dtype=torch.int32, device=device) for _ in range(2))
-    fresh = torch.empty((n, parts, width), dtype=torch.int32, device=device)
+    used, key, index, fresh = State.workspace(device)
     scores = torch.empty((n, 0 if decode else SAMPLED), dtype=torch.float32, device=device)
-    used = torch.zeros((n,), dtype=torch.int32, device=device)
     if decode:
         bound = hint if bound is None else bound
     else:
