@@ -27,7 +27,7 @@ from dsv4.ops.registry import Ops
 from dsv4.plan.build import divide
 from dsv4.plan.parallel import Parallel
 from dsv4.plan.weights import weight_rows
-from dsv4.plan.workspace import SCORE_BYTES, Limits, bound, step_array_bytes, workspace
+from dsv4.plan.workspace import INDEX_NUMBERS, INDEX_TOKENS, Limits, bound, step_array_bytes, workspace
 
 from tests.support.models import random_config, random_config_dict, random_weights
 
@@ -155,15 +155,19 @@ def test_step_arrays_are_counted_as_they_are_made() -> None:
 
 
 def test_the_workspace_is_bounded_by_limits_alone() -> None:
-    """Eight times the context costs pages of tables and rotary rows, no activations; scores stay under their limit."""
+    """Eight times the context costs page table and rotary tables, no activations."""
     pro = ModelConfig.preset("v4-pro")
     layout = pro.layout("fp8_ds_mla", "mxfp4")
     short, long = (workspace(pro, layout, Parallel(8), Limits(4096, 64, n)) for n in (131_072, 1_048_576))
     grown = {b.name for a, b in zip(short, long, strict=True) if a.size != b.size}
     assert grown == {"page table", "plan arrays, two steps", "rotary tables"}
-    scores = [b.size for b in long if b.name.startswith("index scores")]
-    assert scores == [SCORE_BYTES]
     assert bound(long) < sum(b.size for b in long)
+
+
+def test_the_index_is_counted_in_the_kernels_own_pieces() -> None:
+    kernel = pytest.importorskip("dsv4.kernels.triton.indexer", reason="triton is not installed")
+    assert kernel.TOKENS == INDEX_TOKENS
+    assert 2 * kernel.CAP + kernel.SAMPLED + kernel.CAP == INDEX_NUMBERS >= kernel.SAMPLE
 
 
 def test_a_smaller_part_of_a_model_needs_fewer_bytes() -> None:

@@ -100,6 +100,13 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--draft", action="store_true", help="count the drafter's weights too")
     parser.add_argument(
+        "--graphs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="batch sizes captured as CUDA graphs [0, as the engine]",
+    )
+    parser.add_argument(
         "--snapshot-budget",
         type=float,
         metavar="F",
@@ -154,7 +161,7 @@ def question(a: argparse.Namespace) -> Question:
         gpu=gpu(a.gpu),
         num=a.num,
         parallel=choose(config, a.num, a.tp, a.dp, a.ep),
-        limits=Limits(a.step_tokens, a.max_num_seqs, max_len),
+        limits=Limits(a.step_tokens, a.max_num_seqs, max_len, a.graphs),
         memory_fraction=a.memory_fraction,
         pool_bytes=None if a.pool_gb is None else _pool(a.pool_gb),
         snapshot_budget=budget,

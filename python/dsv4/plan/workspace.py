@@ -1,8 +1,8 @@
 """Upper bound of what a step needs beside weights, pool and slabs, from limits alone.
 
-No buffer grows with the context, index scores apart, and those are made for so many queries at a time that they stay
-below SCORE_BYTES. Buffers of one phase are live together, phases follow each other, so the bound is what stays plus
-the largest phase. Activations are counted as if no kernel were fused.
+No buffer grows with the context but the page table and the rotary tables: index scores are made for INDEX_TOKENS queries
+at a time, and of a long row only candidates are kept. Buffers of one phase are live together, phases follow each other, so
+the bound is what stays plus the largest phase. Activations are counted as if no kernel were fused.
 
 What is not in it lies outside the memory fraction: the CUDA context, NCCL's buffers and the allocator's fragments.
 """
@@ -20,12 +20,19 @@ from dsv4.plan.parallel import Parallel
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
 
-SCORE_BYTES = 256 * 2**20
-"""Largest array of index scores: one query at 1,048,576 tokens has 1 MiB of them."""
-GRAPH_NODE_BYTES = 4096
-"""Device memory of one captured kernel launch, an allowance."""
-LAUNCHES_PER_LAYER = 48
-"""Captured launches of a layer, an allowance above what the decode step has."""
+INDEX_TOKENS, INDEX_NUMBERS = 256, 2 * 8192 + 4096 + 8192
+"""Queries that the index kernel handles at a time, and 4-byte numbers of each: candidates with their entries, a sample of
+scores, what the refinement adds."""
+MULTIPROCESSORS = 160
+"""At least those of any known GPU; split work is cut to fill them and no further."""
+SPLIT_ATTENTION = 2 * MULTIPROCESSORS * 64
+"""Heads of partial results at once."""
+SPLIT_PRODUCT = 6 * MULTIPROCESSORS * 128 * 16
+"""Numbers of partial results of a product with few tokens."""
+STREAM_PARTS = 16 * 32
+"""Numbers of a token that the hyper-connections sum over programs."""
+GRAPH_BYTES = 4096 * 48
+"""Device memory of a captured layer: an allowance of 4 KiB for each of 48 launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +44,8 @@ class Limits:
     running: int
     """R: requests with a slab."""
     max_len: int
+    graphs: int = 0
+    """Batch sizes captured as CUDA graphs; the engine captures none yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +72,8 @@ class _Sheet:
 def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> list[Buffer]:
     """Every buffer with its formula, on one rank, activations in bfloat16."""
     sheet = _Sheet()
-    _always(sheet, config, layout, limits)
-    _attention(sheet, config, parallel, limits)
+    _always(sheet, config, layout, parallel, limits)
+    _attention(sheet, config, layout, parallel, limits)
     _experts(sheet, config, parallel, limits)
     _logits(sheet, config, limits)
     return sheet.buffers
@@ -85,7 +94,7 @@ def step_array_bytes(layout: LayoutSpec, limits: Limits) -> int:
     return 4 * (words + 2 * limits.running * (2 + layout.snapshot_pages))
 
 
-def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits) -> None:
+def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> None:
     t, r = ("tokens", limits.step_tokens), ("requests", limits.running)
     streams = ("streams", c.hc_mult), ("hidden", c.hidden_size)
     sheet.add("always", "residual streams, before and after", t, *streams, ("bytes", 2), ("arrays", 2))
@@ -100,12 +109,24 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits) -
         ("bytes", 4),
         ("tables", tables),
     )
-    sizes = max(1, limits.running.bit_length())
-    nodes = LAUNCHES_PER_LAYER * c.num_layers
-    sheet.add("always", "captured graphs", ("sizes", sizes), ("launches", nodes), ("bytes", GRAPH_NODE_BYTES))
+    sheet.add("always", "lowest scales of repacked experts", *_expert_rows(c, parallel))
+    sheet.add(
+        "always",
+        "captured graphs",
+        ("sizes", limits.graphs),
+        ("layers", c.num_layers),
+        ("bytes", GRAPH_BYTES),
+    )
 
 
-def _attention(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits) -> None:
+def _expert_rows(c: ModelConfig, parallel: Parallel) -> tuple[tuple[str, int], ...]:
+    """One byte for each row of w1, w3 and w2 of the experts on a rank."""
+    columns = c.moe_intermediate_size // (1 if parallel.ep > 1 else parallel.tp)
+    experts = ("experts", c.num_experts // parallel.ep if c.expert_dtype == "fp4" else 0)
+    return ("layers", c.num_layers), experts, ("rows", 2 * columns + c.hidden_size)
+
+
+def _attention(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> None:
     phase, t = "attention", ("tokens", limits.step_tokens)
     heads = ("heads", c.num_heads // parallel.tp)
     sheet.add(phase, "input, also in float32", t, ("hidden", c.hidden_size), ("bytes", 2 + 4))
@@ -120,6 +141,17 @@ def _attention(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits
         ("arrays", 4),
     )
     sheet.add(phase, "rows of the step", t, ("channels", c.head_dim), ("bytes", 4), ("arrays", 2))
+    window = next(x for x in layout.components if x.kind == "window")
+    rows = limits.step_tokens + limits.running * window.tokens
+    sheet.add(phase, "window rows of the step and before it", ("rows", rows), ("bytes", window.row_bytes))
+    sheet.add(
+        phase,
+        "partial results of split attention",
+        ("heads", SPLIT_ATTENTION),
+        ("channels", c.head_dim),
+        ("bytes", 4),
+    )
+    sheet.add(phase, "hyper-connection sums", t, ("numbers", STREAM_PARTS), ("bytes", 4))
     groups = ("groups", max(1, c.o_groups // parallel.tp))
     sheet.add(phase, "grouped outputs", t, groups, ("rank", c.o_lora_rank), ("bytes", 2))
     sheet.add(phase, "output", t, ("hidden", c.hidden_size), ("bytes", 2))
@@ -142,16 +174,9 @@ def _index(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
         ("arrays", 2),
     )
     sheet.add(phase, "index compressor", t, ("channels", 2 * c.index_head_dim), ("bytes", 4), ("arrays", 2))
-    keys = -(-limits.max_len // c.csa_ratio)
-    rows = min(limits.step_tokens, max(1, SCORE_BYTES // (4 * keys)))
-    sheet.add(
-        phase,
-        f"index scores, at most {SCORE_BYTES >> 20} MiB",
-        ("queries at a time", rows),
-        ("keys", keys),
-        ("bytes", 4),
-    )
-    sheet.add(phase, "selected entries", t, ("top-k", c.index_topk), ("bytes", 8))
+    piece = ("queries at a time", min(limits.step_tokens, INDEX_TOKENS))
+    sheet.add(phase, "index scores and candidates", piece, ("numbers", INDEX_NUMBERS), ("bytes", 4))
+    sheet.add(phase, "selected entries", t, ("top-k", c.index_topk), ("bytes", 4))
 
 
 def _experts(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits) -> None:
@@ -172,7 +197,10 @@ def _experts(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits) 
     )
     sheet.add(phase, "gate and up", *rows, ("columns", columns), ("bytes", 2), ("arrays", 2))
     sheet.add(phase, "hidden in FP8 with scales", *rows, ("columns", columns + columns // 32))
-    sheet.add(phase, "routed outputs", *rows, ("hidden", c.hidden_size), ("bytes", 4))
+    sheet.add(phase, "routed outputs", *rows, ("hidden", c.hidden_size), ("bytes", 2))
+    sheet.add(
+        phase, "partial results of split products", ("numbers", SPLIT_PRODUCT), ("bytes", 4), ("arrays", 2)
+    )
 
 
 def _logits(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
