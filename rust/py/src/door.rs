@@ -6,6 +6,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use dsv4_core::error::{CoreError, Malformed};
+use dsv4_sim::replay::trace::TraceError;
 use pyo3::exceptions::{PyException, PyKeyError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -15,8 +16,16 @@ use pyo3::types::{PyDict, PyTuple, PyType};
 pub enum Failure {
     /// A refusal: bad input or no room.
     Refused(CoreError),
+    /// Bad input to something beside the core: a trace, a step model.
+    Invalid(String),
     /// Broken invariants: our bug.
     Damaged(String),
+}
+
+impl From<TraceError> for Failure {
+    fn from(e: TraceError) -> Self {
+        Failure::Invalid(e.to_string())
+    }
 }
 
 impl From<CoreError> for Failure {
@@ -59,6 +68,7 @@ pub fn config_error(py: Python<'_>, field: &str, value: impl ToString, expected:
 fn to_python(py: Python<'_>, failure: Failure) -> PyErr {
     let (class, text) = match failure {
         Failure::Damaged(text) => (Class::CorruptState, text),
+        Failure::Invalid(text) => (Class::ConfigError, text),
         Failure::Refused(e) => {
             let class = match e {
                 CoreError::Config { .. } | CoreError::TooLong { .. } | CoreError::EmptyPrompt(_) => {

@@ -6,11 +6,13 @@
 //! | `layout.rs` | `LayoutSpec`, `Component` |
 //! | `buffers.rs` | `PlanBuffers`: numpy arrays owned by Python, borrowed per call |
 //! | `engine.rs` | `Core`, `StepHeader` |
+//! | `simulate.rs` | `Trace`, `StepModel`, `Replay` |
 
 mod buffers;
 mod door;
 mod engine;
 mod layout;
+mod simulate;
 
 use pyo3::prelude::*;
 
@@ -24,5 +26,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<buffers::PyPlanBuffers>()?;
     m.add_class::<engine::PyStepHeader>()?;
     m.add_class::<engine::PyCore>()?;
+    m.add_class::<simulate::PyTrace>()?;
+    m.add_class::<simulate::PyStepModel>()?;
+    m.add_class::<simulate::PyReplay>()?;
     door::add_exceptions(m)
 }

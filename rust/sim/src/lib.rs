@@ -15,5 +15,6 @@ pub mod arrays;
 pub mod device;
 pub mod fake;
 pub mod oracle;
+pub mod replay;
 pub mod rng;
 pub mod world;

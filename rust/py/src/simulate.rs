@@ -1,0 +1,210 @@
+//! Traces, step models and replays for Python.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::sync::{Arc, Mutex};
+
+use dsv4_core::Options;
+use dsv4_core::cache::Eviction;
+use dsv4_core::core::Tenant;
+use dsv4_sim::replay::best::Blocks;
+use dsv4_sim::replay::clock::{Row, StepModel};
+use dsv4_sim::replay::run::{Replay, Settings};
+use dsv4_sim::replay::trace::{Trace, TraceError};
+use pyo3::prelude::*;
+
+use crate::door::{Failure, enter};
+use crate::layout::PyLayoutSpec;
+
+/// A request trace.
+#[pyclass(frozen, name = "Trace", module = "dsv4._core")]
+pub struct PyTrace {
+    trace: Arc<Trace>,
+    /// Its blocks in the size asked for last.
+    blocks: Mutex<Option<(u32, Arc<Blocks>)>>,
+}
+
+impl PyTrace {
+    fn blocks(&self, block: u32) -> Arc<Blocks> {
+        let mut kept = self.blocks.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match &*kept {
+            Some((size, blocks)) if *size == block => blocks.clone(),
+            _ => {
+                let blocks = Arc::new(Blocks::new(&self.trace, block));
+                *kept = Some((block, blocks.clone()));
+                blocks
+            }
+        }
+    }
+}
+
+#[pymethods]
+impl PyTrace {
+    #[staticmethod]
+    #[pyo3(signature = (paths, *, hash_block = 512, limit = None, speed = 1.0))]
+    fn read(
+        py: Python<'_>,
+        paths: Vec<String>,
+        hash_block: u32,
+        limit: Option<usize>,
+        speed: f64,
+    ) -> PyResult<Self> {
+        let trace = enter(py, || -> Result<Trace, Failure> {
+            let mut trace = Trace::new(hash_block)?;
+            for path in &paths {
+                let what = |e: std::io::Error| TraceError::File { file: path.clone(), what: e.to_string() };
+                trace.read(path, BufReader::new(File::open(path).map_err(what)?))?;
+            }
+            limit.into_iter().for_each(|n| trace.truncate(n));
+            if !(speed.is_finite() && speed > 0.0) {
+                return Err(Failure::Invalid(format!("speed is {speed}; it must be a number above 0")));
+            }
+            trace.speed_up(speed);
+            Ok(trace)
+        })?;
+        Ok(PyTrace { trace: Arc::new(trace), blocks: Mutex::new(None) })
+    }
+
+    fn __len__(&self) -> usize {
+        self.trace.requests().len()
+    }
+
+    #[getter]
+    fn prompt_tokens(&self) -> u64 {
+        self.trace.requests().iter().map(|r| u64::from(r.input)).sum()
+    }
+
+    #[getter]
+    fn output_tokens(&self) -> u64 {
+        self.trace.requests().iter().map(|r| u64::from(r.output)).sum()
+    }
+
+    #[getter]
+    fn longest_prompt(&self) -> u32 {
+        self.trace.requests().iter().map(|r| r.input).max().unwrap_or(0)
+    }
+
+    #[getter]
+    fn seconds(&self) -> f64 {
+        let at = |r: Option<&dsv4_sim::replay::trace::Arrival>| r.map_or(0.0, |r| r.at_us / 1e6);
+        at(self.trace.requests().last()) - at(self.trace.requests().first())
+    }
+
+    #[getter]
+    fn tenants(&self) -> Vec<String> {
+        self.trace.tenants().to_vec()
+    }
+
+    #[getter]
+    fn skipped(&self) -> Vec<String> {
+        self.trace.skipped().map(str::to_owned).collect()
+    }
+}
+
+/// Time of a step.
+#[pyclass(frozen, name = "StepModel", module = "dsv4._core")]
+pub struct PyStepModel(StepModel);
+
+#[pymethods]
+impl PyStepModel {
+    #[staticmethod]
+    fn from_json(py: Python<'_>, text: &str) -> PyResult<Self> {
+        enter(py, || StepModel::from_json(text).map_err(Failure::Invalid)).map(Self)
+    }
+
+    /// (fixed us, [(reads us, arithmetic us)]) of rows (start, tokens, end of replay).
+    fn parts(&self, rows: Vec<(u32, u32, u32)>, copies: u32) -> (f64, Vec<(f64, f64)>) {
+        let rows = rows.into_iter().map(|(start, len, replay_end)| Row { start, len, replay_end });
+        let parts = self.0.parts(rows, copies);
+        (parts.fixed_us, parts.pairs)
+    }
+}
+
+/// A replay in progress.
+#[pyclass(frozen, name = "Replay", module = "dsv4._core")]
+pub struct PyReplay {
+    replay: Mutex<Replay>,
+    trace: Py<PyTrace>,
+    block: u32,
+}
+
+#[pymethods]
+impl PyReplay {
+    #[new]
+    #[pyo3(signature = (trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction,
+                        model = None, step_us = None, tenants = Vec::new()))]
+    #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
+    fn new(
+        py: Python<'_>,
+        trace: Py<PyTrace>,
+        layout: &PyLayoutSpec,
+        pages: u32,
+        slabs: u32,
+        max_step_tokens: u32,
+        max_len: u32,
+        max_waiting: usize,
+        snapshots: &str,
+        eviction: &str,
+        model: Option<&PyStepModel>,
+        step_us: Option<f64>,
+        tenants: Vec<(u32, f64, Option<u32>)>,
+    ) -> PyResult<Self> {
+        let shared = trace.get().trace.clone();
+        let (layout, model) = (&layout.0, model.map(|m| m.0));
+        let replay = enter(py, || -> Result<Replay, Failure> {
+            let mut options = Options {
+                pages,
+                slabs,
+                max_step_tokens,
+                max_len,
+                max_waiting,
+                snapshots: snapshots.parse()?,
+                eviction: Eviction::parse(eviction)?,
+                step_us,
+                tenants: tenants
+                    .into_iter()
+                    .map(|(id, weight, quota_pages)| Tenant { id, weight, quota_pages })
+                    .collect(),
+                ..Options::default()
+            };
+            if let Some(model) = &model {
+                options.cost = model.cost(max_step_tokens);
+            }
+            Ok(Replay::new(shared, layout, Settings { options, model })?)
+        })?;
+        Ok(PyReplay { replay: Mutex::new(replay), trace, block: layout.block_tokens })
+    }
+
+    /// Up to `steps` further steps: (requests over, requests in all, virtual s, steps).
+    fn run(&self, py: Python<'_>, steps: u64) -> PyResult<(u64, u64, f64, u64)> {
+        let p = self.call(py, |replay| Ok(replay.run(steps)?))?;
+        Ok((p.done, p.total, p.virtual_s, p.steps))
+    }
+
+    fn report(&self, py: Python<'_>) -> PyResult<String> {
+        let trace = self.trace.get();
+        self.call(py, |replay| {
+            let report = replay.report(&trace.blocks(self.block));
+            serde_json::to_string(&report)
+                .map_err(|e| Failure::Damaged(format!("the report is no JSON: {e}")))
+        })
+    }
+
+    fn check(&self, py: Python<'_>) -> PyResult<()> {
+        self.call(py, |replay| Ok(replay.check()?))
+    }
+}
+
+impl PyReplay {
+    /// After a panic the replay cannot be trusted, so nothing is called any more.
+    fn call<T: Send>(
+        &self,
+        py: Python<'_>,
+        f: impl FnOnce(&mut Replay) -> Result<T, Failure> + Send,
+    ) -> PyResult<T> {
+        enter(py, || match self.replay.lock() {
+            Ok(mut replay) => f(&mut replay),
+            Err(_) => Err(Failure::Damaged("the replay panicked in an earlier call".to_owned())),
+        })
+    }
+}

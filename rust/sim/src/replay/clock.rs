@@ -1,0 +1,264 @@
+//! How long a step takes on a GPU: a roofline whose coefficients come from outside, all in microseconds.
+//!
+//! ```text
+//!   step     = overhead + collective + collective_token * tokens + copy * (saves + restores)
+//!              + max(linear reads, linear arithmetic) + sum over rows of max(row's reads, row's arithmetic)
+//!   linear   reads dense + experts * (1 - (1 - k / E)^tokens)          arithmetic token * tokens
+//!   row      reads row_read + context_read * end + entry_read * min(selected, end / ratio)
+//!            arithmetic query * len + context * (sum of contexts) + entry * selected
+//!   selected = sum over the row's tokens of min(topk, context / ratio)
+//! ```
+//!
+//! A row is a token in decode or a piece of a prompt: its tokens share what they read, not what they compute. A replayed
+//! token counts by the share of layers that run it.
+
+use dsv4_core::cost::CostModel;
+use dsv4_core::plan::REPLAY;
+use serde::{Deserialize, Serialize};
+
+use crate::arrays::Arrays;
+
+/// Coefficients of one model on some GPUs. Times are us.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StepModel {
+    /// Host and launches of a step.
+    pub overhead_us: f64,
+    /// Latency of all collectives of a step.
+    pub collective_us: f64,
+    /// Their transfer per token.
+    pub collective_token_us: f64,
+    /// Saving or restoring one state.
+    pub copy_us: f64,
+    /// Reading all weights besides routed experts.
+    pub dense_read_us: f64,
+    /// Reading all routed experts.
+    pub expert_read_us: f64,
+    /// Routed experts of a layer.
+    pub experts: f64,
+    /// Of which a token takes.
+    pub experts_per_token: f64,
+    /// Linear layers, arithmetic of a token.
+    pub token_us: f64,
+    /// Reading the window and writing the new rows.
+    pub row_read_us: f64,
+    /// Reading index keys and HCA rows, per token of context.
+    pub context_read_us: f64,
+    /// Reading one selected CSA row in all layers.
+    pub entry_read_us: f64,
+    /// Attention over the window, per token.
+    pub query_us: f64,
+    /// Index scores and HCA, per token and token of context.
+    pub context_us: f64,
+    /// Attention over one selected CSA row in all layers.
+    pub entry_us: f64,
+    /// Tokens of a CSA row.
+    pub ratio: f64,
+    /// CSA rows that a token selects at most.
+    pub topk: f64,
+    /// Replay of a layout: its tokens.
+    pub replay_tokens: f64,
+}
+
+/// A row of a step: `len` tokens from position `start`; with `replay_end` above 0 they are replayed up to there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// First position.
+    pub start: u32,
+    /// Tokens.
+    pub len: u32,
+    /// End of the replay, 0 without.
+    pub replay_end: u32,
+}
+
+/// Where the time of a step goes: what is always there, and pairs (reads, arithmetic) of which the larger one counts.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Parts {
+    /// Overhead, collectives and copies.
+    pub fixed_us: f64,
+    /// Linear layers first, then one pair per row.
+    pub pairs: Vec<(f64, f64)>,
+}
+
+impl Parts {
+    /// The step's time.
+    pub fn total_us(&self) -> f64 {
+        self.fixed_us + self.pairs.iter().map(|&(read, compute)| read.max(compute)).sum::<f64>()
+    }
+}
+
+impl StepModel {
+    /// Reads the object that names every coefficient. The error names the field.
+    pub fn from_json(text: &str) -> Result<Self, String> {
+        let model: StepModel = serde_json::from_str(text).map_err(|e| format!("step model: {e}"))?;
+        let fields = serde_json::to_value(model).expect("a struct of numbers");
+        for (name, value) in fields.as_object().expect("a struct") {
+            let number = value.as_f64().unwrap_or(f64::NAN);
+            let least =
+                if matches!(name.as_str(), "ratio" | "experts" | "replay_tokens") { 1.0 } else { 0.0 };
+            if number.is_nan() || number < least {
+                return Err(format!(
+                    "step model: {name} is {value}; it must be a number of at least {least}"
+                ));
+            }
+        }
+        if model.experts_per_token > model.experts {
+            let (k, all) = (model.experts_per_token, model.experts);
+            return Err(format!("step model: experts_per_token is {k}; it must be at most experts ({all})"));
+        }
+        Ok(model)
+    }
+
+    /// Where the time of a step with these rows and `copies` saves and restores goes.
+    pub fn parts(&self, rows: impl Iterator<Item = Row>, copies: u32) -> Parts {
+        let (mut tokens, mut pairs) = (0.0, vec![(0.0, 0.0)]);
+        for row in rows {
+            let run = self.share(row) * f64::from(row.len);
+            tokens += run;
+            pairs.push(self.row(row, run));
+        }
+        let untouched = (1.0 - self.experts_per_token / self.experts).powf(tokens);
+        pairs[0] = (self.dense_read_us + self.expert_read_us * (1.0 - untouched), self.token_us * tokens);
+        let fixed_us = self.overhead_us
+            + self.collective_us
+            + self.collective_token_us * tokens
+            + self.copy_us * f64::from(copies);
+        Parts { fixed_us, pairs }
+    }
+
+    /// The time of a planned step.
+    pub fn step_us(&self, plan: &Arrays, rows: u32, copies: u32) -> f64 {
+        let row = |r: usize| Row {
+            start: plan.row_start[r] as u32,
+            len: plan.row_len[r] as u32,
+            replay_end: if plan.row_flags[r] & REPLAY != 0 { plan.row_replay_end[r] as u32 } else { 0 },
+        };
+        self.parts((0..rows as usize).map(row), copies).total_us()
+    }
+
+    /// Share of the layers that run a row's tokens, on average: layer `l` skips the first `(window - 1) * l` of a replay.
+    fn share(&self, row: Row) -> f64 {
+        let base = f64::from(row.replay_end) - self.replay_tokens;
+        if row.replay_end == 0 || base <= 0.0 {
+            return 1.0;
+        }
+        let middle = f64::from(row.start) + f64::from(row.len) / 2.0;
+        ((middle - base) / self.replay_tokens).clamp(0.0, 1.0)
+    }
+
+    fn row(&self, row: Row, run: f64) -> (f64, f64) {
+        let (start, end) = (f64::from(row.start), f64::from(row.start + row.len));
+        let share = run / f64::from(row.len.max(1));
+        let selected = share * self.selected(start, end);
+        let contexts = run * (start + end + 1.0) / 2.0;
+        let entries = selected.min(end / self.ratio);
+        let read = self.row_read_us + self.context_read_us * end + self.entry_read_us * entries;
+        let compute = self.query_us * run + self.context_us * contexts + self.entry_us * selected;
+        (share * read, compute)
+    }
+
+    /// Rows that tokens `start..end` select: the integral of `min(topk, context / ratio)`.
+    fn selected(&self, start: f64, end: f64) -> f64 {
+        let full = (self.topk * self.ratio).clamp(start, end);
+        (full * full - start * start) / (2.0 * self.ratio) + self.topk * (end - full)
+    }
+
+    /// What the scheduler needs to know of it, for prompts that come in pieces of `chunk` tokens.
+    pub fn cost(&self, chunk: u32) -> CostModel {
+        const FAR: u32 = 1 << 18;
+        let per_token = |start| {
+            self.parts([Row { start, len: chunk, replay_end: 0 }].into_iter(), 0).total_us()
+                / f64::from(chunk)
+        };
+        let (near, far) = (per_token(0), per_token(FAR));
+        CostModel {
+            token_us: near,
+            context_us_per_1k: ((far - near) / f64::from(FAR) * 1000.0).max(0.0),
+            // The mean share of layers over a whole replay.
+            replay_factor: 0.5,
+            restore_us: self.copy_us,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Coefficients that are easy to add up.
+    pub(crate) const EASY: StepModel = StepModel {
+        overhead_us: 100.0,
+        collective_us: 10.0,
+        collective_token_us: 0.5,
+        copy_us: 3.0,
+        dense_read_us: 50.0,
+        expert_read_us: 400.0,
+        experts: 4.0,
+        experts_per_token: 1.0,
+        token_us: 1.0,
+        row_read_us: 2.0,
+        context_read_us: 0.01,
+        entry_read_us: 0.1,
+        query_us: 0.2,
+        context_us: 0.001,
+        entry_us: 0.004,
+        ratio: 4.0,
+        topk: 8.0,
+        replay_tokens: 100.0,
+    };
+
+    #[test]
+    fn a_decode_and_a_piece_of_a_prompt_add_up() {
+        let rows = [Row { start: 999, len: 1, replay_end: 0 }, Row { start: 0, len: 100, replay_end: 0 }];
+        let p = EASY.parts(rows.into_iter(), 2);
+        assert_eq!(p.fixed_us, 100.0 + 10.0 + 0.5 * 101.0 + 6.0);
+        let touched = 1.0 - 0.75f64.powi(101);
+        assert_eq!(p.pairs[0], (50.0 + 400.0 * touched, 101.0));
+        // Decode: 8 of 250 rows are selected.
+        assert!((p.pairs[1].0 - (2.0 + 10.0 + 0.8)).abs() < 1e-9);
+        assert!((p.pairs[1].1 - (0.2 + 1.0 + 0.032)).abs() < 1e-9);
+        // Prefill: the first 32 tokens select a quarter of their context, the others 8; all share 25 rows.
+        let selected = 32.0 * 32.0 / 8.0 + 8.0 * 68.0;
+        assert!((p.pairs[2].0 - (2.0 + 1.0 + 2.5)).abs() < 1e-9);
+        assert!((p.pairs[2].1 - (20.0 + 5.05 + 0.004 * selected)).abs() < 1e-9);
+        assert_eq!(p.total_us(), p.fixed_us + p.pairs.iter().map(|x| x.0.max(x.1)).sum::<f64>());
+    }
+
+    #[test]
+    fn a_whole_replay_runs_half_of_the_layers() {
+        let replay = Row { start: 200, len: 100, replay_end: 300 };
+        assert_eq!(EASY.share(replay), 0.5);
+        assert_eq!(EASY.share(Row { start: 280, len: 20, replay_end: 300 }), 0.9);
+        assert_eq!(EASY.share(Row { start: 0, len: 50, replay_end: 50 }), 1.0);
+        let (whole, half) = (
+            EASY.parts([Row { replay_end: 0, ..replay }].into_iter(), 0),
+            EASY.parts([replay].into_iter(), 0),
+        );
+        assert!(half.pairs[1].1 < 0.51 * whole.pairs[1].1);
+    }
+
+    #[test]
+    fn the_scheduler_hears_the_same_costs() {
+        let c = EASY.cost(1000);
+        let step = |start| EASY.parts([Row { start, len: 1000, replay_end: 0 }].into_iter(), 0).total_us();
+        assert!((c.token_us * 1000.0 - step(0)).abs() < 1e-6);
+        // Far out a piece costs what the linear form says there.
+        let far = 1000.0 * (c.token_us + c.context_us_per_1k * 262.144);
+        assert!((far / step(1 << 18) - 1.0).abs() < 1e-6);
+        c.validate().unwrap();
+    }
+
+    #[test]
+    fn bad_coefficients_are_named() {
+        let json = serde_json::to_string(&EASY).unwrap();
+        assert_eq!(StepModel::from_json(&json).unwrap(), EASY);
+        let bad = json.replace("\"ratio\":4.0", "\"ratio\":0.0");
+        assert_eq!(
+            StepModel::from_json(&bad).unwrap_err(),
+            "step model: ratio is 0.0; it must be a number of at least 1"
+        );
+        assert!(
+            StepModel::from_json(&json.replace("topk", "top")).unwrap_err().contains("unknown field `top`")
+        );
+    }
+}
