@@ -21,7 +21,10 @@ __all__ = [
     "NeverFits",
     "Overloaded",
     "PlanBuffers",
+    "Replay",
     "StepHeader",
+    "StepModel",
+    "Trace",
     "UnknownRequest",
     "__version__",
     "build_info",
@@ -379,3 +382,98 @@ class Core:
 
     def has_work(self) -> bool:
         """Whether any request is live."""
+
+@final
+class Trace:
+    """A request trace in order of arrival. Immutable."""
+
+    @staticmethod
+    def read(
+        paths: Sequence[str],
+        *,
+        hash_block: int = 512,
+        limit: int | None = None,
+        speed: float = 1.0,
+        rate: float | None = None,
+    ) -> Trace:
+        """Reads JSON lines with `timestamp` (ms), `input_length`, `output_length` and `hash_ids`, one per `hash_block`
+        tokens; `session`, `tenant`, `priority`, `delay` (ms) and `output_hash_ids` are optional.
+
+        `limit` keeps the first requests; arrivals come `speed` times as fast, or `rate` a second in the mean. Raises
+        ConfigError naming file, line, field, value and limit.
+        """
+
+    def __len__(self) -> int:
+        """Requests."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all requests."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Of all requests."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens."""
+
+    @property
+    def seconds(self) -> float:
+        """From the first arrival to the last."""
+
+    @property
+    def tenants(self) -> list[str]:
+        """Names by number; number 0 is `default`, for requests that name none."""
+
+    @property
+    def skipped(self) -> list[str]:
+        """Fields that were not read, 16 at most."""
+
+@final
+class StepModel:
+    """How long a step takes; the formula is in `rust/sim/src/replay/clock.rs`."""
+
+    @staticmethod
+    def from_json(text: str) -> StepModel:
+        """An object with every coefficient (`dsv4.simulate.device`). Raises ConfigError."""
+
+    def parts(
+        self, rows: Sequence[tuple[int, int, int]], copies: int
+    ) -> tuple[float, list[tuple[float, float]]]:
+        """(fixed us, [(reads us, arithmetic us)]) of a step with rows (first position, tokens, end of replay or 0) and
+        so many saved and restored states. Its time is the fixed part and the larger of each pair."""
+
+@final
+class Replay:
+    """A trace against the real core in virtual time, in progress."""
+
+    def __new__(
+        cls,
+        trace: Trace,
+        layout: LayoutSpec,
+        *,
+        pages: int,
+        slabs: int,
+        max_step_tokens: int,
+        max_len: int,
+        max_waiting: int,
+        snapshots: str,
+        eviction: str,
+        snapshot_budget: float | None = None,
+        model: StepModel | None = None,
+        step_us: float | None = None,
+        tenants: Sequence[tuple[int, float, int | None]] = (),
+    ) -> Replay:
+        """Settings as in `Core`. Without `model` requests run one at a time, in order, and no time passes. `tenants`:
+        (number, weight, quota of cached pages). Raises ConfigError."""
+
+    def run(self, steps: int) -> tuple[int, int, float, int]:
+        """Up to `steps` further steps: (requests over, requests in all, virtual seconds, steps). It is over when the
+        first two are equal."""
+
+    def report(self) -> str:
+        """What came of it so far, a JSON object; its fields are in `rust/sim/src/replay/report.rs`."""
+
+    def check(self) -> None:
+        """The core's own check. Raises CorruptState."""

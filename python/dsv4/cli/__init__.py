@@ -5,6 +5,8 @@ dsv4 serve [MODEL]       the HTTP server; without MODEL the small model that shi
 dsv4 generate PROMPT     one answer on standard output
 dsv4 chat [MODEL]        talk in the terminal
 dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
+dsv4 simulate TRACE      a request trace against the real core in virtual time
+dsv4 trace agents        makes a trace of agent sessions
 dsv4 doctor              what this machine has, what will be used, what is missing
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import dsv4
-from dsv4.cli import chat, doctor, generate, plan, serve
+from dsv4.cli import chat, doctor, generate, plan, serve, simulate, trace
 from dsv4.config import nearest
 
 INTERRUPTED = 130
@@ -48,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dsv4", description="A serving engine for DeepSeek-V4 at million-token context.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (serve, generate, chat, plan, doctor):
+    for module in (serve, generate, chat, plan, simulate, trace, doctor):
         module.add(commands)
     for command in commands.choices.values():
         command.set_defaults(parser=command)

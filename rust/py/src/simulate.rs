@@ -5,7 +5,6 @@ use std::io::BufReader;
 use std::sync::{Arc, Mutex};
 
 use dsv4_core::Options;
-use dsv4_core::cache::Eviction;
 use dsv4_core::core::Tenant;
 use dsv4_sim::replay::best::Blocks;
 use dsv4_sim::replay::clock::{Row, StepModel};
@@ -41,13 +40,14 @@ impl PyTrace {
 #[pymethods]
 impl PyTrace {
     #[staticmethod]
-    #[pyo3(signature = (paths, *, hash_block = 512, limit = None, speed = 1.0))]
+    #[pyo3(signature = (paths, *, hash_block = 512, limit = None, speed = 1.0, rate = None))]
     fn read(
         py: Python<'_>,
         paths: Vec<String>,
         hash_block: u32,
         limit: Option<usize>,
         speed: f64,
+        rate: Option<f64>,
     ) -> PyResult<Self> {
         let trace = enter(py, || -> Result<Trace, Failure> {
             let mut trace = Trace::new(hash_block)?;
@@ -56,10 +56,19 @@ impl PyTrace {
                 trace.read(path, BufReader::new(File::open(path).map_err(what)?))?;
             }
             limit.into_iter().for_each(|n| trace.truncate(n));
-            if !(speed.is_finite() && speed > 0.0) {
-                return Err(Failure::Invalid(format!("speed is {speed}; it must be a number above 0")));
+            let now = trace.requests().len() as f64 / trace.seconds();
+            for (name, value, factor) in
+                [("speed", Some(speed), speed), ("rate", rate, rate.unwrap_or(now) / now)]
+            {
+                let Some(value) = value else { continue };
+                if !(factor.is_finite() && factor > 0.0) {
+                    let what = format!(
+                        "{name} is {value}; it must be above 0, and all requests may not come at once"
+                    );
+                    return Err(Failure::Invalid(what));
+                }
+                trace.speed_up(factor);
             }
-            trace.speed_up(speed);
             Ok(trace)
         })?;
         Ok(PyTrace { trace: Arc::new(trace), blocks: Mutex::new(None) })
@@ -86,8 +95,7 @@ impl PyTrace {
 
     #[getter]
     fn seconds(&self) -> f64 {
-        let at = |r: Option<&dsv4_sim::replay::trace::Arrival>| r.map_or(0.0, |r| r.at_us / 1e6);
-        at(self.trace.requests().last()) - at(self.trace.requests().first())
+        self.trace.seconds()
     }
 
     #[getter]
@@ -132,7 +140,9 @@ pub struct PyReplay {
 impl PyReplay {
     #[new]
     #[pyo3(signature = (trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction,
-                        model = None, step_us = None, tenants = Vec::new()))]
+                        snapshot_budget = None, model = None, step_us = None, tenants = Vec::new()),
+           text_signature = "(trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction, \
+                             snapshot_budget=None, model=None, step_us=None, tenants=())")]
     #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
     fn new(
         py: Python<'_>,
@@ -145,6 +155,7 @@ impl PyReplay {
         max_waiting: usize,
         snapshots: &str,
         eviction: &str,
+        snapshot_budget: Option<f64>,
         model: Option<&PyStepModel>,
         step_us: Option<f64>,
         tenants: Vec<(u32, f64, Option<u32>)>,
@@ -159,7 +170,7 @@ impl PyReplay {
                 max_len,
                 max_waiting,
                 snapshots: snapshots.parse()?,
-                eviction: Eviction::parse(eviction)?,
+                eviction: eviction.parse()?,
                 step_us,
                 tenants: tenants
                     .into_iter()
@@ -167,6 +178,7 @@ impl PyReplay {
                     .collect(),
                 ..Options::default()
             };
+            snapshot_budget.into_iter().for_each(|share| options.snapshot_budget = share);
             if let Some(model) = &model {
                 options.cost = model.cost(max_step_tokens);
             }

@@ -197,11 +197,8 @@ mod tests {
     fn known_outputs_can_be_hit_and_others_cannot() {
         let text = |output: &str| {
             format!(
-                "{}\n{}\n",
-                format!(
-                    r#"{{"timestamp": 0, "input_length": 3, "output_length": 2, "hash_ids": [1, 2]{output}}}"#
-                ),
-                r#"{"timestamp": 1, "input_length": 7, "output_length": 1, "hash_ids": [1, 2, 3, 4]}"#
+                r#"{{"timestamp": 0, "input_length": 3, "output_length": 2, "hash_ids": [1, 2]{output}}}
+                   {{"timestamp": 1, "input_length": 7, "output_length": 1, "hash_ids": [1, 2, 3, 4]}}"#
             )
         };
         for (output, hits) in [("", 1), (r#", "output_hash_ids": [2, 3]"#, 2)] {

@@ -1,11 +1,13 @@
 //! The run: requests arrive, the core plans, time passes, the core commits.
 //!
-//! - A request arrives at its time, but not before the request before it in its session has ended; its times count from
-//!   then. While as many wait as `max_waiting` says, further ones wait outside.
+//! - A request arrives at its time, but not before the request before it in its session has ended; with a `delay` it
+//!   arrives that long after that end, whatever its time says. Its times count from its arrival.
+//! - While as many wait as `max_waiting` says, further ones wait outside.
 //! - **Sequential** runs take one request at a time, in order, and no time passes; outputs of which the trace says nothing
 //!   are left out.
 
-use std::collections::{HashMap, VecDeque};
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::sync::Arc;
 
 use dsv4_core::error::{CoreError, Malformed};
@@ -76,12 +78,12 @@ pub struct Replay {
     arrays: Arrays,
     samples: Vec<u32>,
     now_us: f64,
-    /// The next request of the trace.
-    next: usize,
+    /// Requests whose arrival is known: time (the bits of a number that is not negative keep its order) and index.
+    due: BinaryHeap<Reverse<(u64, u32)>>,
+    /// The next request of the same session.
+    followers: HashMap<u32, u32>,
     /// Arrived and not submitted, with the time at which they came.
     outside: VecDeque<(u32, f64)>,
-    /// Sessions with a live request, and who waits for its end.
-    sessions: HashMap<u64, VecDeque<u32>>,
     live: HashMap<u64, Live>,
     waiting: usize,
     /// Admissions in order, with whether each is its request's first.
@@ -92,6 +94,21 @@ pub struct Replay {
     hash: u64,
     next_moment: f64,
     moment_every: f64,
+}
+
+type Arrivals = (BinaryHeap<Reverse<(u64, u32)>>, HashMap<u32, u32>);
+
+/// Who comes at a known time, and who follows whom.
+fn arrivals(trace: &Trace, sequential: bool) -> Arrivals {
+    let (mut due, mut followers, mut last) = (BinaryHeap::new(), HashMap::new(), HashMap::new());
+    for (index, r) in (0u32..).zip(trace.requests()) {
+        let before = r.session.filter(|_| !sequential).and_then(|session| last.insert(session, index));
+        match before {
+            Some(before) => drop(followers.insert(before, index)),
+            None => due.push(Reverse((r.at_us.to_bits(), index))),
+        }
+    }
+    (due, followers)
 }
 
 impl Replay {
@@ -107,8 +124,8 @@ impl Replay {
             block_tokens: layout.block_tokens.into(),
             snapshot_pages: layout.snapshot_pages().into(),
         };
-        let span = trace.requests().last().map_or(0.0, |r| r.at_us)
-            - trace.requests().first().map_or(0.0, |r| r.at_us);
+        let (due, followers) = arrivals(&trace, settings.model.is_none());
+        let span = trace.seconds() * 1e6;
         let moments = Timeline::MOST as f64 / 2.0;
         let moment_every = if settings.model.is_some() {
             (span / moments).max(1.0)
@@ -119,9 +136,9 @@ impl Replay {
             arrays: Arrays::new(&shape),
             samples: Vec::with_capacity(shape.rows),
             now_us: trace.requests().first().map_or(0.0, |r| r.at_us),
-            next: 0,
+            due,
+            followers,
             outside: VecDeque::new(),
-            sessions: HashMap::new(),
             live: HashMap::new(),
             waiting: 0,
             order: Vec::with_capacity(trace.requests().len()),
@@ -176,13 +193,13 @@ impl Replay {
             self.core.commit(Step(header.step), &self.samples)?;
             self.report.steps += 1;
             self.hear();
-        } else if self.next < self.trace.requests().len() {
-            assert!(!self.core.has_work(), "the core has work and plans nothing");
-            self.now_us = self.now_us.max(self.trace.requests()[self.next].at_us);
         } else {
             assert!(!self.core.has_work(), "the core has work and plans nothing");
             self.hear();
-            return Ok(!self.outside.is_empty());
+            match self.due.peek() {
+                Some(&Reverse((at, _))) => self.now_us = self.now_us.max(f64::from_bits(at)),
+                None => return Ok(!self.outside.is_empty()),
+            }
         }
         self.sample_moment();
         Ok(true)
@@ -191,35 +208,23 @@ impl Replay {
     /// Lets requests arrive whose time has come: in a sequential run the next one when nothing runs.
     fn arrive(&mut self) {
         let sequential = self.settings.model.is_none();
-        while let Some(r) = self.trace.requests().get(self.next) {
-            let due = if sequential {
+        while let Some(&Reverse((at, index))) = self.due.peek() {
+            let at_us = f64::from_bits(at);
+            let comes = if sequential {
                 self.live.is_empty() && self.outside.is_empty()
             } else {
-                r.at_us <= self.now_us
+                at_us <= self.now_us
             };
-            if !due {
+            if !comes {
                 break;
             }
             if sequential {
-                self.now_us = r.at_us;
+                self.now_us = at_us;
             }
-            let (index, at_us) = (self.next as u32, r.at_us);
-            self.next += 1;
-            match r.session {
-                Some(session) if self.sessions.contains_key(&session) => {
-                    self.sessions.get_mut(&session).expect("it was seen").push_back(index);
-                }
-                session => {
-                    session.into_iter().for_each(|s| drop(self.sessions.insert(s, VecDeque::new())));
-                    self.come(index, at_us);
-                }
-            }
+            self.due.pop();
+            self.accounts[self.trace.requests()[index as usize].tenant as usize].live += 1;
+            self.outside.push_back((index, at_us));
         }
-    }
-
-    fn come(&mut self, index: u32, at_us: f64) {
-        self.accounts[self.trace.requests()[index as usize].tenant as usize].live += 1;
-        self.outside.push_back((index, at_us));
     }
 
     fn submit_outside(&mut self) -> Result<(), CoreError> {
@@ -253,17 +258,14 @@ impl Replay {
         Ok(())
     }
 
-    /// The request is over: the next one of its session comes.
+    /// The request is over: the next one of its session may come.
     fn end(&mut self, index: u32) {
-        let (tenant, session) = {
-            let r = &self.trace.requests()[index as usize];
-            (r.tenant, r.session)
-        };
-        self.accounts[tenant as usize].live -= 1;
-        let Some(session) = session else { return };
-        match self.sessions.get_mut(&session).and_then(VecDeque::pop_front) {
-            Some(next) => self.come(next, self.now_us),
-            None => drop(self.sessions.remove(&session)),
+        let requests = self.trace.requests();
+        self.accounts[requests[index as usize].tenant as usize].live -= 1;
+        if let Some(next) = self.followers.remove(&index) {
+            let r = &requests[next as usize];
+            let at_us = r.delay_us.map_or(self.now_us.max(r.at_us), |delay| self.now_us + delay);
+            self.due.push(Reverse((at_us.to_bits(), next)));
         }
     }
 

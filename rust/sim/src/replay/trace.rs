@@ -6,6 +6,7 @@
 //! | `input_length`, `output_length` | tokens |
 //! | `hash_ids` | one per block of the prompt; in one file equal ids are blocks of equal tokens |
 //! | `session`, `tenant`, `priority` | optional; text or number, text or number, whole number |
+//! | `delay` | optional: ms between the end of the request before it in its session and its arrival |
 //! | `output_hash_ids` | optional: the same for the blocks that the output touches, the one it begins in first. Without it an output equals nothing else |
 //!
 //! Other fields are skipped, and their names kept for the caller to tell.
@@ -82,6 +83,8 @@ pub struct Arrival {
     pub session: Option<u64>,
     /// Index into [`Trace::tenants`].
     pub tenant: u32,
+    /// It comes so long after the request before it in its session has ended, in us.
+    pub delay_us: Option<f64>,
     /// Higher goes first.
     pub priority: i32,
     ids: Range<usize>,
@@ -136,6 +139,12 @@ impl Trace {
     /// Requests in order of arrival; those of equal time in the order in which they were read.
     pub fn requests(&self) -> &[Arrival] {
         &self.requests
+    }
+
+    /// From the first arrival to the last, in s.
+    pub fn seconds(&self) -> f64 {
+        let at = |r: Option<&Arrival>| r.map_or(0.0, |r| r.at_us / 1e6);
+        at(self.requests.last()) - at(self.requests.first())
     }
 
     /// Names of tenants; number 0 is `default`, whose requests name none.
@@ -257,7 +266,8 @@ impl Parser<'_> {
                 "it must be a JSON object with timestamp, input_length, output_length, hash_ids".to_owned(),
             ));
         };
-        let at_us = self.timestamp(&fields)?;
+        let at_us = self.time(&fields, "timestamp")?.ok_or_else(|| self.missing("timestamp"))?;
+        let delay_us = self.time(&fields, "delay")?;
         let input = self.whole(&fields, "input_length", 1)?;
         let output = self.whole(&fields, "output_length", 0)?;
         let block = self.trace.block;
@@ -287,6 +297,7 @@ impl Parser<'_> {
             "session",
             "tenant",
             "priority",
+            "delay",
         ];
         let skipped = &mut self.trace.skipped;
         for name in fields.keys().filter(|k| !known.contains(&k.as_str())) {
@@ -302,6 +313,7 @@ impl Parser<'_> {
             session,
             tenant,
             priority,
+            delay_us,
             ids,
             output_ids,
             serial,
@@ -309,13 +321,13 @@ impl Parser<'_> {
         Ok(())
     }
 
-    fn timestamp(&self, fields: &Map<String, Value>) -> Result<f64, TraceError> {
-        let value = fields.get("timestamp").ok_or_else(|| self.missing("timestamp"))?;
+    /// A time in us; `None` without the field.
+    fn time(&self, fields: &Map<String, Value>, name: &str) -> Result<Option<f64>, TraceError> {
+        let Some(value) = fields.get(name).filter(|v| !v.is_null()) else { return Ok(None) };
         match value.as_f64().filter(|ms| (0.0..=MAX_MS).contains(ms)) {
-            Some(ms) => Ok(ms * 1000.0),
-            None => {
-                Err(self.bad("timestamp", Some(value), format!("it must be a time in ms of 0 to {MAX_MS:e}")))
-            }
+            // Without the sign of -0.0, whose bits are above all others.
+            Some(ms) => Ok(Some(ms.abs() * 1000.0)),
+            None => Err(self.bad(name, Some(value), format!("it must be a time in ms of 0 to {MAX_MS:e}"))),
         }
     }
 

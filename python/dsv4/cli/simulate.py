@@ -1,0 +1,325 @@
+"""`dsv4 simulate`: a request trace against the real core in virtual time."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dsv4.cli.common import LINE_EVERY, note
+from dsv4.config import EngineConfig
+from dsv4.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dsv4._core import Trace
+    from dsv4.simulate.compare import Engine
+
+INDEX_FORMATS = ("mxfp4", "fp8")
+
+
+def add(commands: Any) -> None:
+    defaults = EngineConfig.__dataclass_fields__
+    snapshots, eviction = defaults["snapshot_policy"].default, defaults["eviction"].default
+    parser = commands.add_parser(
+        "simulate",
+        help="a request trace against the real core in virtual time",
+        description="Replays request traces against the real scheduler and cache, with a step-time model of the GPU.",
+    )
+    parser.add_argument(
+        "traces",
+        nargs="+",
+        metavar="TRACE",
+        help="JSON lines with timestamp (ms), input_length, output_length, hash_ids; session, tenant, priority",
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--model", default="v4-flash", help="v4-flash, v4-pro, or a directory with config.json [v4-flash]"
+    )
+    engine.add_argument("--gpu", default="b200", help="b200, h200, h100, … [b200]")
+    engine.add_argument(
+        "--tp", "--num", dest="tp", type=int, metavar="N", help="GPUs of the engine [fewest that hold it]"
+    )
+    engine.add_argument(
+        "--policy",
+        default=f"{snapshots}/{eviction}",
+        metavar="NAME[,NAME…]",
+        help=f"snapshot policies, each alone or with an eviction order as NAME/EVICTION [{snapshots}/{eviction}]",
+    )
+    engine.add_argument(
+        "--pool-gib", type=float, metavar="X", help="page pool of each GPU [what --memory-fraction leaves]"
+    )
+    engine.add_argument(
+        "--memory-fraction", type=float, default=0.9, metavar="F", help="share of memory to use [0.9]"
+    )
+    engine.add_argument(
+        "--snapshot-budget", type=float, metavar="F", help="largest share of the pool for snapshots (auto)"
+    )
+    engine.add_argument(
+        "--max-num-seqs", type=int, default=64, metavar="N", help="requests that run at a time [64]"
+    )
+    engine.add_argument(
+        "--max-num-batched-tokens", type=int, default=4096, metavar="N", help="tokens of a step [4096]"
+    )
+    engine.add_argument(
+        "--max-num-waiting",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="requests that queue in the core [1024]",
+    )
+    engine.add_argument("--block-size", type=int, default=256, metavar="N", help="tokens of a page [256]")
+    engine.add_argument(
+        "--index-cache-dtype", default="mxfp4", choices=INDEX_FORMATS, help="format of index rows [mxfp4]"
+    )
+    engine.add_argument(
+        "--step-ms",
+        type=float,
+        metavar="MS",
+        help="time budget of a step [none: only its tokens are bounded]",
+    )
+    engine.add_argument(
+        "--tenant", action="append", default=[], metavar="NAME=WEIGHT", help="a tenant's share [1]"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--rate", metavar="R", help="requests per second, or such as 2x: so many times the trace's [1x]"
+    )
+    load.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
+    load.add_argument("--hash-block", type=int, default=512, metavar="N", help="tokens of a hash id [512]")
+    load.add_argument(
+        "--sequential", action="store_true", help="one request at a time, no timing: the cache alone"
+    )
+    load.add_argument(
+        "--step-model",
+        metavar="X",
+        help="a JSONL file of measured steps to fit, or name=number,… to override (names: docs/simulate.md)",
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print JSON with timelines instead of a table")
+    out.add_argument(
+        "--plot", metavar="FILE.png", help="memory and hit rate over time (pip install 'dsv4[plot]')"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Simulates every policy. Raises ConfigError for bad traces and settings."""
+    from dsv4.simulate import plot
+    from dsv4.simulate.compare import Policy, compare
+
+    eviction = EngineConfig.__dataclass_fields__["eviction"].default
+    policies = [Policy.parse(text, eviction) for text in arguments.policy.split(",")]
+    if arguments.plot:
+        plot.check()
+    engine, said = _engine(arguments)
+    trace = _trace(arguments)
+    for line in (*said, _about(trace)):
+        note(line)
+    began = time.monotonic()
+    with _Progress() as progress:
+        reports = compare(trace, engine, policies, progress)
+    note(f"{len(reports)} policies in {time.monotonic() - began:.1f} s")
+    title = (
+        f"{engine.config.name} on {engine.tp} x {engine.gpu.name}, pool {engine.pool_bytes / 2**30:.1f} GiB"
+    )
+    if arguments.json:
+        print(json.dumps(_as_json(arguments, trace, engine, reports)))
+    else:
+        _print_table(reports, title, arguments.sequential)
+    if arguments.plot:
+        plot.plot(reports, arguments.plot, title=title, sequential=arguments.sequential)
+        note(f"picture in {arguments.plot}")
+    return 0
+
+
+def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
+    """The engine, and lines that tell what was chosen."""
+    from dsv4.gpus import gpu
+    from dsv4.model.config import ModelConfig
+    from dsv4.plan import parallel
+    from dsv4.plan.workspace import Limits
+    from dsv4.simulate.compare import Engine, pool_bytes, smallest_tp
+
+    for flag in ("tp", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "limit"):
+        value = getattr(a, flag)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; the smallest valid value is 1")
+    if not 0 < a.memory_fraction <= 1:
+        raise ConfigError(
+            f"--memory-fraction is {a.memory_fraction:g}; it takes a number above 0 and up to 1"
+        )
+    config, card = ModelConfig.find(a.model), gpu(a.gpu)
+    layout = config.layout("fp8_ds_mla", a.index_cache_dtype, block_tokens=a.block_size)
+    tp = a.tp or smallest_tp(config, card)
+    parallel.check(config, tp, 1, tp)
+    if a.pool_gib is None:
+        limits = Limits(a.max_num_batched_tokens, a.max_num_seqs, config.max_position)
+        size = pool_bytes(config, layout, card, tp, limits, a.memory_fraction)
+    elif 0 < a.pool_gib < 1e6:
+        size = round(a.pool_gib * 2**30)
+    else:
+        raise ConfigError(f"--pool-gib is {a.pool_gib:g}; it takes a number above 0")
+    pages = layout.pages_for(size)
+    if pages < 1:
+        raise ConfigError(f"--pool-gib is {a.pool_gib:g}; one page is {layout.page_bytes} bytes")
+    coefficients, about = (
+        (None, "no time passes") if a.sequential else _step_model(a, config, layout, card, tp)
+    )
+    said = [
+        f"engine     {config.name} on {tp} x {card.name}; pool {pages * layout.page_bytes / 2**30:.2f} GiB: {pages:,} pages "
+        f"of {layout.block_tokens} tokens, {pages * layout.block_tokens / 1e6:.2f}M tokens",
+        f"step model {about}",
+    ]
+    step_us = None if a.step_ms is None else a.step_ms * 1000
+    engine = Engine(
+        config, layout, card, tp, pages, a.max_num_seqs, a.max_num_batched_tokens, a.max_num_waiting,
+        step_us, a.snapshot_budget, _weights(a.tenant), coefficients,
+    )  # fmt: skip
+    return engine, said
+
+
+def _step_model(
+    a: argparse.Namespace, config: Any, layout: Any, card: Any, tp: int
+) -> tuple[dict[str, float], str]:
+    """Coefficients by roofline, overridden or fitted, and how they came about."""
+    from dsv4.simulate.calibrate import calibrate, read_steps
+    from dsv4.simulate.device import Shares, parse_overrides, step_coefficients
+
+    text = a.step_model or ""
+    if text and "=" not in text:
+        fit = calibrate(step_coefficients(config, layout, card, tp), read_steps(text))
+        return fit.coefficients, str(fit)
+    shares, direct = parse_overrides(text)
+    coefficients = step_coefficients(config, layout, card, tp, shares) | direct
+    changed = [
+        f"{f.name} {getattr(shares, f.name):g}"
+        for f in dataclasses.fields(Shares)
+        if getattr(shares, f.name) != f.default
+    ]
+    changed += [f"{name} {value:g}" for name, value in direct.items()]
+    how = f"roofline with {', '.join(changed)}" if changed else "roofline with assumed shares, not measured"
+    return coefficients, f"{how}; overhead {coefficients['overhead_us'] / 1000:.2f} ms a step"
+
+
+def _weights(items: list[str]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for item in items:
+        name, _, value = item.rpartition("=")
+        try:
+            out[name] = float(value)
+        except ValueError:
+            out[name] = 0.0
+        if not name or not 0 < out[name] < 1e6:
+            raise ConfigError(
+                f"--tenant is {item!r}; write NAME=WEIGHT with a weight above 0, such as batch=0.5"
+            )
+    return out
+
+
+def _trace(a: argparse.Namespace) -> Trace:
+    from dsv4._core import Trace
+
+    text = a.rate or "1x"
+    try:
+        number = float(text.removesuffix("x"))
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e9:
+        raise ConfigError(
+            f"--rate is {a.rate!r}; write requests per second such as 4.5, or a factor such as 2x"
+        )
+    load = {"speed": number} if text.endswith("x") else {"rate": number}
+    return Trace.read(a.traces, hash_block=a.hash_block, limit=a.limit, **load)
+
+
+def _about(trace: Trace) -> str:
+    rate = f", {len(trace) / trace.seconds:.2f} a second" if trace.seconds else ""
+    skipped = f"; fields not read: {', '.join(trace.skipped)}" if trace.skipped else ""
+    return (
+        f"trace      {len(trace):,} requests over {trace.seconds:,.0f} s{rate}; {trace.prompt_tokens / 1e6:,.1f}M prompt and "
+        f"{trace.output_tokens / 1e6:,.2f}M output tokens{skipped}"
+    )
+
+
+def _print_table(reports: dict[str, dict[str, Any]], title: str, sequential: bool) -> None:
+    from rich.console import Console
+
+    from dsv4.simulate.table import table, tenants
+
+    # Where it is not read on a terminal nothing is cut to its width.
+    console = Console(width=None if sys.stdout.isatty() else 60 + 40 * len(reports))
+    print(title + "\n")
+    console.print(table(reports, sequential=sequential))
+    parts = tenants(reports)
+    if parts is not None:
+        console.print(parts)
+    for name, r in reports.items():
+        if r["refused"]:
+            print(f"{name}: {r['refused']} requests were refused; the first: {r['first_refusal']}")
+
+
+def _as_json(
+    a: argparse.Namespace, trace: Trace, e: Engine, reports: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "traces": a.traces,
+        "requests": len(trace),
+        "engine": {
+            "model": e.config.name,
+            "gpu": e.gpu.name,
+            "tp": e.tp,
+            "pages": e.pages,
+            "pool_bytes": e.pool_bytes,
+            "block_tokens": e.layout.block_tokens,
+            "max_num_seqs": e.max_num_seqs,
+            "max_num_batched_tokens": e.max_step_tokens,
+            "max_len": e.max_len,
+        },
+        "step_model": None if e.coefficients is None else dict(e.coefficients),
+        "policies": reports,
+    }
+
+
+class _Progress:
+    """A bar per policy on a terminal, else a line every few seconds. Standard error only."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._next = time.monotonic() + LINE_EVERY
+
+    def __enter__(self) -> _Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True))
+            self._bar.start()
+        return self
+
+    def __call__(self, policy: str, done: int, total: int, seconds: float) -> None:
+        if self._bar is not None:
+            if policy not in self._tasks:
+                self._tasks[policy] = self._bar.add_task(policy, total=total)
+            self._bar.update(
+                self._tasks[policy], completed=done, description=f"{policy}  {seconds:,.0f} s virtual"
+            )
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + LINE_EVERY
+            note(f"{policy}: {done:,} of {total:,} requests, {seconds:,.0f} s virtual")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()

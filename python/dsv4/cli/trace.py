@@ -1,0 +1,69 @@
+"""`dsv4 trace`: makes request traces for `dsv4 simulate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from dsv4.cli.common import note
+from dsv4.errors import ConfigError
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "trace",
+        help="makes request traces for dsv4 simulate",
+        description="Writes a request trace, JSON lines, made from stated distributions.",
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    agents = kinds.add_parser(
+        "agents",
+        help="agent sessions: tool loops, sub-agents, human pauses, contexts that grow to 1M tokens",
+        description="Agent sessions. Distributions: the fields of dsv4.simulate.agents.Agents.",
+    )
+    agents.add_argument("-o", "--out", metavar="FILE", help="file to write [standard output]")
+    agents.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same trace [0]"
+    )
+    agents.add_argument("--sessions", type=int, default=60, metavar="N", help="sessions [60]")
+    agents.add_argument("--hours", type=float, default=1.0, metavar="H", help="in which sessions begin [1]")
+    agents.add_argument("--teams", type=int, default=4, metavar="N", help="tenants [4]")
+    agents.add_argument(
+        "--projects", type=int, default=16, metavar="N", help="projects, each with shared instructions [16]"
+    )
+    agents.add_argument(
+        "--long",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="share of sessions with a window of 1M tokens [0.25]",
+    )
+    agents.set_defaults(run=run, parser=agents)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the trace; what it is like goes to standard error. Raises ConfigError."""
+    from dsv4.simulate.agents import Agents, describe, generate, write
+
+    a = arguments
+    for name in ("sessions", "teams", "projects"):
+        if getattr(a, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(a, name)}; the smallest valid value is 1")
+    if not 0 < a.hours <= 10_000:
+        raise ConfigError(f"--hours is {a.hours:g}; it takes a number above 0 and up to 10000")
+    if not 0 <= a.long <= 1:
+        raise ConfigError(f"--long is {a.long:g}; it takes a share from 0 to 1")
+    spec = Agents(sessions=a.sessions, hours=a.hours, teams=a.teams, projects=a.projects, long_window=a.long)
+    records = generate(spec, a.seed)
+    if a.out is None:
+        write(records, sys.stdout)
+    else:
+        try:
+            with open(a.out, "w", encoding="utf-8") as file:
+                write(records, file)
+        except OSError as e:
+            raise ConfigError(f"--out {a.out}: {e.strerror}") from None
+    for line in describe(records):
+        note(line)
+    return 0

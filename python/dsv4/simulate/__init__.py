@@ -1,0 +1,13 @@
+"""Request traces against the real core in virtual time: `dsv4 simulate`, and `dsv4 trace` to make traces.
+
+| file | responsibility |
+| --- | --- |
+| `device.py` | how long a step takes: a model on some GPUs as the coefficients of the core's step model |
+| `calibrate.py` | two shares and an overhead from measured steps |
+| `compare.py` | runs one trace under several policies |
+| `table.py` | the comparison as a table |
+| `plot.py` | memory and hit rate over time as a picture (needs the extra `plot`) |
+| `agents.py` | traces of agent sessions from stated distributions |
+
+The replay itself is Rust (`rust/sim/src/replay`). Nothing here imports torch.
+"""

@@ -1,0 +1,252 @@
+"""The replay against plain counts: what is hit, what is run, and when tokens come."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dsv4._core import ConfigError, LayoutSpec, Replay, StepModel, Trace
+
+BLOCK = 4
+EXCERPT = Path(__file__).parent.parent / "data" / "traces" / "mooncake_200.jsonl"
+MODEL = {
+    "overhead_us": 100.0,
+    "collective_us": 10.0,
+    "collective_token_us": 0.5,
+    "copy_us": 3.0,
+    "dense_read_us": 50.0,
+    "expert_read_us": 400.0,
+    "experts": 8,
+    "experts_per_token": 2,
+    "token_us": 9.0,
+    "row_read_us": 2.0,
+    "context_read_us": 0.01,
+    "entry_read_us": 0.1,
+    "query_us": 0.2,
+    "context_us": 0.001,
+    "entry_us": 0.004,
+    "ratio": 2,
+    "topk": 8,
+    "replay_tokens": 15,
+}
+
+
+def layout(block: int = BLOCK, ratios: tuple[int, ...] = (0, 2, 4)) -> LayoutSpec:
+    return LayoutSpec.v4(
+        compress_ratios=ratios,
+        csa_ratio=2,
+        hca_ratio=4,
+        head_dim=2,
+        index_head_dim=2,
+        window=6,
+        row_bytes=64,
+        row_format="toy",
+        index_row_bytes=256,
+        index_format="toy",
+        block_tokens=block,
+    )
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> Trace:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return Trace.read([str(path)], hash_block=8)
+
+
+def request(at: float, ids: list[int], length: int, output: int = 1, **more: Any) -> dict[str, Any]:
+    return {"timestamp": at, "input_length": length, "output_length": output, "hash_ids": ids, **more}
+
+
+def random_records(seed: int, n: int) -> list[dict[str, Any]]:
+    """Prompts of one to five ids of 8 tokens, over few ids, so that they share prefixes and leave them anywhere."""
+    rng, records = random.Random(seed), []
+    for i in range(n):
+        ids = [10 * depth + rng.randrange(2) for depth in range(rng.randint(1, 5))]
+        length = 8 * len(ids) - rng.randrange(8)
+        records.append(request(5 * i, ids, length, rng.randint(1, 6), tenant=f"t{rng.randrange(2)}"))
+    return records
+
+
+def replay(
+    trace: Trace, *, pages: int = 4000, policy: str = "none/lru", timed: bool = False, **more: Any
+) -> dict[str, Any]:
+    snapshots, eviction = policy.split("/")
+    settings: dict[str, Any] = {
+        "slabs": 4,
+        "max_step_tokens": 16 if timed else 1 << 16,
+        "max_len": 1 << 20,
+        "max_waiting": 100,
+    }
+    model = StepModel.from_json(json.dumps(MODEL)) if timed else None
+    spec = more.pop("layout", None) or layout()
+    run = Replay(
+        trace, spec, pages=pages, snapshots=snapshots, eviction=eviction, model=model, **settings | more
+    )  # fmt: skip
+    while (progress := run.run(50))[0] < progress[1]:
+        run.check()
+    run.check()
+    return json.loads(run.report())
+
+
+def tokens_of(record: dict[str, Any], hash_block: int) -> list[int]:
+    tokens = [t for i in record["hash_ids"] for t in range(i * hash_block, (i + 1) * hash_block)]
+    return tokens[: record["input_length"]]
+
+
+def naive_lru(records: list[dict[str, Any]], pages: int, block: int, hash_block: int) -> dict[str, int]:
+    """Block-wise LRU, the tail of a path first: match, evict, insert, free, one request at a time."""
+    cache: OrderedDict[int, None] = OrderedDict()
+    matched = whole = prompt = unlimited = 0
+    ever: set[int] = set()
+    for r in records:
+        tokens = tokens_of(r, hash_block)
+        chain, blocks = 0, []
+        for i in range(0, len(tokens) // block * block, block):
+            chain = hash((chain, *tokens[i : i + block]))
+            blocks.append(chain)
+        usable = blocks[: (len(tokens) - 1) // block]
+        hit = next((i for i, b in enumerate(usable) if b not in cache), len(usable))
+        matched += hit * block
+        unlimited += sum(b in ever for b in usable) * block
+        ever.update(blocks)
+        prompt, whole = prompt + len(tokens), whole + len(blocks) * block
+        for b in blocks[:hit]:
+            cache.move_to_end(b)
+        held = set(blocks[:hit])
+        room = pages - (-(-len(tokens) // block))
+        while len(cache) - len(held) > room:
+            del cache[next(b for b in cache if b not in held)]
+        for b in reversed(blocks):
+            cache[b] = None
+            cache.move_to_end(b)
+    return {"matched": matched, "whole_blocks": whole, "prompt": prompt, "unlimited": unlimited}
+
+
+@pytest.mark.parametrize("pages", [12, 20, 4000])
+def test_a_sequential_run_counts_what_plain_lru_counts(tmp_path: Path, pages: int) -> None:
+    short = False
+    for seed in range(8):
+        records = random_records(seed, 40)
+        report = replay(write(tmp_path / "t", records), pages=pages)
+        expected = naive_lru(records, pages, BLOCK, 8)
+        got = {k: report["tokens"][k] for k in ("matched", "whole_blocks", "prompt")}
+        got["unlimited"] = round(report["hits"]["unlimited"] * expected["prompt"])
+        assert got == expected, seed
+        bound = report["hits"]["best_for_pool"]
+        assert report["hits"]["matched"] <= bound + 1e-12 <= report["hits"]["unlimited"] + 2e-12
+        short |= expected["matched"] < expected["unlimited"]
+    assert short == (pages < 4000)
+
+
+def test_the_excerpt_of_mooncakes_trace_counts_what_plain_lru_counts() -> None:
+    records = [json.loads(line) for line in EXCERPT.read_text().splitlines()]
+    trace = Trace.read([str(EXCERPT)])
+    assert (len(trace), trace.tenants, trace.skipped) == (200, ["default"], [])
+    toy = layout(256)
+    for pages in (1000, 20_000):
+        report = replay(trace, pages=pages, layout=toy)
+        expected = naive_lru(records, pages, 256, 512)
+        assert {k: report["tokens"][k] for k in ("matched", "whole_blocks", "prompt")} == {
+            k: expected[k] for k in ("matched", "whole_blocks", "prompt")
+        }
+        assert report["hits"]["unlimited"] == pytest.approx(expected["unlimited"] / expected["prompt"])
+
+
+@pytest.mark.parametrize("policy", ["none/lru", "every:8/lru", "turns/lru", "forks/fifo", "auto/value"])
+def test_a_timed_run_runs_every_token_once(tmp_path: Path, policy: str) -> None:
+    records = random_records(3, 60)
+    trace = write(tmp_path / "t", records)
+    report = replay(trace, pages=24, policy=policy, timed=True)
+    t = report["tokens"]
+    assert (report["finished"], report["refused"]) == (60, 0)
+    assert t["prompt"] == sum(r["input_length"] for r in records) == trace.prompt_tokens
+    assert t["output"] == sum(r["output_length"] for r in records) == trace.output_tokens
+    assert t["cached"] <= t["resumed"] <= t["matched"]
+    # The last token of an answer is never run.
+    assert (
+        t["run"] == t["prompt"] - t["cached"] + t["output"] - 60 + t["recomputed"]
+        or report["preemptions"] > 0
+    )
+    assert report["hits"]["matched"] <= report["hits"]["best_for_pool"] + 1e-12
+    assert sum(x["served"] for x in report["tenants"]) == t["run"]
+    assert report["ttft_ms"]["count"] == 60 and report["itl_ms"]["count"] == t["output"] - 60
+    line = report["timeline"]
+    pool = 24 * report["pool"]["page_bytes"]
+    assert all(
+        sum(kinds) == pool
+        for kinds in zip(*(line[k] for k in ("history", "snapshot", "live", "free")), strict=True)
+    )
+    if policy.startswith("none"):
+        assert report["snapshots"]["taken"] == 0 and t["replayed"] > 0
+    else:
+        assert report["snapshots"]["taken"] > 0 and report["snapshots"]["used"] > 0
+
+
+def test_the_same_run_has_the_same_events(tmp_path: Path) -> None:
+    records = random_records(5, 50)
+    trace = write(tmp_path / "t", records)
+    one, two = (replay(trace, pages=24, policy="forks/lru", timed=True) for _ in range(2))
+    assert one == two
+    records[7]["output_length"] += 1
+    other = replay(write(tmp_path / "t", records), pages=24, policy="forks/lru", timed=True)
+    assert other["event_hash"] != one["event_hash"]
+
+
+def step_us(*rows: tuple[int, int]) -> float:
+    fixed, pairs = StepModel.from_json(json.dumps(MODEL)).parts([(*r, 0) for r in rows], 0)
+    return fixed + sum(max(p) for p in pairs)
+
+
+def test_times_are_the_step_models(tmp_path: Path) -> None:
+    """A prompt of 40 tokens in steps of 16, then two more tokens, alone."""
+    report = replay(write(tmp_path / "t", [request(1000, [1, 2, 3, 4, 5], 40, 3)]), timed=True)
+    first = step_us((0, 16)) + step_us((16, 16)) + step_us((32, 8))
+    later = [step_us((40, 1)), step_us((41, 1))]
+    assert report["ttft_ms"]["max"] == pytest.approx(first / 1000, rel=1e-6)
+    assert report["itl_ms"]["count"] == 2
+    assert report["itl_ms"]["max"] == pytest.approx(max(later) / 1000, rel=1e-6)
+    assert report["virtual_s"] == pytest.approx((first + sum(later)) / 1e6)
+    assert report["steps"] == 5
+
+
+def test_a_session_waits_for_its_answers(tmp_path: Path) -> None:
+    """Both requests of a session come at 0; the second one is sent when the first has its answer, or a delay later."""
+    ids = [1, 2, 3]
+    two = [request(0, ids, 20, 2, session="a"), request(0, [*ids, 4], 30, 1, session="a")]
+    apart = [{k: v for k, v in r.items() if k != "session"} for r in two]
+    together = replay(write(tmp_path / "t", apart), timed=True, max_step_tokens=64)
+    waiting = replay(write(tmp_path / "t", two), timed=True, max_step_tokens=64)
+    assert together["tokens"]["matched"] == 0 and waiting["tokens"]["matched"] == 20
+    two[1]["delay"] = 50
+    later = replay(write(tmp_path / "t", two), timed=True, max_step_tokens=64)
+    assert later["virtual_s"] == pytest.approx(waiting["virtual_s"] + 0.05)
+    assert later["ttft_ms"] == pytest.approx(waiting["ttft_ms"], rel=1e-4)
+
+
+def test_an_output_is_found_again_where_the_trace_says_so(tmp_path: Path) -> None:
+    first = request(0, [1, 2], 12, 10, session=1)
+    second = request(1, [1, 2, 3, 4], 30, 1, session=1)
+    for more, matched in (({}, 12), ({"output_hash_ids": [2, 3]}, 20)):
+        trace = write(tmp_path / "t", [first | more, second])
+        for timed in (False, True):
+            assert replay(trace, timed=timed)["tokens"]["matched"] == matched
+
+
+def test_what_cannot_fit_is_refused_and_counted(tmp_path: Path) -> None:
+    trace = write(tmp_path / "t", [request(0, [1, 2, 3, 4], 32), request(1, [1], 8)])
+    report = replay(trace, pages=5, timed=True)
+    assert (report["refused"], report["finished"]) == (1, 1)
+    assert "request 0" in report["first_refusal"] and "20 tokens" in report["first_refusal"]
+
+
+def test_arrivals_are_sped_up(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    write(path, [request(0, [1], 8), request(4000, [2], 8)])
+    assert Trace.read([str(path)], hash_block=8, speed=4).seconds == 1
+    assert Trace.read([str(path)], hash_block=8, rate=1).seconds == 2
+    assert len(Trace.read([str(path)], hash_block=8, limit=1)) == 1
+    with pytest.raises(ConfigError, match="at once"):
+        Trace.read([str(path)], hash_block=8, limit=1, rate=1)

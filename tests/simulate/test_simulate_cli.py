@@ -1,0 +1,133 @@
+"""`dsv4 simulate` and `dsv4 trace` as users call them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from dsv4.cli import main
+
+ROOT = Path(__file__).parents[2]
+EXCERPT = "tests/data/traces/mooncake_200.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def at_the_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        code = main(arguments)
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_json_tells_everything_of_every_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "x.png"
+    code, out, err = call(
+        capsys,
+        "simulate",
+        EXCERPT,
+        "--policy",
+        "none,turns/lru",
+        "--pool-gib",
+        "2",
+        "--json",
+        "--plot",
+        str(picture),
+    )
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["engine"]["model"] == "v4-flash" and data["engine"]["pool_bytes"] <= 2 * 2**30
+    assert data["step_model"]["overhead_us"] > 0 and data["requests"] == 200
+    none, turns = data["policies"].values()
+    assert "turns/lru" in data["policies"]
+    for report in (none, turns):
+        assert report["finished"] == 200
+        assert 0 < report["hits"]["cached"] <= report["hits"]["matched"] <= report["hits"]["best_for_pool"]
+        assert 0 < report["ttft_ms"]["p50"] <= report["ttft_ms"]["p99"] and report["itl_ms"]["p50"] > 0
+        assert len({len(series) for series in report["timeline"].values()}) == 1
+    assert none["snapshots"]["taken"] == 0 < turns["snapshots"]["taken"]
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    for words in ("2 x b200", "2.00 GiB", "200 requests", "assumed", "picture in"):
+        assert words in err
+
+
+def test_a_table_has_a_column_for_each_policy(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(
+        capsys, "simulate", EXCERPT, "--policy", "none/lru,forks/lru", "--sequential", "--gpu", "h200"
+    )
+    assert code == 0
+    rows = [
+        [cell.strip() for cell in line.strip("| \n").split("|")] for line in out.splitlines() if "|" in line
+    ]
+    assert rows[0] == ["none/lru", "forks/lru"]
+    by_name = {row[0]: row[1:] for row in rows[2:]}
+    assert re.fullmatch(r"[\d.]+%", by_name["token hit rate"][0])
+    assert "TTFT p50 / p90 / p99, s" not in by_name and len(by_name["bound: unlimited memory"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("simulate", "/nowhere.jsonl"), ["/nowhere.jsonl", "No such file"]),
+        (("simulate", EXCERPT, "--policy", "turn"), ["snapshots", "turn", "turns"]),
+        (("simulate", EXCERPT, "--policy", "turns/mru"), ["eviction", "mru", "lru"]),
+        (("simulate", EXCERPT, "--policy", "turns/"), ["turns/", "NAME/EVICTION"]),
+        (("simulate", EXCERPT, "--gpu", "b100"), ["b100", "b200"]),
+        (("simulate", EXCERPT, "--model", "v4-flush"), ["v4-flush", "v4-flash"]),
+        (("simulate", EXCERPT, "--pool-gib", "-1"), ["--pool-gib", "-1", "above 0"]),
+        (("simulate", EXCERPT, "--rate", "fast"), ["--rate", "fast", "2x"]),
+        (("simulate", EXCERPT, "--gpu", "h100", "--tp", "2"), ["tp is 2", "larger --tp"]),
+        (("simulate", EXCERPT, "--tp", "3"), ["tp is 3", "1, 2, 4, 8"]),
+        (("simulate", EXCERPT, "--tenant", "a"), ["--tenant", "'a'", "NAME=WEIGHT"]),
+        (("simulate", EXCERPT, "--tenant", "a=2"), ["'a'", "default"]),
+        (("simulate", EXCERPT, "--step-model", "overhead=1"), ["overhead", "overhead_us"]),
+        (("simulate", EXCERPT, "--hash-block", "256"), ["line 1", "hash_ids", "79 ids", "157"]),
+        (("trace", "agents", "--sessions", "0"), ["--sessions", "0", "1"]),
+        (("trace", "agents", "--long", "2"), ["--long", "2"]),
+    ],
+)
+def test_a_bad_call_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: list[str]
+) -> None:
+    code, out, err = call(capsys, *arguments)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and out == ""
+    assert all(w in last for w in words) and "Traceback" not in err, err
+
+
+def test_a_generated_trace_is_simulated(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = str(tmp_path / "agents.jsonl")
+    code, _, err = call(
+        capsys, "trace", "agents", "-o", path, "--sessions", "2", "--seed", "3", "--long", "0"
+    )
+    assert code == 0 and "seen before" in err
+    code, out, _ = call(
+        capsys, "simulate", path, "--policy", "turns/lru", "--rate", "2x", "--limit", "60", "--json"
+    )
+    report = json.loads(out)["policies"]["turns/lru"]
+    assert code == 0 and report["finished"] == 60 and report["hits"]["cached"] > 0.8
+
+
+def test_measured_steps_are_fitted_and_the_error_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    steps = tmp_path / "steps.jsonl"
+    rows = [[[9000, 1]], [[0, 4096]], [[9000, 1]] * 32, [[4096, 4096], [9000, 1]]]
+    steps.write_text(
+        "\n".join(
+            json.dumps({"us": us, "rows": r}) for us, r in zip((9e3, 2e5, 2e4, 2.1e5), rows, strict=True)
+        )
+    )
+    code, _, err = call(
+        capsys, "simulate", EXCERPT, "--limit", "5", "--policy", "none/lru", "--step-model", str(steps)
+    )
+    assert code == 0 and re.search(
+        r"fitted to 4 measured steps: overhead [\d,]+ us.*error [\d.]+% median", err
+    )
