@@ -87,26 +87,6 @@ def smallest_tp(config: ModelConfig, gpu: Gpu) -> int:
     )
 
 
-def pool_bytes(self) -> int:
-        return self.pages * self.layout.page_bytes
-
-    @property
-    def max_len(self) -> int:
-        """Longest request: the model's limit, or what the pool holds."""
-        return min(self.config.max_position, self.pages * self.layout.block_tokens)
-
-
-def smallest_tp(config: ModelConfig, gpu: Gpu) -> int:
-    """The least power of two of GPUs on which weights leave room for a pool. Raises ConfigError."""
-    for tp in (1, 2, 4, 8, 16):
-        if _weights(config, tp) <= MOST_WEIGHTS * gpu.memory_bytes:
-            return tp
-    need = _weights(config, 16) / 1e9
-    raise ConfigError(
-        f"gpu is {gpu.name!r}; {config.name} needs {need:,.0f} GB of weights on each of 16 of them"
-    )
-
-
 def pool_bytes(
     config: ModelConfig, layout: LayoutSpec, gpu: Gpu, tp: int, limits: Limits, fraction: float
 ) -> int:
