@@ -1,17 +1,20 @@
 """Sparse MQA attention over 584-byte rows on Hopper, in Gluon: decode and prefill at V4's dims.
 
-One CTA takes a token, up to 64 of its heads and a run of 64-row blocks. Sixteen warps in four roles:
+A CTA takes a token and up to 64 of its heads at a time and walks the 64-row blocks of its keys, then goes on to its next
+token while the roles run ahead of each other. Warps in roles:
 
-  scores    S = Q K^T (wgmma, fp16), online softmax, P to shared memory
-  values    two groups, each 256 of the 512 output columns: acc = acc * alpha + P V
-  producer  looks the rows up, gathers them to registers one block ahead, turns e4m3 into fp16 (one cvt and one mul a
-            pair: the scale is a power of two), stores them swizzled; asks for the rows after those in L2, which costs
-            neither registers nor shared memory
+  scores    looks rows up six blocks ahead (window ids, entries through the page table), S = Q K^T (wgmma, fp16), online
+            softmax, P to shared memory
+  values    two groups, each 256 of the 512 output columns: acc = acc * alpha + P V; they also bring the token's queries
+  rows      PRODUCERS groups gather rows to registers one block ahead, turn e4m3 into fp16 (one cvt and one mul a pair: the
+            scale is a power of two) and store them swizzled; they ask for the rows after those in L2, which costs neither
+            registers nor shared memory
 
 fp16 holds e4m3 x 2^k exactly down to 2^-24 and up to 57344 (larger block scales are clamped; a normed row cannot reach
-that) and rounds P four times finer than bf16. Too few tokens to fill the GPU: the blocks are split over CTAs and merged
-in a fixed order by a second kernel, so the result does not depend on timing. Shared memory: Q 64 KiB, two row buffers of
-64 KiB, P 16 KiB, row places.
+that) and rounds P four times finer than bf16. A key that does not exist is the token's own row with a score of minus
+infinity: no load is masked, and no other row is touched. Too few tokens to fill the GPU: the blocks are split over CTAs
+and merged in a fixed order by a second kernel, so the result does not depend on timing. Shared memory: Q 64 KiB, two row
+buffers of 64 KiB, P 16 KiB, places of 8 blocks.
 
 Other dims and formats go to the Triton kernel.
 """
@@ -32,16 +35,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.gluon.common import barrier
 from dsv4.kernels.triton import attention as portable
-from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.common import cdiv, multiprocessors
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
 LOG2E = gl.constexpr(1.4426950408889634)
 BH, BN, NB = gl.constexpr(64), gl.constexpr(64), gl.constexpr(2)
 """Heads of a CTA, rows of a block, row buffers."""
-PF = gl.constexpr(2)
-"""Blocks ahead that rows are asked for in L2."""
-MOST_BLOCKS = 32
-"""Blocks of a CTA; their row places lie in shared memory."""
+PF = gl.constexpr(4)
+"""Blocks ahead of the scores that rows are asked for in L2: some two ahead of the loads."""
+RING, AHEAD = gl.constexpr(8), gl.constexpr(6)
+"""Blocks whose row places lie in shared memory, and how far ahead they are looked up: at most RING - 2, as the places of
+the block before the last may still be in use."""
+PRODUCERS = gl.constexpr(1)
+"""Warp groups that bring rows."""
 
 
 def sparse_attention(
@@ -73,10 +79,13 @@ def sparse_attention(
     ctas = total * cdiv(heads, 64)
     if splits is None:
         splits = portable.choose_splits(ctas, key_blocks, multiprocessors())
-    splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
+    mode = 0 if entries is None else 1 if selected is None else 2
+    items = ctas * splits
+    # Tokens of one step see different numbers of entries; only with equal ones may a CTA take several.
+    grid = items if mode == 1 or splits > 1 else min(items, multiprocessors())
     partial, lse = portable.scratch(q, splits)
     rows = history or window
-    _main[(ctas * splits,)](
+    _main[(grid,)](
         q,
         window.region,
         window_ids,
@@ -97,14 +106,14 @@ def sparse_attention(
         entries.pages.stride(0) if entries else 0,
         scale * 1.4426950408889634,
         splits,
+        items,
         0 if selected is None else selected.shape[1],
         H=heads,
         W=window_ids.shape[1],
         WIN_ROWS=window.rows,
         HIST_ROWS=rows.rows,
-        MODE=0 if entries is None else 1 if selected is None else 2,
+        MODE=mode,
         SPLIT=splits > 1,
-        NBP=next_pow2(cdiv(key_blocks, splits)),
         num_warps=4,
     )
     if splits > 1:
@@ -113,8 +122,8 @@ def sparse_attention(
 
 
 @gluon.jit
-def _cvt(raw, sc):
-    """int32 words of 4 e4m3 -> words of 2 f16, times a power-of-two f16 scale; [BN, 16] -> [BN, 32]."""
+def _cvt(raw, sc, ROWS: gl.constexpr):
+    """int32 words of 4 e4m3 -> words of 2 f16, times a power-of-two f16 scale; [ROWS, 16] -> [ROWS, 32]."""
     lo, hi = gl.inline_asm_elementwise(
         """{ .reg .b16 lo, hi; .reg .b32 a, b; mov.b32 {lo, hi}, $2;
         cvt.rn.f16x2.e4m3x2 a, lo; cvt.rn.f16x2.e4m3x2 b, hi;
@@ -125,7 +134,7 @@ def _cvt(raw, sc):
         is_pure=True,
         pack=1,
     )
-    return gl.join(lo, hi).reshape([BN, 32])
+    return gl.join(lo, hi).reshape([ROWS, 32])
 
 
 @gluon.jit
@@ -142,36 +151,44 @@ def _cvt_rope(raw):
 
 
 @gluon.jit
-def _scale(sc8, j: gl.constexpr):
+def _scale(sc8, j: gl.constexpr, ROWS: gl.constexpr):
     """Scale j of rows (8 ue8m0 bytes each) as two f16, for 16 words of a row."""
     e = gl.minimum(((sc8 >> (8 * j)) & 255).to(gl.int32), 134) << 23  # the byte is a float's exponent
     w = gl.inline_asm_elementwise(
         "cvt.rn.f16x2.f32 $0, $1, $1;", "=r,r", [e], dtype=gl.int32, is_pure=True, pack=1
     )
-    return w[:, None].broadcast_to([BN, 16])
+    return w[:, None].broadcast_to([ROWS, 16])
 
 
 @gluon.jit
-def _load(c, off, valid, START: gl.constexpr, N: gl.constexpr, LAY: gl.constexpr):
+def _load(c4, off, more, START: gl.constexpr, N: gl.constexpr, LAY: gl.constexpr):
+    """Words START ... of rows, where `more`; anything else else."""
     col = gl.arange(0, N, layout=gl.SliceLayout(0, LAY))
-    return gl.load(c + (off[:, None] + (START + col)[None, :]), mask=valid[:, None], other=0)
+    at = off[:, None] + (START + col)[None, :]
+    return gl.load(c4 + at, mask=gl.full([at.shape[0], N], more, gl.int1, LAY))
 
 
 @gluon.jit
-def _step(k, buf, r, s8, J: gl.constexpr, c4, off, ok, LAY: gl.constexpr):
+def _step(
+    k, buf, r, s8, J: gl.constexpr, c4, off, more, PART: gl.constexpr, ROWS: gl.constexpr, LAY: gl.constexpr
+):
     """Stores columns 64 J ... of a block from the raw words r; the same words of the next block (in flight)."""
     dst = k.index(buf).reinterpret(gl.int32, [BN, 64], gl.NVMMASharedLayout(128, 32, rank=2))
-    dst.slice((J % 2) * 32, 32, dim=1).store(_cvt(r, _scale(s8, J)) if J < 7 else _cvt_rope(r))
-    return _load(c4, off, ok, J * 16, 16 if J < 7 else 32, LAY)
+    dst = dst.slice((J % 2) * 32, 32, dim=1)
+    if ROWS != BN:
+        dst = dst.slice(PART * ROWS, ROWS, dim=0)
+    dst.store(_cvt(r, _scale(s8, J, ROWS), ROWS) if J < 7 else _cvt_rope(r))
+    return _load(c4, off, more, J * 16, 16 if J < 7 else 32, LAY)
 
 
 @gluon.jit
-def _places(in_window, page, row, st1, st2, delta, P1: gl.constexpr, P2: gl.constexpr):
-    """Page (-1: none) and row in the page -> data offset in int32 words, scale offset in int64 words, valid."""
-    ok = page >= 0
-    base = gl.maximum(page, 0).to(gl.int64) * gl.where(in_window, st1, st2).to(gl.int64)
+def _places(page, row, st1, st2, delta, P1: gl.constexpr, P2: gl.constexpr):
+    """Page and row in the page (bit 30: of the history) -> data offset in int32 words, scale offset in int64 words."""
+    in_window = row < (1 << 30)
+    row = row & ((1 << 30) - 1)
+    base = page.to(gl.int64) * gl.where(in_window, st1, st2).to(gl.int64)
     base += gl.where(in_window, 0, delta).to(gl.int64) * 4
-    return base + row * 144, (base >> 1) + (gl.where(in_window, P1, P2) * 72 + row), ok
+    return base + row * 144, (base >> 1) + (gl.where(in_window, P1, P2) * 72 + row)
 
 
 @gluon.jit
@@ -179,31 +196,25 @@ def _prefetch(
     c4,
     spage,
     srow,
-    i,
-    b0,
-    b1,
+    slot,
     st1,
     st2,
     delta,
-    N1: gl.constexpr,
     P1: gl.constexpr,
     P2: gl.constexpr,
-    NBP: gl.constexpr,
 ):
-    """Asks for the rows of block i in L2: no register or shared memory is held meanwhile."""
+    """Asks for the rows of a block in L2: no register or shared memory is held meanwhile."""
     PL: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
     SL: gl.constexpr = gl.SliceLayout(1, PL)
-    n = gl.minimum(i - b0, NBP - 1)
-    off, so, ok = _places(i < N1, spage.index(n).load(SL), srow.index(n).load(SL), st1, st2, delta, P1, P2)
+    page, row = spage.index(slot).load(SL), srow.index(slot).load(SL)
+    off, so = _places(page, row, st1, st2, delta, P1, P2)
     k = gl.arange(0, 8, layout=gl.SliceLayout(0, PL))
-    w = gl.where(
-        (k < 5)[None, :], off[:, None] + gl.minimum(k * 32, 143)[None, :], (so * 2)[:, None] + 0 * k[None, :]
-    )
-    go = ((ok & (i < b1))[:, None] & (k < 6)[None, :]).to(gl.int32)
+    data = off[:, None] + gl.minimum(k * 32, 143)[None, :]
+    w = gl.where((k < 5)[None, :], data, (so * 2)[:, None] + 0 * k[None, :])
     gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "{ .reg .pred p; setp.lt.s32 p, $2, 6; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r",
-        [c4 + w, go],
+        [c4 + w, (k[None, :] + 0 * page[:, None])],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -211,50 +222,8 @@ def _prefetch(
 
 
 @gluon.jit
-def _look_up(
-    ids,
-    table,
-    sel,
-    count,
-    spage,
-    srow,
-    b0,
-    b1,
-    W: gl.constexpr,
-    P1: gl.constexpr,
-    P2: gl.constexpr,
-    MODE: gl.constexpr,
-    NBP: gl.constexpr,
-):
-    """Page and row of every key of this CTA, to shared memory; page -1 where there is none."""
-    IL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    br = b0 + gl.arange(0, NBP, layout=gl.SliceLayout(1, IL))
-    pos = br[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, IL))[None, :]
-    mine = (br < b1)[:, None] & (pos >= 0)
-    one = gl.load(ids + pos, mask=mine & (pos < W), other=-1)
-    page, row = gl.where(one >= 0, one // P1, -1), gl.where(one >= 0, one % P1, 0)
-    if MODE > 0:
-        at = pos - W
-        held = mine & (at >= 0) & (at < count)
-        if MODE == 1:
-            two = gl.where(held, at, -1)
-        else:
-            two = gl.load(sel + at, mask=held, other=-1)
-        other = gl.load(table + two // P2, mask=two >= 0, other=-1)
-        page = gl.where(two >= 0, other, page)
-        row = gl.where(two >= 0, two % P2, row)
-    spage.store(page)
-    srow.store(row)
-    barrier()
-
-
-@gluon.jit
-def _producer(
+def _rows(
     c1,
-    ids,
-    table,
-    sel,
-    count,
     st1,
     st2,
     delta,
@@ -262,65 +231,117 @@ def _producer(
     k1,
     k2,
     k3,
-    bias,
     spage,
     srow,
-    qfull,
+    looked,
     full,
     empty,
+    total,
+    P1: gl.constexpr,
+    P2: gl.constexpr,
+    PART: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """Role: rows PART * ROWS ... of `total` blocks, from places in the ring to fp16 in the row buffers."""
+    LAY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    RL: gl.constexpr = gl.SliceLayout(1, LAY)
+    c4, c8 = c1.to(gl.pointer_type(gl.int32)), c1.to(gl.pointer_type(gl.int64))
+    mbarrier.wait(looked.index(0), 0)
+    page = spage.index(0).slice(PART * ROWS, ROWS).load(RL)
+    row = srow.index(0).slice(PART * ROWS, ROWS).load(RL)
+    off, so = _places(page, row, st1, st2, delta, P1, P2)
+    more = total > 0
+    s8 = gl.load(c8 + so)
+    r0, r1 = _load(c4, off, more, 0, 16, LAY), _load(c4, off, more, 16, 16, LAY)
+    r2, r3 = _load(c4, off, more, 32, 16, LAY), _load(c4, off, more, 48, 16, LAY)
+    r4, r5 = _load(c4, off, more, 64, 16, LAY), _load(c4, off, more, 80, 16, LAY)
+    r6, r7 = _load(c4, off, more, 96, 16, LAY), _load(c4, off, more, 112, 32, LAY)
+    for n in range(0, total):
+        buf, ph = n % NB, (n // NB) & 1
+        more = n + 1 < total
+        ahead = gl.where(more, n + 1, n)
+        slot = ahead % RING
+        mbarrier.wait(looked.index(slot), (ahead // RING) & 1)
+        page = spage.index(slot).slice(PART * ROWS, ROWS).load(RL)
+        row = srow.index(slot).slice(PART * ROWS, ROWS).load(RL)
+        off, so = _places(page, row, st1, st2, delta, P1, P2)
+        mbarrier.wait(empty.index(buf), ph ^ 1)
+        r0 = _step(k0, buf, r0, s8, 0, c4, off, more, PART, ROWS, LAY)
+        r1 = _step(k0, buf, r1, s8, 1, c4, off, more, PART, ROWS, LAY)
+        r2 = _step(k1, buf, r2, s8, 2, c4, off, more, PART, ROWS, LAY)
+        r3 = _step(k1, buf, r3, s8, 3, c4, off, more, PART, ROWS, LAY)
+        r4 = _step(k2, buf, r4, s8, 4, c4, off, more, PART, ROWS, LAY)
+        r5 = _step(k2, buf, r5, s8, 5, c4, off, more, PART, ROWS, LAY)
+        r6 = _step(k3, buf, r6, s8, 6, c4, off, more, PART, ROWS, LAY)
+        r7 = _step(k3, buf, r7, s8, 7, c4, off, more, PART, ROWS, LAY)
+        fence_async_shared()
+        mbarrier.arrive(full.index(buf), count=1)
+        s8 = gl.load(c8 + so)
+
+
+@gluon.jit
+def _look_up(
+    f,
+    per_item,
+    total,
     b0,
-    b1,
+    alive,
+    pid,
+    grid,
+    heads,
+    ids,
+    pages,
+    pages_stride,
+    slabs,
+    sel,
+    count,
+    k,
+    spage,
+    srow,
+    bias,
+    looked,
     W: gl.constexpr,
     P1: gl.constexpr,
     P2: gl.constexpr,
     MODE: gl.constexpr,
-    NBP: gl.constexpr,
 ):
-    LAY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
-    RL: gl.constexpr = gl.SliceLayout(1, LAY)
-    N1: gl.constexpr = W // BN
-    c4, c8 = c1.to(gl.pointer_type(gl.int32)), c1.to(gl.pointer_type(gl.int64))
-    _look_up(ids, table, sel, count, spage, srow, b0, b1, W, P1, P2, MODE, NBP)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    sp = spage.reinterpret(gl.int32, [NBP, BN], flat)
-    sr = srow.reinterpret(gl.int32, [NBP, BN], flat)
-    off, so, ok = _places(b0 < N1, sp.index(0).load(RL), sr.index(0).load(RL), st1, st2, delta, P1, P2)
-    ok = ok & (b0 < b1)
-    s8 = gl.load(c8 + so, mask=ok, other=0)
-    r0, r1 = _load(c4, off, ok, 0, 16, LAY), _load(c4, off, ok, 16, 16, LAY)
-    r2, r3 = _load(c4, off, ok, 32, 16, LAY), _load(c4, off, ok, 48, 16, LAY)
-    r4, r5 = _load(c4, off, ok, 64, 16, LAY), _load(c4, off, ok, 80, 16, LAY)
-    r6, r7 = _load(c4, off, ok, 96, 16, LAY), _load(c4, off, ok, 112, 32, LAY)
-    mbarrier.wait(qfull, 0)  # let q pass before the prefetches
-    for k in gl.static_range(1, PF):
-        _prefetch(c4, sp, sr, b0 + k, b0, b1, st1, st2, delta, N1, P1, P2, NBP)
-    for i in range(b0, b1):
-        n = i - b0
-        buf, ph = n % NB, (n // NB) & 1
-        _prefetch(c4, sp, sr, i + PF, b0, b1, st1, st2, delta, N1, P1, P2, NBP)
-        m = gl.minimum(n + 1, NBP - 1)
-        off, so, okn = _places(
-            i + 1 < N1, sp.index(m).load(RL), sr.index(m).load(RL), st1, st2, delta, P1, P2
-        )
-        okn = okn & (i + 1 < b1)
-        mbarrier.wait(empty.index(buf), ph ^ 1)
-        r0 = _step(k0, buf, r0, s8, 0, c4, off, okn, LAY)
-        r1 = _step(k0, buf, r1, s8, 1, c4, off, okn, LAY)
-        r2 = _step(k1, buf, r2, s8, 2, c4, off, okn, LAY)
-        r3 = _step(k1, buf, r3, s8, 3, c4, off, okn, LAY)
-        r4 = _step(k2, buf, r4, s8, 4, c4, off, okn, LAY)
-        r5 = _step(k2, buf, r5, s8, 5, c4, off, okn, LAY)
-        r6 = _step(k3, buf, r6, s8, 6, c4, off, okn, LAY)
-        r7 = _step(k3, buf, r7, s8, 7, c4, off, okn, LAY)
-        bias.index(buf).store(gl.where(ok, 0.0, float("-inf")))
-        fence_async_shared()
-        mbarrier.arrive(full.index(buf), count=1)
-        s8 = gl.load(c8 + so, mask=okn, other=0)
-        ok = okn
+    """Page, row (bit 30: of the history) and bias of the keys of the CTA's block f, to the ring."""
+    if f < total:
+        L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        slot = f % RING
+        t = ((pid + (f // per_item) * grid) // heads).to(gl.int64)
+        pos = (b0 + f % per_item) * BN + gl.arange(0, BN, layout=L)
+        own = gl.load(ids + t * W + (W - 1))
+        id = gl.load(ids + t * W + pos, mask=pos < W, other=-1)
+        ok = id >= 0
+        id = gl.where(ok, id, own)
+        page, row = id // P1, id % P1
+        if MODE > 0:
+            at = pos - W
+            held = (at >= 0) & (at < count)
+            if MODE == 1:
+                entry = gl.where(held, at, -1)
+            else:
+                entry = gl.load(sel + t * k + at, mask=held, other=-1)
+            slab = gl.load(slabs + t).to(gl.int64)
+            there = entry >= 0
+            page = gl.where(
+                there, gl.load(pages + slab * pages_stride + entry // P2, mask=there, other=0), page
+            )
+            row = gl.where(there, entry % P2 + (1 << 30), row)
+            ok = ok | there
+        spage.index(slot).store(page)
+        srow.index(slot).store(row)
+        bias.index(slot).store(gl.where(ok & alive, 0.0, float("-inf")))
+        mbarrier.arrive(looked.index(slot), count=1)
 
 
 @gluon.jit
 def _scores(
+    c1,
+    st1,
+    st2,
+    delta,
     sink,
     scale,
     q0,
@@ -332,6 +353,9 @@ def _scores(
     k2,
     k3,
     bias,
+    spage,
+    srow,
+    looked,
     sp_,
     sal,
     sinv,
@@ -339,54 +363,134 @@ def _scores(
     qfull,
     pfull,
     pempty,
+    per_item,
+    items,
     b0,
-    b1,
+    alive,
+    pid,
+    grid,
+    splits,
+    ids,
+    pages,
+    pages_stride,
+    slabs,
+    sel,
+    count,
+    k,
     pm,
-    at,
-    h0,
     H: gl.constexpr,
+    W: gl.constexpr,
+    P1: gl.constexpr,
+    P2: gl.constexpr,
+    MODE: gl.constexpr,
     SPLIT: gl.constexpr,
 ):
+    """Role: places of rows, scores and probabilities of `items` items of `per_item` blocks each."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
     )
     SR: gl.constexpr = gl.SliceLayout(1, SL)
-    m, total = gl.full([BH], float("-inf"), gl.float32, SR), gl.full([BH], 0.0, gl.float32, SR)
-    mbarrier.wait(qfull, 0)
-    for i in range(0, b1 - b0):
-        buf, pb = i % NB, i % 2
-        mbarrier.wait(full.index(buf), (i // NB) & 1)
-        s = gl.zeros([BH, BN], gl.float32, SL)
-        s = warpgroup_mma(q0, k0.index(buf).permute([1, 0]), s, use_acc=False, is_async=True)
-        s = warpgroup_mma(q1, k1.index(buf).permute([1, 0]), s, is_async=True)
-        s = warpgroup_mma(q2, k2.index(buf).permute([1, 0]), s, is_async=True)
-        s = warpgroup_mma(q3, k3.index(buf).permute([1, 0]), s, is_async=True)
-        b = bias.index(buf).load(gl.SliceLayout(0, SL))
-        s = warpgroup_mma_wait(0, [s]) * scale + b[None, :]
-        mn = gl.maximum(m, gl.max(s, 1))
-        ms = gl.where(mn == float("-inf"), 0.0, mn)
-        al, p = gl.exp2(m - ms), gl.exp2(s - ms[:, None])
-        mbarrier.wait(pempty.index(pb), ((i // 2) & 1) ^ 1)
-        sp_.index(pb).store(p.to(gl.float16))
-        sal.index(pb).store(al)
-        fence_async_shared()
-        mbarrier.arrive(pfull.index(pb), count=1)
-        m = mn
-        total = total * al + gl.sum(p, 1)
-    hr = h0 + gl.arange(0, BH, layout=SR)
-    ms = gl.where(m == float("-inf"), 0.0, m)
-    if SPLIT:
-        inv = gl.where(total > 0, 1.0 / total, 0.0)
-        gl.store(pm + at + hr, gl.where(total > 0, ms + gl.log2(total), float("-inf")), mask=hr < H)
-    else:
-        sk = gl.minimum(gl.load(sink + hr, mask=hr < H, other=0.0) * LOG2E, 1e30)
-        both = gl.maximum(ms, sk)  # a sink far above every score must not overflow
-        den = total * gl.exp2(ms - both) + gl.exp2(sk - both)
-        inv = gl.where(den > 0, gl.exp2(ms - both) / den, 0.0)
-    n = b1 - b0
-    mbarrier.wait(pempty.index(n % 2), ((n // 2) & 1) ^ 1)
-    sinv.store(inv)
-    mbarrier.arrive(pfull.index(n % 2), count=1)
+    NHB: gl.constexpr = (H + BH - 1) // BH
+    blocks, heads = per_item * items, NHB * splits
+    for f in range(0, AHEAD):
+        _look_up(
+            f,
+            per_item,
+            blocks,
+            b0,
+            alive,
+            pid,
+            grid,
+            heads,
+            ids,
+            pages,
+            pages_stride,
+            slabs,
+            sel,
+            count,
+            k,
+            spage,
+            srow,
+            bias,
+            looked,
+            W,
+            P1,
+            P2,
+            MODE,
+        )
+    c4 = c1.to(gl.pointer_type(gl.int32))
+    for f in range(1, gl.minimum(PF, blocks)):
+        _prefetch(c4, spage, srow, f, st1, st2, delta, P1, P2)
+    for item in range(0, items):
+        place = pid + item * grid
+        m, total = gl.full([BH], float("-inf"), gl.float32, SR), gl.full([BH], 0.0, gl.float32, SR)
+        mbarrier.wait(qfull, item & 1)
+        for i in range(0, per_item):
+            g = item * per_item + i
+            buf, slot = g % NB, g % RING
+            pn = g + item
+            pb = pn % 2
+            mbarrier.wait(full.index(buf), (g // NB) & 1)
+            s = gl.zeros([BH, BN], gl.float32, SL)
+            s = warpgroup_mma(q0, k0.index(buf).permute([1, 0]), s, use_acc=False, is_async=True)
+            s = warpgroup_mma(q1, k1.index(buf).permute([1, 0]), s, is_async=True)
+            s = warpgroup_mma(q2, k2.index(buf).permute([1, 0]), s, is_async=True)
+            s = warpgroup_mma(q3, k3.index(buf).permute([1, 0]), s, is_async=True)
+            b = bias.index(slot).load(gl.SliceLayout(0, SL))
+            s = warpgroup_mma_wait(0, [s]) * scale + b[None, :]
+            mn = gl.maximum(m, gl.max(s, 1))
+            ms = gl.where(mn == float("-inf"), 0.0, mn)
+            al, p = gl.exp2(m - ms), gl.exp2(s - ms[:, None])
+            mbarrier.wait(pempty.index(pb), ((pn // 2) & 1) ^ 1)
+            sp_.index(pb).store(p.to(gl.float16))
+            sal.index(pb).store(al)
+            fence_async_shared()
+            mbarrier.arrive(pfull.index(pb), count=1)
+            m = mn
+            total = total * al + gl.sum(p, 1)
+            _look_up(
+                g + AHEAD,
+                per_item,
+                blocks,
+                b0,
+                alive,
+                pid,
+                grid,
+                heads,
+                ids,
+                pages,
+                pages_stride,
+                slabs,
+                sel,
+                count,
+                k,
+                spage,
+                srow,
+                bias,
+                looked,
+                W,
+                P1,
+                P2,
+                MODE,
+            )
+            if g + PF < blocks:
+                _prefetch(c4, spage, srow, (g + PF) % RING, st1, st2, delta, P1, P2)
+        h0 = (place % NHB) * BH
+        hr = h0 + gl.arange(0, BH, layout=SR)
+        ms = gl.where(m == float("-inf"), 0.0, m)
+        if SPLIT:
+            inv = gl.where(total > 0, 1.0 / total, 0.0)
+            row = (place // NHB).to(gl.int64) * H  # tokens by splits
+            gl.store(pm + row + hr, gl.where(total > 0, ms + gl.log2(total), float("-inf")), mask=hr < H)
+        else:
+            sk = gl.minimum(gl.load(sink + hr, mask=hr < H, other=0.0) * LOG2E, 1e30)
+            both = gl.maximum(ms, sk)  # a sink far above every score must not overflow
+            den = total * gl.exp2(ms - both) + gl.exp2(sk - both)
+            inv = gl.where(den > 0, gl.exp2(ms - both) / den, 0.0)
+        pn = (item + 1) * (per_item + 1) - 1
+        mbarrier.wait(pempty.index(pn % 2), ((pn // 2) & 1) ^ 1)
+        sinv.store(inv)
+        mbarrier.arrive(pfull.index(pn % 2), count=1)
 
 
 @gluon.jit
@@ -409,24 +513,27 @@ def _put(
     po,
     cos,
     sin,
-    qi,
-    at,
+    t,
+    place,
     h0,
     COL: gl.constexpr,
     H: gl.constexpr,
     SPLIT: gl.constexpr,
     ACC: gl.constexpr,
 ):
+    """Stores columns COL ... of a token's heads: turned back as the result, or as they are as a part."""
     acc = acc * inv[:, None]
     if SPLIT:
+        NHB: gl.constexpr = (H + BH - 1) // BH
+        row = (place // NHB).to(gl.int64) * H + h0
         rr, cc = (
             gl.arange(0, BH, layout=gl.SliceLayout(1, ACC)),
             gl.arange(0, 128, layout=gl.SliceLayout(0, ACC)),
         )
-        gl.store(po + (at + h0 + rr)[:, None] * 512 + (COL + cc)[None, :], acc, mask=(h0 + rr < H)[:, None])
+        gl.store(po + (row + rr)[:, None] * 512 + (COL + cc)[None, :], acc, mask=(h0 + rr < H)[:, None])
     else:
         if COL == 384:
-            acc = gl.convert_layout(_turn_back(acc, cos, sin), ACC)
+            acc = gl.convert_layout(_turn_back(acc, cos + t * 32, sin + t * 32), ACC)
         OL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
         st = stage.reinterpret(gl.bfloat16, [BH, 128], stage.layout)
         st.store(acc.to(gl.bfloat16))
@@ -435,8 +542,8 @@ def _put(
             gl.arange(0, BH, layout=gl.SliceLayout(1, OL)),
             gl.arange(0, 128, layout=gl.SliceLayout(0, OL)),
         )
-        place = out + (qi * H + h0 + rr)[:, None] * 512 + (COL + cc)[None, :]
-        gl.store(place, st.load(OL), mask=(h0 + rr < H)[:, None])
+        at = out + (t * H + h0 + rr)[:, None] * 512 + (COL + cc)[None, :]
+        gl.store(at, st.load(OL), mask=(h0 + rr < H)[:, None])
 
 
 @gluon.jit
@@ -453,47 +560,57 @@ def _values(
     empty,
     pfull,
     pempty,
-    b0,
-    b1,
+    per_item,
+    items,
+    pid,
+    grid,
+    splits,
     out,
     po,
     cos,
     sin,
-    qi,
-    at,
-    h0,
     COL: gl.constexpr,
     H: gl.constexpr,
     SPLIT: gl.constexpr,
 ):
+    """Role: brings columns COL ... COL + 255 of the queries, sums P V over the same columns of the rows."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
     )
     AR: gl.constexpr = gl.SliceLayout(1, ACC)
     QL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    NHB: gl.constexpr = (H + BH - 1) // BH
     rr, cc = gl.arange(0, BH, layout=gl.SliceLayout(1, QL)), gl.arange(0, 128, layout=gl.SliceLayout(0, QL))
-    qp = q + (qi * H + h0 + rr)[:, None] * 512 + (COL + cc)[None, :]
-    here = (h0 + rr < H)[:, None]
-    qx, qy = gl.load(qp, mask=here, other=0.0), gl.load(qp + 128, mask=here, other=0.0)
-    qa.store(qx.to(gl.float16))
-    qb.store(qy.to(gl.float16))
-    fence_async_shared()
-    mbarrier.arrive(qfull, count=1)
-    x, y = gl.zeros([BH, 128], gl.float32, ACC), gl.zeros([BH, 128], gl.float32, ACC)
-    for i in range(0, b1 - b0):
-        buf, pb = i % NB, i % 2
-        mbarrier.wait(pfull.index(pb), (i // 2) & 1)
-        al = sal.index(pb).load(AR)
-        x = warpgroup_mma(sp_.index(pb), ka.index(buf), x * al[:, None], is_async=True)
-        y = warpgroup_mma(sp_.index(pb), kb.index(buf), y * al[:, None], is_async=True)
-        x, y = warpgroup_mma_wait(0, [x, y])
-        mbarrier.arrive(empty.index(buf), count=1)
-        mbarrier.arrive(pempty.index(pb), count=1)
-    n = b1 - b0
-    mbarrier.wait(pfull.index(n % 2), (n // 2) & 1)
-    inv = sinv.load(AR)
-    _put(x, inv, qa, out, po, cos, sin, qi, at, h0, COL, H, SPLIT, ACC)
-    _put(y, inv, qb, out, po, cos, sin, qi, at, h0, COL + 128, H, SPLIT, ACC)
+    for item in range(0, items):
+        place = pid + item * grid
+        t = (place // (NHB * splits)).to(gl.int64)
+        h0 = (place % NHB) * BH
+        qp = q + (t * H + h0 + rr)[:, None] * 512 + (COL + cc)[None, :]
+        here = (h0 + rr < H)[:, None]
+        qx, qy = gl.load(qp, mask=here, other=0.0), gl.load(qp + 128, mask=here, other=0.0)
+        qa.store(qx.to(gl.float16))
+        qb.store(qy.to(gl.float16))
+        fence_async_shared()
+        mbarrier.arrive(qfull, count=1)
+        x, y = gl.zeros([BH, 128], gl.float32, ACC), gl.zeros([BH, 128], gl.float32, ACC)
+        for i in range(0, per_item):
+            g = item * per_item + i
+            buf, pn = g % NB, g + item
+            pb = pn % 2
+            mbarrier.wait(pfull.index(pb), (pn // 2) & 1)
+            al = sal.index(pb).load(AR)
+            x = warpgroup_mma(sp_.index(pb), ka.index(buf), x * al[:, None], is_async=True)
+            y = warpgroup_mma(sp_.index(pb), kb.index(buf), y * al[:, None], is_async=True)
+            x, y = warpgroup_mma_wait(0, [x, y])
+            mbarrier.arrive(empty.index(buf), count=1)
+            mbarrier.arrive(pempty.index(pb), count=1)
+        pn = (item + 1) * (per_item + 1) - 1
+        mbarrier.wait(pfull.index(pn % 2), (pn // 2) & 1)
+        inv = sinv.load(AR)
+        mbarrier.arrive(pempty.index(pn % 2), count=1)
+        _put(x, inv, qa, out, po, cos, sin, t, place, h0, COL, H, SPLIT, ACC)
+        _put(y, inv, qb, out, po, cos, sin, t, place, h0, COL + 128, H, SPLIT, ACC)
+        barrier()  # the staged result is read before the next queries take its place
 
 
 @gluon.jit
@@ -517,6 +634,7 @@ def _main(
     pages_stride,
     scale,
     splits,
+    all_items,
     k,
     H: gl.constexpr,
     W: gl.constexpr,
@@ -524,28 +642,25 @@ def _main(
     HIST_ROWS: gl.constexpr,
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
-    NBP: gl.constexpr,
 ):
-    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words."""
+    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words, `delta` in 16
+    bytes. An item is (token, split, head block); a CTA takes every grid-th one."""
     NHB: gl.constexpr = (H + BH - 1) // BH
-    pid = gl.program_id(0)
-    sp = (pid // NHB) % splits
-    qi = (pid // (NHB * splits)).to(gl.int64)
-    h0 = (pid % NHB) * BH
+    pid, grid = gl.program_id(0), gl.num_programs(0)
+    items = (all_items - pid + grid - 1) // grid
     count = 0
     if MODE == 1:
-        count = gl.load(visible + qi)
+        count = gl.load(visible + pid // (NHB * splits))
     elif MODE == 2:
         count = k
+    sp = (pid // NHB) % splits
     nblk = W // BN + (count + BN - 1) // BN
     b0 = sp * nblk // splits
-    b1 = (sp + 1) * nblk // splits
-    table = pages
-    if MODE > 0:
-        table = pages + gl.load(slabs + qi).to(gl.int64) * pages_stride
+    per_item = (sp + 1) * nblk // splits - b0
+    alive = per_item > 0  # a share without blocks does one of keys that do not exist
+    per_item = gl.maximum(per_item, 1)
     ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     q0, q1 = (
         gl.allocate_shared_memory(gl.float16, [BH, 128], ML),
         gl.allocate_shared_memory(gl.float16, [BH, 128], ML),
@@ -560,147 +675,327 @@ def _main(
     k3 = gl.allocate_shared_memory(gl.float16, [NB, BN, 128], ML)
     sp_ = gl.allocate_shared_memory(gl.float16, [2, BH, BN], ML)
     sal = gl.allocate_shared_memory(gl.float32, [2, BH], V1)
-    bias = gl.allocate_shared_memory(gl.float32, [NB, BN], V1)
     sinv = gl.allocate_shared_memory(gl.float32, [BH], V1)
-    spage = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)
-    srow = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)
+    bias = gl.allocate_shared_memory(gl.float32, [RING, BN], V1)
+    spage = gl.allocate_shared_memory(gl.int32, [RING, BN], V1)
+    srow = gl.allocate_shared_memory(gl.int32, [RING, BN], V1)
     full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     pfull = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     pempty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    looked = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     qfull = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(qfull, count=2)
+    for j in gl.static_range(RING):
+        mbarrier.init(looked.index(j), count=1)
     for j in gl.static_range(2):
-        mbarrier.init(full.index(j), count=1)
+        mbarrier.init(full.index(j), count=PRODUCERS)
         mbarrier.init(empty.index(j), count=2)
         mbarrier.init(pfull.index(j), count=1)
         mbarrier.init(pempty.index(j), count=2)
-    at = (qi * splits + sp) * H
-    cs, sn = cos + qi * 32, sin + qi * 32
-    gl.warp_specialize(
-        [
-            (
-                _scores,
+    # (tuples must be written in place: bound to a name their constexpr parts become tensors)
+    if PRODUCERS == 1:
+        gl.warp_specialize(
+            [
                 (
-                    sink,
-                    scale,
-                    q0,
-                    q1,
-                    q2,
-                    q3,
-                    k0,
-                    k1,
-                    k2,
-                    k3,
-                    bias,
-                    sp_,
-                    sal,
-                    sinv,
-                    full,
-                    qfull,
-                    pfull,
-                    pempty,
-                    b0,
-                    b1,
-                    pm,
-                    at,
-                    h0,
-                    H,
-                    SPLIT,
+                    _scores,
+                    (
+                        c1,
+                        st1,
+                        st2,
+                        delta,
+                        sink,
+                        scale,
+                        q0,
+                        q1,
+                        q2,
+                        q3,
+                        k0,
+                        k1,
+                        k2,
+                        k3,
+                        bias,
+                        spage,
+                        srow,
+                        looked,
+                        sp_,
+                        sal,
+                        sinv,
+                        full,
+                        qfull,
+                        pfull,
+                        pempty,
+                        per_item,
+                        items,
+                        b0,
+                        alive,
+                        pid,
+                        grid,
+                        splits,
+                        window_ids,
+                        pages,
+                        pages_stride,
+                        slabs,
+                        selected,
+                        count,
+                        k,
+                        pm,
+                        H,
+                        W,
+                        WIN_ROWS,
+                        HIST_ROWS,
+                        MODE,
+                        SPLIT,
+                    ),
                 ),
-            ),
-            (
-                _values,
                 (
-                    q,
-                    qfull,
-                    q0,
-                    q1,
-                    k0,
-                    k1,
-                    sp_,
-                    sal,
-                    sinv,
-                    empty,
-                    pfull,
-                    pempty,
-                    b0,
-                    b1,
-                    out,
-                    po,
-                    cs,
-                    sn,
-                    qi,
-                    at,
-                    h0,
-                    0,
-                    H,
-                    SPLIT,
+                    _values,
+                    (
+                        q,
+                        qfull,
+                        q0,
+                        q1,
+                        k0,
+                        k1,
+                        sp_,
+                        sal,
+                        sinv,
+                        empty,
+                        pfull,
+                        pempty,
+                        per_item,
+                        items,
+                        pid,
+                        grid,
+                        splits,
+                        out,
+                        po,
+                        cos,
+                        sin,
+                        0,
+                        H,
+                        SPLIT,
+                    ),
                 ),
-            ),
-            (
-                _values,
                 (
-                    q,
-                    qfull,
-                    q2,
-                    q3,
-                    k2,
-                    k3,
-                    sp_,
-                    sal,
-                    sinv,
-                    empty,
-                    pfull,
-                    pempty,
-                    b0,
-                    b1,
-                    out,
-                    po,
-                    cs,
-                    sn,
-                    qi,
-                    at,
-                    h0,
-                    256,
-                    H,
-                    SPLIT,
+                    _values,
+                    (
+                        q,
+                        qfull,
+                        q2,
+                        q3,
+                        k2,
+                        k3,
+                        sp_,
+                        sal,
+                        sinv,
+                        empty,
+                        pfull,
+                        pempty,
+                        per_item,
+                        items,
+                        pid,
+                        grid,
+                        splits,
+                        out,
+                        po,
+                        cos,
+                        sin,
+                        256,
+                        H,
+                        SPLIT,
+                    ),
                 ),
-            ),
-            (
-                _producer,
                 (
-                    c1,
-                    window_ids + qi * W,
-                    table,
-                    selected + qi * k,
-                    count,
-                    st1,
-                    st2,
-                    delta,
-                    k0,
-                    k1,
-                    k2,
-                    k3,
-                    bias,
-                    spage,
-                    srow,
-                    qfull,
-                    full,
-                    empty,
-                    b0,
-                    b1,
-                    W,
-                    WIN_ROWS,
-                    HIST_ROWS,
-                    MODE,
-                    NBP,
+                    _rows,
+                    (
+                        c1,
+                        st1,
+                        st2,
+                        delta,
+                        k0,
+                        k1,
+                        k2,
+                        k3,
+                        spage,
+                        srow,
+                        looked,
+                        full,
+                        empty,
+                        per_item * items,
+                        WIN_ROWS,
+                        HIST_ROWS,
+                        0,
+                        BN,
+                    ),
                 ),
-            ),
-        ],
-        [4, 4, 4],
-        [160, 160, 112],
-    )
+            ],
+            [4, 4, 4],
+            [160, 160, 104],
+        )
+
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _scores,
+                    (
+                        c1,
+                        st1,
+                        st2,
+                        delta,
+                        sink,
+                        scale,
+                        q0,
+                        q1,
+                        q2,
+                        q3,
+                        k0,
+                        k1,
+                        k2,
+                        k3,
+                        bias,
+                        spage,
+                        srow,
+                        looked,
+                        sp_,
+                        sal,
+                        sinv,
+                        full,
+                        qfull,
+                        pfull,
+                        pempty,
+                        per_item,
+                        items,
+                        b0,
+                        alive,
+                        pid,
+                        grid,
+                        splits,
+                        window_ids,
+                        pages,
+                        pages_stride,
+                        slabs,
+                        selected,
+                        count,
+                        k,
+                        pm,
+                        H,
+                        W,
+                        WIN_ROWS,
+                        HIST_ROWS,
+                        MODE,
+                        SPLIT,
+                    ),
+                ),
+                (
+                    _values,
+                    (
+                        q,
+                        qfull,
+                        q0,
+                        q1,
+                        k0,
+                        k1,
+                        sp_,
+                        sal,
+                        sinv,
+                        empty,
+                        pfull,
+                        pempty,
+                        per_item,
+                        items,
+                        pid,
+                        grid,
+                        splits,
+                        out,
+                        po,
+                        cos,
+                        sin,
+                        0,
+                        H,
+                        SPLIT,
+                    ),
+                ),
+                (
+                    _values,
+                    (
+                        q,
+                        qfull,
+                        q2,
+                        q3,
+                        k2,
+                        k3,
+                        sp_,
+                        sal,
+                        sinv,
+                        empty,
+                        pfull,
+                        pempty,
+                        per_item,
+                        items,
+                        pid,
+                        grid,
+                        splits,
+                        out,
+                        po,
+                        cos,
+                        sin,
+                        256,
+                        H,
+                        SPLIT,
+                    ),
+                ),
+                (
+                    _rows,
+                    (
+                        c1,
+                        st1,
+                        st2,
+                        delta,
+                        k0,
+                        k1,
+                        k2,
+                        k3,
+                        spage,
+                        srow,
+                        looked,
+                        full,
+                        empty,
+                        per_item * items,
+                        WIN_ROWS,
+                        HIST_ROWS,
+                        0,
+                        32,
+                    ),
+                ),
+                (
+                    _rows,
+                    (
+                        c1,
+                        st1,
+                        st2,
+                        delta,
+                        k0,
+                        k1,
+                        k2,
+                        k3,
+                        spage,
+                        srow,
+                        looked,
+                        full,
+                        empty,
+                        per_item * items,
+                        WIN_ROWS,
+                        HIST_ROWS,
+                        1,
+                        32,
+                    ),
+                ),
+            ],
+            [4, 4, 4, 4],
+            [160, 160, 56, 56],
+        )
 
 
 _SIGNATURE = dict(
@@ -723,18 +1018,14 @@ _SIGNATURE = dict(
     pages_stride="i32",
     scale="fp32",
     splits="i32",
+    all_items="i32",
     k="i32:16",
 )
 
 
-def _aot(heads: int, per_page: int, mode: int, split: bool, blocks: int) -> Aot:
-    values = dict(H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, NBP=blocks)
+def _aot(heads: int, per_page: int, mode: int, split: bool) -> Aot:
+    values = dict(H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split)
     return Aot(_main, _SIGNATURE, values, matrix=True, archs=(90,))
 
 
-AOT = [
-    _aot(64, 64, 2, False, 16),
-    _aot(128, 64, 2, True, 2),
-    _aot(64, 2, 1, True, 32),
-    _aot(4, 64, 2, False, 4),
-]
+AOT = [_aot(64, 64, 2, False), _aot(128, 64, 2, True), _aot(64, 2, 1, True), _aot(4, 64, 2, False)]
