@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from dsv4.engine.sampler import PoisonedLogits, Sampled, SamplingState, judge, sample
+from dsv4.engine.sampler import PoisonedLogits, Sampled, SamplingState, adjust, judge, sample
 from dsv4.sampling import SamplingParams
 
 
@@ -25,7 +25,7 @@ def logits(n: int, vocab: int = 50, seed: int = 0) -> torch.Tensor:
 
 def draws(row: torch.Tensor, n: int, **params: object) -> torch.Tensor:
     """Frequencies of n tokens under different seeds."""
-    tokens = [sample(row[None], [state(seed, **params)])[0].token for seed in range(n)]
+    tokens = [s.token for s in sample(row.expand(n, -1), [state(seed, **params) for seed in range(n)])]
     return torch.bincount(torch.tensor(tokens), minlength=len(row)) / n
 
 
@@ -66,6 +66,42 @@ def test_frequencies_follow_the_filtered_distribution(params: dict) -> None:
     assert chi < int(used.sum()) + 5 * math.sqrt(2 * int(used.sum())) + 5, float(chi)
 
 
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 7},
+        {"top_k": 700},
+        {"top_p": 0.6},
+        {"top_p": 0.999, "min_p": 1e-5},
+        {"top_k": 300, "top_p": 0.9},
+    ],
+)
+def test_partial_selection_keeps_what_a_sort_keeps(params: dict, ties: bool) -> None:
+    """A vocabulary larger than the first look, one token for each of many draws, against a sort of all."""
+    row = logits(1, 3000, seed=3)[0]
+    row = row.mul(2).round() if ties else row
+    weight = torch.softmax(row.double(), 0)
+    order = torch.tensor(sorted(range(3000), key=lambda i: (-float(row[i]), i)))
+    order = order[weight[order] >= params.get("min_p", 0) * weight.max()][: params.get("top_k", 3000)]
+    before = weight[order].cumsum(0) - weight[order]
+    kept = order[before < params.get("top_p", 1.0) * weight[order].sum()].sort().values
+    total = weight[kept].cumsum(0)
+    for seed in range(30):
+        s = state(seed, **params)
+        expected = kept[torch.searchsorted(total, s.uniform() * total[-1], right=True)]
+        assert sample(row[None], [s])[0].token == int(expected)
+
+
+def test_what_a_backend_leaves_open_the_reference_decides() -> None:
+    row = logits(2)
+    alone = [sample(row, [state(i), state(i + 1)]) for i in range(5)]
+    undecided = [
+        sample(row, [state(i), state(i + 1)], lambda x, *_: torch.full((len(x),), -1)) for i in range(5)
+    ]
+    assert alone == undecided
+
+
 def test_a_row_does_not_depend_on_the_batch() -> None:
     rows, many = (
         logits(6),
@@ -87,16 +123,26 @@ def test_the_seed_and_the_place_decide_the_draw() -> None:
 
 def test_penalties_bias_and_minimum_length() -> None:
     row = torch.tensor([[1.0, 5.0, 2.0, -1.0]])
-    base = row[0]
-    assert state(temperature=0).adjust(base) is base
-    assert torch.equal(
-        state(repetition_penalty=2.0, prompt=(3,), output=(1,)).adjust(base), torch.tensor([1, 2.5, 2, -2])
-    )
-    assert torch.equal(state(presence_penalty=1.0, output=(2, 2)).adjust(base), torch.tensor([1.0, 5, 1, -1]))
-    assert torch.equal(
-        state(frequency_penalty=1.0, output=(2, 2)).adjust(base), torch.tensor([1.0, 5, 0, -1])
-    )
-    assert torch.equal(state(logit_bias={0: 9, 99: 1}).adjust(base), torch.tensor([10.0, 5, 2, -1]))
+    assert adjust(row, [state(temperature=0)]) is row
+    states = [
+        state(repetition_penalty=2.0, prompt=(3, 3), output=(1,)),
+        state(presence_penalty=1.0, output=(2, 2)),
+        state(temperature=0),
+        state(frequency_penalty=1.0, output=(2, 2)),
+        state(logit_bias={0: 9, 99: 1}),
+        state(logit_bias={1: 1}, repetition_penalty=2.0, presence_penalty=0.5, output=(1,), min_tokens=2),
+        state(min_tokens=1, stop_token_ids=(2, 77)),
+    ]
+    expected = [
+        [1, 2.5, 2, -2], [1, 5, 1, -1], [1, 5, 2, -1], [1, 5, 0, -1], [10, 5, 2, -1], [1, -math.inf, 2, -1],
+        [1, -math.inf, -math.inf, -1],
+    ]  # fmt: skip
+    before = row.expand(7, 4).clone()
+    assert adjust(before, states).tolist() == expected
+    assert torch.equal(before, row.expand(7, 4))
+    assert adjust(row, [states[5]])[0, 1] == -math.inf
+    states[5].append(1)
+    assert adjust(row, [states[5]])[0, 1] == (5 + 1) / 2 - 0.5
     assert sample(row, [state(temperature=0, min_tokens=2)])[0].token == 2  # 1 is the end token
     assert sample(row, [state(temperature=0, min_tokens=2, output=(0, 0))])[0].token == 1
 

@@ -258,6 +258,22 @@ def each_weight(value: Weight | Gated, f: Callable[[Weight], Weight]) -> Weight 
     return Gated(*map(f, value)) if isinstance(value, Gated) else f(value)
 
 
+def _sample(t: int, g: torch.Generator) -> dict[str, Any]:
+    """Greedy, unfiltered, and each filter alone and with the others, in turn; a row with ties, one with an infinity."""
+    logits = 2 * torch.randn((t, 300), generator=g)
+    logits[3::7] = logits[3::7].round()
+    logits[5::11, 7] = torch.inf
+    turn = torch.arange(t)
+    return dict(
+        logits=logits,
+        temperature=torch.where(turn % 5 == 1, 0.0, 0.3 + torch.rand(t, generator=g).double()),
+        top_k=torch.where(turn % 3 == 0, 1 + turn % 40, 0),
+        top_p=torch.where(turn % 4 == 0, 0.05 + 0.9 * torch.rand(t, generator=g).double(), 1.0),
+        min_p=torch.where(turn % 6 == 2, 0.05, 0.0).double(),
+        uniform=torch.rand(t, generator=g, dtype=torch.float64),
+    )
+
+
 CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "linear": _linear(24),
     "linear_f32": _linear(24),
@@ -280,6 +296,7 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "route": _route,
     "experts": _experts,
     "swiglu": _swiglu,
+    "sample": _sample,
 }
 
 

@@ -69,7 +69,11 @@ class Runner:
             ]  # a rolled-back step or a preemption may have left tokens that did not count
             request.sampling.truncate(int(plan.row_start[r] + plan.row_len[r]) - len(request.prompt))
         sampled = (
-            sample(logits[[last[r] for r in rows]], [requests[k].sampling for k in keys]) if rows else []
+            sample(
+                logits[[last[r] for r in rows]], [requests[k].sampling for k in keys], self.model.ops.sample
+            )
+            if rows
+            else []
         )
         result = StepResult(header, sampled, keys)
         self._last = result.tokens.tolist()

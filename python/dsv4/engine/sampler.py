@@ -1,7 +1,7 @@
 """Logits to tokens. A row's token depends on its logits, its own request and its place in the output, never on the batch.
 
-Order: logit bias, penalties, min_tokens, temperature, min_p, top_k, top_p, then one draw. Log-probabilities are those of
-the model's own logits, before any of that.
+Order: logit bias, penalties, min_tokens, temperature, min_p, top_k, top_p, then one draw (the op `sample`).
+Log-probabilities are those of the model's own logits, before any of that.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4.ops.reference import sample as reference
+from dsv4.ops.registry import Op
 from dsv4.sampling import SamplingParams
 
 
@@ -32,6 +35,11 @@ class PoisonedLogits(Exception):
     """The model gave logits that are not finite for a request; only this request fails."""
 
 
+Edits = tuple[np.ndarray, np.ndarray]
+"""Tokens int64 [n] and, for each, what happens to its logit, float32 [n, 3]: an addend, the factor of the repetition
+penalty, and a subtrahend, in this order."""
+
+
 @dataclass(slots=True)
 class SamplingState:
     """What sampling needs to know of a request. `output` holds every sampled token, those not yet committed included."""
@@ -42,6 +50,8 @@ class SamplingState:
     seed: int
     output: list[int] = field(default_factory=list)
     _counts: Counter[int] = field(default_factory=Counter)
+    _prompt: np.ndarray | None = None
+    """Distinct tokens of the prompt, once they are needed."""
 
     def truncate(self, length: int) -> None:
         """Forgets tokens from `length` on: they were sampled by a step that did not count."""
@@ -58,80 +68,86 @@ class SamplingState:
         bits = np.random.Philox(key=self.seed % 2**128, counter=len(self.output))
         return float(np.random.Generator(bits).random())
 
-    def adjust(self, logits: Tensor) -> Tensor:
-        """Bias, penalties and min_tokens applied to float32 [V]; a copy where anything changes."""
-        p, counts = self.params, {t: n for t, n in self._counts.items() if n > 0}
-        penal = p.presence_penalty or p.frequency_penalty
+    def edits(self, vocab: int) -> Edits | None:
+        """Bias, penalties and min_tokens as changes of single logits, or None; ids that a vocabulary of `vocab` lacks are
+        left out."""
+        p = self.params
         early = len(self.output) < p.min_tokens
+        penal = p.presence_penalty or p.frequency_penalty
         if not (p.logit_bias or penal or p.repetition_penalty != 1 or early):
-            return logits
-        logits = logits.clone()
-        known = range(len(logits))
-        for token, bias in p.logit_bias.items():
-            if token in known:
-                logits[token] += bias
+            return None
+        counts = (
+            {t: n for t, n in self._counts.items() if n > 0} if penal or p.repetition_penalty != 1 else {}
+        )
+        ends = [t for t in (*self.eos_ids, *p.stop_token_ids) if t < vocab] if early else []
+        seen = np.fromiter(counts, np.int64, len(counts))
         if p.repetition_penalty != 1:
-            at = torch.tensor(sorted({*self.prompt, *counts}), dtype=torch.int64)
-            seen = logits[at]
-            logits[at] = torch.where(seen > 0, seen / p.repetition_penalty, seen * p.repetition_penalty)
-        if penal and counts:
-            at = torch.tensor(list(counts), dtype=torch.int64)
-            times = torch.tensor(list(counts.values()), dtype=torch.float32)
-            logits[at] -= p.presence_penalty + p.frequency_penalty * times
-        if early:
-            ends = [t for t in (*self.eos_ids, *p.stop_token_ids) if t in known]
-            logits[ends] = -math.inf
+            if self._prompt is None:
+                self._prompt = np.unique(np.asarray(self.prompt, np.int64))
+            seen = np.union1d(seen, self._prompt)
+        biased = {t: b for t, b in p.logit_bias.items() if t < vocab}
+        tokens = np.unique(np.concatenate((seen, np.fromiter(chain(biased, ends), np.int64))))
+        change = np.zeros((len(tokens), 3), np.float32)
+        change[:, 1] = 1
+        at = lambda ids: np.searchsorted(tokens, np.fromiter(ids, np.int64))  # noqa: E731
+        change[at(biased), 0] = np.fromiter(biased.values(), np.float32)
+        change[np.searchsorted(tokens, seen), 1] = p.repetition_penalty
+        times = np.fromiter(counts.values(), np.float32)
+        change[at(counts), 2] = (p.presence_penalty + p.frequency_penalty * times) if penal else 0
+        change[at(ends), 2] = math.inf
+        return tokens, change
+
+
+def adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """float32 [S, V] with every row's edits applied; a copy where anything changes."""
+    edits = [(i, found) for i, s in enumerate(states) if (found := s.edits(logits.shape[1])) is not None]
+    if not edits:
         return logits
+    rows = np.concatenate([np.full(len(tokens), i) for i, (tokens, _) in edits])
+    row = torch.from_numpy(rows).to(logits.device)
+    token = torch.from_numpy(np.concatenate([tokens for _, (tokens, _) in edits])).to(logits.device)
+    addend, factor, less = (
+        torch.from_numpy(np.concatenate([c for _, (_, c) in edits])).to(logits.device).unbind(1)
+    )
+    logits = logits.clone()
+    value = logits[row, token] + addend
+    value = torch.where(value > 0, value / factor, value * factor) - less
+    logits[row, token] = value
+    return logits
 
 
-def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | PoisonedLogits]:
-    """One token for each row of float32 [S, V]. Each state takes its token in."""
-    return [_sample_row(row, state) for row, state in zip(logits.cpu(), states, strict=True)]
-
-
-def _sample_row(logits: Tensor, state: SamplingState) -> Sampled | PoisonedLogits:
-    if not torch.isfinite(logits).all():
-        return PoisonedLogits("the model gave logits that are not finite")
-    adjusted = state.adjust(logits)
-    greedy = state.params.temperature == 0
-    token = int(adjusted.argmax()) if greedy else _draw(adjusted, state)  # argmax: the first of equals
-    state.append(token)
-    if state.params.logprobs is None:
-        return Sampled(token)
-    return judge(logits, token, state.params.logprobs)
-
-
-def _draw(logits: Tensor, state: SamplingState) -> int:
-    """Inverse transform over the kept tokens in order of id, in float64."""
-    p = state.params
-    probs = torch.softmax(logits.double() / p.temperature, dim=-1)
-    if p.min_p > 0:
-        probs = torch.where(probs >= p.min_p * probs.max(), probs, 0)
-    top_k = p.top_k if 0 < p.top_k < len(probs) else 0
-    if top_k or p.top_p < 1:
-        ordered, ids = probs.sort(descending=True, stable=True)  # equals by lowest id
-        keep = torch.ones_like(ordered, dtype=torch.bool)
-        if top_k:
-            keep[top_k:] = False
-        if p.top_p < 1:
-            kept = torch.where(keep, ordered, 0)
-            before = kept.cumsum(0) - kept
-            keep &= before < p.top_p * kept.sum()
-        probs = torch.zeros_like(probs).scatter(0, ids[keep], ordered[keep])
-    cumulative = probs.cumsum(0)
-    place = torch.searchsorted(cumulative, state.uniform() * cumulative[-1], right=True)
-    return min(int(place), int(probs.nonzero()[-1]))
+def sample(
+    logits: Tensor, states: Sequence[SamplingState], op: Op = reference.sample
+) -> list[Sampled | PoisonedLogits]:
+    """One token for each row of float32 [S, V]. Each state takes its token in. `op`: a backend's `sample`."""
+    adjusted = adjust(logits, states)
+    params = [s.params for s in states]
+    options = (
+        torch.tensor([p.temperature for p in params], dtype=torch.float64),
+        torch.tensor([p.top_k for p in params], dtype=torch.int64),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        torch.tensor([p.min_p for p in params], dtype=torch.float64),
+        torch.tensor([s.uniform() if s.params.temperature else 0.0 for s in states], dtype=torch.float64),
+    )
+    tokens = op(adjusted, *options).tolist()
+    sampled: list[Sampled | PoisonedLogits] = []
+    for i, (token, state) in enumerate(zip(tokens, states, strict=True)):
+        if token == -1:  # the backend could not decide
+            token = int(reference.sample(adjusted[i : i + 1].cpu(), *(o[i : i + 1] for o in options)))
+        if token < 0:
+            sampled.append(PoisonedLogits("the model gave logits that are not finite"))
+            continue
+        state.append(token)
+        top = state.params.logprobs
+        sampled.append(Sampled(token) if top is None else judge(logits[i], token, top))
+    return sampled
 
 
 def judge(logits: Tensor, token: int, top: int) -> Sampled:
     """Log-probability, rank and the `top` best alternatives of a token under float32 [V]; equals by lowest id."""
     logprobs = torch.log_softmax(logits, dim=-1)
     rank = int((logits > logits[token]).sum()) + 1
-    best: Iterable[int] = ()
-    if top:
-        least = logprobs.topk(min(top, len(logprobs))).values[-1]
-        candidates = (logprobs >= least).nonzero().flatten()
-        best = candidates[logprobs[candidates].sort(descending=True, stable=True).indices][:top].tolist()
+    best: Iterable[int] = reference.largest(logprobs, top)[:top].tolist() if top else ()
     return Sampled(token, float(logprobs[token]), rank, tuple((i, float(logprobs[i])) for i in best))
 
 

@@ -23,6 +23,7 @@ _REFERENCE_MODULES = {
     "index": ("index_select",),
     "attention": ("sparse_attention",),
     "moe": ("route", "experts", "swiglu"),
+    "sample": ("sample",),
 }
 
 

@@ -202,5 +202,13 @@ SPECS: dict[str, OpSpec] = dict(
             1e-5,
             "the shared expert: the same clamp, weight 1",
         ),
+        _spec(
+            "sample",
+            "logits float32[S,V]; temperature float64[S]; top_k int64[S]; top_p float64[S]; min_p float64[S]; "
+            "uniform float64[S]",
+            "token int64[S]",
+            0.0,
+            "the order of filters is vLLM's; -2 where a logit is not finite; a backend may answer -1: ask the reference",
+        ),
     )
 )

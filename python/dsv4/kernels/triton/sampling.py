@@ -1,0 +1,228 @@
+"""Sampling on the GPU: the op `sample`, the same draw as the reference's with sums in another fixed order.
+
+`scan` finds each chunk's largest logit, `mass` the weight of its tokens, `pick` draws: without top_k and top_p by the
+chunk and then inside it; with them from the row's CANDIDATES largest (torch's radix selection), which is enough unless
+a filter keeps more; then the token is -1 and the caller asks the reference. No vocabulary is ever sorted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsv4.kernels.aot import Aot
+from dsv4.kernels.triton.common import cdiv, next_pow2
+
+CHUNK = 4096
+"""Tokens of a program of `scan` and `mass`."""
+
+CANDIDATES = 1024
+"""Largest tokens of a row that top_k and top_p choose from."""
+
+
+@triton.jit
+def scan_kernel(logits, best, place, V, stride, CHUNK: tl.constexpr):
+    """Largest logit [S, chunks] and its first token; token -1 where one is NaN or +inf. Grid: chunks x rows."""
+    row, c = tl.program_id(1), tl.program_id(0)
+    at = c * CHUNK + tl.arange(0, CHUNK)
+    v = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < V, other=-float("inf"))
+    bad = tl.max(((v != v) | (v == float("inf"))).to(tl.int32), 0)
+    top = tl.max(v, 0)
+    first = tl.min(tl.where(v == top, at, V), 0)
+    out = row * tl.num_programs(0) + c
+    tl.store(best + out, top)
+    tl.store(place + out, tl.where(bad == 1, -1, first))
+
+
+@triton.jit
+def _weights(logit, live, top, temperature, min_p):
+    """float64 exp((logit - top) / temperature), 0 below min_p and where not live."""
+    w = tl.exp((logit.to(tl.float64) - top.to(tl.float64)) / temperature)
+    return tl.where(live & (w >= min_p), w, 0.0)
+
+
+@triton.jit
+def mass_kernel(logits, best, mass, options, V, stride, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Weight of each chunk's tokens, float64 [S, chunks]. Grid: chunks x rows. Greedy rows are left out."""
+    row, c = tl.program_id(1), tl.program_id(0)
+    rows = tl.num_programs(1)
+    heat = tl.load(options + row)
+    if heat > 0:
+        chunks, j = tl.num_programs(0), tl.arange(0, CHUNKS)
+        top = tl.max(tl.load(best + row * chunks + j, mask=j < chunks, other=-float("inf")), 0)
+        top = tl.where(tl.abs(top) < float("inf"), top, 0.0)  # the row is refused anyway
+        at = c * CHUNK + tl.arange(0, CHUNK)
+        v = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < V, other=-float("inf"))
+        tl.store(
+            mass + row * chunks + c,
+            tl.sum(_weights(v, at < V, top, heat, tl.load(options + 3 * rows + row)), 0),
+        )
+
+
+@triton.jit
+def _first_beyond(w, target):
+    """Place of the first of w at which the running sum exceeds target, and at most that of the last above 0."""
+    at = tl.arange(0, w.shape[0])
+    running = tl.cumsum(w, 0)
+    last = tl.max(tl.where(w > 0, at, 0), 0)
+    return tl.minimum(tl.min(tl.where(running > target, at, w.shape[0]), 0), last)
+
+
+@triton.jit
+def _draw(
+    logits, best, mass, V, top, heat, floor, uniform, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """A token of all: first the chunk, then inside it."""
+    j = tl.arange(0, CHUNKS)
+    m = tl.load(mass + j, mask=j < chunks, other=0.0)
+    target = uniform * tl.sum(m, 0)
+    c = _first_beyond(m, target)
+    at = c * CHUNK + tl.arange(0, CHUNK)
+    v = tl.load(logits + at, mask=at < V, other=-float("inf"))
+    w = _weights(v, at < V, top, heat, floor)
+    return c * CHUNK + _first_beyond(w, target - tl.sum(tl.where(j < c, m, 0.0), 0))
+
+
+@triton.jit
+def _draw_filtered(
+    v,
+    ids,
+    n,
+    V,
+    top,
+    heat,
+    floor,
+    top_k,
+    top_p,
+    uniform,
+    mass,
+    chunks,
+    COUNT: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    """A token of the n candidates (v falling, ids), or -1 where they do not decide."""
+    i = tl.arange(0, COUNT)
+    w = _weights(v, i < n, top, heat, floor)
+    limited = (top_k > 0) & (top_k < V)
+    if limited:
+        w = tl.where(i < top_k, w, 0.0)
+        total = tl.sum(w, 0)
+    else:
+        j = tl.arange(0, CHUNKS)
+        total = tl.sum(tl.load(mass + j, mask=j < chunks, other=0.0), 0)
+    before = tl.cumsum(w, 0) - w
+    kept = (w > 0) & (before < tl.where(top_p < 1, top_p * total, float("inf")))
+    count = tl.sum(kept.to(tl.int32), 0)  # a prefix
+    edge = tl.min(tl.where(kept, v, float("inf")), 0)
+    least = tl.min(tl.where(i < n, v, float("inf")), 0)
+    reached = limited & (top_k <= n)
+    if top_p < 1:
+        reached = reached | (tl.sum(w, 0) >= top_p * total)
+    decided = (n == V) | (reached & (edge > least))
+    # of those equal to the last kept, the ones with the lowest ids
+    spare = count - tl.sum((v > edge).to(tl.int32) * (i < n).to(tl.int32), 0)
+    equal = (v == edge) & (i < n)
+    low, high = 0, V - 1
+    while low < high:
+        middle = (low + high) // 2
+        enough = tl.sum((equal & (ids <= middle)).to(tl.int32), 0) >= spare
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    chosen = (i < n) & ((v > edge) | (equal & (ids <= low)))
+    w = tl.where(chosen, _weights(v, i < n, top, heat, floor), 0.0)
+    target = uniform * tl.sum(w, 0)
+    low, high = 0, tl.max(tl.where(w > 0, ids, 0), 0)
+    while low < high:
+        middle = (low + high) // 2
+        beyond = tl.sum(tl.where(ids <= middle, w, 0.0), 0) > target
+        high = tl.where(beyond, middle, high)
+        low = tl.where(beyond, low, middle + 1)
+    return tl.where(decided, low, -1)
+
+
+@triton.jit
+def pick_kernel(
+    logits, best, place, mass, values, ids, options, token,
+    V, stride, chunks, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """One token a row. options float64 [5, S]: temperature, top_k, top_p, min_p, uniform. values, ids [S, n]: a row's largest, falling; n is 0 where no row filters. Grid: rows."""
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    j = tl.arange(0, CHUNKS)
+    b = tl.load(best + row * chunks + j, mask=j < chunks, other=-float("inf"))
+    p = tl.load(place + row * chunks + j, mask=j < chunks, other=V)
+    top, heat, k = tl.max(b, 0), tl.load(options + row), tl.load(options + rows + row).to(tl.int64)
+    part, floor = tl.load(options + 2 * rows + row), tl.load(options + 3 * rows + row)
+    u = tl.load(options + 4 * rows + row)
+    chosen = tl.min(tl.where(b == top, p, V), 0)
+    if (tl.min(p, 0) < 0) | (top == -float("inf")):
+        chosen = tl.full((), -2, tl.int32)
+    elif heat > 0:
+        if ((k > 0) & (k < V)) | (part < 1):
+            i = tl.arange(0, COUNT)
+            v = tl.load(values + row.to(tl.int64) * n + i, mask=i < n, other=-float("inf"))
+            d = tl.load(ids + row.to(tl.int64) * n + i, mask=i < n, other=V).to(tl.int32)
+            chosen = _draw_filtered(
+                v, d, n, V, top, heat, floor, k, part, u, mass + row * chunks, chunks, COUNT, CHUNKS
+            )
+        else:
+            start = logits + row.to(tl.int64) * stride
+            chosen = _draw(start, best, mass + row * chunks, V, top, heat, floor, u, chunks, CHUNK, CHUNKS)
+    tl.store(token + row, chosen.to(tl.int64))
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+) -> Tensor:
+    """int64 [S] on the device: a token for each row of float32 [S, V], -2 where a logit is NaN or +inf, -1 where top_k or
+    top_p keeps more than CANDIDATES tokens or cuts among equals at their end. With the other arguments on the host, as the
+    engine has them, it does not wait for the device."""
+    filtered = bool(((top_k > 0) | (top_p < 1)).any())
+    options = torch.stack([x.double() for x in (temperature, top_k, top_p, min_p, uniform)])
+    if options.device != logits.device:
+        options = options.pin_memory().to(logits.device, non_blocking=True)
+    return draw(logits, options, filtered=filtered)
+
+
+def draw(logits: Tensor, options: Tensor, *, filtered: bool) -> Tensor:
+    """`sample` with its arguments in one float64 [5, S] on the device; `filtered`: a row may have top_k or top_p."""
+    rows, vocab = logits.shape
+    token = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if not rows:
+        return token
+    chunks = cdiv(vocab, CHUNK)
+    best = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
+    place = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
+    mass = torch.empty((rows, chunks), dtype=torch.float64, device=logits.device)
+    shape = dict(CHUNK=CHUNK, CHUNKS=next_pow2(chunks), num_warps=8)
+    scan_kernel[(chunks, rows)](logits, best, place, vocab, logits.stride(0), CHUNK=CHUNK, num_warps=8)
+    mass_kernel[(chunks, rows)](logits, best, mass, options, vocab, logits.stride(0), **shape)
+    count = min(CANDIDATES, vocab)
+    values, ids = torch.topk(logits, count, dim=1) if filtered else (logits, token)
+    pick_kernel[(rows,)](
+        logits, best, place, mass, values, ids, options, token, vocab, logits.stride(0), chunks, count,
+        COUNT=next_pow2(count), **shape,
+    )  # fmt: skip
+    return token
+
+
+_TYPES = {k: "*fp64" for k in ("temperature", "top_p", "min_p", "uniform", "mass")} | {
+    "top_k": "*i64",
+    "token": "*i64",
+}
+_TYPES |= {"logits": "*fp32", "best": "*fp32", "place": "*i32", "values": "*fp32", "ids": "*i64"}
+_TYPES |= {k: "i32" for k in ("V", "stride", "chunks", "n")}
+
+
+def _aot(kernel: Any, **flags: int) -> Aot:
+    return Aot(kernel, {k: _TYPES[k] for k in kernel.arg_names if k in _TYPES}, flags, num_warps=8)
+
+
+AOT = [
+    _aot(scan_kernel, CHUNK=CHUNK),
+    _aot(mass_kernel, CHUNK=CHUNK, CHUNKS=32),
+    _aot(pick_kernel, CHUNK=CHUNK, CHUNKS=32, COUNT=CANDIDATES),
+]
