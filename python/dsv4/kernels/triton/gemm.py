@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2, pdl
 from dsv4.kernels.triton.quantise import dot, exponent_scale, pow2_scale, quantise, to_e4m3
 
 NARROW_TOKENS = 32
@@ -42,10 +42,13 @@ def narrow_kernel(
     x, w, ws, w_up, ws_up, y, parts, arrived, limit,
     T, OUT, K, KB, STEPS, SPLIT, TILES, x_stride,
     FP8: tl.constexpr, QUANTISE: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, xs=None,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr, xs=None,
 ):  # fmt: skip
     """y [T, groups * OUT] = x [T, groups * K] times each group's w [OUT, K] (rows group * OUT + n of w). GATED: y =
     silu_gate(x w, x w_up). Grid: (groups * TILES * SPLIT, token blocks); a program takes STEPS steps of BK channels."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     split, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
     group, first = tile // TILES, (tile % TILES) * BN
     n, t, c = first + tl.arange(0, BN), tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, BK)
@@ -209,11 +212,12 @@ def narrow(
     if fp8 and not quantised:
         x, xs = quantise(x, groups)
     second, second_scales = up or (weight, scales)
+    overlap = pdl()
     narrow_kernel[(groups * tiles * split, blocks)](
         x, weight, scales, second, second_scales, y, parts, counters(x.device), limit,
         tokens, out, wide, cdiv(wide, 128), each, split, tiles, x.stride(0),
-        FP8=fp8, QUANTISE=quantised, GATED=up is not None, PARTS=split > 1, BT=bt, BN=bn, BK=bk, xs=xs,
-        num_warps=pick["warps"], num_stages=pick["stages"],
+        FP8=fp8, QUANTISE=quantised, GATED=up is not None, PARTS=split > 1, BT=bt, BN=bn, BK=bk,
+        PDL=bool(overlap), xs=xs, num_warps=pick["warps"], num_stages=pick["stages"], **overlap,
     )  # fmt: skip
     return y
 
@@ -280,7 +284,7 @@ def _aot_narrow(kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, ou
     fp8, fused = kind == "fp8e4nv", bt == 16
     signature = _NARROW | {k: f"*{kind}" for k in ("w", "w_up")} | {"y": f"*{out}"}
     signature |= {"x": "*bf16"} if fused or not fp8 else {"x": "*fp8e4nv", "xs": "*fp32"}
-    flags = dict(FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk)
+    flags = dict(FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk, PDL=True)
     absent = {k: None for k in ("ws", "ws_up") if not fp8} | ({} if "xs" in signature else {"xs": None})
     return Aot(narrow_kernel, signature, flags | absent, num_warps=4, num_stages=4, matrix=True)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsv4.kernels.triton.common import INTERPRETED, cdiv
+from dsv4.kernels.triton.common import INTERPRETED, cdiv, pdl
 
 BLOCK = 128
 """Channels that share a scale."""
@@ -51,8 +51,13 @@ def exponent_scale(byte):
 
 
 @triton.jit
-def quantise_kernel(x, codes, scales, T, PADDED, K, KB, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def quantise_kernel(
+    x, codes, scales, T, PADDED, K, KB, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """x [T, groups * K] -> codes [T, groups * K], scales float32 [groups * KB, PADDED]. Grid: row blocks x blocks of channels."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group, kb = tl.program_id(1) // KB, tl.program_id(1) % KB
     k = kb * BLOCK + tl.arange(0, BLOCK)
@@ -76,8 +81,10 @@ def quantise(x: Tensor, groups: int = 1, pad: int = 1) -> tuple[Tensor, Tensor]:
     scales = torch.empty((groups * blocks, padded), dtype=torch.float32, device=x.device)
     if tokens:
         rows = 8 if tokens < 1024 else 32
+        overlap = pdl()
         grid = (cdiv(tokens, rows), groups * blocks)
         quantise_kernel[grid](
-            x, codes, scales, tokens, padded, width // groups, blocks, x.stride(0), ROWS=rows, BLOCK=BLOCK
-        )
+            x, codes, scales, tokens, padded, width // groups, blocks, x.stride(0), ROWS=rows, BLOCK=BLOCK,
+            PDL=bool(overlap), **overlap,
+        )  # fmt: skip
     return codes, scales
