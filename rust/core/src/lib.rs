@@ -21,6 +21,7 @@ pub mod explain;
 mod ghosts;
 pub mod ids;
 pub mod layout;
+pub mod mutant;
 mod order;
 pub mod plan;
 pub mod policy;

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
+use crate::mutant::{self, Mutant};
 use crate::order::Place;
 
 /// "No node": parent of roots.
@@ -263,7 +264,8 @@ impl Tree {
             // One memory compare for the usual case.
             if mine != theirs {
                 let mut pairs = mine.chunks_exact(self.block).zip(theirs.chunks_exact(self.block));
-                return done + pairs.position(|(a, b)| a != b).unwrap_or(run);
+                let more = usize::from(mutant::on(Mutant::MatchTooLong));
+                return done + pairs.position(|(a, b)| a != b).unwrap_or(run) + more;
             }
             done += run;
         }

@@ -36,6 +36,7 @@ pub use crate::eviction::Eviction;
 use crate::ghosts::{Ghosts, name_of};
 use crate::ids::{PageId, PinId, SnapshotId, Step};
 use crate::layout::LayoutSpec;
+use crate::mutant::{self, Mutant};
 use crate::order::Order;
 use crate::pool::PagePool;
 use crate::retention::{Hint, Quotas, Sessions};
@@ -236,6 +237,7 @@ impl KvCache {
 
     /// How far whole blocks of `tokens` are known, at most `limit` tokens. Changes nothing, recency included.
     pub fn lookup(&self, salt: &[u8], tokens: &[u32], limit: u32) -> Match {
+        let salt = if mutant::on(Mutant::SaltIgnored) { &[] } else { salt };
         let limit = limit.min(tokens.len() as u32) / self.block;
         let nothing = |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None };
         if limit == 0 {
@@ -333,12 +335,13 @@ impl KvCache {
     }
 
     fn pin_node(&mut self, id: u32) {
-        if self.tree.pin(id) {
+        if self.tree.pin(id) && !mutant::on(Mutant::PinnedInLine) {
             self.unlist_blocks(id);
         }
     }
 
     fn root(&mut self, salt: &[u8]) -> u32 {
+        let salt = if mutant::on(Mutant::SaltIgnored) { &[] } else { salt };
         if let Some(&root) = self.roots.get(salt) {
             return root;
         }
@@ -408,7 +411,7 @@ impl KvCache {
         }
         self.counters.adopted_blocks += adopted.len() as u64;
         self.leave(Leaving::Pages(spare), at);
-        adopted
+        if mutant::on(Mutant::AdoptionUntold) { Vec::new() } else { adopted }
     }
 
     /// New blocks of the sequence enter the tree.
@@ -435,7 +438,9 @@ impl KvCache {
         let may_grow = mine && self.options.eviction != Eviction::Fifo;
         seq.cursor = self.tree.append(seq.cursor, rest, pages, facts, may_grow);
         seq.edge = (seq.cursor, self.now);
-        pages.iter().for_each(|&p| self.pool.retain(p));
+        if !mutant::on(Mutant::SkippedIncrement) {
+            pages.iter().for_each(|&p| self.pool.retain(p));
+        }
         self.quotas.add(facts.tenant, full - from);
         seq.published = full;
     }
@@ -446,7 +451,7 @@ impl KvCache {
     }
 
     fn leave(&mut self, what: Leaving, at: Step) {
-        if at <= self.done {
+        if at <= self.done || mutant::on(Mutant::FreeAtAbort) {
             self.let_go(what);
         } else {
             self.leaving.push((at, what));

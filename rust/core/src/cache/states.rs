@@ -2,6 +2,7 @@
 
 use super::{KvCache, Leaving, Sequence};
 use crate::ids::{PageId, SnapshotId, Step};
+use crate::mutant::{self, Mutant};
 use crate::order::Queue;
 use crate::reuse::class_of_snapshot;
 use crate::snapshot::{Entry, SnapshotPages};
@@ -89,7 +90,8 @@ impl KvCache {
         if !pos.is_multiple_of(self.block) || blocks == 0 || blocks > seq.published {
             return Err(pages);
         }
-        let node = self.tree.split(self.tree.node_at(seq.cursor, blocks), blocks);
+        let early = u32::from(mutant::on(Mutant::StateOfOtherPosition) && blocks > 1);
+        let node = self.tree.split(self.tree.node_at(seq.cursor, blocks - early), blocks - early);
         if self.tree.node(node).snapshot.is_some() {
             return Err(pages);
         }
@@ -172,8 +174,10 @@ impl KvCache {
         let pages = e.pages.0.clone();
         self.list_snapshot(id);
         self.counters.snapshots_used += 1;
-        pages.iter().for_each(|&p| self.pool.retain(p));
-        self.leave(Leaving::Pages(pages.clone()), at);
+        if !mutant::on(Mutant::LeaseForgotten) {
+            pages.iter().for_each(|&p| self.pool.retain(p));
+            self.leave(Leaving::Pages(pages.clone()), at);
+        }
         pages
     }
 }
