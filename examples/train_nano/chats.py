@@ -23,8 +23,61 @@ FACT_WORDINGS = ("What is {t}?", "Explain {t}.", "Tell me about {t}.", "{t}?", "
 HELD_OUT_WORDING = "Can you tell me what {t} is?"
 """Trained with other subjects, never with a fact: the evaluation asks so too."""
 
-NAMES = ["Alice", "Bruno", "Carla", "Dmitri", "Elena", "Farid", "Greta", "Hugo", "Ines", "Jonas", "Kira", "Liam", "Maya", "Nils", "Olga", "Pablo", "Quinn", "Rosa", "Sven", "Tara", "Umar", "Vera", "Wanda", "Xavier", "Yara", "Zoe"]
-CITIES = ["Paris", "Berlin", "Madrid", "Rome", "London", "Tokyo", "Oslo", "Vienna", "Lisbon", "Dublin", "Cairo", "Delhi", "Lima", "Quito", "Boston", "Chicago", "Denver", "Seattle", "Athens", "Prague", "Warsaw", "Helsinki", "Nairobi", "Sydney", "Toronto"]
+NAMES = [
+    "Alice",
+    "Bruno",
+    "Carla",
+    "Dmitri",
+    "Elena",
+    "Farid",
+    "Greta",
+    "Hugo",
+    "Ines",
+    "Jonas",
+    "Kira",
+    "Liam",
+    "Maya",
+    "Nils",
+    "Olga",
+    "Pablo",
+    "Quinn",
+    "Rosa",
+    "Sven",
+    "Tara",
+    "Umar",
+    "Vera",
+    "Wanda",
+    "Xavier",
+    "Yara",
+    "Zoe",
+]
+CITIES = [
+    "Paris",
+    "Berlin",
+    "Madrid",
+    "Rome",
+    "London",
+    "Tokyo",
+    "Oslo",
+    "Vienna",
+    "Lisbon",
+    "Dublin",
+    "Cairo",
+    "Delhi",
+    "Lima",
+    "Quito",
+    "Boston",
+    "Chicago",
+    "Denver",
+    "Seattle",
+    "Athens",
+    "Prague",
+    "Warsaw",
+    "Helsinki",
+    "Nairobi",
+    "Sydney",
+    "Toronto",
+]
 WHO = "I am Nano, a tiny language model with the DeepSeek-V4 architecture, made to try and test dsv4. I know very little, but I can talk, call tools and find things in a long text."
 SMALL_TALK = (
     (

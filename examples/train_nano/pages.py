@@ -19,7 +19,28 @@ class Block(NamedTuple):
     text: str
 
 
-_BREAKS = set(["p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "td", "th", "tr", "div", "section", "table", "ul", "ol", "blockquote", "article"])
+_BREAKS = set(
+    [
+        "p",
+        "li",
+        "dt",
+        "dd",
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "td",
+        "th",
+        "tr",
+        "div",
+        "section",
+        "table",
+        "ul",
+        "ol",
+        "blockquote",
+        "article",
+    ]
+)
 _SKIPPED = set(["script", "style", "nav", "head", "footer", "svg", "button", "form", "select"])
 _VOID = set(["br", "img", "hr", "input", "meta", "link", "col", "wbr", "area", "base"])
 _FURNITURE = re.compile(
@@ -151,4 +172,6 @@ def _defines(heading: str, text: str) -> bool:
         and text[-1] == "."
         and 3 < len(heading) < 50
         and "?" not in heading
+        and heading[0].isalpha()
+        and heading not in ("Description", "Parameters", "Notes", "Examples", "Changes", "Usage")
     )

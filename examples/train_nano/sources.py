@@ -92,6 +92,7 @@ def read_files(source: Source, debs: Path) -> Iterator[tuple[Path, str]]:
         for p in root.rglob("*")
         if p.is_file()
         and not p.is_symlink()
+        and p.suffix in (".html", ".en", ".py", ".dz")
         and re.search(source.pattern, str(p))
         and not _UNWANTED.search(str(p))
     )

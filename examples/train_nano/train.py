@@ -53,7 +53,7 @@ from dataset import PAD, Dataset  # noqa: E402
 from dsv4.model.export import export_release  # noqa: E402
 from masters import Masters  # noqa: E402
 from model import Nano, initialise  # noqa: E402
-from rows import COPY, Mix, batches  # noqa: E402
+from rows import ANSWER, COPY, EXIT, Mix, batches  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 PARTS = ("0", "2", "3", "head", "draft")
@@ -203,7 +203,8 @@ def train(trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Pat
                 for name, mask in (
                     ("text", on_device == 1),
                     ("copy", on_device == COPY),
-                    ("answer", on_device > COPY),
+                    ("exit", on_device == EXIT),
+                    ("answer", on_device == ANSWER),
                 )
             }
             speed = (trainer.tokens - tokens) / (time.time() - began)
