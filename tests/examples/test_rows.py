@@ -102,4 +102,4 @@ def test_a_loop_is_three_times_the_same_eight_tokens() -> None:
     from items import loops
 
     once = list(range(100, 120))
-    assert not loops(once + [1] + once) and loops(once + [1] + once + [2] + once)
+    assert not loops([*once, 1, *once]) and loops([*once, 1, *once, 2, *once])
