@@ -462,10 +462,12 @@ class Replay:
         eviction: str,
         snapshot_budget: float | None = None,
         model: StepModel | None = None,
+        sequential: bool = False,
         step_us: float | None = None,
         tenants: Sequence[tuple[int, float, int | None]] = (),
     ) -> Replay:
-        """Settings as in `Core`. Without `model` requests run one at a time, in order, and no time passes. `tenants`:
+        """Settings as in `Core`. The scheduler's costs follow from `model`. `sequential`, or no `model`:
+        requests run one at a time, in order, and no time passes. `tenants`:
         (number, weight, quota of cached pages). Raises ConfigError."""
 
     def run(self, steps: int) -> tuple[int, int, float, int]:

@@ -166,9 +166,7 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     pages = layout.pages_for(size)
     if pages < 1:
         raise ConfigError(f"--pool-gib is {a.pool_gib:g}; one page is {layout.page_bytes} bytes")
-    coefficients, about = (
-        (None, "no time passes") if a.sequential else _step_model(a, config, layout, card, tp)
-    )
+    coefficients, about = _step_model(a, config, layout, card, tp)
     said = [
         f"engine     {config.name} on {tp} x {card.name}; pool {pages * layout.page_bytes / 2**30:.2f} GiB: {pages:,} pages "
         f"of {layout.block_tokens} tokens, {pages * layout.block_tokens / 1e6:.2f}M tokens",
@@ -177,7 +175,7 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     step_us = None if a.step_ms is None else a.step_ms * 1000
     engine = Engine(
         config, layout, card, tp, pages, a.max_num_seqs, a.max_num_batched_tokens, a.max_num_waiting,
-        step_us, a.snapshot_budget, _weights(a.tenant), coefficients,
+        step_us, a.snapshot_budget, _weights(a.tenant), coefficients, a.sequential,
     )  # fmt: skip
     return engine, said
 
@@ -279,7 +277,8 @@ def _as_json(
             "max_num_batched_tokens": e.max_step_tokens,
             "max_len": e.max_len,
         },
-        "step_model": None if e.coefficients is None else dict(e.coefficients),
+        "sequential": e.sequential,
+        "step_model": dict(e.coefficients),
         "policies": reports,
     }
 

@@ -62,8 +62,10 @@ class Engine:
     snapshot_budget: float | None
     weights: Mapping[str, float]
     """Shares of tenants by name; others have 1."""
-    coefficients: Mapping[str, float] | None
-    """Of the step model; None: sequential, no time passes."""
+    coefficients: Mapping[str, float]
+    """Of the step model, from which the scheduler's costs follow too."""
+    sequential: bool
+    """One request at a time, and no time passes."""
 
     @property
     def pool_bytes(self) -> int:
@@ -129,21 +131,21 @@ def _replay(trace: Trace, engine: Engine, policy: Policy) -> Any:
     if unknown:
         raise ConfigError(f"tenant {min(unknown)!r} is not in the trace; it has {', '.join(trace.tenants)}")
     ids = {name: i for i, name in enumerate(trace.tenants)}
-    sequential = engine.coefficients is None
     return Replay(
         trace,
         engine.layout,
         pages=engine.pages,
         slabs=engine.max_num_seqs,
         max_step_tokens=max(engine.max_step_tokens, trace.longest_prompt)
-        if sequential
+        if engine.sequential
         else engine.max_step_tokens,
         max_len=engine.max_len,
         max_waiting=engine.max_waiting,
         snapshots=policy.snapshots,
         eviction=policy.eviction,
         snapshot_budget=engine.snapshot_budget,
-        model=None if engine.coefficients is None else StepModel.from_json(as_json(engine.coefficients)),
+        model=StepModel.from_json(as_json(engine.coefficients)),
+        sequential=engine.sequential,
         step_us=engine.step_us,
         tenants=[(ids[name], weight, None) for name, weight in engine.weights.items()],
     )

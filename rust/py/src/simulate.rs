@@ -140,9 +140,9 @@ pub struct PyReplay {
 impl PyReplay {
     #[new]
     #[pyo3(signature = (trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction,
-                        snapshot_budget = None, model = None, step_us = None, tenants = Vec::new()),
+                        snapshot_budget = None, model = None, sequential = false, step_us = None, tenants = Vec::new()),
            text_signature = "(trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction, \
-                             snapshot_budget=None, model=None, step_us=None, tenants=())")]
+                             snapshot_budget=None, model=None, sequential=False, step_us=None, tenants=())")]
     #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
     fn new(
         py: Python<'_>,
@@ -157,6 +157,7 @@ impl PyReplay {
         eviction: &str,
         snapshot_budget: Option<f64>,
         model: Option<&PyStepModel>,
+        sequential: bool,
         step_us: Option<f64>,
         tenants: Vec<(u32, f64, Option<u32>)>,
     ) -> PyResult<Self> {
@@ -182,7 +183,7 @@ impl PyReplay {
             if let Some(model) = &model {
                 options.cost = model.cost(max_step_tokens);
             }
-            Ok(Replay::new(shared, layout, Settings { options, model })?)
+            Ok(Replay::new(shared, layout, Settings { options, model: model.filter(|_| !sequential) })?)
         })?;
         Ok(PyReplay { replay: Mutex::new(replay), trace, block: layout.block_tokens })
     }
