@@ -235,6 +235,22 @@ def test_an_output_is_found_again_where_the_trace_says_so(tmp_path: Path) -> Non
             assert replay(trace, timed=timed)["tokens"]["matched"] == matched
 
 
+def test_fairness_is_of_the_time_in_which_tenants_compete(tmp_path: Path) -> None:
+    """Tenant b is alone for its first answer; then both have the same in the same steps."""
+    alone = request(0, [9], 8, 1, tenant="b")
+    both = [request(100, [1], 8, 41, tenant="a"), request(100, [2], 8, 41, tenant="b")]
+    report = replay(write(tmp_path / "t", [alone, *both]), timed=True)
+    a, b = (next(t for t in report["tenants"] if t["name"] == name) for name in "ab")
+    assert (a["served"], b["served"]) == (48, 56)
+    assert a["contended_s"] == pytest.approx(b["contended_s"]) and a["contended_s"] < report["virtual_s"]
+    assert a["rate"] == pytest.approx(b["rate"]) == pytest.approx(48 / a["contended_s"])
+    assert report["jain"] == pytest.approx(1)
+    weighted = replay(write(tmp_path / "t", [alone, *both]), timed=True, tenants=[(2, 3.0, None)])
+    x, y = (t["rate"] for t in weighted["tenants"])
+    assert weighted["jain"] == pytest.approx((x + y) ** 2 / (2 * (x * x + y * y)))
+    assert 0.5 < weighted["jain"] < 1
+
+
 def test_what_cannot_fit_is_refused_and_counted(tmp_path: Path) -> None:
     trace = write(tmp_path / "t", [request(0, [1, 2, 3, 4], 32), request(1, [1], 8)])
     report = replay(trace, pages=5, timed=True)

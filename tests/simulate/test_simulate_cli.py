@@ -131,3 +131,27 @@ def test_measured_steps_are_fitted_and_the_error_is_told(
     assert code == 0 and re.search(
         r"fitted to 4 measured steps: overhead [\d,]+ us.*error [\d.]+% median", err
     )
+
+
+def cells(text: str) -> list[list[str]]:
+    return [
+        [c.strip() for c in line.strip("| \n").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+
+
+def test_the_worked_example_of_the_documentation(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its commands run and print its table. `turns` is compared by its rows only: where snapshots go first may change."""
+    text = (ROOT / "docs/simulate.md").read_text().split("## A worked example")[1]
+    block = text.split("```console\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        if line.startswith("$ dsv4 "):
+            code, out, err = call(capsys, *line.split()[2:])
+            assert code == 0, err
+    shown, printed = cells(block), cells(out)
+    assert shown[0] == printed[0] == ["none/lru", "turns/lru"] and len(shown) > 10
+    assert [row[:2] for row in shown[2:]] == [row[:2] for row in printed[2:]]

@@ -252,7 +252,7 @@ def _print_table(reports: dict[str, dict[str, Any]], title: str, sequential: boo
     console = Console(width=None if sys.stdout.isatty() else 60 + 40 * len(reports))
     print(title + "\n")
     console.print(table(reports, sequential=sequential))
-    parts = tenants(reports)
+    parts = None if sequential else tenants(reports)
     if parts is not None:
         console.print(parts)
     for name, r in reports.items():

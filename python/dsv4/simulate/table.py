@@ -46,7 +46,7 @@ def _rows(reports: list[Report], sequential: bool) -> Iterator[tuple[str, list[s
     yield row("pool: history / snapshots / live / free", _memory)
     for reason in sorted({name for r in reports for name, _ in r["lost"]}):
         yield row(f"lost: {reason}", lambda r, reason=reason: _count(dict(r["lost"]).get(reason, 0)))
-    if any(len(r["tenants"]) > 1 for r in reports):
+    if not sequential and any(len(r["tenants"]) > 1 for r in reports):
         yield row("Jain index over tenants", lambda r: f"{r['jain']:.3f}")
     if any(r["refused"] for r in reports):
         yield row("refused requests", lambda r: f"{r['refused']:,}")

@@ -169,7 +169,9 @@ pub struct Tenant {
     pub prompt: u64,
     /// Of which not run.
     pub cached: u64,
-    /// Tokens per second run for it while it and another one had live requests, divided by its weight.
+    /// Time in which it and another one had live requests.
+    pub contended_s: f64,
+    /// Tokens run for it per second of that time, divided by its weight.
     pub rate: f64,
     /// Time to first token.
     pub ttft_ms: Quantiles,

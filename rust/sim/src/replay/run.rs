@@ -407,8 +407,8 @@ impl Replay {
         r.preemptions = stats["preemptions"];
         r.evicted_blocks = stats["evicted_blocks"];
         r.tenants = self.tenants();
-        let competing = self.accounts.iter().zip(&r.tenants).filter(|(a, _)| a.contended_us > 0.0);
-        r.jain = report::jain(&competing.map(|(_, t)| t.rate).collect::<Vec<_>>());
+        let competing = r.tenants.iter().filter(|t| t.contended_s > 0.0);
+        r.jain = report::jain(&competing.map(|t| t.rate).collect::<Vec<_>>());
         r
     }
 
@@ -439,6 +439,7 @@ impl Replay {
                 served: a.served,
                 prompt: a.prompt,
                 cached: a.cached,
+                contended_s: a.contended_us / 1e6,
                 rate: if a.contended_us > 0.0 {
                     a.contended as f64 / a.contended_us * 1e6 / weight(id)
                 } else {
