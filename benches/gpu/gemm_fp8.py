@@ -62,8 +62,7 @@ def cublas(codes: Tensor, xs: Tensor, w: Tensor, ws: Tensor) -> Callable[[], Ten
         from torch.nn.functional import ScalingType, scaled_mm
     except ImportError:
         return None
-    blocks = ws.shape[1]
-    scale = torch.nn.functional.pad(torch.exp2(ws.float() - 127), (0, -blocks % 4))[:, :blocks].t()
+    scale = torch.nn.functional.pad(torch.exp2(ws.float() - 127), (0, -ws.shape[1] % 4)).t()
     kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
     run = lambda: scaled_mm(codes, w.t(), xs.t(), kinds[0], scale, kinds[1], output_dtype=torch.bfloat16)  # noqa: E731
     try:

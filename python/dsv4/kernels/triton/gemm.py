@@ -42,7 +42,7 @@ def narrow_kernel(
     x, w, ws, w_up, ws_up, y, parts, arrived, limit,
     T, OUT, K, KB, STEPS, SPLIT, TILES, x_stride,
     FP8: tl.constexpr, QUANTISE: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr, xs=None,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, xs=None,
 ):  # fmt: skip
     """y [T, groups * OUT] = x [T, groups * K] times each group's w [OUT, K] (rows group * OUT + n of w). GATED: y =
     silu_gate(x w, x w_up). Grid: (groups * TILES * SPLIT, token blocks); a program takes STEPS steps of BK channels."""
@@ -59,7 +59,7 @@ def narrow_kernel(
     xp = x + t[:, None].to(tl.int64) * x_stride + group * K + c[None, :]
     acc = tl.zeros((BN, BT), tl.float32)
     acc_up = tl.zeros((BN, BT), tl.float32)
-    for step in range(split * STEPS, tl.minimum((split + 1) * STEPS, tl.cdiv(K, BK))):
+    for step in tl.range(split * STEPS, tl.minimum((split + 1) * STEPS, tl.cdiv(K, BK)), num_stages=STAGES):
         inside = step * BK + c < K
         v = tl.load(xp + step * BK, mask=live[:, None] & inside[None, :], other=0.0)
         a = tl.load(wp + step * BK, mask=inside[None, :], other=0.0)
@@ -114,7 +114,7 @@ def narrow_kernel(
 @triton.jit(do_not_specialize=["T"])
 def wide_kernel(
     x, xs, w, ws, y, T, OUT, K, KB, GROUPS,
-    BT: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, MX: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, MX: tl.constexpr,
 ):  # fmt: skip
     """The same product for codes x (descriptor over [T, groups * K], box BT x 128) and w (over [groups * OUT, K], box
     BN x 128). Programs go down bands of BAND token blocks, so that weights and tokens of neighbours meet in L2."""
@@ -129,7 +129,7 @@ def wide_kernel(
     T = T.to(tl.int64)
     wp = ws + (n0 // 128) * KB
     acc = tl.zeros((BT, BN), tl.float32)
-    for kb in range(KB):
+    for kb in tl.range(KB, num_stages=STAGES):
         a = x.load([t0, first * K + kb * 128])
         b = w.load([n0, kb * 128])
         scale = tl.load(xp + kb * T, mask=t < T, other=0.0)
@@ -217,7 +217,7 @@ def narrow(
         x, weight, scales, second, second_scales, y, parts, counters(x.device), limit,
         tokens, out, wide, cdiv(wide, 128), each, split, tiles, x.stride(0),
         FP8=fp8, QUANTISE=quantised, GATED=up is not None, PARTS=split > 1, BT=bt, BN=bn, BK=bk,
-        PDL=bool(overlap), xs=xs, num_warps=pick["warps"], num_stages=pick["stages"], **overlap,
+        STAGES=pick["stages"], PDL=bool(overlap), xs=xs, num_warps=pick["warps"], **overlap,
     )  # fmt: skip
     return y
 
@@ -254,8 +254,8 @@ def wide(
     wide_kernel[(cdiv(tokens, bt) * (rows // bn),)](
         TensorDescriptor.from_tensor(codes, [bt, 128]), xs, TensorDescriptor.from_tensor(weight, [bn, 128]), scales, y,
         tokens, rows // groups, width, width // 128, groups,
-        BT=bt, BN=bn, BAND=pick["band"], MX=mx and not INTERPRETED,
-        num_warps=pick["warps"], num_stages=pick["stages"],
+        BT=bt, BN=bn, BAND=pick["band"], STAGES=pick["stages"], MX=mx and not INTERPRETED,
+        num_warps=pick["warps"],
     )  # fmt: skip
     return y
 
@@ -284,7 +284,9 @@ def _aot_narrow(kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, ou
     fp8, fused = kind == "fp8e4nv", bt == 16
     signature = _NARROW | {k: f"*{kind}" for k in ("w", "w_up")} | {"y": f"*{out}"}
     signature |= {"x": "*bf16"} if fused or not fp8 else {"x": "*fp8e4nv", "xs": "*fp32"}
-    flags = dict(FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk, PDL=True)
+    flags = dict(
+        FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk, STAGES=4, PDL=True
+    )
     absent = {k: None for k in ("ws", "ws_up") if not fp8} | ({} if "xs" in signature else {"xs": None})
     return Aot(narrow_kernel, signature, flags | absent, num_warps=4, num_stages=4, matrix=True)
 
@@ -293,7 +295,7 @@ def _aot_wide(arch: int) -> Aot:
     box = "tensordesc<fp8e4nv[128, 128]>"
     signature = {"x": box, "w": box, "xs": "*fp32", "ws": "*u8", "y": "*bf16"}
     signature |= {k: "i32" for k in ("T", "GROUPS", "KB")} | {k: "i32:16" for k in ("OUT", "K")}
-    flags = dict(BT=128, BN=128, BAND=8, MX=arch == 100)
+    flags = dict(BT=128, BN=128, BAND=8, STAGES=4, MX=arch == 100)
     return Aot(wide_kernel, signature, flags, 4 if arch == 100 else 8, 4, matrix=True, archs=(arch,))
 
 

@@ -22,7 +22,9 @@ and one token needs no plan. Every sum has a fixed order.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -148,7 +150,7 @@ def experts_kernel(
     x, xs, w, ws, base, experts, plan, rows, gate, out, out_s, parts, arrived, shared, y, limit,
     T, K, N, TILES, SPLIT, STEPS,
     TOPK: tl.constexpr, FIRST: tl.constexpr, ONE: tl.constexpr, SUM: tl.constexpr, ABSORB: tl.constexpr,
-    PARTS: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr, SUMMED: tl.constexpr = 1,
+    PARTS: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, SUMMED: tl.constexpr = 1,
 ):  # fmt: skip
     """One product of routed experts; a program takes one tile of 128 rows, BT slots of one expert, STEPS of the steps of
     128 channels. Grid: blocks * TILES * SPLIT.
@@ -188,7 +190,7 @@ def experts_kernel(
     if ABSORB:
         lowest = tl.load(base + (expert * TILES + tile) * 128 + r).to(tl.int32)
     acc = tl.zeros((128, BT), tl.float32)
-    for k in range(split * STEPS, tl.minimum((split + 1) * STEPS, steps)):
+    for k in tl.range(split * STEPS, tl.minimum((split + 1) * STEPS, steps), num_stages=STAGES):
         s = tl.load(sp + k * 128)
         x0 = tl.load(xp + k * 128, mask=live[None, :] & (k * 128 + c < K)[:, None], other=0.0)
         x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (k * 128 + 32 + c < K)[:, None], other=0.0)
@@ -409,7 +411,10 @@ def run(
     if not tokens:
         return y
     slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]
-    pick = _config(tokens, k, count, tiles1, tiles2, packed) | (tune or {})
+    pick = _config(tokens, k, count, tiles1, tiles2, packed)
+    if tune is None and pick["bt"] >= 32 and not torch.cuda.is_current_stream_capturing():
+        tune = _fastest(pick["bt"], packed, partial(run, x, experts, weights, packed, limit, shared))
+    pick |= tune or {}
     bt, one, few = pick["bt"], tokens == 1, tokens <= FEW
     blocks = slots if one else min(slots, count + slots // bt)
     empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
@@ -434,8 +439,8 @@ def run(
     parts2 = empty(slots * split2 * tiles2 * 128 if few else 1, dtype=torch.float32)
     arrived = counters(dev)
     common = dict(
-        TOPK=k, ONE=one, ABSORB=bool(pick["absorb"]), BT=bt, PDL=bool(overlap),
-        num_warps=pick["warps"], num_stages=pick["stages"], **overlap,
+        TOPK=k, ONE=one, ABSORB=bool(pick["absorb"]), BT=bt, STAGES=pick["stages"], PDL=bool(overlap),
+        num_warps=pick["warps"], **overlap,
     )  # fmt: skip
     experts_kernel[(blocks * tiles1 * split1,)](
         codes, scales, packed.w13, packed.s13, packed.b13, experts, plan, rows, weights, h, hs, parts1, arrived, None, y,
@@ -452,6 +457,42 @@ def run(
             out, shared, y, dim, TOPK=k, BLOCK=block, PDL=bool(overlap), **overlap
         )
     return y
+
+
+_PREFILL = (
+    dict(bt=32, warps=4, stages=3),
+    dict(bt=32, warps=4, stages=4),
+    dict(bt=64, warps=4, stages=3),
+    dict(bt=64, warps=8, stages=3),
+    dict(bt=128, warps=8, stages=3),
+)
+"""Settings that are timed for many tokens. They give the same bits: the order of sums along channels is that of all."""
+
+_chosen: dict[tuple[int, ...], dict[str, int]] = {}
+
+
+def _fastest(bt: int, packed: PackedExperts, call: Callable[..., Tensor]) -> dict[str, int]:
+    """The fastest of _PREFILL for experts of these sizes with about bt tokens each, timed on the first such call."""
+    key = (bt, *packed.w13.shape[:3], packed.w2.shape[1], int(packed.absorb))
+    if key not in _chosen and packed.w13.is_cuda:
+        times = []
+        for tune in _PREFILL:
+            call(tune=tune)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(2):
+                call(tune=tune)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        _chosen[key] = _PREFILL[times.index(min(times))]
+        log.info(
+            "experts with about %d tokens each: %s of %s ms",
+            bt,
+            _chosen[key],
+            [round(t / 2, 2) for t in times],
+        )
+    return _chosen.get(key, {})
 
 
 def _config(
@@ -506,6 +547,7 @@ def _aot(*, first: bool, one: bool = False, few: bool = False, absorb: bool = Fa
         PARTS=few and first,
         BT=bt,
         PDL=True,
+        STAGES=3 if bt >= 32 else 4,
     )
     warps = 8 if bt >= 64 else 4
     return Aot(experts_kernel, signature, flags | {"SUMMED": 32}, warps, 3 if bt >= 32 else 4, matrix=True)

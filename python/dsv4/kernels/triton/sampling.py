@@ -46,11 +46,11 @@ def _weights(logit, live, top, temperature, min_p):
 
 
 @triton.jit
-def mass_kernel(logits, best, mass, options, V, stride, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+def mass_kernel(logits, best, mass, knobs, V, stride, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Weight of each chunk's tokens, float64 [S, chunks]. Grid: chunks x rows. Greedy rows are left out."""
     row, c = tl.program_id(1), tl.program_id(0)
     rows = tl.num_programs(1)
-    heat = tl.load(options + row)
+    heat = tl.load(knobs + row)
     if heat > 0:
         chunks, j = tl.num_programs(0), tl.arange(0, CHUNKS)
         top = tl.max(tl.load(best + row * chunks + j, mask=j < chunks, other=-float("inf")), 0)
@@ -59,7 +59,7 @@ def mass_kernel(logits, best, mass, options, V, stride, CHUNK: tl.constexpr, CHU
         v = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < V, other=-float("inf"))
         tl.store(
             mass + row * chunks + c,
-            tl.sum(_weights(v, at < V, top, heat, tl.load(options + 3 * rows + row)), 0),
+            tl.sum(_weights(v, at < V, top, heat, tl.load(knobs + 3 * rows + row)), 0),
         )
 
 
@@ -146,17 +146,17 @@ def _draw_filtered(
 
 @triton.jit
 def pick_kernel(
-    logits, best, place, mass, values, ids, options, token,
+    logits, best, place, mass, values, ids, knobs, token,
     V, stride, chunks, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One token a row. options float64 [5, S]: temperature, top_k, top_p, min_p, uniform. values, ids [S, n]: a row's largest, falling; n is 0 where no row filters. Grid: rows."""
+    """One token a row. knobs float64 [5, S]: temperature, top_k, top_p, min_p, uniform. values, ids [S, n]: a row's largest, falling; n is 0 where no row filters. Grid: rows."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     j = tl.arange(0, CHUNKS)
     b = tl.load(best + row * chunks + j, mask=j < chunks, other=-float("inf"))
     p = tl.load(place + row * chunks + j, mask=j < chunks, other=V)
-    top, heat, k = tl.max(b, 0), tl.load(options + row), tl.load(options + rows + row).to(tl.int64)
-    part, floor = tl.load(options + 2 * rows + row), tl.load(options + 3 * rows + row)
-    u = tl.load(options + 4 * rows + row)
+    top, heat, k = tl.max(b, 0), tl.load(knobs + row), tl.load(knobs + rows + row).to(tl.int64)
+    part, floor = tl.load(knobs + 2 * rows + row), tl.load(knobs + 3 * rows + row)
+    u = tl.load(knobs + 4 * rows + row)
     chosen = tl.min(tl.where(b == top, p, V), 0)
     if (tl.min(p, 0) < 0) | (top == -float("inf")):
         chosen = tl.full((), -2, tl.int32)
@@ -181,13 +181,13 @@ def sample(
     top_p keeps more than CANDIDATES tokens or cuts among equals at their end. With the other arguments on the host, as the
     engine has them, it does not wait for the device."""
     filtered = bool(((top_k > 0) | (top_p < 1)).any())
-    options = torch.stack([x.double() for x in (temperature, top_k, top_p, min_p, uniform)])
-    if options.device != logits.device:
-        options = options.pin_memory().to(logits.device, non_blocking=True)
-    return draw(logits, options, filtered=filtered)
+    knobs = torch.stack([x.double() for x in (temperature, top_k, top_p, min_p, uniform)])
+    if knobs.device != logits.device:
+        knobs = knobs.pin_memory().to(logits.device, non_blocking=True)
+    return draw(logits, knobs, filtered=filtered)
 
 
-def draw(logits: Tensor, options: Tensor, *, filtered: bool) -> Tensor:
+def draw(logits: Tensor, knobs: Tensor, *, filtered: bool) -> Tensor:
     """`sample` with its arguments in one float64 [5, S] on the device; `filtered`: a row may have top_k or top_p."""
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
@@ -199,11 +199,11 @@ def draw(logits: Tensor, options: Tensor, *, filtered: bool) -> Tensor:
     mass = torch.empty((rows, chunks), dtype=torch.float64, device=logits.device)
     shape = dict(CHUNK=CHUNK, CHUNKS=next_pow2(chunks), num_warps=8)
     scan_kernel[(chunks, rows)](logits, best, place, vocab, logits.stride(0), CHUNK=CHUNK, num_warps=8)
-    mass_kernel[(chunks, rows)](logits, best, mass, options, vocab, logits.stride(0), **shape)
+    mass_kernel[(chunks, rows)](logits, best, mass, knobs, vocab, logits.stride(0), **shape)
     count = min(CANDIDATES, vocab)
     values, ids = torch.topk(logits, count, dim=1) if filtered else (logits, token)
     pick_kernel[(rows,)](
-        logits, best, place, mass, values, ids, options, token, vocab, logits.stride(0), chunks, count,
+        logits, best, place, mass, values, ids, knobs, token, vocab, logits.stride(0), chunks, count,
         COUNT=next_pow2(count), **shape,
     )  # fmt: skip
     return token
