@@ -33,13 +33,14 @@ def make_core(**changes: Any) -> Core:
 
 def arrays(**changes: Any) -> dict[str, np.ndarray]:
     """The arrays of a plan; `changes` replace some."""
-    copies = (SLABS, 2 + SMALL.snapshot_pages)
+    copies = (SLABS, 2 + SMALL.copy_pages)
     made = {name: np.zeros(STEP_TOKENS, np.int32) for name in ("token_ids", "positions")}
     rows = ("row_slab", "row_start", "row_len", "row_flags", "row_replay_end", "sample_rows")
     made |= {name: np.zeros(SLABS, np.int32) for name in rows}
     made["row_req"] = np.zeros(SLABS, np.int64)
     made["page_deltas"] = np.zeros((MAX_LEN // SMALL.block_tokens + 4 * SLABS, 3), np.int32)
     made["saves"], made["restores"] = np.zeros(copies, np.int32), np.zeros(copies, np.int32)
+    made["forks"] = np.zeros((SLABS, 4), np.int32)
     return made | changes
 
 
@@ -92,7 +93,9 @@ def test_a_layout_goes_through_json() -> None:
 def test_errors_have_their_class_and_say_what_to_do() -> None:
     with pytest.raises(_core.ConfigError, match=r"block_tokens is 192; it must be a multiple of"):
         v4(FLASH, block_tokens=192)
-    with pytest.raises(ValueError, match='snapshots is "sometimes"; valid values are none, every:N'):
+    with pytest.raises(
+        ValueError, match='snapshots is "sometimes"; valid values are auto, forks, turns, every:N, none'
+    ):
         make_core(snapshots="sometimes")
     with pytest.raises(_core.ConfigError, match="max_in_flight is 3; it must be 1 or 2"):
         make_core(max_in_flight=3)

@@ -2,7 +2,7 @@
 
 Every call detaches the GIL. Errors are subclasses of `Dsv4Error`; a `CorruptState` (broken invariant or
 panic) means that the engine must stop. Shapes below: R = slabs, T = max_step_tokens, S =
-`LayoutSpec.snapshot_pages`, D >= ceil(max_len / block_tokens) + 4 * R.
+`LayoutSpec.copy_pages`, D >= ceil(max_len / block_tokens) + 4 * R.
 """
 
 from collections.abc import Sequence
@@ -171,7 +171,15 @@ class LayoutSpec:
 
     @property
     def snapshot_pages(self) -> int:
-        """Pages that a saved state takes."""
+        """Pages that a saved state at a block boundary takes."""
+
+    @property
+    def slab_pages(self) -> int:
+        """Pages that a whole slab takes: the state at any other position."""
+
+    @property
+    def copy_pages(self) -> int:
+        """The larger of the two: what a row of a plan's copy lists has room for."""
 
     @property
     def history_bytes_per_token(self) -> float:
@@ -219,6 +227,7 @@ class PlanBuffers:
         page_deltas: npt.NDArray[np.int32],
         saves: npt.NDArray[np.int32],
         restores: npt.NDArray[np.int32],
+        forks: npt.NDArray[np.int32],
     ) -> PlanBuffers:
         """token_ids, positions [T]: inputs of all rows; id -(1 + i) stands for sample i of the step before.
 
@@ -227,7 +236,10 @@ class PlanBuffers:
         history is written below row_replay_end), 16 DECODE. row_replay_end [R]: 0 without a replay.
         sample_rows [R]: sampled rows, in the order of `commit`'s tokens.
         page_deltas [D, 3]: (slab, block, page), applied in order before the forward.
-        saves, restores [R, 2 + S]: (slab, position, pages…); saves after the forward, restores before it.
+        forks [R, 4]: (from slab, to slab, from page, to page), slabs and open pages to copy; a page is -1 where
+        none is open. Applied before restores.
+        saves, restores [R, 2 + S]: (slab, position, pages…, -1…); saves after the forward, restores before it.
+        At a multiple of block_tokens the state is a snapshot, anywhere else the whole slab.
         """
 
 @final
@@ -240,7 +252,7 @@ class StepHeader:
 
     @property
     def rows(self) -> int:
-        """Rows; those in decode come first."""
+        """Rows; those in decode come first. A step may have none and only copy states."""
 
     @property
     def tokens(self) -> int:
@@ -263,6 +275,10 @@ class StepHeader:
         """States to restore."""
 
     @property
+    def forks(self) -> int:
+        """Slabs to copy from another."""
+
+    @property
     def decode_rows(self) -> int:
         """Rows with one token after their prompt."""
 
@@ -283,8 +299,9 @@ class Core:
         max_step_tokens: int,
         max_len: int,
         max_waiting: int = 1024,
-        snapshots: str = "forks",
-        eviction: str = "lru",
+        snapshots: str = "auto",
+        snapshot_budget: float = 0.1,
+        eviction: str = "value",
         prefix_cache: bool = True,
         max_in_flight: int = 1,
         replay_tokens: int | None = None,
@@ -292,13 +309,24 @@ class Core:
         context_us_per_1k: float | None = None,
         replay_factor: float | None = None,
         restore_us: float | None = None,
+        base_us: float | None = None,
+        decode_us: float | None = None,
+        copy_us: float | None = None,
+        step_us: float | None = None,
+        max_wait_us: int = 30_000_000,
+        tenants: Sequence[tuple[int, float, int | None]] = (),
     ) -> Core:
         """An idle core.
 
-        snapshots: `none`, `every:N`, `turns` or `forks`. max_in_flight: 1 or 2 steps between plan and commit.
-        replay_tokens: None = as many as exactness needs. The last four are the cost model, in microseconds: a
-        prefill token, what 1,000 tokens of context add to it, a replayed token relative to a computed one,
-        restoring a saved state. Raises ConfigError.
+        snapshots: `none`, `every:N`, `turns`, `forks` or `auto`. snapshot_budget: largest share of the pool that
+        snapshots fill while memory is short. eviction: `value`, `lru` or `fifo`. max_in_flight: 1 or 2 steps
+        between plan and commit. replay_tokens: None = as many as exactness needs.
+        The cost model, in microseconds: token_us a prefill token, context_us_per_1k what 1,000 tokens of context
+        add to it, replay_factor a replayed token relative to a computed one, restore_us restoring a saved state;
+        of a step base_us, decode_us a row in decode, copy_us a state saved, restored or copied. It is corrected by
+        `observe`. step_us: time that a step with running decodes may take, None = no limit. max_wait_us: older
+        requests go ahead of all. tenants: (id, weight, pages that it keeps under pressure or None); others have
+        weight 1 and no quota. Raises ConfigError.
         """
 
     def submit(
@@ -311,13 +339,41 @@ class Core:
         salt: bytes = b"",
         priority: int = 0,
         all_logits: bool = False,
+        tenant: int = 0,
+        deadline_us: int | None = None,
+        session: int | None = None,
+        ttl_us: int | None = None,
+        retention: int = 0,
+        parent: int | None = None,
     ) -> None:
         """Queues a request. `max_new` None: as many tokens as fit; 0: the prompt is computed and nothing
-        sampled.
+        sampled. deadline_us: when the first token is wanted, on the clock of `set_time`. session, ttl_us and
+        retention say how the prefix will be used again: requests of a session continue each other, it is kept so
+        long after its last use, higher goes later when memory is short. parent: a live request whose state this
+        one starts from, copy on write, at the last position that both have in common; an empty prompt means all
+        of the parent's tokens. The outcome is that of a request of its own.
 
-        Raises Overloaded, NeverFits, ConfigError (empty prompt, negative id, longer than max_len), Dsv4Error
-        (`req` is live).
+        Raises Overloaded, NeverFits, ConfigError (empty prompt, negative id, longer than max_len),
+        UnknownRequest (`parent`), Dsv4Error (`req` is live).
         """
+
+    def set_time(self, now_us: int) -> None:
+        """The time, in microseconds from any origin. Going backwards is ignored."""
+
+    def observe(self, step: int, us: float) -> None:
+        """A step took `us` microseconds: the cost model learns from it. What cannot be is ignored."""
+
+    def pin(self, salt: bytes, tokens: npt.NDArray[np.int32]) -> int:
+        """Keeps the known whole blocks of `tokens`, and the states on them, until `unpin` of what is returned."""
+
+    def unpin(self, pin: int) -> bool:
+        """Ends a pin. False when there is none of that name."""
+
+    def end_session(self, session: int) -> bool:
+        """What only this session used goes first when memory is short. False when nothing of it is cached."""
+
+    def tenants(self) -> dict[int, dict[str, float]]:
+        """By tenant: live requests, tokens computed for it, and prefill_us, their predicted time."""
 
     def abort(self, req: int) -> bool:
         """Ends a request in any state. False when it is not live, so calling twice does no harm."""
@@ -347,7 +403,7 @@ class Core:
 
         1 TOKEN: a token, b its index in the output, c its sample index in the step. 2 FINISHED: a reason (1
         stop, 2 length, 3 abort, 4 error), b tokens sampled, c stop token or -1. 3 PREEMPTED: a why (0 memory,
-        1 rollback). 4 RESUMED (at every admission): a tokens whose history is shared, b tokens whose history
+        1 rollback, 2 priority). 4 RESUMED (at every admission): a tokens whose history is shared, b tokens whose history
         was known, c tokens run again. 5 PREFILL: a tokens computed, b tokens in all.
         """
 

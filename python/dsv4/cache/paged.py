@@ -5,6 +5,9 @@ page   | csa: layer, layer, … | csa_index: … | hca: … |             histor
 slab   | window: layer, … | csa_pool: … | csa_index_pool: … | hca_pool: … |   live state of a running request
 snapshot = the saved rows of a slab, layer after layer, cut into pages
 ```
+
+A state at a block boundary is saved as a snapshot, which leaves out what is empty there; at any other position it is the
+whole slab, byte for byte.
 """
 
 from __future__ import annotations
@@ -85,25 +88,23 @@ class PagedCache:
         self.pages[torch.tensor(pages, dtype=torch.int64, device=self.device)] = _POISON
 
     def save(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        """Writes the snapshot of a slab at a position (a multiple of block_tokens) into
-        `layout.snapshot_pages` pages."""
+        """Writes the state of a slab at a position into `layout.snapshot_pages` pages, or `layout.slab_pages`
+        where the position is no multiple of block_tokens."""
         self.save_all([(slab, position, *pages)])
 
     def save_all(self, jobs: Sequence[Sequence[int]]) -> None:
         """`save` of each (slab, position, pages ...), in one launch on a GPU."""
-        for _, _, *pages in jobs:
-            self._snapshot_pages(pages)
-        if self._copies:
-            self._copies.save(jobs)
-            return
-        for slab, position, *pages in jobs:
+        for slab, position, pages in self._jobs(jobs, self._copies and self._copies.save):
             self._save(slab, position, pages)
 
     def _save(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        at = self._snapshot_pages(pages)
+        at = self._state_pages(position, pages)
         packed = torch.zeros(len(at) * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
-        for live, rows, saved in self._saved(slab, position, packed):
-            saved.copy_(live[rows])
+        if position % self.layout.block_tokens:
+            packed[: self.layout.slab_bytes] = self.slabs[slab]
+        else:
+            for live, rows, saved in self._saved(slab, position, packed):
+                saved.copy_(live[rows])
         self.pages[at] = packed.view(len(at), -1)
 
     def restore(self, slab: int, position: int, pages: Sequence[int]) -> None:
@@ -113,23 +114,43 @@ class PagedCache:
 
     def restore_all(self, jobs: Sequence[Sequence[int]]) -> None:
         """`restore` of each (slab, position, pages ...), in one launch on a GPU."""
-        for _, _, *pages in jobs:
-            self._snapshot_pages(pages)
-        if self._copies:
-            self._copies.restore(jobs)
-            return
-        for slab, position, *pages in jobs:
+        for slab, position, pages in self._jobs(jobs, self._copies and self._copies.restore):
             self._restore(slab, position, pages)
 
     def _restore(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        packed = self.pages[self._snapshot_pages(pages)].flatten()
+        packed = self.pages[self._state_pages(position, pages)].flatten()
+        if position % self.layout.block_tokens:
+            self.slabs[slab] = packed[: self.layout.slab_bytes]
+            return
         self.reset([slab])
         for live, rows, saved in self._saved(slab, position, packed):
             live[rows] = saved
 
-    def _snapshot_pages(self, pages: Sequence[int]) -> Tensor:
-        if len(pages) != self.layout.snapshot_pages:
-            raise ValueError(f"a snapshot takes {self.layout.snapshot_pages} pages, got {len(pages)}")
+    def _jobs(self, jobs: Sequence[Sequence[int]], launch: Any) -> list[tuple[int, int, list[int]]]:
+        """Copy jobs without the padding of a plan's lists, checked; `launch` takes the snapshots among them."""
+        plain = [(slab, position, [p for p in pages if p >= 0]) for slab, position, *pages in jobs]
+        for _, position, pages in plain:
+            self._state_pages(position, pages)
+        if not launch:
+            return plain
+        at_boundary = [j for j in plain if j[1] % self.layout.block_tokens == 0]
+        if at_boundary:
+            launch([(slab, position, *pages) for slab, position, pages in at_boundary])
+        return [j for j in plain if j[1] % self.layout.block_tokens]
+
+    def fork(self, from_slab: int, to_slab: int, from_page: int, to_page: int) -> None:
+        """Copies a slab, and the page that is not full yet (-1: none is open), to another owner."""
+        self.slabs[to_slab] = self.slabs[from_slab]
+        if to_page >= 0:
+            self.pages[to_page] = self.pages[from_page]
+
+    def _state_pages(self, position: int, pages: Sequence[int]) -> Tensor:
+        """The pages of a state."""
+        what, wanted = ("snapshot", self.layout.snapshot_pages)
+        if position % self.layout.block_tokens:
+            what, wanted = ("slab", self.layout.slab_pages)
+        if len(pages) != wanted:
+            raise ValueError(f"a {what} takes {wanted} pages, got {len(pages)}")
         return torch.tensor(pages, dtype=torch.int64, device=self.device)
 
     def _saved(self, slab: int, position: int, packed: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

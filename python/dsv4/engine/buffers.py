@@ -1,7 +1,7 @@
 """The arrays that the core writes a plan into; allocated once, owned by Python.
 
 Names, shapes and dtypes are the border's (`_core.pyi`, PlanBuffers). R = slabs (running requests), T = tokens of a step,
-S = pages of a snapshot, D = page-table changes of a step.
+S = pages of a saved state, D = page-table changes of a step.
 """
 
 from __future__ import annotations
@@ -26,5 +26,6 @@ class StepBuffers:
             np.zeros(slabs, np.int32) for _ in range(6)
         )
         self.page_deltas = np.zeros((deltas, 3), np.int32)
-        self.saves, self.restores = (np.zeros((slabs, 2 + layout.snapshot_pages), np.int32) for _ in range(2))
+        self.saves, self.restores = (np.zeros((slabs, 2 + layout.copy_pages), np.int32) for _ in range(2))
+        self.forks = np.zeros((slabs, 4), np.int32)
         self.core = PlanBuffers(**vars(self))

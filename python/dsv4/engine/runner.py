@@ -56,9 +56,11 @@ class Runner:
             slab, block = deltas[:, 0], deltas[:, 1]
             changed = self.page_table[slab, block].to(self.cache.device)
             self.device_pages[slab.to(self.cache.device), block.to(self.cache.device)] = changed
+        for fork in plan.forks[: header.forks].tolist():
+            self.cache.fork(*fork)
         self.cache.restore_all(plan.restores[: header.restores].tolist())
         batch, last = self._batch(header, plan)
-        logits = self.model.forward(batch)
+        logits = self.model.forward(batch) if header.rows else torch.empty(0, 0)
         self.cache.save_all(plan.saves[: header.saves].tolist())
         self._collect_prompt_logprobs(header, plan, requests, logits, last)
         rows = plan.sample_rows[: header.samples].tolist()

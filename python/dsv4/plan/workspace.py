@@ -91,7 +91,7 @@ def step_array_bytes(layout: LayoutSpec, limits: Limits) -> int:
     """Bytes of one step's plan arrays (`dsv4.engine.buffers.StepBuffers`)."""
     deltas = limits.max_len // layout.block_tokens + 1 + 4 * limits.running
     words = 2 * limits.step_tokens + (2 + 6) * limits.running + 3 * deltas
-    return 4 * (words + 2 * limits.running * (2 + layout.snapshot_pages))
+    return 4 * (words + limits.running * (2 * (2 + layout.copy_pages) + 4))
 
 
 def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> None:

@@ -8,88 +8,23 @@
 //! that the first one samples is then written as a placeholder, and results of requests that ended meanwhile are ignored.
 
 use std::cmp::Reverse;
-use std::collections::{HashSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
-use crate::cache::{CacheOptions, Eviction, KvCache};
-use crate::cost::CostModel;
-use crate::error::{CoreError, Malformed};
+use crate::budget::StepModel;
+use crate::cache::{CacheOptions, KvCache};
+use crate::error::CoreError;
 use crate::event::{Event, Events};
-use crate::explain::{Archive, Explain, Reason};
-use crate::ids::{PageId, PinId, RequestId, Step};
+use crate::explain::{Archive, Explain};
+use crate::ids::{PinId, RequestId, Step};
 use crate::layout::LayoutSpec;
+pub use crate::options::{Options, Tenant};
 use crate::plan::PlanShape;
 use crate::policy::SnapshotPolicy;
-use crate::request::{Finish, Hint, Phase, Request, Submit};
-use crate::sched::admit::Blocked;
+use crate::request::{Finish, Hint, Order, Phase, Place, Rank, Request, Submit};
 use crate::sched::flight::Flight;
 use crate::sched::slabs::Slabs;
 use crate::sched::table::{Slot, Table};
-use crate::stats::{Counters, Stats};
-
-/// Limits and policies.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Pages of the pool.
-    pub pages: u32,
-    /// Live-state slabs: requests that can run at once.
-    pub slabs: u32,
-    /// Tokens of a step.
-    pub max_step_tokens: u32,
-    /// Longest prompt plus output.
-    pub max_len: u32,
-    /// Requests that may wait.
-    pub max_waiting: usize,
-    /// Where state is saved for reuse.
-    pub snapshots: SnapshotPolicy,
-    /// Largest share of the pool that snapshots may fill while memory is short, 0 to 1.
-    pub snapshot_budget: f64,
-    /// Which cached page goes first.
-    pub eviction: Eviction,
-    /// Off: no prefix is reused.
-    pub prefix_cache: bool,
-    /// Steps that may be planned and not yet committed: 1 or 2.
-    pub max_in_flight: u32,
-    /// What starting points cost.
-    pub cost: CostModel,
-    /// Tokens of a replay; `None`: as many as the layout needs to be exact.
-    pub replay_tokens: Option<u32>,
-    /// Time that a step may take by the cost model; `None`: only `max_step_tokens` bounds it.
-    pub step_us: Option<f64>,
-    /// Tenants with a share or a quota of their own; others have weight 1 and no quota.
-    pub tenants: Vec<Tenant>,
-}
-
-/// A tenant's share of the device.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Tenant {
-    /// As in [`Submit::tenant`].
-    pub id: u32,
-    /// Its share of prefill tokens relative to others, above 0.
-    pub weight: f64,
-    /// Cached pages that it keeps at most while others need memory; `None`: no limit.
-    pub quota_pages: Option<u32>,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Options {
-            pages: 1,
-            slabs: 1,
-            max_step_tokens: 2048,
-            max_len: 1 << 20,
-            max_waiting: 1024,
-            snapshots: SnapshotPolicy::Auto,
-            snapshot_budget: 0.1,
-            eviction: Eviction::Value,
-            prefix_cache: true,
-            max_in_flight: 1,
-            cost: CostModel::default(),
-            replay_tokens: None,
-            step_us: None,
-            tenants: Vec::new(),
-        }
-    }
-}
+use crate::stats::Counters;
 
 /// The scheduler with its cache.
 #[derive(Debug)]
@@ -97,7 +32,8 @@ pub struct Core {
     pub(crate) options: Options,
     pub(crate) shape: PlanShape,
     pub(crate) replay_tokens: u32,
-    block: u32,
+    pub(crate) block: u32,
+    pub(crate) snapshot_pages: u32,
     pub(crate) cache: KvCache,
     pub(crate) slabs: Slabs,
     pub(crate) table: Table,
@@ -115,8 +51,21 @@ pub struct Core {
     pub(crate) coming: Step,
     /// A request had to give way in the plan being made.
     pub(crate) gave_way: bool,
-    /// Why the first in line was not admitted.
-    pub(crate) blocked: Option<Blocked>,
+    /// A running request that gets no row in the plan being made, so that it can be parked in the next one.
+    pub(crate) held: Option<Slot>,
+    /// Waiting requests with their state saved, the most senior first.
+    pub(crate) parked: BTreeSet<(Rank, Slot)>,
+    /// Children that may start from a parent's state: (child, parent).
+    pub(crate) forks: Vec<(RequestId, RequestId)>,
+    /// Requests that did not fit in the plan being made.
+    pub(crate) tried: Vec<Slot>,
+    /// The arrival whose prefix was looked up again last, and the credit for more.
+    pub(crate) looked_at: u64,
+    pub(crate) lookup_credit: u64,
+    /// Pins that stand, oldest first.
+    pub(crate) pins: VecDeque<PinId>,
+    pub(crate) model: StepModel,
+    pub(crate) now_us: u64,
     pub(crate) epochs: u64,
     arrivals: u64,
 }
@@ -124,23 +73,7 @@ pub struct Core {
 impl Core {
     /// An idle core. Refuses options that cannot work.
     pub fn new(layout: &LayoutSpec, options: Options) -> Result<Self, CoreError> {
-        let limits = [
-            ("pages", options.pages, i32::MAX as u32),
-            ("slabs", options.slabs, 1 << 20),
-            ("max_step_tokens", options.max_step_tokens, i32::MAX as u32),
-            ("max_len", options.max_len, i32::MAX as u32),
-        ];
-        if let Some((name, value, most)) = limits.into_iter().find(|&(_, v, most)| v == 0 || v > most) {
-            return Err(CoreError::config(name, value, format!("it must be 1 to {most}")));
-        }
-        if !(1..=2).contains(&options.max_in_flight) {
-            return Err(CoreError::config("max_in_flight", options.max_in_flight, "it must be 1 or 2"));
-        }
-        options.cost.validate()?;
-        if !(0.0..=1.0).contains(&options.snapshot_budget) {
-            let budget = options.snapshot_budget;
-            return Err(CoreError::config("snapshot_budget", budget, "it must be a share from 0 to 1"));
-        }
+        options.validate()?;
         let cache_options = CacheOptions {
             pages: options.pages,
             eviction: options.eviction,
@@ -155,15 +88,16 @@ impl Core {
             rows: options.slabs as usize,
             tokens: options.max_step_tokens as usize,
             deltas: (options.max_len.div_ceil(layout.block_tokens) + 4 * options.slabs) as usize,
-            snapshot_pages: layout.snapshot_pages() as usize,
+            copy_pages: layout.copy_pages() as usize,
         };
         Ok(Core {
             shape,
             replay_tokens: options.replay_tokens.unwrap_or(layout.replay_tokens()),
             block: layout.block_tokens,
+            snapshot_pages: layout.snapshot_pages(),
             cache: KvCache::new(layout, &cache_options)?,
             slabs: Slabs::new(options.slabs),
-            table: Table::default(),
+            table: Table::new(&options.tenants),
             flights: VecDeque::new(),
             spare_flights: Vec::new(),
             prefilling: Vec::new(),
@@ -174,7 +108,15 @@ impl Core {
             done: Step(0),
             coming: Step(0),
             gave_way: false,
-            blocked: None,
+            held: None,
+            parked: BTreeSet::new(),
+            forks: Vec::new(),
+            tried: Vec::new(),
+            looked_at: 0,
+            lookup_credit: 0,
+            pins: VecDeque::new(),
+            model: StepModel::new(options.cost, options.step_cost),
+            now_us: 0,
             epochs: 0,
             arrivals: 0,
             options,
@@ -188,7 +130,7 @@ impl Core {
 
     /// Pages that must be available before a state is saved: its own, and one for each running request.
     pub(crate) fn pages_for_a_save(&self) -> u32 {
-        (self.shape.snapshot_pages + self.table.running.len()) as u32
+        self.snapshot_pages + self.table.running.len() as u32
     }
 
     /// Queues a request. Refuses what could never run, and everything while the queue is full.
@@ -201,28 +143,48 @@ impl Core {
             return Err(CoreError::Duplicate(id.0));
         }
         let max_new = self.room_for_output(&submit)?;
-        if self.table.waiting.len() >= self.options.max_waiting {
-            let (waiting, limit) = (self.table.waiting.len(), self.options.max_waiting);
+        if self.table.queue.len() >= self.options.max_waiting {
+            let (waiting, limit) = (self.table.queue.len(), self.options.max_waiting);
             return Err(CoreError::Overloaded { waiting, limit });
         }
         self.arrivals += 1;
         let prompt = submit.prompt.len() as u32;
         self.archive.forget(id);
-        self.table.insert(Request {
+        let contended = !self.table.queue.is_empty() || submit.deadline_us.is_some();
+        let place = Place {
+            arrival: self.arrivals,
+            priority: submit.priority,
+            tenant: submit.tenant,
+            order: Order::Known(Reverse(0)),
+        };
+        let slot = self.table.insert(Request {
             id,
             prompt,
             tokens: submit.prompt,
             max_new,
             stop_ids: submit.stop_ids.into(),
             salt: submit.salt.into(),
-            rank: (Reverse(submit.priority), self.arrivals),
+            place,
+            arrived_us: self.now_us,
+            deadline_us: submit.deadline_us,
+            passed: 0,
+            blocked: None,
+            forked: None,
             all_logits: submit.all_logits,
             hint: Hint { tenant: submit.tenant, retention: submit.retention },
             phase: Phase::Waiting,
             run: None,
+            parked: None,
+            known_prefix: 0,
             computed_before: 0,
             explain: Explain { prompt_tokens: prompt, ..Explain::default() },
         });
+        // Alone in the queue its place does not matter.
+        if contended {
+            self.table.get_mut(slot).known_prefix = self.known_prefix(slot);
+            let order = self.order_of(self.table.get(slot));
+            self.table.reorder(slot, order);
+        }
         Ok(())
     }
 
@@ -286,7 +248,7 @@ impl Core {
 
     /// Whether any request is live.
     pub fn has_work(&self) -> bool {
-        !self.table.waiting.is_empty() || !self.table.running.is_empty()
+        !self.table.queue.is_empty() || !self.table.running.is_empty()
     }
 
     /// Steps in flight, oldest first.
@@ -314,13 +276,24 @@ impl Core {
         self.cache.clear()
     }
 
-    /// Keeps the known whole blocks of `tokens` and the saved states on them until [`Core::unpin`].
+    /// Keeps the known whole blocks of `tokens` and the saved states on them until [`Core::unpin`]. Pins yield, the oldest
+    /// first, when a request that was taken does not fit beside them even alone.
     pub fn pin(&mut self, salt: &[u8], tokens: &[u32]) -> Result<PinId, CoreError> {
-        Ok(self.cache.pin(salt, tokens).0)
+        let pin = self.cache.pin(salt, tokens).0;
+        self.pins.push_back(pin);
+        Ok(pin)
     }
 
     /// Ends a pin. False when there is none of that name.
     pub fn unpin(&mut self, pin: PinId) -> bool {
+        self.pins.retain(|&p| p != pin);
+        self.cache.unpin(pin)
+    }
+
+    /// Ends the oldest pin, because a request that `submit` has taken fits no other way. False when there is none.
+    pub(crate) fn break_pin(&mut self) -> bool {
+        let Some(pin) = self.pins.pop_front() else { return false };
+        self.counters.pins_broken += 1;
         self.cache.unpin(pin)
     }
 
@@ -333,100 +306,14 @@ impl Core {
         CoreError::WrongStep { step, action, in_flight: self.in_flight().map(|s| s.0).collect() }
     }
 
-    /// Gauges and counters by name.
-    pub fn stats(&self) -> Stats {
-        let (c, k) = (&self.counters, self.cache.counters());
-        let snapshot_pages = u64::from(self.cache.snapshots()) * self.shape.snapshot_pages as u64;
-        let named = [
-            ("pages", self.cache.pages().into()),
-            ("free_pages", self.cache.free_pages().into()),
-            ("available_pages", self.cache.available().into()),
-            ("cached_pages", self.cache.cached_blocks().into()),
-            ("snapshot_pages", snapshot_pages),
-            ("deferred_pages", self.cache.leaving_pages().into()),
-            ("slabs", self.slabs.total().into()),
-            ("free_slabs", self.slabs.free().into()),
-            ("waiting", self.table.waiting.len() as u64),
-            ("running", self.table.running.len() as u64),
-            ("in_flight", self.flights.len() as u64),
-            ("snapshots", self.cache.snapshots().into()),
-            ("snapshots_taken", k.snapshots_taken),
-            ("snapshots_used", k.snapshots_used),
-            ("snapshots_evicted", k.snapshots_evicted),
-            ("evicted_blocks", k.evicted_blocks),
-            ("adopted_blocks", k.adopted_blocks),
-            ("prefix_queries", c.prefix_queries),
-            ("prompt_tokens", c.prompt_tokens),
-            ("matched_tokens", c.matched_tokens),
-            ("resumed_tokens", c.resumed_tokens),
-            ("replayed_tokens", c.replayed_tokens),
-            ("recomputed_tokens", c.recomputed_tokens),
-            ("preemptions", c.preemptions),
-            ("rollbacks", c.rollbacks),
-            ("steps", c.steps),
-            ("aborts", c.aborts),
-            ("finished", c.finished),
-        ];
-        let lost = Reason::ALL.into_iter().zip(c.lost).skip(1);
-        let lost = lost.map(|(reason, tokens)| (format!("lost_{}", reason.name()), tokens));
-        named.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(lost).collect()
+    /// The time now, in microseconds from any origin. Going backwards is ignored.
+    pub fn set_time(&mut self, now_us: u64) {
+        self.now_us = self.now_us.max(now_us);
+        self.cache.set_time(now_us);
     }
 
-    /// Recomputes every invariant from scratch.
-    pub fn check(&self) -> Result<(), Malformed> {
-        let runs = || self.table.iter_running().filter_map(|r| r.run.as_ref());
-        let saving = self.flights.iter().flat_map(|f| &f.saves).map(|s| &s.pages);
-        let held = saving.chain(runs().filter_map(|r| r.spare.as_ref()).map(|(_, pages)| pages));
-        self.cache.check(runs().map(|r| &r.seq), held)?;
-        self.slabs.check(runs().map(|r| r.slab))?;
-        let ranks: Vec<_> = self.table.iter_running().map(|r| r.rank).collect();
-        Malformed::unless(ranks.is_sorted(), "running order", || format!("{ranks:?}"))?;
-        for request in self.table.iter() {
-            self.check_request(request)?;
-        }
-        let mut writers: HashSet<PageId> = HashSet::new();
-        for run in runs() {
-            for &page in &run.seq.pages()[run.seq.published_blocks() as usize..] {
-                Malformed::unless(writers.insert(page), "one writer per page", || {
-                    format!("{page:?} has two")
-                })?;
-            }
-        }
-        for run in runs() {
-            let shared = &run.seq.pages()[..run.seq.published_blocks() as usize];
-            let written = shared.iter().find(|p| writers.contains(p));
-            Malformed::unless(written.is_none(), "shared pages are not written", || format!("{written:?}"))?;
-        }
-        Ok(())
-    }
-
-    fn check_request(&self, r: &Request) -> Result<(), Malformed> {
-        let run = r.run.as_ref();
-        let says = |what, holds| {
-            Malformed::unless(holds, what, || {
-                let (planned, computed, unknown) =
-                    run.map_or((0, 0, 0), |x| (x.planned, x.computed, x.unknown));
-                let (id, state, known, prompt) = (r.id.0, r.phase.name(), r.known(), r.prompt);
-                format!(
-                    "request {id} {state}: {prompt} of {known} tokens are its prompt, {planned} planned, {computed} computed, {unknown} unknown"
-                )
-            })
-        };
-        let waiting = self.table.waiting.contains_key(&r.rank);
-        says(
-            "waiting requests hold nothing",
-            waiting == (r.phase == Phase::Waiting) && waiting == r.run.is_none(),
-        )?;
-        let Some(run) = run else { return Ok(()) };
-        let covered = run.seq.pages().len() as u32 * self.block;
-        says("pages cover what is planned", run.planned <= covered && run.computed <= run.planned)?;
-        says("output within its limit", r.outputs() + run.unknown <= r.max_new)?;
-        match r.phase {
-            Phase::Prefill => says("prefill has tokens to plan", run.planned < r.known() && run.unknown == 0),
-            _ => says(
-                "decode is at the newest token",
-                run.planned + 1 == r.known() + run.unknown.max(u32::from(r.max_new == 0)),
-            ),
-        }
+    /// A step took `us` microseconds on the device: the cost model learns from it. What cannot be is ignored.
+    pub fn observe(&mut self, step: Step, us: f64) {
+        self.model.observe(step, us);
     }
 }

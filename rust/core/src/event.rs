@@ -15,6 +15,8 @@ pub enum Loss {
     Memory = 0,
     /// Its step was rolled back.
     Rollback = 1,
+    /// A request of higher priority got its slab.
+    Priority = 2,
 }
 
 /// One thing that happened.

@@ -11,6 +11,7 @@
 //! It knows no Python, no torch, no clock, no randomness and no I/O: the same calls give the same plans.
 #![forbid(unsafe_code)]
 
+pub mod budget;
 pub mod cache;
 pub mod core;
 pub mod cost;
@@ -22,6 +23,7 @@ mod ghosts;
 pub mod ids;
 pub mod layout;
 pub mod mutant;
+mod options;
 mod order;
 pub mod plan;
 pub mod policy;

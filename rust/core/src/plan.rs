@@ -14,7 +14,7 @@ pub const REPLAY: i32 = 8;
 /// One token after the prompt.
 pub const DECODE: i32 = 16;
 
-/// Borrowed arrays of one step. R = slabs, T = step tokens, S = pages of a snapshot.
+/// Borrowed arrays of one step. R = slabs, T = step tokens, S = pages of a state.
 #[derive(Debug)]
 pub struct PlanBuffers<'a> {
     /// \[T\] input ids; `-(1 + i)` stands for sample `i` of the step before.
@@ -37,10 +37,14 @@ pub struct PlanBuffers<'a> {
     pub sample_rows: &'a mut [i32],
     /// \[D, 3\] page table changes (slab, block, page), applied in order before the forward.
     pub page_deltas: &'a mut [i32],
-    /// \[R, 2 + S\] copies out of slabs after the forward (slab, position, pages…).
+    /// \[R, 2 + S\] copies out of slabs after the forward (slab, position, pages…, -1…). The state at a block boundary is a
+    /// snapshot; at any other position it is the whole slab.
     pub saves: &'a mut [i32],
-    /// \[R, 2 + S\] copies into slabs before the forward (slab, position, pages…).
+    /// \[R, 2 + S\] copies into slabs before the forward (slab, position, pages…, -1…).
     pub restores: &'a mut [i32],
+    /// \[R, 4\] copies of one slab and the page that is not full yet (from slab, to slab, from page, to page; pages -1
+    /// where there is none), before restores and the forward.
+    pub forks: &'a mut [i32],
 }
 
 /// Least lengths of the arrays.
@@ -52,14 +56,14 @@ pub struct PlanShape {
     pub tokens: usize,
     /// Page table changes of a step: one request of the greatest length, and four per slab.
     pub deltas: usize,
-    /// Pages of a snapshot.
-    pub snapshot_pages: usize,
+    /// Pages of the larger kind of saved state.
+    pub copy_pages: usize,
 }
 
 impl PlanBuffers<'_> {
     /// Refuses arrays that are too short, by name.
     pub fn check(&self, shape: &PlanShape) -> Result<(), CoreError> {
-        let (rows, copies) = (shape.rows, shape.rows * (2 + shape.snapshot_pages));
+        let (rows, copies) = (shape.rows, shape.rows * (2 + shape.copy_pages));
         let lengths = [
             ("token_ids", self.token_ids.len(), shape.tokens),
             ("positions", self.positions.len(), shape.tokens),
@@ -73,6 +77,7 @@ impl PlanBuffers<'_> {
             ("page_deltas", self.page_deltas.len(), 3 * shape.deltas),
             ("saves", self.saves.len(), copies),
             ("restores", self.restores.len(), copies),
+            ("forks", self.forks.len(), 4 * rows),
         ];
         match lengths.into_iter().find(|(_, len, least)| len < least) {
             Some((name, len, least)) => {
@@ -100,6 +105,8 @@ pub struct StepHeader {
     pub saves: u32,
     /// States to restore.
     pub restores: u32,
+    /// Slabs copied from another.
+    pub forks: u32,
     /// Rows in decode; they come first.
     pub decode_rows: u32,
     /// Tokens that are replayed.
@@ -165,14 +172,27 @@ impl<'a, 'b> PlanWriter<'a, 'b> {
 
     /// A state to save after the forward.
     pub fn save(&mut self, slab: SlabId, pos: u32, pages: &[PageId]) {
-        write_copy(self.out.saves, self.header.saves, slab, pos, pages);
+        write_copy(self.out.saves, self.header.saves, self.shape.copy_pages, slab, pos, pages);
         self.header.saves += 1;
     }
 
     /// A state to restore before the forward.
     pub fn restore(&mut self, slab: SlabId, pos: u32, pages: &[PageId]) {
-        write_copy(self.out.restores, self.header.restores, slab, pos, pages);
+        write_copy(self.out.restores, self.header.restores, self.shape.copy_pages, slab, pos, pages);
         self.header.restores += 1;
+    }
+
+    /// Whether one more slab can be copied.
+    pub fn fork_room(&self) -> bool {
+        (self.header.forks as usize) < self.shape.rows
+    }
+
+    /// A slab to copy from another before the forward, and a page with it.
+    pub fn fork(&mut self, from: SlabId, to: SlabId, pages: Option<(PageId, PageId)>) {
+        let at = 4 * self.header.forks as usize;
+        let (from_page, to_page) = pages.map_or((-1, -1), |(a, b)| (a.0 as i32, b.0 as i32));
+        self.out.forks[at..at + 4].copy_from_slice(&[from.0 as i32, to.0 as i32, from_page, to_page]);
+        self.header.forks += 1;
     }
 
     /// A row of known tokens, which are `tokens`. Returns its index among the samples when it is sampled.
@@ -215,9 +235,10 @@ impl<'a, 'b> PlanWriter<'a, 'b> {
     }
 }
 
-fn write_copy(list: &mut [i32], index: u32, slab: SlabId, pos: u32, pages: &[PageId]) {
-    let width = 2 + pages.len();
+fn write_copy(list: &mut [i32], index: u32, most: usize, slab: SlabId, pos: u32, pages: &[PageId]) {
+    let width = 2 + most;
     let row = &mut list[index as usize * width..][..width];
     (row[0], row[1]) = (slab.0 as i32, pos as i32);
+    row[2..].fill(-1);
     row[2..].iter_mut().zip(pages).for_each(|(to, page)| *to = page.0 as i32);
 }

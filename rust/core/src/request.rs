@@ -17,6 +17,8 @@ use crate::explain::Explain;
 use crate::ids::{PageId, RequestId, SlabId, Step};
 use crate::policy::Due;
 pub use crate::retention::{Hint, Retention};
+pub use crate::sched::park::Parked;
+pub use crate::sched::queue::{Order, Place};
 use crate::snapshot::SnapshotPages;
 
 /// Why a request ended; the numbers are those of the FINISHED event.
@@ -127,7 +129,7 @@ pub struct Submit {
     pub retention: Retention,
 }
 
-/// Scheduling order: higher priority first, then first come.
+/// Seniority among running requests: higher priority first, then first come. The last one gives way first.
 pub type Rank = (Reverse<i32>, u64);
 
 /// A live request.
@@ -145,8 +147,18 @@ pub struct Request {
     pub stop_ids: Box<[u32]>,
     /// Whose prefixes it may share.
     pub salt: Box<[u8]>,
-    /// Place in line.
-    pub rank: Rank,
+    /// Priority, tenant, and its place in line while it waits.
+    pub place: Place,
+    /// When it came, on the core's clock.
+    pub arrived_us: u64,
+    /// See [`Submit::deadline_us`].
+    pub deadline_us: Option<u64>,
+    /// Admissions of requests behind it while it did not fit.
+    pub passed: u32,
+    /// Pages available and requests running when it last did not fit.
+    pub blocked: Option<(u32, u32)>,
+    /// The live request whose state it may start from.
+    pub forked: Option<Forked>,
     /// See [`Submit::all_logits`].
     pub all_logits: bool,
     /// Its tenant and retention.
@@ -155,13 +167,33 @@ pub struct Request {
     pub phase: Phase,
     /// What it holds while it runs.
     pub run: Option<Run>,
+    /// What it holds while it waits with its state saved.
+    pub parked: Option<Box<Parked>>,
+    /// Tokens of its prefix that were known when it was last looked up.
+    pub known_prefix: u32,
     /// Tokens that were computed when it last lost its slab.
     pub computed_before: u32,
     /// What is told about it; complete when it is first admitted.
     pub explain: Explain,
 }
 
+/// From which live request a waiting one may start, and how far.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Forked {
+    /// The other request.
+    pub parent: RequestId,
+    /// Its arrival: names are given again.
+    pub arrival: u64,
+    /// Leading tokens that both have; the state is taken there at the latest.
+    pub shared: u32,
+}
+
 impl Request {
+    /// Its seniority while it runs.
+    pub fn rank(&self) -> Rank {
+        (Reverse(self.place.priority), self.place.arrival)
+    }
+
     /// Moves to the next state.
     pub fn change(&mut self, change: Change) -> Result<(), CoreError> {
         self.phase = self.phase.after(change, self.id)?;
@@ -200,6 +232,10 @@ pub struct Run {
     pub replay_end: u32,
     /// What its first row starts from.
     pub start: Start,
+    /// No token from here on is planned: another request takes its state over here first.
+    pub hold: u32,
+    /// Tokens that were computed for it when the stay began.
+    pub begun: u32,
     /// Where chunks end so that a state can be saved.
     pub due: Due,
     /// Blocks whose page the device knows.

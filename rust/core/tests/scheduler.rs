@@ -1,106 +1,15 @@
 //! The scheduler, one rule per test. Random runs against the cold run are in the simulator crate.
 
-#![expect(clippy::unwrap_used, reason = "a refusal where none is expected fails the test")]
+mod rig;
 
-use dsv4_core::cost::CostModel;
+use dsv4_core::Options;
 use dsv4_core::error::CoreError;
 use dsv4_core::event::What;
 use dsv4_core::explain::Reason;
 use dsv4_core::ids::{RequestId, Step};
-use dsv4_core::layout::{LayoutSpec, V4Geometry};
 use dsv4_core::plan::{ALL_LOGITS, DECODE, REPLAY, RESET, SAMPLE, StepHeader};
 use dsv4_core::request::{Finish, Submit};
-use dsv4_core::{Core, Options};
-use dsv4_sim::arrays::Arrays;
-
-/// Blocks of 4 tokens, a window of 3, 3 layers: a replay takes 6 tokens. A snapshot takes one page.
-fn layout() -> LayoutSpec {
-    let geometry = V4Geometry {
-        compress_ratios: vec![0, 2, 4],
-        csa_ratio: 2,
-        hca_ratio: 4,
-        head_dim: 2,
-        index_head_dim: 2,
-        window: 3,
-        row: (64, "toy".to_owned()),
-        index_row: (640, "toy".to_owned()),
-        block_tokens: 4,
-        draft_slack: 0,
-    };
-    LayoutSpec::v4(&geometry).unwrap()
-}
-
-fn options() -> Options {
-    Options {
-        pages: 32,
-        slabs: 2,
-        max_step_tokens: 8,
-        max_len: 64,
-        max_waiting: 4,
-        snapshots: "turns".parse().unwrap(),
-        cost: CostModel { token_us: 10.0, context_us_per_1k: 0.0, replay_factor: 0.5, restore_us: 1.0 },
-        ..Options::default()
-    }
-}
-
-fn request(id: u64, prompt: &[u32], max_new: u32) -> Submit {
-    let (id, prompt, max_new) = (RequestId(id), prompt.to_vec(), Some(max_new));
-    Submit { id, prompt, max_new, stop_ids: vec![99], ..Submit::default() }
-}
-
-/// A row of a plan: request, first position, tokens, flags.
-type Row = (i64, i32, i32, i32);
-
-struct Rig {
-    core: Core,
-    arrays: Arrays,
-}
-
-impl Rig {
-    fn new(options: Options) -> Self {
-        let core = Core::new(&layout(), options).unwrap();
-        Rig { arrays: Arrays::new(&core.shape()), core }
-    }
-
-    fn plan(&mut self) -> Option<StepHeader> {
-        let header = self.core.plan(&mut self.arrays.buffers()).unwrap();
-        self.core.check().unwrap();
-        header
-    }
-
-    fn rows(&self, h: &StepHeader) -> Vec<Row> {
-        let a = &self.arrays;
-        (0..h.rows as usize).map(|r| (a.row_req[r], a.row_start[r], a.row_len[r], a.row_flags[r])).collect()
-    }
-
-    /// Plans, samples `token` for every row, commits. Returns the rows.
-    fn step(&mut self, token: u32) -> Vec<Row> {
-        let h = self.plan().expect("there is something to run");
-        let rows = self.rows(&h);
-        self.core.commit(Step(h.step), &vec![token; h.samples as usize]).unwrap();
-        self.core.check().unwrap();
-        rows
-    }
-
-    fn run(&mut self, submit: Submit) {
-        self.core.submit(submit).unwrap();
-        while self.core.has_work() {
-            self.step(1);
-        }
-    }
-
-    fn events(&mut self) -> Vec<(u64, What)> {
-        std::iter::from_fn(|| self.core.next_event()).map(|e| (e.request.0, e.what)).collect()
-    }
-
-    fn stat(&self, name: &str) -> u64 {
-        self.core.stats().into_iter().find(|(n, _)| n == name).unwrap().1
-    }
-}
-
-fn tokens(n: u32) -> Vec<u32> {
-    (0..n).map(|t| t % 7).collect()
-}
+use rig::{Rig, options, request, tokens};
 
 #[test]
 fn decode_comes_first_and_prompts_fill_the_rest_in_order() {
@@ -381,21 +290,4 @@ fn what_can_never_run_is_refused_at_once() {
         rig.core.submit(request(7, &tokens(2), 1)),
         Err(CoreError::Overloaded { waiting: 4, limit: 4 })
     );
-}
-
-#[test]
-fn nobody_overtakes_a_request_that_waits_for_pages() {
-    let mut rig = Rig::new(Options { pages: 8, slabs: 3, ..options() });
-    rig.core.submit(request(1, &tokens(17), 4)).unwrap();
-    rig.core.submit(request(2, &[6; 17], 4)).unwrap();
-    rig.core.submit(request(3, &[5; 2], 4)).unwrap();
-    let mut first = Vec::new();
-    while rig.core.has_work() {
-        for (id, ..) in rig.step(1) {
-            if !first.contains(&id) {
-                first.push(id);
-            }
-        }
-    }
-    assert_eq!(first, [1, 2, 3]);
 }

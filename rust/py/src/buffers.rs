@@ -20,13 +20,14 @@ pub struct PyPlanBuffers {
     pub page_deltas: Py<PyArrayDyn<i32>>,
     pub saves: Py<PyArrayDyn<i32>>,
     pub restores: Py<PyArrayDyn<i32>>,
+    pub forks: Py<PyArrayDyn<i32>>,
 }
 
 #[pymethods]
 impl PyPlanBuffers {
     #[new]
     #[pyo3(signature = (*, token_ids, positions, row_req, row_slab, row_start, row_len, row_flags, row_replay_end,
-                        sample_rows, page_deltas, saves, restores))]
+                        sample_rows, page_deltas, saves, restores, forks))]
     #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
     fn new(
         token_ids: &Bound<'_, PyAny>,
@@ -41,6 +42,7 @@ impl PyPlanBuffers {
         page_deltas: &Bound<'_, PyAny>,
         saves: &Bound<'_, PyAny>,
         restores: &Bound<'_, PyAny>,
+        forks: &Bound<'_, PyAny>,
     ) -> PyResult<Self> {
         Ok(PyPlanBuffers {
             token_ids: array("token_ids", token_ids, 1)?,
@@ -55,18 +57,18 @@ impl PyPlanBuffers {
             page_deltas: table("page_deltas", page_deltas, Some(3))?,
             saves: table("saves", saves, None)?,
             restores: table("restores", restores, None)?,
+            forks: table("forks", forks, Some(4))?,
         })
     }
 }
 
 impl PyPlanBuffers {
-    /// Refuses copy lists whose rows are not `2 + snapshot_pages` wide.
+    /// Refuses copy lists whose rows are not `2 + copy_pages` wide.
     pub fn check_width(&self, py: Python<'_>, width: usize) -> PyResult<()> {
         for (name, list) in [("saves", &self.saves), ("restores", &self.restores)] {
             let shape = list.bind(py).shape();
             if shape[1] != width {
-                let expected =
-                    format!("rows need {width} elements: slab, position and the pages of a snapshot");
+                let expected = format!("rows need {width} elements: slab, position and the pages of a state");
                 return Err(config_error(py, name, format!("of shape {shape:?}"), expected));
             }
         }

@@ -2,11 +2,13 @@
 
 use std::sync::Mutex;
 
+use dsv4_core::budget::StepCost;
+use dsv4_core::core::Tenant;
 use dsv4_core::cost::CostModel;
 use dsv4_core::event::EVENT_WIDTH;
-use dsv4_core::ids::{RequestId, Step};
+use dsv4_core::ids::{PinId, RequestId, Step};
 use dsv4_core::plan::{PlanBuffers, StepHeader};
-use dsv4_core::request::Submit;
+use dsv4_core::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
 use numpy::{PyArrayDyn, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
@@ -26,6 +28,7 @@ pub struct PyStepHeader {
     deltas: u32,
     saves: u32,
     restores: u32,
+    forks: u32,
     decode_rows: u32,
     replay_tokens: u32,
 }
@@ -50,6 +53,7 @@ impl From<StepHeader> for PyStepHeader {
             deltas: h.deltas,
             saves: h.saves,
             restores: h.restores,
+            forks: h.forks,
             decode_rows: h.decode_rows,
             replay_tokens: h.replay_tokens,
         }
@@ -80,9 +84,15 @@ impl PyCore {
 #[pymethods]
 impl PyCore {
     #[new]
-    #[pyo3(signature = (layout, *, pages, slabs, max_step_tokens, max_len, max_waiting = 1024, snapshots = "forks",
-                        eviction = "lru", prefix_cache = true, max_in_flight = 1, replay_tokens = None, token_us = None,
-                        context_us_per_1k = None, replay_factor = None, restore_us = None))]
+    #[pyo3(signature = (layout, *, pages, slabs, max_step_tokens, max_len, max_waiting = 1024, snapshots = "auto",
+                        snapshot_budget = 0.1, eviction = "value", prefix_cache = true, max_in_flight = 1,
+                        replay_tokens = None, token_us = None, context_us_per_1k = None, replay_factor = None,
+                        restore_us = None, base_us = None, decode_us = None, copy_us = None, step_us = None,
+                        max_wait_us = 30_000_000, tenants = Vec::new()),
+           text_signature = "(layout, *, pages, slabs, max_step_tokens, max_len, max_waiting=1024, snapshots='auto', \
+snapshot_budget=0.1, eviction='value', prefix_cache=True, max_in_flight=1, replay_tokens=None, token_us=None, \
+context_us_per_1k=None, replay_factor=None, restore_us=None, base_us=None, decode_us=None, copy_us=None, step_us=None, \
+max_wait_us=30000000, tenants=())")]
     #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
     fn new(
         py: Python<'_>,
@@ -93,6 +103,7 @@ impl PyCore {
         max_len: u32,
         max_waiting: usize,
         snapshots: &str,
+        snapshot_budget: f64,
         eviction: &str,
         prefix_cache: bool,
         max_in_flight: u32,
@@ -101,7 +112,21 @@ impl PyCore {
         context_us_per_1k: Option<f64>,
         replay_factor: Option<f64>,
         restore_us: Option<f64>,
+        base_us: Option<f64>,
+        decode_us: Option<f64>,
+        copy_us: Option<f64>,
+        step_us: Option<f64>,
+        max_wait_us: u64,
+        tenants: Vec<(u32, f64, Option<u32>)>,
     ) -> PyResult<Self> {
+        let step = StepCost::default();
+        let step_cost = StepCost {
+            base_us: base_us.unwrap_or(step.base_us),
+            decode_us: decode_us.unwrap_or(step.decode_us),
+            copy_us: copy_us.unwrap_or(step.copy_us),
+        };
+        let tenants =
+            tenants.into_iter().map(|(id, weight, quota_pages)| Tenant { id, weight, quota_pages }).collect();
         let usual = CostModel::default();
         let cost = CostModel {
             token_us: token_us.unwrap_or(usual.token_us),
@@ -118,21 +143,27 @@ impl PyCore {
                 max_len,
                 max_waiting,
                 snapshots,
+                snapshot_budget,
                 eviction,
                 prefix_cache,
                 max_in_flight,
                 cost,
                 replay_tokens,
-                ..Options::default()
+                step_cost,
+                step_us,
+                max_wait_us,
+                tenants,
             };
             Core::new(&layout.0, options)
         })?;
-        Ok(PyCore { copy_width: 2 + core.shape().snapshot_pages, core: Mutex::new(core) })
+        Ok(PyCore { copy_width: 2 + core.shape().copy_pages, core: Mutex::new(core) })
     }
 
     #[pyo3(signature = (req, prompt, *, max_new = None, stop_ids = Vec::new(), salt = Vec::new(), priority = 0,
-                        all_logits = false),
-           text_signature = "($self, req, prompt, *, max_new=None, stop_ids=(), salt=b'', priority=0, all_logits=False)")]
+                        all_logits = false, tenant = 0, deadline_us = None, session = None, ttl_us = None, retention = 0,
+                        parent = None),
+           text_signature = "($self, req, prompt, *, max_new=None, stop_ids=(), salt=b'', priority=0, all_logits=False, \
+tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)")]
     #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
     fn submit(
         &self,
@@ -144,21 +175,69 @@ impl PyCore {
         salt: Vec<u8>,
         priority: i32,
         all_logits: bool,
+        tenant: u32,
+        deadline_us: Option<u64>,
+        session: Option<u64>,
+        ttl_us: Option<u64>,
+        retention: i32,
+        parent: Option<u64>,
     ) -> PyResult<()> {
-        let prompt = tokens_of(py, "prompt", prompt)?;
-        let id = RequestId(req);
-        self.call(py, |core| {
-            Ok(core.submit(Submit {
-                id,
-                prompt,
-                max_new,
-                stop_ids,
-                salt,
-                priority,
-                all_logits,
-                ..Submit::default()
-            })?)
+        let submit = Submit {
+            id: RequestId(req),
+            prompt: tokens_of(py, "prompt", prompt)?,
+            max_new,
+            stop_ids,
+            salt,
+            priority,
+            all_logits,
+            tenant,
+            deadline_us,
+            retention: Retention { session, ttl_us, priority: retention },
+        };
+        self.call(py, |core| match parent {
+            Some(parent) => Ok(core.fork(RequestId(parent), submit)?),
+            None => Ok(core.submit(submit)?),
         })
+    }
+
+    fn set_time(&self, py: Python<'_>, now_us: u64) -> PyResult<()> {
+        self.call(py, |core| {
+            core.set_time(now_us);
+            Ok(())
+        })
+    }
+
+    fn observe(&self, py: Python<'_>, step: u64, us: f64) -> PyResult<()> {
+        self.call(py, |core| {
+            core.observe(Step(step), us);
+            Ok(())
+        })
+    }
+
+    #[pyo3(signature = (salt, tokens))]
+    fn pin(&self, py: Python<'_>, salt: Vec<u8>, tokens: &Bound<'_, PyAny>) -> PyResult<u64> {
+        let tokens = tokens_of(py, "tokens", tokens)?;
+        self.call(py, |core| Ok(core.pin(&salt, &tokens)?.0))
+    }
+
+    fn unpin(&self, py: Python<'_>, pin: u64) -> PyResult<bool> {
+        self.call(py, |core| Ok(core.unpin(PinId(pin))))
+    }
+
+    fn end_session(&self, py: Python<'_>, session: u64) -> PyResult<bool> {
+        self.call(py, |core| Ok(core.end_session(session)))
+    }
+
+    fn tenants<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let all = PyDict::new(py);
+        for (id, share) in self.call(py, |core| Ok(core.tenants()))? {
+            let one = PyDict::new(py);
+            one.set_item("live", share.live)?;
+            one.set_item("tokens", share.tokens)?;
+            one.set_item("prefill_us", share.prefill_us)?;
+            all.set_item(id, one)?;
+        }
+        Ok(all)
     }
 
     fn abort(&self, py: Python<'_>, req: u64) -> PyResult<bool> {
@@ -183,6 +262,7 @@ impl PyCore {
         let mut page_deltas = borrow(py, "page_deltas", &out.page_deltas)?;
         let mut saves = borrow(py, "saves", &out.saves)?;
         let mut restores = borrow(py, "restores", &out.restores)?;
+        let mut forks = borrow(py, "forks", &out.forks)?;
         let mut buffers = PlanBuffers {
             token_ids: token_ids.as_slice_mut()?,
             positions: positions.as_slice_mut()?,
@@ -196,6 +276,7 @@ impl PyCore {
             page_deltas: page_deltas.as_slice_mut()?,
             saves: saves.as_slice_mut()?,
             restores: restores.as_slice_mut()?,
+            forks: forks.as_slice_mut()?,
         };
         Ok(self.call(py, |core| Ok(core.plan(&mut buffers)?))?.map(PyStepHeader::from))
     }

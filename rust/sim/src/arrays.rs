@@ -18,6 +18,7 @@ pub struct Arrays {
     pub page_deltas: Vec<i32>,
     pub saves: Vec<i32>,
     pub restores: Vec<i32>,
+    pub forks: Vec<i32>,
     /// Elements of a row of `saves` and `restores`.
     pub copy_width: usize,
 }
@@ -25,7 +26,7 @@ pub struct Arrays {
 impl Arrays {
     /// The smallest arrays that do.
     pub fn new(shape: &PlanShape) -> Self {
-        let (rows, tokens, copy_width) = (shape.rows, shape.tokens, 2 + shape.snapshot_pages);
+        let (rows, tokens, copy_width) = (shape.rows, shape.tokens, 2 + shape.copy_pages);
         Arrays {
             token_ids: vec![0; tokens],
             positions: vec![0; tokens],
@@ -39,6 +40,7 @@ impl Arrays {
             page_deltas: vec![0; 3 * shape.deltas],
             saves: vec![0; rows * copy_width],
             restores: vec![0; rows * copy_width],
+            forks: vec![0; rows * 4],
             copy_width,
         }
     }
@@ -58,6 +60,7 @@ impl Arrays {
             page_deltas: &mut self.page_deltas,
             saves: &mut self.saves,
             restores: &mut self.restores,
+            forks: &mut self.forks,
         }
     }
 }

@@ -12,12 +12,13 @@ use crate::oracle::Expected;
 /// What uninitialised memory holds.
 const GARBAGE: u64 = 0xdead_dead_dead_dead;
 
-/// A state copied out of a slab; its parts lie in pages.
+/// A state copied out of a slab; its parts lie in pages. At a block boundary it is a snapshot, which leaves out the open
+/// entries that are empty there.
 #[derive(Debug, PartialEq)]
 struct Saved {
     pos: u32,
     window: Vec<Vec<u64>>,
-    csa_row0: Vec<u64>,
+    pools: Vec<[u64; 2]>,
 }
 
 #[derive(Clone, Debug)]
@@ -153,6 +154,7 @@ impl Device {
         self.apply_deltas(h, plan);
         let rows = rows_of(h, plan);
         self.check_conflicts(h, plan, &rows)?;
+        self.fork(h, plan)?;
         self.restore(h, plan)?;
         let mut sampled = Vec::new();
         for (r, row) in rows.iter().enumerate() {
@@ -193,9 +195,12 @@ impl Device {
             }
         }
         for copy in plan.saves.chunks(plan.copy_width).take(h.saves as usize) {
-            for &page in &copy[2..] {
+            for &page in pages_of(copy) {
                 self.pages[page as usize].part = None;
             }
+        }
+        for fork in plan.forks.chunks(4).take(h.forks as usize) {
+            self.slabs[fork[1] as usize].pools.fill([GARBAGE; 2]);
         }
         self.flying.push(self.footprint(h, plan, &rows));
         Ok(())
@@ -242,9 +247,12 @@ impl Device {
         }
         let copies = plan.saves.chunks(plan.copy_width).take(h.saves as usize);
         for copy in copies.chain(plan.restores.chunks(plan.copy_width).take(h.restores as usize)) {
-            pages.extend(copy[2..].iter().map(|&p| (p as u32, copy[0] as u32)));
+            pages.extend(pages_of(copy).iter().map(|&p| (p as u32, copy[0] as u32)));
         }
-        Footprint { step: h.step, pages, slabs: rows.iter().map(|r| r.slab).collect() }
+        let forks = plan.forks.chunks(4).take(h.forks as usize);
+        let saved = plan.saves.chunks(plan.copy_width).take(h.saves as usize).map(|c| c[0]);
+        let touched = forks.flat_map(|f| [f[0], f[1]]).chain(saved).map(|slab| slab as u32);
+        Footprint { step: h.step, pages, slabs: rows.iter().map(|r| r.slab).chain(touched).collect() }
     }
 
     /// Nothing that this step writes may be in use by another row or by a step in flight of another request.
@@ -261,10 +269,16 @@ impl Device {
             }
         }
         for copy in plan.saves.chunks(plan.copy_width).take(h.saves as usize) {
-            for &page in &copy[2..] {
+            for &page in pages_of(copy) {
                 if let Some(other) = writes.insert(page as u32, u32::MAX) {
                     return Err(format!("page {page} takes a snapshot and is written by slab {other}"));
                 }
+            }
+        }
+        for fork in plan.forks.chunks(4).take(h.forks as usize).filter(|f| f[3] >= 0) {
+            // The copy's owner writes on in the same page.
+            if writes.insert(fork[3] as u32, fork[1] as u32).is_some_and(|other| other != fork[1] as u32) {
+                return Err(format!("page {} is a copy and is written by another", fork[3]));
             }
         }
         let own = self.footprint(h, plan, rows);
@@ -282,7 +296,8 @@ impl Device {
                 }
             }
         }
-        let begins = |r: &&Row| r.flags & RESET != 0 || self.restores_into(h, plan, r.slab);
+        let forked = |slab: u32| plan.forks.chunks(4).take(h.forks as usize).any(|f| f[1] as u32 == slab);
+        let begins = |r: &&Row| r.flags & RESET != 0 || self.restores_into(h, plan, r.slab) || forked(r.slab);
         for row in rows.iter().filter(begins) {
             if let Some(f) = self.flying.iter().find(|f| f.slabs.contains(&row.slab)) {
                 return Err(format!("slab {} is taken anew; step {} uses it", row.slab, f.step));
@@ -296,11 +311,26 @@ impl Device {
         plan.restores.chunks(plan.copy_width).take(h.restores as usize).any(|c| c[0] as u32 == slab)
     }
 
+    /// Slabs and open pages copied from another.
+    fn fork(&mut self, h: &StepHeader, plan: &Arrays) -> Result<(), String> {
+        for fork in plan.forks.chunks(4).take(h.forks as usize) {
+            let [from, to, from_page, to_page] = [fork[0], fork[1], fork[2], fork[3]];
+            self.slabs[to as usize] = self.slabs[from as usize].clone();
+            if (from_page < 0) != (to_page < 0) {
+                return Err(format!("a copy from page {from_page} to {to_page}"));
+            }
+            if to_page >= 0 {
+                self.pages[to_page as usize] = self.pages[from_page as usize].clone();
+            }
+        }
+        Ok(())
+    }
+
     fn restore(&mut self, h: &StepHeader, plan: &Arrays) -> Result<(), String> {
         for copy in plan.restores.chunks(plan.copy_width).take(h.restores as usize) {
             let (slab, pos) = (copy[0] as usize, copy[1] as u32);
             let mut whole: Option<Rc<Saved>> = None;
-            for (i, &page) in copy[2..].iter().enumerate() {
+            for (i, &page) in pages_of(copy).iter().enumerate() {
                 let Some((saved, part)) = &self.pages[page as usize].part else {
                     return Err(format!("page {page} holds no snapshot"));
                 };
@@ -320,7 +350,7 @@ impl Device {
                 for (p, &row) in (pos.saturating_sub(len as u32)..pos).zip(rows) {
                     to.window[layer][p as usize % len] = row;
                 }
-                to.pools[layer] = [saved.csa_row0[layer], EMPTY];
+                to.pools[layer] = saved.pools[layer];
             }
         }
         Ok(())
@@ -329,13 +359,15 @@ impl Device {
     fn save(&mut self, h: &StepHeader, plan: &Arrays) -> Result<(), String> {
         for copy in plan.saves.chunks(plan.copy_width).take(h.saves as usize) {
             let (slab, pos) = (&self.slabs[copy[0] as usize], copy[1] as u32);
-            if slab.pos != pos || !pos.is_multiple_of(self.geometry.block) {
-                return Err(format!("slab {} is at {}, not at {pos}", copy[0], slab.pos));
+            let boundary = pos.is_multiple_of(self.geometry.block);
+            let whole = if boundary { self.geometry.snapshot_pages } else { self.geometry.slab_pages };
+            if slab.pos != pos || pages_of(copy).len() != whole as usize {
+                return Err(format!("slab {} is at {}: {copy:?} for {whole} pages", copy[0], slab.pos));
             }
             for (layer, pools) in slab.pools.iter().enumerate() {
                 let csa = matches!(self.geometry.layers[layer], crate::fake::Compress::Csa(_));
                 let unsaved = if csa { pools[1] } else { pools[0] };
-                if self.geometry.layers[layer].ratio() > 0 && unsaved != EMPTY {
+                if boundary && self.geometry.layers[layer].ratio() > 0 && unsaved != EMPTY {
                     return Err(format!(
                         "layer {layer} has an open entry at {pos}, which a snapshot does not keep"
                     ));
@@ -345,8 +377,9 @@ impl Device {
                 (pos.saturating_sub(w.len() as u32)..pos).map(|p| w[p as usize % w.len()]).collect()
             };
             let window = slab.window.iter().map(ring).collect();
-            let saved = Rc::new(Saved { pos, window, csa_row0: slab.pools.iter().map(|p| p[0]).collect() });
-            for (i, &page) in copy[2..].iter().enumerate() {
+            let pools = slab.pools.iter().map(|p| if boundary { [p[0], EMPTY] } else { *p }).collect();
+            let saved = Rc::new(Saved { pos, window, pools });
+            for (i, &page) in pages_of(copy).iter().enumerate() {
                 let page = &mut self.pages[page as usize];
                 page.rows.fill(GARBAGE);
                 page.part = Some((saved.clone(), i));
@@ -406,6 +439,12 @@ fn agree(expected: &Expected, pos: u32, token: u32, output: Option<u64>) -> Resu
         // Beyond the end of the cold run: a row planned before its request was known to end.
         _ => Ok(()),
     }
+}
+
+/// The pages of a row of a copy list.
+fn pages_of(copy: &[i32]) -> &[i32] {
+    let pages = &copy[2..];
+    &pages[..pages.iter().position(|&p| p < 0).unwrap_or(pages.len())]
 }
 
 fn rows_of(h: &StepHeader, plan: &Arrays) -> Vec<Row> {

@@ -43,6 +43,8 @@ pub struct Geometry {
     pub replay_tokens: u32,
     /// Pages of a snapshot.
     pub snapshot_pages: u32,
+    /// Pages of a whole slab.
+    pub slab_pages: u32,
     /// Per layer.
     pub layers: Vec<Compress>,
     /// First history row of each layer in a page; the last element is the rows of a page.
@@ -68,7 +70,15 @@ impl Geometry {
             first_row.push(first_row[first_row.len() - 1] + rows);
         }
         let (block, window) = (layout.block_tokens, layout.window);
-        Geometry { block, window, replay_tokens, snapshot_pages: layout.snapshot_pages(), layers, first_row }
+        Geometry {
+            block,
+            window,
+            replay_tokens,
+            snapshot_pages: layout.snapshot_pages(),
+            slab_pages: layout.slab_pages(),
+            layers,
+            first_row,
+        }
     }
 
     /// The first position of each layer that takes part in a replay up to `end`.

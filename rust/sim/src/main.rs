@@ -11,12 +11,20 @@ use dsv4_sim::world::{Overrides, World};
 const USAGE: &str = "usage: dsv4-sim [--seeds N | --seconds S] [--from SEED | --from fresh] [--ops N]";
 
 /// What shows that a run went everywhere.
-const REPORTED: [&str; 15] = [
+const REPORTED: [&str; 23] = [
     "requests",
     "steps",
     "finished",
     "aborts",
     "preemptions",
+    "preempted_with_state",
+    "unparked",
+    "parked_lost",
+    "forks",
+    "aged",
+    "passed",
+    "deadline_misses",
+    "pins_broken",
     "rollbacks",
     "prompt_tokens",
     "resumed_tokens",

@@ -2,14 +2,16 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
+use dsv4_core::budget::StepCost;
 use dsv4_core::cache::Eviction;
+use dsv4_core::core::Tenant;
 use dsv4_core::cost::CostModel;
 use dsv4_core::error::CoreError;
 use dsv4_core::event::What;
-use dsv4_core::ids::{RequestId, Step};
+use dsv4_core::ids::{PinId, RequestId, Step};
 use dsv4_core::layout::{LayoutSpec, V4Geometry};
 use dsv4_core::plan::StepHeader;
-use dsv4_core::request::{Finish, Submit};
+use dsv4_core::request::{Finish, Retention, Submit};
 use dsv4_core::{Core, Options};
 
 use crate::arrays::Arrays;
@@ -73,6 +75,8 @@ pub struct World {
     /// Conversations that ended: later prompts continue them.
     past: Vec<(Vec<u8>, Vec<u32>)>,
     next_id: u64,
+    now_us: u64,
+    pins: Vec<PinId>,
     report: Report,
 }
 
@@ -103,7 +107,8 @@ impl World {
         let pages = rng.range(8, most);
         let slabs = rng.range(1, 4);
         let in_flight = rng.range(1, 2);
-        let policies = ["none", "every:4", "every:12", "turns", "forks", "forks"];
+        let policies = ["none", "every:4", "every:12", "turns", "forks", "auto"];
+        let budgets = [None, None, Some(15.0), Some(120.0)];
         let options = Options {
             pages,
             slabs,
@@ -111,7 +116,15 @@ impl World {
             max_len: rng.range(20, 90),
             max_waiting: if overrides.calm { usize::MAX } else { rng.range(2, 8) as usize },
             snapshots: rng.pick(&policies).parse().expect("the policies are valid"),
-            eviction: Eviction::Lru,
+            snapshot_budget: rng.pick(&[0.0, 0.1, 0.5, 1.0]),
+            eviction: rng.pick(&Eviction::ALL),
+            step_us: rng.pick(&budgets),
+            step_cost: StepCost { base_us: 10.0, decode_us: 5.0, copy_us: rng.pick(&[0.0, 20.0]) },
+            max_wait_us: rng.pick(&[0, 500, 5000, 1 << 40]),
+            tenants: vec![
+                Tenant { id: 0, weight: 0.5, quota_pages: None },
+                Tenant { id: 1, weight: 3.0, quota_pages: Some(rng.range(0, pages)) },
+            ],
             prefix_cache: rng.chance(95),
             max_in_flight: overrides.max_in_flight.unwrap_or(in_flight),
             cost: CostModel {
@@ -122,7 +135,6 @@ impl World {
             },
             replay_tokens: (overrides.replay_short_by > 0)
                 .then(|| layout.replay_tokens() - overrides.replay_short_by),
-            ..Options::default()
         };
         let vocabulary = rng.pick(&[2, 2, 3]);
         World { rng, calm: overrides.calm, ..World::scripted(&layout, options, vocabulary) }
@@ -150,6 +162,8 @@ impl World {
             live: HashMap::new(),
             past: Vec::new(),
             next_id: 1,
+            now_us: 0,
+            pins: Vec::new(),
             report: Report::default(),
         }
     }
@@ -184,13 +198,18 @@ impl World {
     fn operation(&mut self) -> Result<(), String> {
         self.report.ops += 1;
         match self.rng.below(100) {
-            0..18 => self.submit(),
-            18..60 => self.plan().map(|_| ()),
-            60..90 => self.commit(),
-            90..92 => self.end_one(true),
-            92..94 => self.end_one(false),
-            94..96 => self.roll_back(),
-            96 => self.misuse(),
+            0..14 => self.submit(),
+            14..18 => self.fork_one(),
+            18..57 => self.plan().map(|_| ()),
+            57..85 => self.commit(),
+            85..87 => self.end_one(true),
+            87..89 => self.end_one(false),
+            89..91 => self.roll_back(),
+            91 => self.misuse(),
+            92 => self.clock(),
+            93 => self.pin_or_unpin(),
+            94 => self.end_session(),
+            95..97 => self.measure(),
             97 => {
                 let n = self.rng.range(1, 3);
                 self.core.evict_snapshots(n);
@@ -230,11 +249,93 @@ impl World {
         let stop_ids = if self.rng.chance(30) { vec![self.rng.below(self.vocabulary)] } else { Vec::new() };
         let priority = if self.calm { 0 } else { self.rng.below(2) as i32 };
         let all_logits = self.rng.chance(5);
-        self.enter(Submit { prompt, max_new, stop_ids, salt, priority, all_logits, ..Submit::default() })
+        let submit = Submit { prompt, max_new, stop_ids, salt, priority, all_logits, ..Submit::default() };
+        let submit = self.with_hints(submit);
+        self.enter(submit)
+    }
+
+    /// Tenant, deadline and retention: they change who goes first and what is kept, and no output.
+    fn with_hints(&mut self, submit: Submit) -> Submit {
+        let deadline = u64::from(self.rng.below(4000)) + self.now_us.saturating_sub(500);
+        let retention = Retention {
+            session: self.rng.chance(40).then(|| u64::from(self.rng.below(4))),
+            ttl_us: self.rng.chance(20).then(|| u64::from(self.rng.below(3000))),
+            priority: if self.rng.chance(20) { self.rng.below(3) as i32 - 1 } else { 0 },
+        };
+        let deadline_us = self.rng.chance(25).then_some(deadline);
+        Submit { tenant: self.rng.below(3), deadline_us, retention, ..submit }
+    }
+
+    /// A child of a live request: all that is known of it, or a part, and perhaps something else after that.
+    fn fork_one(&mut self) -> Result<(), String> {
+        let ids: BTreeSet<u64> = self.live.keys().copied().collect();
+        let Some(&parent) = ids.iter().nth(self.rng.below(ids.len() as u32) as usize) else { return Ok(()) };
+        let known = &self.known[&parent];
+        let said = known.expected.prompt as usize + self.live[&parent].outputs.len();
+        let (salt, mut prompt) = (known.salt.clone(), known.expected.tokens[..said].to_vec());
+        let whole = self.rng.chance(50);
+        if !whole {
+            prompt.truncate(self.rng.range(1, said as u32) as usize);
+            let more = self.rng.below(4);
+            prompt.extend((0..more).map(|_| self.rng.below(self.vocabulary)));
+        }
+        let max_new = Some(self.rng.below(14));
+        let submit = self.with_hints(Submit { prompt, max_new, salt, ..Submit::default() });
+        self.enter_as(submit, Some(parent))
+    }
+
+    /// Time passes, jumps, or goes backwards.
+    fn clock(&mut self) -> Result<(), String> {
+        let to = match self.rng.below(10) {
+            0 => u64::from(self.rng.below(1000)),
+            1 => self.now_us + 1_000_000,
+            _ => self.now_us + u64::from(self.rng.below(1000)),
+        };
+        self.now_us = self.now_us.max(to);
+        self.core.set_time(to);
+        Ok(())
+    }
+
+    /// A step is measured: roughly right, far off, or garbage.
+    fn measure(&mut self) -> Result<(), String> {
+        let garbage = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -5.0, 0.0, 1e-300, 1e300];
+        let usual = f64::from(self.rng.range(1, 400));
+        let us = if self.rng.chance(20) { self.rng.pick(&garbage) } else { usual };
+        let step = self.flying.front().map_or(self.rng.bits() % 50, |f| f.0.step);
+        self.core.observe(Step(step), us);
+        Ok(())
+    }
+
+    fn pin_or_unpin(&mut self) -> Result<(), String> {
+        if self.pins.len() > 1 || (self.pins.len() == 1 && self.rng.chance(50)) {
+            let pin = self.pins.swap_remove(self.rng.below(self.pins.len() as u32) as usize);
+            // The first may fail as well: a request that fits no other way breaks pins.
+            return match (self.core.unpin(pin), self.core.unpin(pin)) {
+                (_, false) => Ok(()),
+                other => Err(format!("unpinning {pin:?} twice: {other:?}")),
+            };
+        }
+        if self.past.is_empty() {
+            return Ok(());
+        }
+        let which = self.rng.below(self.past.len() as u32) as usize;
+        let (salt, tokens) = &self.past[which];
+        self.pins.push(self.core.pin(salt, tokens).map_err(|e| e.to_string())?);
+        Ok(())
+    }
+
+    fn end_session(&mut self) -> Result<(), String> {
+        let session = u64::from(self.rng.below(4));
+        self.core.end_session(session);
+        Ok(())
     }
 
     /// Submits a request under the next id, which is returned by [`World::last_id`]. A refusal must be one that is due.
     pub fn enter(&mut self, submit: Submit) -> Result<(), String> {
+        self.enter_as(submit, None)
+    }
+
+    fn enter_as(&mut self, submit: Submit, parent: Option<u64>) -> Result<(), String> {
         let (id, n) = (self.next_id, submit.prompt.len() as u32);
         let submit = Submit { id: RequestId(id), ..submit };
         let Submit { prompt, stop_ids, salt, all_logits, .. } = submit.clone();
@@ -244,7 +345,11 @@ impl World {
         });
         let too_long = n + wanted > self.options.max_len;
         let too_big = n + wanted.saturating_sub(1) > held;
-        match self.core.submit(submit) {
+        let taken = match parent {
+            Some(parent) => self.core.fork(RequestId(parent), submit),
+            None => self.core.submit(submit),
+        };
+        match taken {
             Ok(()) if !too_long && !too_big => {}
             Err(CoreError::TooLong { .. }) if too_long => return Ok(()),
             Err(CoreError::NeverFits { .. }) if too_big => return Ok(()),
@@ -288,12 +393,12 @@ impl World {
         let Some(header) = header else {
             let stuck = self.flying.is_empty() && self.core.has_work();
             return if stuck {
-                Err("nothing can run, and nothing will change that".to_owned())
+                Err(format!("nothing can run, and nothing will change that: {:?}", self.core.stats()))
             } else {
                 Ok(false)
             };
         };
-        if !self.calm && self.rng.chance(2) {
+        if !self.calm && header.rows > 0 && self.rng.chance(2) {
             let with_deltas = self.rng.chance(50);
             self.device.crash(&header, &self.arrays, with_deltas)?;
             // The engine may commit the step before first, or not.
@@ -469,6 +574,9 @@ impl World {
     /// Runs everything to its end and forgets all prefixes; then nothing may be left behind.
     pub fn drain(&mut self) -> Result<(), String> {
         self.settle()?;
+        for pin in std::mem::take(&mut self.pins) {
+            self.core.unpin(pin);
+        }
         self.core.clear_prefix();
         self.check()?;
         let stats: HashMap<String, u64> = self.core.stats().into_iter().collect();

@@ -33,7 +33,9 @@ fn every_random_run_equals_the_cold_run() {
     if seeds.len() > 1 {
         let everywhere = ["preemptions", "rollbacks", "aborts", "replayed_tokens", "recomputed_tokens"];
         let cache = ["snapshots_used", "snapshots_evicted", "evicted_blocks", "adopted_blocks"];
-        for name in everywhere.into_iter().chain(cache) {
+        let order = ["forks", "aged", "passed", "deadline_misses", "deadlines_hopeless"];
+        let parked = ["preempted_with_state", "unparked", "parked_lost", "pins_broken"];
+        for name in everywhere.into_iter().chain(cache).chain(order).chain(parked) {
             assert!(totals[name] > 0, "no run had any {name}: {seeds:?}");
         }
     }

@@ -277,6 +277,16 @@ impl LayoutSpec {
         self.snapshot_bytes().div_ceil(self.page_bytes())
     }
 
+    /// Pages that a whole slab takes: the state at a position that is no block boundary.
+    pub fn slab_pages(&self) -> u32 {
+        self.slab_bytes().div_ceil(self.page_bytes())
+    }
+
+    /// Pages of the larger of the two kinds of saved state: what a row of a plan's copy lists has room for.
+    pub fn copy_pages(&self) -> u32 {
+        self.snapshot_pages().max(self.slab_pages())
+    }
+
     /// Bytes of history per token, without any padding.
     pub fn history_bytes_per_token(&self) -> f64 {
         let per_token = |x: &Component| match x.kind {
@@ -317,6 +327,7 @@ mod tests {
         assert_eq!((pro.page_bytes(), pro.replay_tokens()), (1_288_192, 7747));
         assert_eq!((flash.snapshot_bytes(), flash.snapshot_pages()), (3_321_856, 4));
         assert_eq!((pro.snapshot_bytes(), pro.snapshot_pages()), (4_713_472, 4));
+        assert_eq!((flash.slab_pages(), pro.slab_pages()), (4, 4));
         for spec in [flash, pro] {
             let waste = f64::from(spec.page_bytes()) / (spec.history_bytes_per_token() * 256.0) - 1.0;
             assert!((0.0..0.01).contains(&waste), "{waste}");

@@ -7,23 +7,9 @@ use crate::error::CoreError;
 use crate::event::What;
 use crate::explain::{Explain, Reason};
 use crate::ids::Step;
-use crate::request::{Change, Rank, Run, Start};
+use crate::request::{Change, Run, Start};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
-
-/// What was there when the first in line could not be admitted: looking up a long prompt again can wait for more.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Blocked {
-    rank: Rank,
-    available: u32,
-    running: usize,
-}
-
-impl Blocked {
-    fn still_holds(&self, now: &Blocked) -> bool {
-        self.rank == now.rank && now.available <= self.available && now.running >= self.running
-    }
-}
 
 impl Core {
     /// Whether trying to admit makes sense: not in a step for which someone had to give way.
@@ -31,38 +17,52 @@ impl Core {
         self.slabs.free() > 0 && !self.gave_way
     }
 
-    /// Gives the first in line a slab, all pages of its known tokens, and the cheapest start. False: not now.
+    /// Gives a waiting request a slab, all pages of its known tokens, and the cheapest start. False: not now.
     pub(super) fn admit(&mut self, slot: Slot, draft: &mut Draft<'_, '_, '_>) -> Result<bool, CoreError> {
         let request = self.table.get(slot);
         let (n, block) = (request.known(), self.shape_block());
         let blocks = n.div_ceil(block);
         let alone = self.table.running.is_empty() && self.flights.is_empty();
-        let room = Blocked {
-            rank: request.rank,
-            available: self.cache.available(),
-            running: self.table.running.len(),
-        };
-        let hopeless = !alone && self.blocked.is_some_and(|before| before.still_holds(&room));
-        if hopeless || self.slabs.free() == 0 || blocks > draft.arrays.delta_room() {
+        let room = (self.cache.available(), self.table.running.len() as u32);
+        // Looking up a long prompt again can wait until there is more than when it did not fit.
+        let hopeless =
+            request.blocked.is_some_and(|(available, running)| room.0 <= available && room.1 >= running);
+        if (hopeless && !alone && self.parked.is_empty())
+            || self.slabs.free() == 0
+            || blocks > draft.arrays.delta_room()
+        {
             return Ok(false);
         }
+        if request.parked.is_some() && self.unparks(slot, alone, draft)? {
+            return Ok(true);
+        }
+        let request = self.table.get(slot);
         let limit = (n - 1) / block * block;
         let found = if self.options.prefix_cache && !request.all_logits {
             self.cache.lookup(&request.salt, &request.tokens, limit)
         } else {
             Match { history: 0, snapshots: Vec::new(), lost: Lost::NeverStored, snapshot_evicted: None }
         };
-        let Some((way, seq, start)) = self.start_of(slot, &found, alone, draft.flight.step) else {
-            assert!(!alone, "a request that fits into the pool was not admitted alone");
-            self.blocked = Some(room);
+        let mut started = self.start_of(slot, &found, alone, draft.flight.step);
+        while started.is_none() && alone && self.break_pin() {
+            started = self.start_of(slot, &found, alone, draft.flight.step);
+        }
+        let Some((way, seq, start)) = started else {
+            assert!(
+                !alone || !self.parked.is_empty(),
+                "a request that fits into the pool was not admitted alone"
+            );
+            self.table.get_mut(slot).blocked = Some(room);
+            self.knows(slot, found.history);
             return Ok(false);
         };
-        self.blocked = None;
         self.explain_start(slot, &found, way, limit);
         let slab = self.slabs.take().expect("a free slab was seen");
         self.epochs += 1;
+        let hold = self.hold_of(self.table.get(slot).id, way.first());
         let request = self.table.get_mut(slot);
         request.change(Change::Admit)?;
+        request.blocked = None;
         request.run = Some(Run {
             epoch: self.epochs,
             slab,
@@ -73,6 +73,8 @@ impl Core {
             sampled_at: (Step(0), 0),
             replay_end: if way.replayed() > 0 { way.resumed_at() } else { 0 },
             start,
+            hold,
+            begun: way.first(),
             due: self.options.snapshots.due(block, request.prompt, n, &found),
             told: 0,
             adopted: Vec::new(),
@@ -91,8 +93,7 @@ impl Core {
         alone: bool,
         step: Step,
     ) -> Option<(Way, Sequence, Start)> {
-        let request = self.table.get(slot);
-        let n = request.known();
+        let n = self.table.get(slot).known();
         let spared = self.table.running.len() as u32;
         let mut choices = vec![&found.snapshots[..]];
         if alone {
@@ -100,10 +101,11 @@ impl Core {
         }
         for snapshots in choices {
             let way = self.options.cost.cheapest(n, found.history, snapshots, self.replay_tokens);
+            let request = self.table.get(slot);
             let mut seq = self.cache.attach(&request.salt, &request.tokens, way.resumed_at(), request.hint);
-            let leased =
-                if matches!(way, Way::Snapshot { .. }) { self.shape.snapshot_pages as u32 } else { 0 };
+            let leased = if matches!(way, Way::Snapshot { .. }) { self.snapshot_pages } else { 0 };
             let needed = n.div_ceil(self.shape_block()) - seq.pages().len() as u32;
+            while self.cache.available() < needed + leased + spared && self.reclaim_juniors(slot, alone) {}
             if self.cache.available() < needed + leased + spared {
                 self.cache.release(seq, Step(0));
                 continue;
@@ -120,6 +122,73 @@ impl Core {
             return Some((way, seq, start));
         }
         None
+    }
+
+    /// Lets a parked request go on from its saved state, if its further pages can be had. Otherwise it may lose what it
+    /// holds: when it is alone, or when others need it more.
+    fn unparks(&mut self, slot: Slot, alone: bool, draft: &mut Draft<'_, '_, '_>) -> Result<bool, CoreError> {
+        let (block, spared) = (self.shape_block(), self.table.running.len() as u32);
+        loop {
+            let request = self.table.get(slot);
+            let parked = request.parked.as_ref().expect("it is parked");
+            let needed = request.known().div_ceil(block).saturating_sub(parked.seq.pages().len() as u32);
+            if parked.saved <= self.last && self.cache.available() >= needed + spared {
+                break;
+            }
+            if parked.saved > self.last {
+                return Ok(false);
+            }
+            if !self.reclaim_juniors(slot, alone) {
+                if alone {
+                    self.unpark(slot, true);
+                }
+                return Ok(false);
+            }
+        }
+        let slab = self.slabs.take().expect("a free slab was seen");
+        self.epochs += 1;
+        let request = self.table.get_mut(slot);
+        let (rank, n) = (request.rank(), request.known());
+        let parked = *request.parked.take().expect("it is parked");
+        self.parked.remove(&(rank, slot));
+        let (pos, mut seq, pages) = (parked.pos, parked.seq, parked.state.pages().to_vec());
+        let taken = self.cache.extend(&mut seq, n);
+        assert!(taken.is_ok(), "pages were available: {taken:?}");
+        self.cache.drop_snapshot(parked.state, draft.flight.step);
+        self.coming = self.coming.max(draft.flight.step);
+        let hold = self.hold_of(self.table.get(slot).id, pos);
+        let request = self.table.get_mut(slot);
+        request.change(Change::Admit)?;
+        request.blocked = None;
+        request.run = Some(Run {
+            epoch: self.epochs,
+            slab,
+            seq,
+            planned: pos,
+            computed: pos,
+            unknown: 0,
+            sampled_at: (Step(0), 0),
+            replay_end: 0,
+            start: Start::Saved(pos, pages),
+            hold,
+            begun: pos,
+            due: parked.due,
+            told: 0,
+            adopted: Vec::new(),
+            spare: parked.spare,
+        });
+        let id = request.id;
+        self.table.start(slot);
+        self.counters.unparked += 1;
+        self.events.push(id, self.last, What::Resumed { at: pos, history: pos, replayed: 0 });
+        Ok(true)
+    }
+
+    /// Takes what a parked request junior to this one holds, or any when this one is alone. False: there is none.
+    fn reclaim_juniors(&mut self, slot: Slot, alone: bool) -> bool {
+        let rank = self.table.get(slot).rank();
+        let junior = self.parked.last().is_some_and(|&(r, _)| r > rank);
+        (alone || junior) && self.reclaim_parked(Some(slot))
     }
 
     fn explain_start(&mut self, slot: Slot, found: &Match, way: Way, limit: u32) {

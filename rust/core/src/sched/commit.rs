@@ -41,16 +41,29 @@ impl Core {
         if !self.flights.iter().any(|f| f.step == step) {
             return Err(self.wrong_step(step.0, "rolled back"));
         }
+        self.model.forget_from(step);
         while self.flights.back().is_some_and(|f| f.step >= step) {
             let mut flight = self.flights.pop_back().expect("it was seen");
+            let at = flight.step;
             self.counters.rollbacks += 1;
             for save in flight.saves.drain(..) {
                 let at = self.fence();
                 self.cache.drop_snapshot(save.pages, at);
             }
             for row in &flight.rows {
-                if self.is_live(row) {
+                if self.is_live(row.slot, row.epoch) {
                     self.lose(row.slot, Loss::Rollback)?;
+                }
+            }
+            for (slot, epoch) in flight.forks.drain(..) {
+                if self.is_live(slot, epoch) {
+                    self.lose(slot, Loss::Rollback)?;
+                }
+            }
+            for slot in flight.parks.drain(..) {
+                let here = self.table.try_get_mut(slot).and_then(|r| r.parked.as_ref());
+                if here.is_some_and(|parked| parked.saved == at) {
+                    self.unpark(slot, false);
                 }
             }
             self.recycle(flight);
@@ -61,6 +74,8 @@ impl Core {
 
     fn recycle(&mut self, mut flight: Flight) {
         flight.rows.clear();
+        flight.parks.clear();
+        flight.forks.clear();
         self.spare_flights.push(flight);
     }
 
@@ -72,9 +87,9 @@ impl Core {
     }
 
     /// Whether a row's result still counts.
-    fn is_live(&mut self, row: &FlightRow) -> bool {
-        let run = self.table.try_get_mut(row.slot).and_then(|r| r.run.as_ref());
-        run.is_some_and(|run| run.epoch == row.epoch)
+    fn is_live(&mut self, slot: Slot, epoch: u64) -> bool {
+        let run = self.table.try_get_mut(slot).and_then(|r| r.run.as_ref());
+        run.is_some_and(|run| run.epoch == epoch)
     }
 
     fn commit_row(
@@ -84,7 +99,7 @@ impl Core {
         save: Option<Save>,
         token: Option<(u32, u32)>,
     ) -> Result<(), CoreError> {
-        if !self.is_live(&row) {
+        if !self.is_live(row.slot, row.epoch) {
             if let Some(save) = save {
                 let at = self.fence();
                 self.cache.drop_snapshot(save.pages, at);
@@ -111,6 +126,8 @@ impl Core {
         request.tokens.push(token);
         let stops = request.stop_ids.contains(&token);
         let full = request.outputs() == request.max_new;
+        let late = index == 0 && request.deadline_us.is_some_and(|deadline| deadline < self.now_us);
+        self.counters.deadline_misses += u64::from(late);
         self.events.push(id, step, What::Token { token, index, sample });
         match (stops, full) {
             (true, _) => self.finish(row.slot, Finish::Stop, Some(token)),
@@ -151,8 +168,11 @@ impl Core {
     /// Ends a request in whatever state it is.
     pub(crate) fn finish(&mut self, slot: Slot, reason: Finish, stop: Option<u32>) -> Result<(), CoreError> {
         self.table.get_mut(slot).change(Change::Finish(reason))?;
+        self.unpark(slot, true);
         let mut request = self.table.remove(slot);
         if let Some(run) = request.run.take() {
+            let tenant = request.place.tenant;
+            self.table.shares.served(tenant, u64::from(run.computed.saturating_sub(run.begun)));
             self.let_go(run, matches!(reason, Finish::Stop | Finish::Length));
         }
         self.counters.finished += 1;

@@ -40,6 +40,10 @@ pub struct Flight {
     pub rows: Vec<FlightRow>,
     /// Its saves in order of rows.
     pub saves: Vec<Save>,
+    /// Requests that it parks.
+    pub parks: Vec<Slot>,
+    /// Requests whose slab it copies from another's, with the stay.
+    pub forks: Vec<(Slot, u64)>,
     /// Tokens that `commit` must bring.
     pub samples: u32,
 }

@@ -6,7 +6,7 @@ use crate::error::CoreError;
 use crate::event::{Loss, What};
 use crate::ids::Step;
 use crate::request::{Change, Run};
-use crate::sched::flight::Flight;
+use crate::sched::step::Draft;
 use crate::sched::table::Slot;
 use crate::snapshot::SnapshotPages;
 
@@ -18,17 +18,27 @@ pub(super) fn reserve_state(cache: &mut KvCache, run: &Run, pos: u32, least: u32
 impl Core {
     /// A page for the next token of a request in decode. False: it cannot run in this step, because pages that it will
     /// get are still in use by steps in flight, or because it had to give way itself.
-    pub(super) fn secure_page(&mut self, slot: Slot, draft: &Flight) -> Result<bool, CoreError> {
+    pub(super) fn secure_page(
+        &mut self,
+        slot: Slot,
+        draft: &mut Draft<'_, '_, '_>,
+    ) -> Result<bool, CoreError> {
         loop {
             let run = self.table.get_mut(slot).run.as_mut().expect("a running request has a slab");
             if self.cache.extend(&mut run.seq, run.planned + 1).is_ok() {
                 return Ok(true);
             }
-            let saving = self.flights.iter().chain([draft]).any(|f| !f.saves.is_empty());
+            let saving = self.flights.iter().chain([&draft.flight]).any(|f| !f.saves.is_empty());
             if saving || self.coming > self.done {
                 return Ok(false);
             }
-            if self.drop_a_spare() {
+            if self.reclaim_parked(None) || self.drop_a_spare() {
+                continue;
+            }
+            if self.table.running.len() == 1 && !draft.flight.parks.is_empty() {
+                return Ok(false);
+            }
+            if self.table.running.len() == 1 && self.flights.is_empty() && self.break_pin() {
                 continue;
             }
             let last = *self.table.running.last().expect("the request in need is running");
@@ -39,18 +49,28 @@ impl Core {
             if self.table.running.len() == 1 {
                 return Ok(false);
             }
-            self.lose(last, Loss::Memory)?;
             self.gave_way = true;
+            match self.park(last, Loss::Memory, 1, draft)? {
+                Some(true) => {}
+                Some(false) => self.lose(last, Loss::Memory)?,
+                None => {
+                    self.held = Some(last);
+                    return Ok(false);
+                }
+            }
             if last == slot {
                 return Ok(false);
             }
         }
     }
 
-    /// Gives up a state kept aside, of the last in order that has one.
+    /// Gives up a state kept aside, of the last in order that has one. The very last keeps it: it is the next to give way,
+    /// and will go on from there.
     fn drop_a_spare(&mut self) -> bool {
         let saved = |slot: &&Slot| self.table.get(**slot).run.as_ref().is_some_and(|run| run.spare.is_some());
-        let Some(&slot) = self.table.running.iter().rev().find(saved) else { return false };
+        let rest = self.table.running.split_last().map_or(&[][..], |(_, rest)| rest);
+        let found = rest.iter().rev().find(saved).or_else(|| self.table.running.first().filter(saved));
+        let Some(&slot) = found else { return false };
         let spare = self.table.get_mut(slot).run.as_mut().and_then(|run| run.spare.take());
         let at = self.fence();
         spare.into_iter().for_each(|(_, pages)| self.cache.drop_snapshot(pages, at));
@@ -65,8 +85,9 @@ impl Core {
         let run = request.run.take().expect("a running request has a slab");
         request.explain.preemptions += 1;
         request.computed_before = run.computed;
-        let id = request.id;
-        self.table.stop(slot);
+        let (id, tenant) = (request.id, request.place.tenant);
+        self.table.shares.served(tenant, u64::from(run.computed.saturating_sub(run.begun)));
+        self.requeue(slot);
         self.let_go(run, true);
         self.counters.preemptions += u64::from(loss == Loss::Memory);
         self.events.push(id, self.last, What::Preempted { loss });

@@ -2,11 +2,15 @@
 //!
 //! | file | does |
 //! | --- | --- |
-//! | `step.rs` | `plan`: decode rows first, then pieces of prompts |
+//! | `step.rs` | `plan`: decode rows first, then pieces of prompts within the step's time |
+//! | `order.rs` | whose prompt is next; `queue.rs` who waits, in what order; `shares.rs` what tenants were served |
 //! | `admit.rs` | a waiting request gets a slab, pages and the cheapest way to start |
 //! | `memory.rs` | pages for decode; what gives way when there are none |
+//! | `park.rs` | giving way with the state saved; `fork.rs` starting from the state of another |
 //! | `commit.rs` | `commit` and `rollback`: results, tokens, ends |
 //! | `table.rs` | live requests and their order; `slabs.rs` live-state slabs; `flight.rs` steps in flight |
+//!
+//! The rules and their bounds are in docs/scheduling.md.
 //!
 //! **Why it cannot deadlock.** Running requests are in order of rank. A prompt gets all its pages when it is admitted, so
 //! only decode can run short. Then the last in order gives way, never a request before the one in need. The first in order
@@ -14,9 +18,15 @@
 //! is larger than the pool. Pages that wait for a step in flight are waited for before anyone gives way.
 
 pub(crate) mod admit;
+mod check;
 mod commit;
 pub mod flight;
+mod fork;
 mod memory;
+mod order;
+pub mod park;
+pub mod queue;
+pub mod shares;
 pub mod slabs;
 mod step;
 pub mod table;

@@ -43,6 +43,11 @@ impl Slabs {
         }
     }
 
+    /// Slabs that wait for a step to end.
+    pub fn leaving(&self) -> u32 {
+        self.leaving.len() as u32
+    }
+
     /// All steps up to `done` are over.
     pub fn retire(&mut self, done: Step) {
         self.done = self.done.max(done);

@@ -1,5 +1,7 @@
-//! One plan: decode rows first, then pieces of prompts in order of rank until the step is full.
+//! One plan: who takes over or gives way first, then decode rows, then pieces of prompts until the step is full or its time
+//! is spent.
 
+use crate::budget::{LEAST_CHUNK, Work};
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::ids::Step;
@@ -14,10 +16,19 @@ use crate::sched::table::Slot;
 pub(super) struct Draft<'w, 'a, 'b> {
     pub arrays: &'w mut PlanWriter<'a, 'b>,
     pub flight: Flight,
+    /// Tokens before the rows in decode, in all.
+    pub context: u64,
+    /// Predicted time that is left for prompts.
+    pub left_us: f64,
+    /// Predicted time of the pieces of prompts, before correction.
+    pub load_us: f64,
+    /// Pieces of prompts.
+    pub pieces: u32,
 }
 
 impl Core {
-    /// Writes the next step into `out`. `None`: nothing can run now (finish the steps in flight, or submit something).
+    /// Writes the next step into `out`. `None`: nothing can run now (finish the steps in flight, or submit something). A step
+    /// may have no rows and only copy states.
     ///
     /// Fails when `out` is too small, or when as many steps are in flight as allowed.
     pub fn plan(&mut self, out: &mut PlanBuffers<'_>) -> Result<Option<StepHeader>, CoreError> {
@@ -30,22 +41,45 @@ impl Core {
         let mut flight = self.spare_flights.pop().unwrap_or_default();
         flight.step = step;
         self.gave_way = false;
-        let mut draft = Draft { arrays: &mut writer, flight };
+        self.keep_order();
+        let mut draft = Draft {
+            arrays: &mut writer,
+            flight,
+            context: 0,
+            left_us: f64::INFINITY,
+            load_us: 0.0,
+            pieces: 0,
+        };
         let mut prefilling = std::mem::take(&mut self.prefilling);
+        self.plan_forks(&mut draft)?;
+        self.make_way(&mut draft)?;
         self.plan_decodes(&mut draft, &mut prefilling)?;
-        self.plan_prefills(&mut draft, &prefilling)?;
+        self.set_budget(&mut draft);
+        self.plan_prefills(&mut draft, &mut prefilling)?;
         prefilling.clear();
         self.prefilling = prefilling;
-        let mut flight = draft.flight;
+        let Draft { mut flight, context, load_us, .. } = draft;
         let header = writer.header();
-        if header.rows == 0 {
+        let copies = header.saves + header.restores + header.forks;
+        if header.rows + copies == 0 {
             self.spare_flights.push(flight);
             return Ok(None);
         }
+        let fixed_us = self.model.fixed_work(header.decode_rows, context, copies);
+        self.model.expect(step, Work { fixed_us, load_us });
         flight.samples = header.samples;
         self.flights.push_back(flight);
         self.last = step;
         Ok(Some(header))
+    }
+
+    /// What running decodes leave of the step's time.
+    fn set_budget(&mut self, draft: &mut Draft<'_, '_, '_>) {
+        let header = draft.arrays.header();
+        let Some(budget) = self.options.step_us.filter(|_| header.decode_rows > 0) else { return };
+        let fixed_us =
+            self.model.fixed_work(header.decode_rows, draft.context, header.saves + header.restores);
+        draft.left_us = budget - self.model.predict(Work { fixed_us, load_us: 0.0 });
     }
 
     /// One row for each running request whose prompt is done; the others are put into `prefilling`, in order.
@@ -54,10 +88,13 @@ impl Core {
         draft: &mut Draft<'_, '_, '_>,
         prefilling: &mut Vec<Slot>,
     ) -> Result<(), CoreError> {
-        let mut i = 0;
+        let (mut i, block) = (0, self.shape_block());
         // Whoever gives way is last in order, so the rows before `i` stay.
         while let Some(&slot) = self.table.running.get(i) {
             i += 1;
+            if self.held == Some(slot) {
+                continue;
+            }
             let request = self.table.get(slot);
             if request.phase == Phase::Prefill {
                 prefilling.push(slot);
@@ -71,8 +108,8 @@ impl Core {
             if run.unknown > 0 && run.sampled_at.0 != self.last {
                 continue;
             }
-            let covered = run.seq.pages().len() as u32 * self.shape_block();
-            if run.planned < covered || self.secure_page(slot, &draft.flight)? {
+            let covered = run.seq.pages().len() as u32 * block;
+            if run.planned < covered || self.secure_page(slot, draft)? {
                 self.decode_row(slot, draft);
             }
         }
@@ -83,7 +120,7 @@ impl Core {
         let least = self.pages_for_a_save();
         let request = self.table.get_mut(slot);
         let run = request.run.as_mut().expect("a running request has a slab");
-        if !tell_pages(draft.arrays, run) {
+        if run.planned >= run.hold || !tell_pages(draft.arrays, run) {
             return;
         }
         let (pos, end) = (run.planned, run.planned + 1);
@@ -124,46 +161,86 @@ impl Core {
             draft.arrays.save(row.slab, end, pages.pages());
         }
         let saves = pages.is_some();
+        draft.context += u64::from(pos);
         draft.flight.rows.push(FlightRow { slot, epoch, end, samples: true, prefill: false, saves });
         draft.flight.saves.extend(pages.map(|pages| Save { keep, pages }));
     }
 
-    /// Pieces of prompts and admissions, merged by rank. When the first in line cannot be admitted nobody behind it is.
-    fn plan_prefills(&mut self, draft: &mut Draft<'_, '_, '_>, prefilling: &[Slot]) -> Result<(), CoreError> {
-        let mut prefilling = prefilling.iter().copied().peekable();
+    /// Whether there is room and time for one more piece of a prompt. The first one may always be there, so that prompts
+    /// make progress.
+    fn takes_more(&self, draft: &Draft<'_, '_, '_>, from: u32) -> bool {
+        draft.arrays.room() > 0
+            && (draft.pieces == 0 || self.within(draft.left_us, from, false) >= LEAST_CHUNK)
+    }
+
+    /// Tokens from `from` on that fit into `us` together with a restore and a save.
+    fn within(&self, us: f64, from: u32, replay: bool) -> u32 {
+        if us == f64::INFINITY {
+            return u32::MAX;
+        }
+        let copies =
+            Work { fixed_us: self.model.fixed_work(0, 0, 2) - self.model.fixed_work(0, 0, 0), load_us: 0.0 };
+        self.model.tokens_within(us - self.model.predict(copies), from, replay)
+    }
+
+    /// Pieces of prompts and admissions, whoever is next in fairness first (see `order.rs`).
+    fn plan_prefills(
+        &mut self,
+        draft: &mut Draft<'_, '_, '_>,
+        prefilling: &mut Vec<Slot>,
+    ) -> Result<(), CoreError> {
+        let mut tried = std::mem::take(&mut self.tried);
+        tried.clear();
         let mut open = self.may_admit();
         while draft.arrays.room() > 0 {
-            let head = if open { self.table.waiting.first_key_value().map(|(&r, &s)| (r, s)) } else { None };
-            let next = prefilling.peek().map(|&s| (self.table.get(s).rank, s));
-            match (head, next) {
-                (Some((rank, slot)), next) if next.is_none_or(|(r, _)| rank < r) => {
-                    open = self.admit(slot, draft)?;
-                    if open {
-                        self.prefill_row(slot, draft)?;
+            let piece = self.next_piece(prefilling);
+            let head = if open { self.next_waiting(&tried) } else { None };
+            match (head, piece) {
+                (Some(slot), piece) if piece.is_none_or(|i| self.goes_before(slot, prefilling[i])) => {
+                    let (forked, n) = (self.table.get(slot).forked.is_some(), self.table.get(slot).known());
+                    if forked || !self.takes_more(draft, n) || !self.admit(slot, draft)? {
+                        open = self.pass_over(slot, &mut tried);
+                        continue;
                     }
-                }
-                (_, Some((_, slot))) => {
                     self.prefill_row(slot, draft)?;
-                    prefilling.next();
+                    self.count_passed(&tried);
+                    open = self.may_admit();
+                }
+                (_, Some(i)) => {
+                    let slot = prefilling.swap_remove(i);
+                    self.prefill_row(slot, draft)?;
                 }
                 _ => break,
             }
         }
+        self.tried = tried;
         Ok(())
     }
 
-    /// The next piece of a prompt: to the end of the replay, the next due boundary, the end, or as far as there is room.
+    /// The next piece of a prompt: to the end of the replay, the next due boundary, the end, or as far as there is room and
+    /// time.
     fn prefill_row(&mut self, slot: Slot, draft: &mut Draft<'_, '_, '_>) -> Result<(), CoreError> {
         let least = self.pages_for_a_save();
+        let request = self.table.get(slot);
+        let run = request.run.as_ref().expect("a running request has a slab");
+        let (start, len) = (run.planned, request.tokens.len() as u32);
+        let replaying = start < run.replay_end;
+        let stop = if replaying { run.replay_end } else { run.due.next(start).unwrap_or(len).min(len) };
+        let stop = stop.min(run.hold).min(start + draft.arrays.room());
+        let begins = !matches!(run.start, Start::Running);
+        let mut time = self.within(draft.left_us, start, replaying);
+        if draft.pieces == 0 || begins {
+            time = time.max(LEAST_CHUNK);
+        }
+        if stop <= start || time < LEAST_CHUNK.min(stop - start) {
+            return Ok(());
+        }
         let request = self.table.get_mut(slot);
         let run = request.run.as_mut().expect("a running request has a slab");
         if !tell_pages(draft.arrays, run) {
             return Ok(());
         }
-        let (start, len) = (run.planned, request.tokens.len() as u32);
-        let replaying = start < run.replay_end;
-        let stop = if replaying { run.replay_end } else { run.due.next(start).unwrap_or(len).min(len) };
-        let end = stop.min(start + draft.arrays.room());
+        let end = stop.min(start.saturating_add(time));
         let samples = end == len && len - request.prompt < request.max_new;
         let flags = flags_of(request, start, replaying, samples);
         let run = request.run.as_mut().expect("a running request has a slab");
@@ -188,7 +265,21 @@ impl Core {
         let saves = pages.is_some();
         draft.flight.rows.push(FlightRow { slot, epoch, end, samples, prefill: true, saves });
         draft.flight.saves.extend(pages.map(|pages| Save { keep, pages }));
-        if end == len { request.change(Change::PromptPlanned) } else { Ok(()) }
+        let tenant = request.place.tenant;
+        if end == len {
+            request.change(Change::PromptPlanned)?;
+        }
+        self.charge(draft, tenant, self.model.load_work(start, end, replaying));
+        Ok(())
+    }
+
+    /// Books a piece of a prompt: on the step's time and on its tenant.
+    fn charge(&mut self, draft: &mut Draft<'_, '_, '_>, tenant: u32, load_us: f64) {
+        draft.pieces += 1;
+        draft.load_us += load_us;
+        let us = self.model.predict(Work { fixed_us: 0.0, load_us });
+        draft.left_us -= us;
+        self.table.charge(tenant, us);
     }
 }
 

@@ -1,46 +1,58 @@
 //! Live requests by slot, by id, and in scheduling order.
 
-use std::collections::BTreeMap;
-
 use hashbrown::HashMap;
 
+use crate::core::Tenant;
 use crate::ids::RequestId;
 use crate::request::{Rank, Request};
+use crate::sched::queue::{Order, Queue};
+use crate::sched::shares::Shares;
 
 /// A slot of the table; reused after the request has ended.
 pub type Slot = u32;
 
-/// All live requests. A request is either in `waiting` or in `running`.
+/// All live requests. A request is either in `queue` or in `running`.
 #[derive(Debug, Default)]
 pub struct Table {
     slots: Vec<Option<Request>>,
     vacant: Vec<Slot>,
     by_id: HashMap<RequestId, Slot>,
-    /// First in line first.
-    pub waiting: BTreeMap<Rank, Slot>,
+    /// Those that wait.
+    pub queue: Queue,
+    /// What tenants were served.
+    pub shares: Shares,
     /// The most senior first: highest priority, then first come. The last one is preempted first.
     pub running: Vec<Slot>,
 }
 
 impl Table {
+    /// An empty table.
+    pub fn new(tenants: &[Tenant]) -> Self {
+        Table { shares: Shares::new(tenants), ..Table::default() }
+    }
+
     /// Adds a request to the queue.
     pub fn insert(&mut self, request: Request) -> Slot {
-        let (id, rank) = (request.id, request.rank);
+        let (id, place) = (request.id, request.place);
+        let turn = self.shares.enter(place.tenant);
         let slot = self.vacant.pop().unwrap_or_else(|| {
             self.slots.push(None);
             self.slots.len() as Slot - 1
         });
         self.slots[slot as usize] = Some(request);
         self.by_id.insert(id, slot);
-        self.waiting.insert(rank, slot);
+        self.queue.insert(place, slot, turn);
         slot
     }
 
     /// Takes a request out for good.
     pub fn remove(&mut self, slot: Slot) -> Request {
         let request = self.slots[slot as usize].take().expect("the slot is live");
-        self.waiting.remove(&request.rank);
-        self.leave_running(slot, request.rank);
+        if request.run.is_none() {
+            self.queue.remove(request.place);
+        }
+        self.leave_running(slot, request.rank());
+        self.shares.leave(request.place.tenant);
         self.by_id.remove(&request.id);
         self.vacant.push(slot);
         request
@@ -68,22 +80,40 @@ impl Table {
 
     /// From the queue to the running ones.
     pub fn start(&mut self, slot: Slot) {
-        let rank = self.get(slot).rank;
-        self.waiting.remove(&rank);
-        let at = self.running.partition_point(|&s| self.get(s).rank < rank);
+        let request = self.get(slot);
+        let (place, rank) = (request.place, request.rank());
+        self.queue.remove(place);
+        let at = self.running.partition_point(|&s| self.get(s).rank() < rank);
         self.running.insert(at, slot);
     }
 
-    /// From the running ones to the queue, where its rank puts it.
+    /// From the running ones to the queue.
     pub fn stop(&mut self, slot: Slot) {
-        let rank = self.get(slot).rank;
+        let request = self.get(slot);
+        let (place, rank) = (request.place, request.rank());
         self.leave_running(slot, rank);
-        self.waiting.insert(rank, slot);
+        self.queue.insert(place, slot, self.shares.turn(place.tenant));
+    }
+
+    /// Gives a waiting request another place in its line.
+    pub fn reorder(&mut self, slot: Slot, order: Order) {
+        let place = self.get(slot).place;
+        if place.order != order {
+            self.queue.remove(place);
+            self.get_mut(slot).place.order = order;
+            self.queue.insert(self.get(slot).place, slot, self.shares.turn(place.tenant));
+        }
+    }
+
+    /// A tenant is served a piece of a prompt that takes `us`.
+    pub fn charge(&mut self, tenant: u32, us: f64) {
+        let turn = self.shares.charge(tenant, us);
+        self.queue.retime(tenant, turn);
     }
 
     fn leave_running(&mut self, slot: Slot, rank: Rank) {
         // The request itself may be gone from its slot already, so ranks are compared with those of the others only.
-        let at = self.running.partition_point(|&s| s != slot && self.get(s).rank < rank);
+        let at = self.running.partition_point(|&s| s != slot && self.get(s).rank() < rank);
         if self.running.get(at) == Some(&slot) {
             self.running.remove(at);
         }
