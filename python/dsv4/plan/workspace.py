@@ -175,7 +175,13 @@ def _index(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
     )
     sheet.add(phase, "index compressor", t, ("channels", 2 * c.index_head_dim), ("bytes", 4), ("arrays", 2))
     piece = ("queries at a time", min(limits.step_tokens, INDEX_TOKENS))
-    sheet.add(phase, "index scores and candidates", piece, ("numbers", INDEX_NUMBERS), ("bytes", 4))
+    sheet.add(
+        "always",
+        "index scores and candidates, kept between steps",
+        piece,
+        ("numbers", INDEX_NUMBERS),
+        ("bytes", 4),
+    )
     sheet.add(phase, "selected entries", t, ("top-k", c.index_topk), ("bytes", 4))
 
 
