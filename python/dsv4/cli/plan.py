@@ -116,7 +116,7 @@ def add(commands: Any) -> None:
         "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"
     )
     parser.add_argument(
-        "--turn-tokens", type=int, metavar="N", help="new tokens of a turn, for turns and forks [6680]"
+        "--turn-tokens", type=int, metavar="N", help="new tokens of a turn, for turns and forks [4340]"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(run=run)

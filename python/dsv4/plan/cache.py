@@ -66,10 +66,12 @@ def size_pool(
 class Traffic:
     """What turns a snapshot policy into bytes per token: where states are saved in a conversation."""
 
-    turn_tokens: int = 6_680
-    """New tokens of a turn: published coding-agent sessions have 154,000 tokens in of which 4% are new, and 520 out."""
-    per_turn: Fraction = Fraction(2)
-    """States that `turns` saves in each: at the end of the prompt and at the end of the output."""
+    turn_tokens: int = 4_340
+    """New tokens of a turn, prompt and output. Of 9,783 calls of `dsv4 trace agents` (198,000 tokens in, 98% of them seen
+    before, 510 out: as published for coding agents), replayed by `dsv4 simulate --sequential` with room for all."""
+    per_turn: Fraction = Fraction(157, 100)
+    """States that `turns` saves in each, in the same replay: at the end of the prompt, and where the output passes another
+    page."""
     forks_over_turns: Fraction = Fraction(12, 11)
     """`forks` saves so many times what `turns` does (Mooncake conversation trace: 12% of history bytes against 11%)."""
 
