@@ -1,10 +1,14 @@
-//! Runs one hot path a given number of times, for `benches/counts.sh`: `counts match|insert|evict|alloc REPETITIONS`.
+//! Runs one hot path a given number of times, for `benches/counts.sh`: `counts
+//! match|insert|evict|alloc|step REPETITIONS`.
 
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
-use dsv4_core::ids::Step;
+use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
 use dsv4_core::pool::PagePool;
+use dsv4_core::request::Submit;
 use dsv4_core::retention::Hint;
+use dsv4_core::{Core, Options};
+use dsv4_sim::arrays::Arrays;
 
 const TOKENS: u32 = 1 << 18;
 
@@ -19,10 +23,33 @@ fn store(cache: &mut KvCache, tokens: &[u32]) {
     cache.release(seq, Step(0));
 }
 
+/// 1,024 requests in decode after 128 tokens each, then `times` steps.
+fn steps(times: usize) {
+    let n = 1024;
+    let options = Options { pages: 1 << 13, slabs: n, max_step_tokens: 1 << 18, ..Options::default() };
+    let mut core = Core::new(&presets::flash(), options).expect("the options are valid");
+    for i in 0..n {
+        let prompt = (0..128).map(|t| if t == 0 { i } else { t }).collect();
+        let submit = Submit { id: RequestId(i.into()), prompt, max_new: Some(512), ..Submit::default() };
+        core.submit(submit).expect("there is room");
+    }
+    let mut arrays = Arrays::new(&core.shape());
+    let (samples, mut events) = (vec![0; n as usize], vec![0; 6 * 4096]);
+    for _ in 0..=times {
+        let header =
+            core.plan(&mut arrays.buffers()).expect("the arrays are large enough").expect("there is work");
+        core.commit(Step(header.step), &samples).expect("it is in flight");
+        while core.events_into(&mut events) > 0 {}
+    }
+}
+
 fn main() {
     let mut args = std::env::args().skip(1);
     let (path, times) =
         (args.next().unwrap_or_default(), args.next().and_then(|n| n.parse().ok()).unwrap_or(1));
+    if path == "step" {
+        return steps(times);
+    }
     let options = CacheOptions { pages: 4096, eviction: Eviction::Lru, ..CacheOptions::default() };
     let mut cache = KvCache::new(&presets::flash(), &options).expect("the options are valid");
     // What a path starts from is made as often whatever the repetitions, so that their difference is the path alone.

@@ -3,6 +3,7 @@
 //!     dsv4-peer-bench micro              match, insert, evict, bytes, churn, steps
 //!     dsv4-peer-bench trace FILE         hits and cost of a trace at several capacities
 //!     dsv4-peer-bench growth [LARGEST]   match and step cost as tree and running requests grow
+//!     dsv4-peer-bench count SYSTEM PATH N   runs match, insert or evict N times, for `benches/counts.sh`
 
 use std::hint::black_box;
 use std::process::ExitCode;
@@ -34,6 +35,12 @@ fn main() -> ExitCode {
         ["growth", largest] if largest.parse::<usize>().is_ok() => {
             growth(largest.parse().unwrap_or_default())
         }
+        ["count", system, path, times @ ("1" | "2")] => {
+            match all().into_iter().find(|m| m(1).name() == system) {
+                Some(make) => count(make, path, if times == "1" { 1 } else { 2 }),
+                None => return fail(&format!("{system} is not in this build")),
+            }
+        }
         _ => return fail("usage: dsv4-peer-bench micro | trace FILE | growth [LARGEST]"),
     }
     ExitCode::SUCCESS
@@ -43,6 +50,22 @@ fn main() -> ExitCode {
 fn fail(message: &str) -> ExitCode {
     eprintln!("{message}");
     ExitCode::from(2)
+}
+
+/// Runs a path once or twice on 262,144 tokens; set-up is the same, so the difference is the path alone.
+fn count(make: Maker, path: &str, times: usize) {
+    let prompts = [tokens(1, MILLION / 4), tokens(2, MILLION / 4)];
+    let mut cache = make(2 * BLOCKS);
+    if path != "insert" {
+        prompts.iter().for_each(|p| _ = cache.request(p, 0));
+    }
+    for prompt in &prompts[..times] {
+        match path {
+            "match" => assert_eq!(cache.matched(prompt), BLOCKS / 4),
+            "insert" => assert_eq!(cache.request(prompt, 0), Some(0)),
+            _ => cache.evict(BLOCKS / 4),
+        }
+    }
 }
 
 fn micro() {
