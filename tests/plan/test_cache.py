@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ import pytest
 from dsv4._core import Core, LayoutSpec, NeverFits
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
-from dsv4.plan.cache import FULL_WINDOW, Capacity, Traffic, capacities, size_pool
+from dsv4.plan.cache import AUTO_BUDGET, FULL_WINDOW, Capacity, Traffic, capacities, size_pool
 
 POOL = 49_500_000_000
 
@@ -30,6 +31,10 @@ def test_a_b200_pool_holds_what_the_arithmetic_says() -> None:
     assert fp4["none"].tokens == pytest.approx(9.8e6, rel=0.005)
     assert fp8["auto"].tokens >= 7_500_000
     assert fp8["none"].requests == 8 and fp8[FULL_WINDOW].requests == 1
+
+
+def test_the_budget_is_that_of_the_core() -> None:
+    assert inspect.signature(Core).parameters["snapshot_budget"].default == AUTO_BUDGET
 
 
 def toy(snapshot_rows: int = 5) -> LayoutSpec:

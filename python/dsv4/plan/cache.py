@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 AUTO_BUDGET = 0.1
-"""Default of `snapshot_budget`."""
+"""Default of `snapshot_budget`, which is the core's."""
 
 
 def pages_of(layout: LayoutSpec, tokens: int) -> int:
