@@ -82,12 +82,31 @@ class EngineConfig:
     )
     num_pages: int | None = setting(None, "exact number of pages instead of --kv-cache-memory")
     enable_prefix_caching: bool = setting(True, "reuse the history and state of equal prefixes")
-    snapshot_policy: str = setting("forks", "where state is saved for reuse: none, every:N, turns, forks")
-    eviction: str = setting("lru", "which cached page goes first", choices=("lru",))
+    snapshot_policy: str = setting(
+        "auto", "where state is saved for reuse: auto, forks, turns, every:N, none", aliases=("snapshots",)
+    )
+    snapshot_budget: float = setting(
+        0.1, "largest share of the pool that snapshots fill while memory is short, 0 to 1"
+    )
+    eviction: str = setting(
+        "value",
+        "which cached page goes first: what saves least, the least recently used, the oldest",
+        choices=("value", "lru", "fifo"),
+    )
     cost_model: str | None = setting(
         None,
-        "cost of ways to resume: token_us=…,context_us_per_1k=…,replay_factor=…,restore_us=… (default: by device)",
+        "prior costs: token_us=…,context_us_per_1k=…,replay_factor=…,restore_us=…,base_us=…,decode_us=…,copy_us=… "
+        "(default: by device; corrected by measured steps)",
     )
+    step_ms: float | None = setting(
+        None, "time that a step with running decodes may take; prompts are cut to it (default: no limit)"
+    )
+    tenants: str | None = setting(
+        None,
+        "shares of prefill and quotas of the cache: NAME:WEIGHT[:QUOTA],… (others have weight 1 and no quota)",
+        aliases=("tenant",),
+    )
+    max_wait: float = setting(30.0, "seconds after which a waiting request goes ahead of all")
     async_scheduling: bool = setting(False, "plan step k+1 while step k runs (two steps in flight)")
     seed: int = setting(0, "seed of requests that bring none")
     replay_tokens: int | None = setting(
@@ -111,6 +130,15 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization:g}; it takes a number above 0 and up to 1"
             )
+        if not 0 <= self.snapshot_budget <= 1:
+            raise ConfigError(
+                f"snapshot_budget is {self.snapshot_budget}; it must be a share from 0 to 1, the nearest is "
+                f"{min(max(self.snapshot_budget, 0), 1):g}"
+            )
+        if self.step_ms is not None and not 0 < self.step_ms < float("inf"):
+            raise ConfigError(f"step_ms is {self.step_ms}; it must be above 0, or none for no limit")
+        if not 0 <= self.max_wait < float("inf"):
+            raise ConfigError(f"max_wait is {self.max_wait}; it must be at least 0 seconds")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs ({self.max_num_seqs}), "

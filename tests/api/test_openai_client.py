@@ -219,7 +219,14 @@ def test_sampling_parameters_arrive(served: RunningServer, client: openai.OpenAI
     seen = served.engine.seen[-1]
     p = seen.params
     assert (p.temperature, p.top_p, p.top_k, p.min_p, p.repetition_penalty) == (0.5, 0.9, 4, 0.1, 1.1)
-    assert (p.stop, p.logit_bias, p.max_tokens, p.min_tokens, seen.salt) == (("x", "y"), {5: -100}, 9, 2, "s")
+    assert (p.stop, p.logit_bias, p.max_tokens, p.min_tokens, seen.routing.salt) == (
+        ("x", "y"),
+        {5: -100},
+        9,
+        2,
+        "s",
+    )
+    assert seen.routing.tenant == "u"
 
 
 def test_default_lengths(served: RunningServer, client: openai.OpenAI) -> None:

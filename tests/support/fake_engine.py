@@ -12,7 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from dsv4.config import EngineConfig
+from dsv4.engine.loop import PLAIN
 from dsv4.engine.request import RequestOutput, Usage
+from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
@@ -67,7 +69,9 @@ class FakeEngine:
         self.cached_tokens = 0
         """What every request reports as cached."""
         self.seen: list[SimpleNamespace] = []
-        """Every request taken: prompt, params, salt, priority."""
+        """Every request taken: prompt, params, routing, fork_of."""
+        self.pins: dict[int, tuple[list[int], str]] = {}
+        self.ended: list[str] = []
         self.died: str | None = None
         self._draining = self._cut = False
 
@@ -77,12 +81,12 @@ class FakeEngine:
         params: SamplingParams,
         *,
         request_id: str | None = None,
-        cache_salt: str = "",
-        priority: int = 0,
+        routing: Routing = PLAIN,
+        fork_of: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         params = self._admit(prompt, params)
         self.seen.append(
-            SimpleNamespace(prompt=list(prompt), params=params, salt=cache_salt, priority=priority)
+            SimpleNamespace(prompt=list(prompt), params=params, routing=routing, fork_of=fork_of)
         )
         request_id = request_id or f"fake-{self.begun}"
         self.begun += 1
@@ -193,6 +197,20 @@ class FakeEngine:
         while self.live:
             await asyncio.sleep(0.01)
         return not cut
+
+    async def pin(self, tokens: Sequence[int], salt: str = "") -> int:
+        self.pins[len(self.pins) + 1] = (list(tokens), salt)
+        return len(self.pins)
+
+    async def unpin(self, pin: int) -> bool:
+        return self.pins.pop(pin, None) is not None
+
+    async def end_session(self, key: str) -> bool:
+        self.ended.append(key)
+        return key == "known"
+
+    def tenants(self) -> dict[str, dict[str, float]]:
+        return {"": {"live": self.live, "tokens": 5, "prefill_us": 1.5}}
 
     async def shutdown(self) -> None:
         """Nothing to stop."""

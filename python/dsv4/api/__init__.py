@@ -12,6 +12,8 @@
 | `conversation.py` | messages, tools and thinking of a chat, to a prompt |
 | `generation.py` | choices of a request run against the engine and merged; token counts |
 | `openai_chat.py`, `openai_completions.py` | one file per dialect; `openai_usage.py` is common to both |
+| `routing.py` | tenant, urgency, session and retention of a request |
+| `prefixes.py` | pinned prefixes, ended sessions |
 | `info.py` | models, health, metrics, version, tokenize, detokenize |
 | `errors.py`, `metrics.py` | error bodies; Prometheus |
 

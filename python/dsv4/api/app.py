@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsv4.api import info
+from dsv4.api import info, prefixes
 from dsv4.api.errors import error_body, internal_error
 from dsv4.api.http import Handler, PostEndpoint, header
 from dsv4.api.openai_chat import chat_completions
@@ -34,6 +34,9 @@ def create_app(service: Service) -> ASGIApp:
         routes=[
             _post("/v1/chat/completions", chat_completions, generates=True),
             _post("/v1/completions", completions, generates=True),
+            _post("/v1/prefixes", prefixes.pin, generates=True),
+            Route("/v1/prefixes/{id}", prefixes.unpin, methods=["DELETE"]),
+            Route("/v1/sessions/{key:path}", prefixes.end_session, methods=["DELETE"]),
             Route("/v1/models", info.models),
             Route("/v1/models/{name:path}", info.one_model),
             _post("/tokenize", info.tokenize),

@@ -12,7 +12,9 @@ from typing import Any
 
 from dsv4.api.http import Call
 from dsv4.api.metrics import GenerationTimer
+from dsv4.engine.loop import PLAIN
 from dsv4.engine.request import RequestOutput
+from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 
@@ -26,22 +28,24 @@ class Job:
     index: int
     prompt: list[int]
     params: SamplingParams
-    salt: str = ""
-    priority: int = 0
+    routing: Routing = PLAIN
+    parent: int | None = None
+    """The first choice of the same prompt, whose state this one takes over: a prompt is computed once."""
 
 
 def jobs_for(
-    prompts: Sequence[list[int]], params: SamplingParams, n: int, *, salt: str = "", priority: int = 0
+    prompts: Sequence[list[int]], params: SamplingParams, n: int, routing: Routing = PLAIN
 ) -> list[Job]:
     """`n` choices per prompt, numbered prompt by prompt. With a seed, choice k takes `seed + k`, else all
     were equal."""
     jobs: list[Job] = []
     for prompt in prompts:
+        first = len(jobs)
         for k in range(n):
             own = (
                 params if k == 0 or params.seed is None else dataclasses.replace(params, seed=params.seed + k)
             )
-            jobs.append(Job(len(jobs), prompt, own, salt, priority))
+            jobs.append(Job(len(jobs), prompt, own, routing, first if k else None))
     return jobs
 
 
@@ -85,7 +89,11 @@ async def _one(call: Call, job: Job) -> AsyncGenerator[RequestOutput, None]:
     timer = GenerationTimer(call.service.metrics, call.arrived)
     request_id = f"{call.request_id}-{job.index}"
     stream = call.service.engine.generate(
-        job.prompt, job.params, request_id=request_id, cache_salt=job.salt, priority=job.priority
+        job.prompt,
+        job.params,
+        request_id=request_id,
+        routing=job.routing,
+        fork_of=None if job.parent is None else f"{call.request_id}-{job.parent}",
     )
     async with contextlib.aclosing(stream) as outputs:
         async for output in outputs:

@@ -18,11 +18,13 @@ from dsv4.api.service import Service
 from dsv4.errors import RequestError
 
 
-def _json(body: Any, status: int = 200, **headers: str) -> Response:
+def json_response(body: Any, status: int = 200, **headers: str) -> Response:
+    """A whole JSON answer."""
     return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
-def _service(request: Request) -> Service:
+def service_of(request: Request) -> Service:
+    """The engine and what belongs to it."""
     service: Service = request.app.state.service
     return service
 
@@ -30,32 +32,34 @@ def _service(request: Request) -> Service:
 async def root(request: Request) -> Response:
     """Says what this is, for people who open the address in a browser."""
     routes = [f"{' '.join(sorted(r.methods - {'HEAD'}))} {r.path}" for r in request.app.routes]
-    service = _service(request)
-    return _json({"name": "dsv4", "version": dsv4.__version__, "model": service.name, "endpoints": routes})
+    service = service_of(request)
+    return json_response(
+        {"name": "dsv4", "version": dsv4.__version__, "model": service.name, "endpoints": routes}
+    )
 
 
 async def health(request: Request) -> Response:
     """200 while requests are taken and make progress, else 503 with the reason."""
-    service = _service(request)
+    service = service_of(request)
     alive, why = service.engine.check_alive()
     if service.draining:
         alive, why = False, "the server is shutting down"
     if alive:
-        return _json({"status": "ok"})
-    return _json({"status": why}, 503, **{"retry-after": RETRY_AFTER[503].decode()})
+        return json_response({"status": "ok"})
+    return json_response({"status": why}, 503, **{"retry-after": RETRY_AFTER[503].decode()})
 
 
 async def models(request: Request) -> Response:
     """The served name and `default`."""
-    service = _service(request)
-    return _json({"object": "list", "data": [_model(service, name) for name in service.names]})
+    service = service_of(request)
+    return json_response({"object": "list", "data": [_model(service, name) for name in service.names]})
 
 
 async def one_model(request: Request) -> Response:
     """One entry of the list, or 404 naming what is served."""
-    service, name = _service(request), request.path_params["name"]
+    service, name = service_of(request), request.path_params["name"]
     service.check_model(Fields({"model": name}))
-    return _json(_model(service, name))
+    return json_response(_model(service, name))
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
@@ -70,12 +74,12 @@ def _model(service: Service, name: str) -> dict[str, Any]:
 
 
 async def version(request: Request) -> Response:
-    return _json({"version": dsv4.__version__})
+    return json_response({"version": dsv4.__version__})
 
 
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
-    return Response(_service(request).metrics.render(), media_type=CONTENT_TYPE)
+    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE)
 
 
 async def tokenize(call: Call) -> None:

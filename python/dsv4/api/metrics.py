@@ -24,7 +24,8 @@ _TOKENS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576)
 
 _LEVELS = {
     "pages", "free_pages", "cached_pages", "snapshot_pages", "deferred_pages", "slabs", "free_slabs",
-    "waiting", "running", "snapshots",
+    "waiting", "running", "snapshots", "in_flight", "available_pages", "parked", "step_predicted_us", "step_measured_us",
+    "repeated_misses",
 }  # fmt: skip
 """Engine statistics that go up and down; all others only grow."""
 
@@ -32,10 +33,16 @@ _LEVELS = {
 class Metrics:
     """Every series of one server. A registry of its own, so that several servers fit in one process."""
 
-    def __init__(self, stats: Callable[[], Mapping[str, Any]], model: str) -> None:
-        """`stats`: the engine's counters; `model`: the value of the `model_name` label."""
+    def __init__(
+        self,
+        stats: Callable[[], Mapping[str, Any]],
+        model: str,
+        tenants: Callable[[], Mapping[str, Mapping[str, float]]] = dict,
+    ) -> None:
+        """`stats`: the engine's counters; `model`: the value of the `model_name` label; `tenants`: what each was
+        served."""
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineCollector(stats, model))
+        self.registry.register(_EngineCollector(stats, model, tenants))
         new: dict[str, Any] = {"registry": self.registry}
         self.responses = Counter("dsv4_http_responses", "HTTP responses", ("path", "status"), **new)
         self.disconnects = Counter(
@@ -102,8 +109,13 @@ class GenerationTimer:
 class _EngineCollector(Collector):
     """The engine's statistics, read when scraped."""
 
-    def __init__(self, stats: Callable[[], Mapping[str, Any]], model: str) -> None:
-        self.stats, self.model = stats, model
+    def __init__(
+        self,
+        stats: Callable[[], Mapping[str, Any]],
+        model: str,
+        tenants: Callable[[], Mapping[str, Mapping[str, float]]],
+    ) -> None:
+        self.stats, self.model, self.tenants = stats, model, tenants
 
     def describe(self) -> Iterable[Metric]:
         return ()  # the names follow from the statistics; registering must not ask the engine
@@ -113,6 +125,15 @@ class _EngineCollector(Collector):
         for name, value in stats.items():
             family = GaugeMetricFamily if name in _LEVELS else CounterMetricFamily
             yield family(f"dsv4_core_{name}", f"Core.stats()[{name!r}]", value=value)
+        for name, family, help in (
+            ("tokens", CounterMetricFamily, "Tokens computed for a tenant: prompts and outputs"),
+            ("prefill_us", CounterMetricFamily, "Predicted prefill time of a tenant, in microseconds"),
+            ("live", GaugeMetricFamily, "Live requests of a tenant"),
+        ):
+            series = family(f"dsv4_tenant_{name}", help, labels=("tenant",))
+            for tenant, counts in self.tenants().items():
+                series.add_metric((tenant,), counts[name])
+            yield series
         pages = stats.get("pages", 0)
         used = 1 - (stats.get("free_pages", 0) + stats.get("cached_pages", 0)) / pages if pages else 0.0
         for name, help, value in (

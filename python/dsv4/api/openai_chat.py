@@ -25,9 +25,9 @@ from dsv4.api.params import (
     choices_of,
     include_usage_of,
     max_tokens_of,
-    routing_of,
     sampling_params,
 )
+from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
 from dsv4.engine.request import RequestOutput
@@ -69,7 +69,7 @@ async def chat_completions(call: Call) -> None:
             "; the nearest valid value is 1",
         )
     prompt = await encode(service, chat)
-    jobs = jobs_for([prompt], params, options.n, **routing_of(fields))
+    jobs = jobs_for([prompt], params, options.n, routing_of(call))
     answer = Answer(service, options, chat, f"chatcmpl-{call.request_id}", int(time.time()))
     if options.stream:
         await _stream(call, answer, jobs)

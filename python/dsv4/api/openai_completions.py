@@ -23,9 +23,9 @@ from dsv4.api.params import (
     choices_of,
     include_usage_of,
     max_tokens_of,
-    routing_of,
     sampling_params,
 )
+from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
 from dsv4.engine.request import RequestOutput
@@ -71,7 +71,7 @@ async def completions(call: Call) -> None:
     if len(prompts) * options.n > most:
         text = f"{len(prompts)} prompts times n {options.n} are more than the queue holds; at most {most}"
         raise RequestError(text, "n" if options.n > 1 else "prompt", "invalid_value", 400)
-    jobs = jobs_for(prompts, params, options.n, **routing_of(fields))
+    jobs = jobs_for(prompts, params, options.n, routing_of(call))
     answer = Answer(service, options, f"cmpl-{call.request_id}", int(time.time()), prompts)
     if options.stream:
         await _stream(call, answer, jobs)

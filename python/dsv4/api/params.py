@@ -64,12 +64,6 @@ def choices_of(fields: Fields) -> int:
     return n
 
 
-def routing_of(fields: Fields) -> dict[str, Any]:
-    """Cache salt and priority, for `Job`."""
-    salt = fields.text("cache_salt", "", longest=512) or ""
-    return {"salt": salt, "priority": fields.integer("priority", -(2**31), 2**31 - 1, 0) or 0}
-
-
 def include_usage_of(fields: Fields) -> bool:
     """`stream_options.include_usage`."""
     return fields.nested("stream_options").boolean("include_usage")

@@ -35,7 +35,7 @@ class Service:
         """`name`: the model's name in the API."""
         self.engine, self.config, self.name = engine, config, name
         self.names = tuple(dict.fromkeys((name, DEFAULT_NAME)))
-        self.metrics = Metrics(engine.stats, name)
+        self.metrics = Metrics(engine.stats, name, engine.tenants)
         self.started = int(time.time())
         self.draining = False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dsv4-tokenize")

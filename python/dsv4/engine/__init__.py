@@ -5,6 +5,7 @@
 | `buffers.py` | the numpy arrays a plan is written into |
 | `runner.py` | one step on the device: page table, copies, forward, sample |
 | `loop.py` | plan, run, commit; the simple loop and the one with two steps in flight |
+| `routing.py` | who asks, how urgent, what the prefix is worth: hints for the core |
 | `request.py` | what the engine keeps per request; what callers get back |
 | `output.py` | from sampled ids to text, log-probabilities and stop strings |
 | `build.py` | config -> weights, cache, model, core; the memory plan printed at start |

@@ -7,6 +7,7 @@ one call into the event loop, so that many streams cost one wake-up per step.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -15,10 +16,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from dsv4._core import NeverFits, Overloaded
 from dsv4.config import EngineConfig
 from dsv4.engine.build import BuiltEngine, Progress, build_engine
+from dsv4.engine.loop import PLAIN
 from dsv4.engine.request import RequestOutput
+from dsv4.engine.routing import Routing, session_id
 from dsv4.errors import Dsv4Error, RequestError
 from dsv4.sampling import SamplingParams
 
@@ -59,15 +64,58 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         request_id: str | None = None,
-        cache_salt: str = "",
-        priority: int = 0,
+        routing: Routing = PLAIN,
+        fork_of: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields what each step brings until an output has `finished`. Closing the iterator aborts the request.
 
+        `fork_of` names a live request with which this one shares a prefix: its state is taken over instead of computed
+        again, with equal tokens. When it is not live any more nothing is shared.
         Raises RequestError when the request cannot be taken: empty or too long (400), queue full or draining (429, 503).
         """
         request_id = request_id or f"req-{next(self._ids)}"
-        params = self._admissible(prompt, params)
+        self._check_open()
+        admitted = self.built.admissible(prompt, params)
+        async with contextlib.aclosing(
+            self._stream(request_id, lambda: (list(prompt), admitted), routing, fork_of)
+        ) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def fork(
+        self,
+        parent: str,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        routing: Routing = PLAIN,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """A second continuation of the live request `parent`, from all that it has said so far; its prompt and output are
+        the new request's prompt. The parent goes on undisturbed. Raises RequestError 404 when it is not live."""
+        self._check_open()
+
+        def prompt() -> tuple[list[int], SamplingParams]:
+            try:
+                said = self._loop.said(parent)
+            except KeyError:
+                raise RequestError(
+                    f"request {parent!r} is not running", "parent", "request_not_found", 404
+                ) from None
+            return said, self.built.admissible(said, params)
+
+        request_id = request_id or f"req-{next(self._ids)}"
+        async with contextlib.aclosing(self._stream(request_id, prompt, routing, parent)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _stream(
+        self,
+        request_id: str,
+        prompt: Callable[[], tuple[list[int], SamplingParams]],
+        routing: Routing,
+        fork_of: str | None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Submits what `prompt` says on the engine thread, and yields its outputs."""
         home = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
         submitted: asyncio.Future[None] = home.create_future()
@@ -78,10 +126,9 @@ class AsyncEngine:
 
         def submit() -> None:
             try:
+                tokens, params = prompt()
                 keys.append(
-                    self._loop.submit(
-                        request_id, list(prompt), params, deliver, salt=cache_salt, priority=priority
-                    )
+                    self._loop.submit(request_id, tokens, params, deliver, routing=routing, fork_of=fork_of)
                 )
                 error = None
             except Exception as e:
@@ -100,12 +147,27 @@ class AsyncEngine:
             if not finished:
                 self._post(lambda: [self._loop.abort(key) for key in keys] and None)
 
-    def _admissible(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
+    async def pin(self, tokens: Sequence[int], salt: str = "") -> int:
+        """Keeps the cached whole blocks of a prefix until `unpin` of what is returned."""
+        ids = np.asarray(tokens, np.int32)
+        pin: int = await self.call(lambda core: core.pin(salt.encode(), ids))
+        return pin
+
+    async def unpin(self, pin: int) -> bool:
+        """Ends a pin. False when there is none of that number."""
+        known: bool = await self.call(lambda core: core.unpin(pin))
+        return known
+
+    async def end_session(self, key: str) -> bool:
+        """What only this session used goes first when memory is short. False when nothing of it is cached."""
+        known: bool = await self.call(lambda core: core.end_session(session_id(key)))
+        return known
+
+    def _check_open(self) -> None:
         if self._died is not None:
             raise RequestError(f"the engine has stopped: {self._died}", None, "engine_dead", 503)
         if self._draining:
             raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
-        return self.built.admissible(prompt, params)
 
     def _post(self, command: Callable[[], None] | None) -> None:
         self._commands.put(command)
@@ -190,6 +252,15 @@ class AsyncEngine:
     def stats(self) -> dict[str, Any]:
         """The core's counters (see `Core.stats`)."""
         return self._loop.core.stats()
+
+    def tenants(self) -> dict[str, dict[str, float]]:
+        """By name, what tenants were served (see `Core.tenants`); those that are not configured together as `other`."""
+        names, served = self._loop.tenants.names(), {}
+        for number, counts in self._loop.core.tenants().items():
+            into = served.setdefault(names.get(number, "other"), dict.fromkeys(counts, 0))
+            for name, value in counts.items():
+                into[name] += value
+        return served
 
     def describe(self) -> list[str]:
         """The memory plan and every choice made, one line each."""

@@ -16,6 +16,7 @@ from dsv4.cache.paged import PagedCache
 from dsv4.config import EngineConfig
 from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.loop import EngineLoop
+from dsv4.engine.routing import Tenants
 from dsv4.engine.runner import Runner
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
@@ -35,8 +36,24 @@ Progress = Callable[[int, int, str], None]
 
 COST_MODELS = {
     # Measured with the model that ships on two CPU cores; a GPU replays at some 10,000 tokens a second.
-    "cpu": {"token_us": 800.0, "context_us_per_1k": 5.0, "replay_factor": 0.6, "restore_us": 2000.0},
-    "cuda": {"token_us": 100.0, "context_us_per_1k": 0.1, "replay_factor": 0.6, "restore_us": 200.0},
+    "cpu": {
+        "token_us": 800.0,
+        "context_us_per_1k": 5.0,
+        "replay_factor": 0.6,
+        "restore_us": 2000.0,
+        "base_us": 20_000.0,
+        "decode_us": 3000.0,
+        "copy_us": 2000.0,
+    },
+    "cuda": {
+        "token_us": 100.0,
+        "context_us_per_1k": 0.1,
+        "replay_factor": 0.6,
+        "restore_us": 200.0,
+        "base_us": 10_000.0,
+        "decode_us": 50.0,
+        "copy_us": 200.0,
+    },
 }
 """What ways to resume cost, by device (see docs/architecture.md); replay is about half the work per token, as layer l
 needs only the last (window - 1) * (layers - l) tokens."""
@@ -128,10 +145,13 @@ class BuiltEngine:
             f"capacity   {tokens:,} tokens of history; {tokens // m.max_model_len} requests of {m.max_model_len:,} tokens",
             f"state      {_size(m.slabs)}: {c.max_num_seqs} slabs of {_size(layout.slab_bytes)}; a snapshot takes "
             f"{_size(layout.snapshot_bytes)} in {layout.snapshot_pages} pages",
-            f"prefixes   {'on' if c.enable_prefix_caching else 'off'}; snapshots {c.snapshot_policy}; eviction {c.eviction}; "
+            f"prefixes   {'on' if c.enable_prefix_caching else 'off'}; snapshots {c.snapshot_policy} (budget {c.snapshot_budget:.0%}); "
+            f"eviction {c.eviction}; "
             f"replay {c.replay_tokens or layout.replay_tokens:,} tokens; cost {c.cost_model}",
             f"scheduler  {c.max_num_seqs} running, {c.max_num_waiting} waiting, {c.max_num_batched_tokens} tokens a step, "
-            f"{2 if c.async_scheduling else 1} steps in flight",
+            f"{2 if c.async_scheduling else 1} steps in flight; step time "
+            f"{'open' if c.step_ms is None else f'{c.step_ms:g} ms'}; tenants {c.tenants or 'equal'}; "
+            f"first after {c.max_wait:g} s",
         ]
 
 
@@ -185,7 +205,13 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         for _ in range(2 if config.async_scheduling else 1)
     )
     loop = EngineLoop(
-        core, runner, buffers, tokenizer=tokenizer, eos_ids=frozenset(model_config.eos_ids), seed=config.seed
+        core,
+        runner,
+        buffers,
+        tokenizer=tokenizer,
+        eos_ids=frozenset(model_config.eos_ids),
+        seed=config.seed,
+        tenants=Tenants(config.tenants),
     )
     memory = MemoryPlan(
         weights=model.weight_bytes,
@@ -280,7 +306,11 @@ def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) ->
         max_len=max_len,
         max_waiting=config.max_num_waiting,
         snapshots=config.snapshot_policy,
+        snapshot_budget=config.snapshot_budget,
         eviction=config.eviction,
+        step_us=None if config.step_ms is None else 1000 * config.step_ms,
+        max_wait_us=int(1e6 * config.max_wait),
+        tenants=Tenants(config.tenants).core(layout.page_bytes),
         prefix_cache=config.enable_prefix_caching,
         max_in_flight=2 if config.async_scheduling else 1,
         replay_tokens=config.replay_tokens,

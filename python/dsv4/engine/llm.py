@@ -10,6 +10,7 @@ from dsv4.config import EngineConfig
 from dsv4.engine.async_engine import as_request_error
 from dsv4.engine.build import Progress, build_engine
 from dsv4.engine.request import RequestOutput, Usage
+from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
@@ -132,7 +133,7 @@ class LLM:
     def _submit(self, ids: list[int], params: SamplingParams, deliver: Any, salt: str) -> int:
         params = self._built.admissible(ids, params)
         try:
-            return self._loop.submit("llm", ids, params, deliver, salt=salt)
+            return self._loop.submit("llm", ids, params, deliver, routing=Routing(salt=salt))
         except Exception as e:
             raise as_request_error(e) from None
 

@@ -18,12 +18,16 @@ from dsv4._core import Core, StepHeader
 from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.output import Delta, as_final, as_output, push_token
 from dsv4.engine.request import EngineRequest, RequestOutput
+from dsv4.engine.routing import Routing, Tenants, now_us
 from dsv4.engine.runner import Runner, StepResult
 from dsv4.engine.sampler import PoisonedLogits, SamplingState
 from dsv4.sampling import SamplingParams
 from dsv4.text.tokenizer import Tokenizer
 
 log = logging.getLogger("dsv4.engine")
+
+PLAIN = Routing()
+"""No hints."""
 
 TOKEN, FINISHED, PREEMPTED, RESUMED, PREFILL = 1, 2, 3, 4, 5
 """Kinds of core events; a row is (kind, request, step, a, b, c)."""
@@ -41,11 +45,15 @@ class EngineLoop:
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
         seed: int,
+        tenants: Tenants | None = None,
     ) -> None:
         """`buffers`: one set for the simple loop, two for the overlapped one."""
         self.core, self.runner, self.buffers = core, runner, buffers
         self.tokenizer, self.eos_ids, self.seed = tokenizer, eos_ids, seed
+        self.tenants = tenants or Tenants()
         self.requests: dict[int, EngineRequest] = {}
+        self._keys_by_name: dict[str, int] = {}
+        self._warned = False
         self.last_progress = time.monotonic()
         self.step = self.step_overlap if len(buffers) == 2 else self.step_simple
         self._keys = itertools.count(1)
@@ -60,10 +68,13 @@ class EngineLoop:
         params: SamplingParams,
         deliver: Callable[[RequestOutput], None],
         *,
-        salt: str = "",
-        priority: int = 0,
+        routing: Routing = PLAIN,
+        fork_of: str | None = None,
     ) -> int:
-        """Queues a request and returns its key. Raises what `Core.submit` raises; nothing is kept then."""
+        """Queues a request and returns its key. Raises what `Core.submit` raises; nothing is kept then.
+
+        `fork_of`: the id of a live request whose state this one starts from, which saves work and changes no token.
+        """
         key = next(self._keys)
         seed = params.seed if params.seed is not None else self.seed + key
         state = SamplingState(params, prompt, eos_ids=self.eos_ids, seed=seed)
@@ -72,17 +83,25 @@ class EngineLoop:
         )
         request = EngineRequest(key, request_id, prompt, params, state, detokenizer, deliver)
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
+        now = now_us()
+        self.core.set_time(now)  # a request's age counts from here
         self.core.submit(
             key,
             request.prompt_array,
             max_new=params.max_tokens,
             stop_ids=sorted(stop_ids),
-            salt=salt.encode(),
-            priority=priority,
             all_logits=request.wants_prompt_logprobs,
+            parent=self._keys_by_name.get(fork_of) if fork_of is not None else None,
+            **routing.core(self.tenants, now),
         )
         self.requests[key] = request
+        self._keys_by_name[request_id] = key
         return key
+
+    def said(self, request_id: str) -> list[int]:
+        """Prompt and output so far of a live request. Raises KeyError."""
+        request = self.requests[self._keys_by_name[request_id]]
+        return [*request.prompt, *request.output]
 
     def abort(self, key: int) -> None:
         """Ends a request at any time; its last output says `abort`. Unknown keys are ignored: it may have just ended."""
@@ -94,6 +113,7 @@ class EngineLoop:
 
     def step_simple(self) -> bool:
         """One step from plan to outputs. False when there was nothing to run."""
+        self.core.set_time(now_us())
         header = self.core.plan(self.buffers[0].core)
         result = self._launch(header, self.buffers[0]) if header is not None else None
         if result is not None:
@@ -103,6 +123,7 @@ class EngineLoop:
 
     def step_overlap(self) -> bool:
         """Launches the next step, then commits the one before it."""
+        self.core.set_time(now_us())
         buffers = self.buffers[self._turn]
         header = self.core.plan(buffers.core)
         self._turn ^= header is not None
@@ -120,8 +141,11 @@ class EngineLoop:
         self, header: StepHeader, buffers: StepBuffers, before: StepResult | None = None
     ) -> StepResult | None:
         """Runs a plan. A failure ends the requests of that step with an error; all others go on."""
+        begun = time.perf_counter()
         try:
-            return self.runner.run(header, buffers, self.requests)
+            result = self.runner.run(header, buffers, self.requests)
+            self.core.observe(header.step, 1e6 * (time.perf_counter() - begun))
+            return result
         except Exception as e:  # whatever the device or a kernel raises must not take the engine down
             log.exception("step %d failed", header.step)
             if before is not None:
@@ -168,4 +192,6 @@ class EngineLoop:
         explanation = self.core.explain(request.key)
         self.core.forget(request.key)
         del self.requests[request.key]
+        if self._keys_by_name.get(request.request_id) == request.key:
+            del self._keys_by_name[request.request_id]
         request.deliver(as_final(request, delta, reason, stop_token, explanation))

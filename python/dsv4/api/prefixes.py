@@ -1,0 +1,68 @@
+"""Prefixes that stay in the cache because someone said so, and sessions that are over."""
+
+from __future__ import annotations
+
+import contextlib
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from dsv4.api.conversation import encode, read_conversation
+from dsv4.api.fields import Fields
+from dsv4.api.generation import jobs_for, run
+from dsv4.api.http import Call
+from dsv4.api.info import json_response, service_of
+from dsv4.api.params import sampling_params
+from dsv4.api.routing import routing_of
+from dsv4.errors import RequestError
+
+
+async def pin(call: Call) -> None:
+    """Computes a `prompt` (text or token ids) or the prompt of a chat (`messages`), unless it is cached, and keeps its whole
+    blocks and the states on them until they are unpinned. Answers with the pin's id and what of the prompt was cached
+    before."""
+    fields, service = call.fields, call.service
+    service.check_model(fields)
+    prompt = await _prompt(call, fields)
+    routing = routing_of(call)
+    params = sampling_params(Fields({}), max_tokens=0, logprobs=None)
+    cached = 0
+    async with contextlib.aclosing(run(call, jobs_for([prompt], params, 1, routing))) as outputs:
+        async for _, output in outputs:
+            cached = output.usage.cached_tokens if output.usage else cached
+    number = await service.engine.pin(prompt, routing.salt)
+    await call.respond(
+        {"id": f"pin-{number}", "object": "prefix", "prompt_tokens": len(prompt), "cached_tokens": cached}
+    )
+
+
+async def _prompt(call: Call, fields: Fields) -> list[int]:
+    if fields.get("messages") is not None:
+        return await encode(call.service, read_conversation(fields))
+    prompt = fields.get("prompt")
+    if type(prompt) is list:
+        return [int(t) for t in fields.items("prompt", int, 2**31)]
+    text = fields.text("prompt", longest=2**31)
+    if not text:
+        raise RequestError("prompt or messages is missing", "prompt", "missing_field", 400)
+    return await call.service.encode(text, "prompt")
+
+
+async def unpin(request: Request) -> Response:
+    """Ends a pin; 404 when there is none of that id."""
+    name = request.path_params["id"]
+    number = name.removeprefix("pin-")
+    known = number.isdecimal() and len(number) < 19 and await service_of(request).engine.unpin(int(number))
+    if not known:
+        raise RequestError(
+            f"there is no pin {name!r}; POST /v1/prefixes makes one", "id", "pin_not_found", 404
+        )
+    return json_response({"id": name, "object": "prefix", "deleted": True})
+
+
+async def end_session(request: Request) -> Response:
+    """A session (`prompt_cache_key`) is over: what only it used is the first to go. `cached` says whether anything of it
+    was there."""
+    key = request.path_params["key"]
+    cached = await service_of(request).engine.end_session(key)
+    return json_response({"id": key, "object": "session", "deleted": True, "cached": cached})
