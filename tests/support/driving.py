@@ -41,6 +41,8 @@ class Driver:
     index: str = "float32"
     block_tokens: int = 128
     poison: bool = True
+    device: str = "cpu"
+    backend: str = "reference"
     layout: LayoutSpec = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,8 +50,10 @@ class Driver:
         blocks = -(-self.max_len // self.block_tokens)
         history = self.slabs * blocks
         self.spare = list(range(history, history + 4 * self.layout.snapshot_pages))
-        self.cache = PagedCache(self.layout, history + len(self.spare), self.slabs, poison=self.poison)
-        self.model = V4Model(self.config, self.weights, self.cache, Ops.choose("reference"))
+        pages = history + len(self.spare)
+        self.cache = PagedCache(self.layout, pages, self.slabs, self.device, poison=self.poison)
+        weights = {name: w.to(self.device) for name, w in self.weights.items()}
+        self.model = V4Model(self.config, weights, self.cache, Ops.choose(self.backend, self.device))
         # Pages in an order that is not that of blocks, as in service.
         self.page_table = torch.arange(history - 1, -1, -1, dtype=torch.int32).view(self.slabs, blocks)
 
@@ -71,6 +75,7 @@ class Driver:
             rows=tuple(rows),
             page_table=self.page_table,
             logit_index=torch.cat(wanted),
+            device_pages=None if self.device == "cpu" else self.page_table.to(self.device),
         )
 
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:

@@ -3,10 +3,10 @@
 A CTA takes a token and up to 64 of its heads at a time and walks the 64-row blocks of its keys, then goes on to its next
 token while the roles run ahead of each other. Warps in roles:
 
-  scores    looks rows up six blocks ahead (window ids, entries through the page table), S = Q K^T (wgmma, fp16), online
+  scores    looks rows up eight blocks ahead (window ids, entries through the page table), S = Q K^T (wgmma, fp16), online
             softmax, P to shared memory
   values    two groups, each 256 of the 512 output columns: acc = acc * alpha + P V; they also bring the token's queries
-  rows      PRODUCERS groups gather rows to registers one block ahead, turn e4m3 into fp16 (one cvt and one mul a pair: the
+  rows      gathers rows to registers one block ahead, turn e4m3 into fp16 (one cvt and one mul a pair: the
             scale is a power of two) and store them swizzled; they ask for the rows after those in L2, which costs neither
             registers nor shared memory
 
@@ -16,7 +16,8 @@ infinity: no load is masked, and no other row is touched. Too few tokens to fill
 and merged in a fixed order by a second kernel, so the result does not depend on timing. Shared memory: Q 64 KiB, two row
 buffers of 64 KiB, P 16 KiB, places of 8 blocks.
 
-Other dims and formats go to the Triton kernel.
+Prefill reads every row many times, so the rows of the step's requests are widened to fp16 once (triton/widen.py, in
+bounded scratch) and the row group only copies them (cp.async). Other dims and formats go to the Triton kernel.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -33,8 +35,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.gluon.common import barrier
+from dsv4.kernels.gluon.common import async_load, barrier
 from dsv4.kernels.triton import attention as portable
+from dsv4.kernels.triton import widen
 from dsv4.kernels.triton.common import cdiv, multiprocessors
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
@@ -43,11 +46,8 @@ BH, BN, NB = gl.constexpr(64), gl.constexpr(64), gl.constexpr(2)
 """Heads of a CTA, rows of a block, row buffers."""
 PF = gl.constexpr(4)
 """Blocks ahead of the scores that rows are asked for in L2: some two ahead of the loads."""
-RING, AHEAD = gl.constexpr(8), gl.constexpr(6)
-"""Blocks whose row places lie in shared memory, and how far ahead they are looked up: at most RING - 2, as the places of
-the block before the last may still be in use."""
-PRODUCERS = gl.constexpr(1)
-"""Warp groups that bring rows."""
+RING = gl.constexpr(8)
+"""Blocks whose row places lie in shared memory."""
 
 
 def sparse_attention(
@@ -64,8 +64,9 @@ def sparse_attention(
     selected: Tensor | None = None,
     *,
     splits: int | None = None,
+    wide: bool | None = None,
 ) -> Tensor:
-    """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64."""
+    """As the Triton kernel's. `wide`: widen rows first; by default where it pays. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64."""
     total, heads, dim = q.shape
     fits = q.dtype == torch.bfloat16 and dim == 512 and cos.shape[1] == 32 and window_ids.shape[1] % 64 == 0
     if not fits or window.codec.name != "fp8_ds_mla":
@@ -79,18 +80,31 @@ def sparse_attention(
     ctas = total * cdiv(heads, 64)
     if splits is None:
         splits = portable.choose_splits(ctas, key_blocks, multiprocessors())
+    if wide is None:
+        wide = splits == 1 and widen.pays(tokens, window, entries, 64 * key_blocks, dim)
     mode = 0 if entries is None else 1 if selected is None else 2
     items = ctas * splits
     # Tokens of one step see different numbers of entries; only with equal ones may a CTA take several.
     grid = items if mode == 1 or splits > 1 else min(items, multiprocessors())
     partial, lse = portable.scratch(q, splits)
     rows = history or window
+    base, places, table = window.region, tokens.slab, entries.pages if entries else window_ids
+    # the history is addressed from the window's base: one pointer for both
+    strides = (
+        window.region.stride(0) // 4,
+        rows.region.stride(0) // 4,
+        (rows.region.data_ptr() - window.region.data_ptr()) // 16,
+        entries.pages.stride(0) if entries else 0,
+    )
+    if wide:
+        base, places = widen.widen(tokens, window, history, entries, 64), tokens.row
+        strides = (0, len(window.region) * window.rows, 0, entries.most if entries else 0)
     _main[(grid,)](
         q,
-        window.region,
+        base,
         window_ids,
-        entries.pages if entries else window_ids,
-        tokens.slab,
+        table,
+        places,
         selected if selected is not None else window_ids,
         entries.visible if entries else window_ids,
         sink,
@@ -99,11 +113,7 @@ def sparse_attention(
         out,
         partial,
         lse,
-        window.region.stride(0) // 4,
-        rows.region.stride(0) // 4,
-        # the history is addressed from the window's base: one pointer for both
-        (rows.region.data_ptr() - window.region.data_ptr()) // 16,
-        entries.pages.stride(0) if entries else 0,
+        *strides,
         scale * 1.4426950408889634,
         splits,
         items,
@@ -114,6 +124,7 @@ def sparse_attention(
         HIST_ROWS=rows.rows,
         MODE=mode,
         SPLIT=splits > 1,
+        WIDE=wide,
         num_warps=4,
     )
     if splits > 1:
@@ -202,19 +213,24 @@ def _prefetch(
     delta,
     P1: gl.constexpr,
     P2: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     """Asks for the rows of a block in L2: no register or shared memory is held meanwhile."""
     PL: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
     SL: gl.constexpr = gl.SliceLayout(1, PL)
     page, row = spage.index(slot).load(SL), srow.index(slot).load(SL)
-    off, so = _places(page, row, st1, st2, delta, P1, P2)
     k = gl.arange(0, 8, layout=gl.SliceLayout(0, PL))
-    data = off[:, None] + gl.minimum(k * 32, 143)[None, :]
-    w = gl.where((k < 5)[None, :], data, (so * 2)[:, None] + 0 * k[None, :])
+    LINES: gl.constexpr = 8 if WIDE else 6
+    if WIDE:
+        w = (page.to(gl.int64) * 256)[:, None] + (k * 32)[None, :]
+    else:
+        off, so = _places(page, row, st1, st2, delta, P1, P2)
+        data = off[:, None] + gl.minimum(k * 32, 143)[None, :]
+        w = gl.where((k < 5)[None, :], data, (so * 2)[:, None] + 0 * k[None, :])
     gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.lt.s32 p, $2, 6; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
         "=r,l,r",
-        [c4 + w, (k[None, :] + 0 * page[:, None])],
+        [c4 + w, (k < LINES).to(gl.int32)[None, :] + 0 * page[:, None]],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
@@ -222,7 +238,7 @@ def _prefetch(
 
 
 @gluon.jit
-def _rows(
+def _rows_stored(
     c1,
     st1,
     st2,
@@ -280,60 +296,128 @@ def _rows(
 
 
 @gluon.jit
-def _look_up(
-    f,
-    per_item,
+def _rows_wide(c1, k0, k1, k2, k3, spage, looked, full, empty, total):
+    """Widened rows, fp16 [N, 512], as they are to the row buffers."""
+    LAY: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    c2 = c1.to(gl.pointer_type(gl.float16))
+    col = gl.arange(0, 128, layout=gl.SliceLayout(0, LAY))
+    for n in range(0, total):
+        buf, slot = n % NB, n % RING
+        mbarrier.wait(looked.index(slot), (n // RING) & 1)
+        row = spage.index(slot).load(gl.SliceLayout(1, LAY)).to(gl.int64) * 512
+        at = c2 + (row[:, None] + col[None, :])
+        mbarrier.wait(empty.index(buf), ((n // NB) & 1) ^ 1)
+        async_load(k0.index(buf), at)
+        async_load(k1.index(buf), at + 128)
+        async_load(k2.index(buf), at + 256)
+        async_load(k3.index(buf), at + 384)
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+        fence_async_shared()
+        mbarrier.arrive(full.index(buf), count=1)
+
+
+@gluon.jit
+def _rows(
+    c1,
+    st1,
+    st2,
+    delta,
+    k0,
+    k1,
+    k2,
+    k3,
+    spage,
+    srow,
+    looked,
+    full,
+    empty,
     total,
+    P1: gl.constexpr,
+    P2: gl.constexpr,
+    PART: gl.constexpr,
+    ROWS: gl.constexpr,
+    WIDE: gl.constexpr,
+):
+    """Role: rows into the row buffers."""
+    if WIDE:
+        _rows_wide(c1, k0, k1, k2, k3, spage, looked, full, empty, total)
+    else:
+        _rows_stored(
+            c1, st1, st2, delta, k0, k1, k2, k3, spage, srow, looked, full, empty, total, P1, P2, PART, ROWS
+        )
+
+
+@gluon.jit
+def _ask(
+    f,
+    blocks,
+    per_item,
     b0,
-    alive,
     pid,
     grid,
     heads,
     ids,
-    pages,
-    pages_stride,
     slabs,
     sel,
     count,
     k,
-    spage,
-    srow,
-    bias,
-    looked,
+    N: gl.constexpr,
     W: gl.constexpr,
+    MODE: gl.constexpr,
+):
+    """Starts to look up N keys, from those of the CTA's block f on: id in the window (-1: none), entry (-1: none), the
+    token's own row, slab."""
+    n = gl.arange(0, N, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    f = f + n // BN
+    live = f < blocks
+    item = f // per_item
+    t = ((pid + item * grid) // heads).to(gl.int64)
+    pos = (b0 + f - item * per_item) * BN + n % BN
+    id = gl.load(ids + t * W + pos, mask=live & (pos < W), other=-1)
+    own = gl.load(ids + t * W + (W - 1), mask=live, other=0)
+    entry, slab = -1 + 0 * n, 0 * n
+    if MODE > 0:
+        at = pos - W
+        held = live & (at >= 0) & (at < count)
+        if MODE == 1:
+            entry = gl.where(held, at, -1)
+        else:
+            entry = gl.load(sel + t * k + at, mask=held, other=-1)
+        slab = gl.load(slabs + t, mask=live, other=0).to(gl.int32)
+    return id, entry, own, slab
+
+
+@gluon.jit
+def _resolve(
+    id,
+    entry,
+    own,
+    slab,
+    pages,
+    pages_stride,
+    st2,
     P1: gl.constexpr,
     P2: gl.constexpr,
     MODE: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
-    """Page, row (bit 30: of the history) and bias of the keys of the CTA's block f, to the ring."""
-    if f < total:
-        L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        slot = f % RING
-        t = ((pid + (f // per_item) * grid) // heads).to(gl.int64)
-        pos = (b0 + f % per_item) * BN + gl.arange(0, BN, layout=L)
-        own = gl.load(ids + t * W + (W - 1))
-        id = gl.load(ids + t * W + pos, mask=pos < W, other=-1)
-        ok = id >= 0
-        id = gl.where(ok, id, own)
+    """Page, row (bit 30: of the history) and whether there is such a key. Widened rows have a number in the place of a
+    page: the window's come first, from `st2` on those of one request after the other, `pages_stride` apart."""
+    ok = (id >= 0) | (entry >= 0)
+    id = gl.where(id >= 0, id, own)
+    if WIDE:
+        page, row = id, 0 * id
+        if MODE > 0:
+            page = gl.where(entry >= 0, st2 + slab * pages_stride + entry, page)
+    else:
         page, row = id // P1, id % P1
         if MODE > 0:
-            at = pos - W
-            held = (at >= 0) & (at < count)
-            if MODE == 1:
-                entry = gl.where(held, at, -1)
-            else:
-                entry = gl.load(sel + t * k + at, mask=held, other=-1)
-            slab = gl.load(slabs + t).to(gl.int64)
             there = entry >= 0
-            page = gl.where(
-                there, gl.load(pages + slab * pages_stride + entry // P2, mask=there, other=0), page
-            )
+            table = pages + slab.to(gl.int64) * pages_stride
+            page = gl.where(there, gl.load(table + entry // P2, mask=there, other=0), page)
             row = gl.where(there, entry % P2 + (1 << 30), row)
-            ok = ok | there
-        spage.index(slot).store(page)
-        srow.index(slot).store(row)
-        bias.index(slot).store(gl.where(ok & alive, 0.0, float("-inf")))
-        mbarrier.arrive(looked.index(slot), count=1)
+    return page, row, ok
 
 
 @gluon.jit
@@ -384,6 +468,7 @@ def _scores(
     P2: gl.constexpr,
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     """Role: places of rows, scores and probabilities of `items` items of `per_item` blocks each."""
     SL: gl.constexpr = gl.NVMMADistributedLayout(
@@ -392,35 +477,27 @@ def _scores(
     SR: gl.constexpr = gl.SliceLayout(1, SL)
     NHB: gl.constexpr = (H + BH - 1) // BH
     blocks, heads = per_item * items, NHB * splits
-    for f in range(0, AHEAD):
-        _look_up(
-            f,
-            per_item,
-            blocks,
-            b0,
-            alive,
-            pid,
-            grid,
-            heads,
-            ids,
-            pages,
-            pages_stride,
-            slabs,
-            sel,
-            count,
-            k,
-            spage,
-            srow,
-            bias,
-            looked,
-            W,
-            P1,
-            P2,
-            MODE,
-        )
+    V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    # the first RING blocks at once; what comes after is asked for two blocks before it is written
+    i0, e0, o0, s0 = _ask(
+        0, blocks, per_item, b0, pid, grid, heads, ids, slabs, sel, count, k, RING * BN, W, MODE
+    )
+    i1, e1, o1, s1 = _ask(
+        RING, blocks, per_item, b0, pid, grid, heads, ids, slabs, sel, count, k, BN, W, MODE
+    )
+    page, row, ok = _resolve(i0, e0, o0, s0, pages, pages_stride, st2, P1, P2, MODE, WIDE)
+    spage.reinterpret(gl.int32, [RING * BN], V1).store(page)
+    srow.reinterpret(gl.int32, [RING * BN], V1).store(row)
+    bias.reinterpret(gl.float32, [RING * BN], V1).store(gl.where(ok & alive, 0.0, float("-inf")))
+    for j in gl.static_range(RING):
+        mbarrier.arrive(looked.index(j), count=1)
+    page, row, ok = _resolve(i1, e1, o1, s1, pages, pages_stride, st2, P1, P2, MODE, WIDE)
+    i1, e1, o1, s1 = _ask(
+        RING + 1, blocks, per_item, b0, pid, grid, heads, ids, slabs, sel, count, k, BN, W, MODE
+    )
     c4 = c1.to(gl.pointer_type(gl.int32))
     for f in range(1, gl.minimum(PF, blocks)):
-        _prefetch(c4, spage, srow, f, st1, st2, delta, P1, P2)
+        _prefetch(c4, spage, srow, f, st1, st2, delta, P1, P2, WIDE)
     for item in range(0, items):
         place = pid + item * grid
         m, total = gl.full([BH], float("-inf"), gl.float32, SR), gl.full([BH], 0.0, gl.float32, SR)
@@ -448,40 +525,24 @@ def _scores(
             mbarrier.arrive(pfull.index(pb), count=1)
             m = mn
             total = total * al + gl.sum(p, 1)
-            _look_up(
-                g + AHEAD,
-                per_item,
-                blocks,
-                b0,
-                alive,
-                pid,
-                grid,
-                heads,
-                ids,
-                pages,
-                pages_stride,
-                slabs,
-                sel,
-                count,
-                k,
-                spage,
-                srow,
-                bias,
-                looked,
-                W,
-                P1,
-                P2,
-                MODE,
-            )
             if g + PF < blocks:
-                _prefetch(c4, spage, srow, (g + PF) % RING, st1, st2, delta, P1, P2)
+                _prefetch(c4, spage, srow, (g + PF) % RING, st1, st2, delta, P1, P2, WIDE)
+            # nobody needs the places of block g any more
+            spage.index(slot).store(page)
+            srow.index(slot).store(row)
+            bias.index(slot).store(gl.where(ok & alive, 0.0, float("-inf")))
+            mbarrier.arrive(looked.index(slot), count=1)
+            page, row, ok = _resolve(i1, e1, o1, s1, pages, pages_stride, st2, P1, P2, MODE, WIDE)
+            i1, e1, o1, s1 = _ask(
+                g + RING + 2, blocks, per_item, b0, pid, grid, heads, ids, slabs, sel, count, k, BN, W, MODE
+            )
         h0 = (place % NHB) * BH
         hr = h0 + gl.arange(0, BH, layout=SR)
         ms = gl.where(m == float("-inf"), 0.0, m)
         if SPLIT:
             inv = gl.where(total > 0, 1.0 / total, 0.0)
-            row = (place // NHB).to(gl.int64) * H  # tokens by splits
-            gl.store(pm + row + hr, gl.where(total > 0, ms + gl.log2(total), float("-inf")), mask=hr < H)
+            part = (place // NHB).to(gl.int64) * H  # tokens by splits
+            gl.store(pm + part + hr, gl.where(total > 0, ms + gl.log2(total), float("-inf")), mask=hr < H)
         else:
             sk = gl.minimum(gl.load(sink + hr, mask=hr < H, other=0.0) * LOG2E, 1e30)
             both = gl.maximum(ms, sk)  # a sink far above every score must not overflow
@@ -642,6 +703,7 @@ def _main(
     HIST_ROWS: gl.constexpr,
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
+    WIDE: gl.constexpr,
 ):
     """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words, `delta` in 16
     bytes. An item is (token, split, head block); a CTA takes every grid-th one."""
@@ -689,313 +751,151 @@ def _main(
     for j in gl.static_range(RING):
         mbarrier.init(looked.index(j), count=1)
     for j in gl.static_range(2):
-        mbarrier.init(full.index(j), count=PRODUCERS)
+        mbarrier.init(full.index(j), count=1)
         mbarrier.init(empty.index(j), count=2)
         mbarrier.init(pfull.index(j), count=1)
         mbarrier.init(pempty.index(j), count=2)
     # (tuples must be written in place: bound to a name their constexpr parts become tensors)
-    if PRODUCERS == 1:
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                _scores,
                 (
-                    _scores,
-                    (
-                        c1,
-                        st1,
-                        st2,
-                        delta,
-                        sink,
-                        scale,
-                        q0,
-                        q1,
-                        q2,
-                        q3,
-                        k0,
-                        k1,
-                        k2,
-                        k3,
-                        bias,
-                        spage,
-                        srow,
-                        looked,
-                        sp_,
-                        sal,
-                        sinv,
-                        full,
-                        qfull,
-                        pfull,
-                        pempty,
-                        per_item,
-                        items,
-                        b0,
-                        alive,
-                        pid,
-                        grid,
-                        splits,
-                        window_ids,
-                        pages,
-                        pages_stride,
-                        slabs,
-                        selected,
-                        count,
-                        k,
-                        pm,
-                        H,
-                        W,
-                        WIN_ROWS,
-                        HIST_ROWS,
-                        MODE,
-                        SPLIT,
-                    ),
+                    c1,
+                    st1,
+                    st2,
+                    delta,
+                    sink,
+                    scale,
+                    q0,
+                    q1,
+                    q2,
+                    q3,
+                    k0,
+                    k1,
+                    k2,
+                    k3,
+                    bias,
+                    spage,
+                    srow,
+                    looked,
+                    sp_,
+                    sal,
+                    sinv,
+                    full,
+                    qfull,
+                    pfull,
+                    pempty,
+                    per_item,
+                    items,
+                    b0,
+                    alive,
+                    pid,
+                    grid,
+                    splits,
+                    window_ids,
+                    pages,
+                    pages_stride,
+                    slabs,
+                    selected,
+                    count,
+                    k,
+                    pm,
+                    H,
+                    W,
+                    WIN_ROWS,
+                    HIST_ROWS,
+                    MODE,
+                    SPLIT,
+                    WIDE,
                 ),
+            ),
+            (
+                _values,
                 (
-                    _values,
-                    (
-                        q,
-                        qfull,
-                        q0,
-                        q1,
-                        k0,
-                        k1,
-                        sp_,
-                        sal,
-                        sinv,
-                        empty,
-                        pfull,
-                        pempty,
-                        per_item,
-                        items,
-                        pid,
-                        grid,
-                        splits,
-                        out,
-                        po,
-                        cos,
-                        sin,
-                        0,
-                        H,
-                        SPLIT,
-                    ),
+                    q,
+                    qfull,
+                    q0,
+                    q1,
+                    k0,
+                    k1,
+                    sp_,
+                    sal,
+                    sinv,
+                    empty,
+                    pfull,
+                    pempty,
+                    per_item,
+                    items,
+                    pid,
+                    grid,
+                    splits,
+                    out,
+                    po,
+                    cos,
+                    sin,
+                    0,
+                    H,
+                    SPLIT,
                 ),
+            ),
+            (
+                _values,
                 (
-                    _values,
-                    (
-                        q,
-                        qfull,
-                        q2,
-                        q3,
-                        k2,
-                        k3,
-                        sp_,
-                        sal,
-                        sinv,
-                        empty,
-                        pfull,
-                        pempty,
-                        per_item,
-                        items,
-                        pid,
-                        grid,
-                        splits,
-                        out,
-                        po,
-                        cos,
-                        sin,
-                        256,
-                        H,
-                        SPLIT,
-                    ),
+                    q,
+                    qfull,
+                    q2,
+                    q3,
+                    k2,
+                    k3,
+                    sp_,
+                    sal,
+                    sinv,
+                    empty,
+                    pfull,
+                    pempty,
+                    per_item,
+                    items,
+                    pid,
+                    grid,
+                    splits,
+                    out,
+                    po,
+                    cos,
+                    sin,
+                    256,
+                    H,
+                    SPLIT,
                 ),
+            ),
+            (
+                _rows,
                 (
-                    _rows,
-                    (
-                        c1,
-                        st1,
-                        st2,
-                        delta,
-                        k0,
-                        k1,
-                        k2,
-                        k3,
-                        spage,
-                        srow,
-                        looked,
-                        full,
-                        empty,
-                        per_item * items,
-                        WIN_ROWS,
-                        HIST_ROWS,
-                        0,
-                        BN,
-                    ),
+                    c1,
+                    st1,
+                    st2,
+                    delta,
+                    k0,
+                    k1,
+                    k2,
+                    k3,
+                    spage,
+                    srow,
+                    looked,
+                    full,
+                    empty,
+                    per_item * items,
+                    WIN_ROWS,
+                    HIST_ROWS,
+                    0,
+                    BN,
+                    WIDE,
                 ),
-            ],
-            [4, 4, 4],
-            [160, 160, 104],
-        )
-
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _scores,
-                    (
-                        c1,
-                        st1,
-                        st2,
-                        delta,
-                        sink,
-                        scale,
-                        q0,
-                        q1,
-                        q2,
-                        q3,
-                        k0,
-                        k1,
-                        k2,
-                        k3,
-                        bias,
-                        spage,
-                        srow,
-                        looked,
-                        sp_,
-                        sal,
-                        sinv,
-                        full,
-                        qfull,
-                        pfull,
-                        pempty,
-                        per_item,
-                        items,
-                        b0,
-                        alive,
-                        pid,
-                        grid,
-                        splits,
-                        window_ids,
-                        pages,
-                        pages_stride,
-                        slabs,
-                        selected,
-                        count,
-                        k,
-                        pm,
-                        H,
-                        W,
-                        WIN_ROWS,
-                        HIST_ROWS,
-                        MODE,
-                        SPLIT,
-                    ),
-                ),
-                (
-                    _values,
-                    (
-                        q,
-                        qfull,
-                        q0,
-                        q1,
-                        k0,
-                        k1,
-                        sp_,
-                        sal,
-                        sinv,
-                        empty,
-                        pfull,
-                        pempty,
-                        per_item,
-                        items,
-                        pid,
-                        grid,
-                        splits,
-                        out,
-                        po,
-                        cos,
-                        sin,
-                        0,
-                        H,
-                        SPLIT,
-                    ),
-                ),
-                (
-                    _values,
-                    (
-                        q,
-                        qfull,
-                        q2,
-                        q3,
-                        k2,
-                        k3,
-                        sp_,
-                        sal,
-                        sinv,
-                        empty,
-                        pfull,
-                        pempty,
-                        per_item,
-                        items,
-                        pid,
-                        grid,
-                        splits,
-                        out,
-                        po,
-                        cos,
-                        sin,
-                        256,
-                        H,
-                        SPLIT,
-                    ),
-                ),
-                (
-                    _rows,
-                    (
-                        c1,
-                        st1,
-                        st2,
-                        delta,
-                        k0,
-                        k1,
-                        k2,
-                        k3,
-                        spage,
-                        srow,
-                        looked,
-                        full,
-                        empty,
-                        per_item * items,
-                        WIN_ROWS,
-                        HIST_ROWS,
-                        0,
-                        32,
-                    ),
-                ),
-                (
-                    _rows,
-                    (
-                        c1,
-                        st1,
-                        st2,
-                        delta,
-                        k0,
-                        k1,
-                        k2,
-                        k3,
-                        spage,
-                        srow,
-                        looked,
-                        full,
-                        empty,
-                        per_item * items,
-                        WIN_ROWS,
-                        HIST_ROWS,
-                        1,
-                        32,
-                    ),
-                ),
-            ],
-            [4, 4, 4, 4],
-            [160, 160, 56, 56],
-        )
+            ),
+        ],
+        [4, 4, 4],
+        [160, 160, 104],
+    )
 
 
 _SIGNATURE = dict(
@@ -1023,9 +923,15 @@ _SIGNATURE = dict(
 )
 
 
-def _aot(heads: int, per_page: int, mode: int, split: bool) -> Aot:
-    values = dict(H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split)
+def _aot(heads: int, per_page: int, mode: int, split: bool, wide: bool = False) -> Aot:
+    values = dict(H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, WIDE=wide)
     return Aot(_main, _SIGNATURE, values, matrix=True, archs=(90,))
 
 
-AOT = [_aot(64, 64, 2, False), _aot(128, 64, 2, True), _aot(64, 2, 1, True), _aot(4, 64, 2, False)]
+AOT = [
+    _aot(64, 64, 2, False),
+    _aot(128, 64, 2, True),
+    _aot(64, 2, 1, True),
+    _aot(128, 64, 2, False, wide=True),
+    _aot(64, 2, 1, False, wide=True),
+]

@@ -162,12 +162,13 @@ def merge(partial: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor, 
         R=2 * cos.shape[1],
         HB=block,
         SP=next_pow2(splits),
+        C=min(next_pow2(splits), 8 if block == 1 else 2),
         num_warps=4,
     )
 
 
 @triton.jit
-def _rows_of(
+def rows_of(
     base,
     page,
     row,
@@ -300,7 +301,7 @@ def _attend(
         at = i * BN + n
         id = tl.load(window_ids + t * W + at, mask=at < W, other=-1)
         ok = id >= 0
-        keys = _rows_of(
+        keys = rows_of(
             window, id // WIN_ROWS, id % WIN_ROWS, ok, window_stride, WIN_ROWS, D, DP, R, FORM, DOT
         )
         top, total, acc = _add_block(q, keys, ok, top, total, acc, scale, DOT)
@@ -314,7 +315,7 @@ def _attend(
                 id = tl.load(selected + t * k + at, mask=at < count, other=-1)
             ok = id >= 0
             page = tl.load(table + id // HIST_ROWS, mask=ok, other=0)
-            keys = _rows_of(history, page, id % HIST_ROWS, ok, history_stride, HIST_ROWS, D, DP, R, FORM, DOT)
+            keys = rows_of(history, page, id % HIST_ROWS, ok, history_stride, HIST_ROWS, D, DP, R, FORM, DOT)
             top, total, acc = _add_block(q, keys, ok, top, total, acc, scale, DOT)
 
     base = tl.where(top == float("-inf"), 0.0, top)
@@ -352,6 +353,7 @@ def _merge(
     R: tl.constexpr,
     HB: tl.constexpr,
     SP: tl.constexpr,
+    C: tl.constexpr,
 ):
     """Joins the splits of HB heads of one token in index order; the sink enters here."""
     HEAD_BLOCKS: tl.constexpr = (H + HB - 1) // HB
@@ -366,11 +368,14 @@ def _merge(
     whole = tl.sum(tl.exp2(sums - base[None, :]), 0) + tl.exp2(sink - base)
     acc = tl.zeros((HB, DP), tl.float32)
     held = (head < H)[:, None] & (col < D)[None, :]
-    for i in range(splits):
-        place = (t * splits + i) * H + head
-        weight = tl.exp2(tl.load(lse + place, mask=head < H, other=float("-inf")) - base)
-        part = tl.load(partial + (place * D)[:, None] + col[None, :], mask=held, other=0.0)
-        acc += tl.where(weight[:, None] > 0, part * weight[:, None], 0.0)
+    for i in range(0, splits, C):  # C parts at a time: their loads do not wait for each other
+        part = i + tl.arange(0, C)
+        there = held[:, None, :] & (part < splits)[None, :, None]
+        place = (t * splits + part)[None, :] * H + head[:, None]
+        one = tl.load(lse + place, mask=(head < H)[:, None] & (part < splits)[None, :], other=float("-inf"))
+        weight = tl.exp2(one - base[:, None])[:, :, None]
+        value = tl.load(partial + (place * D)[:, :, None] + col[None, None, :], mask=there, other=0.0)
+        acc += tl.sum(tl.where(weight > 0, value * weight, 0.0), 1)
     o = acc / tl.where(whole > 0, whole, 1.0)[:, None]
     o = _turned_back(o, cos, sin, t, D, DP, R, HB)
     to = out + t * (H * D) + (head * D)[:, None] + col[None, :]
@@ -422,6 +427,6 @@ AOT = [
             out="*bf16",
             splits="i32",
         ),
-        dict(H=64, D=512, DP=512, R=64, HB=1, SP=16),
+        dict(H=64, D=512, DP=512, R=64, HB=1, SP=16, C=8),
     ),
 ]
