@@ -46,15 +46,16 @@ class Dataset:
         self.spoken = (before[ASSISTANT] > before[EOS]) & (before[ASSISTANT] != at - 1)
 
     @classmethod
-    def load(cls, folder: Path) -> Dataset:
-        """Unpacks and tokenizes: seconds on many cores, minutes on two."""
+    def load(cls, folder: Path, texts: int | None = None) -> Dataset:
+        """Unpacks and tokenizes (the first `texts` texts and conversations only, where given): seconds on many cores,
+        minutes on two."""
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         valid = (folder / "valid.txt").read_text()
-        texts = _encode(tokenizer, _pieces(folder / "text.xz"))
-        chats = _encode(tokenizer, _pieces(folder / "chats.xz"))
+        documents = _encode(tokenizer, _pieces(folder / "text.xz")[:texts])
+        chats = _encode(tokenizer, _pieces(folder / "chats.xz")[:texts])
         return cls(
             tokenizer,
-            text=np.concatenate([np.array([BOS, *ids, EOS], np.uint16) for ids in texts]),
+            text=np.concatenate([np.array([BOS, *ids, EOS], np.uint16) for ids in documents]),
             chats=np.concatenate([np.array(ids, np.uint16) for ids in chats]),
             chat_starts=np.concatenate([[0], np.cumsum([len(ids) for ids in chats])]),
             nouns=json.loads((folder / "words.json").read_text()),

@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts whose name has this in it")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    data = Dataset.load(args.data)
+    data = Dataset.load(args.data, texts=500)
     settings = {"kv_cache_dtype": args.kv, "index_cache_dtype": args.index}
     llm = LLM(args.model, max_num_seqs=8, **{k: v for k, v in settings.items() if v != "auto"})
     report: dict[str, Any] = {}

@@ -24,7 +24,9 @@ TEXT, COPY, EXIT, ANSWER = 1, 2, 4, 5
 THINGS = ("passphrase", "passphrase", "passphrase", "password", "secret key", "access code", "token")
 PLANTS = (
     "\n\nThe {n} for {k} is {v}.\n\n",
+    "\n\nThe {n} for {k} is {v}.\n\n\n\n",
     "\nNote: the {n} for {k} is {v}.\n",
+    "\nThe {n} for {k} is {v}\n",
     " Remember that the {n} for {k} is {v}.",
 )
 QUESTIONS = (

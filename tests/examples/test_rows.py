@@ -82,8 +82,8 @@ def test_repeats_in_text_weigh_nothing(data: Any) -> None:
         if 0 not in weights:
             continue
         kept = [i for i, w in zip(ids, weights, strict=True) if w]
-        start = next(s for s in range(len(data.text)) if data.text[s : s + 60].tolist() == kept[:60])
-        assert kept == data.text[start : start + len(kept)].tolist()
+        source = data.text.tolist()
+        assert any(source[s : s + len(kept)] == kept for s in range(len(source)))
         assert set(weights) == {0, TEXT, EXIT}
 
 
