@@ -213,7 +213,7 @@ def _prompts(bench: Bench) -> Iterator[Row]:
         for context in (32_768, 1_048_576):
             entries = context // 4
             case = Case(form, 1, entries, bench.device)
-            plan = indexer.plan_of(HEADS, case.keys, 512, entries, False)
+            plan = indexer.plan_of(HEADS, case.keys, 512, entries, False, 4 if form == "mxfp4" else 2)
             q = torch.randn((256, HEADS, DIM), device=bench.device).to(torch.float8_e4m3fn)
             part = (
                 q,

@@ -105,7 +105,7 @@ def _check_integers(requests: int, entries: int, topk: int, heads: int, dim: int
 
 
 def test_ties_by_lowest_index(small: None) -> None:
-    _check_integers(3, 131, 8, 3, 32, 8)
+    _check_integers(3, 131, 8, 3, 32, 32)
 
 
 @on_gpu

@@ -70,6 +70,21 @@ def _issue(xs, es, region, stride, row, tile, stage, ROWS: gl.constexpr, LD: gl.
 
 
 @gluon.jit
+def _query(q):
+    """64 rows of 32 words, the even words and the odd ones."""
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 2, 2], [4, 8, 1], [4, 1, 1], [2, 1, 0])
+    h = gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, WIDE)))
+    w = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(2, WIDE)))
+    j = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, WIDE)))
+    h, w, j = (
+        h.expand_dims(1).expand_dims(2),
+        w.expand_dims(0).expand_dims(2),
+        j.expand_dims(0).expand_dims(1),
+    )
+    return gl.split(gl.load(q + h * 32 + w * 2 + j))
+
+
+@gluon.jit
 def _key_of(f):
     b = gl.where(f == 0.0, 0.0, f).to(gl.int32, bitcast=True)
     return gl.where(b < 0, ~b, b | -2147483648)
@@ -114,7 +129,6 @@ def scan_kernel(
     LD: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     E1: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     B1: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    QL: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
     SW: gl.constexpr = gl.SwizzledSharedLayout(16, 2, 4, [1, 0])
@@ -148,12 +162,11 @@ def scan_kernel(
         if p0 < p1:
             for i in gl.static_range(STAGES - 1):
                 _issue(xs, es, region, stride, row, gl.minimum(p0 + i, p1 - 1) * gap, i, ROWS, LD, E1)
-            h = gl.arange(0, 64, layout=gl.SliceLayout(1, QL))[:, None]
-            w = gl.arange(0, 16, layout=gl.SliceLayout(0, QL))[None, :]
             for i in gl.static_range(QUERIES):
-                at = q + gl.minimum(t0 + i, tokens - 1).to(gl.int64) * 2048 + h * 32 + w * 2
-                qs.index(2 * i).store(gl.load(at))
-                qs.index(2 * i + 1).store(gl.load(at + 1))
+                at = q + gl.minimum(t0 + i, tokens - 1).to(gl.int64) * 2048
+                even, odd = _query(at)
+                qs.index(2 * i).store(even)
+                qs.index(2 * i + 1).store(odd)
             hopper.fence_async_shared()
             barrier()
             column = gl.arange(0, 64, layout=gl.SliceLayout(0, A))[None, :] // 16
@@ -258,7 +271,11 @@ def launch_scan(
     tokens, sampled = len(slab), scores.shape[1]
     groups = cdiv(tokens, plan.queries)
     tiles = cdiv(most if append else min(most, sampled), TILE.value)
-    splits = max(1, min(10 * multiprocessors() // groups, tiles))
+    # Enough programs for ten a multiprocessor where there is work for them: each takes at least four tiles, or two where
+    # that would leave multiprocessors idle.
+    work = groups * tiles
+    programs = min(10 * multiprocessors(), max(work // 4, min(work, 2 * multiprocessors())))
+    splits = max(1, min(programs // groups, tiles))
     scan_kernel[(splits, groups)](
         q.view(torch.int32),
         weights,
@@ -296,7 +313,7 @@ def index_select(
     topk: int,
 ) -> Tensor:
     """The op `index_select`."""
-    return portable.index_select(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan)
+    return portable.index_select(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, queries=4)
 
 
 def _aot(append: bool, queries: int) -> Aot:

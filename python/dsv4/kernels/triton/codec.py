@@ -1,6 +1,6 @@
 """Row formats inside kernels: norm, rotary turn and the encoders of `dsv4.formats`, to the same bits.
 
-Roundings are done on the bits of float32, so that a GPU and the interpreter agree. A tile is [N, BLOCK]: N rows,
+A tile is [N, BLOCK]: N rows,
 BLOCK the next power of two of the row's DIM channels, zero beyond DIM.
 """
 
@@ -9,13 +9,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dsv4.kernels.triton.common import INTERPRETED
+
 MLA_BLOCK = tl.constexpr(64)
 """Channels of `fp8_ds_mla` that share a scale."""
+BITS = tl.constexpr(INTERPRETED)
+"""Rounding on the bits of float32, for the interpreter, whose conversions do not round to nearest; the GPU has
+instructions for it."""
 
 
 @triton.jit
 def round_bf16(x):
     """float32 rounded to bfloat16 (ties to even), as float32; NaN stays NaN."""
+    if not BITS:
+        return x.to(tl.bfloat16).to(tl.float32)
     b = x.to(tl.uint32, bitcast=True)
     r = (b + 0x7FFF + ((b >> 16) & 1)) & 0xFFFF0000
     return tl.where(x == x, r, b).to(tl.float32, bitcast=True)
@@ -32,6 +39,8 @@ def as_model(x, BF16: tl.constexpr):
 @triton.jit
 def e4m3_code(x):
     """float32 -> uint8 code of the nearest e4m3 (ties to even, clamped to 448, NaN to NaN)."""
+    if not BITS:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     b = x.to(tl.uint32, bitcast=True)
     m = tl.minimum(b & 0x7FFFFFFF, 0x43E00000)  # 448
     normal = ((m + 0x7FFFF + ((m >> 20) & 1)) >> 20) - 960  # exponent bias 127 -> 7

@@ -4,8 +4,11 @@ A program takes one block: it reads the tokens' (value, score) pairs once, pools
 weighted sum), and finishes and writes the row when the block is complete. With overlap (CSA) it also pools the lo
 halves of the block before, so that blocks do not wait for each other and each value is still read once.
 
-The carried state of a batch row is read by its first two blocks and written by its last. One program, the row's
-*edge*, takes these three, one after the other; so the order holds without a second launch.
+The carried state of a batch row is read by its first two blocks and written by its last. In decode (one token a row)
+these are one block. In a prompt one program, the row's *edge*, takes the three one after the other, so the order holds;
+the blocks between, which neither read nor write state, have a launch of their own.
+
+All loads whose addresses are known are asked for before the first is needed: in decode a launch is a chain of two.
 """
 
 from __future__ import annotations
@@ -18,48 +21,88 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.triton.codec import as_model, norm, store_rows, turn
-from dsv4.kernels.triton.common import next_pow2
+from dsv4.kernels.triton.codec import as_model, store_rows
 from dsv4.kernels.triton.rows import row_constants
 
 
 @triton.jit
-def _fold(
-    value,
-    lse,
+def _tokens(
     projected,
     stride,
     ape,
     slot,
-    first,
-    count,
+    token,
+    live,
     offset,
     WIDTH: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    """Pool (value, lse) [BLOCK] with tokens first .. first + count - 1 folded in; channels from `offset` on of the
-    WIDTH value and WIDTH score columns."""
+    """(value, score with bias) [N, BLOCK] of tokens [N] at places slot [N]; score -inf where not live."""
     c = tl.arange(0, BLOCK)[None, :]
-    j = tl.arange(0, TILE)
-    most, total, weighted = lse, tl.where(lse > float("-inf"), 1.0, 0.0), value
-    for at in range(0, count, TILE):
-        t = at + j
-        mask = (t < count)[:, None] & (c < DIM)
-        row = projected + (first + t)[:, None] * stride + offset + c
-        bias = tl.load(ape + (slot + t)[:, None] * WIDTH + offset + c, mask=mask, other=0.0)
-        score = tl.load(row + WIDTH, mask=mask, other=float("-inf")) + bias
-        kv = tl.load(row, mask=mask, other=0.0)
-        peak = tl.maximum(most, tl.max(score, 0))
-        peak = tl.where(peak > float("-inf"), peak, 0.0)  # beyond DIM there is nothing
-        p, old = tl.exp(score - peak[None, :]), tl.exp(most - peak)
-        total = total * old + tl.sum(p, 0)
-        weighted = weighted * old + tl.sum(p * kv, 0)
-        most = peak
+    mask = live[:, None] & (c < DIM)
+    row = projected + token[:, None] * stride + offset + c
+    kv = tl.load(row, mask=mask, other=0.0)
+    score = tl.load(row + WIDTH, mask=mask, other=float("-inf"))
+    return kv, score + tl.load(ape + slot[:, None] * WIDTH + offset + c, mask=mask, other=0.0)
+
+
+@triton.jit
+def _join(value, lse, kv, score):
+    """Pool (value, lse) [BLOCK] with tokens [N, BLOCK] folded in."""
+    peak = tl.maximum(lse, tl.max(score, 0))
+    peak = tl.where(peak > float("-inf"), peak, 0.0)  # beyond DIM there is nothing
+    p, old = tl.exp(score - peak[None, :]), tl.exp(lse - peak)
+    total = old + tl.sum(p, 0)
     some = total > 0
+    weighted = value * old + tl.sum(p * kv, 0)
     return tl.where(some, weighted / tl.where(some, total, 1.0), 0.0), tl.where(
-        some, most + tl.log(tl.where(some, total, 1.0)), float("-inf")
+        some, peak + tl.log(tl.where(some, total, 1.0)), float("-inf")
+    )
+
+
+@triton.jit
+def _finish(
+    value,
+    row,
+    keep,
+    weight,
+    cos,
+    sin,
+    region,
+    region_stride,
+    eps,
+    ROWS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROPE: tl.constexpr,
+    PLANE: tl.constexpr,
+    SCALES: tl.constexpr,
+    BF16: tl.constexpr,
+):
+    """The pooled value [BLOCK] as row `row` of the region, where `keep`; weight, cos and sin are loaded."""
+    one = tl.full((1,), 0, tl.int64)
+    c = tl.arange(0, BLOCK)
+    y = as_model(tl.where(c < DIM, value, 0.0), BF16)[None, :]
+    y = y * tl.rsqrt(tl.sum(y * y, 1)[:, None] / DIM + eps) * weight[None, :]
+    even, odd = tl.split(tl.reshape(as_model(y, BF16), (1, BLOCK // 2, 2)))
+    turned = tl.join(even * cos[None, :] - odd * sin[None, :], odd * cos[None, :] + even * sin[None, :])
+    y = as_model(tl.reshape(turned, (1, BLOCK)), BF16)
+    store_rows(
+        region,
+        region_stride,
+        one + row,
+        y,
+        ((one == 0) & keep) != 0,
+        1,
+        ROWS,
+        FORMAT,
+        DIM,
+        BLOCK,
+        ROPE,
+        PLANE,
+        SCALES,
     )
 
 
@@ -84,9 +127,11 @@ def compress_kernel(
     sin,
     region,
     region_stride,
-    rows,
+    tokens,
     eps,
+    ROLE: tl.constexpr,
     OVERLAP: tl.constexpr,
+    RATIO: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -97,119 +142,151 @@ def compress_kernel(
     SCALES: tl.constexpr,
     BF16: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    edge = pid < rows
-    inner = tl.maximum(pid - rows, 0)
-    r = pid.to(tl.int64)
-    if not edge:
-        r = tl.load(of_token + tl.load(first + inner))
-    b0, b1 = tl.load(opens + r), tl.load(ends + r)
-    turns = 3
-    if not edge:
-        turns = tl.where((inner >= b0 + 2) & (inner < b1), 1, 0)
-    c = tl.arange(0, BLOCK)
-    held = c < DIM
+    """ROLE "decode": batch row r is token r is block r. "edge": program r takes the first two blocks and the last of
+    batch row r. "inner": program b takes block b if it is none of these."""
+    pid = tl.program_id(0).to(tl.int64)
+    c, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2) - (DIM - ROPE) // 2
+    held, turned = c < DIM, (pair >= 0) & (pair < ROPE // 2)
     width: tl.constexpr = 2 * DIM if OVERLAP else DIM
-    place = state + tl.load(slabs + r) * state_stride + c
     none, never = tl.zeros((BLOCK,), tl.float32), tl.full((BLOCK,), float("-inf"), tl.float32)
-    hi_v, hi_l, lo_v, lo_l = none, never, none, never
-    if edge:
+    w = tl.load(weight + c, mask=held, other=0.0)
+    j = tl.arange(0, TILE)
+
+    if ROLE == "inner":
+        at = tl.load(first + pid)
+        to = tl.load(target + pid)
+        r = tl.load(of_token + at)
+        co = tl.load(cos + pid * (ROPE // 2) + pair, mask=turned, other=1.0)
+        si = tl.load(sin + pid * (ROPE // 2) + pair, mask=turned, other=0.0)
+        value, lse = none, never
+        if OVERLAP:
+            for i in tl.static_range(RATIO // TILE):
+                t = at - RATIO + i * TILE + j
+                kv, score = _tokens(
+                    projected, stride, ape, i * TILE + j, t, (t >= 0) & (t < tokens), 0, width, DIM, BLOCK
+                )
+                value, lse = _join(value, lse, kv, score)
+        for i in range(RATIO // TILE):
+            t = at + i * TILE + j
+            kv, score = _tokens(
+                projected, stride, ape, i * TILE + j, t, t < tokens, width - DIM, width, DIM, BLOCK
+            )
+            value, lse = _join(value, lse, kv, score)
+        inside = (pid >= tl.load(opens + r) + 2) & (pid < tl.load(ends + r))
+        if inside & (to >= 0):
+            _finish(
+                value,
+                to,
+                inside,
+                w,
+                co,
+                si,
+                region,
+                region_stride,
+                eps,
+                ROWS,
+                FORMAT,
+                DIM,
+                BLOCK,
+                ROPE,
+                PLANE,
+                SCALES,
+                BF16,
+            )
+    else:
+        b0, b1 = pid, pid
+        if ROLE == "edge":
+            b0, b1 = tl.load(opens + pid), tl.load(ends + pid)
+        place = state + tl.load(slabs + pid) * state_stride + c
+        done = tl.load(closed + pid) != 0
         hi_v, hi_l = (
             tl.load(place, mask=held, other=0.0),
             tl.load(place + DIM, mask=held, other=float("-inf")),
         )
+        lo_v, lo_l = none, never
         if OVERLAP:
             lo_v = tl.load(place + 2 * DIM, mask=held, other=0.0)
             lo_l = tl.load(place + 3 * DIM, mask=held, other=float("-inf"))
-    for i in range(turns):
-        b = tl.where(edge, tl.where(i < 2, b0 + i, b1), inner)
-        if (not edge) | ((i < 2) & (b <= b1)) | ((i == 2) & (b1 >= b0 + 2)):
-            at, n = tl.load(first + b), tl.load(count + b).to(tl.int32)
-            value, lse = hi_v, hi_l
-            if OVERLAP:
-                if b > b0:
-                    before = tl.load(first + b - 1)
-                    value, lse = tl.where(b == b0 + 1, lo_v, none), tl.where(b == b0 + 1, lo_l, never)
-                    value, lse = _fold(
+        for i in range(1 if ROLE == "decode" else 3):
+            b = b0
+            wanted = True
+            if ROLE == "edge":
+                b = tl.where(i < 2, b0 + i, b1)
+                wanted = ((i < 2) & (b <= b1)) | ((i == 2) & (b1 >= b0 + 2))
+            if wanted:
+                at, n = pid, 1
+                if ROLE == "edge":
+                    at, n = tl.load(first + b), tl.load(count + b).to(tl.int32)
+                to, start = tl.load(target + b), tl.load(slot + at)
+                co = tl.load(cos + b * (ROPE // 2) + pair, mask=turned, other=1.0)
+                si = tl.load(sin + b * (ROPE // 2) + pair, mask=turned, other=0.0)
+                value, lse = tl.where(b == b0, hi_v, none), tl.where(b == b0, hi_l, never)
+                if OVERLAP and ROLE == "edge":  # noqa: SIM102 (constexpr)
+                    if b > b0:  # the block before, of which this step may hold the end alone
+                        value, lse = tl.where(b == b0 + 1, lo_v, none), tl.where(b == b0 + 1, lo_l, never)
+                        before, size = tl.load(first + b - 1), tl.load(count + b - 1).to(tl.int32)
+                        opened = tl.load(slot + before)
+                        for k in range(0, size, TILE):
+                            kv, score = _tokens(
+                                projected,
+                                stride,
+                                ape,
+                                opened + k + j,
+                                before + k + j,
+                                k + j < size,
+                                0,
+                                width,
+                                DIM,
+                                BLOCK,
+                            )
+                            value, lse = _join(value, lse, kv, score)
+                v, s = tl.where(b == b0, lo_v, none), tl.where(b == b0, lo_l, never)
+                for k in range(0, n, TILE):
+                    live = k + j < n
+                    kv, score = _tokens(
+                        projected,
+                        stride,
+                        ape,
+                        start + k + j,
+                        at + k + j,
+                        live,
+                        width - DIM,
+                        width,
+                        DIM,
+                        BLOCK,
+                    )
+                    if OVERLAP:
+                        kv_lo, score_lo = _tokens(
+                            projected, stride, ape, start + k + j, at + k + j, live, 0, width, DIM, BLOCK
+                        )
+                        v, s = _join(v, s, kv_lo, score_lo)
+                    value, lse = _join(value, lse, kv, score)
+                if to >= 0:
+                    _finish(
                         value,
-                        lse,
-                        projected,
-                        stride,
-                        ape,
-                        tl.load(slot + before),
-                        before,
-                        tl.load(count + b - 1).to(tl.int32),
-                        0,
-                        width,
+                        to,
+                        to >= 0,
+                        w,
+                        co,
+                        si,
+                        region,
+                        region_stride,
+                        eps,
+                        ROWS,
+                        FORMAT,
                         DIM,
                         BLOCK,
-                        TILE,
+                        ROPE,
+                        PLANE,
+                        SCALES,
+                        BF16,
                     )
-            else:
-                value, lse = tl.where(b == b0, value, none), tl.where(b == b0, lse, never)
-            place_in_block = tl.load(slot + at)
-            value, lse = _fold(
-                value,
-                lse,
-                projected,
-                stride,
-                ape,
-                place_in_block,
-                at,
-                n,
-                width - DIM,
-                width,
-                DIM,
-                BLOCK,
-                TILE,
-            )
-            to = tl.load(target + b)
-            if to >= 0:
-                one = tl.full((1,), 0, tl.int64)
-                y = as_model(tl.where(held, value, 0.0), BF16)[None, :]
-                y = as_model(norm(y, weight, eps, DIM, BLOCK, True), BF16)
-                y = as_model(turn(y, cos, sin, one + b, one == 0, 1, DIM, BLOCK, ROPE), BF16)
-                store_rows(
-                    region,
-                    region_stride,
-                    one + to,
-                    y,
-                    one == 0,
-                    1,
-                    ROWS,
-                    FORMAT,
-                    DIM,
-                    BLOCK,
-                    ROPE,
-                    PLANE,
-                    SCALES,
-                )
-            if edge & (b == b1):
-                done = tl.load(closed + r) != 0
-                if OVERLAP:
-                    v, s = tl.where(b == b0, lo_v, none), tl.where(b == b0, lo_l, never)
-                    v, s = _fold(
-                        v,
-                        s,
-                        projected,
-                        stride,
-                        ape,
-                        place_in_block,
-                        at,
-                        n,
-                        0,
-                        width,
-                        DIM,
-                        BLOCK,
-                        TILE,
-                    )
-                    value, lse = tl.where(done, v, value), tl.where(done, s, lse)
-                    tl.store(place + 2 * DIM, tl.where(done, none, v), mask=held)
-                    tl.store(place + 3 * DIM, tl.where(done, never, s), mask=held)
-                else:
-                    value, lse = tl.where(done, none, value), tl.where(done, never, lse)
-                tl.store(place, value, mask=held)
-                tl.store(place + DIM, lse, mask=held)
+                if b == b1:
+                    tl.store(place, tl.where(done, v, value), mask=held)
+                    tl.store(place + DIM, tl.where(done, s, lse), mask=held)
+                    if OVERLAP:
+                        tl.store(place + 2 * DIM, tl.where(done, none, v), mask=held)
+                        tl.store(place + 3 * DIM, tl.where(done, never, s), mask=held)
 
 
 def compress(
@@ -230,40 +307,57 @@ def compress(
     if not count:
         return
     constants = row_constants(rows.codec, rows.rows)
-    block = constants["BLOCK"]
-    compress_kernel[(batch if count == batch else batch + count,)](
-        projected,
-        projected.stride(0),
-        ape.contiguous(),
-        state,
-        state.stride(0),
-        tokens.slabs,
-        tokens.row,
-        blocks.first,
-        blocks.count,
-        blocks.opens,
-        blocks.ends,
-        blocks.closed,
-        blocks.target,
-        blocks.slot,
-        weight,
-        cos.contiguous(),
-        sin.contiguous(),
-        rows.region,
-        rows.region.stride(0),
-        batch,
-        eps,
-        OVERLAP=state.shape[1] == 2,
-        TILE=min(next_pow2(ratio), 8),
-        ROPE=2 * cos.shape[-1],
-        BF16=dtype == torch.bfloat16,
-        **constants,
-        num_warps=max(1, min(4, block // 128)),
-        enable_fp_fusion=False,
-    )
+    block, overlap = constants["BLOCK"], state.shape[1] == 2
+
+    def launch(role: str, programs: int, tile: int, warps: int) -> None:
+        compress_kernel[(programs,)](
+            projected,
+            projected.stride(0),
+            ape.contiguous(),
+            state,
+            state.stride(0),
+            tokens.slabs,
+            tokens.row,
+            blocks.first,
+            blocks.count,
+            blocks.opens,
+            blocks.ends,
+            blocks.closed,
+            blocks.target,
+            blocks.slot,
+            weight,
+            cos.contiguous(),
+            sin.contiguous(),
+            rows.region,
+            rows.region.stride(0),
+            len(projected),
+            eps,
+            ROLE=role,
+            OVERLAP=overlap,
+            RATIO=ratio,
+            TILE=tile,
+            ROPE=2 * cos.shape[-1],
+            BF16=dtype == torch.bfloat16,
+            **constants,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
+
+    warps = max(1, min(4, block // 128))
+    if len(projected) == batch:
+        launch("decode", batch, 1, warps)
+        return
+    wide = block >= 512 and ratio >= 32  # a long block: many tokens in flight
+    launch("edge", batch, min(largest_tile(ratio), 8), warps)
+    launch("inner", count, min(largest_tile(ratio), 32 if wide else 8), 16 if wide else warps)
 
 
-def _aot(overlap: bool, index: bool) -> Aot:
+def largest_tile(ratio: int) -> int:
+    """The largest power of two that divides a block of `ratio` tokens."""
+    return ratio & -ratio
+
+
+def _aot(role: str, overlap: bool, index: bool, tile: int, warps: int) -> Aot:
     row = {"ROWS": 64, "FORMAT": "mxfp4", "DIM": 128, "BLOCK": 128, "ROPE": 64, "PLANE": 64, "SCALES": 4}
     main = {
         "ROWS": 64,
@@ -278,16 +372,16 @@ def _aot(overlap: bool, index: bool) -> Aot:
     signature |= dict.fromkeys(
         ("slabs", "of_token", "first", "count", "opens", "ends", "target", "slot"), "*i64"
     )
-    signature |= {"closed": "*i1", "region": "*u8", "rows": "i32", "eps": "fp32"}
+    signature |= {"closed": "*i1", "region": "*u8", "tokens": "i32", "eps": "fp32"}
     signature |= {"stride": "i32:16", "state_stride": "i64:16", "region_stride": "i64:16"}
-    constants = {"OVERLAP": overlap, "TILE": 4 if overlap else 8, "BF16": True, **(row if index else main)}
-    return Aot(
-        compress_kernel,
-        signature,
-        constants,
-        num_warps=1 if index else 4,
-        options={"enable_fp_fusion": False},
-    )
+    constants = {"ROLE": role, "OVERLAP": overlap, "RATIO": 4 if overlap else 128, "TILE": tile, "BF16": True}
+    constants |= row if index else main
+    return Aot(compress_kernel, signature, constants, num_warps=warps, options={"enable_fp_fusion": False})
 
 
-AOT = [_aot(True, False), _aot(True, True), _aot(False, False)]
+AOT = [
+    _aot("decode", True, False, 1, 4),
+    _aot("edge", True, True, 4, 1),
+    _aot("inner", True, False, 4, 4),
+    _aot("inner", False, False, 32, 16),
+]

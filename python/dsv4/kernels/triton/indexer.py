@@ -111,8 +111,9 @@ def tile_scores(
     region,
     stride,
     pages,
-    e,
+    at,
     n,
+    TILE: tl.constexpr,
     HEADS: tl.constexpr,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -121,22 +122,25 @@ def tile_scores(
     PLANE: tl.constexpr,
     SCALES: tl.constexpr,
 ):
-    """Scores float32 [E, QUERIES] of entries e [E] of a request with n >= 1 of them, whose pages are at `pages`. q [DIM,
-    QUERIES * HEADS], weights float32 [QUERIES * HEADS]. Entries past the last one get its score."""
-    count: tl.constexpr = e.shape[0]
-    e = tl.minimum(e, n - 1)
-    page = tl.load(pages + e // ROWS).to(tl.int64)
+    """Scores float32 [TILE, QUERIES] of the entries from `at` on of a request with n >= 1 of them, whose pages are at
+    `pages`. q [DIM, QUERIES * HEADS], weights float32 [QUERIES * HEADS]. Past the last entry they mean nothing."""
+    e = at + tl.arange(0, TILE)
+    if ROWS % TILE == 0:  # all in one page
+        page = tl.load(pages + at // ROWS).to(tl.int64) + (e * 0)
+    else:
+        e = tl.minimum(e, n - 1)
+        page = tl.load(pages + e // ROWS).to(tl.int64)
     base, row = region + page * stride, e % ROWS
     if FORMAT == "mxfp4":
         c, g = tl.arange(0, DIM // 2), tl.arange(0, DIM // 32)
         x = tl.load((base + row * PLANE)[:, None] + c[None, :])
         xs = tl.load((base + ROWS * PLANE + row * SCALES)[:, None] + g[None, :])
         qs = tl.full((q.shape[1], DIM // 32), 127, tl.uint8)
-        none = tl.zeros((count, q.shape[1]), tl.float32) + tl.minimum(n, 0).to(tl.float32)
+        none = tl.zeros((TILE, q.shape[1]), tl.float32) + tl.minimum(n, 0).to(tl.float32)
         s = tl.dot_scaled(
             x, xs, "e2m1", q, qs, "e4m3", acc=none
         )  # Triton 3.6 fails on a constant 0 for Blackwell
-        scale = tl.full((count,), 1.0, tl.float32)
+        scale = tl.full((TILE,), 1.0, tl.float32)
     elif FORMAT == "fp8":
         c = tl.arange(0, DIM)
         x = tl.load((base + row * PLANE).to(tl.pointer_type(tl.float8e4nv))[:, None] + c[None, :])
@@ -151,12 +155,12 @@ def tile_scores(
         else:
             x = tl.load((base + row * PLANE).to(tl.pointer_type(tl.float32))[:, None] + c[None, :])
         s = tl.dot(x, q, input_precision="ieee")
-        scale = tl.full((count,), 1.0, tl.float32)
+        scale = tl.full((TILE,), 1.0, tl.float32)
     s = (s + tl.abs(s)) * weights[None, :]
     if QUERIES == 1:
         return tl.sum(s, 1)[:, None] * scale[:, None]
     else:
-        return tl.sum(tl.reshape(s, (count, QUERIES, HEADS)), 2) * scale[:, None]
+        return tl.sum(tl.reshape(s, (TILE, QUERIES, HEADS)), 2) * scale[:, None]
 
 
 @triton.jit
@@ -190,7 +194,7 @@ def scan_kernel(
 ):
     """Part program_id(0) of the entries for the QUERIES tokens of program_id(1). APPEND: what reaches `bound` (of the
     token, or of its slab where `bound_by`) goes to the candidates. Else `scores` [T, sampled] gets entries 0 .. sampled
-    - 1, or evenly spread ones of a longer row."""
+    - 1, or evenly spread tiles of a longer row."""
     t0 = tl.program_id(1) * QUERIES
     i = tl.arange(0, QUERIES)
     done = 0
@@ -217,17 +221,31 @@ def scan_kernel(
             W = tl.load(weights + tq * HEADS + col % HEADS)
             row = pages + s.to(tl.int64) * page_stride
             t64 = t.to(tl.int64)
-            gap = tl.maximum(most // tl.maximum(sampled, 1), 1)
+            gap = 1 if APPEND else tl.maximum(most // tl.maximum(sampled, 1), 1)
             if APPEND:
                 b = tl.load(
                     bound + tl.where(bound_by == 0, t64, s.to(tl.int64)), mask=mine, other=float("inf")
                 )
             for at in range(begin, end, TILE):
                 e = at + tl.arange(0, TILE)
+                v = tile_scores(
+                    Q,
+                    W,
+                    region,
+                    stride,
+                    row,
+                    at * gap,
+                    most,
+                    TILE,
+                    HEADS,
+                    QUERIES,
+                    ROWS,
+                    FORMAT,
+                    DIM,
+                    PLANE,
+                    SCALES,
+                )
                 if APPEND:
-                    v = tile_scores(
-                        Q, W, region, stride, row, e, most, HEADS, QUERIES, ROWS, FORMAT, DIM, PLANE, SCALES
-                    )
                     take = (v >= b[None, :]) & (e[:, None] < n[None, :])
                     one = tl.full((TILE, QUERIES), 1, tl.int32)
                     place = tl.atomic_add(used + t[None, :] + one * 0, one, mask=take, sem="relaxed")
@@ -236,23 +254,6 @@ def scan_kernel(
                     tl.store(key + to, key_of(v).to(tl.int32, bitcast=True), mask=take)
                     tl.store(index + to, e[:, None] + one * 0, mask=take)
                 else:
-                    place = e * gap + (e * 7) % gap
-                    v = tile_scores(
-                        Q,
-                        W,
-                        region,
-                        stride,
-                        row,
-                        place,
-                        most,
-                        HEADS,
-                        QUERIES,
-                        ROWS,
-                        FORMAT,
-                        DIM,
-                        PLANE,
-                        SCALES,
-                    )
                     keep = mine[None, :] & (e < end)[:, None]
                     tl.store(scores + t64[None, :] * sampled + e[:, None], v, mask=keep)
         done += count
@@ -289,7 +290,7 @@ def refine_kernel(
     t, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     n = tl.load(visible + t)
     if wrong(n, tl.load(used + t), k, CAP):
-        per = tl.cdiv(n, PARTS)
+        per = tl.cdiv(tl.cdiv(n, PARTS), TILE) * TILE
         begin, end = part * per, tl.minimum(part * per + per, n)
         col, c = tl.arange(0, HEADS), tl.arange(0, DIM)
         Q = tl.load(q + (t * HEADS + col)[None, :] * DIM + c[:, None])
@@ -302,7 +303,9 @@ def refine_kernel(
         for at in range(begin, end, K):
             for step in range(0, K, TILE):
                 e = at + step + tl.arange(0, TILE)
-                v = tile_scores(Q, W, region, stride, row, e, n, HEADS, 1, ROWS, FORMAT, DIM, PLANE, SCALES)
+                v = tile_scores(
+                    Q, W, region, stride, row, at + step, n, TILE, HEADS, 1, ROWS, FORMAT, DIM, PLANE, SCALES
+                )
                 u = tl.where(e < end, key_of(tl.sum(v, 1)), 0).to(tl.uint32)
                 tl.store(fresh + new + step + tl.arange(0, TILE), u.to(tl.int32, bitcast=True))
             tl.debug_barrier()
@@ -369,7 +372,7 @@ def launch_scan(
     tokens, sampled = len(slab), scores.shape[1]
     groups = cdiv(tokens, plan.queries)
     length = most if append else min(most, sampled)
-    splits = max(1, min(cdiv(4 * multiprocessors(), groups), cdiv(length, 4 * plan.tile)))
+    splits = max(1, min(cdiv(4 * multiprocessors(), groups), cdiv(length, plan.tile)))
     r = plan.rows
     scan_kernel[(splits, groups)](
         q,
@@ -398,8 +401,8 @@ def launch_scan(
         DIM=r["DIM"],
         PLANE=r["PLANE"],
         SCALES=r["SCALES"],
-        num_warps=4 if plan.queries == 1 else 8,
-        num_stages=1 if INTERPRETED else 4 if r["FORMAT"] in ("fp8", "mxfp4") else 2,
+        num_warps=4,
+        num_stages=1 if INTERPRETED else 6 if r["FORMAT"] in ("fp8", "mxfp4") else 2,
     )
 
 
@@ -469,8 +472,10 @@ def index_select(
     entries: Any,
     topk: int,
     scan: Scan = launch_scan,
+    queries: int = 2,
 ) -> Tensor:
-    """The op `index_select`. `scan` launches the kernel that does the work."""
+    """The op `index_select`. `scan` launches the kernel that does the work, `queries` tokens of a
+    prompt at a time."""
     total, k = len(q), min(topk, entries.most)
     out = torch.empty((total, k), dtype=torch.int32, device=q.device)
     if not total or not k:
@@ -478,7 +483,7 @@ def index_select(
     if entries.most <= topk:
         every = torch.arange(k, dtype=torch.int32, device=q.device)
         return torch.where(every < entries.visible[:, None], every, -1)
-    plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs))
+    plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs), queries)
     q8, folded = prepare(q, cos, sin, weights, plan, 2 * cos.shape[-1])
     select_entries(
         plan, scan, q8, folded, keys, entries.pages, tokens.slab, entries.visible, entries.most, out
@@ -486,14 +491,14 @@ def index_select(
     return out
 
 
-def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool) -> Plan:
+def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool, queries: int = 2) -> Plan:
     """`decode`: one token of each request, so that the last step's thresholds serve."""
     quantised = keys.codec.name in ("fp8", "mxfp4")
     return Plan(
         rows=row_constants(keys.codec, keys.rows),
         heads=max(16, next_pow2(heads)),
-        queries=1 if decode else 4,
-        tile=32 if INTERPRETED or not quantised else 128,
+        queries=1 if decode else queries,
+        tile=32 if INTERPRETED or not quantised else 64,
         k=k,
         append=most > SAMPLE,
     )
@@ -633,13 +638,12 @@ _FP4 = {"ROWS": 64, "FORMAT": "mxfp4", "DIM": 128, "PLANE": 64, "SCALES": 4}
 
 
 def _aot_scan(append: bool, queries: int, form: dict[str, Any], archs: tuple[int, ...] = (90, 100)) -> Aot:
-    constants = {"APPEND": append, "CAP": CAP, "HEADS": 64, "QUERIES": queries, "TILE": 128, **form}
+    constants = {"APPEND": append, "CAP": CAP, "HEADS": 64, "QUERIES": queries, "TILE": 64, **form}
     return Aot(
         scan_kernel,
         _SCAN,
         constants,
-        num_warps=4 if queries == 1 else 8,
-        num_stages=4,
+        num_stages=6,
         matrix=True,
         archs=archs,
     )
@@ -670,13 +674,13 @@ AOT = [
     _aot_query("mxfp4"),
     _aot_query("fp8"),
     _aot_scan(True, 1, _FP8),
-    _aot_scan(True, 4, _FP8),
+    _aot_scan(True, 2, _FP8),
     _aot_scan(False, 1, _FP8),
     _aot_scan(True, 1, _FP4),
     Aot(
         refine_kernel,
         {**_KEYS, **_LISTS, "fresh": "*i32", "k": "i32"},
-        {"K": 512, "PARTS": 16, "CAP": CAP, "HEADS": 64, "TILE": 128, **_FP8},
+        {"K": 512, "PARTS": 16, "CAP": CAP, "HEADS": 64, "TILE": 64, **_FP8},
         num_stages=3,
     ),
 ]

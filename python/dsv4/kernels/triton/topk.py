@@ -19,6 +19,7 @@ from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, next_pow2
 
 PIVOTS = tl.constexpr(8)
+VALUE_ROUNDS = tl.constexpr(6)
 ONE_BY_ONE = tl.constexpr(INTERPRETED)
 """The interpreter reduces several tensors at once an element at a time."""
 
@@ -49,9 +50,19 @@ def _add(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def _two(u, pivot, step):
-    """Which keys reach `pivot` and `pivot` + step: two 16-bit counters in a word."""
-    return (u >= pivot.to(tl.uint32)).to(tl.int32) + ((u >= (pivot + step).to(tl.uint32)).to(tl.int32) << 16)
+def _two(u, p, q):
+    """How many keys reach p and q: two 16-bit counters in a word."""
+    return (u >= p).to(tl.int32) + ((u >= q).to(tl.int32) << 16)
+
+
+@triton.jit
+def _pivot(lo, hi, by_value, PART: tl.constexpr):
+    """PART / 9 of the way from lo to hi, as values where these are finite and the search is young: scores are smooth."""
+    p = lo + tl.maximum((hi - lo) // (PIVOTS + 1), 1) * PART
+    a, b = value_of(lo.to(tl.uint32)), value_of((hi - 1).to(tl.uint32))
+    f: tl.constexpr = PART / 9.0
+    v = key_of(a * (1.0 - f) + b * f).to(tl.int64)
+    return tl.where(by_value, tl.minimum(tl.maximum(v, lo + 1), hi - 1), p)
 
 
 @triton.jit
@@ -76,23 +87,29 @@ def search(u, total, k):
     hi = tl.maximum(hi, lo + 1)
     lo = tl.where(total > 0, lo, hi - 1)
     c_lo, c_hi = total, total * 0
+    round = c_lo * 0
     while (c_lo > k) & (hi - lo > 1):
-        step = tl.maximum((hi - lo) // (PIVOTS + 1), 1)
-        p = lo + step
-        a, b = _two(u, p, step), _two(u, p + 2 * step, step)
-        c, d = _two(u, p + 4 * step, step), _two(u, p + 6 * step, step)
+        far = tl.abs(value_of(lo.to(tl.uint32))) + tl.abs(value_of((hi - 1).to(tl.uint32)))
+        by_value = (round < VALUE_ROUNDS) & (far < 1e30)
+        round += 1
+        p1, p2 = _pivot(lo, hi, by_value, 1), _pivot(lo, hi, by_value, 2)
+        p3, p4 = _pivot(lo, hi, by_value, 3), _pivot(lo, hi, by_value, 4)
+        p5, p6 = _pivot(lo, hi, by_value, 5), _pivot(lo, hi, by_value, 6)
+        p7, p8 = _pivot(lo, hi, by_value, 7), _pivot(lo, hi, by_value, 8)
+        a, b = _two(u, p1.to(tl.uint32), p2.to(tl.uint32)), _two(u, p3.to(tl.uint32), p4.to(tl.uint32))
+        c, d = _two(u, p5.to(tl.uint32), p6.to(tl.uint32)), _two(u, p7.to(tl.uint32), p8.to(tl.uint32))
         if ONE_BY_ONE:
             a, b, c, d = tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
         else:
             a, b, c, d = tl.reduce((a, b, c, d), 0, _add)
-        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p, a & 0xFFFF, k)
-        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + step, a >> 16, k)
-        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 2 * step, b & 0xFFFF, k)
-        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 3 * step, b >> 16, k)
-        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 4 * step, c & 0xFFFF, k)
-        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 5 * step, c >> 16, k)
-        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 6 * step, d & 0xFFFF, k)
-        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p + 7 * step, d >> 16, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p1, a & 0xFFFF, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p2, a >> 16, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p3, b & 0xFFFF, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p4, b >> 16, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p5, c & 0xFFFF, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p6, c >> 16, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p7, d & 0xFFFF, k)
+        lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p8, d >> 16, k)
     return lo.to(tl.uint32), hi.to(tl.uint32), c_lo, c_hi
 
 
