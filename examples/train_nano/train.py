@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--smoke", action="store_true", help="the whole path in a minute on a CPU, learning nothing"
     )
+    parser.add_argument("--rows", type=int, help="rows of a batch")
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--warm", help=argparse.SUPPRESS)  # one part of the model to compile into the cache
     args = parser.parse_args()
@@ -273,6 +274,7 @@ def main() -> None:
     began = time.time()
     device = "cuda" if torch.cuda.is_available() and not ARGS.smoke else "cpu"
     run = Run.smoke() if ARGS.smoke else Run()
+    run.rows = ARGS.rows or run.rows
     torch.backends.cuda.matmul.allow_tf32 = True
     if ARGS.warm:
         warm(ARGS.warm, run, device)
