@@ -126,7 +126,8 @@ def tile_scores(
     `pages`. q [DIM, QUERIES * HEADS], weights float32 [QUERIES * HEADS]. Past the last entry they mean nothing."""
     e = at + tl.arange(0, TILE)
     if ROWS % TILE == 0:  # all in one page
-        page = tl.load(pages + at // ROWS).to(tl.int64) + (e * 0)
+        page = tl.load(pages + at // ROWS).to(tl.int64)
+        e = at % ROWS + tl.arange(0, TILE)
     else:
         e = tl.minimum(e, n - 1)
         page = tl.load(pages + e // ROWS).to(tl.int64)

@@ -41,25 +41,45 @@ def _product(x, f, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _gather(partial, token, column, held, SPLITS: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sum over the splits, first to last, of partial [SPLITS, M, COLUMNS] at [token, column]."""
-    at = partial + token[:, None] * COLUMNS + column[None, :]
-    total = tl.load(at, mask=held, other=0.0, cache_modifier=".cg")
-    for s in tl.static_range(1, SPLITS):
-        total += tl.load(at + s * M * COLUMNS, mask=held, other=0.0, cache_modifier=".cg")
-    return total
+def _gather(
+    partial,
+    row,
+    i,
+    ij,
+    few,
+    all,
+    rest,
+    HEAD: tl.constexpr,
+    SPLITS: tl.constexpr,
+    M: tl.constexpr,
+    STREAMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Sums over the splits, first to last, of partial [SPLITS, M, COLUMNS]: products of `pre` [M, n], the sum of squares
+    [M, n] (in its first column), and where `rest` the products of `post` [M, n] and `comb` [M, n n]. All loads of a
+    split are under way together."""
+    at = partial + row[:, None] * COLUMNS
+    others, pairs = (few & rest) != 0, (all & rest) != 0
+    mix, norm = tl.zeros(few.shape, tl.float32), tl.zeros(few.shape, tl.float32)
+    p, a = tl.zeros(few.shape, tl.float32), tl.zeros(all.shape, tl.float32)
+    for s in tl.static_range(SPLITS):
+        here = at + s * M * COLUMNS
+        mix += tl.load(here + i[None, :], mask=few, other=0.0, cache_modifier=".cg")
+        norm += tl.load(here + STREAMS + i[None, :], mask=few, other=0.0, cache_modifier=".cg")
+        if not HEAD:
+            p += tl.load(here + 2 * STREAMS + i[None, :], mask=others, other=0.0, cache_modifier=".cg")
+            a += tl.load(here + 3 * STREAMS + ij[None, :], mask=pairs, other=0.0, cache_modifier=".cg")
+    return mix, norm, p, a
 
 
 @triton.jit
-def _wait(arrived, left, SPLITS: tl.constexpr):
-    """Returns when all programs of the tile have come here; leaves both counters at 0."""
+def _wait(arrived, SPLITS: tl.constexpr):
+    """Returns when all programs of the tile have come here. The counter only grows, by SPLITS a launch."""
     tl.debug_barrier()
-    tl.atomic_add(arrived, 1, sem="acq_rel")
-    while tl.atomic_add(arrived, 0, sem="acquire") < SPLITS:
+    before = tl.atomic_add(arrived, 1, sem="release")
+    full = (before // SPLITS + 1) * SPLITS
+    while tl.atomic_add(arrived, 0, sem="acquire") < full:
         pass
-    if tl.atomic_add(left, 1, sem="acq_rel") == SPLITS - 1:
-        tl.atomic_xchg(left, 0)
-        tl.atomic_xchg(arrived, 0)
     tl.debug_barrier()
 
 
@@ -105,7 +125,9 @@ def hc_pre_kernel(
     live = t < tokens
     column, k = tl.arange(0, COLUMNS), tl.arange(0, K)
     products: tl.constexpr = STREAMS if HEAD else STREAMS * (STREAMS + 2)
-    tl.static_assert(products < COLUMNS)
+    tl.static_assert(products + STREAMS <= COLUMNS)
+    # Columns: the n products of `pre`, the sum of squares (so that what every program reads is one sector), then the rest.
+    product = tl.where(column < STREAMS, column, tl.where(column < 2 * STREAMS, -1, column - STREAMS))
     acc, squares = tl.zeros((M, COLUMNS), tl.float32), tl.zeros((M,), tl.float32)
     steps: tl.constexpr = SLICE // K
     for step in range(STREAMS * steps):
@@ -117,31 +139,33 @@ def hc_pre_kernel(
             other=0.0,
         )
         f = tl.load(
-            fn + column[:, None] * (STREAMS * DIM) + at[None, :],
-            mask=(column < products)[:, None] & held[None, :],
+            fn + product[:, None] * (STREAMS * DIM) + at[None, :],
+            mask=((product >= 0) & (product < products))[:, None] & held[None, :],
             other=0.0,
         )
         acc += _product(x, f, PIECES)
         x = x.to(tl.float32)
         squares += tl.sum(x * x, 1)
-    acc = tl.where((column == products)[None, :], squares[:, None], acc)
+    acc = tl.where((column == STREAMS)[None, :], squares[:, None], acc)
     partial += tile.to(tl.int64) * (SPLITS * M * COLUMNS)
     row = tl.arange(0, M)
     tl.store(
         partial + split * (M * COLUMNS) + row[:, None] * COLUMNS + column[None, :], acc, mask=live[:, None]
     )
     if SPLITS > 1:
-        _wait(counters + 2 * tile, counters + 2 * tile + 1, SPLITS)
+        _wait(counters + tile, SPLITS)
     else:
         tl.debug_barrier()
 
     i = tl.arange(0, STREAMS)
-    norm = tl.sum(
-        _gather(partial, row, products + i * 0, live[:, None] & (i == 0)[None, :], SPLITS, M, COLUMNS), 1
+    few = live[:, None] & (i >= 0)[None, :]
+    ij = tl.arange(0, STREAMS * STREAMS)
+    all = live[:, None] & (ij >= 0)[None, :]
+    mix, norm, p, a = _gather(
+        partial, row, i, ij, few, all, split == SPLITS - 1, HEAD, SPLITS, M, STREAMS, COLUMNS
     )
-    norm = tl.rsqrt(norm / (STREAMS * DIM) + norm_eps)[:, None]
-    mix = _gather(partial, row, i, live[:, None] & (i >= 0)[None, :], SPLITS, M, COLUMNS) * norm
-    pre = _sigmoid(mix * tl.load(scale) + tl.load(base + i)[None, :]) + eps
+    norm = tl.rsqrt(tl.sum(tl.where((i == 0)[None, :], norm, 0.0), 1) / (STREAMS * DIM) + norm_eps)[:, None]
+    pre = _sigmoid(mix * norm * tl.load(scale) + tl.load(base + i)[None, :]) + eps
     for step in range(steps):
         c = split * SLICE + step * K + k
         held = live[:, None] & (c < DIM)[None, :]
@@ -152,15 +176,10 @@ def hc_pre_kernel(
         tl.store(y + t[:, None] * DIM + c[None, :], total.to(y.dtype.element_ty), mask=held)
 
     if not HEAD:  # noqa: SIM102 (constexpr: no code in the head's kernel)
-        if split == 0:
-            few = live[:, None] & (i >= 0)[None, :]
-            p = _gather(partial, row, STREAMS + i, few, SPLITS, M, COLUMNS) * norm
-            p = 2 * _sigmoid(p * tl.load(scale + 1) + tl.load(base + STREAMS + i)[None, :])
+        if split == SPLITS - 1:
+            p = 2 * _sigmoid(p * norm * tl.load(scale + 1) + tl.load(base + STREAMS + i)[None, :])
             tl.store(post + t[:, None] * STREAMS + i[None, :], p, mask=few)
-            ij = tl.arange(0, STREAMS * STREAMS)
-            all = live[:, None] & (ij >= 0)[None, :]
-            a = _gather(partial, row, 2 * STREAMS + ij, all, SPLITS, M, COLUMNS) * norm
-            a = a * tl.load(scale + 2) + tl.load(base + 2 * STREAMS + ij)[None, :]
+            a = a * norm * tl.load(scale + 2) + tl.load(base + 2 * STREAMS + ij)[None, :]
             b = _sinkhorn(tl.reshape(a, (M, STREAMS, STREAMS)), eps, ITERS)
             out = comb + t[:, None] * (STREAMS * STREAMS) + ij[None, :]
             tl.store(out, tl.reshape(b, (M, STREAMS * STREAMS)), mask=all)
@@ -204,7 +223,8 @@ def hc_post_kernel(
         tl.store(out + at + j * DIM, total.to(out.dtype.element_ty), mask=held)
 
 
-_counters: dict[torch.device, Tensor] = {}
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+"""By device and SPLITS (which must divide what a counter holds): int64, one a tile."""
 
 
 def _plan(tokens: int, dim: int) -> tuple[int, int]:
@@ -213,9 +233,9 @@ def _plan(tokens: int, dim: int) -> tuple[int, int]:
     if INTERPRETED:
         return 16, 1  # programs run one after the other there and cannot wait for each other
     if tokens <= 256:
-        tile, splits = 16, 64 if tokens <= 4 else 32 if tokens <= 32 else 16
+        tile, splits = 16, 64 if tokens <= 2 else 32 if tokens <= 32 else 16
     else:
-        tile, splits = 64, 16 if tokens <= 1024 else 8
+        tile, splits = 64, 16 if tokens <= 512 else 32
     return tile, min(splits, max(1, dim // 64))
 
 
@@ -241,10 +261,11 @@ def _pre(
     tile, splits = _plan(tokens, dim)
     tiles = cdiv(tokens, tile)
     partial = torch.empty((tiles, splits, tile, _COLUMNS), dtype=torch.float32, device=streams.device)
-    counters = _counters.get(streams.device)
-    if counters is None or len(counters) < 2 * tiles:
-        counters = torch.zeros(max(4096, 2 * tiles), dtype=torch.int32, device=streams.device)
-        _counters[streams.device] = counters
+    name = (streams.device, splits)
+    counters = _counters.get(name)
+    if counters is None or len(counters) < tiles:
+        counters = torch.zeros(max(4096, tiles), dtype=torch.int64, device=streams.device)
+        _counters[name] = counters
     k = 64 if dim >= 64 else max(16, next_pow2(dim))
     hc_pre_kernel[(splits, tiles)](
         streams,
@@ -305,7 +326,7 @@ def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 _PRE = {
     **dict.fromkeys(("streams", "y"), "*bf16"),
     **dict.fromkeys(("fn", "scale", "base", "post", "comb", "partial"), "*fp32"),
-    **{"counters": "*i32", "tokens": "i32", "norm_eps": "fp32", "eps": "fp32"},
+    **{"counters": "*i64", "tokens": "i32", "norm_eps": "fp32", "eps": "fp32"},
 }
 _SHAPE = {"STREAMS": 4, "DIM": 4096, "K": 64, "COLUMNS": _COLUMNS, "PIECES": True}
 AOT = [
@@ -318,7 +339,7 @@ AOT = [
     Aot(
         hc_pre_kernel,
         _PRE,
-        {"HEAD": False, "ITERS": 20, "M": 64, "SPLITS": 8, "SLICE": 512, **_SHAPE},
+        {"HEAD": False, "ITERS": 20, "M": 64, "SPLITS": 32, "SLICE": 128, **_SHAPE},
         num_stages=3,
         matrix=True,
     ),
