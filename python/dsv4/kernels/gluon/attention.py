@@ -928,10 +928,4 @@ def _aot(heads: int, per_page: int, mode: int, split: bool, wide: bool = False) 
     return Aot(_main, _SIGNATURE, values, matrix=True, archs=(90,))
 
 
-AOT = [
-    _aot(64, 64, 2, False),
-    _aot(128, 64, 2, True),
-    _aot(64, 2, 1, True),
-    _aot(128, 64, 2, False, wide=True),
-    _aot(64, 2, 1, False, wide=True),
-]
+AOT = [_aot(64, 64, 2, False), _aot(64, 2, 1, True), _aot(128, 64, 2, False, wide=True)]

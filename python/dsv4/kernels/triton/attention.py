@@ -413,9 +413,7 @@ def _aot(heads: int, per_page: int, mode: int, form: int, split: bool) -> Aot:
 
 AOT = [
     _aot(64, 64, 2, 2, True),
-    _aot(128, 64, 2, 2, False),
-    _aot(128, 2, 1, 2, False),
-    _aot(64, 2, 1, 1, True),
+    _aot(128, 2, 1, 1, False),
     Aot(
         _merge,
         dict(
