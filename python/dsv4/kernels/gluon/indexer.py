@@ -322,4 +322,4 @@ def _aot(append: bool, queries: int) -> Aot:
     return Aot(scan_kernel, signature, constants, matrix=True, archs=(90,))
 
 
-AOT = [_aot(True, 1), _aot(False, 1), _aot(True, 4)]
+AOT = [_aot(True, 1), _aot(False, 4)]

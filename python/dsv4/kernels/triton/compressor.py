@@ -382,6 +382,5 @@ def _aot(role: str, overlap: bool, index: bool, tile: int, warps: int) -> Aot:
 AOT = [
     _aot("decode", True, False, 1, 4),
     _aot("edge", True, True, 4, 1),
-    _aot("inner", True, False, 4, 4),
     _aot("inner", False, False, 32, 16),
 ]

@@ -673,10 +673,8 @@ def _aot_query(form: str) -> Aot:
 
 AOT = [
     _aot_query("mxfp4"),
-    _aot_query("fp8"),
     _aot_scan(True, 1, _FP8),
     _aot_scan(True, 2, _FP8),
-    _aot_scan(False, 1, _FP8),
     _aot_scan(True, 1, _FP4),
     Aot(
         refine_kernel,

@@ -333,13 +333,13 @@ AOT = [
     Aot(
         hc_pre_kernel,
         _PRE,
-        {"HEAD": False, "ITERS": 20, "M": 16, "SPLITS": 64, "SLICE": 64, **_SHAPE},
+        {"HEAD": False, "ITERS": 20, "M": 16, "SPLITS": 16, "SLICE": 256, **_SHAPE},
         num_stages=3,
     ),
     Aot(
         hc_pre_kernel,
         _PRE,
-        {"HEAD": False, "ITERS": 20, "M": 64, "SPLITS": 32, "SLICE": 128, **_SHAPE},
+        {"HEAD": False, "ITERS": 20, "M": 64, "SPLITS": 16, "SLICE": 256, **_SHAPE},
         num_stages=3,
         matrix=True,
     ),

@@ -292,5 +292,4 @@ AOT = [
         num_warps=8,
     ),
     Aot(finish_kernel, _FINISH, {"K": 512, "SMALL": 2048, "CAP": 8192, "PARTS": 16}, num_warps=16),
-    Aot(finish_kernel, _FINISH, {"K": 1024, "SMALL": 4096, "CAP": 8192, "PARTS": 8}, num_warps=16),
 ]
