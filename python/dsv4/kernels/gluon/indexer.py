@@ -25,6 +25,7 @@ from dsv4.kernels.aot import Aot
 from dsv4.kernels.gluon.common import barrier
 from dsv4.kernels.triton import indexer as portable
 from dsv4.kernels.triton.common import cdiv, multiprocessors
+from dsv4.kernels.triton.index_scan import SCAN
 
 TILE = gl.constexpr(64)
 FLUSH = gl.constexpr(8)
@@ -317,7 +318,7 @@ def index_select(
 
 
 def _aot(append: bool, queries: int) -> Aot:
-    signature = {**portable._SCAN, "q": "*i32"}
+    signature = {**SCAN, "q": "*i32"}
     constants = {"APPEND": append, "CAP": portable.CAP, "QUERIES": queries, "ROWS": 64, "STAGES": 4}
     return Aot(scan_kernel, signature, constants, matrix=True, archs=(90,))
 
