@@ -209,11 +209,8 @@ def draw(logits: Tensor, knobs: Tensor, *, filtered: bool) -> Tensor:
     return token
 
 
-_TYPES = {k: "*fp64" for k in ("temperature", "top_p", "min_p", "uniform", "mass")} | {
-    "top_k": "*i64",
-    "token": "*i64",
-}
-_TYPES |= {"logits": "*fp32", "best": "*fp32", "place": "*i32", "values": "*fp32", "ids": "*i64"}
+_TYPES = {"knobs": "*fp64", "mass": "*fp64", "token": "*i64", "ids": "*i64", "place": "*i32"}
+_TYPES |= {"logits": "*fp32", "best": "*fp32", "values": "*fp32"}
 _TYPES |= {k: "i32" for k in ("V", "stride", "chunks", "n")}
 
 
