@@ -181,7 +181,7 @@ impl PyReplay {
             };
             snapshot_budget.into_iter().for_each(|share| options.snapshot_budget = share);
             if let Some(model) = &model {
-                options.cost = model.cost(max_step_tokens);
+                (options.cost, options.step_cost) = model.cost(max_step_tokens);
             }
             Ok(Replay::new(shared, layout, Settings { options, model: model.filter(|_| !sequential) })?)
         })?;

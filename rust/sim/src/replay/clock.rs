@@ -12,6 +12,7 @@
 //! A row is a token in decode or a piece of a prompt: its tokens share what they read, not what they compute. A replayed
 //! token counts by the share of layers that run it.
 
+use dsv4_core::budget::StepCost;
 use dsv4_core::cost::CostModel;
 use dsv4_core::plan::REPLAY;
 use serde::{Deserialize, Serialize};
@@ -163,21 +164,26 @@ impl StepModel {
         (full * full - start * start) / (2.0 * self.ratio) + self.topk * (end - full)
     }
 
-    /// What the scheduler needs to know of it, for prompts that come in pieces of `chunk` tokens.
-    pub fn cost(&self, chunk: u32) -> CostModel {
+    /// What the scheduler is told of it before anything is measured, for prompts that come in pieces of `chunk` tokens:
+    /// a step's cost with one short decode in it, a decode's among 64, and a prompt token's at the start and far out.
+    pub fn cost(&self, chunk: u32) -> (CostModel, StepCost) {
         const FAR: u32 = 1 << 18;
-        let per_token = |start| {
-            self.parts([Row { start, len: chunk, replay_end: 0 }].into_iter(), 0).total_us()
-                / f64::from(chunk)
-        };
+        const MANY: usize = 64;
+        let decode = Row { start: 0, len: 1, replay_end: 0 };
+        let total = |rows: &[Row]| self.parts(rows.iter().copied(), 0).total_us();
+        let (base, many) = (total(&[decode]), total(&[decode; MANY]));
+        let per_token =
+            |start| (total(&[Row { start, len: chunk, ..decode }]) - base).max(0.0) / f64::from(chunk);
         let (near, far) = (per_token(0), per_token(FAR));
-        CostModel {
+        let cost = CostModel {
             token_us: near,
             context_us_per_1k: ((far - near) / f64::from(FAR) * 1000.0).max(0.0),
             // The mean share of layers over a whole replay.
             replay_factor: 0.5,
             restore_us: self.copy_us,
-        }
+        };
+        let decode_us = ((many - base) / (MANY - 1) as f64).max(0.0);
+        (cost, StepCost { base_us: base, decode_us, copy_us: self.copy_us })
     }
 }
 
@@ -239,13 +245,15 @@ mod tests {
 
     #[test]
     fn the_scheduler_hears_the_same_costs() {
-        let c = EASY.cost(1000);
-        let step = |start| EASY.parts([Row { start, len: 1000, replay_end: 0 }].into_iter(), 0).total_us();
-        assert!((c.token_us * 1000.0 - step(0)).abs() < 1e-6);
+        let (c, s) = EASY.cost(1000);
+        let step = |start, len| EASY.parts([Row { start, len, replay_end: 0 }].into_iter(), 0).total_us();
+        assert_eq!(s.base_us, step(0, 1));
+        assert!((s.base_us + c.token_us * 1000.0 - step(0, 1000)).abs() < 1e-6);
         // Far out a piece costs what the linear form says there.
-        let far = 1000.0 * (c.token_us + c.context_us_per_1k * 262.144);
-        assert!((far / step(1 << 18) - 1.0).abs() < 1e-6);
+        let far = s.base_us + 1000.0 * (c.token_us + c.context_us_per_1k * 262.144);
+        assert!((far / step(1 << 18, 1000) - 1.0).abs() < 1e-6);
         c.validate().unwrap();
+        s.validate().unwrap();
     }
 
     #[test]

@@ -186,11 +186,16 @@ impl Replay {
     /// One step of the core, or a jump to the next arrival. False: all is over.
     fn step(&mut self) -> Result<bool, CoreError> {
         self.arrive();
+        // Before requests come in, so that their waiting counts from now.
+        self.core.set_time(self.now_us as u64);
         self.submit_outside()?;
         if let Some(header) = self.core.plan(&mut self.arrays.buffers())? {
-            self.pass(&header);
+            let us = self.pass(&header);
             self.draw(&header);
             self.core.commit(Step(header.step), &self.samples)?;
+            if self.settings.model.is_some() {
+                self.core.observe(Step(header.step), us);
+            }
             self.report.steps += 1;
             self.hear();
         } else {
@@ -269,8 +274,8 @@ impl Replay {
         }
     }
 
-    /// Time passes, and tenants are served.
-    fn pass(&mut self, header: &StepHeader) {
+    /// Time passes, and tenants are served. Returns the time of the step.
+    fn pass(&mut self, header: &StepHeader) -> f64 {
         let model = self.settings.model.as_ref();
         let us = model.map_or(0.0, |m| m.step_us(&self.arrays, header.rows, header.saves + header.restores));
         self.now_us += us;
@@ -285,6 +290,7 @@ impl Replay {
             account.contended += if contended { len } else { 0 };
         }
         self.report.tokens.run += u64::from(header.tokens);
+        us
     }
 
     /// The tokens that the step samples: those that the trace says.
