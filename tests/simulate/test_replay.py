@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 from dsv4._core import ConfigError, LayoutSpec, Replay, StepModel, Trace
+from dsv4.gpus import gpu
+from dsv4.model.config import ModelConfig
+from dsv4.simulate.device import step_coefficients
 
 BLOCK = 4
 EXCERPT = Path(__file__).parent.parent / "data" / "traces" / "mooncake_200.jsonl"
@@ -266,3 +269,37 @@ def test_arrivals_are_sped_up(tmp_path: Path) -> None:
     assert len(Trace.read([str(path)], hash_block=8, limit=1)) == 1
     with pytest.raises(ConfigError, match="at once"):
         Trace.read([str(path)], hash_block=8, limit=1, rate=1)
+
+
+@pytest.mark.parametrize(("budget_ms", "held"), [(30, True), (None, False)])
+def test_answers_go_on_while_a_million_tokens_are_read(
+    tmp_path: Path, budget_ms: float | None, held: bool
+) -> None:
+    """docs/scheduling.md: latency <= 1.1 * max(B, D + least piece). Flash on two B200; 16 answers, one long prompt."""
+    config = ModelConfig.preset("v4-flash")
+    spec = config.layout("fp8_ds_mla", "mxfp4")
+    coefficients = step_coefficients(config, spec, gpu("b200"), 2)
+    short = [request(0, list(range(100 * i, 100 * i + 8)), 4096, 2500) for i in range(16)]
+    long = request(2000, list(range(10**6, 10**6 + 2040)), 2040 * 512, 1)
+    (tmp_path / "t").write_text("".join(json.dumps(r) + "\n" for r in [*short, long]))
+    run = Replay(
+        Trace.read([str(tmp_path / "t")]),
+        spec,
+        pages=6000,
+        slabs=32,
+        max_step_tokens=8192,
+        max_len=2**20,
+        max_waiting=100,
+        snapshots="turns",
+        eviction="lru",
+        model=StepModel.from_json(json.dumps(coefficients)),
+        step_us=budget_ms and 1000 * budget_ms,
+    )
+    while (progress := run.run(5000))[0] < progress[1]:
+        pass
+    report = json.loads(run.report())
+    rows = [(6600, 1, 0)] * 16
+    fixed, pairs = StepModel.from_json(json.dumps(coefficients)).parts([*rows, (2040 * 512 - 64, 64, 0)], 2)
+    bound = 1.1 * max(30, (fixed + sum(map(max, pairs))) / 1000)
+    assert report["finished"] == 17 and report["preemptions"] == 0
+    assert (report["itl_ms"]["max"] <= bound) == held, (report["itl_ms"], bound)
