@@ -108,6 +108,9 @@ class EngineConfig:
     )
     max_wait: float = setting(30.0, "seconds after which a waiting request goes ahead of all")
     async_scheduling: bool = setting(False, "plan step k+1 while step k runs (two steps in flight)")
+    record_steps: str | None = setting(
+        None, "file to which every step's rows and time are appended, for dsv4 simulate --step-model"
+    )
     seed: int = setting(0, "seed of requests that bring none")
     replay_tokens: int | None = setting(
         None, "tokens replayed to rebuild the state; fewer than the default is not exact"

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from dsv4 import LLM, SamplingParams
 from dsv4._core import StepModel
 from dsv4.errors import ConfigError
 from dsv4.gpus import gpu
@@ -108,3 +109,26 @@ def test_bad_measurements_are_told_in_one_line(tmp_path: Path, line: str, words:
     with pytest.raises(ConfigError) as e:
         read_steps(str(path))
     assert all(w in str(e.value) for w in (str(path), *words)) and "\n" not in str(e.value)
+
+
+def test_a_served_models_steps_can_be_fitted(tmp_path: Path) -> None:
+    """The engine writes what the fit reads: every step with its rows, replays included."""
+    path = str(tmp_path / "steps.jsonl")
+    llm = LLM(
+        max_num_seqs=2,
+        max_model_len=1024,
+        record_steps=path,
+        snapshot_policy="none",
+        max_num_batched_tokens=128,
+    )
+    prompt = list(range(10, 310))
+    for text in (prompt, prompt):
+        llm.generate([text], SamplingParams(max_tokens=4, temperature=0))
+    steps = read_steps(path)
+    rows = [r for s in steps for r in s.rows]
+    # Twice the prompt and three of the four tokens; what the second one knows it may take from the cache or run again.
+    assert [n for _, n, _ in rows[:6]] == [128, 128, 44, 1, 1, 1] and rows[5][:2] == (302, 1)
+    assert rows[-1][:2] == (302, 1) and sum(n for _, n, _ in rows[6:]) in (47, 303)
+    assert {end for _, _, end in rows} <= {0, 256}
+    fit = calibrate(step_coefficients(FLASH, LAYOUT, gpu("h100"), 1), steps)
+    assert fit.steps == len(steps) and fit.median_error < 1

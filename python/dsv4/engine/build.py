@@ -18,6 +18,7 @@ from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.routing import Tenants
 from dsv4.engine.runner import Runner
+from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
 from dsv4.model.v4 import V4Model
@@ -212,6 +213,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         eos_ids=frozenset(model_config.eos_ids),
         seed=config.seed,
         tenants=Tenants(config.tenants),
+        record=StepRecord(config.record_steps) if config.record_steps else None,
     )
     memory = MemoryPlan(
         weights=model.weight_bytes,

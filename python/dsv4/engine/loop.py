@@ -21,6 +21,7 @@ from dsv4.engine.request import EngineRequest, RequestOutput
 from dsv4.engine.routing import Routing, Tenants, now_us
 from dsv4.engine.runner import Runner, StepResult
 from dsv4.engine.sampler import PoisonedLogits, SamplingState
+from dsv4.engine.steps import StepRecord
 from dsv4.sampling import SamplingParams
 from dsv4.text.tokenizer import Tokenizer
 
@@ -46,11 +47,13 @@ class EngineLoop:
         eos_ids: frozenset[int],
         seed: int,
         tenants: Tenants | None = None,
+        record: StepRecord | None = None,
     ) -> None:
         """`buffers`: one set for the simple loop, two for the overlapped one."""
         self.core, self.runner, self.buffers = core, runner, buffers
         self.tokenizer, self.eos_ids, self.seed = tokenizer, eos_ids, seed
         self.tenants = tenants or Tenants()
+        self._record = record
         self.requests: dict[int, EngineRequest] = {}
         self._keys_by_name: dict[str, int] = {}
         self._warned = False
@@ -144,7 +147,10 @@ class EngineLoop:
         begun = time.perf_counter()
         try:
             result = self.runner.run(header, buffers, self.requests)
-            self.core.observe(header.step, 1e6 * (time.perf_counter() - begun))
+            us = 1e6 * (time.perf_counter() - begun)
+            self.core.observe(header.step, us)
+            if self._record is not None:
+                self._record(header, buffers, us)
             return result
         except Exception as e:  # whatever the device or a kernel raises must not take the engine down
             log.exception("step %d failed", header.step)

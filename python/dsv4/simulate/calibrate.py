@@ -1,6 +1,6 @@
 """Fits the step model to measured steps: an overhead, and one factor each for reads and for arithmetic.
 
-A file of measured steps has one JSON object a line: `us` (time of the step) and `rows`, a list of [first position,
+A file of measured steps (`dsv4 serve --record-steps FILE`) has one JSON object a line: `us` (time of the step) and `rows`, a list of [first position,
 tokens] or [first position, tokens, end of replay]; `copies` (states saved and restored) is optional.
 
 The model of a step is `overhead + collectives + copies + sum of max(m * reads, c * arithmetic)`. Which of the two is
