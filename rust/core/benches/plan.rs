@@ -1,4 +1,5 @@
-//! plan + commit + events of a step, Flash's layout, requests at 8K context; and with a 1M-token prompt among them.
+//! Steps of a core with Flash's layout, requests at 8K context: plan, commit with events, both; with a 1M-token prompt among
+//! them; and over trees of 10^4 to 10^6 cached blocks.
 //!
 //! The time is for the whole step; divide by the number of requests for the cost of one.
 
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
+use dsv4_core::plan::StepHeader;
 use dsv4_core::request::Submit;
 use dsv4_core::{Core, Options};
 use dsv4_sim::arrays::Arrays;
@@ -15,6 +17,7 @@ use dsv4_sim::arrays::Arrays;
 const CONTEXT: usize = 8192;
 const LONG: usize = 1 << 20;
 const LONG_ID: RequestId = RequestId(u64::MAX >> 1);
+const CHUNK: u32 = 2048;
 
 /// A core with `n` requests in decode, and room for steps of `chunk` prompt tokens besides.
 struct Bench {
@@ -27,60 +30,93 @@ struct Bench {
 impl Bench {
     fn new(n: u32, chunk: u32) -> Self {
         let options = Options {
-            pages: 1 << 20,
+            pages: 1 << 21,
             slabs: n + 1,
             max_step_tokens: n + chunk,
             max_len: 1 << 24,
             max_waiting: usize::MAX,
+            step_us: Some(1e9),
             ..Options::default()
         };
         let core = Core::new(&presets::flash(), options).expect("the options are valid");
         let arrays = Arrays::new(&core.shape());
         let mut bench = Bench { core, arrays, events: vec![0; 6 * 4096], samples: vec![0; n as usize + 1] };
         for i in 0..n {
-            bench.submit(RequestId(u64::from(i)), CONTEXT, i);
+            bench.submit(RequestId(u64::from(i)), CONTEXT, i, 1 << 22);
         }
         while bench.step() < n {}
         bench
     }
 
-    fn submit(&mut self, id: RequestId, tokens: usize, first: u32) {
+    fn submit(&mut self, id: RequestId, tokens: usize, first: u32, max_new: u32) {
         let prompt = (0..tokens as u32).map(|t| if t == 0 { first } else { t % 1000 }).collect();
-        let (stop_ids, salt) = (vec![u32::MAX], Vec::new());
-        let submit = Submit { id, prompt, max_new: Some(1 << 22), stop_ids, salt, ..Submit::default() };
+        let (stop_ids, max_new) = (vec![u32::MAX], Some(max_new));
+        let submit = Submit { id, prompt, max_new, stop_ids, ..Submit::default() };
         self.core.submit(submit).expect("there is room");
+    }
+
+    fn plan(&mut self) -> StepHeader {
+        let header = self.core.plan(&mut self.arrays.buffers()).expect("the arrays are large enough");
+        header.expect("there is work")
+    }
+
+    fn commit(&mut self, header: StepHeader) {
+        let samples = &self.samples[..header.samples as usize];
+        self.core.commit(Step(header.step), samples).expect("it is in flight");
+        self.core.observe(Step(header.step), 20_000.0);
+        while self.core.events_into(&mut self.events) > 0 {}
+    }
+
+    fn gauge(&self, name: &str) -> u64 {
+        self.core.stats().into_iter().find(|(n, _)| n == name).expect("it is a statistic").1
     }
 
     /// One step; returns the rows in decode.
     fn step(&mut self) -> u32 {
-        let header = self.core.plan(&mut self.arrays.buffers()).expect("the arrays are large enough");
-        let header = header.expect("there is work");
-        self.core
-            .commit(Step(header.step), &self.samples[..header.samples as usize])
-            .expect("it is in flight");
-        while self.core.events_into(&mut self.events) > 0 {}
+        let header = self.plan();
+        self.commit(header);
         header.decode_rows
+    }
+
+    /// Time of `steps` plans, or of what follows them.
+    fn timed(&mut self, steps: u64, plans: bool) -> Duration {
+        let mut total = Duration::ZERO;
+        for _ in 0..steps {
+            let start = Instant::now();
+            let header = black_box(self.plan());
+            let planned = start.elapsed();
+            let start = Instant::now();
+            self.commit(header);
+            total += if plans { planned } else { start.elapsed() };
+        }
+        total
     }
 }
 
 fn decode(c: &mut Criterion) {
-    let mut group = c.benchmark_group("plan_commit");
-    for n in [64, 256, 1024] {
+    for n in [64, 256, 1024, 4096] {
         let mut bench = Bench::new(n, CONTEXT as u32);
-        group.bench_function(format!("{n}_decodes_at_8K"), |b| b.iter(|| black_box(bench.step())));
+        let name = format!("{n}_decodes_at_8K");
+        c.bench_function(&format!("plan/{name}"), |b| b.iter_custom(|steps| bench.timed(steps, true)));
+        c.bench_function(&format!("commit/{name}"), |b| b.iter_custom(|steps| bench.timed(steps, false)));
+        c.bench_function(&format!("plan_commit/{name}"), |b| b.iter(|| black_box(bench.step())));
     }
-    for n in [64, 256] {
-        let mut bench = Bench::new(n, 2048);
+}
+
+/// A prompt of a million tokens is always being read, 2,048 tokens a step.
+fn mixed(c: &mut Criterion) {
+    for n in [64, 256, 1024] {
+        let mut bench = Bench::new(n, CHUNK);
         let mut left = 0;
         // Submitting the next long prompt is not part of a step.
-        let timed = |steps: u64| {
+        let mut timed = |steps: u64| {
             let mut total = Duration::ZERO;
             for _ in 0..steps {
                 if left == 0 {
                     bench.core.abort(LONG_ID).expect("aborting is always allowed");
-                    bench.submit(LONG_ID, LONG, u32::MAX >> 1);
+                    bench.submit(LONG_ID, LONG, u32::MAX >> 1, 1 << 22);
                     bench.core.clear_prefix();
-                    left = LONG / 2048;
+                    left = LONG / CHUNK as usize - 1;
                 }
                 left -= 1;
                 let start = Instant::now();
@@ -89,11 +125,27 @@ fn decode(c: &mut Criterion) {
             }
             total
         };
-        let mut timed = timed;
-        group.bench_function(format!("{n}_decodes_and_a_1M_prefill"), |b| b.iter_custom(&mut timed));
+        let name = format!("plan_commit/{n}_decodes_and_a_1M_prefill");
+        c.bench_function(&name, |b| b.iter_custom(&mut timed));
     }
-    group.finish();
 }
 
-criterion_group!(benches, decode);
+/// The tree grows beside 256 decodes: a step must not notice.
+fn growth(c: &mut Criterion) {
+    let mut bench = Bench::new(256, 1 << 16);
+    let mut id = 1 << 40;
+    for blocks in [10_000, 100_000, 1_000_000] {
+        while bench.gauge("cached_pages") < blocks {
+            id += 1;
+            bench.submit(RequestId(id), LONG, id as u32, 0);
+            while bench.gauge("running") + bench.gauge("waiting") > 256 {
+                bench.step();
+            }
+        }
+        let name = format!("plan_commit/256_decodes_and_{blocks}_cached_blocks");
+        c.bench_function(&name, |b| b.iter(|| black_box(bench.step())));
+    }
+}
+
+criterion_group!(benches, decode, mixed, growth);
 criterion_main!(benches);

@@ -204,10 +204,23 @@ impl<'a, 'b> PlanWriter<'a, 'b> {
         self.put(row)
     }
 
-    /// A row of one token that is sample `index` of the step before.
-    pub fn placeholder_row(&mut self, row: Row, index: u32) -> u32 {
-        self.out.token_ids[self.header.tokens as usize] = -1 - index as i32;
-        self.put(row)
+    /// A row in decode: one token, which is sampled. `token` is its id, or `-1 - i` for sample `i` of the step before.
+    pub fn decode_row(&mut self, row: Row, token: i32) -> u32 {
+        let (out, h) = (&mut *self.out, &mut self.header);
+        let (r, at, sample) = (h.rows as usize, h.tokens as usize, h.samples as usize);
+        (out.token_ids[at], out.positions[at]) = (token, row.start as i32);
+        out.row_req[r] = row.request.0 as i64;
+        out.row_slab[r] = row.slab.0 as i32;
+        out.row_start[r] = row.start as i32;
+        out.row_len[r] = 1;
+        out.row_flags[r] = row.flags;
+        out.row_replay_end[r] = 0;
+        out.sample_rows[sample] = r as i32;
+        h.rows += 1;
+        h.tokens += 1;
+        h.decode_rows += 1;
+        h.samples += 1;
+        sample as u32
     }
 
     fn put(&mut self, row: Row) -> u32 {

@@ -137,6 +137,25 @@ fn a_child_whose_parent_is_gone_or_ahead_starts_like_any_other() {
 }
 
 #[test]
+fn children_do_not_keep_others_from_starting() {
+    // The parent came before them, but they know more of their prompt and so stand before it in line.
+    let mut rig = Rig::new(Options { slabs: 1, max_waiting: 100, ..options() });
+    rig.run(request(100, &tokens(8), 1));
+    rig.core.submit(request(1, &[6; 30], 9)).unwrap();
+    rig.step(5);
+    rig.core.submit(Submit { deadline_us: Some(1 << 40), ..request(2, &tokens(3), 1) }).unwrap();
+    rig.core.submit(request(3, &[5; 9], 1)).unwrap();
+    for id in 4..20 {
+        rig.core.fork(RequestId(3), Submit { prompt: tokens(9), ..request(id, &[5; 9], 1) }).unwrap();
+        rig.core.fork(RequestId(3), request(100 + id, &[5; 9], 1)).unwrap();
+    }
+    while rig.core.has_work() {
+        rig.step(5);
+    }
+    assert_eq!(rig.stat("finished"), 36);
+}
+
+#[test]
 fn an_aborted_child_does_not_hold_its_parent() {
     let mut rig = Rig::new(Options { slabs: 1, ..options() });
     rig.core.submit(request(1, &tokens(20), 2)).unwrap();

@@ -8,6 +8,8 @@ use std::cmp::Reverse;
 
 /// Requests that a plan tries to admit in vain before it stops trying.
 const TRIES: usize = 4;
+/// Children that a plan leaves waiting for their parents; further ones start without them.
+const MOST_CHILDREN: usize = 128;
 /// Admissions past a request that does not fit before nobody passes it any more.
 pub(super) const MOST_PASSED: u32 = 16;
 /// Requests that one plan moves to the front for their age.
@@ -143,11 +145,19 @@ impl Core {
     }
 
     /// A request did not fit. Whether others may be tried: not past one that has aged or was passed often.
-    pub(super) fn pass_over(&self, slot: Slot, tried: &mut Vec<Slot>) -> bool {
-        let request = self.table.get(slot);
-        tried.push(slot);
+    ///
+    /// A child that waits for its parent does not count, as the parent may wait behind it; but only so many are kept waiting.
+    pub(super) fn pass_over(&mut self, slot: Slot, tried: &mut Vec<Slot>) -> bool {
+        let request = self.table.get_mut(slot);
+        if request.forked.is_some() && tried.len() < MOST_CHILDREN {
+            tried.push(slot);
+            return true;
+        }
+        request.forked = None;
         let barred = request.place.order == Order::Aged || request.passed >= MOST_PASSED;
-        (request.forked.is_some() || !barred) && tried.len() < TRIES
+        tried.push(slot);
+        let failed = tried.iter().filter(|&&s| self.table.get(s).forked.is_none()).count();
+        !barred && failed < TRIES
     }
 
     /// Another request was admitted past these.

@@ -120,7 +120,8 @@ impl Core {
         let least = self.pages_for_a_save();
         let request = self.table.get_mut(slot);
         let run = request.run.as_mut().expect("a running request has a slab");
-        if run.planned >= run.hold || !tell_pages(draft.arrays, run) {
+        let news = run.told != run.seq.pages().len() as u32 || !run.adopted.is_empty();
+        if run.planned >= run.hold || (news && !tell_pages(draft.arrays, run)) {
             return;
         }
         let (pos, end) = (run.planned, run.planned + 1);
@@ -134,13 +135,9 @@ impl Core {
             replay_end: 0,
         };
         let known = request.tokens.get(pos as usize);
-        let index = match known {
-            Some(token) => draft.arrays.row(row, std::slice::from_ref(token)),
-            None => {
-                debug_assert_eq!(run.sampled_at.0, self.last, "an unknown token comes from the step before");
-                draft.arrays.placeholder_row(row, run.sampled_at.1)
-            }
-        };
+        debug_assert!(known.is_some() || run.sampled_at.0 == self.last, "it comes from the step before");
+        let token = known.map_or(-1 - run.sampled_at.1 as i32, |&token| token as i32);
+        let index = draft.arrays.decode_row(row, token);
         let pages = match keep {
             Keep::No => None,
             // While the token before is unknown the request may turn out to have ended there: then the older state is the
