@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from benches.peers.fetch import PEERS
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-PARTS = ("micro", "trace", "growth", "sglang", "vllm")
+PARTS = ("micro", "trace", "growth", "sglang", "vllm", "states")
 FEATURES = ("dynamo", "kvbm")
 
 
@@ -45,6 +46,8 @@ def main() -> int:
             rows += lines("rust", [program, "micro"])
         elif part == "growth":
             rows += lines("rust", [program, "growth", str(a.largest)])
+        elif part == "states":
+            rows += states()
         elif part == "trace":
             rows += lines("rust", [program, "trace", str(a.trace)]) if a.trace else []
         else:
@@ -96,6 +99,31 @@ def lines(process: str, command: list[str]) -> list[report.Row]:
     return [{"process": process, **row} for row in rows]
 
 
+def states() -> list[report.Row]:
+    """Snapshot policies on generated agent sessions, with Pro's real layout and the pool of an HGX B200 node."""
+    dsv4 = [sys.executable, "-m", "dsv4.cli"]
+    settings = "--model v4-pro --gpu b200 --tp 8 --pool-gib 46.1 --index-cache-dtype fp8 --sequential --json"
+    policies = "auto/value,forks/lru,turns/lru,none/lru"
+    with tempfile.TemporaryDirectory() as folder:
+        trace = str(Path(folder) / "agents.jsonl")
+        subprocess.run([*dsv4, "trace", "agents", "-o", trace], cwd=ROOT, check=True, capture_output=True)
+        command = [*dsv4, "simulate", trace, *settings.split(), "--policy", policies]
+        run = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return [
+        {
+            "process": "simulate",
+            "bench": "states",
+            "case": "agent sessions",
+            "system": f"dsv4 {name}",
+            "cached": result["hits"]["cached"],
+            "unlimited": result["hits"]["unlimited"],
+            "lost": result["hits"]["without_state"] / result["hits"]["matched"],
+            "of_history": result["snapshots"]["mean_of_history"],
+        }
+        for name, result in json.loads(run.stdout)["policies"].items()
+    ]
+
+
 def machine(load_before: float, trace: Path | None) -> dict[str, Any]:
     """Where and when, and what was measured."""
     cpu = next(
@@ -138,6 +166,8 @@ def write(folder: Path, rows: list[report.Row], about: dict[str, Any]) -> None:
         *report.table(rows),
         "",
         *report.hits(rows),
+        "",
+        *report.states(rows),
     ]
     if gone := report.skipped(rows):
         text += ["", "Not run:", "", *gone]

@@ -63,6 +63,7 @@ def _aims() -> Iterator[Aim]:
         yield Aim("trace", case, VLLM, FIFTIETH, where="vllm")
     for case in ("4096 blocks", "16384 blocks"):
         yield Aim("trace", case, "floor", 1.03, "hit", ours="dsv4 value", least=True)
+    yield Aim("states", "agent sessions", "", 0.01, "lost", where="simulate", ours="dsv4 auto/value")
 
 
 def find(rows: list[Row], where: str, bench: str, case: str, system: str, field: str) -> float | None:
@@ -91,10 +92,10 @@ def table(rows: list[Row]) -> list[str]:
             if a.peer
             else "the number itself"
         )
-        name = {"dsv4": "", "dsv4 value": " (value)"}[a.ours]
+        name = f" ({a.ours.removeprefix('dsv4 ')})" if a.ours != "dsv4" else ""
         lines.append(
             f"| {a.bench} | {a.case} | {a.field} | {mine:.4g}{name} | {who} | {theirs if a.peer else '':{'.4g' if a.peer else ''}} "
-            f"| {ratio:.3g} | {'>=' if a.least else '<='} {a.limit:g} | {'reached' if reached else '**missed**'} |"
+            f"| {ratio:.4g} | {'>=' if a.least else '<='} {a.limit:g} | {'reached' if reached else '**missed**'} |"
         )
     return lines
 
@@ -113,6 +114,22 @@ def hits(rows: list[Row]) -> list[str]:
         shown = (f"{cells[system, c]:.4f}" if (system, c) in cells else "" for c in cases)
         lines.append(f"| {system} | {' | '.join(shown)} |")
     return lines if cells else []
+
+
+def states(rows: list[Row]) -> list[str]:
+    """Markdown: what each snapshot policy reuses on agent sessions."""
+    found = [r for r in rows if r["bench"] == "states"]
+    lines = [
+        "| snapshots / eviction | reused, of all prompt tokens | with unlimited memory | lost for want of a state, of what was "
+        "cached | snapshots, of history |",
+        "| --- " * 5 + "|",
+    ]
+    for r in found:
+        lines.append(
+            f"| {r['system'].removeprefix('dsv4 ')} | {r['cached']:.4f} | {r['unlimited']:.4f} | {r['lost']:.2%} "
+            f"| {r['of_history']:.1%} |"
+        )
+    return lines if found else []
 
 
 def picture(rows: list[Row], path: Path) -> None:
