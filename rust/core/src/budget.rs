@@ -10,6 +10,8 @@
 //! both learnt. A single odd step moves nothing, since the median of three ratios (of steps of its kind) counts; after the speed has changed by a
 //! factor f the error is at most |ln f| * (1 - GAIN)^(n - 1) after n steps (docs/scheduling.md).
 
+use serde::{Deserialize, Serialize};
+
 use std::collections::VecDeque;
 
 use crate::cost::CostModel;
@@ -28,7 +30,7 @@ const LONGEST_US: f64 = 3.6e9;
 const KEPT: usize = 8;
 
 /// What a step costs besides its prompt tokens, in microseconds, before anything is measured.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StepCost {
     /// Any step: reading the weights, launching kernels.
     pub base_us: f64,

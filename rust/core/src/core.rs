@@ -14,7 +14,7 @@ use crate::budget::StepModel;
 use crate::cache::{CacheOptions, KvCache};
 use crate::error::CoreError;
 use crate::event::{Event, Events};
-use crate::explain::{Archive, Explain};
+use crate::explain::{Archive, Explain, ZeroHits};
 use crate::ids::{PinId, RequestId, Step};
 use crate::layout::LayoutSpec;
 pub use crate::options::{Options, Tenant};
@@ -43,6 +43,7 @@ pub struct Core {
     pub(crate) events: Events,
     pub(crate) archive: Archive,
     pub(crate) counters: Counters,
+    pub(crate) zero_hits: ZeroHits,
     /// The last step planned.
     pub(crate) last: Step,
     /// All steps up to this one are over.
@@ -104,6 +105,7 @@ impl Core {
             events: Events::default(),
             archive: Archive::default(),
             counters: Counters::default(),
+            zero_hits: ZeroHits::default(),
             last: Step(0),
             done: Step(0),
             coming: Step(0),

@@ -11,11 +11,13 @@
 //!
 //! All ways give the same tokens; only time differs.
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::CoreError;
 use crate::ids::SnapshotId;
 
 /// Measured costs of the device, in microseconds.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CostModel {
     /// One prefill token.
     pub token_us: f64,

@@ -2,12 +2,15 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use serde::{Deserialize, Serialize};
+
 use crate::cache::{Lost, Match};
 use crate::cost::Way;
 use crate::ids::RequestId;
+use crate::tree::hash_block;
 
 /// Why less was reused than the prompt's whole blocks.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum Reason {
     /// All of it was reused.
     #[default]
@@ -84,7 +87,7 @@ impl Reason {
 }
 
 /// The explanation of one request. Counts are tokens of its first admission; preemptions are counted to the end.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Explain {
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
@@ -104,6 +107,45 @@ impl Explain {
     /// Prompt tokens that were not run at all.
     pub fn cached_tokens(&self) -> u32 {
         self.resumed_at - self.replayed
+    }
+}
+
+/// Notices prefixes that come again and again and never hit: then something is set up wrongly, and nobody would see it.
+#[derive(Debug)]
+pub struct ZeroHits {
+    seen: Box<[u64]>,
+    misses: u32,
+    warnings: u64,
+}
+
+impl Default for ZeroHits {
+    fn default() -> Self {
+        ZeroHits { seen: vec![0; 4096].into_boxed_slice(), misses: 0, warnings: 0 }
+    }
+}
+
+impl ZeroHits {
+    /// Repeated prefixes in a row without one hit that make a warning.
+    pub const LIMIT: u32 = 32;
+
+    /// A prompt was looked up. `start`: its first block, or all of it; `hit`: some of it was reused.
+    pub fn saw(&mut self, start: &[u32], hit: bool) {
+        let name = hash_block(1, start).max(1);
+        let slot = name as usize % self.seen.len();
+        let again = std::mem::replace(&mut self.seen[slot], name) == name;
+        if hit {
+            self.misses = 0;
+        } else if again {
+            self.misses += 1;
+            if self.misses == Self::LIMIT {
+                (self.misses, self.warnings) = (0, self.warnings + 1);
+            }
+        }
+    }
+
+    /// Warnings so far.
+    pub fn warnings(&self) -> u64 {
+        self.warnings
     }
 }
 
@@ -146,6 +188,19 @@ impl Archive {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn repeated_prefixes_that_never_hit_make_one_warning_and_a_hit_ends_the_count() {
+        let mut zero = ZeroHits::default();
+        (0..1000u32).for_each(|i| zero.saw(&[i], false));
+        assert_eq!(zero.warnings(), 0, "nothing came twice");
+        (0..ZeroHits::LIMIT).for_each(|_| zero.saw(&[5000], false));
+        zero.saw(&[5000], true);
+        (0..ZeroHits::LIMIT - 1).for_each(|_| zero.saw(&[5000], false));
+        assert_eq!(zero.warnings(), 0);
+        zero.saw(&[5000], false);
+        assert_eq!(zero.warnings(), 1);
+    }
 
     #[test]
     fn the_reason_names_what_was_lost_first() {

@@ -21,9 +21,9 @@ pub(crate) fn name_of(seed: u64, index: u32, before: &[u32], tokens: &[u32]) -> 
 }
 
 impl Ghosts {
-    /// Room for about as many as the pool has pages.
+    /// Room for as many as the pool has pages, and not less than 65,536: 1 MiB.
     pub fn new(pages: u32) -> Self {
-        let slots = pages.next_power_of_two().clamp(1 << 12, 1 << 20);
+        let slots = pages.next_power_of_two().clamp(1 << 16, 1 << 20);
         Ghosts(vec![Ghost::default(); slots as usize].into_boxed_slice())
     }
 

@@ -15,6 +15,7 @@ pub mod budget;
 pub mod cache;
 pub mod core;
 pub mod cost;
+mod dump;
 pub mod error;
 pub mod event;
 pub mod eviction;

@@ -1,5 +1,7 @@
 //! Limits and policies of a core.
 
+use serde::{Deserialize, Serialize};
+
 use crate::budget::StepCost;
 use crate::cache::Eviction;
 use crate::cost::CostModel;
@@ -7,7 +9,7 @@ use crate::error::CoreError;
 use crate::policy::SnapshotPolicy;
 
 /// Limits and policies.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Options {
     /// Pages of the pool.
     pub pages: u32,
@@ -44,7 +46,7 @@ pub struct Options {
 }
 
 /// A tenant's share of the device.
-#[derive(Clone, Copy, PartialEq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 pub struct Tenant {
     /// As in [`Submit::tenant`].
     pub id: u32,

@@ -4,16 +4,19 @@
 //!   turns    |····|····|····|··        p = last boundary inside the prompt (and its end, where that is a boundary);
 //!                           p n        in decode the newest boundary is kept aside and stored when the request ends
 //!   forks    turns, and where this prompt left the known history: others may leave it there too
+//!   auto     forks, one block apart at least; and while memory is short only what is worth more than what would go
 //!   every:N  every N tokens
 //! ```
 
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 use crate::cache::Match;
 use crate::error::CoreError;
 
 /// The value of `snapshots`.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub enum SnapshotPolicy {
     /// Never; resume by replay.
     None,
@@ -78,9 +81,9 @@ impl SnapshotPolicy {
         let mut marks = match self {
             SnapshotPolicy::None | SnapshotPolicy::Every(_) => [0; 4],
             SnapshotPolicy::Turns => [inner(prompt), whole, inner(known), 0],
-            SnapshotPolicy::Forks | SnapshotPolicy::Auto => {
-                [inner(prompt), whole, inner(known), found.history]
-            }
+            SnapshotPolicy::Forks => [inner(prompt), whole, inner(known), found.history],
+            // A state one block beyond another saves next to nothing.
+            SnapshotPolicy::Auto => [inner(prompt), 0, inner(known), found.history],
         };
         let saved = |pos: u32| found.snapshots.iter().any(|s| s.0 == pos);
         marks.iter_mut().filter(|m| saved(**m)).for_each(|m| *m = 0);
@@ -137,6 +140,7 @@ mod tests {
         assert_eq!(stops("turns", 18, 18, 8), [16]);
         assert_eq!(stops("turns", 16, 16, 8), [12, 16]);
         assert_eq!(stops("forks", 18, 18, 8), [8, 16]);
+        assert_eq!(stops("auto", 16, 16, 8), [8, 12]);
         assert_eq!(stops("turns", 18, 27, 0), [16, 24]);
         assert!(stops("turns", 4 - 1, 3, 0).is_empty());
     }

@@ -11,6 +11,8 @@
 
 use std::cmp::Reverse;
 
+use serde::{Deserialize, Serialize};
+
 use crate::cache::Sequence;
 use crate::error::CoreError;
 use crate::explain::Explain;
@@ -105,7 +107,7 @@ impl Change {
 }
 
 /// What the caller submits.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Submit {
     /// The caller's name for it; free again once it has finished.
     pub id: RequestId,
@@ -198,6 +200,22 @@ impl Request {
     pub fn change(&mut self, change: Change) -> Result<(), CoreError> {
         self.phase = self.phase.after(change, self.id)?;
         Ok(())
+    }
+
+    /// As it could be submitted again.
+    pub fn as_submitted(&self, prompt: Vec<u32>) -> Submit {
+        Submit {
+            id: self.id,
+            prompt,
+            max_new: Some(self.max_new),
+            stop_ids: self.stop_ids.to_vec(),
+            salt: self.salt.to_vec(),
+            priority: self.place.priority,
+            all_logits: self.all_logits,
+            tenant: self.hint.tenant,
+            deadline_us: self.deadline_us,
+            retention: self.hint.retention,
+        }
     }
 
     /// Known tokens.

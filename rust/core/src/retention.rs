@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::HashMap;
+use serde::{Deserialize, Serialize};
 
 use crate::ids::SnapshotId;
 use crate::order::LEVELS;
 
 /// A hint of a request's owner: how its prefix will be used again.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Retention {
     /// Requests with the same key continue each other (`prompt_cache_key`).
     pub session: Option<u64>,

@@ -15,7 +15,7 @@ const CLASSES: usize = 9;
 const PRIOR: [f64; CLASSES] = [1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 1.0, 3.0];
 
 /// Uses that the prior weighs.
-const PRIOR_USES: f64 = 250.0;
+const PRIOR_USES: f64 = 1000.0;
 
 /// Pages used or evicted after which all sums halve.
 const HALF_LIFE: u64 = 20_000;

@@ -30,6 +30,8 @@ pub(crate) struct Entry {
     pub octave: i8,
     /// A deeper state of the same path or session has replaced it: first to go.
     pub superseded: bool,
+    /// Pins that keep it.
+    pub holds: u32,
     pub place: Option<Place>,
 }
 

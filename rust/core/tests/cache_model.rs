@@ -58,7 +58,8 @@ struct World {
     states: BTreeMap<Prefix, Facts>,
     live: Vec<Live>,
     leaving: Vec<(u64, Live)>,
-    pins: BTreeMap<PinId, Prefix>,
+    /// What each pin keeps: a prefix, and the states that were saved on it.
+    pins: BTreeMap<PinId, (Prefix, Vec<Prefix>)>,
     /// What the device would hold: the prefix whose last block a page stores.
     content: Vec<Option<Prefix>>,
     now: u64,
@@ -133,7 +134,11 @@ impl World {
     }
 
     fn held(&self, prefix: &Prefix) -> bool {
-        self.pins.values().any(|p| p.0 == prefix.0 && p.1.starts_with(&prefix.1))
+        self.pins.values().any(|(p, _)| p.0 == prefix.0 && p.1.starts_with(&prefix.1))
+    }
+
+    fn keeps_state(&self, prefix: &Prefix) -> bool {
+        self.pins.values().any(|(_, states)| states.contains(prefix))
     }
 
     fn pinned(&self, prefix: &Prefix) -> bool {
@@ -156,7 +161,7 @@ impl World {
     /// All that may go, with what is known of it.
     fn candidates(&self) -> Vec<(Item, Facts)> {
         let blocks = self.blocks.iter().filter(|(p, _)| !self.pinned(p) && self.children(p).next().is_none());
-        let states = self.states.iter().filter(|(p, _)| !self.held(p));
+        let states = self.states.iter().filter(|(p, _)| !self.keeps_state(p));
         let blocks = blocks.map(|(p, f)| (Item::Block(p.clone()), *f));
         states.map(|(p, f)| (Item::State(p.clone()), *f)).chain(blocks).collect()
     }
@@ -245,7 +250,8 @@ impl World {
             gone.iter().for_each(|p| assert!(!self.pinned(p), "{p:?} went, but it is in use"));
             self.blocks.retain(|p, _| blocks.contains(p));
             let gone: Vec<Prefix> = self.states.keys().filter(|p| !states.contains(p)).cloned().collect();
-            gone.iter().for_each(|p| assert!(!self.held(p), "the state at {p:?} went, but it is pinned"));
+            gone.iter()
+                .for_each(|p| assert!(!self.keeps_state(p), "the state at {p:?} went, but it is pinned"));
             self.states.retain(|p, _| states.contains(p));
         }
         while size(self) > end {
@@ -446,7 +452,9 @@ impl World {
         assert_eq!(self.cache.pinned_pages(), before + more);
         let known = blocks_of(&tokens).take_while(|b| self.blocks.contains_key(&(salt, b.clone()))).count();
         assert_eq!(kept as usize, known * BLOCK);
-        self.pins.insert(pin, (salt, tokens[..kept as usize].to_vec()));
+        let on_it = |p: &&Prefix| p.0 == salt && tokens[..kept as usize].starts_with(&p.1);
+        let states = self.states.keys().filter(on_it).cloned().collect();
+        self.pins.insert(pin, ((salt, tokens[..kept as usize].to_vec()), states));
     }
 
     fn unpin(&mut self) {

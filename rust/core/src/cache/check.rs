@@ -67,22 +67,27 @@ impl KvCache {
 
     /// Named pins: what they hold, in blocks and snapshots.
     fn check_pins(&self, pins: &mut [u32]) -> Result<(), Malformed> {
-        let mut holds = vec![0; self.tree.capacity()];
-        for seq in self.pins.values() {
-            for at in self.tree.path(seq.cursor).filter(|&at| at != seq.root) {
+        let (mut holds, mut kept) = (vec![0; self.tree.capacity()], BTreeMap::new());
+        for pin in self.pins.values() {
+            for at in self.tree.path(pin.cursor).filter(|&at| !self.tree.node(at).is_root()) {
                 pins[at as usize] += 1;
                 holds[at as usize] += 1;
             }
+            pin.states.iter().for_each(|id| *kept.entry(id.0).or_insert(0) += 1);
         }
-        let (mut blocks, mut snapshots) = (0, 0);
+        let mut blocks = 0;
         for id in self.tree.ids() {
             let n = self.tree.node(id);
             Malformed::unless(n.holds == holds[id as usize], "named pins", || format!("node {id}"))?;
-            if n.holds > 0 {
-                blocks += n.pages.len() as u32;
-                snapshots += u32::from(n.snapshot.is_some());
-            }
+            blocks += if n.holds > 0 { n.pages.len() as u32 } else { 0 };
         }
+        for (id, e) in self.snapshots.iter() {
+            let should = kept.get(&id.0).copied().unwrap_or(0);
+            Malformed::unless(e.holds == should, "pins of states", || {
+                format!("{id:?}: {}, {should}", e.holds)
+            })?;
+        }
+        let snapshots = kept.len() as u32;
         Malformed::unless(
             (blocks, snapshots) == (self.pinned_blocks, self.held_snapshots),
             "pinned pages",
@@ -109,7 +114,7 @@ impl KvCache {
             }
         }
         for (id, e) in self.snapshots.iter() {
-            let loose = self.tree.node(e.node).holds == 0;
+            let loose = e.holds == 0;
             Malformed::unless(loose == e.place.is_some(), "listed snapshots", || format!("{id:?}"))?;
             if let Some(place) = e.place {
                 listed += 1;

@@ -180,10 +180,10 @@ impl KvCache {
         }
     }
 
-    /// Lists a snapshot unless its prefix is pinned by name.
+    /// Lists a snapshot unless a pin keeps it.
     pub(super) fn list_snapshot(&mut self, id: SnapshotId) {
         let e = self.snapshots.get(id);
-        if self.tree.node(e.node).holds == 0 && e.place.is_none() {
+        if e.holds == 0 && e.place.is_none() {
             let standing = self.standing_of_snapshot(id);
             let place = self.order.insert(Item::Snapshot(id.0), &standing, self.now_us);
             self.snapshots.get_mut(id).place = Some(place);

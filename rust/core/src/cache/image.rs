@@ -4,13 +4,13 @@ use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::{KvCache, Sequence};
+use super::KvCache;
+use super::keep::Pin;
 use crate::error::CoreError;
-use crate::ids::PinId;
-use crate::retention::Hint;
+use crate::ids::{PinId, SnapshotId};
 use crate::reuse::Reuse;
 use crate::snapshot::{Entry, SnapshotPages};
-use crate::tree::{Facts, NIL};
+use crate::tree::Facts;
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 enum Above {
@@ -48,7 +48,8 @@ pub struct CacheImage {
     nodes: Vec<NodeImage>,
     /// Key, node of the newest end, node of the newest snapshot.
     sessions: Vec<(u64, Option<usize>, Option<usize>)>,
-    pins: Vec<(PinId, Above)>,
+    /// Name, end, nodes of the states that it keeps.
+    pins: Vec<(PinId, Above, Vec<usize>)>,
     last_pin: u64,
     uses: Vec<f64>,
     exposure: Vec<f64>,
@@ -79,6 +80,7 @@ impl KvCache {
             })
             .collect();
         sessions.sort_unstable();
+        let states = |pin: &Pin| pin.states.iter().map(|&id| index[&self.snapshots.get(id).node]).collect();
         let (uses, exposure) = self.reuse.sums();
         CacheImage {
             now: self.now,
@@ -86,7 +88,7 @@ impl KvCache {
             salts: roots.iter().map(|r| r.0.to_vec()).collect(),
             nodes: ids.iter().map(|&id| self.node_image(id, above(self.tree.node(id).parent))).collect(),
             sessions,
-            pins: self.pins.iter().map(|(&pin, seq)| (pin, above(seq.cursor))).collect(),
+            pins: self.pins.iter().map(|(&name, pin)| (name, above(pin.cursor), states(pin))).collect(),
             last_pin: self.last_pin,
             uses: uses.to_vec(),
             exposure: exposure.to_vec(),
@@ -130,12 +132,16 @@ impl KvCache {
             let above = *above.ok_or_else(|| wrong("a node without predecessor"))?;
             nodes.push(self.fill_node(above, n).ok_or_else(|| wrong("larger than its pool"))?);
         }
-        for &(pin, above) in &image.pins {
-            let cursor = match above {
+        for (name, above, states) in &image.pins {
+            let cursor = match *above {
                 Above::Salt(i) => roots.get(i),
                 Above::Node(i) => nodes.get(i),
             };
-            self.fill_pin(pin, *cursor.ok_or_else(|| wrong("a pin without prefix"))?);
+            let cursor = *cursor.ok_or_else(|| wrong("a pin without prefix"))?;
+            let state = |i: &usize| nodes.get(*i).and_then(|&id| self.tree.node(id).snapshot);
+            let states: Option<Vec<SnapshotId>> = states.iter().map(state).collect();
+            let states = states.ok_or_else(|| wrong("a pin of a state that is not there"))?;
+            self.hold(*name, Pin { cursor, states });
         }
         for &(key, tail, state) in &image.sessions {
             let node = |i: Option<usize>| i.and_then(|i| nodes.get(i)).map(|&id| (id, self.tree.node(id)));
@@ -174,6 +180,7 @@ impl KvCache {
                 level: s.level,
                 octave: s.octave,
                 superseded: s.superseded,
+                holds: 0,
                 place: None,
             });
             self.tree.node_mut(id).snapshot = Some(snapshot);
@@ -181,20 +188,6 @@ impl KvCache {
             self.list_snapshot(snapshot);
         }
         Some(id)
-    }
-
-    fn fill_pin(&mut self, pin: PinId, cursor: u32) {
-        let path: Vec<u32> = self.tree.path(cursor).collect();
-        for id in path {
-            self.pin_node(id);
-            self.hold(id);
-        }
-        let (root, published) = (self.tree.node(cursor).root, self.tree.node(cursor).end());
-        let (pages, hint) = (Vec::new(), Hint::default());
-        self.pins.insert(
-            pin,
-            Sequence { root, cursor, published, pages, hint, grown: false, again: 0, edge: (NIL, 0) },
-        );
     }
 
     /// The tokens of every cached prefix by salt, each up to the end of a node, and whether a state is saved there.

@@ -1,9 +1,15 @@
 //! What is kept because someone said so: pins, sessions, and the time that hints are measured against.
 
 use super::{KvCache, Sequence};
-use crate::ids::PinId;
-use crate::retention::{Hint, Session};
-use crate::tree::NIL;
+use crate::ids::{PinId, SnapshotId};
+use crate::retention::Session;
+
+/// A prefix that is kept: the node at its end, and the states on it.
+#[derive(Debug)]
+pub(super) struct Pin {
+    pub cursor: u32,
+    pub states: Vec<SnapshotId>,
+}
 
 impl KvCache {
     /// The time now, in microseconds. Going backwards is ignored.
@@ -16,13 +22,22 @@ impl KvCache {
         let Some(&root) = self.roots.get(salt) else { return 0 };
         let walk = self.tree.walk(root, tokens);
         let mut pages = 0;
-        for n in
-            self.tree.path(walk.node).map(|id| self.tree.node(id)).filter(|n| n.holds == 0 && !n.is_root())
-        {
-            pages += n.end().min(walk.blocks) - n.start;
-            pages += if n.snapshot.is_some() && n.end() <= walk.blocks { self.snapshot_pages } else { 0 };
+        for n in self.tree.path(walk.node).map(|id| self.tree.node(id)).filter(|n| !n.is_root()) {
+            pages += if n.holds == 0 { n.end().min(walk.blocks) - n.start } else { 0 };
+            let state = n.snapshot.filter(|_| n.end() <= walk.blocks);
+            pages += state.filter(|&s| self.snapshots.get(s).holds == 0).map_or(0, |_| self.snapshot_pages);
         }
         pages
+    }
+
+    /// The time, in microseconds.
+    pub fn time(&self) -> u64 {
+        self.now_us
+    }
+
+    /// Pins that stand, oldest first.
+    pub fn pins(&self) -> impl Iterator<Item = PinId> + '_ {
+        self.pins.keys().copied()
     }
 
     /// Pages kept by pins.
@@ -30,60 +45,54 @@ impl KvCache {
         self.pinned_blocks + self.held_snapshots * self.snapshot_pages
     }
 
-    /// Keeps the known whole blocks of `tokens`, and the saved states on them, until [`KvCache::unpin`]. Returns the pin and
-    /// the tokens that it keeps.
+    /// Keeps the known whole blocks of `tokens`, and the states that are saved on them now, until [`KvCache::unpin`].
+    /// Returns the pin and the tokens that it keeps.
     pub fn pin(&mut self, salt: &[u8], tokens: &[u32]) -> (PinId, u32) {
         self.now += 1;
         let root = self.root(salt);
         let walk = self.tree.walk(root, tokens);
         let cursor = self.tree.split(walk.node, walk.blocks);
-        let path: Vec<u32> = self.tree.path(cursor).collect();
+        let states = self.tree.path(cursor).filter_map(|id| self.tree.node(id).snapshot).collect();
+        self.last_pin += 1;
+        self.hold(PinId(self.last_pin), Pin { cursor, states });
+        (PinId(self.last_pin), walk.blocks * self.block)
+    }
+
+    pub(super) fn hold(&mut self, name: PinId, pin: Pin) {
+        let path: Vec<u32> = self.tree.path(pin.cursor).collect();
         for id in path {
             self.pin_node(id);
-            self.hold(id);
+            let n = self.tree.node_mut(id);
+            n.holds += 1;
+            self.pinned_blocks += if n.holds == 1 { n.pages.len() as u32 } else { 0 };
         }
-        self.last_pin += 1;
-        let pin = PinId(self.last_pin);
-        let (published, hint) = (walk.blocks, Hint::default());
-        let pages = Vec::new();
-        self.pins.insert(
-            pin,
-            Sequence { root, cursor, published, pages, hint, grown: false, again: 0, edge: (NIL, 0) },
-        );
-        (pin, walk.blocks * self.block)
-    }
-
-    pub(super) fn hold(&mut self, id: u32) {
-        let n = self.tree.node_mut(id);
-        n.holds += 1;
-        if n.holds == 1 && n.parent != NIL {
-            self.pinned_blocks += n.pages.len() as u32;
-            if let Some(snapshot) = n.snapshot {
-                self.held_snapshots += 1;
-                self.unlist_snapshot(snapshot);
-            }
+        for &id in &pin.states {
+            self.unlist_snapshot(id);
+            let e = self.snapshots.get_mut(id);
+            e.holds += 1;
+            self.held_snapshots += u32::from(e.holds == 1);
         }
-    }
-
-    fn let_loose(&mut self, id: u32) {
-        let n = self.tree.node_mut(id);
-        n.holds -= 1;
-        if n.holds == 0 && n.parent != NIL {
-            self.pinned_blocks -= n.pages.len() as u32;
-            if let Some(snapshot) = n.snapshot {
-                self.held_snapshots -= 1;
-                self.list_snapshot(snapshot);
-            }
-        }
+        self.pins.insert(name, pin);
     }
 
     /// Ends a pin. False when there is none of that name.
     pub fn unpin(&mut self, pin: PinId) -> bool {
-        let Some(seq) = self.pins.remove(&pin) else { return false };
-        let path: Vec<u32> = self.tree.path(seq.cursor).collect();
-        path.into_iter().for_each(|id| self.let_loose(id));
-        self.unpin_path(seq.cursor, None);
-        self.drop_idle_root(seq.root);
+        let Some(pin) = self.pins.remove(&pin) else { return false };
+        let path: Vec<u32> = self.tree.path(pin.cursor).collect();
+        for id in path {
+            let n = self.tree.node_mut(id);
+            n.holds -= 1;
+            self.pinned_blocks -= if n.holds == 0 { n.pages.len() as u32 } else { 0 };
+        }
+        for id in pin.states {
+            let e = self.snapshots.get_mut(id);
+            e.holds -= 1;
+            self.held_snapshots -= u32::from(e.holds == 0);
+            self.list_snapshot(id);
+        }
+        let root = self.tree.node(pin.cursor).root;
+        self.unpin_path(pin.cursor, None);
+        self.drop_idle_root(root);
         true
     }
 

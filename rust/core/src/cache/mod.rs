@@ -30,6 +30,7 @@ mod states;
 
 use std::collections::{BTreeMap, HashMap};
 
+use self::keep::Pin;
 use crate::cost::CostModel;
 use crate::error::CoreError;
 pub use crate::eviction::Eviction;
@@ -184,7 +185,7 @@ pub struct KvCache {
     ghosts: Ghosts,
     quotas: Quotas,
     sessions: Sessions,
-    pins: BTreeMap<PinId, Sequence>,
+    pins: BTreeMap<PinId, Pin>,
     last_pin: u64,
     /// Blocks and snapshots that no eviction can reach, because their prefix is pinned by name.
     pinned_blocks: u32,
@@ -327,7 +328,7 @@ impl KvCache {
         let f = &mut n.facts;
         let (class, age) = (class_of_blocks(f.uses, f.grown), now - f.used);
         f.uses = f.uses.saturating_add(u8::from(by_others));
-        f.grown &= !by_others;
+        f.grown = !by_others;
         f.level = if f.expiry <= now_us { hint.level() } else { f.level.max(hint.level()) };
         f.expiry = f.expiry.max(hint.expiry(now_us));
         (f.used, f.ended) = (now, false);
@@ -533,6 +534,11 @@ impl KvCache {
             Leaving::Sequence(s) => s.pages.len() as u32 - s.published,
         };
         self.leaving.iter().map(|(_, l)| size(l)).sum()
+    }
+
+    /// The layout whose pages these are.
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
     }
 
     /// What happened so far.

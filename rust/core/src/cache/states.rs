@@ -108,12 +108,12 @@ impl KvCache {
             level: seq.hint.level(),
             octave,
             superseded: false,
+            holds: 0,
             place: None,
         };
         let id = self.snapshots.insert(entry);
         let n = self.tree.node_mut(node);
         (n.snapshot, n.facts.lost_snapshot) = (Some(id), false);
-        self.held_snapshots += u32::from(n.holds > 0);
         self.quotas.add(seq.hint.tenant, self.snapshot_pages);
         self.list_snapshot(id);
         self.supersede_on_path(node);

@@ -202,6 +202,10 @@ impl Core {
         if request.explain.preemptions > 0 {
             return;
         }
+        if reusable {
+            let first = request.tokens.len().min(self.block as usize);
+            self.zero_hits.saw(&request.tokens[..first], way.first() > 0);
+        }
         let reason = if reusable { Reason::of(found, way, limit) } else { Reason::Disabled };
         let prompt_tokens = request.prompt;
         request.explain = Explain {

@@ -1,0 +1,95 @@
+//! A core as data: what `dump` writes and the simulator goes on from.
+//!
+//! Options, prefixes with their tokens, snapshots, hints, and live requests. Steps in flight are left out: requests that run
+//! become waiting ones, whose published history is in the cache; what the cost model has learned is left out. Loading twice gives two cores that behave alike.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cache::CacheImage;
+use crate::core::{Core, Options};
+use crate::error::CoreError;
+use crate::explain::Explain;
+use crate::ids::RequestId;
+use crate::layout::LayoutSpec;
+use crate::request::{Request, Submit};
+
+/// Raised when what is written changes.
+const VERSION: u32 = 1;
+
+#[derive(Serialize, Deserialize)]
+struct Dump {
+    version: u32,
+    layout: u64,
+    options: Options,
+    cache: CacheImage,
+    requests: Vec<Waiting>,
+}
+
+/// A live request as it would be submitted, and what it has sampled so far.
+#[derive(Serialize, Deserialize)]
+struct Waiting {
+    submit: Submit,
+    outputs: Vec<u32>,
+    computed: u32,
+    explain: Explain,
+}
+
+impl Waiting {
+    fn of(r: &Request) -> Self {
+        let (prompt, outputs) = r.tokens.split_at(r.prompt as usize);
+        let running = r.run.is_some();
+        Waiting {
+            submit: r.as_submitted(prompt.to_vec()),
+            outputs: outputs.to_vec(),
+            computed: r.run.as_ref().map_or(r.computed_before, |run| run.computed),
+            explain: Explain { preemptions: r.explain.preemptions + u32::from(running), ..r.explain },
+        }
+    }
+}
+
+impl Core {
+    /// All that is needed to go on elsewhere, as JSON.
+    pub fn dump(&self) -> String {
+        let mut live: Vec<&Request> = self.table.iter().collect();
+        live.sort_by_key(|r| r.place.arrival);
+        let dump = Dump {
+            version: VERSION,
+            layout: self.cache.fingerprint(),
+            options: self.options.clone(),
+            cache: self.cache.image(),
+            requests: live.into_iter().map(Waiting::of).collect(),
+        };
+        serde_json::to_string(&dump).expect("numbers, texts and lists can be written")
+    }
+
+    /// A core that goes on from a dump. Refuses what is not one, and one of another layout.
+    pub fn load(layout: &LayoutSpec, text: &str) -> Result<Core, CoreError> {
+        let wrong = |what: String| CoreError::config("dump", what, "it must be what dump() returned");
+        let dump: Dump = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+        if dump.version != VERSION {
+            return Err(wrong(format!("of version {}", dump.version)));
+        }
+        if dump.layout != layout.fingerprint() {
+            return Err(CoreError::config(
+                "dump",
+                "of another layout",
+                "load it with the layout of its model",
+            ));
+        }
+        let max_waiting = dump.options.max_waiting;
+        let mut core = Core::new(layout, Options { max_waiting: usize::MAX, ..dump.options })?;
+        core.cache.fill(&dump.cache)?;
+        core.pins.extend(core.cache.pins());
+        core.now_us = core.cache.time();
+        for waiting in dump.requests {
+            let id: RequestId = waiting.submit.id;
+            core.submit(waiting.submit)?;
+            let slot = core.table.find(id).expect("it was submitted");
+            let request = core.table.get_mut(slot);
+            request.tokens.extend(waiting.outputs);
+            (request.computed_before, request.explain) = (waiting.computed, waiting.explain);
+        }
+        core.options.max_waiting = max_waiting;
+        Ok(core)
+    }
+}
