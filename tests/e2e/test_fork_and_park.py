@@ -122,3 +122,12 @@ def test_a_prompt_that_gives_way_for_a_page_goes_on_where_it_was(start: Any) -> 
     finish(llm)
     assert first.token_ids == alone.generate([decode], sampled(1, 60))[0].token_ids
     assert second.token_ids == alone.generate([long], sampled(2, 3))[0].token_ids
+
+
+def test_prefixes_that_never_hit_are_told_once(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    llm = start(max_num_seqs=4)
+    for _ in range(3):
+        llm.generate([tokens(40, 5)] * 48, sampled(1, 1))
+    told = [r.getMessage() for r in caplog.records if "never hit the cache" in r.getMessage()]
+    assert len(told) == 1 and "shorter than a block" in told[0]
+    assert llm.core.stats()["zero_hit_warnings"] > 1

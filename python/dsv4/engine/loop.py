@@ -27,6 +27,9 @@ from dsv4.text.tokenizer import Tokenizer
 
 log = logging.getLogger("dsv4.engine")
 
+WARN_EVERY = 16
+"""Finished requests between two looks for prefixes that never hit."""
+
 PLAIN = Routing()
 """No hints."""
 
@@ -56,7 +59,7 @@ class EngineLoop:
         self._record = record
         self.requests: dict[int, EngineRequest] = {}
         self._keys_by_name: dict[str, int] = {}
-        self._warned = False
+        self._warned, self._finished = False, 0
         self.last_progress = time.monotonic()
         self.step = self.step_overlap if len(buffers) == 2 else self.step_simple
         self._keys = itertools.count(1)
@@ -201,3 +204,20 @@ class EngineLoop:
         if self._keys_by_name.get(request.request_id) == request.key:
             del self._keys_by_name[request.request_id]
         request.deliver(as_final(request, delta, reason, stop_token, explanation))
+        self._finished += 1
+        if not self._warned and self._finished % WARN_EVERY == 0:
+            self._warned = self._warn_of_misses()
+
+    def _warn_of_misses(self) -> bool:
+        """Says once when prefixes come again and again and never hit; `/metrics` goes on counting."""
+        stats = self.core.stats()
+        if not stats["zero_hit_warnings"]:
+            return False
+        lost = {name.removeprefix("lost_"): n for name, n in stats.items() if name.startswith("lost_") and n}
+        log.warning(
+            "prefixes are repeated and never hit the cache; prompt tokens lost by reason: %s. Is a salt, a time or an id at "
+            "the start of every prompt?",
+            ", ".join(f"{name} {n}" for name, n in sorted(lost.items(), key=lambda x: -x[1]))
+            or "none, they are shorter than a block",
+        )
+        return True

@@ -66,6 +66,7 @@ pub struct World {
     core: Core,
     device: Device,
     geometry: Geometry,
+    layout: LayoutSpec,
     arrays: Arrays,
     flying: VecDeque<(StepHeader, Vec<u32>)>,
     /// The newest steps that were committed or rolled back, with their samples.
@@ -152,6 +153,7 @@ impl World {
             calm: true,
             device: Device::new(geometry.clone(), options.pages, options.slabs, vocabulary),
             geometry,
+            layout: layout.clone(),
             arrays: Arrays::new(&core.shape()),
             core,
             options,
@@ -208,7 +210,7 @@ impl World {
             91 => self.misuse(),
             92 => self.clock(),
             93 => self.pin_or_unpin(),
-            94 => self.end_session(),
+            94 => self.end_session_or_dump(),
             95..97 => self.measure(),
             97 => {
                 let n = self.rng.range(1, 3);
@@ -324,10 +326,29 @@ impl World {
         Ok(())
     }
 
-    fn end_session(&mut self) -> Result<(), String> {
-        let session = u64::from(self.rng.below(4));
-        self.core.end_session(session);
-        Ok(())
+    /// A session ends; or the core is written down, and what is read back is sound and has the same requests. It lays its
+    /// pages out anew, so this world goes on with the core that it has.
+    fn end_session_or_dump(&mut self) -> Result<(), String> {
+        if self.rng.chance(70) {
+            let session = u64::from(self.rng.below(4));
+            self.core.end_session(session);
+            return Ok(());
+        }
+        let loaded = Core::load(&self.layout, &self.core.dump()).map_err(|e| e.to_string())?;
+        loaded.check().map_err(|e| format!("after a dump: {e}"))?;
+        let live = |core: &Core| {
+            let stats = core.stats().into_iter();
+            stats
+                .filter(|(name, _)| ["waiting", "running"].contains(&name.as_str()))
+                .map(|x| x.1)
+                .sum::<u64>()
+        };
+        let (before, after) = (live(&self.core), live(&loaded));
+        if before == after {
+            Ok(())
+        } else {
+            Err(format!("{before} requests were dumped, {after} came back"))
+        }
     }
 
     /// Submits a request under the next id, which is returned by [`World::last_id`]. A refusal must be one that is due.
