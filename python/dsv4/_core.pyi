@@ -424,6 +424,10 @@ class Core:
         the cache.
         """
 
+    def dump(self) -> str:
+        """All that another core needs to go on, JSON: options, prefixes with their tokens, saved states, live requests.
+        `dsv4 simulate --dump` reads it."""
+
     def check(self) -> None:
         """Recomputes every invariant. Raises CorruptState."""
 
@@ -525,6 +529,11 @@ class Replay:
         """Settings as in `Core`. The scheduler's costs follow from `model`. `sequential`, or no `model`:
         requests run one at a time, in order, and no time passes. `tenants`:
         (number, weight, quota of cached pages). Raises ConfigError."""
+
+    @staticmethod
+    def resume(dump: str, layout: LayoutSpec, model: StepModel) -> Replay:
+        """Goes on from `Core.dump`: its live requests run on under the dump's options, with answers as long as they may
+        be. Raises ConfigError for what is no dump, or one of another layout."""
 
     def run(self, steps: int) -> tuple[int, int, float, int]:
         """Up to `steps` further steps: (requests over, requests in all, virtual seconds, steps). It is over when the

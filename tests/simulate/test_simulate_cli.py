@@ -6,8 +6,12 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from dsv4._core import Core
 from dsv4.cli import main
+from dsv4.engine.buffers import StepBuffers
+from dsv4.model.config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 EXCERPT = "tests/data/traces/mooncake_200.jsonl"
@@ -89,6 +93,10 @@ def test_a_table_has_a_column_for_each_policy(capsys: pytest.CaptureFixture[str]
         (("simulate", EXCERPT, "--tenant", "a=2"), ["'a'", "default"]),
         (("simulate", EXCERPT, "--step-model", "overhead=1"), ["overhead", "overhead_us"]),
         (("simulate", EXCERPT, "--hash-block", "256"), ["line 1", "hash_ids", "79 ids", "157"]),
+        (("simulate",), ["TRACE", "--dump"]),
+        (("simulate", EXCERPT, "--dump", "x"), ["TRACE", "--dump", "not both"]),
+        (("simulate", "--dump", "/nowhere.json"), ["/nowhere.json", "No such file"]),
+        (("simulate", "--dump", EXCERPT), ["dump"]),
         (("trace", "agents", "--sessions", "0"), ["--sessions", "0", "1"]),
         (("trace", "agents", "--long", "2"), ["--long", "2"]),
     ],
@@ -155,3 +163,46 @@ def test_the_worked_example_of_the_documentation(
     shown, printed = cells(block), cells(out)
     assert shown[0] == printed[0] == ["none/lru", "turns/lru"] and len(shown) > 10
     assert [row[:2] for row in shown[2:]] == [row[:2] for row in printed[2:]]
+
+
+def test_a_dump_of_the_core_runs_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A stored prefix, a request in the middle of its answer and one that waits: both end, and reuse what was stored."""
+    config = ModelConfig.preset("v4-flash")
+    layout = config.layout("fp8_ds_mla", "mxfp4")
+    core = Core(
+        layout, pages=64, slabs=1, max_step_tokens=1024, max_len=8192, snapshots="turns", eviction="lru"
+    )
+    buffers = StepBuffers(layout, slabs=1, step_tokens=1024, max_len=8192)
+    events = np.zeros((64, 6), np.int64)
+
+    said: list[int] = []
+
+    def step() -> None:
+        header = core.plan(buffers.core)
+        assert header is not None
+        core.commit(header.step, np.arange(header.samples, dtype=np.int32))
+        while n := core.events(events):
+            said.extend(request for kind, request, *_ in events[:n].tolist() if kind == 1)
+
+    prompt = np.arange(1000, 2000, dtype=np.int32)
+    core.submit(70, prompt, max_new=1)
+    step()
+    while core.has_work():
+        step()
+    core.submit(71, np.concatenate([prompt, prompt[:300]]).astype(np.int32), max_new=20)
+    core.submit(5, np.concatenate([prompt, prompt[500:]]).astype(np.int32), max_new=10)
+    for _ in range(4):
+        step()
+    path = tmp_path / "core.json"
+    path.write_text(core.dump())
+    code, out, err = call(capsys, "simulate", "--dump", str(path), "--json")
+    assert code == 0, err
+    report = json.loads(out)["policies"]["dump"]
+    # What was said before the dump is not said again.
+    assert 0 < said.count(71) < 20 and 5 not in said
+    assert report["finished"] == 2 and report["tokens"]["output"] == 30 - said.count(71)
+    assert report["tokens"]["prompt"] == 1300 + 1500 and report["tokens"]["matched"] >= 2 * 768
+    assert report["hits"]["best_for_pool"] is None and report["pool"]["pages"] == 64
+    assert call(capsys, "simulate", "--dump", str(path))[0] == 0
+    code, _, err = call(capsys, "simulate", "--dump", str(path), "--index-cache-dtype", "fp8")
+    assert code == 2 and "another layout" in err

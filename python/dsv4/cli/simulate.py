@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from dsv4._core import Trace
     from dsv4.simulate.compare import Engine
 
-INDEX_FORMATS = ("mxfp4", "fp8")
+ROW_FORMATS = ("fp8_ds_mla", "bfloat16", "float32")
+INDEX_FORMATS = ("mxfp4", "fp8", "bfloat16", "float32")
 
 
 def add(commands: Any) -> None:
@@ -31,7 +33,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument(
         "traces",
-        nargs="+",
+        nargs="*",
         metavar="TRACE",
         help="JSON lines with timestamp (ms), input_length, output_length, hash_ids; session, tenant, priority",
     )
@@ -84,7 +86,15 @@ def add(commands: Any) -> None:
     engine.add_argument(
         "--tenant", action="append", default=[], metavar="NAME=WEIGHT", help="a tenant's share [1]"
     )
+    engine.add_argument(
+        "--kv-cache-dtype", default="fp8_ds_mla", choices=ROW_FORMATS, help="format of rows [fp8_ds_mla]"
+    )
     load = parser.add_argument_group("load")
+    load.add_argument(
+        "--dump",
+        metavar="FILE",
+        help="in place of a trace: what Core.dump() returned; its live requests run on under its own policy",
+    )
     load.add_argument(
         "--rate", metavar="R", help="requests per second, or such as 2x: so many times the trace's [1x]"
     )
@@ -109,31 +119,45 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Simulates every policy. Raises ConfigError for bad traces and settings."""
     from dsv4.simulate import plot
-    from dsv4.simulate.compare import Policy, compare
+    from dsv4.simulate.compare import Policy, compare, resume
 
     eviction = EngineConfig.__dataclass_fields__["eviction"].default
     policies = [Policy.parse(text, eviction) for text in arguments.policy.split(",")]
     if arguments.plot:
         plot.check()
+    if bool(arguments.traces) == bool(arguments.dump):
+        raise ConfigError("give one or more TRACE files, or --dump FILE, and not both")
     engine, said = _engine(arguments)
-    trace = _trace(arguments)
-    for line in (*said, _about(trace)):
-        note(line)
     began = time.monotonic()
-    with _Progress() as progress:
-        reports = compare(trace, engine, policies, progress)
-    note(f"{len(reports)} policies in {time.monotonic() - began:.1f} s")
-    title = (
-        f"{engine.config.name} on {engine.tp} x {engine.gpu.name}, pool {engine.pool_bytes / 2**30:.1f} GiB"
-    )
+    if arguments.dump:
+        text = _read_dump(arguments.dump)
+        note(said[1])
+        with _Progress() as progress:
+            reports = resume(text, engine, progress)
+        pool = reports["dump"]["pool"]["pages"] * reports["dump"]["pool"]["page_bytes"]
+    else:
+        trace, pool = _trace(arguments), engine.pool_bytes
+        for line in (*said, _about(trace)):
+            note(line)
+        with _Progress() as progress:
+            reports = compare(trace, engine, policies, progress)
+    note(f"{len(reports)} {'policies' if len(reports) > 1 else 'run'} in {time.monotonic() - began:.1f} s")
+    title = f"{engine.config.name} on {engine.tp} x {engine.gpu.name}, pool {pool / 2**30:.1f} GiB"
     if arguments.json:
-        print(json.dumps(_as_json(arguments, trace, engine, reports)))
+        print(json.dumps(_as_json(arguments, engine, reports)))
     else:
         _print_table(reports, title, arguments.sequential)
     if arguments.plot:
         plot.plot(reports, arguments.plot, title=title, sequential=arguments.sequential)
         note(f"picture in {arguments.plot}")
     return 0
+
+
+def _read_dump(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"dump {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
@@ -153,7 +177,7 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
             f"--memory-fraction is {a.memory_fraction:g}; it takes a number above 0 and up to 1"
         )
     config, card = ModelConfig.find(a.model), gpu(a.gpu)
-    layout = config.layout("fp8_ds_mla", a.index_cache_dtype, block_tokens=a.block_size)
+    layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=a.block_size)
     tp = a.tp or smallest_tp(config, card)
     parallel.check(config, tp, 1, tp)
     if a.pool_gib is None:
@@ -260,12 +284,11 @@ def _print_table(reports: dict[str, dict[str, Any]], title: str, sequential: boo
             print(f"{name}: {r['refused']} requests were refused; the first: {r['first_refusal']}")
 
 
-def _as_json(
-    a: argparse.Namespace, trace: Trace, e: Engine, reports: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def _as_json(a: argparse.Namespace, e: Engine, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "traces": a.traces,
-        "requests": len(trace),
+        "dump": a.dump,
+        "requests": next(iter(reports.values()))["requests"],
         "engine": {
             "model": e.config.name,
             "gpu": e.gpu.name,

@@ -113,15 +113,24 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """The core's report of each policy, by name. Raises ConfigError for a policy that the core does not know."""
     replays = {str(p): _replay(trace, engine, p) for p in policies}
-    reports: dict[str, dict[str, Any]] = {}
-    for name in list(replays):
-        replay = replays.pop(name)
-        done, total = 0, 1
-        while done < total:
-            done, total, seconds, _ = replay.run(STEPS_BETWEEN_CALLS)
-            watch(name, done, total, seconds)
-        reports[name] = json.loads(replay.report())
-    return reports
+    return {name: _finish(name, replays.pop(name), watch) for name in list(replays)}
+
+
+def resume(dump: str, engine: Engine, watch: Watch) -> dict[str, dict[str, Any]]:
+    """The report of a dump's live requests, run to their end under the dump's own options. Raises ConfigError."""
+    from dsv4._core import Replay, StepModel
+
+    model = StepModel.from_json(as_json(engine.coefficients))
+    return {"dump": _finish("dump", Replay.resume(dump, engine.layout, model), watch)}
+
+
+def _finish(name: str, replay: Any, watch: Watch) -> dict[str, Any]:
+    done, total = -1, 0
+    while done < total:
+        done, total, seconds, _ = replay.run(STEPS_BETWEEN_CALLS)
+        watch(name, done, total, seconds)
+    report: dict[str, Any] = json.loads(replay.report())
+    return report
 
 
 def _replay(trace: Trace, engine: Engine, policy: Policy) -> Any:

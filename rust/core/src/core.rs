@@ -308,6 +308,16 @@ impl Core {
         CoreError::WrongStep { step, action, in_flight: self.in_flight().map(|s| s.0).collect() }
     }
 
+    /// The time that it was told last, in microseconds.
+    pub fn time(&self) -> u64 {
+        self.now_us
+    }
+
+    /// Limits and policies.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
     /// The time now, in microseconds from any origin. Going backwards is ignored.
     pub fn set_time(&mut self, now_us: u64) {
         self.now_us = self.now_us.max(now_us);

@@ -47,7 +47,39 @@ impl Waiting {
     }
 }
 
+/// A live request, for whoever goes on with a loaded core.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Live {
+    /// Its name.
+    pub id: RequestId,
+    /// Tokens of its prompt.
+    pub prompt: u32,
+    /// Tokens sampled so far.
+    pub outputs: u32,
+    /// Tokens to sample at most.
+    pub max_new: u32,
+    /// Whose it is.
+    pub tenant: u32,
+    /// Higher goes first.
+    pub priority: i32,
+}
+
 impl Core {
+    /// Live requests in the order in which they came.
+    pub fn live(&self) -> Vec<Live> {
+        let mut live: Vec<&Request> = self.table.iter().collect();
+        live.sort_by_key(|r| r.place.arrival);
+        let told = |r: &Request| Live {
+            id: r.id,
+            prompt: r.prompt,
+            outputs: r.outputs(),
+            max_new: r.max_new,
+            tenant: r.hint.tenant,
+            priority: r.place.priority,
+        };
+        live.into_iter().map(told).collect()
+    }
+
     /// All that is needed to go on elsewhere, as JSON.
     pub fn dump(&self) -> String {
         let mut live: Vec<&Request> = self.table.iter().collect();

@@ -327,6 +327,10 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
         Ok(dict)
     }
 
+    fn dump(&self, py: Python<'_>) -> PyResult<String> {
+        self.call(py, |core| Ok(core.dump()))
+    }
+
     fn check(&self, py: Python<'_>) -> PyResult<()> {
         self.call(py, |core| Ok(core.check()?))
     }

@@ -188,6 +188,14 @@ impl PyReplay {
         Ok(PyReplay { replay: Mutex::new(replay), trace, block: layout.block_tokens })
     }
 
+    #[staticmethod]
+    fn resume(py: Python<'_>, dump: &str, layout: &PyLayoutSpec, model: &PyStepModel) -> PyResult<Self> {
+        let (layout, model) = (&layout.0, model.0);
+        let replay = enter(py, || Replay::resume(dump, layout, model))?;
+        let trace = Py::new(py, PyTrace { trace: replay.trace().clone(), blocks: Mutex::new(None) })?;
+        Ok(PyReplay { replay: Mutex::new(replay), trace, block: layout.block_tokens })
+    }
+
     /// Up to `steps` further steps: (requests over, requests in all, virtual s, steps).
     fn run(&self, py: Python<'_>, steps: u64) -> PyResult<(u64, u64, f64, u64)> {
         let p = self.call(py, |replay| Ok(replay.run(steps)?))?;

@@ -41,7 +41,8 @@ impl Blocks {
         for r in trace.requests() {
             let start = ids.len();
             let (mut chain, mut at) = (0x5eed, 0);
-            let end = if trace.output_known(r) { r.input + r.output } else { r.input };
+            let prompt = if trace.prompts_known() { r.input } else { 0 };
+            let end = if trace.output_known(r) { r.input + r.output } else { prompt };
             while at + block <= end {
                 for (id, first, n) in trace.pieces(r, at, at + block) {
                     chain = scramble(chain ^ scramble(id ^ scramble(u64::from(first) << 32 | u64::from(n))));
@@ -51,7 +52,7 @@ impl Blocks {
                 at += block;
             }
             // The last token of a prompt is always computed.
-            spans.push((start, start + ((r.input - 1) / block) as usize, ids.len()));
+            spans.push((start, start + (prompt.saturating_sub(1) / block) as usize, ids.len()));
         }
         Blocks { ids, spans, count: known.len() as u32 }
     }

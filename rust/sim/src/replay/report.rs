@@ -81,10 +81,10 @@ pub struct Hits {
     pub resumed: f64,
     /// Stored and yet run, for want of a saved state.
     pub without_state: f64,
-    /// With memory for everything, in the order of admission.
-    pub unlimited: f64,
+    /// With memory for everything, in the order of admission. `None` where prompts are not known.
+    pub unlimited: Option<f64>,
     /// Upper bound for this pool, see `best.rs`.
-    pub best_for_pool: f64,
+    pub best_for_pool: Option<f64>,
 }
 
 /// Saved states.

@@ -84,6 +84,8 @@ pub struct Replay {
     followers: HashMap<u32, u32>,
     /// Arrived and not submitted, with the time at which they came.
     outside: VecDeque<(u32, f64)>,
+    /// Places in the trace of requests that are not named by them.
+    names: HashMap<u64, u32>,
     live: HashMap<u64, Live>,
     waiting: usize,
     /// Admissions in order, with whether each is its request's first.
@@ -117,6 +119,41 @@ impl Replay {
         let mut options = settings.options.clone();
         options.max_waiting = usize::MAX;
         let core = Core::new(layout, options)?;
+        Ok(Self::of(core, trace, layout, settings))
+    }
+
+    /// Goes on from a core's dump: its live requests run on as the dump's own options say, with answers as long as they
+    /// may be. Refuses a dump of another layout.
+    pub fn resume(text: &str, layout: &LayoutSpec, model: StepModel) -> Result<Self, CoreError> {
+        let core = Core::load(layout, text)?;
+        let live = core.live();
+        let requests = live.iter().map(|r| (r.prompt, r.max_new, r.tenant, r.priority));
+        let trace = Arc::new(Trace::of_live(core.time() as f64, requests));
+        let settings = Settings { options: core.options().clone(), model: Some(model) };
+        let mut replay = Self::of(core, trace, layout, settings);
+        replay.due.clear();
+        for (index, r) in (0u32..).zip(&live) {
+            let last_token_us = (r.outputs > 0).then_some(replay.now_us);
+            let came_us = replay.now_us;
+            replay.live.insert(r.id.0, Live { came_us, last_token_us, admitted: false });
+            replay.names.insert(r.id.0, index);
+            replay.accounts[r.tenant as usize].live += 1;
+        }
+        replay.waiting = live.len();
+        Ok(replay)
+    }
+
+    /// The trace of the replay; of a resumed one, its live requests.
+    pub fn trace(&self) -> &Arc<Trace> {
+        &self.trace
+    }
+
+    /// The place in the trace of a request of the core.
+    fn index(&self, id: u64) -> u32 {
+        self.names.get(&id).copied().unwrap_or(id as u32)
+    }
+
+    fn of(core: Core, trace: Arc<Trace>, layout: &LayoutSpec, settings: Settings) -> Self {
         let shape = core.shape();
         let pool = Pool {
             pages: settings.options.pages.into(),
@@ -139,6 +176,7 @@ impl Replay {
             due,
             followers,
             outside: VecDeque::new(),
+            names: HashMap::new(),
             live: HashMap::new(),
             waiting: 0,
             order: Vec::with_capacity(trace.requests().len()),
@@ -154,7 +192,7 @@ impl Replay {
             core,
         };
         replay.sample_moment();
-        Ok(replay)
+        replay
     }
 
     /// Up to `steps` further steps. Returns how far it is; it is over when `done` is `total`.
@@ -284,7 +322,8 @@ impl Replay {
             self.accounts.iter_mut().filter(|a| a.live > 0).for_each(|a| a.contended_us += us);
         }
         for row in 0..header.rows as usize {
-            let (index, len) = (self.arrays.row_req[row] as usize, self.arrays.row_len[row] as u64);
+            let index = self.index(self.arrays.row_req[row] as u64) as usize;
+            let len = self.arrays.row_len[row] as u64;
             let account = &mut self.accounts[self.trace.requests()[index].tenant as usize];
             account.served += len;
             account.contended += if contended { len } else { 0 };
@@ -295,14 +334,15 @@ impl Replay {
 
     /// The tokens that the step samples: those that the trace says.
     fn draw(&mut self, header: &StepHeader) {
-        let (arrays, trace) = (&self.arrays, &self.trace);
-        let token = |&row: &i32| {
+        let mut samples = std::mem::take(&mut self.samples);
+        samples.clear();
+        samples.extend(self.arrays.sample_rows[..header.samples as usize].iter().map(|&row| {
             let row = row as usize;
-            let pos = (arrays.row_start[row] + arrays.row_len[row]) as u32;
-            trace.output_token(&trace.requests()[arrays.row_req[row] as usize], pos)
-        };
-        self.samples.clear();
-        self.samples.extend(arrays.sample_rows[..header.samples as usize].iter().map(token));
+            let pos = (self.arrays.row_start[row] + self.arrays.row_len[row]) as u32;
+            let index = self.index(self.arrays.row_req[row] as u64);
+            self.trace.output_token(&self.trace.requests()[index as usize], pos)
+        }));
+        self.samples = samples;
     }
 
     fn hear(&mut self) {
@@ -316,7 +356,7 @@ impl Replay {
     }
 
     fn note(&mut self, event: Event) {
-        let index = event.request.0 as u32;
+        let index = self.index(event.request.0);
         let account = &mut self.accounts[self.trace.requests()[index as usize].tenant as usize];
         let live = self.live.get_mut(&event.request.0).expect("events are of live requests");
         match event.what {
@@ -387,6 +427,7 @@ impl Replay {
         r.event_hash = format!("{:016x}", self.hash);
         r.tokens =
             Tokens { replayed: stats["replayed_tokens"], recomputed: stats["recomputed_tokens"], ..r.tokens };
+        let known = self.trace.prompts_known();
         let best = blocks.best(&self.order, self.settings.options.pages);
         let share = |tokens: u64| tokens as f64 / (r.tokens.prompt as f64).max(1.0);
         r.hits = Hits {
@@ -394,8 +435,8 @@ impl Replay {
             matched: share(r.tokens.matched),
             resumed: share(r.tokens.resumed),
             without_state: share(r.tokens.matched - r.tokens.cached),
-            unlimited: share(best.unlimited * self.pool.block_tokens),
-            best_for_pool: share(best.pool * self.pool.block_tokens),
+            unlimited: known.then(|| share(best.unlimited * self.pool.block_tokens)),
+            best_for_pool: known.then(|| share(best.pool * self.pool.block_tokens)),
         };
         let lost = stats.iter().filter_map(|(name, &n)| Some((name.strip_prefix("lost_")?.to_owned(), n)));
         r.lost = lost.filter(|&(_, n)| n > 0).collect();

@@ -122,6 +122,37 @@ impl Trace {
         })
     }
 
+    /// Requests that a core has already: (prompt tokens, output tokens, tenant, priority), all at `at_us`. Of their tokens
+    /// nothing is known.
+    pub(crate) fn of_live(at_us: f64, live: impl Iterator<Item = (u32, u32, u32, i32)>) -> Self {
+        let mut trace = Trace::new(1).expect("the block size is valid");
+        for (input, output, tenant, priority) in live {
+            while trace.tenants.len() as u32 <= tenant {
+                trace.tenants.push(format!("tenant {}", trace.tenants.len()));
+            }
+            let serial = trace.requests.len() as u64;
+            let (ids, output_ids, session, delay_us) = (0..0, 0..0, None, None);
+            trace.requests.push(Arrival {
+                at_us,
+                input,
+                output,
+                session,
+                tenant,
+                delay_us,
+                priority,
+                ids,
+                output_ids,
+                serial,
+            });
+        }
+        trace
+    }
+
+    /// Whether the trace says what prompts are.
+    pub fn prompts_known(&self) -> bool {
+        !self.ids.is_empty()
+    }
+
     /// Adds the requests of a file. Its ids and sessions are its own: they equal none of another file.
     pub fn read(&mut self, file: &str, reader: impl BufRead) -> Result<(), TraceError> {
         let before = self.requests.len();
