@@ -295,7 +295,7 @@ def test_a_second_request_is_explained_by_the_first() -> None:
     engine.run()
     assert [engine.core.explain(r)["reason"] for r in (3, 4, 5, 6)] == [
         "snapshot_evicted",
-        "never_stored",
+        "salt",
         "below_block",
         "disabled",
     ]

@@ -413,7 +413,7 @@ class Core:
         Raises UnknownRequest.
 
         reason: `none` (nothing was lost), `never_stored`, `history_evicted`, `snapshot_evicted`,
-        `below_block`, `declined_by_cost`, `disabled`.
+        `below_block`, `declined_by_cost`, `salt` (stored, but under another salt), `disabled`.
         """
 
     def forget(self, req: int) -> bool:
