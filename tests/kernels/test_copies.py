@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("dsv4._core")  # the layout comes from the core
+
 from dsv4.cache import PagedCache
 from dsv4.kernels.triton.copies import RESET, RESTORE, SAVE, Copies
 
