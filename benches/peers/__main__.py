@@ -138,7 +138,7 @@ def machine(load_before: float, trace: Path | None) -> dict[str, Any]:
     rust = subprocess.run(["rustc", "--version"], capture_output=True, text=True).stdout.strip()
     return {
         "date": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-        "command": f"python -m benches.peers {' '.join(x for x in sys.argv[1:] if not x.startswith('/'))}".strip(),
+        "command": f"python -m benches.peers {' '.join(Path(x).name if '/' in x else x for x in sys.argv[1:])}".strip(),
         "trace": trace.name if trace else None,
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "load": [round(load_before, 2), round(os.getloadavg()[0], 2)],

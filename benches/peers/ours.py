@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benches.peers.timing import BLOCK, CHUNK, MILLION, diverging, report_us, tokens, us
+
 LIBRARY = Path(__file__).parent / "rust" / "target" / "release" / "libdsv4_peer_bench.so"
 
 
@@ -79,3 +81,27 @@ class Steps:
     def run(self) -> int:
         """Plan and commit of one step; requests that decoded."""
         return self._lib.steps_run(self._steps)
+
+
+def micro() -> None:
+    """Match, insert and evict of a million tokens in this process."""
+    prompt = tokens(7, MILLION)
+    other = diverging(prompt)
+    cache = Cache(2 * MILLION // BLOCK)
+    for end in range(CHUNK, MILLION + 1, CHUNK):
+        cache.request(prompt[:end])
+    assert cache.match(prompt) == MILLION // BLOCK
+    report_us("radix_match_1m", "full hit", "dsv4", 31, lambda: us(lambda: cache.match(prompt)))
+    report_us("radix_match_1m", "diverges in the middle", "dsv4", 31, lambda: us(lambda: cache.match(other)))
+
+    def cold() -> float:
+        fresh = Cache(2 * MILLION // BLOCK)
+        return us(lambda: fresh.request(prompt))
+
+    def evict() -> float:
+        full = Cache(MILLION // BLOCK)
+        full.request(prompt)
+        return us(lambda: full.evict(MILLION // BLOCK))
+
+    report_us("radix_insert_1m", "cold", "dsv4", 9, cold)
+    report_us("radix_evict_1m", "all of it", "dsv4", 9, evict)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benches.peers import isolate
+from benches.peers import isolate, ours
 from benches.peers.fetch import PEERS, place
 from benches.peers.ours import Cache
 from benches.peers.timing import (
@@ -228,30 +228,6 @@ def micro(peer: PythonTree | RustTree) -> None:
     )
 
 
-def ours() -> None:
-    """dsv4 in this process, called through C."""
-    prompt = tokens(7, MILLION)
-    other = diverging(prompt)
-    cache = Cache(2 * MILLION // BLOCK)
-    for end in range(CHUNK, MILLION + 1, CHUNK):
-        cache.request(prompt[:end])
-    assert cache.match(prompt) == MILLION // BLOCK
-    report_us("radix_match_1m", "full hit", "dsv4", 31, lambda: us(lambda: cache.match(prompt)))
-    report_us("radix_match_1m", "diverges in the middle", "dsv4", 31, lambda: us(lambda: cache.match(other)))
-
-    def cold() -> float:
-        fresh = Cache(2 * MILLION // BLOCK)
-        return us(lambda: fresh.request(prompt))
-
-    def evict() -> float:
-        full = Cache(MILLION // BLOCK)
-        full.request(prompt)
-        return us(lambda: full.evict(MILLION // BLOCK))
-
-    report_us("radix_insert_1m", "cold", "dsv4", 9, cold)
-    report_us("radix_evict_1m", "all of it", "dsv4", 9, evict)
-
-
 def replay(peers: list[PythonTree | RustTree], path: Path) -> None:
     """A trace at every capacity, dsv4 in turn with the peers."""
     requests = list(trace(path))
@@ -283,7 +259,7 @@ def main() -> int:
         replay(peers, Path(sys.argv[1]))
         return 0
     compare(tokens(7, MILLION))
-    ours()
+    ours.micro()
     for peer in peers:
         micro(peer)
     return 0

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benches.peers import isolate
+from benches.peers import isolate, ours
 from benches.peers.fetch import PEERS, place
 from benches.peers.ours import Cache, Pool, Steps
 from benches.peers.timing import (
@@ -153,7 +153,7 @@ def micro(peer: Manager) -> None:
 
 
 def churn(peer: Manager) -> None:
-    pool, ours = peer.pool(1 << 16), Pool(1 << 16)
+    pool, own = peer.pool(1 << 16), Pool(1 << 16)
     for n in (1, 16, 512, 4096):
         repeats = max(1, 4096 // n)
 
@@ -162,7 +162,7 @@ def churn(peer: Manager) -> None:
                 pool.free_blocks(pool.get_new_blocks(n))
 
         name = f"vllm {PEERS['vllm'][0]} BlockPool (Python)"
-        for system, f in ((name, theirs), ("dsv4", lambda n=n, repeats=repeats: ours.churn(n, repeats))):
+        for system, f in ((name, theirs), ("dsv4", lambda n=n, repeats=repeats: own.churn(n, repeats))):
             times = sorted(us(f) * 1e3 / (repeats * n) for _ in range(9))
             report("alloc_churn", f"{n} pages", system, ns=times[4], low_ns=times[0])
 
@@ -192,9 +192,9 @@ def steps(peer: Manager) -> None:
                 r.num_computed_tokens += 1
             return spent
 
-        ours = Steps(running, CHUNK)
+        own = Steps(running, CHUNK)
         report_us("sched_step", case, NAME, 21, step)
-        report_us("sched_step", case, "dsv4", 101, lambda ours=ours: us(ours.run))
+        report_us("sched_step", case, "dsv4", 101, lambda own=own: us(own.run))
 
 
 def replay(peer: Manager, path: Path) -> None:
@@ -219,6 +219,7 @@ def main() -> int:
         replay(peer, Path(sys.argv[1]))
         return 0
     compare(tokens(7, MILLION))
+    ours.micro()
     micro(peer)
     churn(peer)
     steps(peer)
