@@ -9,17 +9,19 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from dsv4._core import Core, LayoutSpec, NeverFits
+from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
-from dsv4.plan.cache import AUTO_BUDGET, FULL_WINDOW, Capacity, Traffic, capacities, size_pool
+from dsv4.plan.cache import FULL_WINDOW, Capacity, Traffic, capacities, size_pool
 
 POOL = 49_500_000_000
 
 
-def fits(index: str, budget: float = 0.125, pool: int = POOL) -> dict[str, Capacity]:
+def fits(index: str) -> dict[str, Capacity]:
+    budget = EngineConfig().snapshot_budget
     layout = ModelConfig.preset("v4-pro").layout("fp8_ds_mla", index)
     rows = capacities(
-        layout, layout.pages_for(pool), 2**20, every=[2048, 8192], budget=budget, traffic=Traffic()
+        layout, layout.pages_for(POOL), 2**20, every=[2048, 8192], budget=budget, traffic=Traffic()
     )
     return {row.policy: row for row in rows}
 
@@ -34,7 +36,7 @@ def test_a_b200_pool_holds_what_the_arithmetic_says() -> None:
 
 
 def test_the_budget_is_that_of_the_core() -> None:
-    assert inspect.signature(Core).parameters["snapshot_budget"].default == AUTO_BUDGET
+    assert inspect.signature(Core).parameters["snapshot_budget"].default == EngineConfig().snapshot_budget
 
 
 def toy(snapshot_rows: int = 5) -> LayoutSpec:

@@ -23,7 +23,13 @@ def add(commands: Any) -> None:
         help="what fits on which GPUs, to the byte, without one",
         description="Weights, cache, workspace and capacity of a model on given GPUs, with every formula.",
     )
-    names = ("max_num_seqs", "max_num_batched_tokens", "block_size", "gpu_memory_utilization")
+    names = (
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+        "gpu_memory_utilization",
+        "snapshot_budget",
+    )
     defaults = {f.name: f.default for f in fields(EngineConfig) if f.name in names}
     parser.add_argument(
         "model",
@@ -109,8 +115,9 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--snapshot-budget",
         type=float,
+        default=defaults["snapshot_budget"],
         metavar="F",
-        help="largest share of the pool for snapshots under auto",
+        help=f"largest share of the pool for snapshots under auto [{defaults['snapshot_budget']}]",
     )
     parser.add_argument(
         "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"
@@ -137,7 +144,7 @@ def question(a: argparse.Namespace) -> Question:
     from dsv4.gpus import gpu
     from dsv4.model.config import ModelConfig
     from dsv4.plan.build import Question
-    from dsv4.plan.cache import AUTO_BUDGET, Traffic
+    from dsv4.plan.cache import Traffic
     from dsv4.plan.parallel import choose
     from dsv4.plan.workspace import Limits
 
@@ -152,9 +159,9 @@ def question(a: argparse.Namespace) -> Question:
     max_len = config.max_position if a.max_len is None else a.max_len
     if not 1 <= max_len <= config.max_position:
         raise ConfigError(f"--max-len is {max_len}; {config.name} takes 1 to {config.max_position}")
-    budget = AUTO_BUDGET if a.snapshot_budget is None else a.snapshot_budget
     _share("--memory-fraction", a.memory_fraction)
-    _share("--snapshot-budget", budget)
+    if not 0 <= a.snapshot_budget <= 1:
+        raise ConfigError(f"--snapshot-budget is {a.snapshot_budget:g}; it takes a share from 0 to 1")
     return Question(
         config=config,
         layout=config.layout(a.rows, INDEX_FORMATS[a.index], block_tokens=a.block_size),
@@ -164,7 +171,7 @@ def question(a: argparse.Namespace) -> Question:
         limits=Limits(a.step_tokens, a.max_num_seqs, max_len, a.graphs),
         memory_fraction=a.memory_fraction,
         pool_bytes=None if a.pool_gb is None else _pool(a.pool_gb),
-        snapshot_budget=budget,
+        snapshot_budget=a.snapshot_budget,
         every=_spacings(a.every),
         traffic=Traffic() if a.turn_tokens is None else Traffic(turn_tokens=a.turn_tokens),
         draft=a.draft,

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
 
 
-AUTO_BUDGET = 0.1
-"""Default of `snapshot_budget`, which is the core's."""
-
-
 def pages_of(layout: LayoutSpec, tokens: int) -> int:
     """Pages that hold the history of so many tokens."""
     return -(-tokens // layout.block_tokens)
