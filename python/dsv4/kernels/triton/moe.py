@@ -22,9 +22,7 @@ and one token needs no plan. Every sum has a fixed order.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import triton
@@ -411,10 +409,7 @@ def run(
     if not tokens:
         return y
     slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]
-    pick = _config(tokens, k, count, tiles1, tiles2, packed)
-    if tune is None and pick["bt"] >= 32 and not torch.cuda.is_current_stream_capturing():
-        tune = _fastest(pick["bt"], packed, partial(run, x, experts, weights, packed, limit, shared))
-    pick |= tune or {}
+    pick = _config(tokens, k, count, tiles1, tiles2, packed) | (tune or {})
     bt, one, few = pick["bt"], tokens == 1, tokens <= FEW
     blocks = slots if one else min(slots, count + slots // bt)
     empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
@@ -457,42 +452,6 @@ def run(
             out, shared, y, dim, TOPK=k, BLOCK=block, PDL=bool(overlap), **overlap
         )
     return y
-
-
-_PREFILL = (
-    dict(bt=32, warps=4, stages=3),
-    dict(bt=32, warps=4, stages=4),
-    dict(bt=64, warps=4, stages=3),
-    dict(bt=64, warps=8, stages=3),
-    dict(bt=128, warps=8, stages=3),
-)
-"""Settings that are timed for many tokens. They give the same bits: the order of sums along channels is that of all."""
-
-_chosen: dict[tuple[int, ...], dict[str, int]] = {}
-
-
-def _fastest(bt: int, packed: PackedExperts, call: Callable[..., Tensor]) -> dict[str, int]:
-    """The fastest of _PREFILL for experts of these sizes with about bt tokens each, timed on the first such call."""
-    key = (bt, *packed.w13.shape[:3], packed.w2.shape[1], int(packed.absorb))
-    if key not in _chosen and packed.w13.is_cuda:
-        times = []
-        for tune in _PREFILL:
-            call(tune=tune)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(2):
-                call(tune=tune)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        _chosen[key] = _PREFILL[times.index(min(times))]
-        log.info(
-            "experts with about %d tokens each: %s of %s ms",
-            bt,
-            _chosen[key],
-            [round(t / 2, 2) for t in times],
-        )
-    return _chosen.get(key, {})
 
 
 def _config(
