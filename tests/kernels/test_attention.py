@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from dsv4.kernels.triton import attention
-from dsv4.kernels.triton.widen import widen
 from dsv4.ops.reference.attention import sparse_attention as reference
 from dsv4.ops.registry import REGISTRY
 
@@ -89,23 +88,6 @@ def check(case: Case, tolerance: float, run: Any = attention.sparse_attention, *
     assert close(got, expected) <= tolerance
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "fp8_ds_mla"])
-def test_widen(form: str) -> None:
-    """Every window row, then the entries of one request after the other."""
-    case = moved(make(((150, 1), (40, 3), (0, 2)), form=form, k=None, dim=80, rope=16), DEVICE)
-    tokens, entries, window = case["tokens"], case["entries"], case["window"]
-    got = widen(tokens, window, case["history"], entries, 16).float().cpu()
-    rows = len(window.region) * window.rows
-    plain = window.read(torch.arange(rows, device=DEVICE)).cpu()
-    seen = torch.unique(case["window_ids"][case["window_ids"] >= 0]).long().cpu()
-    assert close(got[:rows][seen], plain[seen]) <= 1e-3
-    for r, slab in enumerate(tokens.slabs):
-        visible = int(entries.visible[tokens.row == r].max())
-        expected = case["history"].read(entries.locate(slab, torch.arange(visible, device=DEVICE)))
-        part = got[rows + r * entries.most :][:visible]
-        assert visible == 0 or close(part, expected) <= 1e-3
-
-
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3, "fp8_ds_mla": 2e-3}
 """||error|| / ||result||; probabilities are rounded to the type of the matrix product."""
 
@@ -173,18 +155,6 @@ def test_full_width(backend: str, options: dict[str, Any]) -> None:
     for rows in (((350, 1),), ((350, 1), (37, 1), (0, 1), (128, 1), (254, 1)), ((300, 70), (0, 5), (201, 1))):
         for splits in (None, 1, 2):
             check(full_width(rows, **options), 4e-3, run, splits=splits)
-
-
-@on_hopper
-@pytest.mark.parametrize(
-    "options", [{}, {"heads": 4, "k": 50}, {"heads": 128}, {"k": None}, {"k": 0}], ids=str
-)
-def test_rows_widened_first(options: dict[str, Any]) -> None:
-    """Prefill's way, and many tokens to a CTA, also where it would not pay."""
-    run = REGISTRY.load("sparse_attention", "gluon")
-    for rows in (((350, 1), (37, 1)), ((300, 70), (0, 5), (201, 1)), ((100, 250), (0, 130))):
-        check(full_width(rows, **options), 4e-3, run, splits=1, wide=True)
-        check(full_width(rows, **options), 4e-3, run, splits=1, wide=False)
 
 
 @pytest.mark.parametrize("backend", ON_GPU)

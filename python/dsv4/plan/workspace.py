@@ -27,8 +27,6 @@ MULTIPROCESSORS = 160
 """At least those of any known GPU; split work is cut to fill them and no further."""
 SPLIT_ATTENTION = 2 * MULTIPROCESSORS * 64
 """Heads of partial results at once."""
-WIDENED_BYTES = 1 << 29
-"""Scratch for rows that prefill widens to fp16."""
 SPLIT_PRODUCT = 6 * MULTIPROCESSORS * 128 * 16
 """Numbers of partial results of a product with few tokens."""
 STREAM_PARTS = 16 * 32
@@ -146,9 +144,6 @@ def _attention(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Para
     window = next(x for x in layout.components if x.kind == "window")
     rows = limits.step_tokens + limits.running * window.tokens
     sheet.add(phase, "window rows of the step and before it", ("rows", rows), ("bytes", window.row_bytes))
-    entries = limits.running * limits.max_len // min(filter(None, c.compress_ratios), default=limits.max_len)
-    widened = min(rows + entries, WIDENED_BYTES // (2 * c.head_dim))
-    sheet.add(phase, "rows widened for prefill", ("rows", widened), ("channels", c.head_dim), ("bytes", 2))
     sheet.add(
         phase,
         "partial results of split attention",

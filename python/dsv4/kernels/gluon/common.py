@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy
 
 _DESCRIPTOR = gl.shared_memory_descriptor
 NEW_NAMES = hasattr(_DESCRIPTOR, "reinterpret")
 """Triton 3.9: `reinterpret` and `barrier`; before that `_reinterpret` and `thread_barrier`."""
-
-async_load = (
-    async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-)
-"""Pointers to shared memory, past the registers."""
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
