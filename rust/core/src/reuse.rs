@@ -6,7 +6,7 @@
 //! it is used, too. Both sums start from a prior and halve now and then, so that the estimate follows the traffic.
 //!
 //! Rates within a class differ, and they fall with age, so `Order` uses the square root of the rate, over the age
-//! (docs/decisions/0004 has the traces on which this was chosen).
+//! (docs/decisions/0006 has the traces on which this was chosen).
 
 /// Classes of history by uses, then of snapshots.
 const CLASSES: usize = 9;

@@ -317,8 +317,12 @@ impl Tree {
     /// Appends blocks below `id`: to its own edge where only this cursor ends there (and `may_grow`), else as a new child
     /// with `facts`. Returns the node at the new end, pinned once like the cursor it replaces.
     pub fn append(&mut self, id: u32, tokens: &[u32], pages: &[PageId], facts: Facts, may_grow: bool) -> u32 {
-        for (block, page) in tokens.chunks_exact(self.block).zip(pages) {
-            self.tokens[page.0 as usize * self.block..][..self.block].copy_from_slice(block);
+        let mut done = 0;
+        while done < pages.len() {
+            let run = run_of(&pages[done..]);
+            let (to, size) = (pages[done].0 as usize * self.block, run * self.block);
+            self.tokens[to..to + size].copy_from_slice(&tokens[done * self.block..][..size]);
+            done += run;
         }
         self.blocks += pages.len() as u32;
         let n = self.node_mut(id);
