@@ -376,8 +376,11 @@ impl World {
         let reserved = self.follow(None, |w| w.cache.reserve_snapshot(&w.live[i].seq, pos as u32, evict));
         let Some(pages) = reserved else { return };
         pages.pages().iter().for_each(|p| self.content[p.0 as usize] = None);
-        let live = &mut self.live[i];
-        match self.cache.publish_snapshot(&mut live.seq, pos as u32, pages) {
+        // With `admit_by_value` the second state back goes at once.
+        let published =
+            self.follow(None, |w| w.cache.publish_snapshot(&mut w.live[i].seq, pos as u32, pages));
+        let live = &self.live[i];
+        match published {
             Ok(_) => {
                 self.now += 1;
                 let (at, hint) = ((live.salt, live.tokens[..pos].to_vec()), live.hint);

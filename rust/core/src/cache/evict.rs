@@ -89,7 +89,7 @@ impl KvCache {
         self.unlist_snapshot(id);
         let entry = self.snapshots.remove(id);
         let n = self.tree.node_mut(entry.node);
-        (n.snapshot, n.facts.lost_snapshot) = (None, !entry.superseded);
+        (n.snapshot, n.facts.lost_snapshot) = (None, true);
         if !entry.superseded {
             self.reuse.left(class_of_snapshot(entry.uses), self.now - entry.used, self.snapshot_pages, false);
         }

@@ -10,6 +10,9 @@ use crate::snapshot::{Entry, SnapshotPages};
 /// A state that was used more than once is wanted by more than the one who continues it.
 const SHARED: u8 = 2;
 
+/// A state is refused only when it looks worth this much less than what would go for it: snapshots have a budget besides.
+const LENIENCY: f64 = 4.0;
+
 /// Every so many states are saved although they look worth less than what they push out: nothing else would show that they
 /// have become worth more.
 const EXPLORE: u64 = 16;
@@ -75,7 +78,7 @@ impl KvCache {
         let age = self.now - place.key.min(self.now);
         let octave = self.octave(saved, self.snapshot_pages);
         let mine = Queue::Live { level: seq.hint.level(), class: class_of_snapshot(0), octave };
-        self.order.value(mine, age, &self.reuse) >= self.order.value(place.queue, age, &self.reuse)
+        LENIENCY * self.order.value(mine, age, &self.reuse) >= self.order.value(place.queue, age, &self.reuse)
     }
 
     /// Stores a saved state at position `pos` of the sequence's published path. Hands the pages back when the path is not
@@ -122,12 +125,22 @@ impl KvCache {
         Ok(id)
     }
 
-    /// The state before a new one, if nothing branches off between them, is the first to go.
+    /// The state before a new one, if nothing branches off between them, is the first to go. With `admit_by_value` the one
+    /// before that goes at once: two are kept at each tip, since the next prompt may leave out the end of this one's output.
     fn supersede_on_path(&mut self, node: u32) {
         let mut at = self.tree.node(node).parent;
+        let mut newest = true;
         while !self.tree.node(at).is_root() && self.tree.node(at).children == 1 {
             if let Some(id) = self.tree.node(at).snapshot {
-                return self.supersede(id);
+                if !newest {
+                    let e = self.snapshots.get(id);
+                    if self.options.admit_by_value && e.superseded && e.holds == 0 {
+                        self.evict_snapshot(id);
+                    }
+                    return;
+                }
+                self.supersede(id);
+                newest = false;
             }
             at = self.tree.node(at).parent;
         }
