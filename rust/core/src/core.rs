@@ -17,6 +17,7 @@ use crate::event::{Event, Events};
 use crate::explain::{Archive, Explain, ZeroHits};
 use crate::ids::{PinId, RequestId, Step};
 use crate::layout::LayoutSpec;
+use crate::mutant::{self, Mutant};
 pub use crate::options::{Options, Tenant};
 use crate::plan::PlanShape;
 use crate::policy::SnapshotPolicy;
@@ -93,7 +94,8 @@ impl Core {
         };
         Ok(Core {
             shape,
-            replay_tokens: options.replay_tokens.unwrap_or(layout.replay_tokens()),
+            replay_tokens: options.replay_tokens.unwrap_or(layout.replay_tokens())
+                - u32::from(mutant::on(Mutant::WindowOffByOne)),
             block: layout.block_tokens,
             snapshot_pages: layout.snapshot_pages(),
             cache: KvCache::new(layout, &cache_options)?,

@@ -24,11 +24,23 @@ pub enum Mutant {
     AdoptionUntold,
     /// A prefix is matched one block further than it was compared.
     MatchTooLong,
+    /// A replay starts one token late.
+    WindowOffByOne,
+    /// A request starts from a saved state that nobody restores.
+    HitWithoutState,
+    /// A replay writes history from a state that is not exact yet.
+    ReplayWrites,
+    /// Results of an earlier stay in a slab count.
+    LateResultCounts,
+    /// A slab is free at once although a step in flight writes it.
+    SlabAtOnce,
+    /// A fork does not copy the page that its parent is writing.
+    ForkSharesTail,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 9] = [
+    pub const ALL: [Mutant; 15] = [
         Mutant::SkippedDecrement,
         Mutant::SkippedIncrement,
         Mutant::FreeAtAbort,
@@ -38,6 +50,12 @@ impl Mutant {
         Mutant::PinnedInLine,
         Mutant::AdoptionUntold,
         Mutant::MatchTooLong,
+        Mutant::WindowOffByOne,
+        Mutant::HitWithoutState,
+        Mutant::ReplayWrites,
+        Mutant::LateResultCounts,
+        Mutant::SlabAtOnce,
+        Mutant::ForkSharesTail,
     ];
 }
 

@@ -2,6 +2,7 @@
 
 use crate::error::CoreError;
 use crate::ids::{PageId, RequestId, SlabId, Step};
+use crate::mutant::{self, Mutant};
 
 /// The state starts empty: clear the slab's pools before the row runs.
 pub const RESET: i32 = 1;
@@ -178,6 +179,9 @@ impl<'a, 'b> PlanWriter<'a, 'b> {
 
     /// A state to restore before the forward.
     pub fn restore(&mut self, slab: SlabId, pos: u32, pages: &[PageId]) {
+        if mutant::on(Mutant::HitWithoutState) {
+            return;
+        }
         write_copy(self.out.restores, self.header.restores, self.shape.copy_pages, slab, pos, pages);
         self.header.restores += 1;
     }

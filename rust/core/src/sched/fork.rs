@@ -9,6 +9,7 @@ use crate::core::Core;
 use crate::error::CoreError;
 use crate::event::What;
 use crate::ids::{RequestId, Step};
+use crate::mutant::{self, Mutant};
 use crate::request::{Change, Forked, Phase, Run, Start, Submit};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
@@ -145,7 +146,9 @@ impl Core {
         assert!(taken.is_ok(), "{needed} pages were available: {taken:?}");
         let slab = self.slabs.take().expect("a free slab was seen");
         let partial = !at.is_multiple_of(block);
-        let pages = from_page.filter(|_| partial).map(|from| (from, seq.pages()[full as usize]));
+        let pages = from_page
+            .filter(|_| partial && !mutant::on(Mutant::ForkSharesTail))
+            .map(|from| (from, seq.pages()[full as usize]));
         draft.arrays.fork(from_slab, slab, pages);
         self.epochs += 1;
         draft.flight.forks.push((slot, self.epochs));

@@ -2,6 +2,7 @@
 
 use crate::error::Malformed;
 use crate::ids::{SlabId, Step};
+use crate::mutant::{self, Mutant};
 
 /// Free slabs, and those that wait for a step to end.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ impl Slabs {
 
     /// Gives one back behind step `at`.
     pub fn give_back(&mut self, slab: SlabId, at: Step) {
-        if at <= self.done {
+        if at <= self.done || mutant::on(Mutant::SlabAtOnce) {
             self.free.push(slab);
         } else {
             self.leaving.push((at, slab));

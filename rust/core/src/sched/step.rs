@@ -5,6 +5,7 @@ use crate::budget::{LEAST_CHUNK, Work};
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::ids::Step;
+use crate::mutant::{self, Mutant};
 use crate::plan::{ALL_LOGITS, DECODE, PlanBuffers, PlanWriter, REPLAY, RESET, Row, SAMPLE, StepHeader};
 use crate::policy::Keep;
 use crate::request::{Change, Phase, Request, Run, Start};
@@ -286,7 +287,7 @@ fn flags_of(request: &Request, start: u32, replaying: bool, samples: bool) -> i3
     bit(empty, RESET)
         | bit(samples, SAMPLE)
         | bit(request.all_logits && start < request.prompt, ALL_LOGITS)
-        | bit(replaying, REPLAY)
+        | bit(replaying && !mutant::on(Mutant::ReplayWrites), REPLAY)
 }
 
 /// Tells the device about pages that it does not know yet. False, and nothing told, when there is no room for them.
