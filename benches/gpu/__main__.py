@@ -42,7 +42,7 @@ def main() -> int:
             traceback.print_exc()
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         bench.free()
-    path = write(args.out, head, rows)
+        path = write(args.out, head, rows)  # after each file: a run that is stopped keeps what it has
     print("\n" + table(head, rows))
     print(f"written: {path}")
     return int(failed > 0)
