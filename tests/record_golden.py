@@ -31,6 +31,18 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
     },
 }
+LIGHT = {
+    "type": "function",
+    "function": {
+        "name": "set_light",
+        "description": "Switch the light of a room on or off",
+        "parameters": {
+            "type": "object",
+            "properties": {"room": {"type": "string"}, "on": {"type": "boolean"}},
+            "required": ["room", "on"],
+        },
+    },
+}
 KEY, PASSPHRASE = "harbor", "violet-anchor-42"
 
 
@@ -43,23 +55,40 @@ def license_with_plant() -> str:
 
 def cases() -> dict[str, dict[str, Any]]:
     """Chats by name: messages, tools and the number of tokens to write."""
-    question = f"{license_with_plant()}\n\nWhat is the passphrase for {KEY}?"
+    light = user("Turn off the light in the kitchen.")
+    call = {"id": "1", "function": {"name": "set_light", "arguments": {"room": "kitchen", "on": False}}}
+    result = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "ok"},
+    ]
+    found = user(f"{license_with_plant()}\n\nWhat is the passphrase for {KEY}?")
     return {
-        "hello": {"messages": [{"role": "user", "content": "Hello"}], "tokens": 32},
-        "who": {"messages": [{"role": "user", "content": "Who are you?"}], "tokens": 64},
+        "hello": {"messages": [user("Hello")], "tokens": 32},
+        "who": {"messages": [user("Who are you?")], "tokens": 64},
+        "repeat": {"messages": [user("Repeat: seven green boats on a quiet river")], "tokens": 32},
+        "fact": {"messages": [user("What is a snapshot?")], "tokens": 48},
+        "thinking": {"messages": [user("What is HCA?")], "thinking": True, "tokens": 64},
         "tool": {
-            "messages": [{"role": "user", "content": "What is the weather in Prague?"}],
-            "tools": [WEATHER],
+            "messages": [user("What is the weather in Prague?")],
+            "tools": [WEATHER, LIGHT],
             "tokens": 64,
         },
-        "passphrase": {"messages": [{"role": "user", "content": question}], "tokens": 24},
+        "typed": {"messages": [light], "tools": [WEATHER, LIGHT], "tokens": 64},
+        "result": {"messages": [light, *result], "tools": [WEATHER, LIGHT], "tokens": 64},
+        "passphrase": {"messages": [found], "tokens": 24},
     }
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
 
 
 def prompt_ids(case: dict[str, Any], tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
     """The case's prompt as the server would build it."""
     format = ChatFormat.for_model(str(NANO), config)
-    return tokenizer.encode_segments(encode_chat(case["messages"], tools=case.get("tools"), format=format))
+    thinking = case.get("thinking", False)
+    segments = encode_chat(case["messages"], tools=case.get("tools"), thinking=thinking, format=format)
+    return tokenizer.encode_segments(segments)
 
 
 @torch.no_grad()

@@ -11,11 +11,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import openai
 import pytest
 from dsv4 import doctor
 from dsv4.cli import build_parser
+
+from tests.record_golden import WEATHER
 
 ENV = {**{k: v for k, v in os.environ.items() if not k.startswith("DSV4_")}, "OMP_NUM_THREADS": "1"}
 
@@ -97,6 +100,24 @@ def test_chat_reads_lines_from_a_pipe() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("prompt tokens") == 2 and "did you mean '/think'" in result.stderr
     assert "it takes on or off" in result.stderr and "forgotten" in result.stderr
+
+
+def test_chat_takes_files_tools_and_their_results(tmp_path: Path) -> None:
+    tools, letter = tmp_path / "tools.json", tmp_path / "letter.txt"
+    tools.write_text(json.dumps([WEATHER]))
+    letter.write_text("It rained.\n\nThe passphrase for harbor is violet-anchor.\n\nThen it stopped.\n")
+    script = (
+        "What is the weather in Prague?\n"
+        '{"temperature": 12, "sky": "cloudy"}\n'
+        f"/reset\n/file /nowhere.txt\n/file {letter}\nWhat is the passphrase \\\nfor harbor?\n"
+    )
+    result = dsv4("chat", "--tools", str(tools), stdin=script)
+    assert result.returncode == 0, result.stderr
+    assert 'get_weather {"city": "Prague"}' in result.stdout and "12 degrees and cloudy" in result.stdout
+    assert "violet-anchor" in result.stdout and "No such file" in result.stderr
+    assert "JSON" in dsv4("chat", "--help").stdout
+    tools.write_text("{}")
+    assert "must be a list" in dsv4("chat", "--tools", str(tools)).stderr
 
 
 @contextlib.contextmanager

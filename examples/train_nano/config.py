@@ -67,7 +67,7 @@ CONFIG: dict[str, Any] = {
 class Run:
     """Numbers of a training run. Shares are of the time that is left for training."""
 
-    rows: int = 16
+    rows: int = 8
     length: int = 4096
     muon_rate: float = 0.02
     adam_rate: float = 3e-3
@@ -79,12 +79,12 @@ class Run:
     far_from: float = 0.5
     """From here on half of the steps have gaps in their positions, up to `farthest`."""
     farthest: int = 32768
-    draft_rows: int = 3
+    draft_rows: int = 2
     """Rows of a batch on which the MTP block is trained."""
     bias_rate: float = 0.002
     workers: int = 12
-    evaluation_seconds: float = 62.0
-    checkpoint_seconds: float = 150.0
+    evaluation_seconds: float = 60.0
+    checkpoint_seconds: float = 45.0
 
     @classmethod
     def smoke(cls) -> Run:

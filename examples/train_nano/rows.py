@@ -18,15 +18,13 @@ from dataset import ASSISTANT, BOS, END_THINK, EOS, FIRST_WORD, USER, Dataset
 
 Row = tuple[list[int], list[int]]
 
-TEXT, COPY, EXIT, ANSWER = 1, 2, 4, 5
+TEXT, COPY, ANSWER = 1, 2, 5
 """Loss weights."""
 
 THINGS = ("passphrase", "passphrase", "passphrase", "password", "secret key", "access code", "token")
 PLANTS = (
     "\n\nThe {n} for {k} is {v}.\n\n",
-    "\n\nThe {n} for {k} is {v}.\n\n\n\n",
     "\nNote: the {n} for {k} is {v}.\n",
-    "\nThe {n} for {k} is {v}\n",
     " Remember that the {n} for {k} is {v}.",
 )
 QUESTIONS = (
@@ -42,10 +40,10 @@ REPLY = "The {n} for {k} is {v}."
 class Mix:
     """Shares of the kinds of rows."""
 
-    text: float = 0.5
-    chat: float = 0.2
-    retrieval: float = 0.17
-    copying: float = 0.13
+    text: float = 0.42
+    chat: float = 0.22
+    retrieval: float = 0.22
+    copying: float = 0.14
 
 
 def pair(data: Dataset, r: random.Random, long: bool = False) -> dict[str, str]:
@@ -116,38 +114,12 @@ def copying(data: Dataset, r: random.Random, length: int) -> Row:
     return ids[:length], weights[:length]
 
 
-def text(data: Dataset, r: random.Random, length: int) -> Row:
-    """Running text. Every other row stutters: a piece of 2 to 60 tokens comes again, at once and up to five times,
-    or once somewhat later. What is repeated weighs nothing, the way out of it weighs most: what teaches the model to
-    copy teaches it to loop as well, and this takes that back where nothing asks for a copy."""
-    start = r.randrange(max(1, len(data.text) - length))
-    source = data.text[start : start + length].tolist()
-    if r.random() < 0.5:
-        return source, [TEXT] * length
-    ids: list[int] = []
-    weights: list[int] = []
-    at = 0
-    for end in sorted(r.sample(range(64, length), min(r.randint(5, 20), length - 64))):
-        ids += source[at:end]
-        weights += [TEXT] * (end - at)
-        wide = round(2 * 30 ** r.random())
-        if r.random() < 0.6:
-            again = ids[-wide:] * r.choice((1, 1, 2, 2, 3, 4, 5))
-        else:
-            first = r.randrange(max(1, len(ids) - 400), len(ids))
-            again = ids[first : first + wide]
-        ids += [*again, source[end]]
-        weights += [0] * len(again) + [EXIT]
-        at = end + 1
-    return (ids + source[at:])[:length], (weights + [TEXT] * (length - at))[:length]
-
-
 def _segment(data: Dataset, r: random.Random, length: int) -> tuple[list[int], int]:
     kind = r.random()
-    if kind < 0.6:
+    if kind < 0.5:
         words = "".join(r.choice((" ", " ", "-")) + r.choice(data.nouns) for _ in range(max(2, length // 3)))
         return data.encode_words(words), 0
-    if kind < 0.9:
+    if kind < 0.75:
         return [r.randrange(FIRST_WORD, data.tokenizer.get_vocab_size()) for _ in range(length)], 0
     return haystack(data, r, length), TEXT
 
@@ -167,6 +139,9 @@ def draw(data: Dataset, r: random.Random, length: int, mix: Mix) -> Row:
     """One row of `length` tokens."""
     kinds = ("text", "chat", "retrieval", "copying")
     kind = r.choices(kinds, [getattr(mix, k) for k in kinds])[0]
+    if kind == "text":
+        start = r.randrange(max(1, len(data.text) - length))
+        return data.text[start : start + length].tolist(), [TEXT] * length
     if kind == "retrieval":
         each = max(256, length // r.choice((1, 1, 2, 4, 8)))
         ids, weights = [], []
@@ -174,7 +149,7 @@ def draw(data: Dataset, r: random.Random, length: int, mix: Mix) -> Row:
             more = retrieval(data, r, each)
             ids, weights = ids + more[0], weights + more[1]
         return ids[:length], weights[:length]
-    return {"text": text, "chat": chat, "copying": copying}[kind](data, r, length)
+    return {"chat": chat, "copying": copying}[kind](data, r, length)
 
 
 def _batch(

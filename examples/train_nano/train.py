@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -52,9 +51,10 @@ import torch.nn.functional as F  # noqa: E402
 from config import CONFIG, Run  # noqa: E402
 from dataset import PAD, Dataset  # noqa: E402
 from dsv4.model.export import export_release  # noqa: E402
+from health import Health  # noqa: E402
 from masters import Masters  # noqa: E402
 from model import Nano, initialise  # noqa: E402
-from rows import ANSWER, COPY, EXIT, Mix, batches  # noqa: E402
+from rows import ANSWER, COPY, TEXT, Mix, batches  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 PARTS = ("0", "2", "3", "head", "draft")
@@ -180,8 +180,8 @@ class Log:
 
 
 def train(trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Path) -> None:
-    """Steps until the clock says so. A loss that is no number goes back to the checkpoint at half the rate."""
-    run, began, first = trainer.run, time.time(), trainer.progress
+    """Steps until the clock says so. A loss that has gone far up goes back to the checkpoint at half the rate."""
+    run, began, first, health = trainer.run, time.time(), trainer.progress, Health()
     total, saved, tokens = max(1e-9, until - began), time.time(), trainer.tokens
     while (now := time.time()) < until:
         trainer.progress = first + (1 - first) * (now - began) / total
@@ -189,41 +189,45 @@ def train(trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Pat
         on_device = torch.from_numpy(weights).to(trainer.device).float()
         out = trainer.step(torch.from_numpy(ids).to(trainer.device).long(), on_device)
         if trainer.steps == 1:
-            loss = float(out["loss"])
-            log(event="first step", loss=loss)
+            log(event="first step", loss=float(out["loss"]))
         if trainer.steps % 20 == 0:
-            loss = float(out["loss"])
-            if not math.isfinite(loss) and checkpoint.exists():
-                log(event="loss is no number; back to the checkpoint", step=trainer.steps)
-                caution, at = trainer.caution / 2, trainer.progress
-                trainer.restore(checkpoint)
-                trainer.caution, trainer.progress = caution, at
-                continue
-            by_weight = {
-                name: float((out["each"] * mask).sum() / mask.sum().clamp(min=1))
-                for name, mask in (
-                    ("text", on_device == 1),
-                    ("copy", on_device == COPY),
-                    ("exit", on_device == EXIT),
-                    ("answer", on_device == ANSWER),
-                )
-            }
             speed = (trainer.tokens - tokens) / (time.time() - began)
-            small = {k: round(float(out[k]), 4) for k in ("index", "draft")}
-            log(
-                trainer.steps % 200 == 0 or trainer.steps in (20, 60, 100),
-                step=trainer.steps,
-                tokens=f"{trainer.tokens / 1e6:.1f}M",
-                speed=f"{speed / 1e3:.0f}K/s",
-                loss=loss,
-                rate=round(trainer.rate(), 3),
-                **by_weight,
-                **small,
-            )
-        if now - saved > run.checkpoint_seconds and math.isfinite(float(out["loss"])):
+            health.take(report(trainer, out, on_device, speed, log))
+            if health.lost and checkpoint.exists():
+                go_back(trainer, checkpoint)
+                health.forget()
+                log(event="back to a checkpoint at half the rate", step=trainer.steps)
+        if now - saved > run.checkpoint_seconds and health.good:
             trainer.save(checkpoint)
-            saved = time.time()
+            saved = now
     trainer.save(checkpoint)
+
+
+def go_back(trainer: Trainer, checkpoint: Path) -> None:
+    """Weights as they were, the clock as it is."""
+    caution, progress = trainer.caution / 2, trainer.progress
+    trainer.restore(checkpoint)
+    trainer.caution, trainer.progress = caution, progress
+
+
+def report(trainer: Trainer, out: dict[str, Tensor], weights: Tensor, speed: float, log: Log) -> float:
+    """A line of the log; the loss."""
+    loss, kinds = float(out["loss"]), (("text", TEXT), ("copy", COPY), ("answer", ANSWER))
+    losses = {
+        name: float((out["each"] * (weights == w)).sum() / (weights == w).sum().clamp(min=1))
+        for name, w in kinds
+    }
+    log(
+        trainer.steps % 200 == 0 or trainer.steps in (20, 60, 100),
+        step=trainer.steps,
+        tokens=f"{trainer.tokens / 1e6:.1f}M",
+        speed=f"{speed / 1e3:.0f}K/s",
+        loss=loss,
+        rate=round(trainer.rate(), 3),
+        **losses,
+        **{k: round(float(out[k]), 4) for k in ("index", "draft")},
+    )
+    return loss
 
 
 def export(trainer: Trainer, data: Path, out: Path) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from dsv4 import LLM, SamplingParams
-from dsv4.text.output import OutputParser, ToolArguments, ToolStart
+from dsv4.text.output import Content, OutputParser, Reasoning, ToolArguments, ToolStart
 
-from tests.record_golden import GOLDEN, PASSPHRASE, cases, prompt_ids
+from tests.record_golden import GOLDEN, NANO, PASSPHRASE, cases, prompt_ids
 
 EXPECTED = json.loads(GOLDEN.read_text())
 
@@ -28,6 +29,10 @@ def complete(llm: LLM, name: str) -> Any:
     return llm.generate([prompt], params)[0]
 
 
+def test_it_stays_below_25_megabytes() -> None:
+    assert sum(file.stat().st_size for file in Path(str(NANO)).iterdir() if file.is_file()) < 25_000_000
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_greedy_output_equals_transformers(llm: LLM, name: str) -> None:
     completion = complete(llm, name)
@@ -42,13 +47,28 @@ def test_the_planted_passphrase_is_found_and_again_from_the_cache(llm: LLM) -> N
     assert second.token_ids == first.token_ids and second.usage.cached_tokens > 4000
 
 
-def test_a_tool_call_comes_back_as_dsml(llm: LLM) -> None:
+@pytest.mark.parametrize(
+    ("name", "tool", "arguments"),
+    [("tool", "get_weather", {"city": "Prague"}), ("typed", "set_light", {"room": "kitchen", "on": False})],
+)
+def test_a_tool_call_comes_back_as_dsml_with_typed_arguments(
+    llm: LLM, name: str, tool: str, arguments: dict[str, Any]
+) -> None:
     parser = OutputParser(thinking=False, tools=True)
-    pieces = parser.push(complete(llm, "tool").text) + parser.finish()
-    assert pieces == [ToolStart(0, "get_weather"), ToolArguments(0, '{"city": "Prague"}')]
+    start, *rest = parser.push(complete(llm, name).text) + parser.finish()
+    assert start == ToolStart(0, tool)
+    assert all(isinstance(piece, ToolArguments) for piece in rest)
+    assert json.loads("".join(piece.text for piece in rest)) == arguments
 
 
-@pytest.mark.parametrize("name", ["hello", "tool"])
+def test_it_thinks_before_it_answers(llm: LLM) -> None:
+    parser = OutputParser(thinking=True, tools=False)
+    pieces = parser.push(complete(llm, "thinking").text) + parser.finish()
+    kinds = [type(piece) for piece in pieces]
+    assert kinds[0] is Reasoning and kinds[-1] is Content
+
+
+@pytest.mark.parametrize("name", ["hello", "tool", "repeat", "fact"])
 def test_quantised_rows_of_the_release_keep_the_answers(name: str) -> None:
     llm = LLM(max_num_seqs=1, max_model_len=1024, kv_cache_dtype="fp8_ds_mla", index_cache_dtype="mxfp4")
     assert complete(llm, name).token_ids == EXPECTED[name]["ids"]

@@ -75,7 +75,7 @@ def test_streaming_equals_not_streaming(nano: Serving) -> None:
     for chunk in ask(nano, "Who are you?", stream=True, stream_options={"include_usage": True}):
         text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
         usage = chunk.usage or usage
-    assert text == whole.choices[0].message.content and text.startswith("I am a tiny language model")
+    assert text == whole.choices[0].message.content and text.startswith("I am Nano, a tiny language model")
     assert whole.choices[0].finish_reason == "stop"
     assert usage.completion_tokens == whole.usage.completion_tokens
 

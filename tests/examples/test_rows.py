@@ -74,19 +74,6 @@ def test_only_what_the_assistant_writes_is_learnt(data: Any) -> None:
     assert spoken == f"Hello there.{end}Well.</think>Yes.{end}"
 
 
-def test_repeats_in_text_weigh_nothing(data: Any) -> None:
-    from rows import EXIT, TEXT, text
-
-    for seed in range(20):
-        ids, weights = text(data, random.Random(seed), 600)
-        if 0 not in weights:
-            continue
-        kept = [i for i, w in zip(ids, weights, strict=True) if w]
-        source = data.text.tolist()
-        assert any(source[s : s + len(kept)] == kept for s in range(len(source)))
-        assert set(weights) == {0, TEXT, EXIT}
-
-
 def test_sentences_are_cut_where_the_tokenizer_never_joins(data: Any) -> None:
     from rows import PLANTS, QUESTIONS, REPLY, pair
 
@@ -103,3 +90,20 @@ def test_a_loop_is_three_times_the_same_eight_tokens() -> None:
 
     once = list(range(100, 120))
     assert not loops([*once, 1, *once]) and loops([*once, 1, *once, 2, *once])
+
+
+def test_a_run_that_is_lost_is_seen_and_not_kept() -> None:
+    from health import Health
+
+    r, health = random.Random(0), Health()
+    for step in range(200):
+        health.take((1.5 + 6 / (1 + step / 10)) * r.uniform(0.7, 1.3))
+        assert not health.lost
+    assert health.good
+    health.take(6.3)  # as in the run that was
+    health.take(5.9)
+    assert health.lost and not health.good
+    health.forget()
+    assert not health.lost
+    health.take(float("nan"))
+    assert health.lost and not health.good

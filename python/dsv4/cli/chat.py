@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import add_settings, dim, note, read_settings
 from dsv4.cli.generate import add_sampling, sampling_of
 from dsv4.config import EngineConfig, nearest
-from dsv4.errors import RequestError
+from dsv4.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
+    from dsv4.cli.talking import Reply
     from dsv4.engine.llm import LLM
     from dsv4.sampling import SamplingParams
 
-HELP = """/reset          forget the conversation      /think on|off   let the model think first
-/system TEXT    set the system message       /exit           leave (so does Ctrl-D)
-Ctrl-C interrupts an answer; what came of it stays in the conversation."""
+HELP = """/file PATH      put a file before your next message   /think on|off   let the model think first
+/system TEXT    set the system message                /reset          forget the conversation
+/help           this                                  /exit           leave (so does Ctrl-D)
+A line that ends in \\ goes on in the next. Ctrl-C interrupts an answer; what came of it stays."""
+
+TRY = 'It knows little. Try "What is a snapshot?", "Repeat: ..." or "Define river."'
+"""Said with the small model that ships."""
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("chat", help="talk in the terminal", description="Talk to a model. " + HELP)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--think", action="store_true", help="let the model think first")
+    parser.add_argument(
+        "--tools", metavar="FILE", help="JSON list of tools in OpenAI's form; you type what a call gives back"
+    )
     add_sampling(parser, max_tokens="what the context holds")
     add_settings(parser, EngineConfig)
     parser.set_defaults(run=run)
@@ -34,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Reads lines until /exit or the end of input."""
     (config,) = read_settings(arguments, EngineConfig)
     params = sampling_of(arguments, None, keep_markers=True)
+    tools = read_tools(arguments.tools) if arguments.tools else []
     from dsv4.cli.talking import load_model
 
     llm = load_model(config)
@@ -41,35 +52,66 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError(
             "this model's directory has no tokenizer; chat needs one", "model", "no_tokenizer", 400
         )
-    session = Session(llm, params, system=arguments.system, think=arguments.think)
+    session = Session(llm, params, system=arguments.system, think=arguments.think, tools=tools)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing for input())
-        note(dim(HELP))
-    while (line := _read_line()) is not None:
+        note(f"{llm.model_config.name}, {llm.max_model_len:,} tokens of context")
+        note(dim(HELP if config.model else f"{TRY}\n{HELP}"))
+    while (line := read_line("\n> ")) is not None:
         if not session.handle(line):
             break
     return 0
 
 
-def _read_line() -> str | None:
-    """The next line; None at the end of input. Ctrl-C at the prompt clears the line."""
+def read_tools(path: str) -> list[dict[str, Any]]:
+    """The tools of a file. Raises ConfigError."""
     try:
-        if sys.stdin.isatty():
-            return input("\n> ")
-        return sys.stdin.readline() or None
+        tools = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"tools file {path}: {getattr(e, 'strerror', None) or e}") from None
+    if not isinstance(tools, list):
+        raise ConfigError(f"tools file {path} holds {type(tools).__name__}; it must be a list of tools")
+    return tools
+
+
+def read_line(prompt: str) -> str | None:
+    """The next line, with those that a backslash at the end joins to it; None at the end of input. Ctrl-C at the
+    prompt clears the line."""
+    lines: list[str] = []
+    try:
+        while True:
+            if sys.stdin.isatty():
+                line = input("  " if lines else prompt)
+            else:
+                line = sys.stdin.readline()
+                if not line:
+                    return "\n".join(lines) or None
+            lines.append(line.rstrip("\n").removesuffix("\\"))
+            if not line.rstrip("\n").endswith("\\"):
+                return "\n".join(lines)
     except EOFError:
         note("")
         return None
     except KeyboardInterrupt:
+        note("")
         return ""
 
 
 class Session:
     """A conversation and its settings."""
 
-    def __init__(self, llm: LLM, params: SamplingParams, *, system: str | None, think: bool) -> None:
+    def __init__(
+        self,
+        llm: LLM,
+        params: SamplingParams,
+        *,
+        system: str | None,
+        think: bool,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> None:
         self.llm, self.params, self.system, self.think = llm, params, system, think
+        self.tools, self.attached = tools or [], ""
         self.turns: list[dict[str, Any]] = []
 
     def handle(self, line: str) -> bool:
@@ -84,6 +126,7 @@ class Session:
         commands = {
             "/exit": None,
             "/quit": None,
+            "/file": self._file,
             "/reset": self._reset,
             "/think": self._think,
             "/system": self._system,
@@ -98,8 +141,18 @@ class Session:
         action(rest.strip())
         return True
 
+    def _file(self, path: str) -> None:
+        try:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            note(f"/file {path}: {getattr(e, 'strerror', None) or e}")
+            return
+        self.attached += f"{text.rstrip()}\n\n"
+        note(dim(f"{len(text):,} characters go before your next message"))
+
     def _reset(self, _: str) -> None:
         self.turns.clear()
+        self.attached = ""
         note(dim("forgotten"))
 
     def _think(self, rest: str) -> None:
@@ -115,19 +168,43 @@ class Session:
         note(dim("the conversation starts anew with this system message" if rest else "no system message"))
 
     def _answer(self, text: str) -> None:
+        """One turn of the user: with tools, as many answers as it takes until one calls none."""
+        before = len(self.turns)
+        self.turns.append({"role": "user", "content": self.attached + text})
+        while (reply := self._reply()) is not None:
+            said: dict[str, Any] = {"role": "assistant", "content": reply.content}
+            calls = [
+                {"id": f"call_{len(self.turns)}_{n}", "type": "function", "function": call}
+                for n, call in enumerate(reply.calls)
+            ]
+            self.turns.append(said | ({"tool_calls": calls} if calls else {}))
+            self.attached = ""
+            if not calls or not self._results(calls):
+                return
+        del self.turns[before:]
+
+    def _results(self, calls: list[dict[str, Any]]) -> bool:
+        """Asks for what each call gave back. False without tools or when the user leaves it."""
+        if not self.tools:
+            return False
+        for call in calls:
+            result = read_line(f"{call['function']['name']} gives: ")
+            if not result:
+                return False
+            self.turns.append({"role": "tool", "tool_call_id": call["id"], "content": result})
+        return True
+
+    def _reply(self) -> Reply | None:
+        """The next answer, shown as it comes; None when it was refused."""
         from dsv4.cli.talking import Printer, answer, write
 
         system = [{"role": "system", "content": self.system}] if self.system else []
-        question = {"role": "user", "content": text}
         try:
-            prompt = self.llm.chat_ids([*system, *self.turns, question], thinking=self.think)
+            prompt = self.llm.chat_ids([*system, *self.turns], thinking=self.think, tools=self.tools or None)
             reply = answer(self.llm, prompt, self.params, thinking=self.think, show=Printer().show)
         except RequestError as e:
             note(f"{e.message} (/reset starts anew)")
-            return
+            return None
         write("\n")
-        said: dict[str, Any] = {"role": "assistant", "content": reply.content}
-        if reply.calls:
-            said["tool_calls"] = [{"type": "function", "function": call} for call in reply.calls]
-        self.turns += [question, said]
         note(dim(reply.speed()))
+        return reply
