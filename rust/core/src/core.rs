@@ -76,6 +76,7 @@ impl Core {
     /// An idle core. Refuses options that cannot work.
     pub fn new(layout: &LayoutSpec, options: Options) -> Result<Self, CoreError> {
         options.validate()?;
+        let replay_tokens = options.replay_tokens.unwrap_or(layout.replay_tokens());
         let cache_options = CacheOptions {
             pages: options.pages,
             eviction: options.eviction,
@@ -84,7 +85,7 @@ impl Core {
             quotas: options.tenants.iter().filter_map(|t| t.quota_pages.map(|q| (t.id, q))).collect(),
             cost: options.cost,
             admit_by_value: options.snapshots == SnapshotPolicy::Auto,
-            replay_tokens: options.replay_tokens.unwrap_or(layout.replay_tokens()),
+            replay_tokens,
         };
         let shape = PlanShape {
             rows: options.slabs as usize,
@@ -94,8 +95,7 @@ impl Core {
         };
         Ok(Core {
             shape,
-            replay_tokens: options.replay_tokens.unwrap_or(layout.replay_tokens())
-                - u32::from(mutant::on(Mutant::WindowOffByOne)),
+            replay_tokens: replay_tokens - u32::from(mutant::on(Mutant::WindowOffByOne)),
             block: layout.block_tokens,
             snapshot_pages: layout.snapshot_pages(),
             cache: KvCache::new(layout, &cache_options)?,

@@ -446,11 +446,10 @@ impl World {
     }
 
     fn is_gone(&mut self, step: u64, samples: usize) {
-        self.gone.push_back((step, samples));
-        self.gone.truncate(8);
-        if self.gone.len() == 8 {
+        if self.gone.len() == 7 {
             self.gone.pop_front();
         }
+        self.gone.push_back((step, samples));
     }
 
     /// Takes back a step in flight, chosen at random, and all after it.
