@@ -282,10 +282,10 @@ impl Core {
 
     /// Keeps the known whole blocks of `tokens` and the saved states on them until [`Core::unpin`]. Pins yield, the oldest
     /// first, when a request that was taken does not fit beside them even alone.
-    pub fn pin(&mut self, salt: &[u8], tokens: &[u32]) -> Result<PinId, CoreError> {
+    pub fn pin(&mut self, salt: &[u8], tokens: &[u32]) -> PinId {
         let pin = self.cache.pin(salt, tokens).0;
         self.pins.push_back(pin);
-        Ok(pin)
+        pin
     }
 
     /// Ends a pin. False when there is none of that name.

@@ -113,7 +113,7 @@ fn a_pin_keeps_its_prefix_also_through_a_dump() {
     let mut core = Core::new(&layout(), options(16)).unwrap();
     let kept: Vec<u32> = (0..17).collect();
     run(&mut core, 1, kept.clone(), 0);
-    let pin = core.pin(&[0], &kept).unwrap();
+    let pin = core.pin(&[0], &kept);
     let mut core = Core::load(&layout(), &core.dump()).unwrap();
     core.clear_prefix();
     let stats: BTreeMap<String, u64> = core.stats().into_iter().collect();

@@ -167,3 +167,27 @@ fn an_aborted_child_does_not_hold_its_parent() {
     }
     assert_eq!(rig.stat("finished"), 2);
 }
+
+#[test]
+fn a_parked_request_starts_from_what_it_holds_or_not_at_all() {
+    // Request 2 is parked after a token of its prompt; request 3 computes that prompt whole, and it is pinned. With few
+    // pages left the tree offers request 2 a start that needs fewer of them than what it holds; holding both was an error.
+    let mut parked = 0;
+    for (pages, senior) in (8..16).flat_map(|pages| (4..9).map(move |senior| (pages, senior))) {
+        let mut rig = Rig::new(Options { pages, max_step_tokens: 2, ..options() });
+        rig.core.submit(Submit { priority: 2, ..request(1, &[9; 9][..senior], 20) }).unwrap();
+        (0..4).for_each(|_| drop(rig.step(1)));
+        rig.core.submit(request(2, &tokens(13), 1)).unwrap();
+        rig.step(1);
+        rig.core.submit(Submit { priority: 1, ..request(3, &tokens(13), 1) }).unwrap();
+        while rig.stat("finished") == 0 {
+            rig.step(1);
+        }
+        rig.core.pin(&[], &tokens(13));
+        while rig.core.has_work() {
+            rig.step(1);
+        }
+        parked += rig.stat("unparked");
+    }
+    assert!(parked > 0, "nobody was parked and came back");
+}

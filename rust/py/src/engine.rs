@@ -217,7 +217,7 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
     #[pyo3(signature = (salt, tokens))]
     fn pin(&self, py: Python<'_>, salt: Vec<u8>, tokens: &Bound<'_, PyAny>) -> PyResult<u64> {
         let tokens = tokens_of(py, "tokens", tokens)?;
-        self.call(py, |core| Ok(core.pin(&salt, &tokens)?.0))
+        self.call(py, |core| Ok(core.pin(&salt, &tokens).0))
     }
 
     fn unpin(&self, py: Python<'_>, pin: u64) -> PyResult<bool> {

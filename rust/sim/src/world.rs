@@ -322,7 +322,7 @@ impl World {
         }
         let which = self.rng.below(self.past.len() as u32) as usize;
         let (salt, tokens) = &self.past[which];
-        self.pins.push(self.core.pin(salt, tokens).map_err(|e| e.to_string())?);
+        self.pins.push(self.core.pin(salt, tokens));
         Ok(())
     }
 

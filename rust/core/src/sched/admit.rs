@@ -37,6 +37,10 @@ impl Core {
             return Ok(true);
         }
         let request = self.table.get(slot);
+        if request.parked.is_some() {
+            // It waits with what it holds: a start through the tree as well would hold its history twice.
+            return Ok(false);
+        }
         let limit = (n - 1) / block * block;
         let found = if self.options.prefix_cache && !request.all_logits {
             self.cache.lookup(&request.salt, &request.tokens, limit)
@@ -140,7 +144,7 @@ impl Core {
             }
             if !self.reclaim_juniors(slot, alone) {
                 if alone {
-                    self.unpark(slot, true);
+                    self.unpark(slot);
                 }
                 return Ok(false);
             }

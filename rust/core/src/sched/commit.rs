@@ -64,7 +64,7 @@ impl Core {
             for slot in flight.parks.drain(..) {
                 let here = self.table.try_get_mut(slot).and_then(|r| r.parked.as_ref());
                 if here.is_some_and(|parked| parked.saved == at) {
-                    self.unpark(slot, false);
+                    self.unpark(slot);
                 }
             }
             self.recycle(flight);
@@ -169,7 +169,7 @@ impl Core {
     /// Ends a request in whatever state it is.
     pub(crate) fn finish(&mut self, slot: Slot, reason: Finish, stop: Option<u32>) -> Result<(), CoreError> {
         self.table.get_mut(slot).change(Change::Finish(reason))?;
-        self.unpark(slot, true);
+        self.unpark(slot);
         let mut request = self.table.remove(slot);
         if let Some(run) = request.run.take() {
             let tenant = request.place.tenant;

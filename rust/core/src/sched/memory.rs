@@ -29,7 +29,8 @@ impl Core {
                 return Ok(true);
             }
             let saving = self.flights.iter().chain([&draft.flight]).any(|f| !f.saves.is_empty());
-            if saving || self.coming > self.done {
+            let parking = self.flights.iter().any(|f| !f.parks.is_empty());
+            if saving || parking || self.coming > self.done {
                 return Ok(false);
             }
             if self.reclaim_parked(None) || self.drop_a_spare() {

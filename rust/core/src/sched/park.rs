@@ -114,28 +114,32 @@ impl Core {
         Ok(Some(true))
     }
 
-    /// Takes what the most junior parked request holds, `keep` and those of the plan being made left out. False: there is
-    /// none.
+    /// Takes what the most junior parked request holds, `keep` and those whose state is not written yet left out. False:
+    /// there is none.
     pub(super) fn reclaim_parked(&mut self, keep: Option<Slot>) -> bool {
         let of = |slot: Slot| self.table.get(slot).parked.as_ref();
-        let free = |slot: Slot| Some(slot) != keep && of(slot).is_some_and(|p| p.saved <= self.last);
+        let free = |slot: Slot| Some(slot) != keep && of(slot).is_some_and(|p| p.saved <= self.done);
         let Some(&(_, slot)) = self.parked.iter().rev().find(|&&(_, slot)| free(slot)) else { return false };
         self.counters.parked_lost += 1;
-        self.unpark(slot, true);
+        self.unpark(slot);
         true
     }
 
-    /// Gives back what a parked request holds. `written`: the step that saves its state was not taken back.
-    pub(super) fn unpark(&mut self, slot: Slot, written: bool) {
+    /// Gives back what a parked request holds. A state that is not written yet is lost: what is published can be evicted
+    /// and written over at once.
+    pub(super) fn unpark(&mut self, slot: Slot) {
         let request = self.table.get_mut(slot);
         let rank = request.rank();
         let Some(parked) = request.parked.take() else { return };
         self.parked.remove(&(rank, slot));
-        let Parked { pos, mut seq, state, spare, .. } = *parked;
+        let Parked { pos, mut seq, state, spare, saved, .. } = *parked;
         let at = self.fence();
         // At a boundary of published history the state is a snapshot like any other.
-        let state =
-            if written { self.cache.publish_snapshot(&mut seq, pos, state).err() } else { Some(state) };
+        let state = if saved <= self.done {
+            self.cache.publish_snapshot(&mut seq, pos, state).err()
+        } else {
+            Some(state)
+        };
         let spare = spare.and_then(|(pos, pages)| self.cache.publish_snapshot(&mut seq, pos, pages).err());
         for pages in state.into_iter().chain(spare) {
             self.cache.drop_snapshot(pages, at);
