@@ -18,6 +18,8 @@ const CONTEXT: usize = 8192;
 const LONG: usize = 1 << 20;
 const LONG_ID: RequestId = RequestId(u64::MAX >> 1);
 const CHUNK: u32 = 2048;
+/// Steps after which the requests begin again at `CONTEXT`.
+const STEPS: u32 = 1 << 14;
 
 /// A core with `n` requests in decode, and room for steps of `chunk` prompt tokens besides.
 struct Bench {
@@ -25,7 +27,11 @@ struct Bench {
     arrays: Arrays,
     events: Vec<i64>,
     samples: Vec<u32>,
+    left: u32,
 }
+
+/// What of a step is measured: `(plan, commit with events) -> their part`.
+type Part = fn(Duration, Duration) -> Duration;
 
 impl Bench {
     fn new(n: u32, chunk: u32) -> Self {
@@ -40,7 +46,8 @@ impl Bench {
         };
         let core = Core::new(&presets::flash(), options).expect("the options are valid");
         let arrays = Arrays::new(&core.shape());
-        let mut bench = Bench { core, arrays, events: vec![0; 6 * 4096], samples: vec![0; n as usize + 1] };
+        let (events, samples) = (vec![0; 6 * 4096], vec![0; n as usize + 1]);
+        let mut bench = Bench { core, arrays, events, samples, left: STEPS };
         for i in 0..n {
             bench.submit(RequestId(u64::from(i)), CONTEXT, i, 1 << 22);
         }
@@ -78,28 +85,32 @@ impl Bench {
         header.decode_rows
     }
 
-    /// Time of `steps` plans, or of what follows them.
-    fn timed(&mut self, steps: u64, plans: bool) -> Duration {
+    /// Time of a part of `steps` steps of `n` requests in decode.
+    fn timed(&mut self, n: u32, steps: u64, part: Part) -> Duration {
         let mut total = Duration::ZERO;
         for _ in 0..steps {
+            if self.left == 0 {
+                *self = Bench::new(n, CONTEXT as u32);
+            }
+            self.left -= 1;
             let start = Instant::now();
             let header = black_box(self.plan());
             let planned = start.elapsed();
-            let start = Instant::now();
             self.commit(header);
-            total += if plans { planned } else { start.elapsed() };
+            total += part(planned, start.elapsed() - planned);
         }
         total
     }
 }
 
 fn decode(c: &mut Criterion) {
+    let parts: [(&str, Part); 3] = [("plan", |p, _| p), ("commit", |_, c| c), ("plan_commit", |p, c| p + c)];
     for n in [64, 256, 1024, 4096] {
         let mut bench = Bench::new(n, CONTEXT as u32);
-        let name = format!("{n}_decodes_at_8K");
-        c.bench_function(&format!("plan/{name}"), |b| b.iter_custom(|steps| bench.timed(steps, true)));
-        c.bench_function(&format!("commit/{name}"), |b| b.iter_custom(|steps| bench.timed(steps, false)));
-        c.bench_function(&format!("plan_commit/{name}"), |b| b.iter(|| black_box(bench.step())));
+        for (name, part) in parts {
+            let name = format!("{name}/{n}_decodes_at_8K");
+            c.bench_function(&name, |b| b.iter_custom(|steps| bench.timed(n, steps, part)));
+        }
     }
 }
 
