@@ -164,7 +164,7 @@ impl Core {
         let slot = self.table.insert(Request {
             id,
             prompt,
-            tokens: submit.prompt,
+            tokens: submit.prompt.into(),
             max_new,
             stop_ids: submit.stop_ids.into(),
             salt: submit.salt.into(),
@@ -185,7 +185,8 @@ impl Core {
         });
         // Alone in the queue its place does not matter.
         if contended {
-            self.table.get_mut(slot).known_prefix = self.known_prefix(slot);
+            let known = self.known_prefix(slot);
+            self.table.get_mut(slot).known_prefix = known;
             let order = self.order_of(self.table.get(slot));
             self.table.reorder(slot, order);
         }

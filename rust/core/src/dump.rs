@@ -36,7 +36,8 @@ struct Waiting {
 
 impl Waiting {
     fn of(r: &Request) -> Self {
-        let (prompt, outputs) = r.tokens.split_at(r.prompt as usize);
+        let tokens = r.tokens.to_vec();
+        let (prompt, outputs) = tokens.split_at(r.prompt as usize);
         let running = r.run.is_some();
         Waiting {
             submit: r.as_submitted(prompt.to_vec()),

@@ -35,6 +35,7 @@ mod reuse;
 mod sched;
 pub mod snapshot;
 pub mod stats;
+mod tokens;
 mod tree;
 
 pub use crate::core::{Core, Options};

@@ -12,6 +12,7 @@
 use std::cmp::Reverse;
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use crate::cache::Sequence;
 use crate::error::CoreError;
@@ -22,6 +23,7 @@ pub use crate::retention::{Hint, Retention};
 pub use crate::sched::park::Parked;
 pub use crate::sched::queue::{Order, Place};
 use crate::snapshot::SnapshotPages;
+use crate::tokens::Tokens;
 
 /// Why a request ended; the numbers are those of the FINISHED event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -140,13 +142,13 @@ pub struct Request {
     /// The caller's name.
     pub id: RequestId,
     /// Prompt, then what was sampled and committed.
-    pub tokens: Vec<u32>,
+    pub tokens: Tokens,
     /// Tokens of the prompt.
     pub prompt: u32,
     /// Tokens to sample at most.
     pub max_new: u32,
-    /// Tokens that end it.
-    pub stop_ids: Box<[u32]>,
+    /// Tokens that end it; a few lie here, where each step looks at them.
+    pub stop_ids: SmallVec<[u32; 6]>,
     /// Whose prefixes it may share.
     pub salt: Box<[u8]>,
     /// Priority, tenant, and its place in line while it waits.
@@ -220,7 +222,7 @@ impl Request {
 
     /// Known tokens.
     pub fn known(&self) -> u32 {
-        self.tokens.len() as u32
+        self.tokens.len()
     }
 
     /// Tokens sampled so far.

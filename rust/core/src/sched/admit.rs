@@ -36,14 +36,14 @@ impl Core {
         if request.parked.is_some() && self.unparks(slot, alone, draft)? {
             return Ok(true);
         }
-        let request = self.table.get(slot);
+        let request = self.table.get_mut(slot);
         if request.parked.is_some() {
             // It waits with what it holds: a start through the tree as well would hold its history twice.
             return Ok(false);
         }
         let limit = (n - 1) / block * block;
         let found = if self.options.prefix_cache && !request.all_logits {
-            self.cache.lookup(&request.salt, &request.tokens, limit)
+            self.cache.lookup(&request.salt, request.tokens.all(), limit)
         } else {
             Match { history: 0, snapshots: Vec::new(), lost: Lost::NeverStored, snapshot_evicted: None }
         };
@@ -105,8 +105,9 @@ impl Core {
         }
         for snapshots in choices {
             let way = self.options.cost.cheapest(n, found.history, snapshots, self.replay_tokens);
-            let request = self.table.get(slot);
-            let mut seq = self.cache.attach(&request.salt, &request.tokens, way.resumed_at(), request.hint);
+            let request = self.table.get_mut(slot);
+            let tokens = request.tokens.all();
+            let mut seq = self.cache.attach(&request.salt, tokens, way.resumed_at(), request.hint);
             let leased = if matches!(way, Way::Snapshot { .. }) { self.snapshot_pages } else { 0 };
             let needed = n.div_ceil(self.shape_block()) - seq.pages().len() as u32;
             while self.cache.available() < needed + leased + spared && self.reclaim_juniors(slot, alone) {}
@@ -207,8 +208,9 @@ impl Core {
             return;
         }
         if reusable {
-            let first = request.tokens.len().min(self.block as usize);
-            self.zero_hits.saw(&request.tokens[..first], way.first() > 0);
+            let tokens = request.tokens.all();
+            let first = tokens.len().min(self.block as usize);
+            self.zero_hits.saw(&tokens[..first], way.first() > 0);
         }
         let reason = if reusable { Reason::of(found, way, limit) } else { Reason::Disabled };
         let prompt_tokens = request.prompt;

@@ -146,7 +146,7 @@ impl Core {
         if !self.options.prefix_cache || row.end / block <= run.seq.published_blocks() {
             return;
         }
-        let adopted = self.cache.publish(&mut run.seq, &request.tokens[..row.end as usize], at);
+        let adopted = self.cache.publish(&mut run.seq, &request.tokens.all()[..row.end as usize], at);
         if !adopted.is_empty() {
             self.coming = self.coming.max(at);
             run.adopted.extend(adopted);

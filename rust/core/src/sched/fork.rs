@@ -31,11 +31,12 @@ impl Core {
     /// Fails as [`Core::submit`] does, and when the parent is not live.
     pub fn fork(&mut self, parent: RequestId, mut child: Submit) -> Result<(), CoreError> {
         let slot = self.table.find(parent).ok_or(CoreError::UnknownRequest(parent.0))?;
-        let of = self.table.get(slot);
+        let of = self.table.get_mut(slot);
+        let tokens = of.tokens.all();
         if child.prompt.is_empty() {
-            child.prompt.clone_from(&of.tokens);
+            child.prompt = tokens.to_vec();
         }
-        let shared = of.tokens.iter().zip(&child.prompt).take_while(|(a, b)| a == b).count();
+        let shared = tokens.iter().zip(&child.prompt).take_while(|(a, b)| a == b).count();
         let shared = (shared as u32).min(child.prompt.len() as u32 - 1);
         let fits = shared > 0
             && self.options.prefix_cache
@@ -141,7 +142,8 @@ impl Core {
             return Ok(());
         }
         let (from_slab, from_page) = (of.slab, of.seq.pages().get(full as usize).copied());
-        let mut seq = self.cache.attach(&child.salt, &child.tokens, full * block, child.hint);
+        let child = self.table.get_mut(slot);
+        let mut seq = self.cache.attach(&child.salt, child.tokens.all(), full * block, child.hint);
         let taken = self.cache.extend(&mut seq, n);
         assert!(taken.is_ok(), "{needed} pages were available: {taken:?}");
         let slab = self.slabs.take().expect("a free slab was seen");

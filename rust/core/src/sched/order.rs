@@ -53,15 +53,16 @@ impl Core {
     }
 
     /// Tokens of a waiting request's prefix that are known.
-    pub(crate) fn known_prefix(&self, slot: Slot) -> u32 {
-        let request = self.table.get(slot);
+    pub(crate) fn known_prefix(&mut self, slot: Slot) -> u32 {
+        let request = self.table.get_mut(slot);
         if let Some(parked) = &request.parked {
             return parked.pos;
         }
         if !self.options.prefix_cache || request.all_logits {
             return 0;
         }
-        self.cache.lookup(&request.salt, &request.tokens, request.known() - 1).history
+        let limit = request.known() - 1;
+        self.cache.lookup(&request.salt, request.tokens.all(), limit).history
     }
 
     /// So many tokens of a waiting request's prefix are known: its place follows.

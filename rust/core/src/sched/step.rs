@@ -135,9 +135,9 @@ impl Core {
             flags: DECODE | SAMPLE,
             replay_end: 0,
         };
-        let known = request.tokens.get(pos as usize);
+        let known = request.tokens.get(pos);
         debug_assert!(known.is_some() || run.sampled_at.0 == self.last, "it comes from the step before");
-        let token = known.map_or(-1 - run.sampled_at.1 as i32, |&token| token as i32);
+        let token = known.map_or(-1 - run.sampled_at.1 as i32, |token| token as i32);
         let index = draft.arrays.decode_row(row, token);
         let pages = match keep {
             Keep::No => None,
@@ -221,7 +221,7 @@ impl Core {
         let least = self.pages_for_a_save();
         let request = self.table.get(slot);
         let run = request.run.as_ref().expect("a running request has a slab");
-        let (start, len) = (run.planned, request.tokens.len() as u32);
+        let (start, len) = (run.planned, request.tokens.len());
         let replaying = start < run.replay_end;
         let stop = if replaying { run.replay_end } else { run.due.next(start).unwrap_or(len).min(len) };
         let stop = stop.min(run.hold).min(start + draft.arrays.room());
@@ -249,7 +249,7 @@ impl Core {
         let keep = if end >= run.replay_end { run.due.keep(end, false) } else { Keep::No };
         let replay_end = if replaying { run.replay_end } else { 0 };
         let row = Row { request: request.id, slab: run.slab, start, end, flags, replay_end };
-        let index = draft.arrays.row(row, &request.tokens[start as usize..end as usize]);
+        let index = draft.arrays.row(row, &request.tokens.all()[start as usize..end as usize]);
         run.planned = end;
         if samples {
             run.unknown = 1;
