@@ -43,10 +43,9 @@ impl PagePool {
         let Some(rest) = self.free.len().checked_sub(n as usize) else {
             return false;
         };
-        for page in self.free.drain(rest..).rev() {
-            self.refs[page.0 as usize] = 1;
-            out.push(page);
-        }
+        let first = out.len();
+        out.extend(self.free.drain(rest..).rev());
+        out[first..].iter().for_each(|page| self.refs[page.0 as usize] = 1);
         true
     }
 
