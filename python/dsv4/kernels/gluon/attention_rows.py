@@ -1,5 +1,8 @@
-"""Rows of sparse attention on Hopper: where a CTA's keys lie, and how their rows come into shared memory as fp16. Used by
-gluon/attention.py, which says how the roles play together."""
+"""Rows of sparse attention: where a CTA's keys lie, and how their rows come into shared memory as fp16.
+
+The producer role looks the rows up, gathers them to registers one block ahead, turns e4m3 into fp16 (one cvt and one mul
+a pair: the scale is a power of two) and stores them swizzled; it asks for the rows after those in L2, which costs neither
+registers nor shared memory."""
 
 from __future__ import annotations
 
@@ -155,32 +158,24 @@ def _look_up(
 
 @gluon.jit
 def bring_rows(
-    c1,
-    ids,
-    table,
-    sel,
-    count,
-    st1,
-    st2,
-    delta,
-    k0,
-    k1,
-    k2,
-    k3,
+    keys,
+    k,
     bias,
     spage,
     srow,
-    qfull,
-    full,
-    empty,
-    b0,
-    b1,
+    bars,
+    run,
     W: gl.constexpr,
     P1: gl.constexpr,
     P2: gl.constexpr,
     MODE: gl.constexpr,
     NBP: gl.constexpr,
 ):
+    """The role that fills the row buffers k (four of 128 columns) and `bias` (-inf where there is no key)."""
+    c1, ids, table, sel, count, st1, st2, delta = keys
+    full, empty, _, _, qfull = bars
+    b0, b1 = run
+    k0, k1, k2, k3 = k
     LAY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
     RL: gl.constexpr = gl.SliceLayout(1, LAY)
     N1: gl.constexpr = W // BN

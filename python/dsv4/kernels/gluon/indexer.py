@@ -268,8 +268,7 @@ def launch_scan(
         return
     import torch
 
-    append, scores = lists["append"], lists["scores"]
-    tokens, sampled = len(slab), scores.shape[1]
+    append, (tokens, sampled) = lists["append"], lists["scores"].shape
     groups = cdiv(tokens, plan.queries)
     tiles = cdiv(most if append else min(most, sampled), TILE.value)
     # Enough programs for ten a multiprocessor where there is work for them: each takes at least four tiles, or two where
@@ -278,22 +277,8 @@ def launch_scan(
     programs = min(10 * multiprocessors(), max(work // 4, min(work, 2 * multiprocessors())))
     splits = max(1, min(programs // groups, tiles))
     scan_kernel[(splits, groups)](
-        q.view(torch.int32),
-        weights,
-        keys.region,
-        keys.region.stride(0),
-        pages,
-        pages.stride(0),
-        slab,
-        visible,
-        lists["bound"],
-        int(lists["bound_by_slab"]),
-        lists["used"],
-        lists["key"],
-        lists["index"],
-        scores,
-        tokens,
-        sampled,
+        *portable.key_arguments(q.view(torch.int32), weights, keys, pages, slab, visible),
+        *portable.list_arguments(lists),
         APPEND=append,
         CAP=portable.CAP,
         QUERIES=plan.queries,

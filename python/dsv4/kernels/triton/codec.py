@@ -90,13 +90,25 @@ def rotate(y, N: tl.constexpr, DIM: tl.constexpr):
 
 
 @triton.jit
+def unit(x, eps, DIM: tl.constexpr):
+    """[N, BLOCK] float32 over the root of its mean square."""
+    return x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / DIM + eps)
+
+
+@triton.jit
 def norm(x, weight, eps, DIM: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):
     """RMSNorm of [N, BLOCK] float32; `weight` points to float32 [DIM]."""
-    y = x * tl.rsqrt(tl.sum(x * x, 1)[:, None] / DIM + eps)
+    y = unit(x, eps, DIM)
     if WEIGHTED:
         c = tl.arange(0, BLOCK)
         y = y * tl.load(weight + c, mask=c < DIM, other=0.0)[None, :]
     return y
+
+
+@triton.jit
+def turn_pairs(even, odd, c, s, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Pairs [N, BLOCK / 2] of neighbours rotated by the angles with cosine c and sine s [N or 1, BLOCK / 2], [N, BLOCK]."""
+    return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (N, BLOCK))
 
 
 @triton.jit
@@ -108,7 +120,7 @@ def turn(x, cos, sin, row, keep, N: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.c
     at = row[:, None] * (ROPE // 2) + pair[None, :]
     held = keep[:, None] & ((pair >= 0) & (pair < ROPE // 2))[None, :]
     c, s = tl.load(cos + at, mask=held, other=1.0), tl.load(sin + at, mask=held, other=0.0)
-    return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (N, BLOCK))
+    return turn_pairs(even, odd, c, s, N, BLOCK)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.triton.codec import as_model, store_rows
+from dsv4.kernels.triton.codec import as_model, store_rows, turn_pairs, unit
 from dsv4.kernels.triton.rows import row_constants
 
 
@@ -85,10 +85,9 @@ def _finish(
     one = tl.full((1,), 0, tl.int64)
     c = tl.arange(0, BLOCK)
     y = as_model(tl.where(c < DIM, value, 0.0), BF16)[None, :]
-    y = y * tl.rsqrt(tl.sum(y * y, 1)[:, None] / DIM + eps) * weight[None, :]
-    even, odd = tl.split(tl.reshape(as_model(y, BF16), (1, BLOCK // 2, 2)))
-    turned = tl.join(even * cos[None, :] - odd * sin[None, :], odd * cos[None, :] + even * sin[None, :])
-    y = as_model(tl.reshape(turned, (1, BLOCK)), BF16)
+    y = as_model(unit(y, eps, DIM) * weight[None, :], BF16)
+    even, odd = tl.split(tl.reshape(y, (1, BLOCK // 2, 2)))
+    y = as_model(turn_pairs(even, odd, cos[None, :], sin[None, :], 1, BLOCK), BF16)
     store_rows(
         region,
         region_stride,

@@ -56,8 +56,27 @@ class Plan:
     def parts(self) -> int:
         return min(16, CAP // self.width)
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What the kernels need to know of the stored keys."""
+        return {name: self.rows[name] for name in ("ROWS", "FORMAT", "DIM", "PLANE", "SCALES")}
+
 
 Scan = Callable[..., None]
+
+
+def key_arguments(
+    q: Tensor, weights: Tensor, keys: Any, pages: Tensor, slab: Tensor, visible: Tensor
+) -> tuple[Any, ...]:
+    """What every kernel over keys takes first."""
+    return q, weights, keys.region, keys.region.stride(0), pages, pages.stride(0), slab, visible
+
+
+def list_arguments(lists: dict[str, Any]) -> tuple[Any, ...]:
+    """What a scan takes after them; `lists` are the keyword arguments of `launch_scan`."""
+    scores = lists["scores"]
+    found = (lists["used"], lists["key"], lists["index"])
+    return lists["bound"], int(lists["bound_by_slab"]), *found, scores, *scores.shape
 
 
 def launch_scan(
@@ -71,48 +90,24 @@ def launch_scan(
     most: int,
     *,
     append: bool,
-    bound: Tensor,
-    bound_by_slab: bool,
-    used: Tensor,
-    key: Tensor,
-    index: Tensor,
-    scores: Tensor,
+    **lists: Any,
 ) -> None:
-    """Plain Triton's scan. `scores` [T, sampled]."""
-    tokens, sampled = len(slab), scores.shape[1]
+    """Plain Triton's scan. `lists`: bound, bound_by_slab, used, key, index and scores [T, sampled]."""
+    tokens, sampled = lists["scores"].shape
     groups = cdiv(tokens, plan.queries)
     length = most if append else min(most, sampled)
     splits = max(1, min(cdiv(4 * multiprocessors(), groups), cdiv(length, plan.tile)))
-    r = plan.rows
     scan_kernel[(splits, groups)](
-        q,
-        weights,
-        keys.region,
-        keys.region.stride(0),
-        pages,
-        pages.stride(0),
-        slab,
-        visible,
-        bound,
-        int(bound_by_slab),
-        used,
-        key,
-        index,
-        scores,
-        tokens,
-        sampled,
+        *key_arguments(q, weights, keys, pages, slab, visible),
+        *list_arguments(lists),
         APPEND=append,
         CAP=CAP,
         HEADS=plan.heads,
         QUERIES=plan.queries,
         TILE=plan.tile,
-        ROWS=r["ROWS"],
-        FORMAT=r["FORMAT"],
-        DIM=r["DIM"],
-        PLANE=r["PLANE"],
-        SCALES=r["SCALES"],
+        **plan.stored,
         num_warps=4,
-        num_stages=1 if INTERPRETED else 6 if r["FORMAT"] in ("fp8", "mxfp4") else 2,
+        num_stages=1 if INTERPRETED else 6 if plan.rows["FORMAT"] in ("fp8", "mxfp4") else 2,
     )
 
 
@@ -281,16 +276,8 @@ def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | N
         index=index,
         scores=scores,
     )
-    r = plan.rows
     refine_kernel[(parts, n)](
-        q,
-        weights,
-        keys.region,
-        keys.region.stride(0),
-        pages,
-        pages.stride(0),
-        slab,
-        visible,
+        *key_arguments(q, weights, keys, pages, slab, visible),
         used,
         key,
         index,
@@ -301,11 +288,7 @@ def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | N
         CAP=CAP,
         HEADS=plan.heads,
         TILE=min(plan.tile, width),
-        ROWS=r["ROWS"],
-        FORMAT=r["FORMAT"],
-        DIM=r["DIM"],
-        PLANE=r["PLANE"],
-        SCALES=r["SCALES"],
+        **plan.stored,
         num_warps=4,
         num_stages=1 if INTERPRETED else 3,
     )

@@ -1,0 +1,216 @@
+"""Sparse MQA attention over 584-byte rows on Hopper: the roles of a CTA.
+
+It takes a token, up to 64 of its heads and a run of 64-row blocks. Sixteen warps in four roles:
+
+  scores    S = Q K^T (wgmma, fp16), online softmax, P to shared memory
+  values    two groups, each 256 of the 512 output columns: acc = acc * alpha + P V
+  producer  attention_rows.py
+
+Shared memory: Q 64 KiB, two row buffers of 64 KiB, P 16 KiB, row places.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from dsv4.kernels.aot import Aot
+from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows
+from dsv4.kernels.gluon.softmax import BH, close, put, weigh
+
+
+@gluon.jit
+def _scores(sink, scale, q, k, bias, weights, bars, run, pm, at, h0, H: gl.constexpr, SPLIT: gl.constexpr):
+    sp_, sal, sinv = weights
+    full, _, pfull, pempty, qfull = bars
+    b0, b1 = run
+    SL: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
+    )
+    SR: gl.constexpr = gl.SliceLayout(1, SL)
+    m, total = gl.full([BH], float("-inf"), gl.float32, SR), gl.full([BH], 0.0, gl.float32, SR)
+    mbarrier.wait(qfull, 0)
+    for i in range(0, b1 - b0):
+        buf, pb = i % NB, i % 2
+        mbarrier.wait(full.index(buf), (i // NB) & 1)
+        s = gl.zeros([BH, BN], gl.float32, SL)
+        for j in gl.static_range(4):
+            s = warpgroup_mma(q[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
+        b = bias.index(buf).load(gl.SliceLayout(0, SL))
+        s = warpgroup_mma_wait(0, [s]) * scale + b[None, :]
+        p, al, m = weigh(s, m)
+        mbarrier.wait(pempty.index(pb), ((i // 2) & 1) ^ 1)
+        sp_.index(pb).store(p.to(gl.float16))
+        sal.index(pb).store(al)
+        fence_async_shared()
+        mbarrier.arrive(pfull.index(pb), count=1)
+        total = total * al + gl.sum(p, 1)
+    inv = close(m, total, sink, pm, at, h0, H, SPLIT)
+    n = b1 - b0
+    mbarrier.wait(pempty.index(n % 2), ((n // 2) & 1) ^ 1)
+    sinv.store(inv)
+    mbarrier.arrive(pfull.index(n % 2), count=1)
+
+
+@gluon.jit
+def _values(q, qs, k, weights, bars, run, to, COL: gl.constexpr, H: gl.constexpr, SPLIT: gl.constexpr):
+    """COL: first of the role's 256 columns."""
+    sp_, sal, sinv = weights
+    _, empty, pfull, pempty, qfull = bars
+    b0, b1 = run
+    qa, qb, ka, kb = qs[COL // 128], qs[COL // 128 + 1], k[COL // 128], k[COL // 128 + 1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
+    )
+    AR: gl.constexpr = gl.SliceLayout(1, ACC)
+    QL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    qi, h0 = to[4], to[6]
+    rr, cc = gl.arange(0, BH, layout=gl.SliceLayout(1, QL)), gl.arange(0, 128, layout=gl.SliceLayout(0, QL))
+    qp = q + (qi * H + h0 + rr)[:, None] * 512 + (COL + cc)[None, :]
+    here = (h0 + rr < H)[:, None]
+    qx, qy = gl.load(qp, mask=here, other=0.0), gl.load(qp + 128, mask=here, other=0.0)
+    qa.store(qx.to(gl.float16))
+    qb.store(qy.to(gl.float16))
+    fence_async_shared()
+    mbarrier.arrive(qfull, count=1)
+    x, y = gl.zeros([BH, 128], gl.float32, ACC), gl.zeros([BH, 128], gl.float32, ACC)
+    for i in range(0, b1 - b0):
+        buf, pb = i % NB, i % 2
+        mbarrier.wait(pfull.index(pb), (i // 2) & 1)
+        al = sal.index(pb).load(AR)
+        x = warpgroup_mma(sp_.index(pb), ka.index(buf), x * al[:, None], is_async=True)
+        y = warpgroup_mma(sp_.index(pb), kb.index(buf), y * al[:, None], is_async=True)
+        x, y = warpgroup_mma_wait(0, [x, y])
+        mbarrier.arrive(empty.index(buf), count=1)
+        mbarrier.arrive(pempty.index(pb), count=1)
+    n = b1 - b0
+    mbarrier.wait(pfull.index(n % 2), (n // 2) & 1)
+    inv = sinv.load(AR)
+    put(x, inv, qa, to, COL, H, SPLIT)
+    put(y, inv, qb, to, COL + 128, H, SPLIT)
+
+
+@gluon.jit
+def attend(
+    q,
+    c1,
+    window_ids,
+    pages,
+    slabs,
+    selected,
+    visible,
+    sink,
+    cos,
+    sin,
+    out,
+    po,
+    pm,
+    st1,
+    st2,
+    delta,
+    pages_stride,
+    scale,
+    splits,
+    k,
+    H: gl.constexpr,
+    W: gl.constexpr,
+    WIN_ROWS: gl.constexpr,
+    HIST_ROWS: gl.constexpr,
+    MODE: gl.constexpr,
+    SPLIT: gl.constexpr,
+    NBP: gl.constexpr,
+):
+    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words."""
+    NHB: gl.constexpr = (H + BH - 1) // BH
+    pid = gl.program_id(0)
+    sp = (pid // NHB) % splits
+    qi = (pid // (NHB * splits)).to(gl.int64)
+    h0 = (pid % NHB) * BH
+    count = 0
+    if MODE == 1:
+        count = gl.load(visible + qi)
+    elif MODE == 2:
+        count = k
+    nblk = W // BN + (count + BN - 1) // BN
+    b0 = sp * nblk // splits
+    b1 = (sp + 1) * nblk // splits
+    table = pages
+    if MODE > 0:
+        table = pages + gl.load(slabs + qi).to(gl.int64) * pages_stride
+    ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    qs, ks = (), ()
+    for _ in gl.static_range(4):  # 128 columns each
+        qs += (gl.allocate_shared_memory(gl.float16, [BH, 128], ML),)
+    for _ in gl.static_range(4):
+        ks += (gl.allocate_shared_memory(gl.float16, [NB, BN, 128], ML),)
+    sp_ = gl.allocate_shared_memory(gl.float16, [2, BH, BN], ML)
+    sal = gl.allocate_shared_memory(gl.float32, [2, BH], V1)
+    bias = gl.allocate_shared_memory(gl.float32, [NB, BN], V1)
+    sinv = gl.allocate_shared_memory(gl.float32, [BH], V1)
+    spage = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)
+    srow = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)
+    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    pfull = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    pempty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    qfull = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(qfull, count=2)
+    for j in gl.static_range(2):
+        mbarrier.init(full.index(j), count=1)
+        mbarrier.init(empty.index(j), count=2)
+        mbarrier.init(pfull.index(j), count=1)
+        mbarrier.init(pempty.index(j), count=2)
+    at = (qi * splits + sp) * H
+    weights, bars, run = (sp_, sal, sinv), (full, empty, pfull, pempty, qfull), (b0, b1)
+    to = (out, po, cos + qi * 32, sin + qi * 32, qi, at, h0)
+    keys = (c1, window_ids + qi * W, table, selected + qi * k, count, st1, st2, delta)
+    gl.warp_specialize(
+        [
+            (_scores, (sink, scale, qs, ks, bias, weights, bars, run, pm, at, h0, H, SPLIT)),
+            (_values, (q, qs, ks, weights, bars, run, to, 0, H, SPLIT)),
+            (_values, (q, qs, ks, weights, bars, run, to, 256, H, SPLIT)),
+            (bring_rows, (keys, ks, bias, spage, srow, bars, run, W, WIN_ROWS, HIST_ROWS, MODE, NBP)),
+        ],
+        [4, 4, 4],
+        [160, 160, 112],
+    )
+
+
+_SIGNATURE = dict(
+    q="*bf16",
+    c1="*u8",
+    window_ids="*i32",
+    pages="*i32",
+    slabs="*i32",
+    selected="*i32",
+    visible="*i32",
+    sink="*fp32",
+    cos="*fp32",
+    sin="*fp32",
+    out="*bf16",
+    po="*fp32",
+    pm="*fp32",
+    st1="i32:16",
+    st2="i32:16",
+    delta="i64",
+    pages_stride="i32",
+    scale="fp32",
+    splits="i32",
+    k="i32:16",
+)
+
+
+def _aot(heads: int, per_page: int, mode: int, split: bool, blocks: int) -> Aot:
+    values = dict(H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, NBP=blocks)
+    return Aot(attend, _SIGNATURE, values, matrix=True, archs=(90,))
+
+
+AOT = [_aot(64, 64, 2, False, 16), _aot(128, 64, 2, True, 2), _aot(64, 2, 1, True, 32)]
