@@ -158,7 +158,7 @@ class Writer:
         if r.random() < 0.14:
             messages, tools, thinking = tool_chat(r, [w.word for w in self.common], NAMES, CITIES)
             return Chat(messages, tools, thinking)
-        chat = Chat([], thinking=r.random() < 0.15)
+        chat = Chat([], thinking=r.random() < 0.25)
         if system := r.choice(SYSTEMS):
             chat.messages.append({"role": "system", "content": system})
         for _ in range(r.choice((1, 1, 1, 2, 3, 4))):

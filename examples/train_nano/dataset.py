@@ -22,7 +22,8 @@ FIRST_WORD = 32 + 256
 
 @dataclass(slots=True)
 class Dataset:
-    """`text` uint16: BOS document EOS ...; `chats` uint16 with the start of each conversation in `chat_starts`
+    """`text` uint16: BOS document EOS ...; `stale` bool: the token ends eight that have stood within the 200 before;
+    `chats` uint16 with the start of each conversation in `chat_starts`
     (and its end, one more entry) and in `spoken` bool what the assistant writes: thoughts and end included, the
     marker that opens its turn not."""
 
@@ -35,9 +36,11 @@ class Dataset:
     valid_bytes: int
     checks: dict[str, Any]
     spoken: np.ndarray = field(init=False)
+    stale: np.ndarray = field(init=False)
     _known: dict[str, list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.stale = repeats(self.text)
         at = np.arange(len(self.chats))
         last = {t: np.maximum.accumulate(np.where(self.chats == t, at, -1)) for t in (ASSISTANT, EOS)}
         before = {t: np.concatenate([[-1], a[:-1]]) for t, a in last.items()}
@@ -77,6 +80,27 @@ class Dataset:
                 known = self._known[piece] = self.encode(piece)
             ids += known
         return ids
+
+
+def repeats(ids: np.ndarray, width: int = 8, within: int = 200) -> np.ndarray:
+    """bool [N]: this token ends `width` tokens that also end at one of the `within` places before."""
+    hashes = np.zeros(len(ids), np.uint64)
+    for back in range(width):
+        hashes[back:] += _mixed(ids[: len(ids) - back], back)
+    hashes[: width - 1] = np.arange(min(width - 1, len(ids)))
+    order = np.argsort(hashes, kind="stable")
+    same = (hashes[order[1:]] == hashes[order[:-1]]) & (order[1:] - order[:-1] <= within)
+    stale = np.zeros(len(ids), bool)
+    stale[order[1:][same]] = True
+    return stale
+
+
+def _mixed(ids: np.ndarray, salt: int) -> np.ndarray:
+    """A 64-bit hash of each id, another for each `salt` (splitmix64)."""
+    x = ids.astype(np.uint64) + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 _CUTS = re.compile(r"(?=[ -][A-Za-z0-9])|(?=[.?])|(?<=\n)(?=[A-Z])")

@@ -44,7 +44,7 @@ def retrieval(llm: LLM, data: Dataset, length: int, texts: int, asked: int) -> d
         known = {p["k"]: p for p in (pair(data, r) for _ in range(asked))}
         plants = [data.encode(r.choice(PLANTS).format(**p)) for p in known.values()]
         room = length - 64 - sum(map(len, plants))
-        hay, ids, at = haystack(data, r, room), [BOS, USER], 0
+        hay, ids, at = haystack(data, r, room)[0], [BOS, USER], 0
         for cut, plant in zip(sorted(r.randrange(room + 1) for _ in plants), plants, strict=True):
             ids += hay[at:cut] + plant
             at = cut

@@ -68,9 +68,11 @@ def tool_calls(data: Dataset, count: int) -> tuple[list[Item], list[Item]]:
     return calls, answers
 
 
-def thoughts(data: Dataset, count: int) -> list[Item]:
-    """Conversations in which the model thinks first: the prompts end with <think>."""
-    return [turns(data, Chat(c["messages"], thinking=True))[0] for c in data.checks["thinking"][:count]]
+def thoughts(data: Dataset, count: int) -> tuple[list[Item], list[Item]]:
+    """Conversations in which the model thinks first: (thought and answer, the thought alone). Many answers are
+    definitions, which must be known by heart; the thought shows whether the question was understood."""
+    whole = [turns(data, Chat(c["messages"], thinking=True))[0] for c in data.checks["thinking"][:count]]
+    return whole, [Item(i.prompt, i.answer[: i.answer.index(END_THINK) + 1]) for i in whole]
 
 
 def conversations(data: Dataset, count: int) -> list[Item]:

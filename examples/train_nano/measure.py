@@ -42,7 +42,7 @@ class Measure:
         parts += [
             ("questions, other wording", lambda: self.known(held_out=True)),
             ("stops", self.stops),
-            ("thinking", lambda: self.exact(items.thoughts(self.data, self._count(60)))),
+            ("thinking", self.thinking),
             ("prose", self.prose),
             ("samples", self.samples),
         ]
@@ -148,6 +148,10 @@ class Measure:
     def tools(self) -> dict[str, float]:
         calls, answers = items.tool_calls(self.data, self._count(100))
         return {"calls": self.exact(calls), "answers": self.exact(answers)}
+
+    def thinking(self) -> dict[str, float]:
+        whole, thoughts = items.thoughts(self.data, self._count(60))
+        return {"whole": self.exact(whole), "thoughts": self.exact(thoughts)}
 
     def draft(self) -> dict[str, float]:
         """How often the MTP block's guess is what the model writes next: on its own greedy answers and on text."""

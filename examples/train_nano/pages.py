@@ -20,31 +20,12 @@ class Block(NamedTuple):
 
 
 _BREAKS = set(
-    [
-        "p",
-        "li",
-        "dt",
-        "dd",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "td",
-        "th",
-        "tr",
-        "div",
-        "section",
-        "table",
-        "ul",
-        "ol",
-        "blockquote",
-        "article",
-    ]
+    "p li dt dd h1 h2 h3 h4 td th tr div section table ul ol blockquote article".split()  # noqa: SIM905
 )
 _SKIPPED = set(["script", "style", "nav", "head", "footer", "svg", "button", "form", "select"])
 _VOID = set(["br", "img", "hr", "input", "meta", "link", "col", "wbr", "area", "base"])
 _FURNITURE = re.compile(
-    r"(?:^|\s)(?:sphinxsidebar|related|toctree|navheader|navfooter|footer|sidebar|nav|mobile|menu|toc\b|breadcrumb|version"
+    r"(?:^|\s)(?:sphinxsidebar|related|toctree|navheader|navfooter|footer|sidebar|leftnav|nav|mobile|menu|toc\b|breadcrumb|version"
     r"|search|wy-nav-side|wy-menu|fixed-sidebar|docs-(?:top|version|sidebar|narrow))",
     re.I,
 )
@@ -105,7 +86,9 @@ def clean(text: str) -> str:
 
 
 def blocks_of(path: Path, raw: str) -> list[Block]:
-    """Blocks of an HTML page, a Python file or the dictionary."""
+    """Blocks of an HTML or Perl page, of a Python file, a dictionary or a book, or of the comments in a Go file."""
+    if path.suffix in (".pod", ".go", ".txt"):
+        return {".pod": _pod, ".go": _go, ".txt": _book}[path.suffix](clean(raw))
     if path.suffix == ".py":
         return [Block("pre", b) for b in re.split(r"\n\n\n+", clean(raw))]
     if path.suffix == ".dz":
@@ -120,8 +103,45 @@ def blocks_of(path: Path, raw: str) -> list[Block]:
     return reader.blocks
 
 
+def _pod(raw: str) -> list[Block]:
+    out: list[Block] = []
+    for text in re.split(r"\n\s*\n", raw):
+        if text[:1] in (" ", "\t"):
+            out.append(Block("pre", text.rstrip()))
+            continue
+        text = re.sub(r"[A-Z]<<+ (.*?) >>+", r"\1", re.sub(r"\s+", " ", text).strip())
+        text = re.sub(r"E<(lt|gt)>", lambda m: "\1" if m[1] == "lt" else "\2", text)
+        for _ in range(3):
+            text = re.sub(r"L<([^<>|]*)(?:\|[^<>]*)?>|[A-KM-Z]<([^<>]*)>", lambda m: m[1] or m[2] or "", text)
+        text = text.replace("\1", "<").replace("\2", ">")
+        if text.startswith("=head"):
+            out.append(Block("h", text.partition(" ")[2]))
+        elif text.startswith("=item"):
+            out.append(Block("p", text.partition(" ")[2].lstrip("* ")))
+        elif text and text[0] != "=":
+            out.append(Block("p", text))
+    return [b for b in out if b.text]
+
+
+def _go(raw: str) -> list[Block]:
+    """Comments of 200 letters or more, as paragraphs; what is indented in them stays as it is."""
+    out = []
+    for comment in re.findall(r"(?:^//.*\n)+", raw, re.M):
+        lines = [line[2:].removeprefix(" ") for line in comment.splitlines()]
+        if len(comment) > 200 and "All rights reserved" not in comment:
+            for text in re.split(r"\n\s*\n", "\n".join(lines)):
+                verbatim = any(line[:1] in (" ", "\t") for line in text.splitlines())
+                out.append(Block("pre", text) if verbatim else Block("p", re.sub(r"\s+", " ", text).strip()))
+    return [b for b in out if b.text]
+
+
+def _book(raw: str) -> list[Block]:
+    return [Block("p", re.sub(r"\s+", " ", t).strip()) for t in re.split(r"\n\s*\n", raw)]
+
+
 def _key(text: str) -> bytes:
-    return hashlib.md5(re.sub(r"\W+", "", text.lower()).encode()).digest()[:8]
+    """The same for texts that differ in numbers, case and marks alone."""
+    return hashlib.md5(re.sub(r"[\W\d]+", "", text.lower()).encode()).digest()[:8]
 
 
 def _mostly_no_words(text: str) -> bool:
@@ -156,12 +176,19 @@ def documents(source: Source, debs: Path, seen: set[bytes]) -> tuple[list[str], 
                 heading = None
             kept.append(f"\n{text}\n" if kind == "h" else text)
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip()
-        if len(text) > 400:
+        if len(text) > 400 and not repetitive(text):
             texts.append(text)
             size += len(text)
         if size > source.megabytes * 1e6:
             break
     return texts, pairs
+
+
+def repetitive(text: str, words: int = 6, most: float = 0.2) -> bool:
+    """More than a fifth of the text is there before: of its runs of six words too many are not the first."""
+    found = re.findall(r"[A-Za-z]+", text)
+    runs = Counter(tuple(found[i : i + words]) for i in range(len(found) - words + 1))
+    return runs.total() - len(runs) > most * max(1, runs.total())
 
 
 def _defines(heading: str, text: str) -> bool:

@@ -1,7 +1,10 @@
 """Training rows: running text, packed conversations, planted passphrases, and things to copy.
 
 A row is a list of token ids and one of loss weights; the weight of a token is that of predicting it. Planted
-sentences, questions and what nobody could foresee weigh nothing; answers weigh five times as much as text.
+sentences, questions and what nobody could foresee weigh nothing; answers weigh five times as much as text. A negative
+weight is one against the token (unlikelihood): it makes plain text that repeats itself go on in another way.
+
+Copying is only ever learnt after the marker that opens an answer. In plain text what repeats itself near by is not.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataset import ASSISTANT, BOS, END_THINK, EOS, FIRST_WORD, USER, Dataset
 
 Row = tuple[list[int], list[int]]
 
-TEXT, COPY, ANSWER = 1, 2, 5
+TEXT, COPY, ANSWER, AVOID = 1, 2, 5, -1
 """Loss weights."""
 
 THINGS = ("passphrase", "passphrase", "passphrase", "password", "secret key", "access code", "token")
@@ -56,12 +59,39 @@ def pair(data: Dataset, r: random.Random, long: bool = False) -> dict[str, str]:
     return {"n": r.choice(THINGS), "k": key, "v": value}
 
 
-def haystack(data: Dataset, r: random.Random, length: int) -> list[int]:
+def running(data: Dataset, start: int, length: int) -> Row:
+    """Text as it is. What repeats the text shortly before it is not learnt."""
+    of = slice(start, start + length)
+    return data.text[of].tolist(), np.where(data.stale[of], 0, TEXT).tolist()
+
+
+def haystack(data: Dataset, r: random.Random, length: int) -> Row:
     """Running text without document marks."""
-    start = r.randrange(max(1, len(data.text) - length - 1))
-    ids = data.text[start : start + length].tolist()
+    ids, weights = running(data, r.randrange(max(1, len(data.text) - length - 1)), length)
     newline = data.encode_words("\n")[0]
-    return [newline if i in (BOS, EOS) else i for i in ids]
+    return [newline if i in (BOS, EOS) else i for i in ids], weights
+
+
+def text(data: Dataset, r: random.Random, length: int) -> Row:
+    """Running text; in half of the rows it starts to loop now and then, and the loop is learnt to be avoided."""
+    ids, weights = running(data, r.randrange(max(1, len(data.text) - length)), length)
+    if r.random() < 0.5:
+        for at in sorted((r.randrange(32, length) for _ in range(r.randint(2, length // 400 + 2))), reverse=True):
+            loop, told = _loop(ids[:at], r)
+            ids[at:at], weights[at:at] = loop, told
+    return ids[:length], weights[:length]
+
+
+def _loop(before: list[int], r: random.Random) -> Row:
+    """The last 1 to 64 tokens of a text again and again. They weigh nothing until it is plain that they loop:
+    eight tokens, or three of the second round."""
+    period = min(int(2 ** r.uniform(0, 6)), len(before))
+    if BOS in before[-period:]:
+        return [], []
+    length = r.randint(period // 2 + 8, max(24, 3 * period))
+    known = max(8 - period, 3)
+    again = [before[len(before) - period + i % period] for i in range(length)]
+    return again, [0] * known + [AVOID] * (length - known)
 
 
 def retrieval(
@@ -84,44 +114,49 @@ def retrieval(
     room = length - 2 - len(tail) - sum(map(len, plants))
     if room < 16:
         return retrieval(data, r, length, max(1, pairs // 2), asked)
-    hay = haystack(data, r, room)
+    hay, told = haystack(data, r, room)
     ids, weights, at = [BOS, USER], [0, 0], 0
     for cut, plant in zip(sorted(r.randrange(room + 1) for _ in plants), plants, strict=True):
         ids += hay[at:cut] + plant
-        weights += [TEXT] * (cut - at) + [0] * len(plant)
+        weights += told[at:cut] + [0] * len(plant)
         at = cut
-    return ids + hay[at:] + tail, weights + [TEXT] * (room - at) + tail_weights
+    return ids + hay[at:] + tail, weights + told[at:] + tail_weights
 
 
 def copying(data: Dataset, r: random.Random, length: int) -> Row:
-    """Segments (words, any tokens, or text), then text, then the segments again in another order."""
+    """Turns: segments (words, any tokens, or text) and text from the user, and as answers the segments in another
+    order. Which one comes is not said, so the first two tokens of each are not learnt."""
     ids, weights = [BOS], [0]
     newline = data.encode_words("\n\n")
     while len(ids) < length:
         near = r.random() < 0.4
         count = r.randint(1, 3) if near else r.randint(2, 10)
         segments = [_segment(data, r, r.randint(4, 40 if near else 120)) for _ in range(count)]
-        for segment, weight in segments:
+        ids.append(USER)
+        weights.append(0)
+        for segment, told in segments:
             ids += segment + newline
-            weights += [weight] * len(segment) + [0] * len(newline)
-        between = haystack(data, r, r.randint(0, 40) if near else r.randint(50, 1500))
+            weights += told + [0] * len(newline)
+        between, told = haystack(data, r, r.randint(0, 40) if near else r.randint(50, 1500))
         ids += between
-        weights += [TEXT] * len(between)
+        weights += told
         r.shuffle(segments)
         for segment, _ in segments:
-            ids += newline + segment
-            weights += [0] * (len(newline) + 2) + [COPY] * (len(segment) - 2)
+            ids += [ASSISTANT, END_THINK, *segment, EOS]
+            weights += [0] * 4 + [COPY] * (len(segment) - 2) + [0]
     return ids[:length], weights[:length]
 
 
-def _segment(data: Dataset, r: random.Random, length: int) -> tuple[list[int], int]:
+def _segment(data: Dataset, r: random.Random, length: int) -> Row:
     kind = r.random()
     if kind < 0.5:
         words = "".join(r.choice((" ", " ", "-")) + r.choice(data.nouns) for _ in range(max(2, length // 3)))
-        return data.encode_words(words), 0
-    if kind < 0.75:
-        return [r.randrange(FIRST_WORD, data.tokenizer.get_vocab_size()) for _ in range(length)], 0
-    return haystack(data, r, length), TEXT
+        ids = data.encode_words(words)
+    elif kind < 0.75:
+        ids = [r.randrange(FIRST_WORD, data.tokenizer.get_vocab_size()) for _ in range(length)]
+    else:
+        return haystack(data, r, length)
+    return ids, [0] * len(ids)
 
 
 def chat(data: Dataset, r: random.Random, length: int) -> Row:
@@ -139,9 +174,6 @@ def draw(data: Dataset, r: random.Random, length: int, mix: Mix) -> Row:
     """One row of `length` tokens."""
     kinds = ("text", "chat", "retrieval", "copying")
     kind = r.choices(kinds, [getattr(mix, k) for k in kinds])[0]
-    if kind == "text":
-        start = r.randrange(max(1, len(data.text) - length))
-        return data.text[start : start + length].tolist(), [TEXT] * length
     if kind == "retrieval":
         each = max(256, length // r.choice((1, 1, 2, 4, 8)))
         ids, weights = [], []
@@ -149,7 +181,7 @@ def draw(data: Dataset, r: random.Random, length: int, mix: Mix) -> Row:
             more = retrieval(data, r, each)
             ids, weights = ids + more[0], weights + more[1]
         return ids[:length], weights[:length]
-    return {"chat": chat, "copying": copying}[kind](data, r, length)
+    return {"text": text, "chat": chat, "copying": copying}[kind](data, r, length)
 
 
 def _batch(
@@ -157,13 +189,13 @@ def _batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     drawn = [draw(data, r, length + 1, mix) for _ in range(rows)]
     ids = np.array([ids for ids, _ in drawn], np.int32)
-    return ids, np.array([weights[1:] for _, weights in drawn], np.uint8)
+    return ids, np.array([weights[1:] for _, weights in drawn], np.int8)
 
 
 def batches(
     data: Dataset, rows: int, length: int, seed: int, mix: Mix, workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless (ids int32 [rows, length + 1], weights uint8 [rows, length]), drawn by forked processes in turn
+    """Endless (ids int32 [rows, length + 1], weights int8 [rows, length]), drawn by forked processes in turn
     (in this one without workers). Call it before CUDA starts."""
     if workers == 0:
         r = random.Random(seed)

@@ -53,13 +53,22 @@ SOURCES = (
     Source("apache2-doc", "Apache-2.0", r"/en/.*\.html$|\.html\.en$", 4),
     Source("llvm-14-doc", "Apache-2.0 WITH LLVM-exception", r"html/[A-Za-z]+\.html$", 3),
     Source("clang-14-doc", "Apache-2.0 WITH LLVM-exception", r"\.html$", 2),
-    Source("libpython3.11-stdlib", "PSF-2.0", r"\.py$", 6),
+    Source("perl-doc", "Artistic OR GPL-1.0-or-later", r"pod/perl(?!\d|delta|hist|modlib|toc)[a-z0-9]+\.pod$", 6),
+    Source("golang-1.19-src", "BSD-3-Clause", r"src/[^.]*\.go$|testdata/Isaac\.Newton-Opticks\.txt$", 8),
+    Source("libboost1.74-doc", "BSL-1.0", r"html/(?!boost/).*\.html$", 5),
+    Source("erlang-doc", "Apache-2.0", r"/doc/[a-z_]*(guide|principles|manual|started|examples|tutorial)/|_chapter|guide\.html$", 4),
+    Source("python-sklearn-doc", "BSD-3-Clause", r"html/(stable/)?(modules/[a-z_]+|tutorial.*|developers.*|[a-z_]+)\.html$", 2),
+    Source("python-scipy-doc", "BSD-3-Clause", r"html/(tutorial|dev|building|[a-z_]+\.html)", 1),
+    Source("zsh-doc", "MIT-like (Zsh)", r"\.html$", 1.5),
+    Source("abs-guide", "public domain", r"\.html$", 2),
+    Source("libpython3.11-stdlib", "PSF-2.0", r"\.py$", 4),
+    Source("dict-devil", "public domain", r"devil\.dict\.dz$", 1),
     Source("dict-jargon", "public domain", r"jargon\.dict\.dz$", 2),
 )
 WORDNET = Source("wordnet-base", "WordNet 3.0", r"share/wordnet/(data|index)\.", 4)
 
 _UNWANTED = re.compile(
-    r"genindex|py-modindex|search\.html|/test|bookindex|print\.html|changelog|_modules|pydoc_data|encodings/|/idlelib/|sitemap|quickreference"
+    r"genindex|py-modindex|search\.html|/test|bookindex|print\.html|changelog|_modules|pydoc_data|encodings/|/idlelib/|sitemap|quickreference|_test\.go|/vendor/|zgoos|ztables|auto_examples"
 )
 _LARGEST = 1_500_000
 
@@ -92,7 +101,7 @@ def read_files(source: Source, debs: Path) -> Iterator[tuple[Path, str]]:
         for p in root.rglob("*")
         if p.is_file()
         and not p.is_symlink()
-        and p.suffix in (".html", ".en", ".py", ".dz")
+        and p.suffix in (".html", ".en", ".py", ".dz", ".pod", ".go", ".txt")
         and re.search(source.pattern, str(p))
         and not _UNWANTED.search(str(p))
     )

@@ -54,7 +54,7 @@ from dsv4.model.export import export_release  # noqa: E402
 from health import Health  # noqa: E402
 from masters import Masters  # noqa: E402
 from model import Nano, initialise  # noqa: E402
-from rows import ANSWER, COPY, TEXT, Mix, batches  # noqa: E402
+from rows import ANSWER, AVOID, COPY, TEXT, Mix, batches  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 PARTS = ("0", "2", "3", "head", "draft")
@@ -91,8 +91,10 @@ class Trainer:
 
     def _head_loss(self, streams: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model.logits(self.model.out(streams)).flatten(0, 1)
-        each = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
-        return (each * weights).sum() / weights.sum(), each.detach()
+        nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
+        against = -torch.log(-torch.expm1(-nats.clamp(min=1e-4)))  # -log(1 - p): its gradient is never above 1
+        each = torch.where(weights < 0, against, nats)
+        return (each * weights.abs()).sum() / weights.abs().sum(), each.detach()
 
     def step(self, ids: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """One update. ids int64 [B, T + 1], weights float32 [B, T]."""
@@ -121,7 +123,7 @@ class Trainer:
     def _draft_loss(self, streams: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         hidden, load = self.model.draft(streams, targets)
         after = F.pad(targets[:, 1:], (0, 1), value=PAD)
-        weights = F.pad(weights[: len(targets), 1:], (0, 1))
+        weights = F.pad(weights[: len(targets), 1:].clamp(min=0), (0, 1))
         logits = F.linear(hidden, self.model.head.weight.detach().to(hidden.dtype)).float()
         each = F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="none").view(after.shape)
         return (each * weights).sum() / weights.sum().clamp(min=1), load
@@ -212,7 +214,7 @@ def go_back(trainer: Trainer, checkpoint: Path) -> None:
 
 def report(trainer: Trainer, out: dict[str, Tensor], weights: Tensor, speed: float, log: Log) -> float:
     """A line of the log; the loss."""
-    loss, kinds = float(out["loss"]), (("text", TEXT), ("copy", COPY), ("answer", ANSWER))
+    loss, kinds = float(out["loss"]), (("text", TEXT), ("copy", COPY), ("answer", ANSWER), ("loop", AVOID))
     losses = {
         name: float((out["each"] * (weights == w)).sum() / (weights == w).sum().clamp(min=1))
         for name, w in kinds
