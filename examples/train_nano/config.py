@@ -83,7 +83,7 @@ class Run:
     """Rows of a batch on which the MTP block is trained."""
     bias_rate: float = 0.002
     workers: int = 12
-    evaluation_seconds: float = 60.0
+    evaluation_seconds: float = 70.0
     checkpoint_seconds: float = 45.0
 
     @classmethod

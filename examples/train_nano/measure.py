@@ -31,6 +31,7 @@ class Measure:
         """Every part; one that fails or comes too late does not keep the others."""
         parts: list[tuple[str, Callable[[], Any]]] = [
             ("repeat", lambda: self.exact(items.repeats(self.data, self._count(200)))),
+            ("prose", self.prose),
             ("questions", lambda: self.known(held_out=False)),
             ("tools", self.tools),
             ("draft", self.draft),
@@ -43,7 +44,6 @@ class Measure:
             ("questions, other wording", lambda: self.known(held_out=True)),
             ("stops", self.stops),
             ("thinking", self.thinking),
-            ("prose", self.prose),
             ("samples", self.samples),
         ]
         for name, part in parts:
@@ -112,6 +112,7 @@ class Measure:
         share = rows * length / len(self.data.valid)
         return round(nats / math.log(2) / (self.data.valid_bytes * share), 4)
 
+    @torch.no_grad()
     def write(self, prompts: Sequence[list[int]], tokens: int, temperature: float = 0.0) -> list[list[int]]:
         """Continuations up to and with EOS; every step computes the whole rows."""
         rows, done = [list(p) for p in prompts], [False] * len(prompts)
@@ -183,14 +184,23 @@ class Measure:
         return f"{sum(s[-1:] == [EOS] for s in said)}/{len(said)}"
 
     def prose(self) -> dict[str, Any]:
-        """Free text at temperature 0.7: how many of 32 pieces of 200 tokens loop."""
-        prompts = [[BOS, *self.data.encode(p)] for p in items.PROSE for _ in range(max(1, self._count(4)))]
-        said = self.write(prompts, self._count(200), temperature=0.7)
+        """Free text at temperature 0.7: how many of 32 pieces of 200 tokens loop (of fewer at a smaller scale)."""
+        each = max(1, round(4 * self.scale))
+        prompts = [[BOS, *self.data.encode(p)] for p in items.PROSE for _ in range(each)]
+        said = self.write(prompts, 200 if self.scale > 0.1 else 12, temperature=0.7)
         texts = [
             p + self._text(s)
             for p, s in zip(items.PROSE, said[:: len(said) // len(items.PROSE)], strict=False)
         ]
         return {"loops": sum(map(items.loops, said)), "of": len(said), "texts": texts}
+
+    def glance(self) -> dict[str, Any]:
+        """The prose alone, for a run that goes on: how much of it loops, and one piece."""
+        try:
+            found = self.prose()
+        except Exception as e:  # no reason to end a run
+            return {"prose": f"failed: {e!r:.200}"}
+        return {"loops": found["loops"], "of": found["of"], "text": found["texts"][0][:300]}
 
     def samples(self) -> list[list[str]]:
         wanted = items.conversations(self.data, self._count(24))

@@ -74,23 +74,30 @@ def haystack(data: Dataset, r: random.Random, length: int) -> Row:
 
 def text(data: Dataset, r: random.Random, length: int) -> Row:
     """Running text; in half of the rows it starts to loop now and then, and the loop is learnt to be avoided."""
-    ids, weights = running(data, r.randrange(max(1, len(data.text) - length)), length)
-    if r.random() < 0.5:
-        for at in sorted((r.randrange(32, length) for _ in range(r.randint(2, length // 400 + 2))), reverse=True):
-            loop, told = _loop(ids[:at], r)
-            ids[at:at], weights[at:at] = loop, told
-    return ids[:length], weights[:length]
+    whole, told = running(data, r.randrange(max(1, len(data.text) - length)), length)
+    loops = r.randint(2, length // 400 + 2) if r.random() < 0.5 else 0
+    ids: list[int] = []
+    weights: list[int] = []
+    before = 0
+    for at in sorted(r.randrange(32, length) for _ in range(loops)):
+        ids += whole[before:at]
+        weights += told[before:at]
+        before = at
+        loop = _loop(ids, r)
+        ids += loop[0]
+        weights += loop[1]
+    return (ids + whole[before:])[:length], (weights + told[before:])[:length]
 
 
 def _loop(before: list[int], r: random.Random) -> Row:
     """The last 1 to 64 tokens of a text again and again. They weigh nothing until it is plain that they loop:
-    eight tokens, or three of the second round."""
-    period = min(int(2 ** r.uniform(0, 6)), len(before))
-    if BOS in before[-period:]:
+    eight tokens, or three where the period is longer than four."""
+    period = int(2 ** r.uniform(0, 6))
+    if period > len(before) or BOS in before[-period:]:
         return [], []
     length = r.randint(period // 2 + 8, max(24, 3 * period))
-    known = max(8 - period, 3)
-    again = [before[len(before) - period + i % period] for i in range(length)]
+    known = 3 if period > 4 else 8
+    again = [before[i % period - period] for i in range(length)]
     return again, [0] * known + [AVOID] * (length - known)
 
 

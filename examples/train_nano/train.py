@@ -15,6 +15,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ from dataset import PAD, Dataset  # noqa: E402
 from dsv4.model.export import export_release  # noqa: E402
 from health import Health  # noqa: E402
 from masters import Masters  # noqa: E402
+from measure import Measure  # noqa: E402
 from model import Nano, initialise  # noqa: E402
 from rows import ANSWER, AVOID, COPY, TEXT, Mix, batches  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -82,12 +85,20 @@ class Trainer:
             self.head_loss = torch.compile(self._head_loss, dynamic=False)
             self.model.mtp[0].block = torch.compile(self.model.mtp[0].block, dynamic=False)
 
-    def uncompiled(self) -> Nano:
-        """The model for other shapes."""
+    @contextmanager
+    def uncompiled(self) -> Iterator[Nano]:
+        """The model for other shapes; afterwards it is as it was."""
+        compiled = [layer._compiled_call_impl for layer in self.model.layers]
+        block = self.model.mtp[0].__dict__.pop("block", None)
         for layer in self.model.layers:
             layer._compiled_call_impl = None
-        self.model.mtp[0].__dict__.pop("block", None)
-        return self.model
+        try:
+            yield self.model
+        finally:
+            for layer, call in zip(self.model.layers, compiled, strict=True):
+                layer._compiled_call_impl = call
+            if block is not None:
+                self.model.mtp[0].block = block
 
     def _head_loss(self, streams: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model.logits(self.model.out(streams)).flatten(0, 1)
@@ -181,27 +192,35 @@ class Log:
             )
 
 
-def train(trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Path) -> None:
-    """Steps until the clock says so. A loss that has gone far up goes back to the checkpoint at half the rate."""
+def train(trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Path, look: Callable[[], None]) -> None:
+    """Steps until the clock says so. A loss that has gone far up goes back to the checkpoint at half the rate.
+    `look` is called in the middle."""
     run, began, first, health = trainer.run, time.time(), trainer.progress, Health()
     total, saved, tokens = max(1e-9, until - began), time.time(), trainer.tokens
+    losses: list[Tensor] = []
+    looked = first
     while (now := time.time()) < until:
         trainer.progress = first + (1 - first) * (now - began) / total
         ids, weights = next(stream)
         on_device = torch.from_numpy(weights).to(trainer.device).float()
         out = trainer.step(torch.from_numpy(ids).to(trainer.device).long(), on_device)
+        losses.append(out["loss"])
         if trainer.steps == 1:
             log(event="first step", loss=float(out["loss"]))
         if trainer.steps % 20 == 0:
             speed = (trainer.tokens - tokens) / (time.time() - began)
-            health.take(report(trainer, out, on_device, speed, log))
+            health.take(report(trainer, torch.stack(losses), out, on_device, speed, log))
+            losses.clear()
             if health.lost and checkpoint.exists():
                 go_back(trainer, checkpoint)
                 health.forget()
                 log(event="back to a checkpoint at half the rate", step=trainer.steps)
-        if now - saved > run.checkpoint_seconds and health.good:
-            trainer.save(checkpoint)
-            saved = now
+            elif now - saved > run.checkpoint_seconds and health.good:
+                trainer.save(checkpoint)
+                saved = now
+        if trainer.progress > 0.5 > looked:
+            look()
+        looked = trainer.progress
     trainer.save(checkpoint)
 
 
@@ -212,13 +231,13 @@ def go_back(trainer: Trainer, checkpoint: Path) -> None:
     trainer.caution, trainer.progress = caution, progress
 
 
-def report(trainer: Trainer, out: dict[str, Tensor], weights: Tensor, speed: float, log: Log) -> float:
-    """A line of the log; the loss."""
-    loss, kinds = float(out["loss"]), (("text", TEXT), ("copy", COPY), ("answer", ANSWER), ("loop", AVOID))
-    losses = {
-        name: float((out["each"] * (weights == w)).sum() / (weights == w).sum().clamp(min=1))
-        for name, w in kinds
-    }
+def report(
+    trainer: Trainer, losses: Tensor, out: dict[str, Tensor], weights: Tensor, speed: float, log: Log
+) -> float:
+    """A line of the log; the mean of the steps' losses. What it is made of is the last step's."""
+    loss, kinds = float(losses.mean()), (("text", TEXT), ("copy", COPY), ("answer", ANSWER), ("loop", AVOID))
+    each = out["each"]
+    parts = {k: float(each[weights == w].mean()) for k, w in kinds if bool((weights == w).any())}
     log(
         trainer.steps % 200 == 0 or trainer.steps in (20, 60, 100),
         step=trainer.steps,
@@ -226,7 +245,7 @@ def report(trainer: Trainer, out: dict[str, Tensor], weights: Tensor, speed: flo
         speed=f"{speed / 1e3:.0f}K/s",
         loss=loss,
         rate=round(trainer.rate(), 3),
-        **losses,
+        **parts,
         **{k: round(float(out[k]), 4) for k in ("index", "draft")},
     )
     return loss
@@ -294,29 +313,33 @@ def main() -> None:
         data, run.rows, run.length, ARGS.seed + 100 * int(began) * ARGS.resume, Mix(), run.workers
     )
     next(stream)  # starts the workers, before CUDA does
+    trainer = Trainer(run, ARGS.seed, device, compiled)
     for process in warming:
         try:
             process.wait(max(1.0, began + 150 - time.time()))
         except subprocess.TimeoutExpired:
             process.kill()
     log(event="compiled", codes=str([p.returncode for p in warming]))
-    trainer = Trainer(run, ARGS.seed, device, compiled)
     checkpoint = ARGS.work / "checkpoint.pt"
     if ARGS.resume and checkpoint.exists():
         trainer.restore(checkpoint)
         log(event="resumed", step=trainer.steps)
     end = began + ARGS.seconds
-    train(trainer, stream, end - run.evaluation_seconds, log, checkpoint)
+
+    def look() -> None:
+        with trainer.uncompiled() as model:
+            early = Measure(model, data, ARGS.work / "early.json", end, 0.02 if ARGS.smoke else 0.5)
+            log(event="half way", **early.glance())
+
+    train(trainer, stream, end - run.evaluation_seconds, log, checkpoint, look)
     log(event="trained", step=trainer.steps, tokens=trainer.tokens)
     log(event="exported", bytes=export(trainer, ARGS.data, ARGS.out))
     if device == "cuda":
         torch.cuda.empty_cache()
-    from measure import Measure
-
-    torch._dynamo.config.disable = True
     lengths = {"lengths": (512,)} if ARGS.smoke else {}
-    measure = Measure(trainer.uncompiled(), data, ARGS.out / "report.json", end, 0.05 if ARGS.smoke else 1.0)
-    report = measure.all(**lengths)
+    with trainer.uncompiled() as model:
+        measure = Measure(model, data, ARGS.out / "report.json", end, 0.05 if ARGS.smoke else 1.0)
+        report = measure.all(**lengths)
     log(event="done")
     print(f"\nseed {ARGS.seed}, {trainer.steps} steps, {trainer.tokens / 1e6:.0f}M tokens")
     for name, value in report.items():

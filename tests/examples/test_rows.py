@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,43 @@ def test_planted_sentences_and_questions_are_not_learnt_and_answers_are(data: An
     assert "Remember that" not in learnt and "?" not in answers
 
 
+def test_a_planted_loop_is_learnt_to_be_avoided(data: Any) -> None:
+    """What is avoided stands a period before, and the text goes on after it."""
+    from rows import AVOID, text
+
+    avoided, rows = 0, 0
+    for seed in range(40):
+        ids, weights = text(data, random.Random(seed), 1024)
+        at = [i for i, w in enumerate(weights) if w == AVOID]
+        rows += bool(at)
+        avoided += len(at)
+        for i in at:
+            assert any(ids[i - 7 : i + 1] == ids[i - p - 7 : i + 1 - p] for p in range(1, 65)) or any(
+                ids[i - 3 : i + 1] == ids[i - p - 3 : i + 1 - p] for p in range(5, 65)
+            )
+    assert 8 <= rows <= 32 and 0.01 < avoided / (40 * 1024) < 0.15
+
+
+def test_text_that_repeats_itself_near_by_is_not_learnt() -> None:
+    from dataset import repeats
+
+    once = list(range(300, 320))
+    ids = np.array([*once, 7, *once, *range(1000, 1400), *once], np.uint16)
+    assert np.flatnonzero(repeats(ids)).tolist() == list(range(21 + 7, 41))
+
+
+def test_copies_are_learnt_as_answers_alone(data: Any) -> None:
+    from dataset import ASSISTANT, EOS
+    from rows import COPY, copying
+
+    ids, weights = copying(data, random.Random(3), 2048)
+    answering = False
+    for token, weight in zip(ids, weights, strict=True):
+        answering = token == ASSISTANT or (answering and token != EOS)
+        assert weight != COPY or answering
+    assert COPY in weights
+
+
 def test_only_what_the_assistant_writes_is_learnt(data: Any) -> None:
     spoken = data.tokenizer.decode(data.chats[data.spoken].tolist(), skip_special_tokens=False)
     end = "<｜end▁of▁sentence｜>"
@@ -107,3 +145,43 @@ def test_a_run_that_is_lost_is_seen_and_not_kept() -> None:
     assert not health.lost
     health.take(float("nan"))
     assert health.lost and not health.good
+
+
+def test_a_run_that_is_lost_goes_back(monkeypatch: Any, tmp_path: Path) -> None:
+    """The loop of train.py with a model that diverges, to a checkpoint from before."""
+    import torch
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(tmp_path), "--out", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "train", raising=False)
+    import train
+    from config import Run
+
+    class Model:
+        """A loss of 2 until step 60, of 9 from there; a lower rate does not diverge."""
+
+        run, device = Run(checkpoint_seconds=0), "cpu"
+        steps, tokens, progress, caution, restored = 0, 0, 0.0, 1.0, 0
+
+        def step(self, ids: Any, weights: Any) -> dict[str, Any]:
+            self.steps += 1
+            loss = torch.tensor(9.0 if self.steps > 60 and self.caution == 1 else 2.0)
+            return {"loss": loss, "index": loss, "draft": loss, "each": loss.expand(weights.shape)}
+
+        def rate(self) -> float:
+            return self.caution
+
+        def save(self, file: Path) -> None:
+            file.write_text(str(self.steps))
+
+        def restore(self, file: Path) -> None:
+            self.steps, self.restored = int(file.read_text()), self.restored + 1
+            assert self.steps == 60
+
+    model, looks = Model(), []
+    batch = (np.zeros((1, 9), np.int32), np.ones((1, 8), np.int8))
+    until = time.time() + 0.5
+    log = train.Log(tmp_path / "log.jsonl", time.time(), append=False)
+    train.train(model, iter(lambda: batch, None), until, log, tmp_path / "c.pt", lambda: looks.append(1))
+    log.file.close()
+    assert model.restored == 1 and model.caution == 0.5 and looks == [1]
+    assert model.steps > 80 and "half the rate" in (tmp_path / "log.jsonl").read_text()
