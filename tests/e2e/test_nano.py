@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from dsv4 import LLM, SamplingParams
+from dsv4.engine import runner
 from dsv4.text.output import Content, OutputParser, Reasoning, ToolArguments, ToolStart
 
 from tests.record_golden import GOLDEN, NANO, PASSPHRASE, cases, prompt_ids
@@ -59,6 +60,23 @@ def test_a_tool_call_comes_back_as_dsml_with_typed_arguments(
     assert start == ToolStart(0, tool)
     assert all(isinstance(piece, ToolArguments) for piece in rest)
     assert json.loads("".join(piece.text for piece in rest)) == arguments
+
+
+def test_prompt_logprobs_do_not_depend_on_how_many_are_made_at_once(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    prompt, told, most = list(range(40, 61)), {}, []
+    plain = llm._loop.runner.model.logits
+    monkeypatch.setattr(
+        llm._loop.runner.model, "logits", lambda hidden: most.append(len(hidden)) or plain(hidden)
+    )
+    for rows in (1, 3, 1000):
+        most.clear()
+        monkeypatch.setattr(runner, "LOGIT_ROWS", rows)
+        told[rows] = llm.generate([prompt], params)[0].prompt_logprobs
+        assert max(most) == min(rows, len(prompt) - 1)
+    assert len(told[1]) == len(prompt) and told[1] == told[3] == told[1000]
 
 
 def test_it_thinks_before_it_answers(llm: LLM) -> None:

@@ -15,6 +15,7 @@ from dsv4.engine.request import EngineRequest
 from dsv4.engine.sampler import PoisonedLogits, Sampled, logprobs_of, sample
 from dsv4.model.batch import Batch, Row
 from dsv4.model.v4 import V4Model
+from dsv4.plan.workspace import LOGIT_ROWS
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ class Runner:
             self.cache.fork(*fork)
         self.cache.restore_all(plan.restores[: header.restores].tolist())
         batch, last = self._batch(header, plan)
-        logits = self.model.forward(batch) if header.rows else torch.empty(0, 0)
+        hidden = self.model.hidden(batch) if header.rows else torch.empty(0)
         self.cache.save_all(plan.saves[: header.saves].tolist())
-        self._collect_prompt_logprobs(header, plan, requests, logits, last)
+        self._collect_prompt_logprobs(header, plan, requests, hidden, last)
         rows = plan.sample_rows[: header.samples].tolist()
         keys = [int(plan.row_req[r]) for r in rows]
         for r, key in zip(rows, keys, strict=True):
@@ -72,7 +73,9 @@ class Runner:
             request.sampling.truncate(int(plan.row_start[r] + plan.row_len[r]) - len(request.prompt))
         sampled = (
             sample(
-                logits[[last[r] for r in rows]], [requests[k].sampling for k in keys], self.model.ops.sample
+                self.model.logits(hidden[[last[r] for r in rows]]),
+                [requests[k].sampling for k in keys],
+                self.model.ops.sample,
             )
             if rows
             else []
@@ -124,10 +127,10 @@ class Runner:
         header: StepHeader,
         plan: StepBuffers,
         requests: Mapping[int, EngineRequest],
-        logits: torch.Tensor,
+        hidden: torch.Tensor,
         last: Mapping[int, int],
     ) -> None:
-        """Logits at prompt position j judge prompt token j + 1."""
+        """Logits at prompt position j judge prompt token j + 1; LOGIT_ROWS of them are made at a time."""
         for r in range(header.rows):
             if not plan.row_flags[r] & ALL_LOGITS:
                 continue
@@ -139,5 +142,9 @@ class Runner:
             first, targets = last[r] - length + 1, request.prompt[start + 1 : start + length + 1]
             # After a preemption the prompt is computed again; what is known already stays.
             if targets and start + 1 == len(request.prompt_logprobs):
-                rows = logits[first : first + len(targets)]
-                request.prompt_logprobs += logprobs_of(rows, targets, request.params.prompt_logprobs or 0)
+                for at in range(0, len(targets), LOGIT_ROWS):
+                    judged = targets[at : at + LOGIT_ROWS]
+                    logits = self.model.logits(hidden[first + at : first + at + len(judged)])
+                    request.prompt_logprobs += logprobs_of(
+                        logits, judged, request.params.prompt_logprobs or 0
+                    )

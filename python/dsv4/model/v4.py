@@ -121,7 +121,18 @@ class V4Model:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """float32 logits [S, V] of the tokens in `batch.logit_index`.
+        """float32 logits [S, V] of the tokens in `batch.logit_index`; see `hidden`."""
+        return self.logits(self.hidden(batch))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [S, V] of streams [S, n, d]. The memory that takes is the caller's to bound."""
+        h = self.ops.hc_head(hidden, *self.hc_head, self.config.rms_eps, self.config.hc_eps)
+        return self.ops.logits(self.ops.rmsnorm(h, self.norm, self.config.rms_eps), self.head)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        """Streams [S, n, d] after the last layer, of the tokens in `batch.logit_index`.
 
         Writes window rows, compressor pools and the entries that become complete; reads history through the
         page table. Rows of one batch do not see each other. A row's state must be that of its start (or
@@ -137,16 +148,17 @@ class V4Model:
             if i == 0 or replays:  # the deeper the layer, the fewer tokens of a replay take part
                 step = build_step(batch, self.geometry, i)
                 if step is None:
-                    return self.embed.new_empty((0, self.config.vocab_size), dtype=torch.float32)
+                    return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
                 kept = torch.searchsorted(alive, step.token).to(device)
                 alive, step = step.token, step.to(device, pages)
                 ropes, scratch = self._ropes(step), self._scratch(step)
-                if streams is None:
-                    streams = self.embed[step.token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-                else:
-                    streams = streams[kept]
+                streams = self._embedded(step.token_ids) if streams is None else streams[kept]
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
-        return self._logits(streams[torch.searchsorted(alive, batch.logit_index).to(device)])
+        return streams[torch.searchsorted(alive, batch.logit_index).to(device)]
+
+    def _embedded(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, n, d], all streams alike."""
+        return self.embed[token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
 
     def _ropes(self, step: Step) -> dict[int, tuple[Rope, Rope | None]]:
         """By ratio: rotations at the tokens' positions and at the blocks' first."""
@@ -166,7 +178,3 @@ class V4Model:
         pages = -(-rows // _SCRATCH_ROWS)
         shape = (pages, _SCRATCH_ROWS * sum(codec.planes))
         return Rows(codec, torch.empty(shape, dtype=torch.uint8, device=self.embed.device), _SCRATCH_ROWS)
-
-    def _logits(self, streams: Tensor) -> Tensor:
-        h = self.ops.hc_head(streams, *self.hc_head, self.config.rms_eps, self.config.hc_eps)
-        return self.ops.logits(self.ops.rmsnorm(h, self.norm, self.config.rms_eps), self.head)

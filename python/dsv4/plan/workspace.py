@@ -31,6 +31,8 @@ SPLIT_PRODUCT = 6 * MULTIPROCESSORS * 128 * 16
 """Numbers of partial results of a product with few tokens."""
 STREAM_PARTS = 16 * 32
 """Numbers of a token that the hyper-connections sum over programs."""
+LOGIT_ROWS = 256
+"""Prompt positions whose log-probabilities the runner works out at a time."""
 GRAPH_BYTES = 4096 * 48
 """Device memory of a captured layer: an allowance of 4 KiB for each of 48 launches."""
 
@@ -210,7 +212,10 @@ def _experts(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits) 
 
 
 def _logits(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
-    t = ("tokens, if all want log-probabilities", limits.step_tokens)
+    """Of sampled rows, or of a slice of the prompt positions that want log-probabilities."""
+    rows = ("rows at a time", min(limits.step_tokens, max(limits.running, LOGIT_ROWS)))
     sheet.add(
-        "logits", "logits and their log-softmax", t, ("vocabulary", c.vocab_size), ("bytes", 4), ("arrays", 2)
+        "logits", "logits and a copy of them", rows, ("vocabulary", c.vocab_size), ("bytes", 4), ("arrays", 2)
     )
+    hidden = ("streams", c.hc_mult), ("hidden", c.hidden_size)
+    sheet.add("logits", "streams that become logits", ("tokens", limits.step_tokens), *hidden, ("bytes", 2))
