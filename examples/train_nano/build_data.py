@@ -177,7 +177,9 @@ def main() -> None:
         shutil.copy(args.tokenizer, args.out / "tokenizer.json")
     else:
         strip = re.compile("|".join(map(re.escape, SPECIAL)))
-        sample = random.Random(3).sample(train, len(train) // 2) + [strip.sub("\n", c) for c in chats[:15_000]]
+        sample = random.Random(3).sample(train, len(train) // 2) + [
+            strip.sub("\n", c) for c in chats[:15_000]
+        ]
         train_tokenizer(sample, args.out / "tokenizer.json")
     print(f"{share_that_loops(train, args.out):.1%} of the text's windows of 200 tokens loop", flush=True)
     write_pieces(args.out / "text.xz", train)

@@ -150,7 +150,7 @@ def _mostly_no_words(text: str) -> bool:
 
 def documents(source: Source, debs: Path, seen: set[bytes]) -> tuple[list[str], list[tuple[str, str]]]:
     """Texts of the package, and (heading, first paragraph) pairs. Long blocks are kept once over all
-    packages (`seen`); short ones that many pages have, and lists of versions, are page furniture."""
+    packages (`seen`); short ones that many pages have or one page often, and lists of versions, are page furniture."""
     pages = []
     for path, raw in read_files(source, debs):
         pages.append(blocks_of(path, raw))
@@ -162,13 +162,16 @@ def documents(source: Source, debs: Path, seen: set[bytes]) -> tuple[list[str], 
     for page in pages:
         kept: list[str] = []
         heading: str | None = None
+        cells = Counter(_key(b.text) for b in page if b.kind == "p" and len(b.text) <= 60)
         for kind, text in page:
             key = _key(text)
             if kind == "h":
                 heading = re.sub(r"^[\d.]+\s*", "", text)
             if len(text) > 30 and key in seen:
                 continue
-            if kind != "pre" and (on_pages[key] > most or _mostly_no_words(text)):
+            if kind != "pre" and (on_pages[key] > most or cells[key] > 3 or _mostly_no_words(text)):
+                continue
+            if kind == "pre" and len(text) > 300 and repetitive(text):
                 continue
             seen.add(key)
             if kind == "p" and heading and _defines(heading, text):

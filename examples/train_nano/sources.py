@@ -53,11 +53,23 @@ SOURCES = (
     Source("apache2-doc", "Apache-2.0", r"/en/.*\.html$|\.html\.en$", 4),
     Source("llvm-14-doc", "Apache-2.0 WITH LLVM-exception", r"html/[A-Za-z]+\.html$", 3),
     Source("clang-14-doc", "Apache-2.0 WITH LLVM-exception", r"\.html$", 2),
-    Source("perl-doc", "Artistic OR GPL-1.0-or-later", r"pod/perl(?!\d|delta|hist|modlib|toc)[a-z0-9]+\.pod$", 6),
+    Source(
+        "perl-doc", "Artistic OR GPL-1.0-or-later", r"pod/perl(?!\d|delta|hist|modlib|toc)[a-z0-9]+\.pod$", 6
+    ),
     Source("golang-1.19-src", "BSD-3-Clause", r"src/[^.]*\.go$|testdata/Isaac\.Newton-Opticks\.txt$", 8),
     Source("libboost1.74-doc", "BSL-1.0", r"html/(?!boost/).*\.html$", 5),
-    Source("erlang-doc", "Apache-2.0", r"/doc/[a-z_]*(guide|principles|manual|started|examples|tutorial)/|_chapter|guide\.html$", 4),
-    Source("python-sklearn-doc", "BSD-3-Clause", r"html/(stable/)?(modules/[a-z_]+|tutorial.*|developers.*|[a-z_]+)\.html$", 2),
+    Source(
+        "erlang-doc",
+        "Apache-2.0",
+        r"/doc/[a-z_]*(guide|principles|manual|started|examples|tutorial)/|_chapter|guide\.html$",
+        4,
+    ),
+    Source(
+        "python-sklearn-doc",
+        "BSD-3-Clause",
+        r"html/(stable/)?(modules/[a-z_]+|tutorial.*|developers.*|[a-z_]+)\.html$",
+        2,
+    ),
     Source("python-scipy-doc", "BSD-3-Clause", r"html/(tutorial|dev|building|[a-z_]+\.html)", 1),
     Source("zsh-doc", "MIT-like (Zsh)", r"\.html$", 1.5),
     Source("abs-guide", "public domain", r"\.html$", 2),

@@ -103,7 +103,8 @@ class Trainer:
     def _head_loss(self, streams: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model.logits(self.model.out(streams)).flatten(0, 1)
         nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view(targets.shape)
-        against = -torch.log(-torch.expm1(-nats.clamp(min=1e-4)))  # -log(1 - p): its gradient is never above 1
+        # against a token: -log(1 - p), of which no logit's gradient is above 1
+        against = -torch.log(-torch.expm1(-nats.clamp(min=1e-4)))
         each = torch.where(weights < 0, against, nats)
         return (each * weights.abs()).sum() / weights.abs().sum(), each.detach()
 
@@ -192,7 +193,9 @@ class Log:
             )
 
 
-def train(trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Path, look: Callable[[], None]) -> None:
+def train(
+    trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Path, look: Callable[[], None]
+) -> None:
     """Steps until the clock says so. A loss that has gone far up goes back to the checkpoint at half the rate.
     `look` is called in the middle."""
     run, began, first, health = trainer.run, time.time(), trainer.progress, Health()
