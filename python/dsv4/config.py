@@ -156,6 +156,9 @@ class ServerConfig:
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on; 0 takes a free one")
     api_key: str | None = setting(None, "bearer token that requests must carry (default: none)")
+    allow_dump: bool = setting(
+        False, "answer GET /dump with the core's state, which holds the prompts of all clients"
+    )
     drain_timeout: float = setting(30.0, "seconds that running requests may take to end after SIGTERM")
     max_body_bytes: int = setting(64 * 2**20, "largest request body", unit="bytes")
     header_timeout: float = setting(10.0, "seconds in which a request's header must arrive")

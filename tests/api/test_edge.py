@@ -91,6 +91,7 @@ def test_a_key_closes_every_route_but_health(tokenizer: Tokenizer) -> None:
             "/version",
             "/tokenize",
             "/detokenize",
+            "/dump",
             "/nothing",
         ]
         for path in [*routes, "/v1/completions", "/v1/chat/completions"]:
@@ -104,6 +105,13 @@ def test_a_key_closes_every_route_but_health(tokenizer: Tokenizer) -> None:
         assert httpx.get(server.url + "/health").status_code == 200
         for headers in ({"authorization": "Bearer sesame"}, {"x-api-key": "sesame"}):
             assert httpx.get(server.url + "/v1/models", headers=headers).status_code == 200
+
+
+def test_a_dump_is_given_only_where_it_was_allowed(tokenizer: Tokenizer) -> None:
+    """It holds what all clients sent. (tests/e2e/test_serve.py has one that is given.)"""
+    with running(FakeEngine(tokenizer=tokenizer)) as server:
+        refused = httpx.get(server.url + "/dump")
+        assert refused.status_code == 403 and "--allow-dump" in refused.json()["error"]["message"]
 
 
 def test_health_follows_the_engine(tokenizer: Tokenizer) -> None:

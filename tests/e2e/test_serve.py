@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import pytest
 from tests.record_golden import WEATHER
 from tests.support.checkpoints import write_random
 
-BASE = ["--num-pages", "200", "--max-num-seqs", "16", "--block-size", "128"]
+BASE = ["--num-pages", "200", "--max-num-seqs", "16", "--block-size", "128", "--allow-dump"]
 
 
 class Serving:
@@ -103,6 +105,29 @@ def test_prompt_logprobs_as_an_evaluation_asks_for_them(nano: Serving) -> None:
     )
     logprobs = answer.choices[0].logprobs.token_logprobs
     assert len(logprobs) == len(prompt) + 1 and logprobs[0] is None and all(x < 0 for x in logprobs[1:])
+
+
+def test_a_dump_of_the_server_runs_on_in_the_simulator(nano: Serving, tmp_path: Path) -> None:
+    """Taken while an answer is being streamed: the simulator ends that answer, and reuses what the server had stored."""
+    prompt = [3 + i % 500 for i in range(600)]
+    nano.client.completions.create(model="default", prompt=prompt, max_tokens=1)
+    stream = nano.client.completions.create(
+        model="default", prompt=prompt, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    answer = httpx.get(f"{nano.url}/dump")
+    stream.close()
+    assert answer.status_code == 200, answer.text
+    path = tmp_path / "core.json"
+    path.write_bytes(answer.content)
+    options = ["--model", str(resources.files("dsv4") / "data" / "nano"), "--block-size", "128", "--json"]
+    formats = ["--kv-cache-dtype", "float32", "--index-cache-dtype", "float32"]
+    command = [sys.executable, "-m", "dsv4.cli", "simulate", "--dump", str(path), *options, *formats]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    report = json.loads(ran.stdout)["policies"]["dump"]
+    assert report["finished"] == report["requests"] == 1 and report["pool"]["pages"] == 200
+    assert 0 < report["tokens"]["output"] < 400 and report["tokens"]["matched"] >= 512
 
 
 def test_64_streams_with_a_third_cut_off_leave_nothing_behind(nano: Serving) -> None:

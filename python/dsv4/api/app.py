@@ -41,6 +41,7 @@ def create_app(service: Service) -> ASGIApp:
             Route("/v1/models/{name:path}", info.one_model),
             _post("/tokenize", info.tokenize),
             _post("/detokenize", info.detokenize),
+            Route("/dump", info.dump),
             Route("/health", info.health),
             Route("/metrics", info.metrics),
             Route("/version", info.version),

@@ -82,6 +82,16 @@ async def metrics(request: Request) -> Response:
     return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE)
 
 
+async def dump(request: Request) -> Response:
+    """The core between two steps, as `dsv4 simulate --dump` reads it: 403 unless the server was started for it, since it
+    holds what all clients sent."""
+    service = service_of(request)
+    if not service.config.allow_dump:
+        text = "this server gives no dumps, which hold the prompts of all clients; start it with --allow-dump"
+        raise RequestError(text, None, "dump_not_allowed", 403)
+    return Response(await service.engine.dump(), media_type="application/json")
+
+
 async def tokenize(call: Call) -> None:
     """Text (`prompt`) or a chat (`messages`) as token ids."""
     fields, service = call.fields, call.service

@@ -163,6 +163,11 @@ class AsyncEngine:
         known: bool = await self.call(lambda core: core.end_session(session_id(key)))
         return known
 
+    async def dump(self) -> str:
+        """The core between two steps as JSON (see `Core.dump`). No step runs meanwhile."""
+        text: str = await self.call(lambda core: core.dump())
+        return text
+
     def _check_open(self) -> None:
         if self._died is not None:
             raise RequestError(f"the engine has stopped: {self._died}", None, "engine_dead", 503)

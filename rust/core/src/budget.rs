@@ -10,9 +10,9 @@
 //! both learnt. A single odd step moves nothing, since the median of three ratios (of steps of its kind) counts; after the speed has changed by a
 //! factor f the error is at most |ln f| * (1 - GAIN)^(n - 1) after n steps (docs/scheduling.md).
 
-use serde::{Deserialize, Serialize};
-
 use std::collections::VecDeque;
+
+use serde::{Deserialize, Serialize};
 
 use crate::cost::CostModel;
 use crate::error::CoreError;
@@ -66,16 +66,38 @@ pub struct Work {
     pub load_us: f64,
 }
 
+/// What measured steps have taught.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Learnt {
+    fixed: f64,
+    load: f64,
+    /// The last three ratios of steps that are mostly decode, and of those that are mostly prompt.
+    ratios: [[f64; 3]; 2],
+    /// Which of the three is the oldest.
+    oldest: [u8; 2],
+}
+
+impl Default for Learnt {
+    fn default() -> Self {
+        Learnt { fixed: 1.0, load: 1.0, ratios: [[1.0; 3]; 2], oldest: [0; 2] }
+    }
+}
+
+impl Learnt {
+    /// Whether it can have been learnt: what is read from a dump may be anything.
+    pub fn is_sound(&self) -> bool {
+        let factors = [self.fixed, self.load].iter().all(|f| (1.0 / FARTHEST..=FARTHEST).contains(f));
+        let ratios = self.ratios.iter().flatten().all(|r| r.is_finite() && *r >= 0.0);
+        factors && ratios && self.oldest.iter().all(|&at| at < 3)
+    }
+}
+
 /// The cost model with its correction.
 #[derive(Clone, Debug)]
 pub struct StepModel {
     cost: CostModel,
     step: StepCost,
-    fixed: f64,
-    load: f64,
-    /// The last three ratios of steps that are mostly decode, and of those that are mostly prompt.
-    ratios: [[f64; 3]; 2],
-    seen: [usize; 2],
+    learnt: Learnt,
     pending: VecDeque<(Step, Work)>,
     last_predicted: f64,
     last_measured: f64,
@@ -87,10 +109,7 @@ impl StepModel {
         StepModel {
             cost,
             step,
-            fixed: 1.0,
-            load: 1.0,
-            ratios: [[1.0; 3]; 2],
-            seen: [0; 2],
+            learnt: Learnt::default(),
             pending: VecDeque::new(),
             last_predicted: 0.0,
             last_measured: 0.0,
@@ -112,18 +131,18 @@ impl StepModel {
 
     /// Predicted time of a step, in microseconds.
     pub fn predict(&self, work: Work) -> f64 {
-        self.fixed * work.fixed_us + self.load * work.load_us
+        self.learnt.fixed * work.fixed_us + self.learnt.load * work.load_us
     }
 
     /// Predicted time of positions `from..to` of a prompt.
     pub fn prefill_us(&self, from: u32, to: u32) -> f64 {
-        self.load * self.cost.compute(from, to)
+        self.learnt.load * self.cost.compute(from, to)
     }
 
     /// The most tokens from position `from` on that take at most `us`: the positive root of
     /// `context / 2000 * t² + (token + context * from / 1000) * t = us`.
     pub fn tokens_within(&self, us: f64, from: u32, replay: bool) -> u32 {
-        let scale = self.load * if replay { self.cost.replay_factor } else { 1.0 };
+        let scale = self.learnt.load * if replay { self.cost.replay_factor } else { 1.0 };
         let per_k = scale * self.cost.context_us_per_1k;
         let (a, b) = (per_k / 2000.0, scale * self.cost.token_us + per_k * f64::from(from) / 1000.0);
         if us <= 0.0 {
@@ -156,22 +175,35 @@ impl StepModel {
             return;
         }
         (self.last_predicted, self.last_measured) = (predicted, us);
-        let (fixed, load) = (self.fixed * work.fixed_us, self.load * work.load_us);
+        let learnt = &mut self.learnt;
+        let (fixed, load) = (learnt.fixed * work.fixed_us, learnt.load * work.load_us);
         let kind = usize::from(load > fixed);
-        self.ratios[kind][self.seen[kind] % 3] = us / predicted;
-        self.seen[kind] += 1;
-        let [a, b, c] = self.ratios[kind];
+        let oldest = &mut learnt.oldest[kind];
+        // A prediction close to 0 would make it infinite, which no JSON can say.
+        learnt.ratios[kind][usize::from(*oldest)] = (us / predicted).min(f64::MAX);
+        *oldest = (*oldest + 1) % 3;
+        let [a, b, c] = learnt.ratios[kind];
         let ratio = a.max(b).min(a.min(b).max(c));
         let most = fixed.max(load);
         let moved = |factor: f64, part: f64| {
             (factor * ratio.powf(GAIN * part / most)).clamp(1.0 / FARTHEST, FARTHEST)
         };
-        (self.fixed, self.load) = (moved(self.fixed, fixed), moved(self.load, load));
+        (learnt.fixed, learnt.load) = (moved(learnt.fixed, fixed), moved(learnt.load, load));
     }
 
     /// The correction factors: of decodes and base, of prompts.
     pub fn factors(&self) -> (f64, f64) {
-        (self.fixed, self.load)
+        (self.learnt.fixed, self.learnt.load)
+    }
+
+    /// What was learnt, to go on with elsewhere.
+    pub fn learnt(&self) -> Learnt {
+        self.learnt
+    }
+
+    /// Goes on with what another model of the same costs has learnt.
+    pub fn set_learnt(&mut self, learnt: Learnt) {
+        self.learnt = learnt;
     }
 
     /// Predicted and measured time of the step measured last, in microseconds; 0 before the first.
@@ -199,12 +231,12 @@ mod tests {
     #[test]
     fn tokens_within_is_the_inverse_of_the_cost() {
         let mut m = model();
-        m.load = 3.0;
+        m.learnt.load = 3.0;
         for (from, us) in [(0, 1e4), (0, 1e9), (1 << 20, 1e5), (5000, 17.0)] {
             for replay in [false, true] {
                 let t = m.tokens_within(us, from, replay);
-                assert!(m.load * m.load_work(from, from + t, replay) <= us * 1.000_001);
-                assert!(m.load * m.load_work(from, from + t + 1, replay) > us);
+                assert!(m.learnt.load * m.load_work(from, from + t, replay) <= us * 1.000_001);
+                assert!(m.learnt.load * m.load_work(from, from + t + 1, replay) > us);
             }
         }
         assert_eq!(m.tokens_within(-1.0, 0, false), 0);

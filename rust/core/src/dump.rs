@@ -1,10 +1,12 @@
 //! A core as data: what `dump` writes and the simulator goes on from.
 //!
-//! Options, prefixes with their tokens, snapshots, hints, and live requests. Steps in flight are left out: requests that run
-//! become waiting ones, whose published history is in the cache; what the cost model has learned is left out. Loading twice gives two cores that behave alike.
+//! Options, prefixes with their tokens, snapshots, hints, live requests, and what the cost model has learnt. Steps in flight
+//! are left out: requests that run become waiting ones, whose published history is in the cache. Loading twice gives two cores
+//! that behave alike.
 
 use serde::{Deserialize, Serialize};
 
+use crate::budget::Learnt;
 use crate::cache::CacheImage;
 use crate::core::{Core, Options};
 use crate::error::CoreError;
@@ -14,7 +16,7 @@ use crate::layout::LayoutSpec;
 use crate::request::{Request, Submit};
 
 /// Raised when what is written changes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 #[derive(Serialize, Deserialize)]
 struct Dump {
@@ -23,6 +25,7 @@ struct Dump {
     options: Options,
     cache: CacheImage,
     requests: Vec<Waiting>,
+    learnt: Learnt,
 }
 
 /// A live request as it would be submitted, and what it has sampled so far.
@@ -91,6 +94,7 @@ impl Core {
             options: self.options.clone(),
             cache: self.cache.image(),
             requests: live.into_iter().map(Waiting::of).collect(),
+            learnt: self.model.learnt(),
         };
         serde_json::to_string(&dump).expect("numbers, texts and lists can be written")
     }
@@ -109,11 +113,15 @@ impl Core {
                 "load it with the layout of its model",
             ));
         }
+        if !dump.learnt.is_sound() {
+            return Err(wrong("with a cost model that no steps can teach".to_owned()));
+        }
         let max_waiting = dump.options.max_waiting;
         let mut core = Core::new(layout, Options { max_waiting: usize::MAX, ..dump.options })?;
         core.cache.fill(&dump.cache)?;
         core.pins.extend(core.cache.pins());
         core.now_us = core.cache.time();
+        core.model.set_learnt(dump.learnt);
         for waiting in dump.requests {
             let id: RequestId = waiting.submit.id;
             core.submit(waiting.submit)?;

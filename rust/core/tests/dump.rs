@@ -96,8 +96,42 @@ fn a_dump_of_another_layout_and_what_is_no_dump_are_refused() {
     assert_eq!(e.to_string(), "dump is of another layout; load it with the layout of its model");
     let e = Core::load(&layout(), "{}").unwrap_err().to_string();
     assert!(e.starts_with("dump is missing field") && e.ends_with("it must be what dump() returned"), "{e}");
-    let e = Core::load(&layout(), &text.replace("\"version\":1", "\"version\":9")).unwrap_err();
+    let e = Core::load(&layout(), &text.replace("\"version\":2", "\"version\":9")).unwrap_err();
     assert_eq!(e.to_string(), "dump is of version 9; it must be what dump() returned");
+}
+
+/// Begins a prompt of 40 tokens, which takes `us`. Returns how long it was expected to take.
+fn expected_us(core: &mut Core, id: u64, us: f64) -> u64 {
+    let submit = Submit { id: RequestId(id), prompt: vec![id as u32; 40], ..Submit::default() };
+    core.submit(submit).unwrap();
+    let mut arrays = Arrays::new(&core.shape());
+    let header = core.plan(&mut arrays.buffers()).unwrap().unwrap();
+    core.observe(Step(header.step), us);
+    core.commit(Step(header.step), &vec![0; header.samples as usize]).unwrap();
+    core.abort(RequestId(id)).unwrap();
+    core.stats().into_iter().find(|s| s.0 == "step_predicted_us").unwrap().1
+}
+
+#[test]
+fn what_was_learnt_of_a_slow_device_goes_into_a_dump() {
+    let mut core = Core::new(&layout(), options(64)).unwrap();
+    let at_first = expected_us(&mut core, 1, 60_000.0);
+    for id in 2..12 {
+        expected_us(&mut core, id, 60_000.0);
+    }
+    let text = core.dump();
+    let mut loaded = Core::load(&layout(), &text).unwrap();
+    // The second answer also depends on which of the last measured steps is the oldest.
+    for us in [5000.0, 5000.0, 5000.0] {
+        let learnt = expected_us(&mut core, 40, us);
+        assert!(learnt > 2 * at_first, "{learnt} us, {at_first} us before anything was measured");
+        assert_eq!(expected_us(&mut loaded, 40, us), learnt);
+    }
+    let at = text.rfind("\"fixed\":").unwrap() + 8;
+    let rest = text[at..].split_once(',').unwrap().1;
+    let e = Core::load(&layout(), &format!("{}-1.0,{rest}", &text[..at])).map(drop).unwrap_err();
+    let told = "dump is with a cost model that no steps can teach; it must be what dump() returned";
+    assert_eq!(e.to_string(), told);
 }
 
 fn run(core: &mut Core, id: u64, prompt: Vec<u32>, salt: u8) -> Reason {

@@ -5,6 +5,7 @@
 mod rig;
 
 use dsv4_core::core::Tenant;
+use dsv4_core::layout::presets;
 use dsv4_core::request::Submit;
 use dsv4_core::{Core, Options};
 use rig::{Rig, options, request, tokens};
@@ -174,7 +175,8 @@ fn a_long_prompt_that_runs_shares_the_steps_with_others() {
 
 #[test]
 fn bad_shares_are_refused_by_name() {
-    let with = |tenants| Core::new(&rig::layout(), Options { tenants, ..options() }).map(drop).unwrap_err();
+    let with =
+        |tenants| Core::new(&presets::toy_v4(), Options { tenants, ..options() }).map(drop).unwrap_err();
     let tenant = |id, weight| Tenant { id, weight, quota_pages: None };
     assert_eq!(with(vec![tenant(1, 0.0)]).to_string(), "tenants[0].weight is 0; it must be a number above 0");
     let twice = with(vec![tenant(3, 1.0), tenant(3, 2.0)]);

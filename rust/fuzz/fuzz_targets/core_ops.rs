@@ -6,7 +6,7 @@
 use arbitrary::Arbitrary;
 use dsv4_core::Options;
 use dsv4_core::ids::{RequestId, Step};
-use dsv4_core::layout::{LayoutSpec, V4Geometry};
+use dsv4_core::layout::presets;
 use dsv4_core::request::Submit;
 use dsv4_sim::world::World;
 use libfuzzer_sys::fuzz_target;
@@ -59,22 +59,6 @@ enum Op {
 
 const POLICIES: [&str; 5] = ["none", "every:8", "turns", "forks", "every:4"];
 
-fn layout() -> LayoutSpec {
-    let geometry = V4Geometry {
-        compress_ratios: vec![0, 2, 4],
-        csa_ratio: 2,
-        hca_ratio: 4,
-        head_dim: 2,
-        index_head_dim: 2,
-        window: 3,
-        row: (64, "toy".to_owned()),
-        index_row: (640, "toy".to_owned()),
-        block_tokens: 4,
-        draft_slack: 0,
-    };
-    LayoutSpec::v4(&geometry).expect("the toy layout is valid")
-}
-
 fn apply(world: &mut World, op: &Op) -> Result<(), String> {
     match *op {
         Op::Enter { salt, length, bits, outputs, stop, priority, all_logits } => world.enter(Submit {
@@ -126,7 +110,7 @@ fuzz_target!(|run: Run| {
             .expect("the policies are valid"),
         ..Options::default()
     };
-    let mut world = World::scripted(&layout(), options, 2);
+    let mut world = World::scripted(&presets::toy_v4(), options, 2);
     let ran = run.ops.iter().try_for_each(|op| apply(&mut world, op).and_then(|()| world.check()));
     if let Err(what) = ran.and_then(|()| world.drain()) {
         panic!("{what}");

@@ -4,6 +4,7 @@
 //! fits, damage and panics become `CorruptState`, after which the engine must stop.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 
 use dsv4_core::error::{CoreError, Malformed};
 use dsv4_sim::replay::trace::TraceError;
@@ -57,6 +58,18 @@ pub fn enter<T: Send, E: Into<Failure> + Send>(
         }
     };
     Err(to_python(py, failure))
+}
+
+/// [`enter`] with what the mutex guards. After a panic its state cannot be trusted, so nothing is called any more.
+pub fn enter_locked<S: Send, T: Send>(
+    py: Python<'_>,
+    guarded: &Mutex<S>,
+    call: impl FnOnce(&mut S) -> Result<T, Failure> + Send,
+) -> PyResult<T> {
+    enter(py, || match guarded.lock() {
+        Ok(mut state) => call(&mut state),
+        Err(_) => Err(Failure::Damaged("the core panicked in an earlier call".to_owned())),
+    })
 }
 
 /// The error of an array or argument that cannot be used, named with what it must be.

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::buffers::{PyPlanBuffers, borrow};
-use crate::door::{Failure, config_error, enter};
+use crate::door::{config_error, enter, enter_locked};
 use crate::layout::PyLayoutSpec;
 
 /// The scalars of a planned step.
@@ -65,20 +65,6 @@ impl From<StepHeader> for PyStepHeader {
 pub struct PyCore {
     core: Mutex<Core>,
     copy_width: usize,
-}
-
-impl PyCore {
-    /// Calls the core without the GIL. After a panic its state cannot be trusted, so nothing is called any more.
-    fn call<T: Send>(
-        &self,
-        py: Python<'_>,
-        f: impl FnOnce(&mut Core) -> Result<T, Failure> + Send,
-    ) -> PyResult<T> {
-        enter(py, || match self.core.lock() {
-            Ok(mut core) => f(&mut core),
-            Err(_) => Err(Failure::Damaged("the core panicked in an earlier call".to_owned())),
-        })
-    }
 }
 
 #[pymethods]
@@ -194,21 +180,21 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
             deadline_us,
             retention: Retention { session, ttl_us, priority: retention },
         };
-        self.call(py, |core| match parent {
+        enter_locked(py, &self.core, |core| match parent {
             Some(parent) => Ok(core.fork(RequestId(parent), submit)?),
             None => Ok(core.submit(submit)?),
         })
     }
 
     fn set_time(&self, py: Python<'_>, now_us: u64) -> PyResult<()> {
-        self.call(py, |core| {
+        enter_locked(py, &self.core, |core| {
             core.set_time(now_us);
             Ok(())
         })
     }
 
     fn observe(&self, py: Python<'_>, step: u64, us: f64) -> PyResult<()> {
-        self.call(py, |core| {
+        enter_locked(py, &self.core, |core| {
             core.observe(Step(step), us);
             Ok(())
         })
@@ -217,20 +203,20 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
     #[pyo3(signature = (salt, tokens))]
     fn pin(&self, py: Python<'_>, salt: Vec<u8>, tokens: &Bound<'_, PyAny>) -> PyResult<u64> {
         let tokens = tokens_of(py, "tokens", tokens)?;
-        self.call(py, |core| Ok(core.pin(&salt, &tokens).0))
+        enter_locked(py, &self.core, |core| Ok(core.pin(&salt, &tokens).0))
     }
 
     fn unpin(&self, py: Python<'_>, pin: u64) -> PyResult<bool> {
-        self.call(py, |core| Ok(core.unpin(PinId(pin))))
+        enter_locked(py, &self.core, |core| Ok(core.unpin(PinId(pin))))
     }
 
     fn end_session(&self, py: Python<'_>, session: u64) -> PyResult<bool> {
-        self.call(py, |core| Ok(core.end_session(session)))
+        enter_locked(py, &self.core, |core| Ok(core.end_session(session)))
     }
 
     fn tenants<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let all = PyDict::new(py);
-        for (id, share) in self.call(py, |core| Ok(core.tenants()))? {
+        for (id, share) in enter_locked(py, &self.core, |core| Ok(core.tenants()))? {
             let one = PyDict::new(py);
             one.set_item("live", share.live)?;
             one.set_item("tokens", share.tokens)?;
@@ -241,11 +227,11 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
     }
 
     fn abort(&self, py: Python<'_>, req: u64) -> PyResult<bool> {
-        self.call(py, |core| Ok(core.abort(RequestId(req))?))
+        enter_locked(py, &self.core, |core| Ok(core.abort(RequestId(req))?))
     }
 
     fn stop(&self, py: Python<'_>, req: u64) -> PyResult<bool> {
-        self.call(py, |core| Ok(core.stop(RequestId(req))?))
+        enter_locked(py, &self.core, |core| Ok(core.stop(RequestId(req))?))
     }
 
     fn plan(&self, py: Python<'_>, out: &PyPlanBuffers) -> PyResult<Option<PyStepHeader>> {
@@ -278,16 +264,16 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
             restores: restores.as_slice_mut()?,
             forks: forks.as_slice_mut()?,
         };
-        Ok(self.call(py, |core| Ok(core.plan(&mut buffers)?))?.map(PyStepHeader::from))
+        Ok(enter_locked(py, &self.core, |core| Ok(core.plan(&mut buffers)?))?.map(PyStepHeader::from))
     }
 
     fn commit(&self, py: Python<'_>, step: u64, tokens: &Bound<'_, PyAny>) -> PyResult<()> {
         let tokens = tokens_of(py, "tokens", tokens)?;
-        self.call(py, |core| Ok(core.commit(Step(step), &tokens)?))
+        enter_locked(py, &self.core, |core| Ok(core.commit(Step(step), &tokens)?))
     }
 
     fn rollback(&self, py: Python<'_>, step: u64) -> PyResult<()> {
-        self.call(py, |core| Ok(core.rollback(Step(step))?))
+        enter_locked(py, &self.core, |core| Ok(core.rollback(Step(step))?))
     }
 
     fn events(&self, py: Python<'_>, out: &Bound<'_, PyAny>) -> PyResult<usize> {
@@ -299,11 +285,11 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
         let array = array.clone().unbind();
         let mut rows = borrow(py, "out", &array)?;
         let rows = rows.as_slice_mut()?;
-        self.call(py, |core| Ok(core.events_into(rows)))
+        enter_locked(py, &self.core, |core| Ok(core.events_into(rows)))
     }
 
     fn explain<'py>(&self, py: Python<'py>, req: u64) -> PyResult<Bound<'py, PyDict>> {
-        let e = self.call(py, |core| Ok(core.explain(RequestId(req))?))?;
+        let e = enter_locked(py, &self.core, |core| Ok(core.explain(RequestId(req))?))?;
         let dict = PyDict::new(py);
         dict.set_item("prompt_tokens", e.prompt_tokens)?;
         dict.set_item("history_matched", e.history_matched)?;
@@ -316,39 +302,39 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
     }
 
     fn forget(&self, py: Python<'_>, req: u64) -> PyResult<bool> {
-        self.call(py, |core| Ok(core.forget(RequestId(req))))
+        enter_locked(py, &self.core, |core| Ok(core.forget(RequestId(req))))
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let dict = PyDict::new(py);
-        for (name, value) in self.call(py, |core| Ok(core.stats()))? {
+        for (name, value) in enter_locked(py, &self.core, |core| Ok(core.stats()))? {
             dict.set_item(name, value)?;
         }
         Ok(dict)
     }
 
     fn dump(&self, py: Python<'_>) -> PyResult<String> {
-        self.call(py, |core| Ok(core.dump()))
+        enter_locked(py, &self.core, |core| Ok(core.dump()))
     }
 
     fn check(&self, py: Python<'_>) -> PyResult<()> {
-        self.call(py, |core| Ok(core.check()?))
+        enter_locked(py, &self.core, |core| Ok(core.check()?))
     }
 
     fn evict_snapshots(&self, py: Python<'_>, n: u32) -> PyResult<u32> {
-        self.call(py, |core| Ok(core.evict_snapshots(n)))
+        enter_locked(py, &self.core, |core| Ok(core.evict_snapshots(n)))
     }
 
     fn evict_history(&self, py: Python<'_>, n: u32) -> PyResult<u32> {
-        self.call(py, |core| Ok(core.evict_history(n)))
+        enter_locked(py, &self.core, |core| Ok(core.evict_history(n)))
     }
 
     fn clear_prefix(&self, py: Python<'_>) -> PyResult<u32> {
-        self.call(py, |core| Ok(core.clear_prefix()))
+        enter_locked(py, &self.core, |core| Ok(core.clear_prefix()))
     }
 
     fn has_work(&self, py: Python<'_>) -> PyResult<bool> {
-        self.call(py, |core| Ok(core.has_work()))
+        enter_locked(py, &self.core, |core| Ok(core.has_work()))
     }
 }
 

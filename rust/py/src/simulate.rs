@@ -12,7 +12,7 @@ use dsv4_sim::replay::run::{Replay, Settings};
 use dsv4_sim::replay::trace::{Trace, TraceError};
 use pyo3::prelude::*;
 
-use crate::door::{Failure, enter};
+use crate::door::{Failure, enter, enter_locked};
 use crate::layout::PyLayoutSpec;
 
 /// A request trace.
@@ -198,13 +198,13 @@ impl PyReplay {
 
     /// Up to `steps` further steps: (requests over, requests in all, virtual s, steps).
     fn run(&self, py: Python<'_>, steps: u64) -> PyResult<(u64, u64, f64, u64)> {
-        let p = self.call(py, |replay| Ok(replay.run(steps)?))?;
+        let p = enter_locked(py, &self.replay, |replay| Ok(replay.run(steps)?))?;
         Ok((p.done, p.total, p.virtual_s, p.steps))
     }
 
     fn report(&self, py: Python<'_>) -> PyResult<String> {
         let trace = self.trace.get();
-        self.call(py, |replay| {
+        enter_locked(py, &self.replay, |replay| {
             let report = replay.report(&trace.blocks(self.block));
             serde_json::to_string(&report)
                 .map_err(|e| Failure::Damaged(format!("the report is no JSON: {e}")))
@@ -212,20 +212,6 @@ impl PyReplay {
     }
 
     fn check(&self, py: Python<'_>) -> PyResult<()> {
-        self.call(py, |replay| Ok(replay.check()?))
-    }
-}
-
-impl PyReplay {
-    /// After a panic the replay cannot be trusted, so nothing is called any more.
-    fn call<T: Send>(
-        &self,
-        py: Python<'_>,
-        f: impl FnOnce(&mut Replay) -> Result<T, Failure> + Send,
-    ) -> PyResult<T> {
-        enter(py, || match self.replay.lock() {
-            Ok(mut replay) => f(&mut replay),
-            Err(_) => Err(Failure::Damaged("the replay panicked in an earlier call".to_owned())),
-        })
+        enter_locked(py, &self.replay, |replay| Ok(replay.check()?))
     }
 }

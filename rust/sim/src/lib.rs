@@ -6,7 +6,7 @@
 //! | `oracle.rs` | the cold run of that model over plain vectors: what every position must give |
 //! | `arrays.rs` | the plan's arrays |
 //! | `device.rs` | pages, slabs and page tables; runs plans as a GPU would, and objects to conflicts |
-//! | `world.rs` | one seed = one run of random requests, steps and faults, checked after every operation |
+//! | `world/` | one seed = one run of requests, steps and faults, checked after every operation; `chance.rs` draws them |
 //!
 //! Equality with the oracle at every computed position is the whole statement of exactness: restored, replayed, chunked,
 //! preempted or rolled back, a token's activation is the cold one.

@@ -9,28 +9,14 @@ use std::collections::HashMap;
 use dsv4_core::Options;
 use dsv4_core::explain::Reason;
 use dsv4_core::ids::RequestId;
-use dsv4_core::layout::{LayoutSpec, V4Geometry};
+use dsv4_core::layout::{LayoutSpec, V4Geometry, presets};
 use dsv4_core::request::Submit;
 use dsv4_sim::world::World;
 
-/// Blocks of 4, window 3, ratios 2 and 4; a replay takes 6 tokens and a snapshot one page.
-fn toy() -> LayoutSpec {
-    geometry(2, 4, 3, 4)
-}
-
 fn geometry(csa_ratio: u32, hca_ratio: u32, window: u32, block_tokens: u32) -> LayoutSpec {
-    let geometry = V4Geometry {
-        compress_ratios: vec![0, csa_ratio, hca_ratio],
-        csa_ratio,
-        hca_ratio,
-        head_dim: 2,
-        index_head_dim: 2,
-        window,
-        row: (64, "toy".to_owned()),
-        index_row: (640, "toy".to_owned()),
-        block_tokens,
-        draft_slack: 0,
-    };
+    let compress_ratios = vec![0, csa_ratio, hca_ratio];
+    let toy = presets::toy_geometry();
+    let geometry = V4Geometry { compress_ratios, csa_ratio, hca_ratio, window, block_tokens, ..toy };
     LayoutSpec::v4(&geometry).unwrap()
 }
 
@@ -49,7 +35,7 @@ struct Stage(World);
 
 impl Stage {
     fn new(options: Options) -> Self {
-        Stage(World::scripted(&toy(), options, 5))
+        Stage(World::scripted(&presets::toy_v4(), options, 5))
     }
 
     fn enter(&mut self, prompt: Vec<u32>, max_new: u32) -> u64 {

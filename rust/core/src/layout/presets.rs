@@ -45,7 +45,29 @@ pub fn pro() -> LayoutSpec {
     LayoutSpec::v4(&pro_geometry()).expect("the preset is valid")
 }
 
-/// A tiny layout for tests: one history row per token, window and one saved pool row in every layer.
+/// A tiny V4 for tests: blocks of 4 tokens, a window of 3, a window, a CSA and an HCA layer. A replay takes 6 tokens, a
+/// snapshot one page.
+pub fn toy_geometry() -> V4Geometry {
+    V4Geometry {
+        compress_ratios: vec![0, 2, 4],
+        csa_ratio: 2,
+        hca_ratio: 4,
+        head_dim: 2,
+        index_head_dim: 2,
+        window: 3,
+        row: (64, "toy".to_owned()),
+        index_row: (640, "toy".to_owned()),
+        block_tokens: 4,
+        draft_slack: 0,
+    }
+}
+
+/// The layout of [`toy_geometry`].
+pub fn toy_v4() -> LayoutSpec {
+    LayoutSpec::v4(&toy_geometry()).expect("the preset is valid")
+}
+
+/// A tiny layout for tests that are not about V4: one history row per token, window and one saved pool row in every layer.
 pub fn toy(block_tokens: u32, window: u32, layers: u16) -> LayoutSpec {
     let all: Vec<u16> = (0..layers).collect();
     let c = |name: &str, kind, row_bytes| Component {

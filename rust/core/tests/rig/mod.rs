@@ -6,28 +6,11 @@
 use dsv4_core::cost::CostModel;
 use dsv4_core::event::What;
 use dsv4_core::ids::{RequestId, Step};
-use dsv4_core::layout::{LayoutSpec, V4Geometry};
+use dsv4_core::layout::presets;
 use dsv4_core::plan::StepHeader;
 use dsv4_core::request::Submit;
 use dsv4_core::{Core, Options};
 use dsv4_sim::arrays::Arrays;
-
-/// Blocks of 4 tokens, a window of 3, 3 layers: a replay takes 6 tokens. A snapshot takes one page.
-pub fn layout() -> LayoutSpec {
-    let geometry = V4Geometry {
-        compress_ratios: vec![0, 2, 4],
-        csa_ratio: 2,
-        hca_ratio: 4,
-        head_dim: 2,
-        index_head_dim: 2,
-        window: 3,
-        row: (64, "toy".to_owned()),
-        index_row: (640, "toy".to_owned()),
-        block_tokens: 4,
-        draft_slack: 0,
-    };
-    LayoutSpec::v4(&geometry).unwrap()
-}
 
 pub fn options() -> Options {
     Options {
@@ -57,7 +40,7 @@ pub struct Rig {
 
 impl Rig {
     pub fn new(options: Options) -> Self {
-        let core = Core::new(&layout(), options).unwrap();
+        let core = Core::new(&presets::toy_v4(), options).unwrap();
         Rig { arrays: Arrays::new(&core.shape()), core }
     }
 
