@@ -113,6 +113,7 @@ class EngineLoop:
         """Ends a request at any time; its last output says `abort`. Unknown keys are ignored: it may have just ended."""
         if key in self.requests:
             self.core.abort(key)
+            self._drain_events(None)  # it may have been the last one: no step would follow that does this
 
     def has_work(self) -> bool:
         return self._pending is not None or self.core.has_work()
