@@ -5,9 +5,9 @@
 //! twenty) and O(log n) to keep them sorted:
 //!
 //! ```text
-//!   value = 4^priority * 2^octave * likelihood(class) / age        lru: 4^priority / age        fifo: the same since stored
-//!           hint         saved cost   learned, see reuse.rs
-//!           of owner     per page
+//!   value = 4^priority * 2^octave * likelihood(class, age)        lru: 4^priority / age        fifo: the same since stored
+//!           hint         saved cost   learned, falls with age
+//!           of owner     per page     (see reuse.rs)
 //! ```
 //!
 //! Only leaves of the tree are listed; a block's predecessor is listed when the block has gone, so prefixes go tail first.
@@ -165,8 +165,11 @@ impl Order {
     /// What an item of a queue is worth at an age.
     pub fn value(&self, queue: Queue, age: u64, reuse: &Reuse) -> f64 {
         let Queue::Live { level, class, octave } = queue else { return 0.0 };
-        let likelihood = if self.eviction == Eviction::Value { reuse.likelihood(class) } else { 1.0 };
-        4f64.powi(level.into()) * 2f64.powi(octave.into()) * likelihood / (age as f64 + 0.5)
+        let likelihood = match self.eviction {
+            Eviction::Value => reuse.likelihood(class, age),
+            Eviction::Lru | Eviction::Fifo => 1.0 / (age as f64 + 0.5),
+        };
+        4f64.powi(level.into()) * 2f64.powi(octave.into()) * likelihood
     }
 
     /// Items listed.

@@ -1,12 +1,17 @@
 //! How likely what is cached is used again: learned from what happens, class by class.
 //!
 //! A class gathers what looks alike: how often it was used by someone who did not just continue it, or whether it is the
-//! new end of a known prefix. For each class two sums are kept: uses, and exposure (pages times age, until use or eviction).
-//! Their quotient is the maximum likelihood estimate of a constant rate of reuse, and it is right for what is evicted before
-//! it is used, too. Both sums start from a prior and halve now and then, so that the estimate follows the traffic.
+//! new end of a known prefix. Within a class, reuse grows rarer with age; it is modelled as falling like `1 / (age + YOUNG)`,
+//! the same form for all. What a class then has of its own is one factor, and its maximum likelihood estimate is a quotient
+//! of two sums, which is right also for what is evicted before it is used:
 //!
-//! Rates within a class differ, and they fall with age, so `Order` uses the square root of the rate, over the age
-//! (docs/decisions/0006 has the traces on which this was chosen).
+//! ```text
+//!   rate(class, age) = factor(class) / (age + YOUNG)
+//!   factor(class)    = uses / exposure,    exposure = sum over pages of ln(1 + age / YOUNG), until use or eviction
+//! ```
+//!
+//! Both sums start from a prior and halve now and then, so that the estimate follows the traffic. `Order` takes the factor
+//! to the power of `TRUST`, since a class is not all there is to know (docs/decisions/0006 has the trials).
 
 /// Classes of history by uses, then of snapshots.
 const CLASSES: usize = 9;
@@ -17,8 +22,14 @@ const PRIOR: [f64; CLASSES] = [1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 1.0, 3.0];
 /// Uses that the prior weighs.
 const PRIOR_USES: f64 = 1000.0;
 
-/// Pages used or evicted after which all sums halve.
-const HALF_LIFE: u64 = 20_000;
+/// Pages used or evicted after which all sums halve: some thousand calls of agents, whose whole context counts each time.
+const HALF_LIFE: u64 = 200_000;
+
+/// Age up to which reuse is about as likely as at once, in operations: a few requests.
+const YOUNG: f64 = 10.0;
+
+/// Weight of a class's factor beside age: 0 is least recent use, 1 the model as it stands.
+const TRUST: f64 = 0.7;
 
 /// Rates of reuse by class.
 #[derive(Clone, Debug)]
@@ -62,7 +73,7 @@ impl Reuse {
     /// `pages` of a class left it at an age: because they were used, or else because they were evicted.
     pub fn left(&mut self, class: u8, age: u64, pages: u32, used: bool) {
         let (c, n) = (usize::from(class), f64::from(pages));
-        self.exposure[c] += n * age as f64;
+        self.exposure[c] += n * (age as f64 / YOUNG).ln_1p();
         self.uses[c] += if used { n } else { 0.0 };
         self.pages += u64::from(pages);
         self.fresh += 1;
@@ -81,14 +92,14 @@ impl Reuse {
         let base = (self.uses.iter().sum::<f64>() + 1.0) / (expected + 1000.0);
         let sums = self.uses.iter().zip(&self.exposure).zip(PRIOR);
         for (likelihood, ((uses, exposure), prior)) in self.likelihood.iter_mut().zip(sums) {
-            let rate = (uses + PRIOR_USES) / (exposure + PRIOR_USES / (base * prior));
-            *likelihood = rate.sqrt();
+            let factor = (uses + PRIOR_USES) / (exposure + PRIOR_USES / (base * prior));
+            *likelihood = factor.powf(TRUST);
         }
     }
 
-    /// Square root of the rate of reuse.
-    pub fn likelihood(&self, class: u8) -> f64 {
-        self.likelihood[usize::from(class)]
+    /// How likely a class is used at an age, on one scale for all.
+    pub fn likelihood(&self, class: u8, age: u64) -> f64 {
+        self.likelihood[usize::from(class)] / (age as f64 + YOUNG)
     }
 
     /// The sums, for a dump.
@@ -111,12 +122,12 @@ mod tests {
     #[test]
     fn rates_follow_what_happens_and_start_from_the_prior() {
         let mut reuse = Reuse::new();
-        assert!(reuse.likelihood(6) > reuse.likelihood(2) && reuse.likelihood(2) > reuse.likelihood(0));
+        assert!(reuse.likelihood(6, 10) > reuse.likelihood(2, 10) && reuse.likelihood(2, 10) > reuse.likelihood(0, 10));
         for _ in 0..20_000 {
             reuse.left(0, 10, 1, true);
             reuse.left(6, 10, 1, false);
         }
-        assert!(reuse.likelihood(0) > reuse.likelihood(6));
+        assert!(reuse.likelihood(0, 10) > reuse.likelihood(6, 10));
     }
 
     #[test]
@@ -128,6 +139,6 @@ mod tests {
             b.left(0, 100, 1, true);
             b.left(0, 100, 1, false);
         }
-        assert!(a.likelihood(0) > b.likelihood(0));
+        assert!(a.likelihood(0, 10) > b.likelihood(0, 10));
     }
 }
