@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -339,7 +340,7 @@ def main() -> None:
     log(event="exported", bytes=export(trainer, ARGS.data, ARGS.out))
     if device == "cuda":
         torch.cuda.empty_cache()
-    lengths = {"lengths": (512,)} if ARGS.smoke else {}
+    lengths, end = ({"lengths": (512,)}, math.inf) if ARGS.smoke else ({}, end)
     with trainer.uncompiled() as model:
         measure = Measure(model, data, ARGS.out / "report.json", end, 0.05 if ARGS.smoke else 1.0)
         report = measure.all(**lengths)
