@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsv4.config import add_flags, load
+from dsv4.config import EngineConfig, add_flags, load
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -34,6 +36,18 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = 
 def read_settings(arguments: argparse.Namespace, *classes: type) -> list[Any]:
     """One config object per class from flags, environment and YAML. Raises ConfigError."""
     return load(classes, vars(arguments), yaml_path=arguments.yaml)
+
+
+def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[str]]) -> None:
+    """Settings of EngineConfig that are numbers, with its defaults and words, for commands that have no engine. `names`: of
+    each setting, further names of its flag."""
+    for f in dataclasses.fields(EngineConfig):
+        if f.name in names:
+            flags = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"], *names[f.name])]
+            shown = f"{f.metadata['help']} [{f.default}]"
+            parser.add_argument(
+                *flags, dest=f.name, type=type(f.default), default=f.default, metavar="N", help=shown
+            )
 
 
 class LoadProgress:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from dsv4.config import EngineConfig
+from dsv4.cli.common import add_numbers
 from dsv4.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,6 +14,14 @@ if TYPE_CHECKING:
 
 INDEX_FORMATS = {"fp4": "mxfp4", "fp8": "fp8", "bfloat16": "bfloat16", "float32": "float32"}
 EVERY = "2048,8192,32768"
+NUMBERS = {
+    "max_num_seqs": (),
+    "max_num_batched_tokens": ("max-step-tokens",),
+    "block_size": (),
+    "gpu_memory_utilization": (),
+    "snapshot_budget": (),
+}
+"""Settings of the engine that are asked for here too, with further names of their flags."""
 
 
 def add(commands: Any) -> None:
@@ -23,14 +30,6 @@ def add(commands: Any) -> None:
         help="what fits on which GPUs, to the byte, without one",
         description="Weights, cache, workspace and capacity of a model on given GPUs, with every formula.",
     )
-    names = (
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "block_size",
-        "gpu_memory_utilization",
-        "snapshot_budget",
-    )
-    defaults = {f.name: f.default for f in fields(EngineConfig) if f.name in names}
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -53,15 +52,6 @@ def add(commands: Any) -> None:
         "--pool-gb", type=float, metavar="GB", help="size of a GPU's page pool in 10^9 bytes [what is left]"
     )
     parser.add_argument(
-        "--gpu-memory-utilization",
-        "--memory-fraction",
-        dest="memory_fraction",
-        type=float,
-        default=defaults["gpu_memory_utilization"],
-        metavar="F",
-        help=f"share of a GPU's memory to use [{defaults['gpu_memory_utilization']}]",
-    )
-    parser.add_argument(
         "--max-model-len",
         "--max-len",
         dest="max_len",
@@ -69,29 +59,7 @@ def add(commands: Any) -> None:
         metavar="N",
         help="longest request [the model's]",
     )
-    parser.add_argument(
-        "--max-num-seqs",
-        type=int,
-        default=defaults["max_num_seqs"],
-        metavar="N",
-        help=f"running requests [{defaults['max_num_seqs']}]",
-    )
-    parser.add_argument(
-        "--max-num-batched-tokens",
-        "--max-step-tokens",
-        dest="step_tokens",
-        type=int,
-        default=defaults["max_num_batched_tokens"],
-        metavar="N",
-        help=f"tokens of a step [{defaults['max_num_batched_tokens']}]",
-    )
-    parser.add_argument(
-        "--block-size",
-        type=int,
-        default=defaults["block_size"],
-        metavar="N",
-        help=f"tokens of a page [{defaults['block_size']}]",
-    )
+    add_numbers(parser, NUMBERS)
     parser.add_argument(
         "--rows", default="fp8_ds_mla", metavar="FORMAT", help="fp8_ds_mla, bfloat16, float32 [fp8_ds_mla]"
     )
@@ -111,13 +79,6 @@ def add(commands: Any) -> None:
         default=0,
         metavar="N",
         help="batch sizes captured as CUDA graphs [0, as the engine]",
-    )
-    parser.add_argument(
-        "--snapshot-budget",
-        type=float,
-        default=defaults["snapshot_budget"],
-        metavar="F",
-        help=f"largest share of the pool for snapshots under auto [{defaults['snapshot_budget']}]",
     )
     parser.add_argument(
         "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"
@@ -151,7 +112,7 @@ def question(a: argparse.Namespace) -> Question:
     config = ModelConfig.find(a.model)
     for flag, value in (
         ("--max-num-seqs", a.max_num_seqs),
-        ("--max-step-tokens", a.step_tokens),
+        ("--max-step-tokens", a.max_num_batched_tokens),
         ("--turn-tokens", a.turn_tokens),
     ):
         if value is not None and value < 1:
@@ -159,7 +120,7 @@ def question(a: argparse.Namespace) -> Question:
     max_len = config.max_position if a.max_len is None else a.max_len
     if not 1 <= max_len <= config.max_position:
         raise ConfigError(f"--max-len is {max_len}; {config.name} takes 1 to {config.max_position}")
-    _share("--memory-fraction", a.memory_fraction)
+    _share("--memory-fraction", a.gpu_memory_utilization)
     if not 0 <= a.snapshot_budget <= 1:
         raise ConfigError(f"--snapshot-budget is {a.snapshot_budget:g}; it takes a share from 0 to 1")
     return Question(
@@ -168,8 +129,8 @@ def question(a: argparse.Namespace) -> Question:
         gpu=gpu(a.gpu),
         num=a.num,
         parallel=choose(config, a.num, a.tp, a.dp, a.ep),
-        limits=Limits(a.step_tokens, a.max_num_seqs, max_len, a.graphs),
-        memory_fraction=a.memory_fraction,
+        limits=Limits(a.max_num_batched_tokens, a.max_num_seqs, max_len, a.graphs),
+        memory_fraction=a.gpu_memory_utilization,
         pool_bytes=None if a.pool_gb is None else _pool(a.pool_gb),
         snapshot_budget=a.snapshot_budget,
         every=_spacings(a.every),
