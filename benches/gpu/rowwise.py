@@ -145,6 +145,8 @@ def _norms(bench: Bench, name: str, dim: int, heads: int, tokens: int) -> Iterat
     yield Row(
         "norm", f"{name} rmsnorm", tokens, 0, bench.us(partial(norm.rmsnorm, x, weight, 1e-6)), 2 * x.nbytes
     )
+    f = partial(norm.rmsnorm_quantised, x, weight, 1e-6)
+    yield Row("norm", f"{name} rmsnorm and FP8", tokens, 0, bench.us(f), 3 * x.nbytes - x.nbytes // 2)
     q = torch.randn((tokens, heads, 512), device=bench.device, dtype=torch.bfloat16)
     f = partial(norm.norm_rope, q, None, *_angles(tokens, bench.device), 1e-6)
     yield Row("norm", f"{name} q norm and rope", tokens, 0, bench.us(f), 2 * q.nbytes + tokens * 256)

@@ -12,6 +12,7 @@ from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.model.batch import Batch, Row
 from dsv4.model.step import Geometry, Step, build_step
+from dsv4.ops.quantised import Quantised
 from dsv4.ops.spec import SPECS
 from dsv4.ops.tables import moved as moved_table
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Gated, Weight
@@ -284,6 +285,7 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "rmsnorm": lambda t, g: dict(
         x=torch.randn((t, D), generator=g), weight=torch.randn(D, generator=g) if t % 2 else None, eps=1e-6
     ),
+    "rmsnorm_quantised": lambda t, g: CASES["rmsnorm"](t, g),
     "norm_rope": _norm_rope,
     "write_rows": _write_rows,
     "copy_rows": _copy_rows,
@@ -327,6 +329,7 @@ def moved(args: dict[str, Any], device: str) -> dict[str, Any]:
 def outcome(op: str, run: Callable[..., Any], args: dict[str, Any]) -> tuple[Tensor, ...]:
     """What an op gives: its results, and what it wrote (rows decoded, unwritten ones as zeros). Changes `args`."""
     result = run(**args)
+    result = result.values if isinstance(result, Quantised) else result
     found = () if result is None else result if isinstance(result, tuple) else (result,)
     for name in SPECS[op].writes:
         x = args[name]

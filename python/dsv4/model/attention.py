@@ -13,8 +13,10 @@ from dsv4.formats import RowFormat
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.indexer import Indexer
+from dsv4.model.norm import SharedNorm
 from dsv4.model.scope import Scope
 from dsv4.model.step import Step
+from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
 
 Rope = tuple[Tensor, Tensor]
@@ -52,7 +54,7 @@ class Attention:
             weights.matrix("linear", f"{n}.weight") for n in ("wq_a", "wq_b", "wkv", "wo_b")
         )
         self.groups, self.wo_a = config.o_groups, weights.matrix("grouped_linear", "wo_a.weight")
-        self.q_norm, self.kv_norm = weights.float("q_norm.weight"), weights.float("kv_norm.weight")
+        self.kv_norm = weights.float("kv_norm.weight")
         self.sink = weights.float("attn_sink")
         self.window = cache.rows("window", layer, codecs.row)
         self.ratio = config.compress_ratios[layer]
@@ -68,15 +70,23 @@ class Attention:
                 self.indexer = Indexer(
                     weights.within("indexer"), config, layer, cache, codecs.index, ops, dtype
                 )
+        readers = [self.wq_b] + ([self.indexer.wq_b] if self.indexer else [])
+        self.q_norm = SharedNorm(ops, weights.float("q_norm.weight"), self.eps, "linear", readers)
 
     def __call__(
-        self, x: Tensor, step: Step, rope: Rope, block_rope: Rope | None, scratch: Rows | None
+        self,
+        x: Tensor,
+        shared: Tensor | Quantised,
+        step: Step,
+        rope: Rope,
+        block_rope: Rope | None,
+        scratch: Rows | None,
     ) -> Tensor:
-        """[T, d] -> [T, d]. `rope` is at the tokens' positions, `block_rope` at the blocks' first; both are of this
+        """[T, d] -> [T, d]. `shared`: x for `linear`. `rope` is at the tokens' positions, `block_rope` at the blocks' first; both are of this
         layer's kind, which serves queries, window rows, entries, the indexer and the way back alike. `scratch` holds
         the step's window rows where the ring cannot (see WindowTable)."""
         ops, window = self.ops, step.window
-        qr = ops.rmsnorm(ops.linear(x, self.wq_a), self.q_norm, self.eps)
+        _, qr = self.q_norm(ops.linear(shared, self.wq_a))
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope, self.eps)
         rows = self.window
@@ -84,7 +94,7 @@ class Attention:
             rows = scratch
             ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
         # What is attended to now has been through the format, as what a later step reads.
-        ops.write_rows(ops.linear(x, self.wkv), self.kv_norm, *rope, self.eps, rows, window.target)
+        ops.write_rows(ops.linear(shared, self.wkv), self.kv_norm, *rope, self.eps, rows, window.target)
         compressed = self._compressed(x, qr, step, rope, block_rope)
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
         if rows is scratch:
@@ -92,7 +102,9 @@ class Attention:
         u = ops.grouped_linear(o.view(len(x), self.groups, -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
 
-    def _compressed(self, x: Tensor, qr: Tensor, step: Step, rope: Rope, block_rope: Rope | None) -> tuple:
+    def _compressed(
+        self, x: Tensor, qr: Tensor | Quantised, step: Step, rope: Rope, block_rope: Rope | None
+    ) -> tuple:
         """The history arguments of `sparse_attention`, with this step's entries written first, as its tokens
         see them."""
         if self.compressor is None:

@@ -11,6 +11,7 @@ from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.scope import Scope
 from dsv4.model.step import Step
+from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
 
 
@@ -42,7 +43,7 @@ class Indexer:
     def __call__(
         self,
         x: Tensor,
-        qr: Tensor,
+        qr: Tensor | Quantised,
         step: Step,
         rope: tuple[Tensor, Tensor],
         block_rope: tuple[Tensor, Tensor],

@@ -14,6 +14,7 @@ from dsv4.model.attention import Attention, Codecs, Rope
 from dsv4.model.batch import Batch
 from dsv4.model.config import ModelConfig
 from dsv4.model.moe import MoE
+from dsv4.model.norm import SharedNorm
 from dsv4.model.rope import RopeTable
 from dsv4.model.scope import Scope
 from dsv4.model.step import Geometry, Step, build_step
@@ -59,22 +60,26 @@ class Layer:
         ops: Ops,
         dtype: torch.dtype,
     ) -> None:
-        self.ops, self.eps, self.ratio = ops, config.rms_eps, config.compress_ratios[index]
+        self.ratio = config.compress_ratios[index]
         self.attn_hc = HyperConnection(weights, "attn", config, ops)
         self.ffn_hc = HyperConnection(weights, "ffn", config, ops)
-        self.attn_norm, self.ffn_norm = weights.float("attn_norm.weight"), weights.float("ffn_norm.weight")
         self.attn = Attention(weights.within("attn"), config, index, cache, codecs, ops, dtype)
         self.moe = MoE(weights.within("ffn"), config, index, ops)
+        readers = ("linear", (self.attn.wq_a, self.attn.wkv)), ("swiglu", (self.moe.shared,))
+        self.attn_norm, self.ffn_norm = (
+            SharedNorm(ops, weights.float(f"{side}_norm.weight"), config.rms_eps, *reads)
+            for side, reads in zip(("attn", "ffn"), readers, strict=True)
+        )
 
     def __call__(
         self, streams: Tensor, step: Step, rope: Rope, block_rope: Rope | None, scratch: Rows | None
     ) -> Tensor:
         y, post, comb = self.attn_hc.pre(streams)
-        y = self.attn(self.ops.rmsnorm(y, self.attn_norm, self.eps), step, rope, block_rope, scratch)
+        y = self.attn(*self.attn_norm(y), step, rope, block_rope, scratch)
         streams = self.attn_hc.post(y, streams, post, comb)
 
         y, post, comb = self.ffn_hc.pre(streams)
-        y = self.moe(self.ops.rmsnorm(y, self.ffn_norm, self.eps), step.token_ids)
+        y = self.moe(*self.ffn_norm(y), step.token_ids)
         return self.ffn_hc.post(y, streams, post, comb)
 
 

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from dsv4.errors import ConfigError
 from dsv4.ops.spec import SPECS
+from dsv4.ops.weight import Gated
 
 Op = Callable[..., Any]
 
 _REFERENCE_MODULES = {
     "linear": ("linear", "linear_f32", "grouped_linear", "logits"),
-    "norm": ("rmsnorm", "norm_rope"),
+    "norm": ("rmsnorm", "rmsnorm_quantised", "norm_rope"),
     "rows": ("write_rows", "copy_rows"),
     "hyper": ("hc_pre", "hc_post", "hc_head"),
     "compress": ("compress",),
@@ -106,6 +109,11 @@ class Ops:
         """A `Weight` or `Gated` in the form that the chosen backend of `op` wants (see weight.py)."""
         hook = getattr(getattr(self, op), "prepare", None)
         return weight if hook is None else hook(weight)
+
+    def quantises(self, op: str, weight: Any) -> bool:
+        """Whether the chosen backend of `op` multiplies this prepared matrix (or these three) in FP8."""
+        parts = weight if isinstance(weight, Gated) else (weight,)
+        return self.chosen[op] != "reference" and not any(isinstance(w, Tensor) for w in parts)
 
     @property
     def packed(self) -> bool:

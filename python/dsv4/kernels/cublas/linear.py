@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from dsv4.formats import ue8m0_decode
 from dsv4.kernels.triton import gemm
 from dsv4.kernels.triton.quantise import quantise
+from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.weight import FP8_BLOCK, Fp8Weight, Gated, Weight, dense, prepared_by
 
 FEW = 16
@@ -45,28 +46,27 @@ def scaled(codes: Tensor, scales: Tensor, w: Tensor, wide: Tensor) -> Tensor:
     return F.scaled_mm(codes, w.t(), scales.t(), one, wide.t(), block, output_dtype=torch.bfloat16)
 
 
-def product(x: Tensor, w: Blocks) -> Tensor:
+def product(x: Tensor | Quantised, w: Blocks) -> Tensor:
     """[T, rows] in x's dtype for x [T, K] and w [rows, K]."""
-    tokens, (rows, width) = len(x), w.codes.shape
-    if tokens <= FEW or x.dtype != torch.bfloat16 or rows % FP8_BLOCK or width % FP8_BLOCK:
-        return gemm.product(x, w.codes, w.scales, x.dtype)
-    codes, scales = quantise(x, pad=4)
+    tokens, dtype, (rows, width) = len(plain(x)), plain(x).dtype, w.codes.shape
+    if tokens <= FEW or dtype != torch.bfloat16 or rows % FP8_BLOCK or width % FP8_BLOCK:
+        return gemm.product(x, w.codes, w.scales, dtype)
+    codes, scales = x[1:] if isinstance(x, Quantised) else quantise(x, pad=4)
     return scaled(codes, scales, w.codes, w.wide)[:tokens]
 
 
 @prepared_by(_prepare)
-def linear(x: Tensor, weight: Blocks | Tensor) -> Tensor:
+def linear(x: Tensor | Quantised, weight: Blocks | Tensor) -> Tensor:
     """[T, in] x [out, in] -> [T, out] in x's dtype."""
-    return product(x, weight) if isinstance(weight, Blocks) else F.linear(x, weight)
+    return product(x, weight) if isinstance(weight, Blocks) else F.linear(plain(x), weight)
 
 
 @prepared_by(lambda w: Gated(*map(_prepare, w)))
-def swiglu(x: Tensor, w: Gated, limit: float) -> Tensor:
+def swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
     """The shared expert: [T, d] -> [T, d]."""
     w1, w3, w2 = w
-    if len(x) <= FEW and isinstance(w1, Blocks) and isinstance(w3, Blocks):
-        up = (w3.codes, w3.scales)
-        h = gemm.narrow(x, w1.codes, w1.scales, out_dtype=x.dtype, up=up, limit=limit)
+    if len(plain(x)) <= FEW and isinstance(w1, Blocks) and isinstance(w3, Blocks):
+        h = gemm.gated(x, (w1.codes, w1.scales), (w3.codes, w3.scales), limit)
     else:
         h = gemm.silu_gate_of(linear(x, w1), linear(x, w3), limit)
     return linear(h, w2)

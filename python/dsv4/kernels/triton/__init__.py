@@ -8,6 +8,7 @@ from dsv4.kernels.device import capability, has_triton
 OPS: dict[str, str] = {
     "sparse_attention": "attention",
     "rmsnorm": "norm",
+    "rmsnorm_quantised": "norm",
     "norm_rope": "norm",
     "write_rows": "rows",
     "copy_rows": "rows",

@@ -17,6 +17,7 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2, pdl
 from dsv4.kernels.triton.quantise import dot, exponent_scale, pow2_scale, quantise, to_e4m3
+from dsv4.ops.quantised import Quantised, plain
 
 NARROW_TOKENS = 32
 """Up to this many tokens `narrow` runs FP8 products, beyond `wide`."""
@@ -188,10 +189,12 @@ def narrow(
     groups: int = 1,
     up: tuple[Tensor, Tensor | None] | None = None,
     limit: float = 0.0,
+    xs: Tensor | None = None,
     tune: dict[str, int] | None = None,
 ) -> Tensor:
     """y [T, rows] for x [T, groups * K] and weight [rows, K]: e4m3 with ue8m0 `scales` [ceil(rows / 128), ceil(K / 128)]
-    or a plain dtype without. `up`: SwiGLU with a second matrix of the same shape. `tune` overrides split, stages, ..."""
+    or a plain dtype without. `up`: SwiGLU with a second matrix of the same shape. `xs`: x holds e4m3
+    codes with these scales (`quantise`). `tune` overrides split, stages, ..."""
     tokens, rows, wide = x.shape[0], *weight.shape
     y = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
     if not tokens:
@@ -208,8 +211,8 @@ def narrow(
         dtype=torch.float32,
         device=x.device,
     )
-    xs, quantised = None, fp8 and tokens <= 16
-    if fp8 and not quantised:
+    quantised = fp8 and xs is None and tokens <= 16
+    if fp8 and xs is None and not quantised:
         x, xs = quantise(x, groups)
     second, second_scales = up or (weight, scales)
     overlap = pdl()
@@ -220,6 +223,14 @@ def narrow(
         STAGES=pick["stages"], PDL=bool(overlap), xs=xs, num_warps=pick["warps"], **overlap,
     )  # fmt: skip
     return y
+
+
+def gated(
+    x: Tensor | Quantised, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], limit: float
+) -> Tensor:
+    """SwiGLU of two FP8 products of few tokens, (codes, scales) each, in one launch; in x's dtype."""
+    values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
+    return narrow(codes, *gate, out_dtype=values.dtype, up=up, limit=limit, xs=xs)[: len(values)]
 
 
 def _narrow_config(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dict[str, int]:
@@ -240,13 +251,14 @@ def wide(
     *,
     out_dtype: torch.dtype,
     groups: int = 1,
+    xs: Tensor | None = None,
     tune: dict[str, int] | None = None,
 ) -> Tensor:
     """`narrow` for FP8 weights and many tokens. rows / groups and K must be multiples of 128."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     tokens, rows, width = x.shape[0], *weight.shape
-    codes, xs = quantise(x, groups)
+    codes, xs = quantise(x, groups) if xs is None else (x, xs)
     y = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
     mx = capability()[0] >= 10
     pick = dict(bt=128, bn=128, band=8, warps=4 if mx else 8, stages=4) | (tune or {})
@@ -260,13 +272,18 @@ def wide(
     return y
 
 
-def product(x: Tensor, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1) -> Tensor:
+def product(
+    x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1
+) -> Tensor:
     """The FP8 product by whichever kernel suits the number of tokens and the shape."""
+    tokens, xs = len(plain(x)), None
+    if isinstance(x, Quantised):
+        _, x, xs = x
     rows, width = weight.shape
     fits = (rows // groups) % 128 == 0 and width % 128 == 0 and (INTERPRETED or capability()[0] >= 9)
     if len(x) <= NARROW_TOKENS or not fits:
-        return narrow(x, weight, scales, out_dtype=out_dtype, groups=groups)
-    return wide(x, weight, scales, out_dtype=out_dtype, groups=groups)
+        return narrow(x, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs)[:tokens]
+    return wide(x, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs)[:tokens]
 
 
 _INTS = {k: "i32" for k in ("T", "STEPS", "SPLIT", "TILES")} | {k: "i32:16" for k in ("OUT", "K", "x_stride")}
@@ -280,8 +297,10 @@ _NARROW = _INTS | {
 }
 
 
-def _aot_narrow(kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, out: str = "bf16") -> Aot:
-    fp8, fused = kind == "fp8e4nv", bt == 16
+def _aot_narrow(
+    kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, out: str = "bf16", shared: bool = False
+) -> Aot:
+    fp8, fused = kind == "fp8e4nv", bt == 16 and not shared
     signature = _NARROW | {k: f"*{kind}" for k in ("w", "w_up")} | {"y": f"*{out}"}
     signature |= {"x": "*bf16"} if fused or not fp8 else {"x": "*fp8e4nv", "xs": "*fp32"}
     flags = dict(
@@ -302,6 +321,8 @@ def _aot_wide(arch: int) -> Aot:
 AOT = [
     _aot_narrow("fp8e4nv", 16, 128, 128),
     _aot_narrow("fp8e4nv", 16, 64, 128, gated=True),
+    _aot_narrow("fp8e4nv", 16, 128, 128, shared=True),
+    _aot_narrow("fp8e4nv", 16, 64, 128, gated=True, shared=True),
     _aot_narrow("fp8e4nv", 128, 64, 128),
     _aot_narrow("bf16", 16, 128, 64, out="fp32"),
     _aot_wide(90),

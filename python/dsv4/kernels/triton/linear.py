@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv4.kernels.triton.gemm import NARROW_TOKENS, narrow, product, silu_gate_of
+from dsv4.kernels.triton.gemm import NARROW_TOKENS, gated, narrow, product, silu_gate_of
+from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.weight import Fp8Weight, Gated, Packed, Weight, dense, prepared_by
 
 _PLAIN_TOKENS = 16
@@ -20,11 +21,11 @@ def _kept(weight: Weight) -> Weight:
 
 
 @prepared_by(_kept)
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor | Quantised, weight: Weight) -> Tensor:
     """[T, in] x [out, in] -> [T, out] in x's dtype."""
     if isinstance(weight, Packed):
-        return product(x, weight.codes, weight.scales, x.dtype)
-    return F.linear(x, weight)
+        return product(x, weight.codes, weight.scales, plain(x).dtype)
+    return F.linear(plain(x), weight)
 
 
 @prepared_by(_kept)
@@ -58,11 +59,11 @@ def _all_kept(w: Gated) -> Gated:
 
 
 @prepared_by(_all_kept)
-def swiglu(x: Tensor, w: Gated, limit: float) -> Tensor:
+def swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
     """The shared expert: [T, d] -> [T, d]. With few tokens both first products are one launch, SwiGLU included."""
     w1, w3, w2 = w
-    if len(x) <= NARROW_TOKENS and isinstance(w1, Packed) and isinstance(w3, Packed):
-        h = narrow(x, w1.codes, w1.scales, out_dtype=x.dtype, up=(w3.codes, w3.scales), limit=limit)
+    if len(plain(x)) <= NARROW_TOKENS and isinstance(w1, Packed) and isinstance(w3, Packed):
+        h = gated(x, (w1.codes, w1.scales), (w3.codes, w3.scales), limit)
     else:
         h = silu_gate_of(linear(x, w1), linear(x, w3), limit)
     return linear(h, w2)

@@ -10,6 +10,9 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.codec import as_model, norm, turn
 from dsv4.kernels.triton.common import cdiv, next_pow2
+from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
+from dsv4.ops.quantised import Quantised
+from dsv4.row_sizes import FP8_BLOCK
 
 
 @triton.jit
@@ -30,6 +33,26 @@ def rmsnorm_kernel(
     held = (r < rows)[:, None] & (c < DIM)[None, :]
     v = norm(tl.load(x + at, mask=held, other=0.0).to(tl.float32), weight, eps, DIM, BLOCK, WEIGHTED)
     tl.store(y + at, v.to(y.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def rmsnorm_quantised_kernel(
+    x, weight, y, codes, scales, rows, padded, eps,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """One row of y, codes [padded, DIM] and scales [blocks of GROUP channels, padded]; zeros from row `rows` on."""
+    r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    c, b = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
+    at = r[:, None] * DIM + c[None, :]
+    held = (r < rows)[:, None] & (c < DIM)[None, :]
+    v = tl.load(x + at, mask=held, other=0.0).to(tl.float32)
+    v = as_model(norm(v, weight, eps, DIM, BLOCK, WEIGHTED), BF16)
+    tl.store(y + at, v.to(y.dtype.element_ty), mask=held)
+    blocks = tl.reshape(v, (BLOCK // GROUP, GROUP))
+    scale, inverse = pow2_scale(tl.max(tl.abs(blocks), 1))
+    code = tl.reshape(to_e4m3(blocks * inverse[:, None]), (1, BLOCK))
+    tl.store(codes + at, code, mask=(r < padded)[:, None] & (c < DIM)[None, :])
+    tl.store(scales + b.to(tl.int64) * padded + tl.program_id(0), scale, mask=b * GROUP < DIM)
 
 
 @triton.jit
@@ -79,6 +102,22 @@ def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return y
 
 
+def rmsnorm_quantised(x: Tensor, weight: Tensor | None, eps: float) -> Quantised:
+    """The op `rmsnorm_quantised`: one launch, to the bits of `rmsnorm` and `quantise`."""
+    x = x.contiguous()
+    rows, dim = x.shape
+    padded, block = rows + -rows % 4, max(FP8_BLOCK, next_pow2(dim))
+    y = torch.empty_like(x)
+    codes = torch.empty((padded, dim), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((cdiv(dim, FP8_BLOCK), padded), dtype=torch.float32, device=x.device)
+    if rows:
+        rmsnorm_quantised_kernel[(padded,)](
+            x, weight, y, codes, scales, rows, padded, eps, DIM=dim, BLOCK=block, GROUP=FP8_BLOCK,
+            WEIGHTED=weight is not None, BF16=x.dtype == torch.bfloat16, num_warps=tile(1, block)[1],
+        )  # fmt: skip
+    return Quantised(y, codes, scales)
+
+
 def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """The op `norm_rope`: one launch for all heads."""
     x = x.contiguous()
@@ -113,6 +152,13 @@ AOT = [
         rmsnorm_kernel,
         {"x": "*bf16", "weight": "*fp32", "y": "*bf16", "rows": "i32", "eps": "fp32"},
         {"N": 1, "DIM": 4096, "BLOCK": 4096, "WEIGHTED": True},
+        num_warps=8,
+    ),
+    Aot(
+        rmsnorm_quantised_kernel,
+        {"x": "*bf16", "weight": "*fp32", "y": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
+        | {"rows": "i32", "padded": "i32", "eps": "fp32"},
+        {"DIM": 7168, "BLOCK": 8192, "GROUP": 128, "WEIGHTED": True, "BF16": True},
         num_warps=8,
     ),
     Aot(

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from dsv4.formats import pow2_ceil
+from dsv4.ops.quantised import Quantised
+from dsv4.row_sizes import FP8_BLOCK
 
 
 def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -12,6 +17,15 @@ def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y if weight is None else y * weight).to(x.dtype)
+
+
+def rmsnorm_quantised(x: Tensor, weight: Tensor | None, eps: float) -> Quantised:
+    """`rmsnorm` of [T, d], and its result in e4m3."""
+    y = rmsnorm(x, weight, eps)
+    blocks = F.pad(y.float(), (0, -y.shape[1] % FP8_BLOCK, 0, -len(y) % 4)).unflatten(1, (-1, FP8_BLOCK))
+    scales = pow2_ceil(blocks.abs().amax(-1).clamp(min=1e-4) / 448)
+    codes = (blocks / scales[..., None]).flatten(1)[:, : y.shape[1]].to(torch.float8_e4m3fn)
+    return Quantised(y, codes.contiguous(), scales.t().contiguous())
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:

@@ -1,0 +1,112 @@
+"""Activations that several FP8 products share are quantised once, in the pass of the norm before them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from dsv4.cache.paged import PagedCache
+from dsv4.model.export import quantise_fp8
+from dsv4.model.v4 import V4Model
+from dsv4.ops.quantised import Quantised
+from dsv4.ops.registry import REGISTRY, Ops
+from dsv4.ops.spec import SPECS
+from dsv4.ops.weight import Fp8Weight
+
+from tests.kernels.device import DEVICE
+from tests.kernels.quantised import fp8
+from tests.support.driving import Chunk, Driver, random_tokens
+from tests.support.models import random_config, random_weights
+
+pytest.importorskip("triton")
+
+from dsv4.kernels.triton import gemm, norm
+from dsv4.kernels.triton.quantise import quantise
+
+PACKED = ("wq_a.", "wq_b.", "attn.wkv.", "wo_b.", "shared_experts.")
+OURS = ("linear", "swiglu", "rmsnorm", "rmsnorm_quantised")
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(0, 128), (3, 200), (4, 64), (5, 384)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_quantisation_are_those_of_two_launches(tokens: int, width: int, dtype: torch.dtype) -> None:
+    """Codes and scales to the bit; the reference has the same, but where its values round the other way."""
+    g = torch.Generator().manual_seed(tokens)
+    x = (torch.randn((tokens, width), generator=g) * 3).to(dtype).to(DEVICE)
+    weight = torch.randn(width, generator=g).to(DEVICE) if width != 64 else None
+    got = norm.rmsnorm_quantised(x, weight, 1e-6)
+    codes, scales = quantise(got.values, pad=4)
+    assert got.values.dtype == dtype and got.codes.shape == codes.shape and got.scales.shape == scales.shape
+    assert torch.equal(got.codes[:tokens].float(), codes[:tokens].float())
+    assert torch.equal(got.scales[:, :tokens], scales[:, :tokens])
+    assert not got.codes[tokens:].float().any()
+    if tokens:
+        host = None if weight is None else weight.cpu()
+        expected = REGISTRY.load("rmsnorm_quantised", "reference")(x.cpu(), host, 1e-6)
+        ulp = 1e-6 if dtype == torch.float32 else 2.0**-7  # bf16 may round the other way
+        assert torch.allclose(got.values.float().cpu(), expected.values.float(), rtol=ulp, atol=1e-6)
+        assert (expected.codes.float() == got.codes.float().cpu()).float().mean() > 0.99
+        assert torch.equal(expected.scales, got.scales.cpu())
+
+
+@pytest.mark.parametrize("tokens", [3, 21, 34])
+def test_products_of_shared_activations_are_those_of_the_values(tokens: int) -> None:
+    """In every kernel: few tokens (quantised on the way without), more, and many."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn((tokens, 256), generator=g).bfloat16().to(DEVICE)
+    shared = Quantised(x, *quantise(x, pad=4))
+    shared.codes[tokens:] = 0
+    shared.scales[:, tokens:] = 1
+    codes, scales, _ = (v.to(DEVICE) for v in fp8(128, 256, g))
+    y, z = (gemm.product(v, codes, scales, torch.float32) for v in (x, shared))
+    assert torch.equal(y, z)
+    if tokens <= 32:
+        a, b = (gemm.gated(v, (codes, scales), (codes, scales), 0.7) for v in (x, shared))
+        assert torch.equal(a, b) and a.dtype == x.dtype
+
+
+def _model(monkeypatch: pytest.MonkeyPatch, *, share: bool) -> tuple[torch.Tensor, Counter[str]]:
+    """Logits of a chunk of 18 tokens, with the projections on our kernels, and how often what was quantised."""
+    monkeypatch.setattr(Driver, "__post_init__", _forced)
+    config = random_config(compress_ratios=[0, 4])
+    weights: dict[str, Any] = random_weights(config, 3)
+    for name in [n for n in weights if any(part in n for part in PACKED)]:
+        codes, scales = quantise_fp8(weights[name])
+        weights[name] = Fp8Weight(codes, scales.view(torch.uint8), torch.float32)
+    if not share:
+        monkeypatch.setattr(Ops, "quantises", lambda self, op, weight: False)
+    driver = Driver(config, weights, max_len=128, device=DEVICE)
+    count: Counter[str] = Counter()
+    plain, fused = gemm.quantise, driver.model.ops.rmsnorm_quantised
+
+    def counted(x: torch.Tensor, *args: int) -> tuple[torch.Tensor, torch.Tensor]:
+        count[f"alone {x.shape[1]}"] += 1
+        return plain(x, *args)
+
+    monkeypatch.setattr(gemm, "quantise", counted)
+    for layer in driver.model.layers:
+        for shared_norm in (layer.attn_norm, layer.attn.q_norm, layer.ffn_norm):
+            if shared_norm._run is fused:
+                shared_norm._run = lambda *args: count.update(["fused"]) or fused(*args)
+    return driver.step([Chunk(0, random_tokens(config, 18), 0)])[0], count
+
+
+def _forced(driver: Driver) -> None:
+    driver.layout = driver.config.layout(driver.row, driver.index, block_tokens=driver.block_tokens)
+    driver.cache = PagedCache(driver.layout, 1, 1, driver.device)
+    ops = Ops({op: "triton" if op in OURS else "reference" for op in SPECS}, REGISTRY)
+    weights = {name: w.to(driver.device) for name, w in driver.weights.items()}
+    driver.model = V4Model(driver.config, weights, driver.cache, ops)
+    driver.page_table = torch.zeros((1, 1), dtype=torch.int32)
+
+
+def test_each_input_of_a_layer_is_quantised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers: three norms each, and the two inputs of a single product, the output's low rank and the shared
+    expert's hidden values. Without sharing, each product quantises for itself, to the same logits."""
+    logits, count = _model(monkeypatch, share=True)
+    assert count == {"fused": 2 * 3, "alone 64": 2 * 2}
+    apart, count = _model(monkeypatch, share=False)
+    assert count["fused"] == 0 and count.total() > 2 * (2 + 3)
+    assert torch.equal(logits, apart)
