@@ -20,6 +20,11 @@ on_hopper = pytest.mark.skipif(
     DEVICE == "cpu" or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
 )
 
+on_hopper_or_blackwell = pytest.mark.skipif(
+    DEVICE == "cpu" or torch.cuda.get_device_capability()[0] not in (9, 10),
+    reason="needs Hopper or Blackwell",
+)
+
 
 def close(a: torch.Tensor, b: torch.Tensor) -> float:
     """||a - b|| / ||b|| in float64; NaN is infinity."""

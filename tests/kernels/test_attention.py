@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from dsv4.kernels.triton import attention
 from dsv4.ops.reference.attention import sparse_attention as reference
 from dsv4.ops.registry import REGISTRY
 
-from tests.kernels.device import DEVICE, close, on_gpu, on_hopper
+from tests.kernels.device import DEVICE, close, on_gpu, on_hopper_or_blackwell
 from tests.ops.cases import BLOCK_TOKENS, BLOCKS, RATIO, moved, step_of, stored
 
 Case = dict[str, Any]
@@ -142,7 +144,53 @@ def test_bfloat16_model() -> None:
     check(make(((150, 1), (5, 1)), dtype=torch.bfloat16, form="bfloat16"), 6e-3)
 
 
-ON_GPU = [pytest.param("triton", marks=on_gpu), pytest.param("gluon", marks=on_hopper)]
+@triton.jit
+def _softmax(x, out, BLOCKS: tl.constexpr, N: tl.constexpr, SLACK: tl.constexpr):  # noqa: ANN001, ANN202
+    """Rows of x [16, BLOCKS * N]: mean column under 2^x, largest weight, changes of the maximum, log2 of the sum."""
+    row, col = tl.arange(0, 16), tl.arange(0, N)
+    top, total = tl.full((16,), float("-inf"), tl.float32), tl.zeros((16,), tl.float32)
+    most, raised, acc = total, total, total
+    for i in range(BLOCKS):
+        s = tl.load(x + row[:, None] * (BLOCKS * N) + i * N + col[None, :])
+        p, fade, top = attention.weigh(s, top, SLACK)
+        total = total * fade + tl.sum(p, 1)
+        acc = acc * fade + tl.sum(p * (i * N + col)[None, :], 1)
+        most = tl.maximum(most, tl.max(p, 1))
+        raised += (fade < 1).to(tl.float32)
+    some = tl.where(total > 0, total, 1.0)
+    tl.store(out + row, acc / some)
+    tl.store(out + 16 + row, most)
+    tl.store(out + 32 + row, raised)
+    tl.store(out + 48 + row, tl.where(top == float("-inf"), 0.0, top) + tl.log2(some))
+
+
+@pytest.mark.parametrize("slack", [0, 8])
+def test_a_maximum_that_stays(slack: int) -> None:
+    """The step of the online softmax that Gluon kernels share: with slack (Blackwell) the same sums, weights up to
+    2^slack and fewer changes of the maximum; rows that rise slowly, at once, or hold nothing at first or at all."""
+    blocks, n = 8, 16
+    x = 4 * torch.randn((16, blocks * n), generator=torch.Generator().manual_seed(5))
+    x += torch.linspace(-20, 20, 16)[:, None] * torch.linspace(0, 1, blocks * n)
+    x[3, :40], x[4, 40:], x[5] = float("-inf"), float("-inf"), float("-inf")
+    x[6, 100] = 90.0
+    out = torch.empty((4, 16), device=DEVICE)
+    _softmax[(1,)](x.to(DEVICE), out, blocks, n, slack)
+    mean, most, raised, sums = out.cpu()
+    live = torch.arange(16) != 5
+    y = x[live].double() * torch.log(torch.tensor(2.0, dtype=torch.float64))
+    assert torch.allclose(mean[live].double(), y.softmax(1) @ torch.arange(blocks * n).double(), rtol=1e-5)
+    assert torch.allclose(sums[live].double() * 0.6931471805599453, y.logsumexp(1), rtol=1e-5)
+    assert mean[5] == 0 and (most <= 2.0**slack).all()
+    exact = torch.full((16,), float("-inf"))
+    changes = torch.zeros(16)
+    for block in x.split(n, 1):
+        new = torch.maximum(exact, block.max(1).values)
+        changes += ~((new == exact) & exact.isfinite())
+        exact = new
+    assert (raised == changes).all() if slack == 0 else raised[live].sum() < changes[live].sum() / 2
+
+
+ON_GPU = [pytest.param("triton", marks=on_gpu), pytest.param("gluon", marks=on_hopper_or_blackwell)]
 
 
 @pytest.mark.parametrize("backend", ON_GPU)

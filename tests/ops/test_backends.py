@@ -135,7 +135,11 @@ def test_choice_falls_back_to_the_reference_and_says_so() -> None:
     for op in SPECS:
         registry.register(op, "reference", factory("reference"))
     registry.register("linear", "fast", factory("fast"), usable=lambda device: device == "cuda", priority=5)
+    registry.register("linear", "new", factory("new"), untried=lambda device: True, priority=9)
     assert loaded == []
+    assert (
+        registry.pick("linear", "auto", "cuda") == "fast" and registry.pick("linear", "new", "cuda") == "new"
+    )
     on_gpu, on_cpu = Ops.choose("auto", "cuda", registry), Ops.choose("fast", "cpu", registry)
     assert on_gpu.linear() == "fast" and on_cpu.linear() == "reference"
     assert on_cpu.describe() == [f"reference (all {len(SPECS)} ops)"]

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from dsv4.ops.registry import Registry
 
 BACKENDS: tuple[str, ...] = ("triton", "cublas", "gluon")
-"""Names of the subpackages with kernels; each has a table `OPS` and a function `usable(device)`."""
+"""Names of the subpackages with kernels; each has a table `OPS` and a function `usable(device, op)`, and may have
+`untried(device)`: it runs there only when named."""
 
 PRIORITY = {"triton": 10, "cublas": 15, "gluon": 20}
 """Which backend `auto` takes of those that run on a device: the higher one."""
@@ -17,6 +18,7 @@ PRIORITY = {"triton": 10, "cublas": 15, "gluon": 20}
 
 def register_all(registry: Registry) -> None:
     """Adds every backend's ops to the registry: name, lazy factory, what it needs."""
+    from functools import partial
     from importlib import import_module
 
     for backend in BACKENDS:
@@ -26,6 +28,7 @@ def register_all(registry: Registry) -> None:
                 op,
                 backend,
                 lambda path=f"{package.__name__}.{module}", op=op: getattr(import_module(path), op),
-                usable=package.usable,
+                usable=partial(package.usable, op=op),
+                untried=getattr(package, "untried", lambda device: False),
                 priority=PRIORITY[backend],
             )

@@ -16,15 +16,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-MATRIX = {90: "wgmma", 100: "tcgen05"}
+MATRIX = {90: "wgmma", 100: "tcgen05.mma"}
 """Matrix instruction of an architecture, as PTX names it."""
+SHARED, COLUMNS = 227 * 1024, 512
+"""Most bytes of shared memory and columns of tensor memory of a program."""
 
 
 @dataclass(frozen=True, slots=True)
 class Aot:
     """One compilation. `signature`: type of each argument that is not constexpr, such as `*bf16`, `i32`, `fp32`, with
     `:16` after it for an integer that is a multiple of 16 (pointers are aligned to 16 bytes as torch's are).
-    `matrix`: the machine code must use the architecture's matrix instruction."""
+    `matrix`: the machine code must use the architecture's matrix instruction; `stack`: most bytes of it a thread."""
 
     kernel: Any
     signature: dict[str, str]
@@ -32,6 +34,7 @@ class Aot:
     num_warps: int = 4
     num_stages: int = 2
     matrix: bool = False
+    stack: int | None = None
     archs: tuple[int, ...] = (90, 100)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -112,13 +115,17 @@ def main(argv: list[str] | None = None) -> int:
                 failed += 1
                 continue
             used = [name for name in MATRIX.values() if name in compiled.asm["ptx"]]
-            missing = entry.matrix and MATRIX[arch] not in used
             registers, stack = spills(compiled)
+            shared, columns = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0
+            wrong = [f"MISSING {MATRIX[arch]}"] * (entry.matrix and MATRIX[arch] not in used)
+            wrong += ["TOO MUCH STACK"] * (entry.stack is not None and stack > entry.stack)
+            wrong += ["TOO MUCH MEMORY"] * (shared > SHARED or columns > COLUMNS)
             print(
-                f"{label}: {registers} registers, {stack} B stack, {compiled.metadata.shared} B shared, "
-                f"{', '.join(used) or 'no matrix instruction'}{f'; MISSING {MATRIX[arch]}' if missing else ''}"
+                f"{label}: {registers} registers, {stack} B stack, {shared} B shared, "
+                + (f"{columns} columns of tensor memory, " if columns else "")
+                + "; ".join([", ".join(used) or "no matrix instruction", *wrong])
             )
-            failed += missing
+            failed += bool(wrong)
     return int(failed > 0)
 
 

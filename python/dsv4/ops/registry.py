@@ -32,11 +32,12 @@ _REFERENCE_MODULES = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One op of one backend. `usable(device)` says whether it runs there; `priority` decides among the usable
-    ones."""
+    """One op of one backend. `usable(device)` says whether it runs there, `untried(device)` whether it never did, so that
+    `auto` leaves it alone; `priority` decides among the usable ones."""
 
     load: Callable[[], Op]
     usable: Callable[[str], bool]
+    untried: Callable[[str], bool]
     priority: int
 
 
@@ -53,6 +54,7 @@ class Registry:
         load: Callable[[], Op],
         *,
         usable: Callable[[str], bool] = lambda device: True,
+        untried: Callable[[str], bool] = lambda device: False,
         priority: int = 0,
     ) -> None:
         """Adds a backend of an op. Raises ConfigError when the op is unknown or has this backend already."""
@@ -62,7 +64,7 @@ class Registry:
             )
         if backend in self._entries[op]:
             raise ConfigError(f"op {op!r} has a backend {backend!r} already; register it once")
-        self._entries[op][backend] = Entry(load, usable, priority)
+        self._entries[op][backend] = Entry(load, usable, untried, priority)
 
     def backends(self, op: str | None = None) -> tuple[str, ...]:
         """Names of the backends of one op, or of all."""
@@ -75,13 +77,14 @@ class Registry:
 
     def pick(self, op: str, backend: str, device: str) -> str:
         """The backend that runs this op: the named one where it exists and runs here, else the best of the
-        others; `auto` is the usable one with the highest priority."""
+        others; `auto` is the usable one with the highest priority that was tried there."""
         usable = {name: e for name, e in self._entries[op].items() if e.usable(device)}
         if backend in usable:
             return backend
         if backend != "auto":
             return "reference"
-        return max(usable, key=lambda name: usable[name].priority)
+        tried = [name for name, e in usable.items() if not e.untried(device)]
+        return max(tried, key=lambda name: usable[name].priority)
 
 
 class Ops:

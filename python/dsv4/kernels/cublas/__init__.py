@@ -10,7 +10,7 @@ from dsv4.kernels.device import capability, has_triton
 OPS: dict[str, str] = {"linear": "linear", "swiglu": "linear"}
 
 
-def usable(device: str) -> bool:
+def usable(device: str, op: str = "linear") -> bool:
     """Hopper, and a torch whose cuBLAS has products with scales per 1 x 128 and 128 x 128 (CUDA 12.9)."""
     if device != "cuda" or not has_triton() or capability()[0] != 9:
         return False

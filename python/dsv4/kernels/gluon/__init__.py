@@ -1,4 +1,5 @@
-"""Kernels in Gluon, Triton's explicit dialect, for Hopper (sm_90): warp roles, barriers and layouts are written out."""
+"""Kernels in Gluon, Triton's explicit dialect, for Hopper (sm_90) and in part for Blackwell (sm_100): warp roles,
+barriers and layouts are written out."""
 
 from __future__ import annotations
 
@@ -11,6 +12,15 @@ OPS: dict[str, str] = {
 """Op -> module of this package that defines a function of the op's name. One line per op."""
 
 
-def usable(device: str) -> bool:
-    """Whether these kernels run on "cpu" or "cuda" of this machine."""
-    return device == "cuda" and has_triton() and capability()[0] == 9
+ON: dict[str, tuple[int, ...]] = {"sparse_attention": (9, 10), "index_select": (9,)}
+"""Op -> major compute capabilities that have a form of it."""
+
+
+def usable(device: str, op: str) -> bool:
+    """Whether the op has a kernel here for "cpu" or "cuda" of this machine."""
+    return device == "cuda" and has_triton() and capability()[0] in ON[op]
+
+
+def untried(device: str) -> bool:
+    """Blackwell's form is compiled and was never run: it is taken only when `gluon` is named."""
+    return capability()[0] == 10

@@ -1,5 +1,5 @@
-"""Sparse MQA attention over 584-byte rows in Gluon: decode and prefill at V4's dims. The kernel is
-hopper_attention.py's.
+"""Sparse MQA attention over 584-byte rows in Gluon: decode and prefill at V4's dims. The kernels are
+in hopper_attention.py and blackwell_attention.py; they take the same arguments.
 
 fp16 holds e4m3 x 2^k exactly down to 2^-24 and up to 57344 (larger block scales are clamped; a normed row cannot reach
 that) and rounds P four times finer than bf16. Too few tokens to fill the GPU: the blocks are split over CTAs and merged
@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4.kernels.gluon import blackwell_attention, hopper_attention
 from dsv4.kernels.gluon.attention_rows import MOST_BLOCKS
-from dsv4.kernels.gluon.hopper_attention import attend
 from dsv4.kernels.triton import attention as portable
-from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.common import capability, cdiv, multiprocessors, next_pow2
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
 
@@ -52,7 +52,8 @@ def sparse_attention(
     splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
     partial, lse = portable.scratch(q, splits)
     rows = history or window
-    attend[(ctas * splits,)](
+    form = blackwell_attention if capability()[0] >= 10 else hopper_attention
+    form.attend[(ctas * splits,)](
         q,
         window.region,
         window_ids,

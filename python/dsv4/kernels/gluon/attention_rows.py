@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from dsv4.kernels.gluon.common import barrier
+from dsv4.kernels.gluon.softmax import BH
 
 BN, NB = gl.constexpr(64), gl.constexpr(2)
 """Rows of a block, row buffers."""
@@ -18,6 +19,38 @@ PF = gl.constexpr(2)
 """Blocks ahead that rows are asked for in L2."""
 MOST_BLOCKS = 32
 """Blocks of a CTA; their row places lie in shared memory."""
+
+
+@gluon.jit
+def my_blocks(
+    visible,
+    slabs,
+    pages,
+    pages_stride,
+    splits,
+    k,
+    H: gl.constexpr,
+    W: gl.constexpr,
+    MODE: gl.constexpr,
+):
+    """A CTA's share: (split, token, first head, entries of the token, its pages, (first block, end))."""
+    NHB: gl.constexpr = (H + BH - 1) // BH
+    pid = gl.program_id(0)
+    sp = (pid // NHB) % splits
+    qi = (pid // (NHB * splits)).to(gl.int64)
+    h0 = (pid % NHB) * BH
+    count = 0
+    if MODE == 1:
+        count = gl.load(visible + qi)
+    elif MODE == 2:
+        count = k
+    nblk = W // BN + (count + BN - 1) // BN
+    b0 = sp * nblk // splits
+    b1 = (sp + 1) * nblk // splits
+    table = pages
+    if MODE > 0:
+        table = pages + gl.load(slabs + qi).to(gl.int64) * pages_stride
+    return sp, qi, h0, count, table, (b0, b1)
 
 
 @gluon.jit
@@ -97,9 +130,10 @@ def _prefetch(
     P1: gl.constexpr,
     P2: gl.constexpr,
     NBP: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """Asks for the rows of block i in L2: no register or shared memory is held meanwhile."""
-    PL: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
+    PL: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [WARPS, 1], [1, 0])
     SL: gl.constexpr = gl.SliceLayout(1, PL)
     n = gl.minimum(i - b0, NBP - 1)
     off, so, ok = _places(i < N1, spage.index(n).load(SL), srow.index(n).load(SL), st1, st2, delta, P1, P2)
@@ -133,9 +167,10 @@ def _look_up(
     P2: gl.constexpr,
     MODE: gl.constexpr,
     NBP: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """Page and row of every key of this CTA, to shared memory; page -1 where there is none."""
-    IL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    IL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
     br = b0 + gl.arange(0, NBP, layout=gl.SliceLayout(1, IL))
     pos = br[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, IL))[None, :]
     mine = (br < b1)[:, None] & (pos >= 0)
@@ -170,17 +205,18 @@ def bring_rows(
     P2: gl.constexpr,
     MODE: gl.constexpr,
     NBP: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
     """The role that fills the row buffers k (four of 128 columns) and `bias` (-inf where there is no key)."""
     c1, ids, table, sel, count, st1, st2, delta = keys
     full, empty, _, _, qfull = bars
     b0, b1 = run
     k0, k1, k2, k3 = k
-    LAY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0])
+    LAY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
     RL: gl.constexpr = gl.SliceLayout(1, LAY)
     N1: gl.constexpr = W // BN
     c4, c8 = c1.to(gl.pointer_type(gl.int32)), c1.to(gl.pointer_type(gl.int64))
-    _look_up(ids, table, sel, count, spage, srow, b0, b1, W, P1, P2, MODE, NBP)
+    _look_up(ids, table, sel, count, spage, srow, b0, b1, W, P1, P2, MODE, NBP, WARPS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     sp = spage.reinterpret(gl.int32, [NBP, BN], flat)
     sr = srow.reinterpret(gl.int32, [NBP, BN], flat)
@@ -193,11 +229,11 @@ def bring_rows(
     r6, r7 = _load(c4, off, ok, 96, 16, LAY), _load(c4, off, ok, 112, 32, LAY)
     mbarrier.wait(qfull, 0)  # let q pass before the prefetches
     for k in gl.static_range(1, PF):
-        _prefetch(c4, sp, sr, b0 + k, b0, b1, st1, st2, delta, N1, P1, P2, NBP)
+        _prefetch(c4, sp, sr, b0 + k, b0, b1, st1, st2, delta, N1, P1, P2, NBP, WARPS)
     for i in range(b0, b1):
         n = i - b0
         buf, ph = n % NB, (n // NB) & 1
-        _prefetch(c4, sp, sr, i + PF, b0, b1, st1, st2, delta, N1, P1, P2, NBP)
+        _prefetch(c4, sp, sr, i + PF, b0, b1, st1, st2, delta, N1, P1, P2, NBP, WARPS)
         m = gl.minimum(n + 1, NBP - 1)
         off, so, okn = _places(
             i + 1 < N1, sp.index(m).load(RL), sr.index(m).load(RL), st1, st2, delta, P1, P2

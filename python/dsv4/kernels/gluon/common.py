@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import blackwell
 
 _DESCRIPTOR = gl.shared_memory_descriptor
 NEW_NAMES = hasattr(_DESCRIPTOR, "reinterpret")
@@ -12,3 +13,13 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 if not NEW_NAMES:
     _DESCRIPTOR.reinterpret = _DESCRIPTOR._reinterpret
+
+
+def tensor_memory_registers(
+    shape: list[int], layout: blackwell.TensorMemoryLayout, warps: int
+) -> gl.constexpr:
+    """The registers in which `warps` warps load and store a float32 matrix in tensor memory."""
+    if hasattr(blackwell, "get_tmem_reg_layout"):
+        return gl.constexpr(blackwell.get_tmem_reg_layout(gl.float32, shape, layout, warps))
+    kind = blackwell.tensor_memory_descriptor_type(gl.float32, shape, layout, shape)
+    return gl.constexpr(kind.get_reg_layout(num_warps=warps))

@@ -21,8 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows
-from dsv4.kernels.gluon.softmax import BH, close, put, weigh
+from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows, my_blocks
+from dsv4.kernels.gluon.softmax import BH, close, put
+from dsv4.kernels.triton.attention import weigh
 
 
 @gluon.jit
@@ -44,7 +45,7 @@ def _scores(sink, scale, q, k, bias, weights, bars, run, pm, at, h0, H: gl.const
             s = warpgroup_mma(q[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
         b = bias.index(buf).load(gl.SliceLayout(0, SL))
         s = warpgroup_mma_wait(0, [s]) * scale + b[None, :]
-        p, al, m = weigh(s, m)
+        p, al, m = weigh(s, m, 0)
         mbarrier.wait(pempty.index(pb), ((i // 2) & 1) ^ 1)
         sp_.index(pb).store(p.to(gl.float16))
         sal.index(pb).store(al)
@@ -127,22 +128,7 @@ def attend(
     NBP: gl.constexpr,
 ):
     """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words."""
-    NHB: gl.constexpr = (H + BH - 1) // BH
-    pid = gl.program_id(0)
-    sp = (pid // NHB) % splits
-    qi = (pid // (NHB * splits)).to(gl.int64)
-    h0 = (pid % NHB) * BH
-    count = 0
-    if MODE == 1:
-        count = gl.load(visible + qi)
-    elif MODE == 2:
-        count = k
-    nblk = W // BN + (count + BN - 1) // BN
-    b0 = sp * nblk // splits
-    b1 = (sp + 1) * nblk // splits
-    table = pages
-    if MODE > 0:
-        table = pages + gl.load(slabs + qi).to(gl.int64) * pages_stride
+    sp, qi, h0, count, table, run = my_blocks(visible, slabs, pages, pages_stride, splits, k, H, W, MODE)
     ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
@@ -169,7 +155,7 @@ def attend(
         mbarrier.init(pfull.index(j), count=1)
         mbarrier.init(pempty.index(j), count=2)
     at = (qi * splits + sp) * H
-    weights, bars, run = (sp_, sal, sinv), (full, empty, pfull, pempty, qfull), (b0, b1)
+    weights, bars = (sp_, sal, sinv), (full, empty, pfull, pempty, qfull)
     to = (out, po, cos + qi * 32, sin + qi * 32, qi, at, h0)
     keys = (c1, window_ids + qi * W, table, selected + qi * k, count, st1, st2, delta)
     gl.warp_specialize(
@@ -177,14 +163,14 @@ def attend(
             (_scores, (sink, scale, qs, ks, bias, weights, bars, run, pm, at, h0, H, SPLIT)),
             (_values, (q, qs, ks, weights, bars, run, to, 0, H, SPLIT)),
             (_values, (q, qs, ks, weights, bars, run, to, 256, H, SPLIT)),
-            (bring_rows, (keys, ks, bias, spage, srow, bars, run, W, WIN_ROWS, HIST_ROWS, MODE, NBP)),
+            (bring_rows, (keys, ks, bias, spage, srow, bars, run, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 4)),
         ],
         [4, 4, 4],
         [160, 160, 112],
     )
 
 
-_SIGNATURE = dict(
+SIGNATURE = dict(
     q="*bf16",
     c1="*u8",
     window_ids="*i32",
@@ -208,9 +194,12 @@ _SIGNATURE = dict(
 )
 
 
-def _aot(heads: int, per_page: int, mode: int, split: bool, blocks: int) -> Aot:
-    values = dict(H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, NBP=blocks)
-    return Aot(attend, _SIGNATURE, values, matrix=True, archs=(90,))
-
-
-AOT = [_aot(64, 64, 2, False, 16), _aot(128, 64, 2, True, 2), _aot(64, 2, 1, True, 32)]
+SHAPES = [
+    dict(H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, NBP=blocks)
+    for heads, per_page, mode, split, blocks in (
+        (64, 64, 2, False, 16),
+        (128, 64, 2, True, 2),
+        (64, 2, 1, True, 32),
+    )
+]
+AOT = [Aot(attend, SIGNATURE, values, matrix=True, archs=(90,)) for values in SHAPES]

@@ -13,16 +13,6 @@ BH = gl.constexpr(64)
 
 
 @gluon.jit
-def weigh(s, m):
-    """Scores s [BH, keys] in base 2, after the maximum m [BH] of those before -> (their weights, what all before is
-    multiplied by, the new maximum)."""
-    mn = gl.maximum(m, gl.max(s, 1))
-    ms = gl.where(mn == float("-inf"), 0.0, mn)
-    fade, p = gl.exp2(m - ms), gl.exp2(s - ms[:, None])
-    return p, fade, mn
-
-
-@gluon.jit
 def close(m, total, sink, pm, at, h0, H: gl.constexpr, SPLIT: gl.constexpr):
     """What the sum of weighted values is multiplied by [BH]. The sink enters here, or, with splits, in the merge, which
     finds the log2 of the sum of weights at pm."""

@@ -29,6 +29,6 @@ OPS: dict[str, str] = {
 """Op -> module of this package that defines a function of the op's name. One line per op."""
 
 
-def usable(device: str) -> bool:
+def usable(device: str, op: str) -> bool:
     """Whether these kernels run on "cpu" or "cuda" of this machine."""
     return device == "cuda" and has_triton() and capability() >= (8, 0)

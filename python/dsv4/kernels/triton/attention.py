@@ -208,15 +208,25 @@ def rows_of(
 
 
 @triton.jit
+def weigh(s, top, SLACK: tl.constexpr):
+    """Scores s [heads, keys] in base 2, after the maximum top [heads] of those before -> (their weights, what all before
+    is multiplied by, the new maximum). The maximum stays until one is larger by more than SLACK, so that weights reach
+    2^SLACK. Gluon kernels use it too."""
+    new = tl.maximum(top, tl.max(s, 1))
+    if SLACK > 0:
+        new = tl.where(new > top + SLACK, new, top)
+    base = tl.where(new == float("-inf"), 0.0, new)
+    fade = tl.exp2(top - base)
+    return tl.exp2(s - base[:, None]), fade, new
+
+
+@triton.jit
 def _add_block(q, k, ok, top, total, acc, scale, DOT: tl.constexpr):
     """One block of keys k [BN, DP] into the online softmax of q [BH, DP]; `scale` includes log2(e)."""
     exact: tl.constexpr = "ieee" if DOT == tl.float32 else "tf32"
     s = tl.dot(q, tl.trans(k), input_precision=exact) * scale
     s = tl.where(ok[None, :], s, float("-inf"))
-    new = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(new == float("-inf"), 0.0, new)
-    fade = tl.exp2(top - base)
-    p = tl.exp2(s - base[:, None])
+    p, fade, new = weigh(s, top, 0)
     acc = acc * fade[:, None] + tl.dot(p.to(DOT), k, input_precision=exact)
     return new, total * fade + tl.sum(p, 1), acc
 
