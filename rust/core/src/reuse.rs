@@ -22,7 +22,7 @@ const PRIOR: [f64; CLASSES] = [1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 1.0, 3.0];
 /// Uses that the prior weighs.
 const PRIOR_USES: f64 = 1000.0;
 
-/// Pages used or evicted after which all sums halve: some thousand calls of agents, whose whole context counts each time.
+/// Pages used or evicted after which all sums halve: about 900 calls of agents, whose whole context counts each time.
 const HALF_LIFE: u64 = 200_000;
 
 /// Age up to which reuse is about as likely as at once, in operations: a few requests.
