@@ -21,7 +21,7 @@ from dataset import ASSISTANT, BOS, END_THINK, EOS, FIRST_WORD, USER, Dataset
 
 Row = tuple[list[int], list[int]]
 
-TEXT, COPY, ANSWER, AVOID = 1, 2, 5, -1
+TEXT, COPY, ANSWER, AVOID = 1, 2, 5, -2
 """Loss weights."""
 
 THINGS = ("passphrase", "passphrase", "passphrase", "password", "secret key", "access code", "token")
