@@ -124,3 +124,43 @@ impl Events {
         self.0.is_empty()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As `_core.pyi` has them: Python reads these numbers.
+    #[test]
+    fn rows_are_those_of_the_border() {
+        let whats = [
+            (What::Token { token: 17, index: 2, sample: 5 }, [1, 17, 2, 5]),
+            (What::Finished { reason: Finish::Stop, outputs: 3, stop: Some(9) }, [2, 1, 3, 9]),
+            (What::Finished { reason: Finish::Length, outputs: 3, stop: None }, [2, 2, 3, -1]),
+            (What::Finished { reason: Finish::Abort, outputs: 0, stop: None }, [2, 3, 0, -1]),
+            (What::Finished { reason: Finish::Error, outputs: 0, stop: None }, [2, 4, 0, -1]),
+            (What::Preempted { loss: Loss::Memory }, [3, 0, 0, 0]),
+            (What::Preempted { loss: Loss::Rollback }, [3, 1, 0, 0]),
+            (What::Preempted { loss: Loss::Priority }, [3, 2, 0, 0]),
+            (What::Resumed { at: 8, history: 12, replayed: 6 }, [4, 8, 12, 6]),
+            (What::Prefill { done: 4, total: 30 }, [5, 4, 30, 0]),
+        ];
+        for (what, [kind, a, b, c]) in whats {
+            let event = Event { request: RequestId(7), step: Step(11), what };
+            assert_eq!(event.to_row(), [kind, 7, 11, a, b, c], "{what:?}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_as_a_whole_row_stays() {
+        let mut events = Events::default();
+        for done in 1..=3 {
+            events.push(RequestId(1), Step(1), What::Prefill { done, total: 3 });
+        }
+        let mut out = [-7; 2 * EVENT_WIDTH + 5];
+        assert_eq!((events.drain_into(&mut out), events.len()), (2, 1));
+        assert_eq!((out[3], out[EVENT_WIDTH + 3]), (1, 2));
+        assert!(out[2 * EVENT_WIDTH..].iter().all(|&x| x == -7));
+        assert_eq!(events.drain_into(&mut out[..EVENT_WIDTH - 1]), 0);
+        assert_eq!((events.drain_into(&mut out), out[3], events.is_empty()), (1, 3, true));
+    }
+}

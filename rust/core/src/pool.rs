@@ -122,4 +122,15 @@ mod tests {
         assert!(pool.alloc(1, &mut held));
         assert_eq!(pool.check(std::iter::empty()).unwrap_err().what, "page reference count");
     }
+    #[test]
+    fn a_page_that_is_free_twice_and_one_that_is_lost_are_found() {
+        let mut pool = PagePool::new(3);
+        pool.free.push(PageId(1));
+        let e = pool.check(std::iter::empty()).unwrap_err();
+        assert_eq!((e.what, e.detail.as_str()), ("free list", "page 1"));
+        let mut pool = PagePool::new(3);
+        pool.free.pop();
+        let e = pool.check(std::iter::empty()).unwrap_err();
+        assert_eq!((e.what, e.detail.as_str()), ("pages conserved", "3 without holders, 2 in the free list"));
+    }
 }

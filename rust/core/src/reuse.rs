@@ -122,7 +122,10 @@ mod tests {
     #[test]
     fn rates_follow_what_happens_and_start_from_the_prior() {
         let mut reuse = Reuse::new();
-        assert!(reuse.likelihood(6, 10) > reuse.likelihood(2, 10) && reuse.likelihood(2, 10) > reuse.likelihood(0, 10));
+        assert!(
+            reuse.likelihood(6, 10) > reuse.likelihood(2, 10)
+                && reuse.likelihood(2, 10) > reuse.likelihood(0, 10)
+        );
         for _ in 0..20_000 {
             reuse.left(0, 10, 1, true);
             reuse.left(6, 10, 1, false);
