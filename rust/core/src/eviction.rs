@@ -42,3 +42,20 @@ impl FromStr for Eviction {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_reads_as_it_is_written_and_another_is_refused_with_them() {
+        for eviction in Eviction::ALL {
+            assert_eq!(eviction.name().parse::<Eviction>().unwrap(), eviction);
+        }
+        let refused = "mru".parse::<Eviction>().unwrap_err().to_string();
+        assert!(
+            refused.contains("\"mru\"") && Eviction::ALL.iter().all(|e| refused.contains(e.name())),
+            "{refused}"
+        );
+    }
+}

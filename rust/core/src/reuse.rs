@@ -144,4 +144,15 @@ mod tests {
         }
         assert!(a.likelihood(0, 10) > b.likelihood(0, 10));
     }
+
+    #[test]
+    fn what_is_long_ago_is_forgotten() {
+        let mut reuse = Reuse::new();
+        let mut run = |used: bool| {
+            (0..3 * HALF_LIFE / 10).for_each(|_| reuse.left(0, 10, 10, used));
+            reuse.likelihood(0, 10)
+        };
+        let (always, never) = (run(true), run(false));
+        assert!(never < always / 3.0, "{always} then {never}");
+    }
 }
