@@ -266,6 +266,29 @@ pub struct Run {
     pub spare: Option<(u32, SnapshotPages)>,
 }
 
+impl Run {
+    /// A stay that begins at position `at`: everything before it is computed, or will be restored or replayed.
+    pub fn new(epoch: u64, slab: SlabId, seq: Sequence, at: u32, start: Start, due: Due) -> Self {
+        Run {
+            epoch,
+            slab,
+            seq,
+            planned: at,
+            computed: at,
+            unknown: 0,
+            sampled_at: (Step(0), 0),
+            replay_end: 0,
+            start,
+            hold: u32::MAX,
+            begun: at,
+            due,
+            told: 0,
+            adopted: Vec::new(),
+            spare: None,
+        }
+    }
+}
+
 /// What a slab holds when a request's first row runs.
 #[derive(Debug)]
 pub enum Start {

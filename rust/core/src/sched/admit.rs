@@ -67,22 +67,12 @@ impl Core {
         let request = self.table.get_mut(slot);
         request.change(Change::Admit)?;
         request.blocked = None;
+        let due = self.options.snapshots.due(block, request.prompt, n, &found);
         request.run = Some(Run {
-            epoch: self.epochs,
-            slab,
-            seq,
-            planned: way.first(),
             computed: 0,
-            unknown: 0,
-            sampled_at: (Step(0), 0),
             replay_end: if way.replayed() > 0 { way.resumed_at() } else { 0 },
-            start,
             hold,
-            begun: way.first(),
-            due: self.options.snapshots.due(block, request.prompt, n, &found),
-            told: 0,
-            adopted: Vec::new(),
-            spare: None,
+            ..Run::new(self.epochs, slab, seq, way.first(), start, due)
         });
         self.table.start(slot);
         Ok(true)
@@ -165,22 +155,11 @@ impl Core {
         let request = self.table.get_mut(slot);
         request.change(Change::Admit)?;
         request.blocked = None;
+        let start = Start::Saved(pos, pages);
         request.run = Some(Run {
-            epoch: self.epochs,
-            slab,
-            seq,
-            planned: pos,
-            computed: pos,
-            unknown: 0,
-            sampled_at: (Step(0), 0),
-            replay_end: 0,
-            start: Start::Saved(pos, pages),
             hold,
-            begun: pos,
-            due: parked.due,
-            told: 0,
-            adopted: Vec::new(),
             spare: parked.spare,
+            ..Run::new(self.epochs, slab, seq, pos, start, parked.due)
         });
         let id = request.id;
         self.table.start(slot);

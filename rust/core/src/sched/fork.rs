@@ -8,7 +8,7 @@ use crate::cache::{Lost, Match};
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::event::What;
-use crate::ids::{RequestId, Step};
+use crate::ids::RequestId;
 use crate::mutant::{self, Mutant};
 use crate::request::{Change, Forked, Phase, Run, Start, Submit};
 use crate::sched::step::Draft;
@@ -163,23 +163,7 @@ impl Core {
             snapshot_evicted: None,
         };
         let due = self.options.snapshots.due(block, request.prompt, n, &found);
-        request.run = Some(Run {
-            epoch: self.epochs,
-            slab,
-            seq,
-            planned: at,
-            computed: at,
-            unknown: 0,
-            sampled_at: (Step(0), 0),
-            replay_end: 0,
-            start: Start::Running,
-            hold: u32::MAX,
-            begun: at,
-            due,
-            told: 0,
-            adopted: Vec::new(),
-            spare: None,
-        });
+        request.run = Some(Run::new(self.epochs, slab, seq, at, Start::Running, due));
         let e = &mut request.explain;
         (e.history_matched, e.resumed_at, e.replayed) = (at, at, 0);
         let (id, prompt) = (request.id, u64::from(request.prompt));
