@@ -83,8 +83,18 @@ class Run:
     """Rows of a batch on which the MTP block is trained."""
     bias_rate: float = 0.002
     workers: int = 12
-    evaluation_seconds: float = 70.0
+    evaluation_seconds: float = 55.0
     checkpoint_seconds: float = 45.0
+    own: int = 0
+    """Pieces that the model writes every `own_seconds`, of which what loops is unlearnt (own.py)."""
+    own_seconds: float = 50.0
+
+    @classmethod
+    def second(cls) -> Run:
+        """From a model that is trained: its own loops are unlearnt, at rates that start low."""
+        return cls(
+            muon_rate=0.006, adam_rate=1e-3, warm_up_steps=50, flat=0.0, dense=0.0, far_from=0.0, own=128
+        )
 
     @classmethod
     def smoke(cls) -> Run:

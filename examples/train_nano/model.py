@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from dsv4.model.config import ModelConfig
 from dsv4.model.rope import frequencies
+from dsv4.model.weights import load_weights
 from layers import Block, Params, Rope, collapse, linear, rms
 from torch import Tensor, nn
 
@@ -122,6 +124,14 @@ class Nano(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers under the released names, experts stacked."""
         return {n: p.detach() for n, p in (*self.named_parameters(), *self.named_buffers())}
+
+
+@torch.no_grad()
+def read(model: Nano, path: Path) -> None:
+    """Values of an exported model, as they are stored."""
+    stored = load_weights(path, ModelConfig.from_dir(path), torch.float32, draft=True)
+    for name, value in model.weights().items():
+        value.copy_(stored[name])
 
 
 @torch.no_grad()

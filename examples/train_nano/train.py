@@ -1,6 +1,7 @@
 """Trains the small model, exports it in the release format and measures it, all within a time.
 
     python3 train.py --data DATA --out OUT --seconds 660 --seed 0 [--resume] [--smoke]
+    python3 train.py --data DATA --out OUT2 --seconds 400 --seed 0 --start OUT
 
 DATA is what build_data.py made. OUT gets model-0000*-of-00002.safetensors, config.json, tokenizer.json,
 chat_format.json, report.json and log.jsonl; the work files (checkpoint, compiler cache) lie in WORK (default OUT/work).
@@ -32,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="checkpoint and compiler cache (default: OUT/work)")
     parser.add_argument("--seconds", type=float, default=660, help="from start to end, evaluation included")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a trained model, whose own loops are then unlearnt")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in WORK")
     parser.add_argument(
         "--smoke", action="store_true", help="the whole path in a minute on a CPU, learning nothing"
@@ -57,7 +59,8 @@ from dsv4.model.export import export_release  # noqa: E402
 from health import Health  # noqa: E402
 from masters import Masters  # noqa: E402
 from measure import Measure  # noqa: E402
-from model import Nano, initialise  # noqa: E402
+from model import Nano, initialise, read  # noqa: E402
+from own import OWN, OwnText  # noqa: E402
 from rows import ANSWER, AVOID, COPY, TEXT, Mix, batches  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -73,6 +76,8 @@ class Trainer:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.model = Nano(CONFIG, dtype)
         initialise(self.model, seed)
+        if ARGS.start:
+            read(self.model, ARGS.start)
         self.model.to(device)
         self.masters = Masters(self.model, run.muon_rate, run.adam_rate)
         self.dense = torch.ones((), dtype=torch.bool, device=device)
@@ -195,14 +200,13 @@ class Log:
 
 
 def train(
-    trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Path, look: Callable[[], None]
+    trainer: Trainer, stream: Any, until: float, log: Log, checkpoint: Path, pause: Callable[[], None]
 ) -> None:
-    """Steps until the clock says so. A loss that has gone far up goes back to the checkpoint at half the rate.
-    `look` is called in the middle."""
+    """Steps until the clock says so, `pause` after each. A loss that has gone far up goes back to the checkpoint at
+    half the rate."""
     run, began, first, health = trainer.run, time.time(), trainer.progress, Health()
     total, saved, tokens = max(1e-9, until - began), time.time(), trainer.tokens
     losses: list[Tensor] = []
-    looked = first
     while (now := time.time()) < until:
         trainer.progress = first + (1 - first) * (now - began) / total
         ids, weights = next(stream)
@@ -222,10 +226,26 @@ def train(
             elif now - saved > run.checkpoint_seconds and health.good:
                 trainer.save(checkpoint)
                 saved = now
-        if trainer.progress > 0.5 > looked:
-            look()
-        looked = trainer.progress
+        pause()
     trainer.save(checkpoint)
+
+
+class Pauses:
+    """What training stops for: a look at the prose half way, and text of the model's own to learn from."""
+
+    def __init__(self, trainer: Trainer, measure: Measure, own: OwnText, log: Log) -> None:
+        self.trainer, self.measure, self.own, self.log = trainer, measure, own, log
+        self.looked, self.wrote = trainer.progress, 0.0
+
+    def __call__(self) -> None:
+        progress, run, now = self.trainer.progress, self.trainer.run, time.time()
+        with self.trainer.uncompiled():
+            if progress > 0.5 > self.looked:
+                self.log(event="half way", **self.measure.glance())
+            if run.own and now - self.wrote > run.own_seconds:
+                self.log(event="own text", loops=self.own.write(self.measure, run.own))
+                self.wrote = time.time()
+        self.looked = progress
 
 
 def go_back(trainer: Trainer, checkpoint: Path) -> None:
@@ -239,8 +259,8 @@ def report(
     trainer: Trainer, losses: Tensor, out: dict[str, Tensor], weights: Tensor, speed: float, log: Log
 ) -> float:
     """A line of the log; the mean of the steps' losses. What it is made of is the last step's."""
-    loss, kinds = float(losses.mean()), (("text", TEXT), ("copy", COPY), ("answer", ANSWER), ("loop", AVOID))
-    each = out["each"]
+    kinds = (("text", TEXT), ("copy", COPY), ("answer", ANSWER), ("loop", AVOID), ("own", OWN))
+    loss, each = float(losses.mean()), out["each"]
     parts = {k: float(each[weights == w].mean()) for k, w in kinds if bool((weights == w).any())}
     log(
         trainer.steps % 200 == 0 or trainer.steps in (20, 60, 100),
@@ -302,8 +322,9 @@ def start_warming(compiled: bool) -> list[subprocess.Popen]:
 def main() -> None:
     began = time.time()
     device = "cuda" if torch.cuda.is_available() and not ARGS.smoke else "cpu"
-    run = Run.smoke() if ARGS.smoke else Run()
+    run = Run.smoke() if ARGS.smoke else Run.second() if ARGS.start else Run()
     run.rows = ARGS.rows or run.rows
+    run.own = 2 if ARGS.smoke and ARGS.start else run.own
     torch.backends.cuda.matmul.allow_tf32 = True
     if ARGS.warm:
         warm(ARGS.warm, run, device)
@@ -330,12 +351,10 @@ def main() -> None:
         log(event="resumed", step=trainer.steps)
     end = began + ARGS.seconds
 
-    def look() -> None:
-        with trainer.uncompiled() as model:
-            early = Measure(model, data, ARGS.work / "early.json", end, 0.02 if ARGS.smoke else 0.5)
-            log(event="half way", **early.glance())
-
-    train(trainer, stream, end - run.evaluation_seconds, log, checkpoint, look)
+    early = Measure(trainer.model, data, ARGS.work / "early.json", end, 0.02 if ARGS.smoke else 0.5)
+    own = OwnText(data, ARGS.seed)
+    pauses = Pauses(trainer, early, own, log)
+    train(trainer, own.mixed(stream), end - run.evaluation_seconds, log, checkpoint, pauses)
     log(event="trained", step=trainer.steps, tokens=trainer.tokens)
     log(event="exported", bytes=export(trainer, ARGS.data, ARGS.out))
     if device == "cuda":

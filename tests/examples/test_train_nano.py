@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,50 @@ def test_what_is_trained_is_what_the_files_hold(raw: dict[str, Any], tmp_path: P
     back = load_weights(tmp_path, ModelConfig.from_dir(tmp_path), torch.float32)
     for name, value in back.items():
         assert torch.equal(value, weights[name].to(value.dtype)), name
+
+
+def test_a_trained_model_is_read_back_whole(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Where the second sitting starts is where the first ended, MTP block and biases included."""
+    from masters import Masters
+    from model import Nano, read
+
+    model = random_model(raw)
+    Masters(model, 0.02, 0.003)  # rounds to what is stored
+    export_release(model.weights(), model.shape, raw, tmp_path, shards=2)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    other = Nano(raw)
+    read(other, tmp_path)
+    for name, value in other.weights().items():
+        assert torch.equal(value, model.weights()[name].to(value.dtype)), name
+
+
+def test_loops_of_its_own_are_learnt_against() -> None:
+    import numpy as np
+    from dataset import EOS
+    from own import OWN, PIECE, OwnText
+
+    class Data:
+        text = np.arange(300, 500, dtype=np.uint16)
+
+    class Parrot:
+        def write(self, prompts: list[list[int]], tokens: int, temperature: float) -> list[list[int]]:
+            assert len(prompts[0]) + tokens <= PIECE
+            return [[7] * 5 + [20, 21, 22, 23, 24, 25, 26] * 3, [*range(100, 130), EOS, 9, 9, 9]]
+
+    own = OwnText(Data(), 0)  # type: ignore[arg-type]
+    rows = (np.ones((3, 65), np.int32), np.ones((3, 64), np.int8))
+    untouched, _ = next(own.mixed(iter([rows])))
+    assert (untouched == 1).all()
+    share = own.write(Parrot(), 2)  # type: ignore[arg-type]
+    (first, against), (second, nothing) = own.pieces
+    assert [t for t, w in zip(first, against, strict=True) if w == OWN] == [25, 26, *range(20, 27)]
+    assert second[-1] == EOS and not any(nothing)
+    assert share == 9 / (26 + 34)
+    ids, weights = next(own.mixed(iter([rows])))
+    assert (
+        (ids[:2] == 1).all() and set(np.unique(weights[2]).tolist()) <= {0, OWN} and (weights[:2] == 1).all()
+    )
+    assert ids[2, :4].tolist() in (first[:4], second[:4])
 
 
 def test_sinkhorns_adjoint() -> None:

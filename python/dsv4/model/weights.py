@@ -53,19 +53,20 @@ def load_weights(
     *,
     packed: bool = False,
     device: torch.device | str = "cpu",
+    draft: bool = False,
 ) -> dict[str, Weight]:
     """All tensors of the model on `device` under their released names, `float` ones as `dtype` (float32 or bfloat16).
 
     FP8 and FP4 matrices are expanded, or, if `packed`, kept as they are stored (`ops.weight`), in the bytes of the file;
     experts are stacked as `layers.N.ffn.experts.w1|w3|w2` [E, out, in]; what the release stores as F32
-    (hyper-connections, sinks, ape, gate bias) stays float32; tid2eid is int64. Draft tensors (`mtp.*`) are skipped, their
-    number is logged. Raises CheckpointError with one line.
+    (hyper-connections, sinks, ape, gate bias) stays float32; tid2eid is int64. Draft tensors (`mtp.*`) come with
+    `draft`, else they are skipped and their number is logged. Raises CheckpointError with one line.
     """
     stored = index_checkpoint(Path(path), config.num_experts)
-    expected = dict(tensors(config))
+    expected = dict(tensors(config, draft=draft))
     check_against(stored, expected)
-    total, done = sum(s.size for n, s in stored.items() if not n.startswith("mtp.")), 0
-    weights = _expert_stacks(config, stored, dtype, packed=packed, device=torch.device(device))
+    total, done = sum(s.size for n, s in stored.items() if draft or not n.startswith("mtp.")), 0
+    weights = _expert_stacks(config, expected, stored, dtype, packed=packed, device=torch.device(device))
     with ShardReader() as reader:
         # in the order of the files, so that a disk reads forward
         for name in sorted(expected, key=lambda n: (stored[n].file, stored[n].offset)):
@@ -102,7 +103,7 @@ def check_against(stored: dict[str, Stored], expected: dict[str, TensorSpec]) ->
     known = set(expected)
     for name, spec in expected.items():
         known |= _check_tensor(name, spec, stored)
-    draft = sum(n.startswith("mtp.") for n in stored)
+    skipped = sum(n.startswith("mtp.") and n not in known for n in stored)
     extra = [n for n in stored if n not in known and not n.startswith("mtp.")]
     if extra:
         close_by = extra[0].rpartition(".")[0].rpartition(".")[0]  # of 70,000 names, a few to compare with
@@ -110,8 +111,8 @@ def check_against(stored: dict[str, Stored], expected: dict[str, TensorSpec]) ->
         candidates = (n for n in expected if n.startswith(close_by) and (".ffn.experts." in n) == experts)
         hint = nearest(extra[0], candidates)
         raise CheckpointError(f"tensor {extra[0]} does not belong to this model{hint}")
-    if draft:
-        log.info("skipped %d draft tensors (mtp.*): speculation is off", draft)
+    if skipped:
+        log.info("skipped %d draft tensors (mtp.*): speculation is off", skipped)
 
 
 def _check_tensor(name: str, spec: TensorSpec, stored: dict[str, Stored]) -> set[str]:
@@ -152,13 +153,20 @@ def _check_values(name: str, value: Weight, config: ModelConfig) -> None:
 
 
 def _expert_stacks(
-    config: ModelConfig, stored: dict[str, Stored], dtype: torch.dtype, *, packed: bool, device: torch.device
+    config: ModelConfig,
+    expected: dict[str, TensorSpec],
+    stored: dict[str, Stored],
+    dtype: torch.dtype,
+    *,
+    packed: bool,
+    device: torch.device,
 ) -> dict[str, Weight]:
     """Room for the experts: packed where all of a stack are stored alike."""
     stacks: dict[str, Weight] = {}
-    for layer in range(config.num_layers):
+    blocks = dict.fromkeys(n.partition(".experts.")[0] for n in expected if ".experts." in n)
+    for block in blocks:
         for part, shape in expert_shapes(config):
-            prefix = f"layers.{layer}.ffn.experts."
+            prefix = f"{block}.experts."
             kinds = {stored[f"{prefix}{e}.{part}.weight"].dtype for e in range(config.num_experts)}
             kind = _QUANTISED.get(kinds.pop()) if packed and len(kinds) == 1 else None
             if kind is None:
