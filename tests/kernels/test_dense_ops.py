@@ -14,6 +14,9 @@ from tests.ops.test_backends import prepared
 
 pytest.importorskip("triton")
 
+from dsv4.kernels.triton import route
+from dsv4.kernels.triton.gemm import counters
+
 
 @pytest.mark.parametrize(
     "op", ["linear", "linear_f32", "grouped_linear", "logits", "swiglu", "route", "experts"]
@@ -64,3 +67,24 @@ def test_route_breaks_ties_by_the_lowest_and_survives_nan() -> None:
     assert experts.tolist()[:2] == [[0, 1, 3], [4, 5, 6]]  # 0 * NaN is NaN: expert 2 is last everywhere
     assert torch.allclose(weights[:2].sum(1).cpu(), torch.tensor([1.5, 1.5]))
     assert experts.tolist()[2] == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "dim", "table"), [(1, 24, 160, False), (3, 300, 128, False), (2, 24, 96, True)]
+)
+def test_route_in_one_launch_is_that_of_two(
+    tokens: int, count: int, dim: int, table: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To rounding of the weights; two experts are equal, so the lower one goes first."""
+    g = torch.Generator().manual_seed(count)
+    x, gate = (torch.randn((n, dim), generator=g).bfloat16().to(DEVICE) for n in (tokens, count))
+    gate[7] = gate[5]
+    bias = None if table else (torch.arange(count, device=DEVICE) % 2 * 0.1 + (gate == gate[5]).all(1) * 9)
+    chosen = torch.tensor([[0, 5, 7, count - 1]] * tokens).to(DEVICE) if table else None
+    experts, weights = route.route(x, gate, bias, chosen, 4, 1.5)
+    assert all({5, 7} <= set(ids) for ids in experts.tolist())
+    monkeypatch.setattr(route, "ONE_LAUNCH", True)
+    for _ in range(2):
+        again, same = route.route(x, gate, bias, chosen, 4, 1.5)
+        assert torch.equal(again, experts) and torch.allclose(same, weights, atol=1e-6)
+    assert not counters(x.device).any()

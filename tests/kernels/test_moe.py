@@ -11,7 +11,8 @@ from tests.kernels.quantised import EXACT, fp4, roundtrip
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.triton import moe
+from dsv4.kernels.triton import moe, moe_few, moe_pack
+from dsv4.kernels.triton.gemm import counters
 
 LIMIT = 7.0
 
@@ -55,9 +56,16 @@ def _check(
     y = moe.run(*moved, packed, LIMIT, there, tune=tune)
     assert close(y, _expected(x, experts, weights, dense, shared)) < tolerance
     assert torch.equal(y, moe.run(*moved, packed, LIMIT, there, tune=tune))
+    assert not counters(y.device).any()
 
 
 SMALL = _experts(4, 128, 64)
+
+
+@pytest.fixture(params=[False, True], ids=["several launches", "one launch"])
+def one_launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(moe, "ONE_LAUNCH", request.param)
+    return request.param
 
 
 def test_packing_keeps_size_and_sees_wide_rows() -> None:
@@ -67,9 +75,9 @@ def test_packing_keeps_size_and_sees_wide_rows() -> None:
     )  # hidden 64 is padded to 128
     codes, scales, _ = fp4((8, 64), _g())
     scales[3] = torch.tensor([100, 112])
-    assert not moe.pack_rows(codes, scales)[3]
+    assert not moe_pack.pack_rows(codes, scales)[3]
     codes[3, :16] = 0x80  # minus zero and zero: their scale does not matter
-    assert moe.pack_rows(codes, scales)[3]
+    assert moe_pack.pack_rows(codes, scales)[3]
     assert w1.shape == (4, 64, 128)
 
 
@@ -82,20 +90,28 @@ def test_packing_keeps_size_and_sees_wide_rows() -> None:
         ([[3, 1]] * 9, {"absorb": 1}),
     ],
 )
-def test_equals_the_loop(experts: list[list[int]], tune: dict[str, int]) -> None:
-    _check(*SMALL, torch.tensor(experts), EXACT if len(experts) <= moe.FEW else 5e-3, **tune)
+def test_equals_the_loop(experts: list[list[int]], tune: dict[str, int], one_launch: bool) -> None:
+    _check(*SMALL, torch.tensor(experts), EXACT if len(experts) <= moe_few.FEW else 5e-3, **tune)
 
 
-def test_widths_that_are_no_multiple_and_split_sums() -> None:
+def test_widths_that_are_no_multiple_and_split_sums(one_launch: bool) -> None:
     _check(*_experts(3, 160, 96), torch.tensor([[2, 0]]), EXACT, split1=2)
 
 
-def test_no_tokens() -> None:
+def test_both_products_split_and_an_expert_of_more_slots_than_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(moe, "ONE_LAUNCH", True)
+    _check(*_experts(2, 160, 288), torch.tensor([[1, 0]]), EXACT, split1=2, split2=3)
+    _check(*SMALL, torch.tensor([[2, 2, 2], [2, 0, 2]] * 4), EXACT)
+
+
+def test_no_tokens(one_launch: bool) -> None:
     x, experts = torch.empty((0, 128), device=DEVICE), torch.empty((0, 2), dtype=torch.int64, device=DEVICE)
     assert moe.run(x, experts, torch.empty((0, 2), device=DEVICE), SMALL[0], LIMIT, None).shape == (0, 128)
 
 
-def test_experts_without_tokens_are_not_read() -> None:
+def test_experts_without_tokens_are_not_read(one_launch: bool) -> None:
     """Scales of 255 (2^128) in the others give infinity or NaN where they are read."""
     packed, dense = SMALL
     scales = packed.s13.clone()
@@ -106,10 +122,31 @@ def test_experts_without_tokens_are_not_read() -> None:
 
 @on_gpu
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 33, 128, 300, 1100])
-def test_many_tokens_of_few_experts(tokens: int) -> None:
+def test_many_tokens_of_few_experts(tokens: int, one_launch: bool) -> None:
     """Tiles of 16 to 128 tokens, with and without scales in the table, and all tokens to the same two experts."""
     packed, dense = _experts(8, 1024, 512)
     ids = torch.stack([torch.randperm(8, generator=_g(t))[:6] for t in range(tokens)])
     _check(packed, dense, ids, 6e-3)
     _check(packed, dense, ids, 6e-3, absorb=0)
     _check(packed, dense, torch.tensor([[5, 2]] * tokens), 6e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_one_launch_again_and_again(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several waves of programs, replayed in a graph with other experts each time: the same bits as one by one."""
+    monkeypatch.setattr(moe, "ONE_LAUNCH", True)
+    packed, dense = _experts(16, 2048, 1024)
+    x, weights = torch.randn((tokens, 2048), device=DEVICE), torch.rand((tokens, 6), device=DEVICE)
+    ids = torch.stack([torch.randperm(16)[:6] for _ in range(tokens)]).to(DEVICE)
+    moe.run(x, ids, weights, packed, LIMIT, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = moe.run(x, ids, weights, packed, LIMIT, x)
+    for i in range(50):
+        ids.copy_(torch.stack([torch.randperm(16)[:6] for _ in range(tokens)]))
+        graph.replay()
+        assert torch.equal(y, moe.run(x, ids, weights, packed, LIMIT, x))
+        if i % 25 == 0:
+            assert close(y, _expected(*(v.cpu() for v in (x, ids, weights)), dense, x.cpu())) < 6e-3
+    assert not counters(y.device).any()
