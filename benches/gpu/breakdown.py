@@ -21,7 +21,7 @@ from benches.gpu import moe as moe_bench
 from benches.gpu.timing import Bench, max_abs_err
 
 
-def launches(f: Callable[[], Any]) -> list[tuple[str, Any, Callable[..., Any]]]:
+def launches(f: Callable[[], Any]) -> list[tuple[str, Any, partial[Any]]]:
     """(kernel, grid, the launch again) of each Triton launch of `f()`, on the tensors of that call, which stay alive. The
     launch takes another `grid`."""
     found, run = [], JITFunction.run
@@ -95,9 +95,9 @@ def layer_breakdown(bench: Bench, name: str, tokens: int, tries: list[dict[str, 
             alone = bench.us(launch)
             print(f"    {kernel:16} grid {grid}: alone {alone:6.1f} us, until its end {until:6.1f} us")
         if one_launch:
-            pick = moe_few.config(experts.numel(), model.packed)
-            programs = experts.numel() * model.packed.w13.shape[1] * pick["split1"]
-            print(f"    of it the first product: {first_product_us(bench, found[-1][2], programs):6.1f} us")
+            whole = found[-1][2]
+            programs = experts.numel() * model.packed.w13.shape[1] * whole.keywords["SPLIT1"]
+            print(f"    of it the first product: {first_product_us(bench, whole, programs):6.1f} us")
     for tune in tries:
         run = partial(moe_few.run_few, x, experts, weights, model.packed, moe_bench.LIMIT, shared, tune)
         print(f"    experts alone {bench.us(run):6.1f} us {tune or 'default'}", flush=True)
@@ -115,9 +115,15 @@ def main() -> None:
     )
     tries: list[dict[str, int]] = [{}]
     if args.tries:
-        splits = ((2, 2), (2, 4), (4, 2), (4, 4), (8, 4))
-        tries += [dict(split1=a, split2=b, regs=regs) for a, b in splits for regs in (0, 128)]
-        tries += [dict(stages=stages, regs=128) for stages in (3, 5, 6)]
+        splits = ((2, 2), (2, 4), (4, 4), (8, 4))
+        tries += [dict(split1=a, split2=b, per=2) for a, b in splits]
+        tries += [
+            dict(per=1),
+            dict(per=4, stages=3),
+            dict(per=2, stages=3),
+            dict(per=2, stages=5),
+            dict(regs=96),
+        ]
     for name in args.models:
         for tokens in args.tokens:
             layer_breakdown(bench, name, tokens, tries)

@@ -102,7 +102,9 @@ def test_both_products_split_and_an_expert_of_more_slots_than_columns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(moe, "ONE_LAUNCH", True)
-    _check(*_experts(2, 160, 288), torch.tensor([[1, 0]]), EXACT, split1=2, split2=3)
+    _check(*_experts(2, 160, 288), torch.tensor([[1, 0]]), EXACT, split1=2, split2=3, per=1)
+    _check(*_experts(2, 512, 256), torch.tensor([[1, 0]]), EXACT, split1=2, per=2)
+    _check(*_experts(1, 512, 512), torch.tensor([[0]]), EXACT, per=4)
     _check(*SMALL, torch.tensor([[2, 2, 2], [2, 0, 2]] * 4), EXACT)
 
 

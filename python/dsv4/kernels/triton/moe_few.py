@@ -12,6 +12,8 @@ Partial sums are added by whichever program arrives last, in a fixed order.
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
@@ -48,12 +50,89 @@ def _most(a, b):
     return tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0)
 
 
+@triton.jit
+def _tokens(x, live, wp, sp, begin, end, width, per_128, BT: tl.constexpr, STAGES: tl.constexpr):
+    """float32 [128, BT] / 64: steps begin .. end - 1 of a tile by BT rows x (pointers, read where `live`), whose scales are
+    per 128 channels or, unless per_128, per 64. A step is 128 channels."""
+    c = tl.arange(0, 32)
+    xp = x[None, :] + c[:, None]
+    a = tl.full((128, 1), 0x0C080400, tl.int32)
+    b = tl.full((128, 1), 0x1C181410, tl.int32)
+    acc = tl.zeros((128, BT), tl.float32)
+    for k in tl.range(begin, end, num_stages=STAGES):
+        s = tl.load(sp + k * 128)
+        n = k * 128 + c
+        x0 = tl.load(xp + k * 128, mask=live[None, :] & (n < width)[:, None], other=0.0).to(tl.float32)
+        x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (n + 32 < width)[:, None], other=0.0).to(
+            tl.float32
+        )
+        x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (n + 64 < width)[:, None], other=0.0).to(
+            tl.float32
+        )
+        x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (n + 96 < width)[:, None], other=0.0).to(
+            tl.float32
+        )
+        most0, most2 = _most(x0, x1), _most(x2, x3)
+        both = tl.maximum(most0, most2)
+        q0, i0 = pow2_scale(tl.where(per_128, both, most0))
+        q2, i2 = pow2_scale(tl.where(per_128, both, most2))
+        w0, w1 = _expand(wp + 2 * k * (128 * 32), a, b, a, b)
+        w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a, b, a, b)
+        p0 = tl.dot(w0, to_e4m3(x0 * i0[None, :])) * _group_scale(s, 0)[:, None]
+        p0 += tl.dot(w1, to_e4m3(x1 * i0[None, :])) * _group_scale(s, 1)[:, None]
+        p2 = tl.dot(w2, to_e4m3(x2 * i2[None, :])) * _group_scale(s, 2)[:, None]
+        p2 += tl.dot(w3, to_e4m3(x3 * i2[None, :])) * _group_scale(s, 3)[:, None]
+        acc += p0 * q0[None, :] + p2 * q2[None, :]
+    return acc
+
+
+@triton.jit
+def _group(codes, m, g: tl.constexpr):
+    """codes [32, BT] in column g, zeros in the others."""
+    return tl.where((m == g)[None, :], codes, 0).to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _one_token(
+    x, wp, sp, begin, end, width, BT: tl.constexpr, PER: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """float32 [128, BT] / 64, alike in all columns: steps begin .. end - 1 of a tile by one row x.
+
+    A column takes 32 channels, so that PER steps are one chain of products and all their scales, of weights and of
+    activations (one per 32 channels, at least as fine as the release's), are one multiply-add of its sum: half of the
+    instructions of `_tokens`. begin and end are multiples of PER, which is at most 4."""
+    c, m = tl.arange(0, 32), tl.arange(0, BT)
+    a = tl.full((128, 1), 0x0C080400, tl.int32)
+    b = tl.full((128, 1), 0x1C181410, tl.int32)
+    n = c[:, None] + 32 * m[None, :]
+    acc = tl.zeros((128, BT), tl.float32)
+    for k in tl.range(begin // PER, end // PER, num_stages=STAGES):
+        at = k * (PER * 128) + n
+        v = tl.load(x + at, mask=(m < 4 * PER)[None, :] & (at < width), other=0.0).to(tl.float32)
+        q, inverse = pow2_scale(tl.max(tl.abs(v), 0))
+        codes = to_e4m3(v * inverse[None, :]).to(tl.int8, bitcast=True)
+        s = tl.zeros((128, BT), tl.int32)
+        p = tl.zeros((128, BT), tl.float32)
+        for i in tl.static_range(PER):
+            step = k * PER + i
+            s = tl.where((m // 4 == i)[None, :], tl.load(sp + step * 128)[:, None], s)
+            w0, w1 = _expand(wp + 2 * step * (128 * 32), a, b, a, b)
+            p = tl.dot(w0, _group(codes, m, 4 * i), p)
+            p = tl.dot(w1, _group(codes, m, 4 * i + 1), p)
+            w2, w3 = _expand(wp + (2 * step + 1) * (128 * 32), a, b, a, b)
+            p = tl.dot(w2, _group(codes, m, 4 * i + 2), p)
+            p = tl.dot(w3, _group(codes, m, 4 * i + 3), p)
+        scale = (((s >> (m % 4 * 8)[None, :]) & 255) << 23).to(tl.float32, bitcast=True)
+        acc += p * (scale * q[None, :])
+    return tl.zeros((128, BT), tl.float32) + tl.sum(acc, 1)[:, None]
+
+
 @triton.jit(do_not_specialize=["T", "EACH1", "EACH2", "limit"])
 def few_kernel(
     x, w13, s13, w2, s2, experts, gate, h, parts1, parts2, arrived, shared, y, limit,
     T, x_stride, D, INNER, TILES1, TILES2, EACH1, EACH2,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, SPLIT1: tl.constexpr, SPLIT2: tl.constexpr, SUMMED: tl.constexpr,
-    BT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, ONE: tl.constexpr, PER: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, D] = routed experts plus `shared` [T, D] (None: nothing) for x [T, D], experts int64 and gate float32 [T, TOPK].
 
@@ -86,35 +165,26 @@ def few_kernel(
     here = (expert * tiles + tile) * steps
     wp = tl.where(first, w13, w2) + here * (2 * 128 * 32) + r[:, None] * 32 + c[None, :]
     sp = tl.where(first, s13, s2) + here * 128 + r
-    row = tl.where(first, slot // TOPK * x_stride, slot * INNER)
-    xp = tl.where(first, x, h) + row[None, :] + c[:, None]
-    a = tl.full((128, 1), 0x0C080400, tl.int32)
-    b = tl.full((128, 1), 0x1C181410, tl.int32)
-    acc = tl.zeros((128, BT), tl.float32)
-    for k in tl.range(split * each, tl.minimum((split + 1) * each, steps), num_stages=STAGES):
-        s = tl.load(sp + k * 128)
-        n = k * 128 + c
-        x0 = tl.load(xp + k * 128, mask=live[None, :] & (n < width)[:, None], other=0.0).to(tl.float32)
-        x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (n + 32 < width)[:, None], other=0.0).to(
-            tl.float32
+    x0 = tl.where(first, x, h)
+    if ONE:
+        acc = _one_token(
+            x0 + tl.where(first, 0, block * INNER), wp, sp, split * each, tl.minimum((split + 1) * each, steps),
+            width, BT, PER, STAGES,
+        )  # fmt: skip
+    else:
+        row = tl.where(first, slot // TOPK * x_stride, slot * INNER)
+        acc = _tokens(
+            x0 + row,
+            live,
+            wp,
+            sp,
+            split * each,
+            tl.minimum((split + 1) * each, steps),
+            width,
+            first,
+            BT,
+            STAGES,
         )
-        x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (n + 64 < width)[:, None], other=0.0).to(
-            tl.float32
-        )
-        x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (n + 96 < width)[:, None], other=0.0).to(
-            tl.float32
-        )
-        most0, most2 = _most(x0, x1), _most(x2, x3)
-        both = tl.maximum(most0, most2)
-        q0, i0 = pow2_scale(tl.where(first, both, most0))
-        q2, i2 = pow2_scale(tl.where(first, both, most2))
-        w0, w1 = _expand(wp + 2 * k * (128 * 32), a, b, a, b)
-        v2, v3 = _expand(wp + (2 * k + 1) * (128 * 32), a, b, a, b)
-        p0 = tl.dot(w0, to_e4m3(x0 * i0[None, :])) * _group_scale(s, 0)[:, None]
-        p0 += tl.dot(w1, to_e4m3(x1 * i0[None, :])) * _group_scale(s, 1)[:, None]
-        p2 = tl.dot(v2, to_e4m3(x2 * i2[None, :])) * _group_scale(s, 2)[:, None]
-        p2 += tl.dot(v3, to_e4m3(x3 * i2[None, :])) * _group_scale(s, 3)[:, None]
-        acc += p0 * q0[None, :] + p2 * q2[None, :]
     acc *= 64.0
     if first:
         last = True
@@ -179,6 +249,8 @@ def run_few(
     steps1, steps2 = packed.w13.shape[2] // 2, packed.w2.shape[2] // 2
     pick = config(slots, packed) | (tune or {})
     each1, each2 = cdiv(steps1, pick["split1"]), cdiv(steps2, pick["split2"])
+    per = gcd(pick["per"], steps1, steps2) if tokens == 1 else 1
+    each1, each2 = per * cdiv(each1, per), per * cdiv(each2, per)
     split1, split2 = cdiv(steps1, each1), cdiv(steps2, each2)
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
     overlap = pdl()
@@ -186,7 +258,7 @@ def run_few(
         x, packed.w13, packed.s13, packed.w2, packed.s2, experts, weights,
         empty(slots, tiles1 * 64, dtype=x.dtype), empty(slots, tiles1, split1, 128), empty(slots, split2, tiles2 * 128),
         counters(dev), shared, y, limit, tokens, x.stride(0), dim, tiles1 * 64, tiles1, tiles2, each1, each2,
-        TOPK=k, SLOTS=next_pow2(slots), SPLIT1=split1, SPLIT2=split2, SUMMED=next_pow2(k * split2), BT=pick["bt"],
+        TOPK=k, SLOTS=next_pow2(slots), SPLIT1=split1, SPLIT2=split2, SUMMED=next_pow2(k * split2), BT=16, ONE=tokens == 1, PER=per,
         STAGES=pick["stages"], PDL=bool(overlap), num_warps=4, maxnreg=pick["regs"] or None, **overlap,
     )  # fmt: skip
     return y
@@ -194,20 +266,31 @@ def run_few(
 
 def config(slots: int, packed: PackedExperts) -> dict[str, int]:
     """K split until each product has about 6 programs a multiprocessor, together several waves, of at least 4 steps (34
-    KB). `regs`: registers a thread, 0 for as many as the compiler likes."""
+    KB). `per`: steps of one token that are one chain of products (1, 2, 4). `regs`: registers a thread, 0 for as many as the compiler likes."""
     split1 = split_of(slots * packed.w13.shape[1], packed.w13.shape[2] // 2, per_sm=6, least=4)
     split2 = split_of(slots * packed.w2.shape[1], packed.w2.shape[2] // 2, per_sm=6, least=4)
-    return dict(bt=16, split1=split1, split2=split2, stages=4, regs=0)
+    return dict(split1=split1, split2=split2, stages=4, per=2, regs=0)
 
 
-def _aot(slots: int, split: int) -> Aot:
+def _aot(slots: int, split: int, per: int = 1) -> Aot:
     signature = {n: "*bf16" for n in ("x", "h", "shared", "y")} | {n: "*u8" for n in ("w13", "w2")}
     signature |= {n: "*i32" for n in ("s13", "s2", "arrived")} | {"experts": "*i64", "limit": "fp32"}
     signature |= {n: "*fp32" for n in ("gate", "parts1", "parts2")}
     signature |= {n: "i32" for n in ("T", "TILES1", "TILES2", "EACH1", "EACH2")}
     signature |= {n: "i32:16" for n in ("x_stride", "D", "INNER")}
-    flags = dict(TOPK=6, SLOTS=slots, SPLIT1=split, SPLIT2=split, SUMMED=8 * split, BT=16, STAGES=4, PDL=True)
+    flags = dict(
+        TOPK=6,
+        SLOTS=slots,
+        SPLIT1=split,
+        SPLIT2=split,
+        SUMMED=8 * split,
+        BT=16,
+        ONE=split > 1,
+        PER=per,
+        STAGES=4,
+        PDL=True,
+    )
     return Aot(few_kernel, signature, flags, 4, 4, matrix=True, stack=0)
 
 
-AOT = [_aot(8, 4), _aot(64, 1)]
+AOT = [_aot(8, 4), _aot(8, 4, per=2), _aot(8, 4, per=4), _aot(64, 1)]
