@@ -126,6 +126,8 @@ def test_experts_without_tokens_are_not_read(one_launch: bool) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 33, 128, 300, 1100])
 def test_many_tokens_of_few_experts(tokens: int, one_launch: bool) -> None:
     """Tiles of 16 to 128 tokens, with and without scales in the table, and all tokens to the same two experts."""
+    if one_launch and tokens > moe_few.FEW:
+        pytest.skip("the same launches")
     packed, dense = _experts(8, 1024, 512)
     ids = torch.stack([torch.randperm(8, generator=_g(t))[:6] for t in range(tokens)])
     _check(packed, dense, ids, 6e-3)
