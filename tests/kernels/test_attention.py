@@ -12,7 +12,7 @@ from dsv4.kernels.triton import attention
 from dsv4.ops.reference.attention import sparse_attention as reference
 from dsv4.ops.registry import REGISTRY
 
-from tests.kernels.device import DEVICE, close, on_gpu, on_hopper_or_blackwell
+from tests.kernels.device import DEVICE, close, on_gpu, on_hopper, on_hopper_or_blackwell
 from tests.ops.cases import BLOCK_TOKENS, BLOCKS, RATIO, moved, step_of, stored
 
 Case = dict[str, Any]
@@ -210,6 +210,15 @@ def test_repeats_are_bitwise_equal(backend: str) -> None:
     run, case = REGISTRY.load("sparse_attention", backend), moved(full_width(((350, 1), (99, 1))), DEVICE)
     first = run(**case)
     assert all(torch.equal(first, run(**case)) for _ in range(20))
+
+
+@on_hopper
+def test_times_of_the_roles_change_no_bit() -> None:
+    """Every role of every CTA passes its marks, and the result stays as it is without them."""
+    run, case = REGISTRY.load("sparse_attention", "gluon"), moved(full_width(((350, 1), (99, 1))), DEVICE)
+    times = torch.zeros((2, 1 + 4, 4, 8), dtype=torch.int32, device=DEVICE)  # 128 + 64 rows: three blocks
+    assert torch.equal(run(**case, splits=1, times=times), run(**case, splits=1))
+    assert (times[:, 0, :, 3] != 0).all() and (times[:, 1:4, 3, 5] != 0).all() and (times[:, 4] == 0).all()
 
 
 @pytest.mark.parametrize("backend", ON_GPU)

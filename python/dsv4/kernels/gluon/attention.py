@@ -34,8 +34,10 @@ def sparse_attention(
     selected: Tensor | None = None,
     *,
     splits: int | None = None,
+    times: Tensor | None = None,
 ) -> Tensor:
-    """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64."""
+    """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64.
+    times: int32 zeros [CTAs, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only)."""
     total, heads, dim = q.shape
     fits = q.dtype == torch.bfloat16 and dim == 512 and cos.shape[1] == 32 and window_ids.shape[1] % 64 == 0
     if not fits or window.codec.name != "fp8_ds_mla":
@@ -75,6 +77,7 @@ def sparse_attention(
         scale * 1.4426950408889634,
         splits,
         0 if selected is None else selected.shape[1],
+        times,
         H=heads,
         W=window_ids.shape[1],
         WIN_ROWS=window.rows,

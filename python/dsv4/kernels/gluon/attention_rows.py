@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from dsv4.kernels.gluon.common import barrier
 from dsv4.kernels.gluon.softmax import BH
+from dsv4.kernels.gluon.trace import CTA, ROWS, mark
 
 BN, NB = gl.constexpr(64), gl.constexpr(2)
 """Rows of a block, row buffers."""
@@ -200,6 +201,7 @@ def bring_rows(
     srow,
     bars,
     run,
+    times,
     W: gl.constexpr,
     P1: gl.constexpr,
     P2: gl.constexpr,
@@ -208,6 +210,7 @@ def bring_rows(
     WARPS: gl.constexpr,
 ):
     """The role that fills the row buffers k (four of 128 columns) and `bias` (-inf where there is no key)."""
+    mark(times, CTA, ROWS, 0)
     c1, ids, table, sel, count, st1, st2, delta = keys
     full, empty, _, _, qfull = bars
     b0, b1 = run
@@ -230,8 +233,10 @@ def bring_rows(
     mbarrier.wait(qfull, 0)  # let q pass before the prefetches
     for k in gl.static_range(1, PF):
         _prefetch(c4, sp, sr, b0 + k, b0, b1, st1, st2, delta, N1, P1, P2, NBP, WARPS)
+    mark(times, CTA, ROWS, 1)
     for i in range(b0, b1):
         n = i - b0
+        mark(times, n + 1, ROWS, 0)
         buf, ph = n % NB, (n // NB) & 1
         _prefetch(c4, sp, sr, i + PF, b0, b1, st1, st2, delta, N1, P1, P2, NBP, WARPS)
         m = gl.minimum(n + 1, NBP - 1)
@@ -239,7 +244,9 @@ def bring_rows(
             i + 1 < N1, sp.index(m).load(RL), sr.index(m).load(RL), st1, st2, delta, P1, P2
         )
         okn = okn & (i + 1 < b1)
+        mark(times, n + 1, ROWS, 1)
         mbarrier.wait(empty.index(buf), ph ^ 1)
+        mark(times, n + 1, ROWS, 2)
         r0 = _step(k0, buf, r0, s8, 0, c4, off, okn, LAY)
         r1 = _step(k0, buf, r1, s8, 1, c4, off, okn, LAY)
         r2 = _step(k1, buf, r2, s8, 2, c4, off, okn, LAY)
@@ -249,7 +256,11 @@ def bring_rows(
         r6 = _step(k3, buf, r6, s8, 6, c4, off, okn, LAY)
         r7 = _step(k3, buf, r7, s8, 7, c4, off, okn, LAY)
         bias.index(buf).store(gl.where(ok, 0.0, float("-inf")))
+        mark(times, n + 1, ROWS, 3)
         fence_async_shared()
+        mark(times, n + 1, ROWS, 4)
         mbarrier.arrive(full.index(buf), count=1)
+        mark(times, n + 1, ROWS, 5)
         s8 = gl.load(c8 + so, mask=okn, other=0)
         ok = okn
+    mark(times, CTA, ROWS, 3)

@@ -127,6 +127,7 @@ def attend(
     scale,
     splits,
     k,
+    times,
     H: gl.constexpr,
     W: gl.constexpr,
     WIN_ROWS: gl.constexpr,
@@ -135,7 +136,7 @@ def attend(
     SPLIT: gl.constexpr,
     NBP: gl.constexpr,
 ):
-    """As hopper_attention.py's."""
+    """As hopper_attention.py's; times must be None."""
     sp, qi, h0, count, table, run = my_blocks(visible, slabs, pages, pages_stride, splits, k, H, W, MODE)
     ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -166,7 +167,10 @@ def attend(
     gl.warp_specialize(
         [
             (_softmax, (q, sink, scale, qs, acc, scores, ps, bias, bars, run, pm, to, H, SPLIT)),
-            (bring_rows, (keys, ks, bias, spage, srow, bars, run, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 8)),
+            (
+                bring_rows,
+                (keys, ks, bias, spage, srow, bars, run, None, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 8),
+            ),
             (_products, (qs, ks, acc, scores, ps, bars, run)),
         ],
         [8, 1],

@@ -23,11 +23,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows, my_blocks
 from dsv4.kernels.gluon.softmax import BH, close, put
+from dsv4.kernels.gluon.trace import CTA, LEFT, SCORES, begin, mark
 from dsv4.kernels.triton.attention import weigh
 
 
 @gluon.jit
-def _scores(sink, scale, q, k, bias, weights, bars, run, pm, at, h0, H: gl.constexpr, SPLIT: gl.constexpr):
+def _scores(
+    sink, scale, q, k, bias, weights, bars, run, pm, at, h0, times, H: gl.constexpr, SPLIT: gl.constexpr
+):
+    mark(times, CTA, SCORES, 0)
     sp_, sal, sinv = weights
     full, _, pfull, pempty, qfull = bars
     b0, b1 = run
@@ -37,31 +41,42 @@ def _scores(sink, scale, q, k, bias, weights, bars, run, pm, at, h0, H: gl.const
     SR: gl.constexpr = gl.SliceLayout(1, SL)
     m, total = gl.full([BH], float("-inf"), gl.float32, SR), gl.full([BH], 0.0, gl.float32, SR)
     mbarrier.wait(qfull, 0)
+    mark(times, CTA, SCORES, 1)
     for i in range(0, b1 - b0):
         buf, pb = i % NB, i % 2
+        mark(times, i + 1, SCORES, 0)
         mbarrier.wait(full.index(buf), (i // NB) & 1)
+        mark(times, i + 1, SCORES, 1)
         s = gl.zeros([BH, BN], gl.float32, SL)
         for j in gl.static_range(4):
             s = warpgroup_mma(q[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
         b = bias.index(buf).load(gl.SliceLayout(0, SL))
-        s = warpgroup_mma_wait(0, [s]) * scale + b[None, :]
-        p, al, m = weigh(s, m, 0)
+        s = warpgroup_mma_wait(0, [s])
+        mark(times, i + 1, SCORES, 2)
+        p, al, m = weigh(s * scale + b[None, :], m, 0)
+        mark(times, i + 1, SCORES, 3)
         mbarrier.wait(pempty.index(pb), ((i // 2) & 1) ^ 1)
+        mark(times, i + 1, SCORES, 4)
         sp_.index(pb).store(p.to(gl.float16))
         sal.index(pb).store(al)
         fence_async_shared()
         mbarrier.arrive(pfull.index(pb), count=1)
+        mark(times, i + 1, SCORES, 5)
         total = total * al + gl.sum(p, 1)
+    mark(times, CTA, SCORES, 2)
     inv = close(m, total, sink, pm, at, h0, H, SPLIT)
     n = b1 - b0
     mbarrier.wait(pempty.index(n % 2), ((n // 2) & 1) ^ 1)
     sinv.store(inv)
     mbarrier.arrive(pfull.index(n % 2), count=1)
+    mark(times, CTA, SCORES, 3)
 
 
 @gluon.jit
-def _values(q, qs, k, weights, bars, run, to, COL: gl.constexpr, H: gl.constexpr, SPLIT: gl.constexpr):
+def _values(q, qs, k, weights, bars, run, to, times, COL: gl.constexpr, H: gl.constexpr, SPLIT: gl.constexpr):
     """COL: first of the role's 256 columns."""
+    ROLE: gl.constexpr = LEFT + COL // 256
+    mark(times, CTA, ROLE, 0)
     sp_, sal, sinv = weights
     _, empty, pfull, pempty, qfull = bars
     b0, b1 = run
@@ -81,20 +96,27 @@ def _values(q, qs, k, weights, bars, run, to, COL: gl.constexpr, H: gl.constexpr
     fence_async_shared()
     mbarrier.arrive(qfull, count=1)
     x, y = gl.zeros([BH, 128], gl.float32, ACC), gl.zeros([BH, 128], gl.float32, ACC)
+    mark(times, CTA, ROLE, 1)
     for i in range(0, b1 - b0):
         buf, pb = i % NB, i % 2
+        mark(times, i + 1, ROLE, 0)
         mbarrier.wait(pfull.index(pb), (i // 2) & 1)
+        mark(times, i + 1, ROLE, 1)
         al = sal.index(pb).load(AR)
         x = warpgroup_mma(sp_.index(pb), ka.index(buf), x * al[:, None], is_async=True)
         y = warpgroup_mma(sp_.index(pb), kb.index(buf), y * al[:, None], is_async=True)
         x, y = warpgroup_mma_wait(0, [x, y])
+        mark(times, i + 1, ROLE, 2)
         mbarrier.arrive(empty.index(buf), count=1)
         mbarrier.arrive(pempty.index(pb), count=1)
+        mark(times, i + 1, ROLE, 3)
     n = b1 - b0
+    mark(times, CTA, ROLE, 2)
     mbarrier.wait(pfull.index(n % 2), (n // 2) & 1)
     inv = sinv.load(AR)
     put(x, inv, qa, to, COL, H, SPLIT)
     put(y, inv, qb, to, COL + 128, H, SPLIT)
+    mark(times, CTA, ROLE, 3)
 
 
 @gluon.jit
@@ -119,6 +141,7 @@ def attend(
     scale,
     splits,
     k,
+    times,
     H: gl.constexpr,
     W: gl.constexpr,
     WIN_ROWS: gl.constexpr,
@@ -127,7 +150,11 @@ def attend(
     SPLIT: gl.constexpr,
     NBP: gl.constexpr,
 ):
-    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words."""
+    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words.
+    times: None, or where trace.py stores when each role did what."""
+    if times is not None:
+        times += gl.program_id(0) * ((NBP + 1) * 32)
+        begin(times)
     sp, qi, h0, count, table, run = my_blocks(visible, slabs, pages, pages_stride, splits, k, H, W, MODE)
     ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -160,10 +187,13 @@ def attend(
     keys = (c1, window_ids + qi * W, table, selected + qi * k, count, st1, st2, delta)
     gl.warp_specialize(
         [
-            (_scores, (sink, scale, qs, ks, bias, weights, bars, run, pm, at, h0, H, SPLIT)),
-            (_values, (q, qs, ks, weights, bars, run, to, 0, H, SPLIT)),
-            (_values, (q, qs, ks, weights, bars, run, to, 256, H, SPLIT)),
-            (bring_rows, (keys, ks, bias, spage, srow, bars, run, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 4)),
+            (_scores, (sink, scale, qs, ks, bias, weights, bars, run, pm, at, h0, times, H, SPLIT)),
+            (_values, (q, qs, ks, weights, bars, run, to, times, 0, H, SPLIT)),
+            (_values, (q, qs, ks, weights, bars, run, to, times, 256, H, SPLIT)),
+            (
+                bring_rows,
+                (keys, ks, bias, spage, srow, bars, run, times, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 4),
+            ),
         ],
         [4, 4, 4],
         [160, 160, 112],
@@ -195,7 +225,7 @@ SIGNATURE = dict(
 
 
 SHAPES = [
-    dict(H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, NBP=blocks)
+    dict(times=None, H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, NBP=blocks)
     for heads, per_page, mode, split, blocks in (
         (64, 64, 2, False, 16),
         (128, 64, 2, True, 2),
