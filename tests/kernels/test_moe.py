@@ -16,6 +16,9 @@ from dsv4.kernels.triton.gemm import counters
 
 LIMIT = 7.0
 
+NEAR = EXACT if DEVICE == "cpu" else 6e-3
+"""Among many hidden values the GPU's 14 bits round a few to the neighbouring e4m3 code."""
+
 
 def _g(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -102,10 +105,10 @@ def test_both_products_split_and_an_expert_of_more_slots_than_columns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(moe, "ONE_LAUNCH", True)
-    _check(*_experts(2, 160, 288), torch.tensor([[1, 0]]), EXACT, split1=2, split2=3, per=1)
-    _check(*_experts(2, 512, 256), torch.tensor([[1, 0]]), EXACT, split1=2, per=2)
-    _check(*_experts(1, 512, 512), torch.tensor([[0]]), EXACT, per=4)
-    _check(*SMALL, torch.tensor([[2, 2, 2], [2, 0, 2]] * 4), EXACT)
+    _check(*_experts(2, 160, 288), torch.tensor([[1, 0]]), NEAR, split1=2, split2=3, per=1)
+    _check(*_experts(2, 512, 256), torch.tensor([[1, 0]]), NEAR, split1=2, per=2)
+    _check(*_experts(1, 512, 512), torch.tensor([[0]]), NEAR, per=4)
+    _check(*SMALL, torch.tensor([[2, 2, 2], [2, 0, 2]] * 4), NEAR)
 
 
 def test_no_tokens(one_launch: bool) -> None:
@@ -152,5 +155,5 @@ def test_one_launch_again_and_again(tokens: int, monkeypatch: pytest.MonkeyPatch
         graph.replay()
         assert torch.equal(y, moe.run(x, ids, weights, packed, LIMIT, x))
         if i % 25 == 0:
-            assert close(y, _expected(*(v.cpu() for v in (x, ids, weights)), dense, x.cpu())) < 6e-3
+            assert close(y, _expected(*(v.cpu() for v in (x, ids, weights)), dense, x.cpu())) < NEAR
     assert not counters(y.device).any()
