@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_a_run_that_is_lost_goes_back(monkeypatch: Any, tmp_path: Path) -> None:
     class Model:
         """A loss of 2 until step 60, of 9 from there; a lower rate does not diverge."""
 
-        run, device = Run(checkpoint_seconds=0), "cpu"
+        run, device = Run(checkpoint_seconds=0, own=3, own_seconds=0.1), "cpu"
         steps, tokens, progress, caution, restored = 0, 0, 0.0, 1.0, 0
 
         def step(self, ids: Any, weights: Any) -> dict[str, Any]:
@@ -170,6 +171,9 @@ def test_a_run_that_is_lost_goes_back(monkeypatch: Any, tmp_path: Path) -> None:
         def rate(self) -> float:
             return self.caution
 
+        def uncompiled(self) -> Any:
+            return nullcontext()
+
         def save(self, file: Path) -> None:
             file.write_text(str(self.steps))
 
@@ -177,11 +181,25 @@ def test_a_run_that_is_lost_goes_back(monkeypatch: Any, tmp_path: Path) -> None:
             self.steps, self.restored = int(file.read_text()), self.restored + 1
             assert self.steps == 60
 
-    model, looks = Model(), []
+    class Eyes:
+        looks, wrote = 0, 0
+
+        def glance(self) -> dict[str, Any]:
+            self.looks += 1
+            return {}
+
+        def write(self, measure: Any, count: int) -> float:
+            assert measure is self and count == 3
+            self.wrote += 1
+            return 0.0
+
+    model, eyes = Model(), Eyes()
     batch = (np.zeros((1, 9), np.int32), np.ones((1, 8), np.int8))
     until = time.time() + 0.5
     log = train.Log(tmp_path / "log.jsonl", time.time(), append=False)
-    train.train(model, iter(lambda: batch, None), until, log, tmp_path / "c.pt", lambda: looks.append(1))
+    pauses = train.Pauses(model, eyes, eyes, log)
+    train.train(model, iter(lambda: batch, None), until, log, tmp_path / "c.pt", pauses)
     log.file.close()
-    assert model.restored == 1 and model.caution == 0.5 and looks == [1]
+    assert model.restored == 1 and model.caution == 0.5
+    assert eyes.looks == 1 and 3 <= eyes.wrote <= 6
     assert model.steps > 80 and "half the rate" in (tmp_path / "log.jsonl").read_text()
