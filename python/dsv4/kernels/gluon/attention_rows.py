@@ -154,6 +154,35 @@ def _prefetch(
 
 
 @gluon.jit
+def _find(
+    ids,
+    table,
+    sel,
+    count,
+    pos,
+    mine,
+    W: gl.constexpr,
+    P1: gl.constexpr,
+    P2: gl.constexpr,
+    MODE: gl.constexpr,
+):
+    """Page (-1: none) and row of the token's keys `pos`, where `mine`."""
+    one = gl.load(ids + pos, mask=mine & (pos < W), other=-1)
+    page, row = gl.where(one >= 0, one // P1, -1), gl.where(one >= 0, one % P1, 0)
+    if MODE > 0:
+        at = pos - W
+        held = mine & (at >= 0) & (at < count)
+        if MODE == 1:
+            two = gl.where(held, at, -1)
+        else:
+            two = gl.load(sel + at, mask=held, other=-1)
+        other = gl.load(table + two // P2, mask=two >= 0, other=-1)
+        page = gl.where(two >= 0, other, page)
+        row = gl.where(two >= 0, two % P2, row)
+    return page, row
+
+
+@gluon.jit
 def _look_up(
     ids,
     table,
@@ -175,18 +204,7 @@ def _look_up(
     br = b0 + gl.arange(0, NBP, layout=gl.SliceLayout(1, IL))
     pos = br[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, IL))[None, :]
     mine = (br < b1)[:, None] & (pos >= 0)
-    one = gl.load(ids + pos, mask=mine & (pos < W), other=-1)
-    page, row = gl.where(one >= 0, one // P1, -1), gl.where(one >= 0, one % P1, 0)
-    if MODE > 0:
-        at = pos - W
-        held = mine & (at >= 0) & (at < count)
-        if MODE == 1:
-            two = gl.where(held, at, -1)
-        else:
-            two = gl.load(sel + at, mask=held, other=-1)
-        other = gl.load(table + two // P2, mask=two >= 0, other=-1)
-        page = gl.where(two >= 0, other, page)
-        row = gl.where(two >= 0, two % P2, row)
+    page, row = _find(ids, table, sel, count, pos, mine, W, P1, P2, MODE)
     spage.store(page)
     srow.store(row)
     barrier()
@@ -316,15 +334,17 @@ def bring_rows_ahead(
     J5: gl.constexpr = 6 if PARTS == 2 else 3
     J6: gl.constexpr = 3 if PARTS == 2 else 5
     c4, c8 = c1.to(gl.pointer_type(gl.int32)), c1.to(gl.pointer_type(gl.int64))
+    # the first block's rows are on their way before the other blocks' places are looked up
+    pos = b0 * BN + gl.arange(0, BN, layout=RL)
+    page, row = _find(ids, table, sel, count, pos, (pos >= 0) & (b0 < b1), W, P1, P2, MODE)
+    off, so, ok = _places(b0 < N1, page, row, st1, st2, delta, P1, P2)
+    s8 = gl.load(c8 + so, mask=ok, other=0)
+    a0, a1 = _get(c4, off, ok, 0, LAY), _get(c4, off, ok, J1, LAY)
+    a2, a3 = _get(c4, off, ok, J2, LAY), _get(c4, off, ok, J3, LAY)
     _look_up(ids, table, sel, count, spage, srow, b0, b1, W, P1, P2, MODE, NBP, WARPS)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     sp = spage.reinterpret(gl.int32, [NBP, BN], flat)
     sr = srow.reinterpret(gl.int32, [NBP, BN], flat)
-    off, so, ok = _places(b0 < N1, sp.index(0).load(RL), sr.index(0).load(RL), st1, st2, delta, P1, P2)
-    ok = ok & (b0 < b1)
-    s8 = gl.load(c8 + so, mask=ok, other=0)
-    a0, a1 = _get(c4, off, ok, 0, LAY), _get(c4, off, ok, J1, LAY)
-    a2, a3 = _get(c4, off, ok, J2, LAY), _get(c4, off, ok, J3, LAY)
     mbarrier.wait(qfull, 0)  # let q pass before the prefetches
     for ahead in gl.static_range(1, PF):
         _prefetch(c4, sp, sr, b0 + ahead, b0, b1, st1, st2, delta, N1, P1, P2, NBP, WARPS)
