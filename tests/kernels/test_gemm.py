@@ -52,6 +52,24 @@ def test_narrow_product(tokens: int, groups: int, out: int, width: int, split: i
     assert tokens == 0 or close(y, expected.flatten(1)) < EXACT
 
 
+@pytest.mark.parametrize(
+    ("tokens", "groups", "out", "width"),
+    [(1, 1, 128, 1024), (3, 2, 24, 576), (17, 1, 40, 1168), (40, 1, 64, 512), (70, 1, 24, 200)],
+)
+def test_narrow_product_in_one_wave(tokens: int, groups: int, out: int, width: int) -> None:
+    """More parts than one round of the sum takes, the last of them shorter, and rows that are not aligned."""
+    codes, scales, w = fp8(groups * out, width, _g(1))
+    x = torch.randn((tokens, groups * width), generator=_g(2)).bfloat16()
+    args = (x.to(DEVICE), codes.to(DEVICE), scales.to(DEVICE))
+    tune = {"one_wave": True, "split": 5, "sum": 2, "ahead": 1}
+    y = gemm.narrow(*args, out_dtype=torch.float32, groups=groups, tune=tune)
+    expected = torch.einsum(
+        "tgk,gnk->tgn", roundtrip(x.view(tokens, groups, width)), w.view(groups, out, width)
+    )
+    assert close(y, expected.flatten(1)) < EXACT
+    assert not gemm.counters(y.device).any()
+
+
 def test_counters_are_left_at_zero_and_results_do_not_change() -> None:
     codes, scales, _ = (v.to(DEVICE) for v in fp8(32, 384, _g(1)))
     x = torch.randn((2, 384), generator=_g(2)).bfloat16().to(DEVICE)
@@ -79,13 +97,33 @@ def test_plain_weights_multiply_exactly() -> None:
     assert close(y, x.float() @ w.float().t()) < 1e-6
 
 
-@pytest.mark.parametrize(("tokens", "groups"), [(130, 1), (5, 2)])
-def test_wide_product(tokens: int, groups: int) -> None:
-    codes, scales, w = fp8(groups * 128, 256, _g(8))
+@pytest.mark.parametrize(("tokens", "groups", "bn"), [(130, 1, 128), (5, 2, 128), (5, 2, 256)])
+def test_wide_product(tokens: int, groups: int, bn: int) -> None:
+    codes, scales, w = fp8(groups * bn, 256, _g(8))
     x = torch.randn((tokens, groups * 256), generator=_g(9)).bfloat16()
-    y = gemm.wide(x.to(DEVICE), codes.to(DEVICE), scales.to(DEVICE), out_dtype=torch.float32, groups=groups)
-    expected = torch.einsum("tgk,gnk->tgn", roundtrip(x.view(tokens, groups, -1)), w.view(groups, 128, -1))
+    args = [v.to(DEVICE) for v in (x, codes, scales)]
+    y = gemm.wide(*args, out_dtype=torch.float32, groups=groups, tune={"bn": bn})
+    expected = torch.einsum("tgk,gnk->tgn", roundtrip(x.view(tokens, groups, -1)), w.view(groups, bn, -1))
     assert close(y, expected.flatten(1)) < EXACT
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 16, 17, 50, 64, 128])
+@pytest.mark.parametrize(
+    ("groups", "out", "width"), [(1, 1024, 4096), (8, 1024, 4096), (1, 4096, 8192), (1, 7168, 16384)]
+)
+def test_one_wave_of_the_releases_repeats_to_the_bit(tokens: int, groups: int, out: int, width: int) -> None:
+    codes, scales, w = (v.to(DEVICE) for v in fp8(groups * out, width, _g(1)))
+    x = torch.randn((tokens, groups * width), generator=_g(2)).bfloat16().to(DEVICE)
+    runs = [
+        gemm.narrow(x, codes, scales, out_dtype=torch.bfloat16, groups=groups, tune={"one_wave": True})
+        for _ in range(3)
+    ]
+    expected = torch.einsum(
+        "tgk,gnk->tgn", roundtrip(x.view(tokens, groups, width)), w.view(groups, out, width)
+    )
+    assert close(runs[0], expected.flatten(1)) < 4e-3  # bf16 results
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
 
 
 @on_gpu
@@ -115,6 +153,22 @@ def test_cublas_gives_the_same_products(tokens: int) -> None:
     x = torch.randn((tokens, 896), generator=_g(2)).bfloat16().to(DEVICE)
     y = linear(x, linear.prepare(Fp8Weight(codes, scales, torch.bfloat16)))
     assert close(y, roundtrip(x) @ w.t()) < 4e-3  # bf16 results
+
+
+@on_hopper
+@pytest.mark.parametrize("tokens", [1, 129, 1001])
+def test_cublas_gives_the_same_grouped_products(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv4.kernels.cublas import linear as cublas
+    from dsv4.kernels.cublas import usable
+
+    if not usable("cuda"):
+        pytest.skip("this torch has no blockwise products")
+    monkeypatch.setattr(cublas, "GROUPED_FEW", 16)
+    codes, scales, w = (v.to(DEVICE) for v in fp8(3 * 256, 896, _g(1)))
+    x = torch.randn((tokens, 3, 896), generator=_g(2)).bfloat16().to(DEVICE)
+    y = cublas.grouped_linear(x, cublas.grouped_linear.prepare(Fp8Weight(codes, scales, torch.bfloat16)))
+    assert y.shape == (tokens, 3, 256)
+    assert close(y, torch.einsum("tgk,gnk->tgn", roundtrip(x), w.view(3, 256, 896))) < 4e-3  # bf16 results
 
 
 def test_silu_gate_of_two_results() -> None:

@@ -1,13 +1,13 @@
 """Products of many tokens with FP8 weights on cuBLAS, through torch's blockwise `scaled_mm`: on Hopper it reaches 1,335
 TFLOP/s of 1,442 where our Triton kernel reaches 857 (benches/gpu/gemm_fp8.py times both). Few tokens go to the Triton
-kernel, which reads weights faster and quantises on the way; so does the grouped projection, for which a launch per group
-and a copy into place were no faster (898 to 902 us for Flash at 8,192 tokens) and far slower for few tokens."""
+kernel, which reads weights faster and quantises on the way. The grouped projection is a launch per group, which writes
+into place (with a copy into place it was no faster: 898 to 902 us for Flash at 8,192 tokens)."""
 
 from __future__ import annotations
 
 from dsv4.kernels.device import capability, has_triton
 
-OPS: dict[str, str] = {"linear": "linear", "swiglu": "linear"}
+OPS: dict[str, str] = {"linear": "linear", "grouped_linear": "linear", "swiglu": "linear"}
 
 
 def usable(device: str, op: str = "linear") -> bool:

@@ -16,11 +16,17 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2, pdl
-from dsv4.kernels.triton.quantise import dot, exponent_scale, pow2_scale, quantise, to_e4m3
+from dsv4.kernels.triton.quantise import EMULATE, dot, exponent_scale, pow2_scale, quantise, to_e4m3
 from dsv4.ops.quantised import Quantised, plain
 
-NARROW_TOKENS = 32
+ONE_WAVE = False
+"""Whether few tokens take `_one_wave`, not yet seen on a GPU, or `_many_waves`."""
+
+NARROW_TOKENS = 128 if ONE_WAVE else 32
 """Up to this many tokens `narrow` runs FP8 products, beyond `wide`."""
+
+GATED_TOKENS = 32
+"""Up to this many tokens SwiGLU of two products is one launch."""
 
 _COUNTERS = 1 << 16
 
@@ -29,6 +35,17 @@ _COUNTERS = 1 << 16
 def _row_scales(ws, row, KB, kb):
     """float32 scales of weight rows `row` in block kb of the channels."""
     return exponent_scale(tl.load(ws + (row // 128) * KB + kb))
+
+
+@triton.jit
+def prefetch(pointers, size):
+    """Asks for `size` bytes (a multiple of 16, not 0) from each of `pointers` (aligned to 16 bytes) to come to L2. Waits
+    for nothing, so it may stand before `gdc_wait` for what the kernel before does not write."""
+    if not EMULATE:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
+            [pointers.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -43,17 +60,32 @@ def narrow_kernel(
     x, w, ws, w_up, ws_up, y, parts, arrived, limit,
     T, OUT, K, KB, STEPS, SPLIT, TILES, x_stride,
     FP8: tl.constexpr, QUANTISE: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, xs=None,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    SUM: tl.constexpr, PDL: tl.constexpr, xs=None,
 ):  # fmt: skip
     """y [T, groups * OUT] = x [T, groups * K] times each group's w [OUT, K] (rows group * OUT + n of w). GATED: y =
-    silu_gate(x w, x w_up). Grid: (groups * TILES * SPLIT, token blocks); a program takes STEPS steps of BK channels."""
+    silu_gate(x w, x w_up). Grid: (groups * TILES * SPLIT, token blocks); a program takes STEPS steps of BK channels. It
+    asks for the weights of the first AHEAD of them before it waits for the kernel that makes x."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     split, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
     group, first = tile // TILES, (tile % TILES) * BN
     n, t, c = first + tl.arange(0, BN), tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, BK)
     row = (group * OUT + tl.minimum(n, OUT - 1)).to(tl.int64)
+    if AHEAD:
+        begin = split * STEPS * BK
+        wanted = tl.minimum(tl.minimum(STEPS, AHEAD) * BK, K - begin) * (
+            w.dtype.element_ty.primitive_bitwidth // 8
+        )
+        prefetch(w + row * K + begin, wanted)
+        if GATED:
+            prefetch(w_up + row * K + begin, wanted)
+        if FP8:
+            tl.load(ws + (row // 128) * KB + split * STEPS, volatile=True)
+            if GATED:
+                tl.load(ws_up + (row // 128) * KB + split * STEPS, volatile=True)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     live = t < T
     wp = w + row[:, None] * K + c[None, :]
     up = w_up + row[:, None] * K + c[None, :]
@@ -84,7 +116,7 @@ def narrow_kernel(
                 acc_up = dot(b, v, acc_up)
     last = True
     if PARTS:
-        at = tl.arange(0, BN)[:, None] * BT + tl.arange(0, BT)[None, :]
+        at = tl.arange(0, BT)[None, :] * BN + tl.arange(0, BN)[:, None]
         here = tl.program_id(1) * (tl.num_programs(0) // SPLIT) + tile
         size: tl.constexpr = BN * BT * (2 if GATED else 1)
         mine = parts + (here.to(tl.int64) * SPLIT + split) * size
@@ -96,13 +128,13 @@ def narrow_kernel(
         if last:
             acc = tl.zeros((BN, BT), tl.float32)
             acc_up = tl.zeros((BN, BT), tl.float32)
-            for s in range(SPLIT):
-                part = parts + (here.to(tl.int64) * SPLIT + s) * size
-                acc += tl.load(part + at, mask=live[None, :], other=0.0, cache_modifier=".cg")
-                if GATED:
-                    acc_up += tl.load(
-                        part + BN * BT + at, mask=live[None, :], other=0.0, cache_modifier=".cg"
-                    )
+            for s in range(0, SPLIT, SUM):
+                for i in tl.static_range(SUM):  # SUM loads on their way before the first is added
+                    part = parts + (here.to(tl.int64) * SPLIT + s + i) * size
+                    there = (t < tl.where(s + i < SPLIT, T, 0))[None, :]
+                    acc += tl.load(part + at, mask=there, other=0.0, cache_modifier=".cg")
+                    if GATED:
+                        acc_up += tl.load(part + BN * BT + at, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(arrived + here, 0)
     if last:
         if GATED:
@@ -118,7 +150,8 @@ def wide_kernel(
     BT: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, MX: tl.constexpr,
 ):  # fmt: skip
     """The same product for codes x (descriptor over [T, groups * K], box BT x 128) and w (over [groups * OUT, K], box
-    BN x 128). Programs go down bands of BAND token blocks, so that weights and tokens of neighbours meet in L2."""
+    128 x 128). Programs go down bands of BAND token blocks, so that weights and tokens of neighbours meet in L2. BN is 128
+    or 256: 256 halves what comes from L2, and one half's sums are scaled while the other half's products run."""
     tiles, rows = GROUPS * (OUT // BN), tl.cdiv(T, BT)
     band = tl.program_id(0) // (BAND * tiles)
     height = tl.minimum(rows - band * BAND, BAND)
@@ -129,7 +162,8 @@ def wide_kernel(
     xp = xs + first.to(tl.int64) * KB * T + t
     T = T.to(tl.int64)
     wp = ws + (n0 // 128) * KB
-    acc = tl.zeros((BT, BN), tl.float32)
+    acc = tl.zeros((BT, 128), tl.float32)
+    right_acc = tl.zeros((BT, 128), tl.float32)
     for kb in tl.range(KB, num_stages=STAGES):
         a = x.load([t0, first * K + kb * 128])
         b = w.load([n0, kb * 128])
@@ -137,13 +171,22 @@ def wide_kernel(
         if MX:
             code = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
             left = tl.broadcast_to(code[:, None], (BT, 4))
-            right = tl.full((BN, 4), 0, tl.uint8) + tl.load(wp + kb)
+            right = tl.full((128, 4), 0, tl.uint8) + tl.load(wp + kb)
             acc = tl.dot_scaled(a, left, "e4m3", b.T, right, "e4m3", acc)
+            if BN == 256:
+                b = w.load([n0 + 128, kb * 128])
+                right = tl.full((128, 4), 0, tl.uint8) + tl.load(wp + KB + kb)
+                right_acc = tl.dot_scaled(a, left, "e4m3", b.T, right, "e4m3", right_acc)
         else:
             acc += tl.dot(a, b.T) * (scale * exponent_scale(tl.load(wp + kb)))[:, None]
-    n = n0 + tl.arange(0, BN)
+            if BN == 256:
+                b = w.load([n0 + 128, kb * 128])
+                right_acc += tl.dot(a, b.T) * (scale * exponent_scale(tl.load(wp + KB + kb)))[:, None]
+    n = n0 + tl.arange(0, 128)
     out = t[:, None].to(tl.int64) * (GROUPS * OUT) + n[None, :]
     tl.store(y + out, acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
+    if BN == 256:
+        tl.store(y + out + 128, right_acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
 
 
 @triton.jit
@@ -173,11 +216,11 @@ def counters(device: torch.device) -> Tensor:
     return _arrived[device]
 
 
-def split_of(programs: int, steps: int, per_sm: int = 3, least: int = 2) -> int:
+def split_of(programs: int, steps: int, per_sm: int = 3, least: int = 2, most: int = 32) -> int:
     """In how many parts to cut K of `steps` steps, so that `programs` fill the machine with at least `least` steps
     each."""
     wanted = max(1, per_sm * multiprocessors() // programs)
-    return max(1, min(wanted, steps // least, 32))
+    return max(1, min(wanted, steps // least, most))
 
 
 def narrow(
@@ -200,7 +243,8 @@ def narrow(
     if not tokens:
         return y
     fp8, out = scales is not None, rows // groups
-    pick = _narrow_config(tokens, weight, groups, gated=up is not None) | (tune or {})
+    choose = _one_wave if (tune or {}).get("one_wave", ONE_WAVE) else _many_waves
+    pick = choose(tokens, weight, groups, gated=up is not None) | (tune or {})
     bt, bn, bk, split = pick["bt"], pick["bn"], pick["bk"], pick["split"]
     tiles, blocks, steps = cdiv(out, bn), cdiv(tokens, bt), cdiv(wide, bk)
     each = cdiv(steps, split)
@@ -211,16 +255,18 @@ def narrow(
         dtype=torch.float32,
         device=x.device,
     )
-    quantised = fp8 and xs is None and tokens <= 16
+    quantised = fp8 and xs is None and tokens <= pick["fused"]
     if fp8 and xs is None and not quantised:
         x, xs = quantise(x, groups)
     second, second_scales = up or (weight, scales)
     overlap = pdl()
+    aligned = wide * weight.element_size() % 16 == 0
     narrow_kernel[(groups * tiles * split, blocks)](
         x, weight, scales, second, second_scales, y, parts, counters(x.device), limit,
         tokens, out, wide, cdiv(wide, 128), each, split, tiles, x.stride(0),
         FP8=fp8, QUANTISE=quantised, GATED=up is not None, PARTS=split > 1, BT=bt, BN=bn, BK=bk,
-        STAGES=pick["stages"], PDL=bool(overlap), xs=xs, num_warps=pick["warps"], **overlap,
+        STAGES=pick["stages"], AHEAD=pick["ahead"] if aligned else 0, SUM=pick["sum"], PDL=bool(overlap), xs=xs,
+        num_warps=pick["warps"], **overlap,
     )  # fmt: skip
     return y
 
@@ -233,7 +279,26 @@ def gated(
     return narrow(codes, *gate, out_dtype=values.dtype, up=up, limit=limit, xs=xs)[: len(values)]
 
 
-def _narrow_config(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dict[str, int]:
+def _one_wave(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dict[str, int]:
+    """All programs run at once: two on a multiprocessor, which 227 KiB of shared memory and 64 Ki registers allow, each
+    with 48 KiB of weights on the way, four times what 3 TB/s and a microsecond ask for. More and shorter programs would
+    make a second wave and more parts to add up. Up to 64 tokens are quantised on the way, while the memory is waited for."""
+    rows, wide = weight.shape
+    out, size = rows // groups, weight.element_size()
+    bt = min(128, max(16, next_pow2(tokens)))
+    bn = min(64 if gated or out * groups <= 2048 else 128, max(16, next_pow2(out)))
+    bk = 128 // min(size, 2)
+    big = bt * bn > 64 * 64
+    slots = 1 if bt * bn > 64 * 128 else 2
+    split = split_of(groups * cdiv(out, bn) * cdiv(tokens, bt), cdiv(wide, bk), slots, least=4, most=16)
+    stages = 6 if bn <= 64 and bt <= 32 and not gated else 4
+    sums = 4 if gated or bt * bn > 64 * 128 else 8
+    return dict(
+        bt=bt, bn=bn, bk=bk, split=split, warps=8 if big else 4, stages=stages, fused=64, ahead=4, sum=sums
+    )
+
+
+def _many_waves(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dict[str, int]:
     rows, wide = weight.shape
     out, size = rows // groups, weight.element_size()
     bt = min(128, max(16, next_pow2(tokens)))
@@ -241,7 +306,9 @@ def _narrow_config(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> 
     bk = 128 // min(size, 2)
     steps = cdiv(wide, bk)
     programs = groups * cdiv(out, bn) * cdiv(tokens, bt)
-    return dict(bt=bt, bn=bn, bk=bk, split=split_of(programs, steps), warps=4, stages=4 if bt <= 64 else 3)
+    stages = 4 if bt <= 64 else 3
+    split = split_of(programs, steps)
+    return dict(bt=bt, bn=bn, bk=bk, split=split, warps=4, stages=stages, fused=16, ahead=0, sum=1)
 
 
 def wide(
@@ -264,7 +331,7 @@ def wide(
     pick = dict(bt=128, bn=128, band=8, warps=4 if mx else 8, stages=4) | (tune or {})
     bt, bn = pick["bt"], pick["bn"]
     wide_kernel[(cdiv(tokens, bt) * (rows // bn),)](
-        TensorDescriptor.from_tensor(codes, [bt, 128]), xs, TensorDescriptor.from_tensor(weight, [bn, 128]), scales, y,
+        TensorDescriptor.from_tensor(codes, [bt, 128]), xs, TensorDescriptor.from_tensor(weight, [128, 128]), scales, y,
         tokens, rows // groups, width, width // 128, groups,
         BT=bt, BN=bn, BAND=pick["band"], STAGES=pick["stages"], MX=mx and not INTERPRETED,
         num_warps=pick["warps"],
@@ -298,24 +365,26 @@ _NARROW = _INTS | {
 
 
 def _aot_narrow(
-    kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, out: str = "bf16", shared: bool = False
-) -> Aot:
-    fp8, fused = kind == "fp8e4nv", bt == 16 and not shared
+    kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, out: str = "bf16", shared: bool = False,
+    warps: int = 4, stages: int = 4, ahead: int = 0, sums: int = 1,
+) -> Aot:  # fmt: skip
+    fp8, fused = kind == "fp8e4nv", bt <= 64 and not shared
     signature = _NARROW | {k: f"*{kind}" for k in ("w", "w_up")} | {"y": f"*{out}"}
     signature |= {"x": "*bf16"} if fused or not fp8 else {"x": "*fp8e4nv", "xs": "*fp32"}
     flags = dict(
-        FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk, STAGES=4, PDL=True
-    )
+        FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk, STAGES=stages, AHEAD=ahead,
+        SUM=sums, PDL=True,
+    )  # fmt: skip
     absent = {k: None for k in ("ws", "ws_up") if not fp8} | ({} if "xs" in signature else {"xs": None})
-    return Aot(narrow_kernel, signature, flags | absent, num_warps=4, num_stages=4, matrix=True)
+    return Aot(narrow_kernel, signature, flags | absent, num_warps=warps, num_stages=stages, matrix=True)
 
 
-def _aot_wide(arch: int) -> Aot:
+def _aot_wide(arch: int, bn: int = 128, stages: int = 4) -> Aot:
     box = "tensordesc<fp8e4nv[128, 128]>"
     signature = {"x": box, "w": box, "xs": "*fp32", "ws": "*u8", "y": "*bf16"}
     signature |= {k: "i32" for k in ("T", "GROUPS", "KB")} | {k: "i32:16" for k in ("OUT", "K")}
-    flags = dict(BT=128, BN=128, BAND=8, STAGES=4, MX=arch == 100)
-    return Aot(wide_kernel, signature, flags, 4 if arch == 100 else 8, 4, matrix=True, archs=(arch,))
+    flags = dict(BT=128, BN=bn, BAND=8, STAGES=stages, MX=arch == 100)
+    return Aot(wide_kernel, signature, flags, 4 if arch == 100 else 8, stages, matrix=True, archs=(arch,))
 
 
 AOT = [
@@ -325,7 +394,20 @@ AOT = [
     _aot_narrow("fp8e4nv", 16, 64, 128, gated=True, shared=True),
     _aot_narrow("fp8e4nv", 128, 64, 128),
     _aot_narrow("bf16", 16, 128, 64, out="fp32"),
+    _aot_narrow("fp8e4nv", 16, 64, 128, ahead=8, sums=8, stages=6),
+    _aot_narrow("fp8e4nv", 16, 128, 128, ahead=8, sums=8),
+    _aot_narrow("fp8e4nv", 32, 128, 128, ahead=8, sums=8),
+    _aot_narrow("fp8e4nv", 16, 64, 128, gated=True, ahead=8, sums=4),
+    _aot_narrow("fp8e4nv", 32, 64, 128, gated=True, ahead=8, sums=4),
+    _aot_narrow("fp8e4nv", 32, 64, 128, gated=True, shared=True, ahead=8, sums=4),
+    _aot_narrow("bf16", 16, 128, 64, out="fp32", ahead=8, sums=8),
+    _aot_narrow("fp8e4nv", 64, 64, 128, ahead=8, sums=8),
+    _aot_narrow("fp8e4nv", 64, 128, 128, ahead=8, sums=8, warps=8),
+    _aot_narrow("fp8e4nv", 128, 64, 128, ahead=8, sums=8, warps=8),
+    _aot_narrow("fp8e4nv", 128, 128, 128, ahead=8, sums=4, warps=8),
     _aot_wide(90),
+    _aot_wide(90, 256, 3),
+    _aot_wide(90, 256, 4),
     _aot_wide(100),
     Aot(
         silu_gate_kernel,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv4.kernels.triton.gemm import NARROW_TOKENS, gated, narrow, product, silu_gate_of
+from dsv4.kernels.triton.gemm import GATED_TOKENS, gated, narrow, product, silu_gate_of
 from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.weight import Fp8Weight, Gated, Packed, Weight, dense, prepared_by
 
@@ -62,7 +62,7 @@ def _all_kept(w: Gated) -> Gated:
 def swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
     """The shared expert: [T, d] -> [T, d]. With few tokens both first products are one launch, SwiGLU included."""
     w1, w3, w2 = w
-    if len(plain(x)) <= NARROW_TOKENS and isinstance(w1, Packed) and isinstance(w3, Packed):
+    if len(plain(x)) <= GATED_TOKENS and isinstance(w1, Packed) and isinstance(w3, Packed):
         h = gated(x, (w1.codes, w1.scales), (w3.codes, w3.scales), limit)
     else:
         h = silu_gate_of(linear(x, w1), linear(x, w3), limit)
