@@ -1,4 +1,4 @@
-"""Where the time of a routed-experts layer goes at few tokens, launch by launch: `python3 -m benches.gpu.breakdown`.
+"""Where the time of a routed-experts layer goes, launch by launch: `python3 -m benches.gpu.breakdown`.
 
 For each Triton launch of a call: its time alone, and the time of a graph of it and all before it, both with cold L2 and
 overlapping as in use; then whole calls of other settings. Kernels of torch are in the whole time only.
@@ -66,6 +66,18 @@ def first_product_us(bench: Bench, launch: Callable[..., Any], programs: int) ->
     return bench.us(run) - bench.us(zeros.zero_) + bench.floor_us
 
 
+def _print_launches(
+    bench: Bench, label: str, f: Callable[[], Any], expected: torch.Tensor, bound: float
+) -> list[tuple[str, Any, partial[Any]]]:
+    us, error = bench.us(f), max_abs_err(f(), expected)
+    print(f"  {label}: {us:.1f} us {bound / us:.0%}, error {error:.1e}", flush=True)
+    found = launches(f)
+    for i, (kernel, grid, launch) in enumerate(found):
+        until = bench.us(partial(_all, [again for *_, again in found[: i + 1]]))
+        print(f"    {kernel:16} grid {grid}: alone {bench.us(launch):6.1f} us, until its end {until:6.1f} us")
+    return found
+
+
 def layer_breakdown(bench: Bench, name: str, tokens: int, tries: list[dict[str, int]]) -> None:
     count, dim, inner = moe_bench.SHAPES[name]
     model = moe_bench.Experts(count, dim, inner, bench.device)
@@ -82,18 +94,16 @@ def layer_breakdown(bench: Bench, name: str, tokens: int, tries: list[dict[str, 
         f"{name}, {tokens} tokens, {hit} experts: {size / 1e6:.0f} MB, {bound:.1f} us by copy rate",
         flush=True,
     )
+    bound = max(bound, 6 * x.numel() * moe_bench.TOPK * inner / bench.fp8_tf / 1e6)
     f = partial(moe_bench.layer, x, gate, bias, model.packed, shared)
+    if tokens > moe_few.FEW:
+        for backend, kernel in moe_bench.forms(tokens, dim, model.packed).items():
+            _print_launches(bench, backend, partial(f, form=kernel), expected, bound)
+        return
     for one_launch in (False, True):
         with form(one_launch):
-            us, error = bench.us(f), max_abs_err(f(), expected)
-            print(
-                f"  {'one launch' if one_launch else 'several'}: {us:.1f} us {bound / us:.0%}, error {error:.1e}"
-            )
-            found = launches(f)
-        for i, (kernel, grid, launch) in enumerate(found):
-            until = bench.us(partial(_all, [again for *_, again in found[: i + 1]]))
-            alone = bench.us(launch)
-            print(f"    {kernel:16} grid {grid}: alone {alone:6.1f} us, until its end {until:6.1f} us")
+            label = "one launch" if one_launch else "several"
+            found = _print_launches(bench, label, f, expected, bound)
         if one_launch:
             whole = found[-1][2]
             programs = experts.numel() * model.packed.w13.shape[1] * whole.keywords["SPLIT1"]

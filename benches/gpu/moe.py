@@ -1,13 +1,16 @@
 """Routed FP4 experts of Flash and Pro, from router to sum: scores and choice of 6 experts, plan, quantisation, both
-products, sum over experts and the shared expert's result. The router is random, so experts are hit at random."""
+products, sum over experts and the shared expert's result. The router is random, so experts are hit at random. Where the
+Gluon form takes a shape, it has a row of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
 from dsv4.formats import fp4_decode, fp4_unpack, ue8m0_decode
+from dsv4.kernels.gluon import moe as gluon
+from dsv4.kernels.triton.common import capability
 from dsv4.kernels.triton.moe import PackedExperts, pack, run
 from dsv4.kernels.triton.route import route
 from torch import Tensor
@@ -63,9 +66,19 @@ def roundtrip(x: Tensor, block: int) -> Tensor:
     return ((v / scale).to(torch.float8_e4m3fn).float() * scale).flatten(-2)
 
 
-def layer(x: Tensor, gate: Tensor, bias: Tensor, packed: PackedExperts, shared: Tensor) -> Tensor:
+def forms(tokens: int, dim: int, packed: PackedExperts) -> dict[str, Callable[..., Tensor]]:
+    """The op's kernels that take this shape on this machine, by backend."""
+    found: dict[str, Callable[..., Tensor]] = {"triton": run}
+    if capability()[0] == 9 and gluon.suits(tokens, TOPK, dim, packed):
+        found["gluon"] = gluon.run
+    return found
+
+
+def layer(
+    x: Tensor, gate: Tensor, bias: Tensor, packed: PackedExperts, shared: Tensor, form: Callable[..., Tensor] = run
+) -> Tensor:
     """What a layer runs besides the shared expert."""
-    return run(x, *route(x, gate, bias, None, TOPK, 1.5), packed, LIMIT, shared)
+    return form(x, *route(x, gate, bias, None, TOPK, 1.5), packed, LIMIT, shared)
 
 
 def rows(bench: Bench) -> Iterator[Row]:
@@ -75,28 +88,28 @@ def rows(bench: Bench) -> Iterator[Row]:
         size = model.packed.nbytes // count
         gate = torch.randn((count, dim), device=bench.device, dtype=torch.bfloat16) / dim**0.5
         bias = torch.randn(count, device=bench.device) / 10
-        for tokens in (1, 8, 128, 2048) if bench.quick else TOKENS:
+        for tokens in (1, 8, 128, 2048, 8192) if bench.quick else TOKENS:
             x = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
             shared = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
-            f = partial(layer, x, gate, bias, model.packed, shared)
             experts, weights = route(x, gate, bias, None, TOPK, 1.5)
             last = slice(tokens - min(tokens, 16), None)
-            error = max_abs_err(
-                f()[last], model.expected(x[last], experts[last], weights[last], shared[last])
-            )
+            expected = model.expected(x[last], experts[last], weights[last], shared[last])
             hit = len(experts.unique())
-            yield Row(
-                "moe",
-                f"{name} {count} x {dim} x {inner} top {TOPK}",
-                tokens,
-                hit,
-                bench.us(f),
-                hit * size + gate.nbytes + 6 * x.numel(),
-                2 * tokens * TOPK * 3 * dim * inner,
-                "fp8",
-                "",
-                None,
-                error,
-            )
+            for form, run_form in forms(tokens, dim, model.packed).items():
+                f = partial(layer, x, gate, bias, model.packed, shared, run_form)
+                error = max_abs_err(f()[last], expected)
+                yield Row(
+                    "moe",
+                    f"{name} {count} x {dim} x {inner} top {TOPK} {form}",
+                    tokens,
+                    hit,
+                    bench.us(f),
+                    hit * size + gate.nbytes + 6 * x.numel(),
+                    2 * tokens * TOPK * 3 * dim * inner,
+                    "fp8",
+                    "",
+                    None,
+                    error,
+                )
         del model
         bench.free()

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 BACKENDS: tuple[str, ...] = ("triton", "cublas", "gluon")
 """Names of the subpackages with kernels; each has a table `OPS` and a function `usable(device, op)`, and may have
-`untried(device)`: it runs there only when named."""
+`untried(device, op)`: it runs there only when named."""
 
 PRIORITY = {"triton": 10, "cublas": 15, "gluon": 20}
 """Which backend `auto` takes of those that run on a device: the higher one."""
@@ -29,6 +29,6 @@ def register_all(registry: Registry) -> None:
                 backend,
                 lambda path=f"{package.__name__}.{module}", op=op: getattr(import_module(path), op),
                 usable=partial(package.usable, op=op),
-                untried=getattr(package, "untried", lambda device: False),
+                untried=partial(getattr(package, "untried", lambda device, op: False), op=op),
                 priority=PRIORITY[backend],
             )

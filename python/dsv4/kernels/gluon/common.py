@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import blackwell
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 _DESCRIPTOR = gl.shared_memory_descriptor
 NEW_NAMES = hasattr(_DESCRIPTOR, "reinterpret")
 """Triton 3.9: `reinterpret` and `barrier`; before that `_reinterpret` and `thread_barrier`."""
+
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 

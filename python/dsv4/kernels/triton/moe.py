@@ -47,12 +47,13 @@ ONE_LAUNCH = False
 
 @triton.jit
 def plan_kernel(
-    experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T,
+    experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T, places,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program e < E: `rows` gets expert e's slots (token * k + j) in order, `plan` its blocks of at most BT slots as
-    (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks. The programs beyond quantise x,
-    one block of BLOCK channels of 8 tokens each. An expert outside 0 .. E - 1 is left out."""
+    (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks; `places`, unless None, gets each
+    slot's place in `rows`. The programs beyond quantise x, one block of BLOCK channels of 8 tokens each. An expert outside
+    0 .. E - 1 is left out."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -88,6 +89,8 @@ def plan_kernel(
                 here = tl.load(experts + lo + at, mask=lo + at < S, other=-1) == e
                 rank = tl.cumsum(here.to(tl.int32), 0)
                 tl.store(rows + start + rank - 1, lo + at, mask=here)
+                if places is not None:
+                    tl.store(places + lo + at, start + rank - 1, mask=here)
                 start += tl.sum(here.to(tl.int32))
 
 
@@ -234,19 +237,34 @@ def experts_kernel(
 
 
 @triton.jit
-def combine_kernel(out, shared, y, N, TOPK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """y [T, N] = sum of a token's slots in order, plus shared [T, N] unless None. Grid: column blocks x tokens."""
+def combine_kernel(
+    out, experts, E, shared, y, N, TOPK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """y [T, N] = sum of a token's slots in order, plus shared [T, N] unless None. A slot whose expert is outside 0 .. E - 1
+    counts nothing. Grid: column blocks x tokens."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     t = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.load(out + t * TOPK * N + n, mask=n < N, other=0.0).to(tl.float32)
-    for j in tl.static_range(1, TOPK):
-        acc += tl.load(out + (t * TOPK + j) * N + n, mask=n < N, other=0.0).to(tl.float32)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOPK):
+        e = tl.load(experts + t * TOPK + j + 0 * n)  # the interpreter wants a mask of one kind
+        mask = (n < N) & (e >= 0) & (e < E)
+        acc += tl.load(out + (t * TOPK + j) * N + n, mask=mask, other=0.0).to(tl.float32)
     if shared is not None:
         acc += tl.load(shared + t * N + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(y + t * N + n, acc.to(y.dtype.element_ty), mask=n < N)
+
+
+def combine(out: Tensor, experts: Tensor, count: int, shared: Tensor | None, y: Tensor) -> Tensor:
+    """y [T, d]: each token's sum of its rows of `out` [T * k, d] whose expert is below `count`, plus `shared`."""
+    (tokens, k), dim, overlap = experts.shape, y.shape[1], pdl()
+    block = min(1024, next_pow2(dim))
+    combine_kernel[(cdiv(dim, block), tokens)](
+        out, experts, count, shared, y, dim, TOPK=k, BLOCK=block, PDL=bool(overlap), **overlap
+    )
+    return y
 
 
 def prepare(w: Gated) -> PackedExperts | Gated:
@@ -303,7 +321,7 @@ def run(
             empty(tokens, steps1, dtype=torch.float32),
         )
         plan_kernel[(count + cdiv(tokens, 8) * steps1,)](
-            experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens,
+            experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens, None,
             BINS=next_pow2(count), CHUNK=min(2048, next_pow2(slots)), BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
         )  # fmt: skip
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
@@ -328,10 +346,7 @@ def run(
         SUMMED=next_pow2(k * split2), **common,
     )  # fmt: skip
     if not few:
-        block = min(1024, next_pow2(dim))
-        combine_kernel[(cdiv(dim, block), tokens)](
-            out, shared, y, dim, TOPK=k, BLOCK=block, PDL=bool(overlap), **overlap
-        )
+        combine(out, experts, count, shared, y)
     return y
 
 
@@ -406,6 +421,6 @@ AOT = [
         plan_kernel,
         {k: "*i32" for k in ("rows", "plan")} | {k: "i32" for k in ("S", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")}
         | {"experts": "*i64", "x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"},
-        dict(BINS=256, CHUNK=2048, BT=16, BLOCK=128, PDL=True),
+        dict(places=None, BINS=256, CHUNK=2048, BT=16, BLOCK=128, PDL=True),
     ),
 ]  # fmt: skip
