@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
+from tests.kernels import gluon_threads as threads
 from tests.kernels.device import DEVICE, close, on_hopper
 from tests.kernels.quantised import fp4, roundtrip
 from tests.kernels.test_moe import LIMIT, check, make
@@ -78,6 +83,93 @@ def test_few_tokens_wide_scales_and_odd_widths_go_to_triton() -> None:
     names = portable.PackedExperts.__dataclass_fields__
     wide = portable.PackedExperts(**{n: getattr(packed, n) for n in names} | {"absorb": False})
     assert not moe.suits(least, 2, 128, wide)
+
+
+def _look_up(
+    text: str, registers: str, args: list[Any], dtype: Any, is_pure: bool, pack: int
+) -> tuple[Any, Any]:
+    """The assembly: magnitudes of low and high looked up in their 8 bytes, and the signs."""
+    x, *tables = (np.asarray(v).astype(np.int64) & 0xFFFFFFFF for v in args)
+    both = []
+    for word, signs, a, b in ((x, x, *tables[:2]), (x >> 16, x << 4, *tables[2:])):
+        byte = np.stack([t >> 8 * i & 255 for t in (a, b) for i in range(4)], -1)
+        picks = [
+            np.take_along_axis(byte, (word >> 4 * i & 7)[..., None], -1)[..., 0] << 8 * i for i in range(4)
+        ]
+        both.append(threads.array((sum(picks) | signs & 0x80808080).astype(np.uint32).view(np.int32)))
+    return both[0], both[1]
+
+
+def _pow2_scale(most: Any) -> tuple[Any, Any]:
+    scale = np.exp2(np.ceil(np.log2(np.maximum(np.asarray(most, dtype=np.float64), 1e-4) / 448)))
+    return threads.array(scale.astype(np.float32)), threads.array((1 / scale).astype(np.float32))
+
+
+STANDINS = {
+    "portable": SimpleNamespace(_table=portable._table.fn),
+    "pow2_scale": _pow2_scale,
+    "to_e4m3": lambda v: threads.array(torch.from_numpy(np.array(v, np.float32)).to(torch.float8_e4m3fn).view(torch.uint8)),
+    "silu_gate": lambda a, b, limit: np.minimum(a, limit) / (1 + np.exp(-np.minimum(a, limit))) * np.clip(b, -limit, limit),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ids", "dim", "inner", "programs"),
+    [
+        ([[2, 0], [1, -1], [3, 4], [0, 2]] * 15, 256, 128, 3),
+        ([[1, 2]] * 290, 128, 128, 2),
+        ([[1, 2, 3]] * 20 + [[3, 3, 0]] * 60 + [[0, 0, 0]] * 30, 256, 256, 1),
+    ],
+    ids=["one piece, unknown experts", "two blocks of an expert", "one to four pieces"],
+)
+def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: int) -> None:
+    """Both products by the kernel's source, slot by slot. Scales and rows that nobody has are NaN."""
+    packed, (w1, w3, w2) = make(4, dim, inner)
+    experts, tokens, k = torch.tensor(ids).flatten().tolist(), len(ids), len(ids[0])
+    g, slots = _g(tokens), tokens * k
+    x, gate = torch.randn((tokens, dim), generator=g), torch.rand(slots, generator=g)
+    order = [s for e in range(4) for s in range(slots) if experts[s] == e]
+    plan, start = [], 0
+    for e in range(4):
+        count = experts.count(e)
+        plan += [(e, start + j, min(256, count - j)) for j in range(0, count, 256)]
+        start += count
+    entries = np.array([len(plan), 0, 0, *(v for entry in plan for v in entry)], np.int32)
+    rows = np.array(order + [0] * (slots - len(order)), np.int32)
+    v = x[[s // k for s in order]].view(len(order), -1, 128)
+    scale = torch.from_numpy(np.asarray(_pow2_scale(v.abs().amax(-1))[0]))
+    codes = np.full((slots, dim), 127, np.uint8)
+    codes[: len(order)] = (
+        (v / scale[..., None])
+        .to(torch.float8_e4m3fn)
+        .view(torch.uint8)
+        .view(-1, dim // 64, 64)[..., ORDER]
+        .flatten(1)
+    )
+    tiles1, tiles2 = packed.w13.shape[1], packed.w2.shape[1]
+    scales, hs = (np.full((n + 1, slots + 256), np.nan, np.float32) for n in (dim // 128, tiles1))
+    scales[:-1, : len(order)] = scale.t()
+    h, out = np.full((slots, tiles1 * 64), 127, np.uint8), np.full((slots, dim), np.nan, np.float32)
+    for first, rows_of, xs, w, ws, base, to, tiles in (
+        (True, codes, scales, packed.w13, packed.s13, packed.b13, h, tiles1),
+        (False, h, hs, packed.w2, packed.s2, packed.b2, out, tiles2),
+    ):
+        words = w.cpu().view(-1, 128).view(torch.int32).numpy()
+        flat = [
+            threads.Pointer(np.asarray(t).reshape(-1))
+            for t in (xs, ws.cpu(), base.cpu(), entries, rows, gate, to, hs)
+        ]
+        xd, wd = threads.Descriptor(rows_of, (64, 64)), threads.Descriptor(words, (64, 32))
+        args = (xd, wd, *flat, LIMIT, slots + 256, rows_of.shape[1] // 128, tiles, first)
+        threads.run(moe, "product_kernel", args, programs, _look_up, STANDINS, seed=tokens)
+    xq = roundtrip(x)
+    expected = torch.full((slots, dim), torch.nan)
+    for s in order:
+        e, t = experts[s], s // k
+        a, b = (w1[e] @ xq[t]).clamp(max=LIMIT), (w3[e] @ xq[t]).clamp(-LIMIT, LIMIT)
+        expected[s] = w2[e] @ roundtrip(torch.nn.functional.silu(a) * b * gate[s], 64)
+    assert close(torch.from_numpy(out[order]), expected[order]) < 1e-5
+    assert np.isnan(out[[s for s in range(slots) if s not in order]]).all()
 
 
 @on_hopper

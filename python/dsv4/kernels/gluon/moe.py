@@ -282,7 +282,7 @@ def _products(
         i += steps
 
 
-@gluon.jit(do_not_specialize=["limit"])
+@gluon.jit(do_not_specialize=["limit", "SP", "steps"])
 def product_kernel(
     xd, wd, xs, ws, base, plan, rows, gate, out, out_s, limit, SP, steps, TILES: gl.constexpr, FIRST: gl.constexpr
 ):  # fmt: skip
