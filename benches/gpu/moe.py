@@ -75,7 +75,12 @@ def forms(tokens: int, dim: int, packed: PackedExperts) -> dict[str, Callable[..
 
 
 def layer(
-    x: Tensor, gate: Tensor, bias: Tensor, packed: PackedExperts, shared: Tensor, form: Callable[..., Tensor] = run
+    x: Tensor,
+    gate: Tensor,
+    bias: Tensor,
+    packed: PackedExperts,
+    shared: Tensor,
+    form: Callable[..., Tensor] = run,
 ) -> Tensor:
     """What a layer runs besides the shared expert."""
     return form(x, *route(x, gate, bias, None, TOPK, 1.5), packed, LIMIT, shared)

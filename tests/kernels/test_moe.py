@@ -27,9 +27,7 @@ def _g(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make(
-    count: int, dim: int, inner: int, high: int = 121
-) -> tuple[moe.PackedExperts, tuple[Tensor, ...]]:
+def make(count: int, dim: int, inner: int, high: int = 121) -> tuple[moe.PackedExperts, tuple[Tensor, ...]]:
     """Packed ones on the device, and w1, w3, w2 in float32."""
     g = _g(count)
     parts = [fp4((count, *shape), g, high=high) for shape in ((inner, dim), (inner, dim), (dim, inner))]
