@@ -151,3 +151,15 @@ def test_conversations_are_written_as_the_engine_reads_them() -> None:
     nano = resources.files("dsv4") / "data" / "nano"
     assert ChatFormat.for_model(str(nano), ModelConfig.from_dir(str(nano))) == FORMAT
     assert len(FACTS) == 50 and all(f["key"] in f["answer"] for f in FACTS)
+
+
+def test_prose_of_the_model_that_ships_does_not_loop() -> None:
+    from dsv4 import LLM, SamplingParams
+    from items import PROSE, loops
+
+    llm = LLM(max_num_seqs=8, max_model_len=512, device="cpu")
+    params = SamplingParams(temperature=0.7, max_tokens=120, seed=0)
+    prompts = [[0, *llm.tokenizer.encode(p)] for p in PROSE]  # as texts begin in training
+    said = [c.token_ids for c in llm.generate(prompts, params)]
+    assert sum(map(len, said)) > 400
+    assert sum(map(loops, said)) <= 1
