@@ -1,19 +1,19 @@
 """Where the time of a routed-experts layer goes, launch by launch: `python3 -m benches.gpu.breakdown`.
 
 For each Triton launch of a call: its time alone, and the time of a graph of it and all before it, both with cold L2 and
-overlapping as in use; then whole calls of other settings. Kernels of torch are in the whole time only.
+overlapping as in use. A number of tokens takes the form that it takes in use; where Gluon has one, Triton's stands beside
+it. Kernels of torch are in the whole time only.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from dsv4.kernels.triton import moe, moe_few, route
+from dsv4.kernels.triton import moe, route
 from dsv4.kernels.triton.gemm import counters
 from triton.runtime.jit import JITFunction
 
@@ -43,17 +43,6 @@ def _all(calls: list[Callable[..., Any]]) -> None:
         call()
 
 
-@contextmanager
-def form(one_launch: bool) -> Iterator[None]:
-    """Routing and experts each in one launch, or in several."""
-    before = moe.ONE_LAUNCH, route.ONE_LAUNCH
-    moe.ONE_LAUNCH = route.ONE_LAUNCH = one_launch
-    try:
-        yield
-    finally:
-        moe.ONE_LAUNCH, route.ONE_LAUNCH = before
-
-
 def first_product_us(bench: Bench, launch: Callable[..., Any], programs: int) -> float:
     """Of the one launch, only the programs of the first product; the counters that these leave are zeroed, and that time
     is taken off."""
@@ -78,7 +67,7 @@ def _print_launches(
     return found
 
 
-def layer_breakdown(bench: Bench, name: str, tokens: int, tries: list[dict[str, int]]) -> None:
+def layer_breakdown(bench: Bench, name: str, tokens: int) -> None:
     count, dim, inner = moe_bench.SHAPES[name]
     model = moe_bench.Experts(count, dim, inner, bench.device)
     gate = torch.randn((count, dim), device=bench.device, dtype=torch.bfloat16) / dim**0.5
@@ -96,47 +85,25 @@ def layer_breakdown(bench: Bench, name: str, tokens: int, tries: list[dict[str, 
     )
     bound = max(bound, 6 * x.numel() * moe_bench.TOPK * inner / bench.fp8_tf / 1e6)
     f = partial(moe_bench.layer, x, gate, bias, model.packed, shared)
-    if tokens > moe_few.FEW:
-        for backend, kernel in moe_bench.forms(tokens, dim, model.packed).items():
-            _print_launches(bench, backend, partial(f, form=kernel), expected, bound)
-        return
-    for one_launch in (False, True):
-        with form(one_launch):
-            label = "one launch" if one_launch else "several"
-            found = _print_launches(bench, label, f, expected, bound)
-        if one_launch:
-            whole = found[-1][2]
-            programs = experts.numel() * model.packed.w13.shape[1] * whole.keywords["SPLIT1"]
-            print(f"    of it the first product: {first_product_us(bench, whole, programs):6.1f} us")
-    for tune in tries:
-        run = partial(moe_few.run_few, x, experts, weights, model.packed, moe_bench.LIMIT, shared, tune)
-        print(f"    experts alone {bench.us(run):6.1f} us {tune or 'default'}", flush=True)
+    for backend, kernel in moe_bench.forms(tokens, dim, model.packed).items():
+        whole = _print_launches(bench, backend, partial(f, form=kernel), expected, bound)[-1][2]
+    if tokens <= moe.ONE_LAUNCH:
+        programs = experts.numel() * model.packed.w13.shape[1] * whole.keywords["SPLIT1"]
+        print(f"    of it the first product: {first_product_us(bench, whole, programs):6.1f} us")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benches.gpu.breakdown", description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=tuple(moe_bench.SHAPES), default=["Flash"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
-    parser.add_argument("--tries", action="store_true", help="other settings of the one launch too")
     args = parser.parse_args()
     bench = Bench(quick=True)
     print(
         f"{torch.cuda.get_device_name()}: copy {bench.copy_tb_s:.2f} TB/s, empty graph {bench.floor_us:.1f} us"
     )
-    tries: list[dict[str, int]] = [{}]
-    if args.tries:
-        splits = ((2, 2), (2, 4), (4, 4), (8, 4))
-        tries += [dict(split1=a, split2=b, per=2) for a, b in splits]
-        tries += [
-            dict(per=1),
-            dict(per=4, stages=3),
-            dict(per=2, stages=3),
-            dict(per=2, stages=5),
-            dict(regs=96),
-        ]
     for name in args.models:
         for tokens in args.tokens:
-            layer_breakdown(bench, name, tokens, tries)
+            layer_breakdown(bench, name, tokens)
             bench.free()
 
 

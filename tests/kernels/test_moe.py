@@ -69,8 +69,8 @@ def check(
 SMALL = make(4, 128, 64)
 
 
-@pytest.fixture(params=[False, True], ids=["several launches", "one launch"])
-def one_launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(params=[0, moe_few.FEW], ids=["several launches", "one launch"])
+def one_launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(moe, "ONE_LAUNCH", request.param)
     return request.param
 
@@ -97,30 +97,30 @@ def test_packing_keeps_size_and_sees_wide_rows() -> None:
         ([[3, 1]] * 9, {"absorb": 1}),
     ],
 )
-def test_equals_the_loop(experts: list[list[int]], tune: dict[str, int], one_launch: bool) -> None:
+def test_equals_the_loop(experts: list[list[int]], tune: dict[str, int], one_launch: int) -> None:
     check(*SMALL, torch.tensor(experts), EXACT if len(experts) <= moe_few.FEW else 5e-3, **tune)
 
 
-def test_widths_that_are_no_multiple_and_split_sums(one_launch: bool) -> None:
+def test_widths_that_are_no_multiple_and_split_sums(one_launch: int) -> None:
     check(*make(3, 160, 96), torch.tensor([[2, 0]]), EXACT, split1=2)
 
 
 def test_both_products_split_and_an_expert_of_more_slots_than_columns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(moe, "ONE_LAUNCH", True)
+    monkeypatch.setattr(moe, "ONE_LAUNCH", moe_few.FEW)
     check(*make(2, 160, 288), torch.tensor([[1, 0]]), NEAR, split1=2, split2=3, per=1)
     check(*make(2, 512, 256), torch.tensor([[1, 0]]), NEAR, split1=2, per=2)
     check(*make(1, 512, 512), torch.tensor([[0]]), NEAR, per=4)
     check(*SMALL, torch.tensor([[2, 2, 2], [2, 0, 2]] * 4), NEAR)
 
 
-def test_no_tokens(one_launch: bool) -> None:
+def test_no_tokens(one_launch: int) -> None:
     x, experts = torch.empty((0, 128), device=DEVICE), torch.empty((0, 2), dtype=torch.int64, device=DEVICE)
     assert moe.run(x, experts, torch.empty((0, 2), device=DEVICE), SMALL[0], LIMIT, None).shape == (0, 128)
 
 
-def test_experts_without_tokens_are_not_read(one_launch: bool) -> None:
+def test_experts_without_tokens_are_not_read(one_launch: int) -> None:
     """Scales of 255 (2^128) in the others give infinity or NaN where they are read."""
     packed, dense = SMALL
     scales = packed.s13.clone()
@@ -131,7 +131,7 @@ def test_experts_without_tokens_are_not_read(one_launch: bool) -> None:
 
 @on_gpu
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 33, 128, 300, 1100])
-def test_many_tokens_of_few_experts(tokens: int, one_launch: bool) -> None:
+def test_many_tokens_of_few_experts(tokens: int, one_launch: int) -> None:
     """Tiles of 16 to 128 tokens, with and without scales in the table, and all tokens to the same two experts."""
     if one_launch and tokens > moe_few.FEW:
         pytest.skip("the same launches")
@@ -146,7 +146,7 @@ def test_many_tokens_of_few_experts(tokens: int, one_launch: bool) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 8])
 def test_one_launch_again_and_again(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several waves of programs, replayed in a graph with other experts each time: the same bits as one by one."""
-    monkeypatch.setattr(moe, "ONE_LAUNCH", True)
+    monkeypatch.setattr(moe, "ONE_LAUNCH", moe_few.FEW)
     packed, dense = make(16, 2048, 1024)
     x, weights = torch.randn((tokens, 2048), device=DEVICE), torch.rand((tokens, 6), device=DEVICE)
     ids = torch.stack([torch.randperm(16)[:6] for _ in range(tokens)]).to(DEVICE)

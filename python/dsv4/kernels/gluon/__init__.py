@@ -16,7 +16,7 @@ OPS: dict[str, str] = {
 ON: dict[str, tuple[int, ...]] = {"sparse_attention": (9, 10), "index_select": (9,), "experts": (9,)}
 """Op -> major compute capabilities that have a form of it."""
 
-UNTRIED: dict[str, tuple[int, ...]] = {"sparse_attention": (10,), "experts": (9,)}
+UNTRIED: dict[str, tuple[int, ...]] = {"sparse_attention": (10,)}
 """Those of them that are compiled and were never run: they are taken only when `gluon` is named."""
 
 

@@ -8,8 +8,8 @@ relative to the row's smallest goes into the lookup table, and the row's own is 
 exact where a row's scales span at most 2^11, which `pack_rows` reports.
 
 Launches of one call: plan and quantisation; first product with SwiGLU, routing weight and quantisation per 64; second
-product; sum over experts and the shared expert. With up to FEW tokens the sum is done by whichever program arrives last,
-and one token needs no plan. Every sum has a fixed order.
+product; sum over experts and the shared expert. With up to FEW tokens the sum is done by whichever program arrives last.
+Up to ONE_LAUNCH tokens take `moe_few.py`. Every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ log = logging.getLogger("dsv4.kernels")
 ROWS = 128
 """Rows of a tile."""
 
-ONE_LAUNCH = False
-"""Whether up to FEW tokens take `moe_few.py`. Not yet timed on a GPU."""
+ONE_LAUNCH = 2
+"""Up to this many tokens take `moe_few.py`; 8 are slower there (decision 0011)."""
 
 
 @triton.jit
@@ -96,17 +96,17 @@ def plan_kernel(
 
 @triton.jit(do_not_specialize=["T", "STEPS", "SPLIT", "limit"])
 def experts_kernel(
-    x, xs, w, ws, base, experts, plan, rows, gate, out, out_s, parts, arrived, shared, y, limit,
+    x, xs, w, ws, base, plan, rows, gate, out, out_s, parts, arrived, shared, y, limit,
     T, K, N, TILES, SPLIT, STEPS,
-    TOPK: tl.constexpr, FIRST: tl.constexpr, ONE: tl.constexpr, SUM: tl.constexpr, ABSORB: tl.constexpr,
+    TOPK: tl.constexpr, FIRST: tl.constexpr, SUM: tl.constexpr, ABSORB: tl.constexpr,
     PARTS: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, SUMMED: tl.constexpr = 1,
 ):  # fmt: skip
     """One product of routed experts; a program takes one tile of 128 rows, BT slots of one expert, STEPS of the steps of
     128 channels. Grid: blocks * TILES * SPLIT.
 
-    FIRST: x codes [T, K] with scales [T, K / 128] (or bf16 x, quantised here, where ONE); out codes [slots, N] with scales
-    [slots, TILES]; tile rows alternate between w1 and w3. Else: x codes [slots, K] with scales per 64; out bf16 [slots, N],
-    or, where SUM, y [T, N] through `parts`, plus `shared` [T, N] unless that is None.
+    FIRST: x codes [T, K] with scales [T, K / 128]; out codes [slots, N] with scales [slots, TILES]; tile rows alternate
+    between w1 and w3. Else: x codes [slots, K] with scales per 64; out bf16 [slots, N], or, where SUM, y [T, N] through
+    `parts`, plus `shared` [T, N] unless that is None.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -117,18 +117,13 @@ def experts_kernel(
         tl.program_id(0) // SPLIT // TILES,
     )
     m, r = tl.arange(0, BT), tl.arange(0, 128)
-    if ONE:
-        blocks, expert, count = TOPK, tl.load(experts + block).to(tl.int64), 1
-        live = m < 1
-        slot = tl.zeros((BT,), tl.int64) + block
-    else:
-        blocks = tl.load(plan)
-        if block >= blocks:
-            return
-        expert = tl.load(plan + 3 + block * 3).to(tl.int64)
-        start, count = tl.load(plan + 4 + block * 3), tl.load(plan + 5 + block * 3)
-        live = m < count
-        slot = tl.load(rows + start + m, mask=live, other=0).to(tl.int64)
+    blocks = tl.load(plan)
+    if block >= blocks:
+        return
+    expert = tl.load(plan + 3 + block * 3).to(tl.int64)
+    start, count = tl.load(plan + 4 + block * 3), tl.load(plan + 5 + block * 3)
+    live = m < count
+    slot = tl.load(rows + start + m, mask=live, other=0).to(tl.int64)
     src = slot // TOPK if FIRST else slot
     c, steps = tl.arange(0, 32), tl.cdiv(K, 128)
     wp = w + (expert * TILES + tile) * steps * (2 * 128 * 32) + r[:, None] * 32 + c[None, :]
@@ -145,19 +140,7 @@ def experts_kernel(
         x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (k * 128 + 32 + c < K)[:, None], other=0.0)
         x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (k * 128 + 64 + c < K)[:, None], other=0.0)
         x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (k * 128 + 96 + c < K)[:, None], other=0.0)
-        if FIRST and ONE:
-            x0, x1, x2, x3 = x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
-            most = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
-            q, inverse = pow2_scale(tl.max(most, 0))
-            inverse = inverse[None, :]
-            x0, x1, x2, x3 = (
-                to_e4m3(x0 * inverse),
-                to_e4m3(x1 * inverse),
-                to_e4m3(x2 * inverse),
-                to_e4m3(x3 * inverse),
-            )
-        else:
-            q = tl.load(qp + k * xb)
+        q = tl.load(qp + k * xb)
         if ABSORB:
             byte = ((s - lowest * 0x01010101) << 3)[:, None]
             a0, b0 = _table(byte, 0)
@@ -302,28 +285,27 @@ def run(
     """y [T, d] in x's dtype: the routed experts' sum plus `shared` [T, d] for x [T, d], experts int64 and weights float32
     [T, k]. Weights of an expert that no token has are never read."""
     (tokens, k), dim, dev = experts.shape, x.shape[1], x.device
-    if ONE_LAUNCH and 0 < tokens <= FEW:
+    if 0 < tokens <= ONE_LAUNCH:
         return run_few(x, experts, weights, packed, limit, shared, tune)
     y = torch.empty(x.shape, dtype=x.dtype, device=dev)
     if not tokens:
         return y
     slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]
     pick = _config(tokens, k, count, tiles1, tiles2, packed) | (tune or {})
-    bt, one, few = pick["bt"], tokens == 1, tokens <= FEW
-    blocks = slots if one else min(slots, count + slots // bt)
+    bt, few = pick["bt"], tokens <= FEW
+    blocks = min(slots, count + slots // bt)
     empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
     overlap = pdl()
     rows, plan = empty(slots, dtype=torch.int32), empty(3 + 3 * blocks, dtype=torch.int32)
-    codes, scales, steps1 = x, weights, cdiv(dim, 128)
-    if not one:
-        codes, scales = (
-            empty(tokens, dim, dtype=torch.float8_e4m3fn),
-            empty(tokens, steps1, dtype=torch.float32),
-        )
-        plan_kernel[(count + cdiv(tokens, 8) * steps1,)](
-            experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens, None,
-            BINS=next_pow2(count), CHUNK=min(2048, next_pow2(slots)), BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
-        )  # fmt: skip
+    steps1 = cdiv(dim, 128)
+    codes, scales = (
+        empty(tokens, dim, dtype=torch.float8_e4m3fn),
+        empty(tokens, steps1, dtype=torch.float32),
+    )
+    plan_kernel[(count + cdiv(tokens, 8) * steps1,)](
+        experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens, None,
+        BINS=next_pow2(count), CHUNK=min(2048, next_pow2(slots)), BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
+    )  # fmt: skip
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
     hs = empty(slots, tiles1, dtype=torch.float32)
     out = empty(1 if few else slots, dim, dtype=torch.bfloat16)
@@ -333,15 +315,15 @@ def run(
     parts2 = empty(slots * split2 * tiles2 * 128 if few else 1, dtype=torch.float32)
     arrived = counters(dev)
     common = dict(
-        TOPK=k, ONE=one, ABSORB=bool(pick["absorb"]), BT=bt, STAGES=pick["stages"], PDL=bool(overlap),
+        TOPK=k, ABSORB=bool(pick["absorb"]), BT=bt, STAGES=pick["stages"], PDL=bool(overlap),
         num_warps=pick["warps"], **overlap,
     )  # fmt: skip
     experts_kernel[(blocks * tiles1 * split1,)](
-        codes, scales, packed.w13, packed.s13, packed.b13, experts, plan, rows, weights, h, hs, parts1, arrived, None, y,
+        codes, scales, packed.w13, packed.s13, packed.b13, plan, rows, weights, h, hs, parts1, arrived, None, y,
         limit, tokens, dim, tiles1 * 64, tiles1, split1, each1, FIRST=True, SUM=False, PARTS=split1 > 1, **common,
     )  # fmt: skip
     experts_kernel[(blocks * tiles2 * split2,)](
-        h, hs, packed.w2, packed.s2, packed.b2, experts, plan, rows, weights, out, hs, parts2, arrived, shared, y,
+        h, hs, packed.w2, packed.s2, packed.b2, plan, rows, weights, out, hs, parts2, arrived, shared, y,
         limit, tokens, tiles1 * 64, dim, tiles2, split2, each2, FIRST=False, SUM=few, PARTS=False,
         SUMMED=next_pow2(k * split2), **common,
     )  # fmt: skip
@@ -368,16 +350,15 @@ def _config(
     )  # fmt: skip
 
 
-def _aot(*, first: bool, one: bool = False, few: bool = False, absorb: bool = False, bt: int = 16) -> Aot:
+def _aot(*, first: bool, few: bool = False, absorb: bool = False, bt: int = 16) -> Aot:
     signature = {
-        "x": "*bf16" if first and one else "*fp8e4nv",
+        "x": "*fp8e4nv",
         "xs": "*fp32",
         "w": "*u8",
         "ws": "*i32",
         "base": "*u8",
     }
     signature |= {
-        "experts": "*i64",
         "plan": "*i32",
         "rows": "*i32",
         "gate": "*fp32",
@@ -396,7 +377,6 @@ def _aot(*, first: bool, one: bool = False, few: bool = False, absorb: bool = Fa
     flags = dict(
         TOPK=6,
         FIRST=first,
-        ONE=one,
         SUM=few and not first,
         ABSORB=absorb,
         PARTS=few and first,
@@ -409,8 +389,8 @@ def _aot(*, first: bool, one: bool = False, few: bool = False, absorb: bool = Fa
 
 
 AOT = [
-    _aot(first=True, one=True, few=True),
-    _aot(first=False, one=True, few=True),
+    _aot(first=True, few=True),
+    _aot(first=False, few=True),
     _aot(first=True),
     _aot(first=False),
     _aot(first=True, absorb=True, bt=128),

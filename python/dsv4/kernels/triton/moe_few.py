@@ -26,7 +26,7 @@ from dsv4.kernels.triton.moe_pack import PackedExperts, _expand, _group_scale
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 
 FEW = 8
-"""Most tokens."""
+"""Most tokens. `moe.ONE_LAUNCH` says how many take this form."""
 
 
 @triton.jit
@@ -247,7 +247,7 @@ def run_few(
     y = torch.empty((tokens, dim), dtype=x.dtype, device=dev)
     tiles1, tiles2, slots = packed.w13.shape[1], packed.w2.shape[1], tokens * k
     steps1, steps2 = packed.w13.shape[2] // 2, packed.w2.shape[2] // 2
-    pick = config(slots, packed) | (tune or {})
+    pick = config(tokens, slots, packed) | (tune or {})
     each1, each2 = cdiv(steps1, pick["split1"]), cdiv(steps2, pick["split2"])
     per = gcd(pick["per"], steps1, steps2) if tokens == 1 else 1
     each1, each2 = per * cdiv(each1, per), per * cdiv(each2, per)
@@ -264,12 +264,12 @@ def run_few(
     return y
 
 
-def config(slots: int, packed: PackedExperts) -> dict[str, int]:
+def config(tokens: int, slots: int, packed: PackedExperts) -> dict[str, int]:
     """K split until each product has about 6 programs a multiprocessor, together several waves, of at least 4 steps (34
     KB). `per`: steps of one token that are one chain of products (1, 2, 4). `regs`: registers a thread, 0 for as many as the compiler likes."""
     split1 = split_of(slots * packed.w13.shape[1], packed.w13.shape[2] // 2, per_sm=6, least=4)
     split2 = split_of(slots * packed.w2.shape[1], packed.w2.shape[2] // 2, per_sm=6, least=4)
-    return dict(split1=split1, split2=split2, stages=4, per=2, regs=0)
+    return dict(split1=split1, split2=split2, stages=3 if tokens == 1 else 4, per=2, regs=0)
 
 
 def _aot(slots: int, split: int, per: int = 1) -> Aot:
@@ -287,10 +287,10 @@ def _aot(slots: int, split: int, per: int = 1) -> Aot:
         BT=16,
         ONE=split > 1,
         PER=per,
-        STAGES=4,
+        STAGES=3 if split > 1 else 4,
         PDL=True,
     )
-    return Aot(few_kernel, signature, flags, 4, 4, matrix=True, stack=0)
+    return Aot(few_kernel, signature, flags, 4, flags["STAGES"], matrix=True, stack=0)
 
 
 AOT = [_aot(8, 4), _aot(8, 4, per=2), _aot(8, 4, per=4), _aot(64, 1)]

@@ -1,4 +1,4 @@
-"""Routing: scores by a float32-exact product, then the choice of k experts per token in one launch."""
+"""Routing: scores by a float32-exact product, then the choice of k experts per token."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from dsv4.kernels.triton.quantise import dot
 from dsv4.ops.weight import dense, prepared_by
 
 FEW = 16
-"""Up to this many tokens scores and choice can be one launch."""
-
-ONE_LAUNCH = False
-"""Not yet timed on a GPU."""
+"""Up to this many tokens scores and choice are one launch."""
 
 LEAST = tl.constexpr(-(1 << 63))
 
@@ -135,7 +132,7 @@ def route(
     tokens, count = x.shape[0], gate.shape[0]
     experts = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
     weights = torch.empty((tokens, k), dtype=torch.float32, device=x.device)
-    if ONE_LAUNCH and 0 < tokens <= FEW and x.dtype == gate.dtype == torch.bfloat16:
+    if 0 < tokens <= FEW and x.dtype == gate.dtype == torch.bfloat16:
         _run_few(x, gate, bias, chosen, experts, weights, scale)
     elif tokens:
         overlap = pdl()
