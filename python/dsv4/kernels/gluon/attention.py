@@ -19,9 +19,6 @@ from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import capability, cdiv, multiprocessors, next_pow2
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
-FORM = 0
-"""Which of the Hopper kernel's forms runs (on trial: `benches.gpu.forms`)."""
-
 
 def sparse_attention(
     q: Tensor,
@@ -88,7 +85,6 @@ def sparse_attention(
         MODE=0 if entries is None else 1 if selected is None else 2,
         SPLIT=splits > 1,
         NBP=next_pow2(cdiv(key_blocks, splits)),
-        FORM=FORM,
         num_warps=4,
     )
     if splits > 1:

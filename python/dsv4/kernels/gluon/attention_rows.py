@@ -154,35 +154,6 @@ def _prefetch(
 
 
 @gluon.jit
-def _find(
-    ids,
-    table,
-    sel,
-    count,
-    pos,
-    mine,
-    W: gl.constexpr,
-    P1: gl.constexpr,
-    P2: gl.constexpr,
-    MODE: gl.constexpr,
-):
-    """Page (-1: none) and row of the token's keys `pos`, where `mine`."""
-    one = gl.load(ids + pos, mask=mine & (pos < W), other=-1)
-    page, row = gl.where(one >= 0, one // P1, -1), gl.where(one >= 0, one % P1, 0)
-    if MODE > 0:
-        at = pos - W
-        held = mine & (at >= 0) & (at < count)
-        if MODE == 1:
-            two = gl.where(held, at, -1)
-        else:
-            two = gl.load(sel + at, mask=held, other=-1)
-        other = gl.load(table + two // P2, mask=two >= 0, other=-1)
-        page = gl.where(two >= 0, other, page)
-        row = gl.where(two >= 0, two % P2, row)
-    return page, row
-
-
-@gluon.jit
 def _look_up(
     ids,
     table,
@@ -204,7 +175,18 @@ def _look_up(
     br = b0 + gl.arange(0, NBP, layout=gl.SliceLayout(1, IL))
     pos = br[:, None] * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, IL))[None, :]
     mine = (br < b1)[:, None] & (pos >= 0)
-    page, row = _find(ids, table, sel, count, pos, mine, W, P1, P2, MODE)
+    one = gl.load(ids + pos, mask=mine & (pos < W), other=-1)
+    page, row = gl.where(one >= 0, one // P1, -1), gl.where(one >= 0, one % P1, 0)
+    if MODE > 0:
+        at = pos - W
+        held = mine & (at >= 0) & (at < count)
+        if MODE == 1:
+            two = gl.where(held, at, -1)
+        else:
+            two = gl.load(sel + at, mask=held, other=-1)
+        other = gl.load(table + two // P2, mask=two >= 0, other=-1)
+        page = gl.where(two >= 0, other, page)
+        row = gl.where(two >= 0, two % P2, row)
     spage.store(page)
     srow.store(row)
     barrier()
@@ -281,114 +263,4 @@ def bring_rows(
         mark(times, n + 1, ROWS, 5)
         s8 = gl.load(c8 + so, mask=okn, other=0)
         ok = okn
-    mark(times, CTA, ROWS, 3)
-
-
-@gluon.jit
-def _put(k, buf, r, s8, J: gl.constexpr):
-    """Stores columns 64 J ... of a block from its raw words r."""
-    dst = k[J // 2].index(buf).reinterpret(gl.int32, [BN, 64], gl.NVMMASharedLayout(128, 32, rank=2))
-    dst.slice((J % 2) * 32, 32, dim=1).store(_cvt(r, _scale(s8, J)) if J < 7 else _cvt_rope(r))
-
-
-@gluon.jit
-def _get(c4, off, ok, J: gl.constexpr, LAY: gl.constexpr):
-    """Asks for the raw words of columns 64 J ..."""
-    return _load(c4, off, ok, J * 16, 16 if J < 7 else 32, LAY)
-
-
-@gluon.jit
-def bring_rows_ahead(
-    keys,
-    k,
-    bias,
-    spage,
-    srow,
-    bars,
-    run,
-    times,
-    W: gl.constexpr,
-    P1: gl.constexpr,
-    P2: gl.constexpr,
-    MODE: gl.constexpr,
-    NBP: gl.constexpr,
-    WARPS: gl.constexpr,
-    PARTS: gl.constexpr,
-):
-    """As bring_rows, but a block's columns come in two halves, and what is asked for during one half is the next one: a
-    fence waits for loads, too, and so does whoever reads the first of several loads; by then they have come.
-    PARTS: 1, or 2: the halves are columns 0 .. 127 and 256 .. 383, which both groups of values use first, and the
-    others, each with barriers of its own."""
-    mark(times, CTA, ROWS, 0)
-    c1, ids, table, sel, count, st1, st2, delta = keys
-    full, empty, _, _, qfull = bars
-    b0, b1 = run
-    LAY: gl.constexpr = gl.BlockedLayout([1, 4], [8, 4], [WARPS, 1], [1, 0])
-    RL: gl.constexpr = gl.SliceLayout(1, LAY)
-    N1: gl.constexpr = W // BN
-    # pieces of 64 columns; Triton puts a barrier before the second store to a buffer of two
-    J1: gl.constexpr = 4 if PARTS == 2 else 2
-    J2: gl.constexpr = 1 if PARTS == 2 else 4
-    J3: gl.constexpr = 5 if PARTS == 2 else 6
-    J4: gl.constexpr = 2 if PARTS == 2 else 1
-    J5: gl.constexpr = 6 if PARTS == 2 else 3
-    J6: gl.constexpr = 3 if PARTS == 2 else 5
-    c4, c8 = c1.to(gl.pointer_type(gl.int32)), c1.to(gl.pointer_type(gl.int64))
-    # the first block's rows are on their way before the other blocks' places are looked up
-    pos = b0 * BN + gl.arange(0, BN, layout=RL)
-    page, row = _find(ids, table, sel, count, pos, (pos >= 0) & (b0 < b1), W, P1, P2, MODE)
-    off, so, ok = _places(b0 < N1, page, row, st1, st2, delta, P1, P2)
-    s8 = gl.load(c8 + so, mask=ok, other=0)
-    a0, a1 = _get(c4, off, ok, 0, LAY), _get(c4, off, ok, J1, LAY)
-    a2, a3 = _get(c4, off, ok, J2, LAY), _get(c4, off, ok, J3, LAY)
-    _look_up(ids, table, sel, count, spage, srow, b0, b1, W, P1, P2, MODE, NBP, WARPS)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    sp = spage.reinterpret(gl.int32, [NBP, BN], flat)
-    sr = srow.reinterpret(gl.int32, [NBP, BN], flat)
-    mbarrier.wait(qfull, 0)  # let q pass before the prefetches
-    for ahead in gl.static_range(1, PF):
-        _prefetch(c4, sp, sr, b0 + ahead, b0, b1, st1, st2, delta, N1, P1, P2, NBP, WARPS)
-    mark(times, CTA, ROWS, 1)
-    for i in range(b0, b1):
-        n = i - b0
-        mark(times, n + 1, ROWS, 0)
-        buf, ph = n % NB, (n // NB) & 1
-        b4, b5 = _get(c4, off, ok, J4, LAY), _get(c4, off, ok, J5, LAY)
-        b6, b7 = _get(c4, off, ok, J6, LAY), _get(c4, off, ok, 7, LAY)
-        m = gl.minimum(n + 1, NBP - 1)
-        off, so, next_ok = _places(
-            i + 1 < N1, sp.index(m).load(RL), sr.index(m).load(RL), st1, st2, delta, P1, P2
-        )
-        next_ok = next_ok & (i + 1 < b1)
-        mark(times, n + 1, ROWS, 1)
-        mbarrier.wait(empty.index(PARTS * buf), ph ^ 1)
-        mark(times, n + 1, ROWS, 2)
-        _put(k, buf, a0, s8, 0)
-        _put(k, buf, a1, s8, J1)
-        _put(k, buf, a2, s8, J2)
-        _put(k, buf, a3, s8, J3)
-        if PARTS == 2:
-            fence_async_shared()
-            mbarrier.arrive(full.index(2 * buf), count=1)
-            mark(times, n + 1, ROWS, 6)
-        _prefetch(c4, sp, sr, i + PF, b0, b1, st1, st2, delta, N1, P1, P2, NBP, WARPS)
-        if PARTS == 2:
-            mbarrier.wait(empty.index(2 * buf + 1), ph ^ 1)
-            mark(times, n + 1, ROWS, 7)
-        bias.index(buf).store(gl.where(ok, 0.0, float("-inf")))
-        _put(k, buf, b4, s8, J4)
-        # ptxas counts these loads with those above, so that whoever waits for one waits for all: not before b4 has come
-        barrier()
-        a0, a1 = _get(c4, off, next_ok, 0, LAY), _get(c4, off, next_ok, J1, LAY)
-        a2, a3 = _get(c4, off, next_ok, J2, LAY), _get(c4, off, next_ok, J3, LAY)
-        next8 = gl.load(c8 + so, mask=next_ok, other=0)
-        _put(k, buf, b5, s8, J5)
-        _put(k, buf, b6, s8, J6)
-        _put(k, buf, b7, s8, 7)
-        mark(times, n + 1, ROWS, 3)
-        fence_async_shared()
-        mark(times, n + 1, ROWS, 4)
-        mbarrier.arrive(full.index(PARTS * buf + PARTS - 1), count=1)
-        mark(times, n + 1, ROWS, 5)
-        s8, ok = next8, next_ok
     mark(times, CTA, ROWS, 3)

@@ -135,7 +135,6 @@ def attend(
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
     NBP: gl.constexpr,
-    FORM: gl.constexpr,
 ):
     """As hopper_attention.py's; times must be None."""
     sp, qi, h0, count, table, run = my_blocks(visible, slabs, pages, pages_stride, splits, k, H, W, MODE)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows, bring_rows_ahead, my_blocks
+from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows, my_blocks
 from dsv4.kernels.gluon.softmax import BH, close, put
 from dsv4.kernels.gluon.trace import CTA, LEFT, SCORES, begin, mark
 from dsv4.kernels.triton.attention import weigh
@@ -29,21 +29,7 @@ from dsv4.kernels.triton.attention import weigh
 
 @gluon.jit
 def _scores(
-    sink,
-    scale,
-    q,
-    k,
-    bias,
-    weights,
-    bars,
-    run,
-    pm,
-    at,
-    h0,
-    times,
-    H: gl.constexpr,
-    SPLIT: gl.constexpr,
-    PARTS: gl.constexpr,
+    sink, scale, q, k, bias, weights, bars, run, pm, at, h0, times, H: gl.constexpr, SPLIT: gl.constexpr
 ):
     mark(times, CTA, SCORES, 0)
     sp_, sal, sinv = weights
@@ -54,20 +40,15 @@ def _scores(
     )
     SR: gl.constexpr = gl.SliceLayout(1, SL)
     m, total = gl.full([BH], float("-inf"), gl.float32, SR), gl.full([BH], 0.0, gl.float32, SR)
-    if PARTS == 2:  # as the rows come
-        q, k = (q[0], q[2], q[1], q[3]), (k[0], k[2], k[1], k[3])
     mbarrier.wait(qfull, 0)
     mark(times, CTA, SCORES, 1)
     for i in range(0, b1 - b0):
         buf, pb = i % NB, i % 2
         mark(times, i + 1, SCORES, 0)
-        mbarrier.wait(full.index(PARTS * buf), (i // NB) & 1)
+        mbarrier.wait(full.index(buf), (i // NB) & 1)
         mark(times, i + 1, SCORES, 1)
         s = gl.zeros([BH, BN], gl.float32, SL)
         for j in gl.static_range(4):
-            if PARTS * j == 4:
-                mbarrier.wait(full.index(PARTS * buf + 1), (i // NB) & 1)
-                mark(times, i + 1, SCORES, 6)
             s = warpgroup_mma(q[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
         b = bias.index(buf).load(gl.SliceLayout(0, SL))
         s = warpgroup_mma_wait(0, [s])
@@ -92,20 +73,7 @@ def _scores(
 
 
 @gluon.jit
-def _values(
-    q,
-    qs,
-    k,
-    weights,
-    bars,
-    run,
-    to,
-    times,
-    COL: gl.constexpr,
-    H: gl.constexpr,
-    SPLIT: gl.constexpr,
-    PARTS: gl.constexpr,
-):
+def _values(q, qs, k, weights, bars, run, to, times, COL: gl.constexpr, H: gl.constexpr, SPLIT: gl.constexpr):
     """COL: first of the role's 256 columns."""
     ROLE: gl.constexpr = LEFT + COL // 256
     mark(times, CTA, ROLE, 0)
@@ -137,13 +105,9 @@ def _values(
         al = sal.index(pb).load(AR)
         x = warpgroup_mma(sp_.index(pb), ka.index(buf), x * al[:, None], is_async=True)
         y = warpgroup_mma(sp_.index(pb), kb.index(buf), y * al[:, None], is_async=True)
-        if PARTS == 2:
-            x = warpgroup_mma_wait(1, [x])
-            mbarrier.arrive(empty.index(2 * buf), count=1)
-            mark(times, i + 1, ROLE, 6)
         x, y = warpgroup_mma_wait(0, [x, y])
         mark(times, i + 1, ROLE, 2)
-        mbarrier.arrive(empty.index(PARTS * buf + PARTS - 1), count=1)
+        mbarrier.arrive(empty.index(buf), count=1)
         mbarrier.arrive(pempty.index(pb), count=1)
         mark(times, i + 1, ROLE, 3)
     n = b1 - b0
@@ -153,29 +117,6 @@ def _values(
     put(x, inv, qa, to, COL, H, SPLIT)
     put(y, inv, qb, to, COL + 128, H, SPLIT)
     mark(times, CTA, ROLE, 3)
-
-
-@gluon.jit
-def _rows(
-    keys,
-    k,
-    bias,
-    spage,
-    srow,
-    bars,
-    run,
-    times,
-    W: gl.constexpr,
-    P1: gl.constexpr,
-    P2: gl.constexpr,
-    MODE: gl.constexpr,
-    NBP: gl.constexpr,
-    FORM: gl.constexpr,
-):
-    if FORM == 0:
-        bring_rows(keys, k, bias, spage, srow, bars, run, times, W, P1, P2, MODE, NBP, 4)
-    else:
-        bring_rows_ahead(keys, k, bias, spage, srow, bars, run, times, W, P1, P2, MODE, NBP, 4, FORM)
 
 
 @gluon.jit
@@ -208,12 +149,9 @@ def attend(
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
     NBP: gl.constexpr,
-    FORM: gl.constexpr,
 ):
     """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words.
-    FORM (on trial): 0, 1: rows come by bring_rows_ahead; 2: and in two halves with barriers of their own.
     times: None, or where trace.py stores when each role did what."""
-    PARTS: gl.constexpr = 2 if FORM == 2 else 1
     if times is not None:
         times += gl.program_id(0) * ((NBP + 1) * 32)
         begin(times)
@@ -232,28 +170,30 @@ def attend(
     sinv = gl.allocate_shared_memory(gl.float32, [BH], V1)
     spage = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)
     srow = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)
-    full = gl.allocate_shared_memory(gl.int64, [PARTS * NB, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PARTS * NB, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     pfull = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     pempty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     qfull = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(qfull, count=2)
-    for j in gl.static_range(PARTS * NB):
+    for j in gl.static_range(2):
         mbarrier.init(full.index(j), count=1)
         mbarrier.init(empty.index(j), count=2)
-        if j < 2:
-            mbarrier.init(pfull.index(j), count=1)
-            mbarrier.init(pempty.index(j), count=2)
+        mbarrier.init(pfull.index(j), count=1)
+        mbarrier.init(pempty.index(j), count=2)
     at = (qi * splits + sp) * H
     weights, bars = (sp_, sal, sinv), (full, empty, pfull, pempty, qfull)
     to = (out, po, cos + qi * 32, sin + qi * 32, qi, at, h0)
     keys = (c1, window_ids + qi * W, table, selected + qi * k, count, st1, st2, delta)
     gl.warp_specialize(
         [
-            (_scores, (sink, scale, qs, ks, bias, weights, bars, run, pm, at, h0, times, H, SPLIT, PARTS)),
-            (_values, (q, qs, ks, weights, bars, run, to, times, 0, H, SPLIT, PARTS)),
-            (_values, (q, qs, ks, weights, bars, run, to, times, 256, H, SPLIT, PARTS)),
-            (_rows, (keys, ks, bias, spage, srow, bars, run, times, W, WIN_ROWS, HIST_ROWS, MODE, NBP, FORM)),
+            (_scores, (sink, scale, qs, ks, bias, weights, bars, run, pm, at, h0, times, H, SPLIT)),
+            (_values, (q, qs, ks, weights, bars, run, to, times, 0, H, SPLIT)),
+            (_values, (q, qs, ks, weights, bars, run, to, times, 256, H, SPLIT)),
+            (
+                bring_rows,
+                (keys, ks, bias, spage, srow, bars, run, times, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 4),
+            ),
         ],
         [4, 4, 4],
         [160, 160, 112],
@@ -285,17 +225,7 @@ SIGNATURE = dict(
 
 
 SHAPES = [
-    dict(
-        times=None,
-        FORM=0,
-        H=heads,
-        W=128,
-        WIN_ROWS=128,
-        HIST_ROWS=per_page,
-        MODE=mode,
-        SPLIT=split,
-        NBP=blocks,
-    )
+    dict(times=None, H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, NBP=blocks)
     for heads, per_page, mode, split, blocks in (
         (64, 64, 2, False, 16),
         (128, 64, 2, True, 2),
