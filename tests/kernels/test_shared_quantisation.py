@@ -68,7 +68,8 @@ def test_products_of_shared_activations_are_those_of_the_values(tokens: int) -> 
 
 
 def _model(monkeypatch: pytest.MonkeyPatch, *, share: bool) -> tuple[torch.Tensor, Counter[str]]:
-    """Logits of a chunk of 18 tokens, with the projections on our kernels, and how often what was quantised."""
+    """Logits of a chunk of 34 tokens, too many to quantise on the way, with the projections on our kernels, and how often
+    what was quantised."""
     monkeypatch.setattr(Driver, "__post_init__", _forced)
     config = random_config(compress_ratios=[0, 4])
     weights: dict[str, Any] = random_weights(config, 3)
@@ -90,7 +91,7 @@ def _model(monkeypatch: pytest.MonkeyPatch, *, share: bool) -> tuple[torch.Tenso
         for shared_norm in (layer.attn_norm, layer.attn.q_norm, layer.ffn_norm):
             if shared_norm._run is fused:
                 shared_norm._run = lambda *args: count.update(["fused"]) or fused(*args)
-    return driver.step([Chunk(0, random_tokens(config, 18), 0)])[0], count
+    return driver.step([Chunk(0, random_tokens(config, 34), 0)])[0], count
 
 
 def _forced(driver: Driver) -> None:

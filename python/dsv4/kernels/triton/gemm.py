@@ -16,13 +16,10 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2, pdl
-from dsv4.kernels.triton.quantise import EMULATE, dot, exponent_scale, pow2_scale, quantise, to_e4m3
+from dsv4.kernels.triton.quantise import dot, exponent_scale, pow2_scale, quantise, to_e4m3
 from dsv4.ops.quantised import Quantised, plain
 
-ONE_WAVE = False
-"""Whether few tokens take `_one_wave`, not yet seen on a GPU, or `_many_waves`."""
-
-NARROW_TOKENS = 128 if ONE_WAVE else 32
+NARROW_TOKENS = 32
 """Up to this many tokens `narrow` runs FP8 products, beyond `wide`."""
 
 GATED_TOKENS = 32
@@ -38,17 +35,6 @@ def _row_scales(ws, row, KB, kb):
 
 
 @triton.jit
-def prefetch(pointers, size):
-    """Asks for `size` bytes (a multiple of 16, not 0) from each of `pointers` (aligned to 16 bytes) to come to L2. Waits
-    for nothing, so it may stand before `gdc_wait` for what the kernel before does not write."""
-    if not EMULATE:
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r",
-            [pointers.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def silu_gate(a, b, limit):
     """silu(min(a, limit)) * clamp(b, -limit, limit)."""
     a = tl.minimum(a, limit)
@@ -60,32 +46,18 @@ def narrow_kernel(
     x, w, ws, w_up, ws_up, y, parts, arrived, limit,
     T, OUT, K, KB, STEPS, SPLIT, TILES, x_stride,
     FP8: tl.constexpr, QUANTISE: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-    SUM: tl.constexpr, PDL: tl.constexpr, xs=None,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SUM: tl.constexpr,
+    PDL: tl.constexpr, xs=None,
 ):  # fmt: skip
     """y [T, groups * OUT] = x [T, groups * K] times each group's w [OUT, K] (rows group * OUT + n of w). GATED: y =
-    silu_gate(x w, x w_up). Grid: (groups * TILES * SPLIT, token blocks); a program takes STEPS steps of BK channels. It
-    asks for the weights of the first AHEAD of them before it waits for the kernel that makes x."""
+    silu_gate(x w, x w_up). Grid: (groups * TILES * SPLIT, token blocks); a program takes STEPS steps of BK channels."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     split, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
     group, first = tile // TILES, (tile % TILES) * BN
     n, t, c = first + tl.arange(0, BN), tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, BK)
     row = (group * OUT + tl.minimum(n, OUT - 1)).to(tl.int64)
-    if AHEAD:
-        begin = split * STEPS * BK
-        wanted = tl.minimum(tl.minimum(STEPS, AHEAD) * BK, K - begin) * (
-            w.dtype.element_ty.primitive_bitwidth // 8
-        )
-        prefetch(w + row * K + begin, wanted)
-        if GATED:
-            prefetch(w_up + row * K + begin, wanted)
-        if FP8:
-            tl.load(ws + (row // 128) * KB + split * STEPS, volatile=True)
-            if GATED:
-                tl.load(ws_up + (row // 128) * KB + split * STEPS, volatile=True)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     live = t < T
     wp = w + row[:, None] * K + c[None, :]
     up = w_up + row[:, None] * K + c[None, :]
@@ -150,8 +122,7 @@ def wide_kernel(
     BT: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, MX: tl.constexpr,
 ):  # fmt: skip
     """The same product for codes x (descriptor over [T, groups * K], box BT x 128) and w (over [groups * OUT, K], box
-    128 x 128). Programs go down bands of BAND token blocks, so that weights and tokens of neighbours meet in L2. BN is 128
-    or 256: 256 halves what comes from L2, and one half's sums are scaled while the other half's products run."""
+    BN x 128). Programs go down bands of BAND token blocks, so that weights and tokens of neighbours meet in L2."""
     tiles, rows = GROUPS * (OUT // BN), tl.cdiv(T, BT)
     band = tl.program_id(0) // (BAND * tiles)
     height = tl.minimum(rows - band * BAND, BAND)
@@ -162,8 +133,7 @@ def wide_kernel(
     xp = xs + first.to(tl.int64) * KB * T + t
     T = T.to(tl.int64)
     wp = ws + (n0 // 128) * KB
-    acc = tl.zeros((BT, 128), tl.float32)
-    right_acc = tl.zeros((BT, 128), tl.float32)
+    acc = tl.zeros((BT, BN), tl.float32)
     for kb in tl.range(KB, num_stages=STAGES):
         a = x.load([t0, first * K + kb * 128])
         b = w.load([n0, kb * 128])
@@ -171,22 +141,13 @@ def wide_kernel(
         if MX:
             code = (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
             left = tl.broadcast_to(code[:, None], (BT, 4))
-            right = tl.full((128, 4), 0, tl.uint8) + tl.load(wp + kb)
+            right = tl.full((BN, 4), 0, tl.uint8) + tl.load(wp + kb)
             acc = tl.dot_scaled(a, left, "e4m3", b.T, right, "e4m3", acc)
-            if BN == 256:
-                b = w.load([n0 + 128, kb * 128])
-                right = tl.full((128, 4), 0, tl.uint8) + tl.load(wp + KB + kb)
-                right_acc = tl.dot_scaled(a, left, "e4m3", b.T, right, "e4m3", right_acc)
         else:
             acc += tl.dot(a, b.T) * (scale * exponent_scale(tl.load(wp + kb)))[:, None]
-            if BN == 256:
-                b = w.load([n0 + 128, kb * 128])
-                right_acc += tl.dot(a, b.T) * (scale * exponent_scale(tl.load(wp + KB + kb)))[:, None]
-    n = n0 + tl.arange(0, 128)
+    n = n0 + tl.arange(0, BN)
     out = t[:, None].to(tl.int64) * (GROUPS * OUT) + n[None, :]
     tl.store(y + out, acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
-    if BN == 256:
-        tl.store(y + out + 128, right_acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
 
 
 @triton.jit
@@ -243,8 +204,11 @@ def narrow(
     if not tokens:
         return y
     fp8, out = scales is not None, rows // groups
-    choose = _one_wave if (tune or {}).get("one_wave", ONE_WAVE) else _many_waves
-    pick = choose(tokens, weight, groups, gated=up is not None) | (tune or {})
+    if fp8 and not up and tokens <= NARROW_TOKENS:
+        pick = _one_wave(tokens, weight, groups)
+    else:
+        pick = _many_waves(tokens, weight, groups, gated=up is not None)
+    pick |= tune or {}
     bt, bn, bk, split = pick["bt"], pick["bn"], pick["bk"], pick["split"]
     tiles, blocks, steps = cdiv(out, bn), cdiv(tokens, bt), cdiv(wide, bk)
     each = cdiv(steps, split)
@@ -260,13 +224,11 @@ def narrow(
         x, xs = quantise(x, groups)
     second, second_scales = up or (weight, scales)
     overlap = pdl()
-    aligned = wide * weight.element_size() % 16 == 0
     narrow_kernel[(groups * tiles * split, blocks)](
         x, weight, scales, second, second_scales, y, parts, counters(x.device), limit,
         tokens, out, wide, cdiv(wide, 128), each, split, tiles, x.stride(0),
         FP8=fp8, QUANTISE=quantised, GATED=up is not None, PARTS=split > 1, BT=bt, BN=bn, BK=bk,
-        STAGES=pick["stages"], AHEAD=pick["ahead"] if aligned else 0, SUM=pick["sum"], PDL=bool(overlap), xs=xs,
-        num_warps=pick["warps"], **overlap,
+        STAGES=pick["stages"], SUM=pick["sum"], PDL=bool(overlap), xs=xs, num_warps=4, **overlap,
     )  # fmt: skip
     return y
 
@@ -279,23 +241,17 @@ def gated(
     return narrow(codes, *gate, out_dtype=values.dtype, up=up, limit=limit, xs=xs)[: len(values)]
 
 
-def _one_wave(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dict[str, int]:
-    """All programs run at once: two on a multiprocessor, which 227 KiB of shared memory and 64 Ki registers allow, each
-    with 48 KiB of weights on the way, four times what 3 TB/s and a microsecond ask for. More and shorter programs would
-    make a second wave and more parts to add up. Up to 64 tokens are quantised on the way, while the memory is waited for."""
+def _one_wave(tokens: int, weight: Tensor, groups: int) -> dict[str, int]:
+    """One FP8 product of up to NARROW_TOKENS tokens. All programs run at once: two on a multiprocessor, which 227 KiB of
+    shared memory and 64 Ki registers allow. More and shorter programs would make a second wave and more parts to add up; from
+    64 tokens on they are faster all the same (H100). Every one of these tokens is quantised on the way, while the memory is
+    waited for. SwiGLU of two products and plain weights have not been timed in this form."""
     rows, wide = weight.shape
-    out, size = rows // groups, weight.element_size()
-    bt = min(128, max(16, next_pow2(tokens)))
-    bn = min(64 if gated or out * groups <= 2048 else 128, max(16, next_pow2(out)))
-    bk = 128 // min(size, 2)
-    big = bt * bn > 64 * 64
-    slots = 1 if bt * bn > 64 * 128 else 2
-    split = split_of(groups * cdiv(out, bn) * cdiv(tokens, bt), cdiv(wide, bk), slots, least=4, most=16)
-    stages = 6 if bn <= 64 and bt <= 32 and not gated else 4
-    sums = 4 if gated or bt * bn > 64 * 128 else 8
-    return dict(
-        bt=bt, bn=bn, bk=bk, split=split, warps=8 if big else 4, stages=stages, fused=64, ahead=4, sum=sums
-    )
+    out = rows // groups
+    bt = max(16, next_pow2(tokens))
+    bn = min(64 if rows <= 2048 else 128, max(16, next_pow2(out)))
+    split = split_of(groups * cdiv(out, bn), cdiv(wide, 128), per_sm=2, least=4, most=16)
+    return dict(bt=bt, bn=bn, bk=128, split=split, stages=6 if bn <= 64 else 4, fused=NARROW_TOKENS, sum=8)
 
 
 def _many_waves(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dict[str, int]:
@@ -308,7 +264,7 @@ def _many_waves(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dic
     programs = groups * cdiv(out, bn) * cdiv(tokens, bt)
     stages = 4 if bt <= 64 else 3
     split = split_of(programs, steps)
-    return dict(bt=bt, bn=bn, bk=bk, split=split, warps=4, stages=stages, fused=16, ahead=0, sum=1)
+    return dict(bt=bt, bn=bn, bk=bk, split=split, stages=stages, fused=16, sum=1)
 
 
 def wide(
@@ -319,7 +275,6 @@ def wide(
     out_dtype: torch.dtype,
     groups: int = 1,
     xs: Tensor | None = None,
-    tune: dict[str, int] | None = None,
 ) -> Tensor:
     """`narrow` for FP8 weights and many tokens. rows / groups and K must be multiples of 128."""
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -328,13 +283,11 @@ def wide(
     codes, xs = quantise(x, groups) if xs is None else (x, xs)
     y = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
     mx = capability()[0] >= 10
-    pick = dict(bt=128, bn=128, band=8, warps=4 if mx else 8, stages=4) | (tune or {})
-    bt, bn = pick["bt"], pick["bn"]
-    wide_kernel[(cdiv(tokens, bt) * (rows // bn),)](
-        TensorDescriptor.from_tensor(codes, [bt, 128]), xs, TensorDescriptor.from_tensor(weight, [128, 128]), scales, y,
+    box = [128, 128]
+    wide_kernel[(cdiv(tokens, 128) * (rows // 128),)](
+        TensorDescriptor.from_tensor(codes, box), xs, TensorDescriptor.from_tensor(weight, box), scales, y,
         tokens, rows // groups, width, width // 128, groups,
-        BT=bt, BN=bn, BAND=pick["band"], STAGES=pick["stages"], MX=mx and not INTERPRETED,
-        num_warps=pick["warps"],
+        BT=128, BN=128, BAND=8, STAGES=4, MX=mx and not INTERPRETED, num_warps=4 if mx else 8,
     )  # fmt: skip
     return y
 
@@ -366,48 +319,40 @@ _NARROW = _INTS | {
 
 def _aot_narrow(
     kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, out: str = "bf16", shared: bool = False,
-    warps: int = 4, stages: int = 4, ahead: int = 0, sums: int = 1,
+    stages: int = 4, sums: int = 1,
 ) -> Aot:  # fmt: skip
-    fp8, fused = kind == "fp8e4nv", bt <= 64 and not shared
+    fp8, fused = kind == "fp8e4nv", bt <= NARROW_TOKENS and not shared
     signature = _NARROW | {k: f"*{kind}" for k in ("w", "w_up")} | {"y": f"*{out}"}
     signature |= {"x": "*bf16"} if fused or not fp8 else {"x": "*fp8e4nv", "xs": "*fp32"}
     flags = dict(
-        FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk, STAGES=stages, AHEAD=ahead,
-        SUM=sums, PDL=True,
+        FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk, STAGES=stages, SUM=sums, PDL=True,
     )  # fmt: skip
     absent = {k: None for k in ("ws", "ws_up") if not fp8} | ({} if "xs" in signature else {"xs": None})
-    return Aot(narrow_kernel, signature, flags | absent, num_warps=warps, num_stages=stages, matrix=True)
+    return Aot(narrow_kernel, signature, flags | absent, num_warps=4, num_stages=stages, matrix=True)
 
 
-def _aot_wide(arch: int, bn: int = 128, stages: int = 4) -> Aot:
+def _aot_wide(arch: int) -> Aot:
     box = "tensordesc<fp8e4nv[128, 128]>"
     signature = {"x": box, "w": box, "xs": "*fp32", "ws": "*u8", "y": "*bf16"}
     signature |= {k: "i32" for k in ("T", "GROUPS", "KB")} | {k: "i32:16" for k in ("OUT", "K")}
-    flags = dict(BT=128, BN=bn, BAND=8, STAGES=stages, MX=arch == 100)
-    return Aot(wide_kernel, signature, flags, 4 if arch == 100 else 8, stages, matrix=True, archs=(arch,))
+    flags = dict(BT=128, BN=128, BAND=8, STAGES=4, MX=arch == 100)
+    return Aot(wide_kernel, signature, flags, 4 if arch == 100 else 8, 4, matrix=True, archs=(arch,))
 
 
 AOT = [
-    _aot_narrow("fp8e4nv", 16, 128, 128),
+    _aot_narrow("fp8e4nv", 16, 64, 128, sums=8, stages=6),
+    _aot_narrow("fp8e4nv", 16, 128, 128, sums=8),
+    _aot_narrow("fp8e4nv", 16, 128, 128, sums=8, shared=True),
+    _aot_narrow("fp8e4nv", 32, 64, 128, sums=8, stages=6),
+    _aot_narrow("fp8e4nv", 32, 128, 128, sums=8),
+    _aot_narrow("fp8e4nv", 32, 128, 128, sums=8, shared=True),
     _aot_narrow("fp8e4nv", 16, 64, 128, gated=True),
-    _aot_narrow("fp8e4nv", 16, 128, 128, shared=True),
     _aot_narrow("fp8e4nv", 16, 64, 128, gated=True, shared=True),
-    _aot_narrow("fp8e4nv", 128, 64, 128),
+    _aot_narrow("fp8e4nv", 32, 64, 128, gated=True, shared=True),
+    _aot_narrow("fp8e4nv", 64, 64, 128),
+    _aot_narrow("fp8e4nv", 128, 64, 128, stages=3),
     _aot_narrow("bf16", 16, 128, 64, out="fp32"),
-    _aot_narrow("fp8e4nv", 16, 64, 128, ahead=8, sums=8, stages=6),
-    _aot_narrow("fp8e4nv", 16, 128, 128, ahead=8, sums=8),
-    _aot_narrow("fp8e4nv", 32, 128, 128, ahead=8, sums=8),
-    _aot_narrow("fp8e4nv", 16, 64, 128, gated=True, ahead=8, sums=4),
-    _aot_narrow("fp8e4nv", 32, 64, 128, gated=True, ahead=8, sums=4),
-    _aot_narrow("fp8e4nv", 32, 64, 128, gated=True, shared=True, ahead=8, sums=4),
-    _aot_narrow("bf16", 16, 128, 64, out="fp32", ahead=8, sums=8),
-    _aot_narrow("fp8e4nv", 64, 64, 128, ahead=8, sums=8),
-    _aot_narrow("fp8e4nv", 64, 128, 128, ahead=8, sums=8, warps=8),
-    _aot_narrow("fp8e4nv", 128, 64, 128, ahead=8, sums=8, warps=8),
-    _aot_narrow("fp8e4nv", 128, 128, 128, ahead=8, sums=4, warps=8),
     _aot_wide(90),
-    _aot_wide(90, 256, 3),
-    _aot_wide(90, 256, 4),
     _aot_wide(100),
     Aot(
         silu_gate_kernel,
