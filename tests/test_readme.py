@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from dsv4.text.chat import EOS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,7 +30,8 @@ def test_its_python_runs() -> None:
     [code] = fenced("python")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("Hi! What would you like to know?") and "history_matched" in run.stdout
+    stored = json.loads((ROOT / "tests/data/nano_golden.json").read_text())["hello"]["text"]
+    assert run.stdout.startswith(stored.removesuffix(EOS)) and "history_matched" in run.stdout
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`dsv4 (\w+)`", README))))
