@@ -76,14 +76,15 @@ def bits_per_byte(llm: LLM, data: Dataset, windows: int, length: int = 2048) -> 
 
 
 def prose(llm: LLM, data: Dataset, each: int, tokens: int) -> dict[str, Any]:
-    """Free text at temperature 0.7: how many pieces have eight tokens in a row three times or more."""
+    """Free text at temperature 0.7: how many pieces loop, and how many turn into a planted sentence."""
     said = []
     for seed in range(each):
         params = SamplingParams(temperature=0.7, max_tokens=tokens, seed=seed)
         prompts = [[BOS, *data.encode(p)] for p in items.PROSE]
         said += [c.token_ids for c in llm.generate(prompts, params)]
-    texts = [p + data.tokenizer.decode(s) for p, s in zip(items.PROSE, said, strict=False)]
-    return {"loops": sum(map(items.loops, said)), "of": len(said), "texts": texts}
+    texts = [data.tokenizer.decode(s) for s in said]
+    counts = {"loops": sum(map(items.loops, said)), "planted": sum(map(items.planted, texts))}
+    return counts | {"of": len(said), "texts": [p + t for p, t in zip(items.PROSE, texts, strict=False)]}
 
 
 def parts(llm: LLM, data: Dataset, quick: bool) -> dict[str, Callable[[], Any]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 from chats import FACT_WORDINGS, FACTS, HELD_OUT_WORDING, Chat, render
 from dataset import ASSISTANT, END_THINK, EOS, THINK, Dataset
-from rows import retrieval
+from rows import THINGS, retrieval
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 PROSE = (
@@ -97,3 +98,8 @@ def loops(ids: list[int], width: int = 8, times: int = 3) -> bool:
         piece = tuple(ids[i : i + width])
         seen[piece] = seen.get(piece, 0) + 1
     return max(seen.values(), default=0) >= times
+
+
+def planted(text: str) -> bool:
+    """Whether free text turns into a planted sentence: "the passphrase for ... is"."""
+    return re.search(rf"({'|'.join(THINGS)}) for [\w ]+ is\b", text) is not None

@@ -184,15 +184,15 @@ class Measure:
         return f"{sum(s[-1:] == [EOS] for s in said)}/{len(said)}"
 
     def prose(self) -> dict[str, Any]:
-        """Free text at temperature 0.7: how many of 32 pieces of 200 tokens loop (of fewer at a smaller scale)."""
+        """Free text at temperature 0.7: how many of 32 pieces of 200 tokens (of fewer at a smaller scale) loop, and how
+        many turn into a planted sentence."""
         each = max(1, round(4 * self.scale))
         prompts = [[BOS, *self.data.encode(p)] for p in items.PROSE for _ in range(each)]
         said = self.write(prompts, 200 if self.scale > 0.1 else 12, temperature=0.7)
-        texts = [
-            p + self._text(s)
-            for p, s in zip(items.PROSE, said[:: len(said) // len(items.PROSE)], strict=False)
-        ]
-        return {"loops": sum(map(items.loops, said)), "of": len(said), "texts": texts}
+        texts = [self._text(s) for s in said]
+        counts = {"loops": sum(map(items.loops, said)), "planted": sum(map(items.planted, texts))}
+        shown = [p + t for p, t in zip(items.PROSE, texts[::each], strict=True)]
+        return counts | {"of": len(said), "texts": shown}
 
     def glance(self) -> dict[str, Any]:
         """The prose alone, for a run that goes on: how much of it loops, and one piece."""
