@@ -48,6 +48,16 @@ def test_version_and_help_are_quick() -> None:
     assert subprocess.run([sys.executable, "-c", heavy], env=ENV).returncode == 0
 
 
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_of_torch_do_not_spin_unless_the_user_says_so(own: dict[str, str]) -> None:
+    named = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {k: v for k, v in ENV.items() if k not in named} | own
+    code = f"import dsv4, os; print([os.environ.get(k) for k in {named}])"
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    expected = own or {"GOMP_SPINCOUNT": "1000"}
+    assert run.stdout.strip() == str([expected.get(k) for k in named])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -34,6 +34,14 @@ def test_its_python_runs() -> None:
     assert run.stdout.startswith(stored.removesuffix(EOS)) and "history_matched" in run.stdout
 
 
+def test_its_benchmark_runs() -> None:
+    [script] = set(re.findall(r"`python (benches/\S+\.py)`", README))
+    command = [sys.executable, script, "--prompt", "64", "--decode", "2"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert len(re.findall(r"tokens/s", run.stdout)) == 3
+
+
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`dsv4 (\w+)`", README))))
 def test_its_commands_exist(command: str) -> None:
     run = subprocess.run(

@@ -87,8 +87,8 @@ def prose(llm: LLM, data: Dataset, each: int, tokens: int) -> dict[str, Any]:
     return counts | {"of": len(said), "texts": [p + t for p, t in zip(items.PROSE, texts, strict=False)]}
 
 
-def parts(llm: LLM, data: Dataset, quick: bool) -> dict[str, Callable[[], Any]]:
-    """Name -> what gives the figure."""
+def parts(llm: LLM, data: Dataset, quick: bool, times: int = 1) -> dict[str, Callable[[], Any]]:
+    """Name -> what gives the figure. `times` as many texts hide passphrases."""
     few = 10 if quick else 100
     calls, answers = items.tool_calls(data, few)
     of: dict[str, Callable[[], Any]] = {
@@ -102,7 +102,9 @@ def parts(llm: LLM, data: Dataset, quick: bool) -> dict[str, Callable[[], Any]]:
     }
     for length in LENGTHS[:2] if quick else LENGTHS:
         texts, asked = (2, 4) if quick else {16384: (2, 16), 32768: (2, 16)}.get(length, (8, 4))
-        of[f"retrieval at {length:,}"] = lambda n=length, t=texts, a=asked: retrieval(llm, data, n, t, a)
+        of[f"retrieval at {length:,}"] = lambda n=length, t=texts, a=asked: retrieval(
+            llm, data, n, t * times, a
+        )
     return of
 
 
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="a few of everything, to try it")
+    parser.add_argument("--times", type=int, default=1, help="so many times as many texts with passphrases")
     parser.add_argument("--kv", default="auto", help="row format of the cache")
     parser.add_argument("--index", default="auto", help="row format of index rows")
     parser.add_argument("--only", default="", help="parts whose name has this in it")
@@ -120,7 +123,7 @@ def main() -> None:
     settings = {"kv_cache_dtype": args.kv, "index_cache_dtype": args.index}
     llm = LLM(args.model, max_num_seqs=8, **{k: v for k, v in settings.items() if v != "auto"})
     report: dict[str, Any] = {}
-    for name, part in parts(llm, data, args.quick).items():
+    for name, part in parts(llm, data, args.quick, args.times).items():
         if args.only not in name:
             continue
         began = time.time()

@@ -6,6 +6,7 @@ The public names are loaded when first used, so that `import dsv4` and the comma
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,11 @@ _EXPORTS = {
     "SamplingParams": "dsv4.sampling",
     "EngineConfig": "dsv4.config",
 }
+
+# Worker threads of torch spin for milliseconds before they sleep: on a busy machine that slows the model down tenfold. A
+# thousand rounds is what OpenMP itself takes where it knows that threads outnumber processors. Read when torch is loaded.
+if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 __all__ = [*_EXPORTS, "__version__"]
 
