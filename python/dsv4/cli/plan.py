@@ -78,7 +78,7 @@ def add(commands: Any) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="batch sizes captured as CUDA graphs [0, as the engine]",
+        help="decode steps captured as CUDA graphs, batch sizes times contexts [0, as the engine with --enforce-eager]",
     )
     parser.add_argument(
         "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"

@@ -15,6 +15,7 @@ from dsv4._core import Core, LayoutSpec
 from dsv4.cache.paged import PagedCache
 from dsv4.config import EngineConfig
 from dsv4.engine.buffers import StepBuffers
+from dsv4.engine.graphs import Recorder, contexts_of, sizes_of
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.routing import Tenants
 from dsv4.engine.runner import Runner
@@ -88,6 +89,8 @@ class BuiltEngine:
     ops: Ops
     dtype: torch.dtype
     source: str
+    eager: str | None
+    """Why decode steps are not captured; None where they are."""
 
     @property
     def max_model_len(self) -> int:
@@ -129,6 +132,15 @@ class BuiltEngine:
             )
         return params if wanted is not None else dataclasses.replace(params, max_tokens=room)
 
+    def _graphs(self) -> str:
+        if self.eager is not None:
+            return f"off: {self.eager}"
+        sizes, contexts = sizes_of(self.config.max_num_seqs), contexts_of(self.max_model_len)
+        return (
+            f"decode steps of {', '.join(map(str, sizes))} rows and contexts up to "
+            f"{', '.join(f'{n:,}' for n in contexts)} tokens, captured when they first come; one slab is for padding"
+        )
+
     def describe(self) -> list[str]:
         """The memory plan and every choice made, one line each."""
         c, m, layout = self.config, self.memory, self.layout
@@ -144,11 +156,12 @@ class BuiltEngine:
             f"pool       {_size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {_size(layout.page_bytes)} each; "
             f"{history:,.2f} B of history per token, {100 * (layout.page_bytes / layout.block_tokens / history - 1):.2f}% padding",
             f"capacity   {tokens:,} tokens of history; {tokens // m.max_model_len} requests of {m.max_model_len:,} tokens",
-            f"state      {_size(m.slabs)}: {c.max_num_seqs} slabs of {_size(layout.slab_bytes)}; a snapshot takes "
+            f"state      {_size(m.slabs)}: {m.slabs // layout.slab_bytes} slabs of {_size(layout.slab_bytes)}; a snapshot takes "
             f"{_size(layout.snapshot_bytes)} in {layout.snapshot_pages} pages",
             f"prefixes   {'on' if c.enable_prefix_caching else 'off'}; snapshots {c.snapshot_policy} (budget {c.snapshot_budget:.0%}); "
             f"eviction {c.eviction}; "
             f"replay {c.replay_tokens or layout.replay_tokens:,} tokens; cost {c.cost_model}",
+            f"graphs     {self._graphs()}",
             f"scheduler  {c.max_num_seqs} running, {c.max_num_waiting} waiting, {c.max_num_batched_tokens} tokens a step, "
             f"{2 if c.async_scheduling else 1} steps in flight; step time "
             f"{'open' if c.step_ms is None else f'{c.step_ms:g} ms'}; tenants {c.tenants or 'equal'}; "
@@ -190,14 +203,17 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     )
     core = _core(config, layout, pages, max_len)
     weights = load_weights(source, model_config, dtype, progress, packed=packed, device=device)
-    cache = PagedCache(layout, pages, config.max_num_seqs, device)
+    slabs = config.max_num_seqs + _captures(config)
+    cache = PagedCache(layout, pages, slabs, device)
     model = V4Model(model_config, weights, cache, ops, consume=True)
+    eager = _why_eager(config, model)
     runner = Runner(
         model,
         cache,
-        slabs=config.max_num_seqs,
+        slabs=slabs,
         max_blocks=pages_of(layout, max_len),
         replay_tokens=config.replay_tokens or layout.replay_tokens,
+        capture=Recorder() if eager is None else None,
     )
     buffers = tuple(
         StepBuffers(
@@ -220,11 +236,28 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         packed=packed,
         pages=pages,
         pool=pages * layout.page_bytes,
-        slabs=config.max_num_seqs * layout.slab_bytes,
+        slabs=slabs * layout.slab_bytes,
         page_table=runner.page_table.numel() * 4,
         max_model_len=max_len,
     )
-    return BuiltEngine(config, model_config, layout, memory, tokenizer, chat_format, loop, ops, dtype, source)
+    return BuiltEngine(
+        config, model_config, layout, memory, tokenizer, chat_format, loop, ops, dtype, source, eager
+    )
+
+
+def _captures(config: EngineConfig) -> bool:
+    """Whether decode steps are to be captured."""
+    return config.device == "cuda" and not config.enforce_eager
+
+
+def _why_eager(config: EngineConfig, model: V4Model) -> str | None:
+    """What keeps decode steps from being captured."""
+    if config.device != "cuda":
+        return f"the device is {config.device}"
+    if config.enforce_eager:
+        return "enforce_eager is set"
+    ops = model.uncaptured()
+    return f"the reference runs {', '.join(ops)}" if ops else None
 
 
 def _device(name: str) -> str:
@@ -281,9 +314,9 @@ def _room_for_pages(config: EngineConfig, model: ModelConfig, layout: LayoutSpec
     free = _free_memory(config.device)
     if config.device == "cpu":
         return free // 4
-    limits = Limits(
-        config.max_num_batched_tokens, config.max_num_seqs, config.max_model_len or model.max_position
-    )
+    max_len = config.max_model_len or model.max_position
+    graphs = len(sizes_of(config.max_num_seqs)) * len(contexts_of(max_len)) if _captures(config) else 0
+    limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, max_len, graphs)
     total = torch.cuda.mem_get_info()[1]
     memory = min(free, int(total * config.gpu_memory_utilization))
     return divide(model, layout, Parallel(), limits, memory, held=held).pool

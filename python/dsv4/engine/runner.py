@@ -11,6 +11,7 @@ import torch
 from dsv4._core import StepHeader
 from dsv4.cache.paged import PagedCache
 from dsv4.engine.buffers import ALL_LOGITS, RESET, SAMPLE, StepBuffers
+from dsv4.engine.graphs import Capture, DecodeGraphs
 from dsv4.engine.request import EngineRequest
 from dsv4.engine.sampler import PoisonedLogits, Sampled, logprobs_of, sample
 from dsv4.model.batch import Batch, Row
@@ -37,12 +38,22 @@ class Runner:
     """Owns the page table, on the host and on the device, and runs plans against the model."""
 
     def __init__(
-        self, model: V4Model, cache: PagedCache, *, slabs: int, max_blocks: int, replay_tokens: int
+        self,
+        model: V4Model,
+        cache: PagedCache,
+        *,
+        slabs: int,
+        max_blocks: int,
+        replay_tokens: int,
+        capture: Capture | None = None,
     ) -> None:
+        """`capture`: replay decode steps (see graphs.py); the last of `slabs` is theirs then."""
         self.model, self.cache, self.replay_tokens = model, cache, replay_tokens
         self.page_table = torch.zeros((slabs, max_blocks), dtype=torch.int32)
         on_host = cache.device.type == "cpu"
         self.device_pages = None if on_host else torch.zeros_like(self.page_table, device=cache.device)
+        pages = self.page_table if on_host else self.device_pages
+        self.graphs = None if capture is None else DecodeGraphs(model, pages, capture)
         self._last: list[int] = []
 
     @torch.inference_mode()
@@ -60,8 +71,7 @@ class Runner:
         for fork in plan.forks[: header.forks].tolist():
             self.cache.fork(*fork)
         self.cache.restore_all(plan.restores[: header.restores].tolist())
-        batch, last = self._batch(header, plan)
-        hidden = self.model.hidden(batch) if header.rows else torch.empty(0)
+        hidden, last = self._forward(header, plan)
         self.cache.save_all(plan.saves[: header.saves].tolist())
         self._collect_prompt_logprobs(header, plan, requests, hidden, last)
         rows = plan.sample_rows[: header.samples].tolist()
@@ -73,7 +83,7 @@ class Runner:
             request.sampling.truncate(int(plan.row_start[r] + plan.row_len[r]) - len(request.prompt))
         sampled = (
             sample(
-                self.model.logits(hidden[[last[r] for r in rows]]),
+                self.model.logits(_picked(hidden, [last[r] for r in rows])),
                 [requests[k].sampling for k in keys],
                 self.model.ops.sample,
             )
@@ -84,13 +94,24 @@ class Runner:
         self._last = result.tokens.tolist()
         return result
 
-    def _batch(self, header: StepHeader, plan: StepBuffers) -> tuple[Batch, dict[int, int]]:
+    def _forward(self, header: StepHeader, plan: StepBuffers) -> tuple[torch.Tensor, dict[int, int]]:
+        """Streams of the tokens with logits, and for each row that has any the index of its last one."""
+        token_ids = plan.token_ids[: header.tokens].astype(np.int64)
+        for i in np.flatnonzero(token_ids < 0):  # sampled by the step before, not yet committed
+            token_ids[i] = self._last[-1 - token_ids[i]]
+        if not header.rows:
+            return torch.empty(0), {}
+        if self.graphs is not None and self.graphs.takes(header, plan):
+            rows = header.rows
+            hidden = self.graphs.hidden(token_ids, plan.positions[:rows], plan.row_slab[:rows])
+            return hidden, {r: r for r in range(rows)}
+        batch, last = self._batch(header, plan, torch.from_numpy(token_ids))
+        return self.model.hidden(batch), last
+
+    def _batch(
+        self, header: StepHeader, plan: StepBuffers, token_ids: torch.Tensor
+    ) -> tuple[Batch, dict[int, int]]:
         """The forward's input, and for each row with logits the index of its last one."""
-        token_ids = torch.from_numpy(plan.token_ids[: header.tokens].astype(np.int64))
-        for i in (
-            torch.nonzero(token_ids < 0).flatten().tolist()
-        ):  # sampled by the step before, not yet committed
-            token_ids[i] = self._last[-1 - int(token_ids[i])]
         rows, logit_index, last, offset = [], [], {}, 0
         for r in range(header.rows):
             length, flags, end = int(plan.row_len[r]), int(plan.row_flags[r]), int(plan.row_replay_end[r])
@@ -148,3 +169,8 @@ class Runner:
                     request.prompt_logprobs += logprobs_of(
                         logits, judged, request.params.prompt_logprobs or 0
                     )
+
+
+def _picked(hidden: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """Rows of `hidden`; itself where that is all of them in order, as in a decode step, which saves a transfer."""
+    return hidden if index == list(range(len(hidden))) else hidden[index]

@@ -44,11 +44,14 @@ class RopeTable:
 
     def at(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), float32 [N, rope_dim / 2] each, for int64 [N] positions, all below `end`."""
-        while len(self._cos) < end:
-            angle = (
-                torch.arange(len(self._cos), len(self._cos) + _GROW, dtype=torch.float32)[:, None]
-                * self._freq
-            )
-            self._cos = torch.cat((self._cos, angle.cos().to(self._cos.device)))
-            self._sin = torch.cat((self._sin, angle.sin().to(self._sin.device)))
+        self.grow(end)
         return self._cos[positions], self._sin[positions]
+
+    def grow(self, end: int) -> None:
+        """Makes the entries below `end`; where some are missing, all move."""
+        device, parts = self._cos.device, [(self._cos, self._sin)]
+        for at in range(len(self._cos), end, _GROW):
+            angle = torch.arange(at, at + _GROW, dtype=torch.float32)[:, None] * self._freq
+            parts.append((angle.cos().to(device), angle.sin().to(device)))
+        if len(parts) > 1:
+            self._cos, self._sin = map(torch.cat, zip(*parts, strict=True))

@@ -1,5 +1,5 @@
 """Index tables of one step. They depend on rows, positions and pages alone, so they are built once for all
-layers, on the host, and then moved to the device.
+layers, on the host, and then moved to the device; those of single tokens can be made on the device (`decode_step`).
 
 Only a step with replaying rows needs other tables per layer: the deeper the layer, the fewer tokens take
 part.
@@ -100,14 +100,15 @@ def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
         offset=first,
         group=geometry.tile,
     )
+    end = max(x.start + x.length for x in rows)
     return Step(
         rows=tuple(rows),
         token=token,
         token_ids=batch.token_ids[token],
-        end=max(x.start + x.length for x in rows),
+        end=end,
         tokens=tokens,
         window=_window(tokens, floor, geometry),
-        entries={m: _entries(tokens, batch.page_table, geometry.block_tokens, m) for m in geometry.ratios},
+        entries=_entries(tokens, batch.page_table, end, geometry),
         blocks={
             m: _blocks(tokens, batch.page_table, replay_end, geometry.block_tokens, m)
             for m in geometry.ratios
@@ -115,15 +116,54 @@ def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
     )
 
 
+def decode_step(
+    token_ids: Tensor, positions: Tensor, slabs: Tensor, pages: Tensor, end: int, geometry: Geometry
+) -> Step:
+    """Tables of one token of each of R requests: int64 [R] each, positions below `end`, and the page table int32
+    [slabs, blocks], all on one device. They are what `build_step` gives, but made there, with nothing read back, so that a
+    CUDA graph can hold the making; `most` entries are those that `end` allows."""
+    row = torch.arange(len(slabs), device=slabs.device)
+    tokens = TokenTable(
+        row=row,
+        slab=slabs.int(),
+        position=positions,
+        slabs=slabs,
+        start=positions,
+        length=torch.ones_like(row),
+        offset=row,
+        group=geometry.tile,
+    )
+    return Step(
+        rows=(),
+        token=row,
+        token_ids=token_ids,
+        end=end,
+        tokens=tokens,
+        window=_in_ring(tokens, torch.zeros_like(row), geometry),
+        entries=_entries(tokens, pages, end, geometry),
+        blocks={m: _own_blocks(tokens, pages, geometry.block_tokens, m) for m in geometry.ratios},
+    )
+
+
+def _held(t: TokenTable, floor: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Positions [T, W] of each token's window and whether there is a row for them."""
+    position = t.position[:, None] - torch.arange(window - 1, -1, -1, device=t.position.device)
+    return position, position >= floor.clamp(min=0)[t.row, None]
+
+
+def _in_ring(t: TokenTable, floor: Tensor, geometry: Geometry) -> WindowTable:
+    position, held = _held(t, floor, geometry.window)
+    first = t.slabs[t.row] * geometry.ring
+    ids = torch.where(held, first[:, None] + position % geometry.ring, -1)
+    return WindowTable(ids=ids.int(), target=first + t.position % geometry.ring)
+
+
 def _window(t: TokenTable, floor: Tensor, geometry: Geometry) -> WindowTable:
     w, ring = geometry.window, geometry.ring
-    position = t.position[:, None] - torch.arange(w - 1, -1, -1)
-    held = position >= floor.clamp(min=0)[t.row, None]
-    slab = t.slabs[t.row]
-    own = slab * ring + t.position % ring
     if int(t.length.max()) + w - 1 <= ring:
-        ids = torch.where(held, slab[:, None] * ring + position % ring, -1)
-        return WindowTable(ids=ids.int(), target=own)
+        return _in_ring(t, floor, geometry)
+    position, held = _held(t, floor, w)
+    own = t.slabs[t.row] * ring + t.position % ring
     start = t.start[t.row, None]
     past, rows = len(t.slabs) * w, len(t.row)
     old = t.row[:, None] * w + position - (start - w)
@@ -141,12 +181,12 @@ def _window(t: TokenTable, floor: Tensor, geometry: Geometry) -> WindowTable:
     )
 
 
-def _entries(t: TokenTable, pages: Tensor, block_tokens: int, ratio: int) -> EntryTable:
+def _entries(t: TokenTable, pages: Tensor, end: int, geometry: Geometry) -> dict[int, EntryTable]:
     """An entry is visible to position p when its block has ended at p or before."""
-    visible = (t.position + 1) // ratio
-    return EntryTable(
-        pages=pages, per_page=block_tokens // ratio, visible=visible.int(), most=int(visible.max())
-    )
+    return {
+        m: EntryTable(pages, geometry.block_tokens // m, ((t.position + 1) // m).int(), end // m)
+        for m in geometry.ratios
+    }
 
 
 def _blocks(t: TokenTable, pages: Tensor, replay_end: Tensor, block_tokens: int, ratio: int) -> BlockTable:
@@ -158,15 +198,36 @@ def _blocks(t: TokenTable, pages: Tensor, replay_end: Tensor, block_tokens: int,
     high = torch.minimum((block + 1) * ratio, end[row])
     ends = counts.cumsum(0) - 1
     complete = high == (block + 1) * ratio
-    per_page = block_tokens // ratio
-    page = pages[t.slabs[row], block // per_page].long()
+    target = _entry_row(pages, t.slabs[row], block, block_tokens // ratio)
     return BlockTable(
         first=t.offset[row] + low - t.start[row],
         count=high - low,
         opens=ends - counts + 1,
         ends=ends,
         closed=complete[ends],
-        target=torch.where(complete & (high > replay_end[row]), page * per_page + block % per_page, -1),
+        target=torch.where(complete & (high > replay_end[row]), target, -1),
         position=block * ratio,
         slot=t.position % ratio,
     )
+
+
+def _own_blocks(t: TokenTable, pages: Tensor, block_tokens: int, ratio: int) -> BlockTable:
+    """Of single tokens: batch row r is token r is block r."""
+    block, slot = t.position // ratio, t.position % ratio
+    closed = slot == ratio - 1
+    target = _entry_row(pages, t.slabs, block, block_tokens // ratio)
+    return BlockTable(
+        first=t.row,
+        count=t.length,
+        opens=t.row,
+        ends=t.row,
+        closed=closed,
+        target=torch.where(closed, target, -1),
+        position=block * ratio,
+        slot=slot,
+    )
+
+
+def _entry_row(pages: Tensor, slabs: Tensor, block: Tensor, per_page: int) -> Tensor:
+    """Physical rows int64 of entries: those of blocks [B] of slabs [B]."""
+    return pages[slabs, block // per_page].long() * per_page + block % per_page

@@ -17,12 +17,15 @@ from dsv4.model.moe import MoE
 from dsv4.model.norm import SharedNorm
 from dsv4.model.rope import RopeTable
 from dsv4.model.scope import Scope
-from dsv4.model.step import Geometry, Step, build_step
+from dsv4.model.step import Geometry, Step, build_step, decode_step
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 
 _TILE_ROWS = 64
 """Query rows (tokens times heads) that share a block of window keys: enough to be worth a matrix product."""
+
+_ONCE = ("copy_rows", "hc_head", "logits", "sample")
+"""Ops that no layer of a decode step runs."""
 
 _SCRATCH_ROWS = 64
 """Rows of a page of the scratch region."""
@@ -160,6 +163,28 @@ class V4Model:
                 streams = self._embedded(step.token_ids) if streams is None else streams[kept]
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
         return streams[torch.searchsorted(alive, batch.logit_index).to(device)]
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Tensor, positions: Tensor, slabs: Tensor, pages: Tensor, end: int) -> Tensor:
+        """Streams [R, n, d] after the last layer of one token of each of R requests: `hidden` of such a batch, from int64
+        [R] each and the page table, all on the model's device. Nothing is read back, so a CUDA graph can hold it if no op
+        is in `uncaptured` and `reserve(end)` was called."""
+        step = decode_step(token_ids, positions, slabs, pages, end, self.geometry)
+        ropes, streams = self._ropes(step), self._embedded(token_ids)
+        for layer in self.layers:
+            streams = layer(streams, step, *ropes[layer.ratio], None)
+        return streams
+
+    def reserve(self, end: int) -> None:
+        """Makes what grows with the positions, up to `end`; it stays where it is from then on."""
+        for table in self.ropes.values():
+            table.grow(end)
+
+    def uncaptured(self) -> list[str]:
+        """Ops of a layer that no CUDA graph can hold here: the reference runs them, which looks at values."""
+        packed = all(self.ops.quantises("experts", layer.moe.experts) for layer in self.layers)
+        others = [op for op in self.ops.on_reference() if op not in (*_ONCE, "experts")]
+        return others if packed else [*others, "experts"]
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         """int64 [T] -> [T, n, d], all streams alike."""

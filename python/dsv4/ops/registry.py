@@ -118,6 +118,10 @@ class Ops:
         parts = weight if isinstance(weight, Gated) else (weight,)
         return self.chosen[op] != "reference" and not any(isinstance(w, Tensor) for w in parts)
 
+    def on_reference(self) -> list[str]:
+        """Ops that the reference runs. It looks at values on the host, so a CUDA graph can hold none of them."""
+        return [op for op, backend in self.chosen.items() if backend == "reference"]
+
     @property
     def packed(self) -> bool:
         """Whether a backend multiplies with FP8 and FP4 weights as they are stored."""

@@ -9,7 +9,7 @@ What is not in it lies outside the memory fraction: the CUDA context, NCCL's buf
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ class Limits:
     """R: requests with a slab."""
     max_len: int
     graphs: int = 0
-    """Batch sizes captured as CUDA graphs; the engine captures none yet."""
+    """Decode steps captured as CUDA graphs, at most: sizes times contexts (`dsv4.engine.graphs`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,10 @@ class _Sheet:
 def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> list[Buffer]:
     """Every buffer with its formula, on one rank, activations in bfloat16."""
     sheet = _Sheet()
+    if limits.graphs:  # their memory pool is their own
+        step = replace(limits, step_tokens=limits.running, graphs=0)
+        phases = [b for b in workspace(config, layout, parallel, step) if b.phase not in ("always", "logits")]
+        sheet.add("always", "largest phase of a captured step", ("bytes", bound(phases)))
     _always(sheet, config, layout, parallel, limits)
     _attention(sheet, config, layout, parallel, limits)
     _experts(sheet, config, parallel, limits)
@@ -115,7 +119,7 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Paralle
     sheet.add(
         "always",
         "captured graphs",
-        ("sizes", limits.graphs),
+        ("steps", limits.graphs),
         ("layers", c.num_layers),
         ("bytes", GRAPH_BYTES),
     )

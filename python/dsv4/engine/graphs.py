@@ -1,0 +1,132 @@
+"""Decode steps as CUDA graphs: one launch instead of some twenty from Python in every layer.
+
+A step of single tokens is padded to the next of SIZES and replayed. Its input is three numbers a row (token, position,
+slab); the graph makes the index tables of them itself (`decode_step`). What a launch takes from the longest context (grids,
+scores, splits of attention) is that of the next power of two, of which a graph sees only the part that is there: a result
+may differ by the rounding of another split, as between batches.
+
+Padding rows sit at position 0 of a slab of their own, the *sink*: they write its state, which only they read, and no page.
+
+A graph is captured when its size and context first come, not at start: there are many pairs, few are used, and the kernels
+are compiled then anyway. It takes about as long as three steps without graphs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv4._core import StepHeader
+from dsv4.engine.buffers import ALL_LOGITS, REPLAY, RESET, SAMPLE, StepBuffers
+from dsv4.model.v4 import V4Model
+
+log = logging.getLogger("dsv4.engine")
+
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of captured steps. Padding rows are alike, so together they cost the experts that one row reads."""
+
+SHORTEST = 2048
+"""Tokens of the shortest context. What is longer is captured by powers of two."""
+
+Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Takes what makes a tensor; gives what makes it again in the same place."""
+
+
+def sizes_of(running: int) -> tuple[int, ...]:
+    """Sizes that steps of up to `running` rows take; larger steps than the largest run without a graph."""
+    return tuple(n for i, n in enumerate(SIZES) if i == 0 or SIZES[i - 1] < running)
+
+
+def contexts_of(max_len: int) -> tuple[int, ...]:
+    """Contexts in tokens that steps up to `max_len` take."""
+    powers = (SHORTEST << i for i in range(max_len.bit_length()))
+    return (*(n for n in powers if n < max_len), max_len)
+
+
+class Recorder:
+    """Captures on the current CUDA device. All graphs share one memory pool: a replay's result lasts until the next."""
+
+    def __init__(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            run()  # compiles kernels and allocates what outlives a step
+        graph = torch.cuda.CUDAGraph()
+        mode = "thread_local"  # another thread may use the device meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
+            out = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class DecodeGraphs:
+    """The captured steps of one model. `pages` int32 [slabs, blocks] is the page table on the model's device; its last slab
+    is the sink. `capture`: a `Recorder`; tests run the steps as they are."""
+
+    def __init__(self, model: V4Model, pages: Tensor, capture: Capture) -> None:
+        self.model, self.pages, self._capture = model, pages, capture
+        self.sink = len(pages) - 1
+        self.sizes = sizes_of(self.sink)
+        self.contexts = contexts_of(pages.shape[1] * model.geometry.block_tokens)
+        self._input = torch.zeros((3, self.sizes[-1]), dtype=torch.int64, device=pages.device)
+        self._replays: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        model.reserve(self.contexts[-1])  # graphs keep its address
+        model.cache.reset([self.sink])
+
+    def takes(self, header: StepHeader, plan: StepBuffers) -> bool:
+        """Whether all rows of a plan are single tokens that go on from their slab's state and are sampled from."""
+        flags = plan.row_flags[: header.rows]
+        plain = flags & (RESET | ALL_LOGITS | REPLAY | SAMPLE) == SAMPLE
+        return 0 < header.rows == header.tokens and header.rows <= self.sizes[-1] and bool(plain.all())
+
+    def hidden(self, token_ids: np.ndarray, positions: np.ndarray, slabs: np.ndarray) -> Tensor:
+        """Streams [R, n, d] after the last layer, one token [R] of each slab. Valid until the next call."""
+        rows = len(slabs)
+        size = next(n for n in self.sizes if n >= rows)
+        end = next(n for n in self.contexts if n > positions.max())
+        replay = self._replays.get((size, end)) or self._captured(size, end)
+        self._put(token_ids, positions, slabs)
+        return replay()[:rows]
+
+    def _captured(self, size: int, end: int) -> Callable[[], Tensor]:
+        begun, free = time.perf_counter(), self._free()
+        self._put()  # the runs before the capture are of padding alone
+        token_ids, positions, slabs = self._input[:, :size]
+        run = partial(self.model.decode, token_ids, positions, slabs, self.pages, end)
+        try:
+            replay = self._replays[size, end] = self._capture(run)
+        except Exception as e:
+            raise RuntimeError(
+                f"a decode step of {size} rows could not be captured ({e}); start with --enforce-eager"
+            ) from e
+        log.info(
+            "captured a decode step of %d rows and up to %d tokens in %.2f s; it took %.1f MiB, %d are held",
+            size, end, time.perf_counter() - begun, (free - self._free()) / 2**20, len(self._replays),
+        )  # fmt: skip
+        return replay
+
+    def _put(self, *columns: np.ndarray) -> None:
+        """Sets the input to a step's token ids, positions and slabs, followed by padding."""
+        values = np.zeros(self._input.shape, np.int64)
+        values[2] = self.sink
+        for row, column in zip(values, columns, strict=False):
+            row[: len(column)] = column
+        host = torch.from_numpy(values)
+        # A page-locked copy of its own: torch reuses it when the transfer is over.
+        self._input.copy_(host.pin_memory() if self._input.is_cuda else host, non_blocking=True)
+
+    def _free(self) -> int:
+        """Free bytes of the GPU."""
+        return torch.cuda.mem_get_info()[0] if self._input.is_cuda else 0

@@ -1,0 +1,130 @@
+"""Decode steps as graphs hold them, run as they are on the CPU, against the ordinary path: equal to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("dsv4._core")
+
+from dsv4 import LLM, SamplingParams
+from dsv4.engine import build
+from dsv4.engine.graphs import SHORTEST, DecodeGraphs, contexts_of, sizes_of
+from dsv4.model.batch import Batch, Row
+from dsv4.model.step import build_step, decode_step
+from torch import Tensor
+
+from tests.support.checkpoints import write_random
+from tests.support.driving import Chunk, Driver, random_tokens
+from tests.support.models import random_config, random_weights
+
+
+def as_it_is(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """In place of a capture."""
+    return run
+
+
+def assert_equal(a: object, b: object) -> None:
+    """Of tables: every tensor and number, `most` apart."""
+    for f in fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(x, Tensor):
+            assert x.dtype == y.dtype and torch.equal(x, y), f.name
+        elif f.name == "most":
+            assert x <= y
+        elif not f.name.startswith("_"):
+            assert x == y, f.name
+
+
+def test_sizes_and_contexts() -> None:
+    assert sizes_of(1) == (1,) and sizes_of(5) == (1, 2, 4, 8) and sizes_of(8) == (1, 2, 4, 8)
+    assert sizes_of(1000)[-1] == 256
+    assert contexts_of(100) == (100,) and contexts_of(SHORTEST) == (SHORTEST,)
+    assert contexts_of(5000) == (2048, 4096, 5000) and contexts_of(2**20)[-2:] == (2**19, 2**20)
+
+
+def test_tables_made_on_the_device_are_those_of_the_host() -> None:
+    """All phases of blocks and pages, and a window that is not full yet."""
+    config = random_config()
+    geometry = Driver(config, random_weights(config), slabs=1).model.geometry
+    pages = torch.randperm(5 * 8, dtype=torch.int32).view(5, 8)
+    slabs = [3, 0, 4, 1]
+    for positions in ([0, 1, 2, 3], [126, 127, 128, 129], [255, 383, 511, 1023], [7, 90, 700, 1000]):
+        batch = Batch(
+            token_ids=torch.arange(10, 14),
+            positions=torch.tensor(positions),
+            rows=tuple(Row(s, p, 1, i) for i, (s, p) in enumerate(zip(slabs, positions, strict=True))),
+            page_table=pages,
+            logit_index=torch.arange(4),
+        )
+        expected = build_step(batch, geometry)
+        got = decode_step(batch.token_ids, batch.positions, torch.tensor(slabs), pages, 1024, geometry)
+        assert torch.equal(got.token_ids, expected.token_ids) and torch.equal(got.token, expected.token)
+        assert_equal(expected.tokens, got.tokens)
+        assert_equal(expected.window, got.window)
+        for m in geometry.ratios:
+            assert_equal(expected.blocks[m], got.blocks[m])
+            assert_equal(expected.entries[m], got.entries[m])
+
+
+@pytest.mark.parametrize("kind", ["flash", "pro"])
+def test_padded_steps_equal_the_ordinary_path(kind: str) -> None:
+    """Any rows of four requests, over block ends of both compressors and of pages, one page moved on the way. All memory
+    was poisoned, the sink's too."""
+    config = random_config(kind, index_topk=32)
+    weights = random_weights(config, 1)
+    plain, padded = (Driver(config, weights, slabs=5, max_len=512) for _ in range(2))
+    graphs = DecodeGraphs(padded.model, padded.page_table, as_it_is)
+    ids = [random_tokens(config, 400, seed) for seed in range(4)]
+    at = [125, 3, 254, 381]
+    for driver in (plain, padded):
+        driver.step([Chunk(s, ids[s][:n], 0) for s, n in enumerate(at)])
+    turns = [(0, 1, 2, 3), (2,), (3, 0, 2), (1, 3), (2, 1, 0), (0, 1, 2, 3), (3, 2, 1, 0), (1, 0)]
+    for turn, slabs in enumerate(turns):
+        if turn == 4:  # block 0 of slab 1 moves; what it left is poison
+            old, new = int(padded.page_table[1, 0]), padded.spare[0]
+            padded.cache.pages[new] = padded.cache.pages[old]
+            padded.page_table[1, 0] = new
+            padded.cache.poison_pages([old])
+        tokens = torch.stack([ids[s][at[s]] for s in slabs])
+        expected = torch.cat(plain.step([Chunk(s, tokens[i : i + 1], at[s]) for i, s in enumerate(slabs)]))
+        hidden = graphs.hidden(tokens.numpy(), np.array([at[s] for s in slabs]), np.array(slabs))
+        assert torch.equal(padded.model.logits(hidden), expected), f"turn {turn}"
+        for s in slabs:
+            at[s] += 1
+    assert len({size for size, _ in graphs._replays}) == 3
+    assert torch.equal(plain.cache.slabs[:4], padded.cache.slabs[:4])  # the state that later steps start from
+
+
+def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that come and go, prefixes that hit, two steps in flight, a context beyond the shortest."""
+    model = str(write_random(tmp_path, compress_ratios=[0, 4, 128]))
+    prompts = [[5, 9, 100 + i, 7, 40] * (4 + 9 * i) for i in range(5)] + [[7, 8, 9] * 679]
+    params = SamplingParams(max_tokens=14, temperature=0, ignore_eos=True)
+
+    def run() -> tuple[list[list[int]], LLM]:
+        llm = LLM(model, max_num_seqs=3, max_model_len=4096, async_scheduling=True, device="cpu")
+        outputs = [o.token_ids for _ in range(2) for o in llm.generate(prompts, params)]
+        llm.core.check()
+        return outputs, llm
+
+    expected, _ = run()
+    monkeypatch.setattr(build, "_captures", lambda config: True)
+    monkeypatch.setattr(build, "_why_eager", lambda config, model: None)
+    monkeypatch.setattr(build, "Recorder", lambda: as_it_is)
+    got, llm = run()
+    assert got == expected
+    used = llm._loop.runner.graphs._replays
+    assert {size for size, _ in used} >= {1, 4} and {end for _, end in used} == {2048, 4096}
+
+
+def test_what_keeps_it_eager_is_said() -> None:
+    llm = LLM(device="cpu", max_model_len=1024)
+    assert "graphs     off: the device is cpu" in llm._built.describe()
+    assert "sparse_attention" in llm._built.loop.runner.model.uncaptured()
+    assert "sample" not in llm._built.loop.runner.model.uncaptured()
