@@ -16,7 +16,11 @@ from dsv4 import LLM, SamplingParams
 from dsv4.engine import build
 from dsv4.engine.graphs import SHORTEST, DecodeGraphs, contexts_of, sizes_of
 from dsv4.model.batch import Batch, Row
+from dsv4.model.config import ModelConfig
 from dsv4.model.step import build_step, decode_step
+from dsv4.plan.build import divide
+from dsv4.plan.parallel import Parallel
+from dsv4.plan.workspace import GRAPH_BYTES, Limits
 from torch import Tensor
 
 from tests.support.checkpoints import write_random
@@ -121,6 +125,18 @@ def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch
     assert got == expected
     used = llm._loop.runner.graphs._replays
     assert {size for size, _ in used} >= {1, 4} and {end for _, end in used} == {2048, 4096}
+
+
+def test_graphs_have_their_place_in_the_memory_plan() -> None:
+    flash = ModelConfig.preset("v4-flash")
+    layout = flash.layout("fp8_ds_mla", "mxfp4")
+    without, some = (
+        divide(flash, layout, Parallel(), Limits(512, 16, 2**20, graphs), 200 << 30, held="released")
+        for graphs in (0, 60)
+    )
+    assert some.slabs - without.slabs == layout.slab_bytes  # the sink
+    pool = some.workspace - without.workspace - 60 * flash.num_layers * GRAPH_BYTES
+    assert 0 < pool < without.workspace
 
 
 def test_what_keeps_it_eager_is_said() -> None:
