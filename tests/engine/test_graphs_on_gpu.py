@@ -78,7 +78,13 @@ def test_the_engine_on_the_model_that_ships() -> None:
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
     said: dict[bool, list[list[int]]] = {}
     for eager in (True, False):
-        llm = LLM(device="cuda", max_model_len=4096, max_num_seqs=4, enforce_eager=eager)
+        llm = LLM(
+            device="cuda",
+            max_model_len=4096,
+            max_num_seqs=4,
+            kv_cache_memory=256 << 20,
+            enforce_eager=eager,
+        )
         print([line for line in llm._built.describe() if line.startswith("graphs")])
         said[eager] = [o.token_ids for o in llm.generate(prompts, params)]
         llm.core.check()
