@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,7 +13,7 @@ pytest.importorskip("dsv4._core")
 
 from dsv4 import LLM, SamplingParams
 from dsv4.engine import build
-from dsv4.engine.graphs import SHORTEST, DecodeGraphs, contexts_of, sizes_of
+from dsv4.engine.graphs import SHORTEST, DecodeGraphs, Step, contexts_of, sizes_of
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.step import build_step, decode_step
@@ -28,7 +27,7 @@ from tests.support.driving import Chunk, Driver, random_tokens
 from tests.support.models import random_config, random_weights
 
 
-def as_it_is(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def as_it_is(run: Step) -> Step:
     """In place of a capture."""
     return run
 

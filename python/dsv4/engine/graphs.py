@@ -34,8 +34,9 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHORTEST = 2048
 """Tokens of the shortest context. What is longer is captured by powers of two."""
 
-Capture = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
-"""Takes what makes a tensor; gives what makes it again in the same place."""
+Step = Callable[[], None]
+Capture = Callable[[Step], Step]
+"""Takes what launches kernels; gives what launches the same again."""
 
 
 def sizes_of(running: int) -> tuple[int, ...]:
@@ -50,25 +51,20 @@ def contexts_of(max_len: int) -> tuple[int, ...]:
 
 
 class Recorder:
-    """Captures on the current CUDA device. All graphs share one memory pool: a replay's result lasts until the next."""
+    """Captures on the current CUDA device. All graphs share one memory pool, so none may leave a result there."""
 
     def __init__(self) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, run: Step) -> Step:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()  # compiles kernels and allocates what outlives a step
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # another thread may use the device meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
-            out = run()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return out
-
-        return replay
+            run()
+        return graph.replay
 
 
 class DecodeGraphs:
@@ -81,7 +77,9 @@ class DecodeGraphs:
         self.sizes = sizes_of(self.sink)
         self.contexts = contexts_of(pages.shape[1] * model.geometry.block_tokens)
         self._input = torch.zeros((3, self.sizes[-1]), dtype=torch.int64, device=pages.device)
-        self._replays: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        shape = (self.sizes[-1], model.config.hc_mult, model.config.hidden_size)
+        self._output = torch.zeros(shape, dtype=model.embed.dtype, device=pages.device)
+        self._replays: dict[tuple[int, int], Step] = {}
         model.reserve(self.contexts[-1])  # graphs keep its address
         model.cache.reset([self.sink])
 
@@ -98,15 +96,18 @@ class DecodeGraphs:
         end = next(n for n in self.contexts if n > positions.max())
         replay = self._replays.get((size, end)) or self._captured(size, end)
         self._put(token_ids, positions, slabs)
-        return replay()[:rows]
+        replay()
+        return self._output[:rows]
 
-    def _captured(self, size: int, end: int) -> Callable[[], Tensor]:
-        begun, free = time.perf_counter(), self._free()
-        self._put()  # the runs before the capture are of padding alone
+    def _run(self, size: int, end: int) -> None:
         token_ids, positions, slabs = self._input[:, :size]
-        run = partial(self.model.decode, token_ids, positions, slabs, self.pages, end)
+        self._output[:size].copy_(self.model.decode(token_ids, positions, slabs, self.pages, end))
+
+    def _captured(self, size: int, end: int) -> Step:
+        begun, free = time.perf_counter(), self._free()
+        self._put()  # the run before the capture is of padding alone
         try:
-            replay = self._replays[size, end] = self._capture(run)
+            replay = self._replays[size, end] = self._capture(partial(self._run, size, end))
         except Exception as e:
             raise RuntimeError(
                 f"a decode step of {size} rows could not be captured ({e}); start with --enforce-eager"
