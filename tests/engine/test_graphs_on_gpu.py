@@ -48,8 +48,9 @@ def logits_of(decoder: Decoder, hidden: Hidden, starts: tuple[int, ...], steps: 
     ("name", "rows", "starts", "max_len"),
     [
         *((name, rows, STARTS, 4096) for name in ("flash", "nano") for rows in (1, 7, 31)),
-        ("flash", 2, (32_766, 9000), 36_864),  # from rows whose scores are written to candidates by threshold
+        ("flash", 2, (32_766, 9000), 36_864),  # from whole rows of scores to candidates by threshold
     ],
+    ids=[*(f"{name}-{rows}" for name in ("flash", "nano") for rows in (1, 7, 31)), "flash-long"],
 )
 def test_replays(name: str, rows: int, starts: tuple[int, ...], max_len: int) -> None:
     """The sink starts as NaN: nothing of it may reach a row."""
