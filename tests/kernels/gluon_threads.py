@@ -29,7 +29,9 @@ class Array(np.ndarray):
 
     def to(self, kind: Any, bitcast: bool = False) -> Array:
         plain = np.asarray(self)
-        return array(plain.astype(np.int32).view(kind) if bitcast else plain.astype(kind))
+        if bitcast and plain.dtype.kind != "f":
+            plain = plain.astype(np.int32)
+        return array(plain.view(kind) if bitcast else plain.astype(kind))
 
     def permute(self, order: list[int]) -> Array:
         return self.transpose(order)
@@ -115,7 +117,9 @@ class Mbarrier:
         barrier.count = barrier.missing = count
 
     @staticmethod
-    def wait(barrier: Barrier, phase: int) -> None:
+    def wait(barrier: Barrier, phase: int, pred: bool = True) -> None:
+        if not pred:
+            return
         with barrier.change:
             assert barrier.change.wait_for(lambda: barrier.phase & 1 != phase, PATIENCE), (
                 "nobody ends this wait"
@@ -200,19 +204,26 @@ def _warp_specialize(
 
 def _language(program: int, programs: int, assembly: Any) -> types.SimpleNamespace:
     ignored = lambda *args, **kwargs: None  # noqa: E731
-    layouts = ("BlockedLayout", "SliceLayout", "NVMMASharedLayout", "NVMMADistributedLayout")
+    layouts = (
+        "BlockedLayout",
+        "SliceLayout",
+        "NVMMASharedLayout",
+        "SwizzledSharedLayout",
+        "NVMMADistributedLayout",
+    )
     return types.SimpleNamespace(
         **dict.fromkeys(layouts, ignored),
-        constexpr=Any, int32=np.int32, int64=np.int64, float32=np.float32, bfloat16=np.float32, float8e4nv=np.uint8,
+        constexpr=Any, int32=np.int32, int64=np.int64, float32=np.float32, bfloat16=np.float32, float8e4nv=np.uint8, uint8=np.uint8,
         program_id=lambda axis: program, num_programs=lambda axis: programs, static_range=range,
         load=_load, store=_store, inline_asm_elementwise=assembly, warp_specialize=_warp_specialize,
         allocate_shared_memory=lambda kind, shape, layout: Barriers(Barrier() for _ in range(shape[0]))
         if layout == "barriers" else Shared(np.zeros(shape, kind)),
         arange=lambda lo, hi, layout: array(np.arange(lo, hi, dtype=np.int32)),
+        full=lambda shape, value, kind, layout: array(np.full(shape, value, kind)),
         zeros=lambda shape, kind, layout: array(np.zeros(shape, kind)),
-        minimum=lambda a, b: min(a, b), max=lambda v, axis: array(np.max(v, axis)), abs=np.abs,
+        minimum=min, maximum=max, max=lambda v, axis: array(np.max(v, axis)), abs=np.abs,
         split=lambda v: (v[..., 0], v[..., 1]), join=lambda a, b: array(np.stack((a, b), -1)),
-        convert_layout=lambda v, layout, assert_trivial: v,
+        convert_layout=lambda v, layout, assert_trivial=False: v,
     )  # fmt: skip
 
 

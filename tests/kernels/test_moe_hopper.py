@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from dsv4.kernels.gluon import moe
 from dsv4.kernels.triton import moe as portable
 from dsv4.kernels.triton import moe_pack
+from dsv4.kernels.triton.moe_plan import plan_many
 
 ORDER = [half * 32 + 4 * unit + byte for unit in range(8) for half in range(2) for byte in range(4)]
 """Channels of 64 in the order in which looking up packed weights yields them."""
@@ -40,30 +41,57 @@ def test_packed_words_hold_channels_in_the_order_of_the_codes() -> None:
     assert torch.equal(looked, expected)
 
 
-def test_codes_are_spread_to_the_places_of_their_slots() -> None:
+@pytest.mark.parametrize("words", [False, True])
+def test_codes_are_spread_to_the_places_of_their_slots(words: bool) -> None:
     tokens, k, dim, count = 9, 2, 256, 3
     x = torch.randn((tokens, dim), generator=_g()).to(DEVICE)
     experts = torch.tensor([[2, 0], [1, 2], [-1, 2], [0, 3]] * 3)[:tokens].to(DEVICE)
     slots, steps = tokens * k, 2
-    rows, places = (torch.full((slots,), -1, dtype=torch.int32, device=DEVICE) for _ in range(2))
-    plan = torch.zeros(3 + 3 * slots, dtype=torch.int32, device=DEVICE)
+    weights = torch.rand((tokens, k), generator=_g()).to(DEVICE)
     codes = torch.zeros((slots, dim), dtype=torch.float8_e4m3fn, device=DEVICE)
-    scales = torch.zeros((steps + 1, slots + 4), device=DEVICE)
-    portable.plan_kernel[(count,)](
-        experts, rows, plan, x, codes, scales, slots, count, dim, steps, dim, tokens, places,
-        BINS=4, CHUNK=32, BT=4, BLOCK=128, PDL=False,
-    )  # fmt: skip
+    if words:
+        scales = torch.zeros((2, (slots + 4) * 4), dtype=torch.uint8, device=DEVICE)
+    else:
+        scales = torch.zeros((steps + 1, slots + 4), device=DEVICE)
+    gates = torch.zeros(slots, device=DEVICE)
+    _, places, _ = plan_many(experts, count, 4, 2)
     moe.spread_kernel[(2 * steps,)](
-        x, experts, places, codes, scales, slots + 4, count, dim, steps, dim, tokens, TOPK=k, PDL=False
-    )
+        x, experts, weights, places, codes, scales, gates, slots + 4, count, dim, steps, dim, tokens, TOPK=k,
+        BYTES=words, PDL=False,
+    )  # fmt: skip
     flat = experts.flatten().tolist()
     order = [s for e in range(count) for s in range(slots) if flat[s] == e]
-    assert rows[: len(order)].tolist() == order
-    assert [places[s].item() for s in order] == list(range(len(order)))
+    assert torch.equal(gates[: len(order)], weights.flatten()[order])
+    if words:
+        bits = scales.view(2, slots + 4, 4)[0, :, :steps].t().to(torch.int32) << 23
+        scales = bits.contiguous().view(torch.float32)
     wide = scales[:steps, : len(order)].t().repeat_interleave(128, 1)
     back = torch.empty((len(order), dim // 64, 64))
     back[..., ORDER] = (codes[: len(order)].float() * wide).cpu().view(-1, dim // 64, 64)
     assert torch.equal(back.flatten(1), roundtrip(x.cpu())[[s // k for s in order]])
+
+
+@pytest.mark.parametrize("step", [2, 8])
+def test_slots_by_expert_and_their_blocks(step: int) -> None:
+    """Several chunks; experts without slots, with one block, with several; ids that are no expert."""
+    count, most = 5, 8
+    ids = torch.randint(-1, count + 1, (40, 3), generator=_g())
+    ids[ids == 3] = 0
+    ids[5, 1] = 3
+    rows, places, plan = (t.tolist() for t in plan_many(ids.to(DEVICE), count, most, step))
+    flat = ids.flatten().tolist()
+    order = [s for e in range(count) for s in range(len(flat)) if flat[s] == e]
+    assert rows[: len(order)] == order
+    assert [places[s] for s in order] == list(range(len(order)))
+    blocks, start = [], 0
+    for e in range(count):
+        n = flat.count(e)
+        size = -(-n // max(1, -(-n // most)))
+        size += -size % step
+        blocks += [(-size, e, start + j, min(size, n - j)) for j in range(0, n, max(size, 1))]
+        start += n
+    expected = [v for _, *block in sorted(blocks) for v in block]
+    assert plan[0] == len(blocks) and plan[3 : 3 + len(expected)] == expected
 
 
 def test_sum_leaves_out_slots_without_an_expert() -> None:
@@ -84,6 +112,12 @@ def test_few_tokens_wide_scales_and_odd_widths_go_to_triton() -> None:
     names = portable.PackedExperts.__dataclass_fields__
     wide = portable.PackedExperts(**{n: getattr(packed, n) for n in names} | {"absorb": False})
     assert not moe.suits(least, 2, 128, wide)
+
+
+@pytest.fixture(params=[0, 127])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(moe, "FORM", request.param)
+    return request.param
 
 
 def _look_up(
@@ -107,6 +141,7 @@ def _pow2_scale(most: Any) -> tuple[Any, Any]:
 
 
 STANDINS = {
+    "mark": lambda *at: None,
     "moe_pack": SimpleNamespace(_table=moe_pack._table.fn),
     "pow2_scale": _pow2_scale,
     "to_e4m3": lambda v: threads.array(torch.from_numpy(np.array(v, np.float32)).to(torch.float8_e4m3fn).view(torch.uint8)),
@@ -114,16 +149,17 @@ STANDINS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", [0, 15, 79])
 @pytest.mark.parametrize(
     ("ids", "dim", "inner", "programs"),
     [
-        ([[2, 0], [1, -1], [3, 4], [0, 2]] * 15, 256, 128, 3),
+        ([[2, 0], [1, -1], [3, 4], [0, 2]] * 15, 256, 128, 11),
         ([[1, 2]] * 290, 128, 128, 2),
         ([[1, 2, 3]] * 20 + [[3, 3, 0]] * 60 + [[0, 0, 0]] * 30, 256, 256, 1),
     ],
     ids=["one piece, unknown experts", "two blocks of an expert", "one to four pieces"],
 )
-def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: int) -> None:
+def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: int, form: int) -> None:
     """Both products by the kernel's source, slot by slot. Scales and rows that nobody has are NaN."""
     packed, (w1, w3, w2) = make(4, dim, inner)
     experts, tokens, k = torch.tensor(ids).flatten().tolist(), len(ids), len(ids[0])
@@ -135,7 +171,11 @@ def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: 
         count = experts.count(e)
         plan += [(e, start + j, min(256, count - j)) for j in range(0, count, 256)]
         start += count
-    entries = np.array([len(plan), 0, 0, *(v for entry in plan for v in entry)], np.int32)
+    entries = np.full(
+        3 + 3 * (len(plan) + programs), 1 << 20, np.int32
+    )  # a plan has room for more blocks than there are
+    entries[0] = len(plan)
+    entries[3 : 3 + 3 * len(plan)] = np.array(plan).flatten()
     rows = np.array(order + [0] * (slots - len(order)), np.int32)
     v = x[[s // k for s in order]].view(len(order), -1, 128)
     scale = torch.from_numpy(np.asarray(_pow2_scale(v.abs().amax(-1))[0]))
@@ -148,8 +188,16 @@ def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: 
         .flatten(1)
     )
     tiles1, tiles2 = packed.w13.shape[1], packed.w2.shape[1]
-    scales, hs = (np.full((n + 1, slots + 256), np.nan, np.float32) for n in (dim // 128, tiles1))
-    scales[:-1, : len(order)] = scale.t()
+    if form & 2:
+        scales, hs = (np.full((-(-n // 4) + 1, slots + 256, 4), 130, np.uint8) for n in (dim // 128, tiles1))
+        bits = scale.numpy().view(np.int32) >> 23
+        for n in range(dim // 128):
+            scales[n // 4, : len(order), n % 4] = bits[:, n]
+    else:
+        scales, hs = (np.full((n + 1, slots + 256), np.nan, np.float32) for n in (dim // 128, tiles1))
+        scales[:-1, : len(order)] = scale.t()
+    gates = np.full(slots, np.nan, np.float32)
+    gates[: len(order)] = gate[order]
     h, out = np.full((slots, tiles1 * 64), 127, np.uint8), np.full((slots, dim), np.nan, np.float32)
     for first, rows_of, xs, w, ws, base, to, tiles in (
         (True, codes, scales, packed.w13, packed.s13, packed.b13, h, tiles1),
@@ -158,10 +206,20 @@ def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: 
         words = w.cpu().view(-1, 128).view(torch.int32).numpy()
         flat = [
             threads.Pointer(np.asarray(t).reshape(-1))
-            for t in (xs, ws.cpu(), base.cpu(), entries, rows, gate, to, hs)
+            for t in (
+                xs.view(np.int32) if form & 2 else xs,
+                ws.cpu(),
+                base.cpu(),
+                entries,
+                rows,
+                gates,
+                to,
+                hs,
+            )
         ]
         xd, wd = threads.Descriptor(rows_of, (64, 64)), threads.Descriptor(words, (64, 32))
-        args = (xd, wd, *flat, LIMIT, slots + 256, rows_of.shape[1] // 128, tiles, first)
+        sd = threads.Descriptor(ws.cpu().numpy().reshape(-1, 32), (8, 32))
+        args = (xd, wd, sd, *flat, LIMIT, slots + 256, rows_of.shape[1] // 128, None, 0, tiles, first, form)
         threads.run(moe, "product_kernel", args, programs, _look_up, STANDINS, seed=tokens)
     xq = roundtrip(x)
     expected = torch.full((slots, dim), torch.nan)
@@ -175,7 +233,7 @@ def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: 
 
 @on_hopper
 @pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 129, 300, 1100])
-def test_equals_the_loop(tokens: int) -> None:
+def test_equals_the_loop(tokens: int, form: int) -> None:
     """One to four pieces of 64 slots, several blocks of an expert, experts without tokens."""
     packed, dense = make(8, 1024, 512)
     ids = torch.stack([torch.randperm(8, generator=_g(t))[:3] for t in range(tokens)])
@@ -184,7 +242,7 @@ def test_equals_the_loop(tokens: int) -> None:
 
 
 @on_hopper
-def test_unknown_experts_count_nothing() -> None:
+def test_unknown_experts_count_nothing(form: int) -> None:
     packed, dense = make(8, 1024, 512)
     check(packed, dense, torch.tensor([[3, -1], [8, 0], [-1, 99]] * 50), 6e-3, moe.run)
     y = moe.run(
@@ -195,7 +253,7 @@ def test_unknown_experts_count_nothing() -> None:
 
 
 @on_hopper
-def test_experts_without_tokens_are_not_read() -> None:
+def test_experts_without_tokens_are_not_read(form: int) -> None:
     packed, dense = make(8, 1024, 512)
     scales = packed.s13.clone()
     scales[[1, 2]] = -1
@@ -206,7 +264,7 @@ def test_experts_without_tokens_are_not_read() -> None:
 
 @on_hopper
 @pytest.mark.parametrize(("count", "dim", "inner"), [(8, 4096, 2048), (6, 7168, 3072)], ids=["flash", "pro"])
-def test_model_shapes_beside_triton(count: int, dim: int, inner: int) -> None:
+def test_model_shapes_beside_triton(count: int, dim: int, inner: int, form: int) -> None:
     packed, dense = make(count, dim, inner)
     check(packed, dense, torch.tensor([[0, 5], [5, 2], [4, 0]] * 8), 6e-3, moe.run)
     for tokens in (333, 2048):

@@ -1,0 +1,126 @@
+"""Where each role of the experts of a long prefill spends a step: `python3 -m benches.gpu.expert_roles`.
+
+Of each product, by the number of pieces of 64 slots that a tile holds: cycles of the SM's clock a step (128 channels) takes and
+what warp 0 of each role does meanwhile, then what a tile costs besides its steps. Marks cost a store each; the time of a
+product with them is therefore printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from dsv4.kernels.gluon import moe
+from dsv4.kernels.gluon.trace import EVENTS, ROLES
+from dsv4.kernels.triton.moe_plan import plan_many
+from dsv4.kernels.triton.route import route
+from torch import Tensor
+
+from benches.gpu import moe as moe_bench
+from benches.gpu.roles import Step, since
+
+EXPAND, LEFT, RIGHT, BRING = (role.value for role in (moe.EXPAND, moe.LEFT, moe.RIGHT, moe.BRING))
+OLD = [
+    Step(EXPAND, 0, 1, "expander  waits for copies (loaded)"),
+    Step(EXPAND, 1, 2, "          reads, looks up"),
+    Step(EXPAND, 2, 3, "          waits for a place (taken)"),
+    Step(EXPAND, 3, 4, "          stores, fence, arrives"),
+]
+NEW = [
+    Step(EXPAND, 0, 1, "expander  looks up"),
+    Step(EXPAND, 1, 2, "          waits for the next copies (loaded)"),
+    Step(EXPAND, 2, 3, "          reads them, waits for a place (taken)"),
+    Step(EXPAND, 3, 4, "          stores, fence, arrives"),
+]
+OTHERS = [
+    Step(BRING, 0, 1, "copies    waits for a buffer (freed)"),
+    Step(BRING, 1, 2, "          asks for them"),
+    Step(LEFT, 0, 1, "left      waits for copies and weights"),
+    Step(LEFT, 1, 2, "          products, scaling (second product: of 64 channels)"),
+    Step(RIGHT, 0, 1, "right     waits for copies and weights"),
+    Step(RIGHT, 1, 2, "          products, scaling"),
+]
+
+
+def tiles_of(plan: Tensor, tiles: int, programs: int) -> Tensor:
+    """Pieces of each tile of each program [programs, tiles of a program], -1 beyond its last."""
+    blocks = int(plan[0])
+    pieces = (plan[5 : 3 + 3 * blocks : 3] + 63) // 64
+    item = torch.arange(programs, device=plan.device)[:, None] + programs * torch.arange(
+        -(-blocks * tiles // programs), device=plan.device
+    )
+    return torch.where(item < blocks * tiles, pieces[(item // tiles).clamp(max=blocks - 1)], -1)
+
+
+def mean(a: Tensor) -> str:
+    a = a.float()
+    return f"{a.mean():7.0f}  ({a.quantile(0.1):.0f} to {a.quantile(0.9):.0f})"
+
+
+def report(label: str, times: Tensor, pieces: Tensor, steps: int, form: int) -> None:
+    """times [programs, tiles of a program, steps, ROLES, EVENTS]."""
+    print(label)
+    for p in sorted(set(pieces.flatten().tolist()) - {-1, 0}):
+        at = times[pieces == p][:4096].long()
+        last, end = at[:, :, EXPAND, 4], at[:, -1]
+        print(
+            f"  {p} pieces, {int((pieces == p).sum())} tiles: a step {mean(since(last[:, :-1], last[:, 1:]))}"
+        )
+        for step in (NEW if form & 64 else OLD) + OTHERS:
+            if step.role != RIGHT or p > 1:
+                took = since(at[:, 1:, step.role, step.first], at[:, 1:, step.role, step.last])
+                print(f"    {step.what:56}{mean(took.flatten()[: 1 << 20])}")
+        print(f"    left's end of a tile: {mean(since(end[:, LEFT, 3], end[:, LEFT, 7]))}")
+    ok = (pieces[:, :-1] > 0) & (pieces[:, 1:] > 0)
+    before, after = times[:, :-1, -1][ok].long(), times[:, 1:, 0][ok].long()
+    for role, first, name in ((EXPAND, 4, "expander"), (BRING, 2, "copies"), (LEFT, 2, "left")):
+        second = 1 if role == LEFT else first
+        print(f"  {name} from a tile's last step to the next one's first: "
+              f"{mean(since(before[:, role, first], after[:, role, second]))}")  # fmt: skip
+
+
+def run(name: str, tokens: int, form: int) -> None:
+    count, dim, inner = moe_bench.SHAPES[name]
+    torch.manual_seed(0)
+    model = moe_bench.Experts(count, dim, inner, torch.device("cuda"))
+    gate = torch.randn((count, dim), device="cuda", dtype=torch.bfloat16) / dim**0.5
+    bias = torch.randn(count, device="cuda") / 10
+    x = torch.randn((tokens, dim), device="cuda", dtype=torch.bfloat16)
+    experts, weights = route(x, gate, bias, None, moe_bench.TOPK, 1.5)
+    plan = plan_many(experts, count, 256, 64 if form & 32 else 256)[2]
+    programs = torch.cuda.get_device_properties(0).multi_processor_count
+    tiles = (model.packed.w13.shape[1], model.packed.w2.shape[1])
+    steps = (dim // 128, tiles[0] // 2)
+    pieces = [tiles_of(plan, n, programs) for n in tiles]
+    times = tuple(
+        torch.zeros((programs, p.shape[1] * n, ROLES, EVENTS), dtype=torch.int32, device="cuda")
+        for p, n in zip(pieces, steps, strict=True)
+    )
+    for _ in range(2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        moe.run(x, experts, weights, model.packed, moe_bench.LIMIT, x, form=form, times=times)
+        end.record()
+    torch.cuda.synchronize()
+    print(
+        f"{name}, {tokens} tokens, form {form}: {int(plan[0])} blocks, {start.elapsed_time(end) * 1e3:.0f} us with marks"
+    )
+    for i, what in enumerate(("first product", "second product")):
+        at = times[i].view(programs, pieces[i].shape[1], steps[i], ROLES, EVENTS)
+        report(f" {what}, {steps[i]} steps a tile", at, pieces[i], steps[i], form)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benches.gpu.expert_roles", description=__doc__.split("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=tuple(moe_bench.SHAPES), default=["Flash"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
+    parser.add_argument("--forms", nargs="+", type=int, default=[moe.FORM])
+    args = parser.parse_args()
+    for name in args.models:
+        for tokens in args.tokens:
+            for form in args.forms:
+                run(name, tokens, form)
+
+
+if __name__ == "__main__":
+    main()
