@@ -52,7 +52,7 @@ STEPS = [
 ]
 
 
-def run(model: str, tokens: int, chunk: bool) -> tuple[Tensor, Tensor]:
+def run(model: str, tokens: int, chunk: bool, form: int | None = None) -> tuple[Tensor, Tensor]:
     """(each CTA's own times [CTAs, ROLES, EVENTS], its blocks' [CTAs, blocks, ROLES, EVENTS]), int64 on the CPU."""
     heads, k = MODELS[model]
     x = inputs(heads, k, tokens, 8192, chunk=chunk)
@@ -60,30 +60,30 @@ def run(model: str, tokens: int, chunk: bool) -> tuple[Tensor, Tensor]:
     room = next_pow2(blocks)
     times = torch.zeros((tokens * heads // 64, 1 + room, ROLES, EVENTS), dtype=torch.int32, device="cuda")
     for _ in range(2):
-        sparse_attention(**x.args, splits=1, times=times)
+        sparse_attention(**x.args, splits=1, times=times, form=form)
     torch.cuda.synchronize()
     times = times.long().cpu()
     return times[:, 0], times[:, 1 : 1 + blocks]
 
 
 def since(a: Tensor, b: Tensor) -> Tensor:
-    """b - a of a clock of 32 bits."""
-    return ((b - a) & 0xFFFFFFFF).double()
+    """b - a of a clock of 32 bits; less than nothing if b came first."""
+    return ((b - a + (1 << 31)) % (1 << 32) - (1 << 31)).double()
 
 
-def gaps(ctas: Tensor) -> Tensor:
-    """Cycles from the end of a CTA (its last role's) to the beginning of the next on the same SM."""
+def turns(ctas: Tensor) -> tuple[Tensor, Tensor]:
+    """Cycles from the beginning of a CTA's item (and from its end, its last role's) to the beginning of the next on the
+    same SM."""
     sm, begin = ctas[:, SCORES, 7], ctas[:, SCORES, 6]
-    length = torch.stack([since(begin, ctas[:, role, 3]) for role in range(ROLES)]).amax(0).long()
-    found = []
+    length = torch.stack([since(begin, ctas[:, role, 3]) for role in range(ROLES)]).amax(0)
+    from_begin, from_end = [], []
     for one in sm.unique():
         at = (sm == one).nonzero().flatten()
-        start = begin[at] - begin[at[0]]
-        start = (start + (1 << 31)) % (1 << 32) - (1 << 31)  # before or after the first of them
+        start = since(begin[at[0]], begin[at])
         order = start.argsort()
-        end = start[order] + length[at][order]
-        found.append(start[order][1:] - end[:-1])
-    return torch.cat(found).double()
+        from_begin.append(start[order].diff())
+        from_end.append(from_begin[-1] - length[at][order][:-1])
+    return torch.cat(from_begin), torch.cat(from_end)
 
 
 def report(label: str, ctas: Tensor, blocks: Tensor) -> None:
@@ -107,9 +107,9 @@ def report(label: str, ctas: Tensor, blocks: Tensor) -> None:
             ("end", torch.maximum(ctas[:, LEFT, 3] - start, ctas[:, RIGHT, 3] - start) + start),
         )
     ))  # fmt: skip
-    between = gaps(ctas)
-    if len(between):
-        print(f"  from one CTA's end to the next one's beginning: {between.median():.0f}")
+    whole, between = turns(ctas)
+    if len(whole):
+        print(f"  from beginning to beginning: {whole.median():.0f}, from end to beginning: {between.median():.0f}")
 
 
 def main() -> None:

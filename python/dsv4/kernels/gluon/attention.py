@@ -13,11 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4.kernels.gluon import blackwell_attention, hopper_attention
+from dsv4.kernels.gluon import blackwell_attention, hopper_attention, hopper_stream
 from dsv4.kernels.gluon.attention_rows import MOST_BLOCKS
 from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import capability, cdiv, multiprocessors, next_pow2
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
+
+FORM = 0
+"""On Hopper. 0: hopper_attention.py; the others hopper_stream.py, 1: one item a CTA, 2: CTAs stay, 3: they stay and do not
+ask for rows in L2."""
 
 
 def sparse_attention(
@@ -35,6 +39,7 @@ def sparse_attention(
     *,
     splits: int | None = None,
     times: Tensor | None = None,
+    form: int | None = None,
 ) -> Tensor:
     """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64.
     times: int32 zeros [CTAs, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only)."""
@@ -54,8 +59,12 @@ def sparse_attention(
     splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
     partial, lse = portable.scratch(q, splits)
     rows = history or window
-    form = blackwell_attention if capability()[0] >= 10 else hopper_attention
-    form.attend[(ctas * splits,)](
+    blackwell = capability()[0] >= 10
+    shape = FORM if form is None else form
+    strides = window.region.stride(0), rows.region.stride(0)
+    if blackwell or any(stride % 16 for stride in strides):
+        shape = 0
+    args = (
         q,
         window.region,
         window_ids,
@@ -69,24 +78,34 @@ def sparse_attention(
         out,
         partial,
         lse,
-        window.region.stride(0) // 4,
-        rows.region.stride(0) // 4,
+        strides[0] // 4,
+        strides[1] // 4,
         # the history is addressed from the window's base: one pointer for both
         (rows.region.data_ptr() - window.region.data_ptr()) // 16,
         entries.pages.stride(0) if entries else 0,
         scale * 1.4426950408889634,
         splits,
         0 if selected is None else selected.shape[1],
-        times,
+    )
+    mode = 0 if entries is None else 1 if selected is None else 2
+    values = dict(
         H=heads,
         W=window_ids.shape[1],
         WIN_ROWS=window.rows,
         HIST_ROWS=rows.rows,
-        MODE=0 if entries is None else 1 if selected is None else 2,
+        MODE=mode,
         SPLIT=splits > 1,
-        NBP=next_pow2(cdiv(key_blocks, splits)),
         num_warps=4,
     )
+    work = ctas * splits
+    if shape == 0:
+        kernel = blackwell_attention if blackwell else hopper_attention
+        kernel.attend[(work,)](*args, times, NBP=next_pow2(cdiv(key_blocks, splits)), **values)
+    else:
+        stays = shape > 1 and splits == 1 and mode != 1
+        grid = min(work, multiprocessors()) if stays else work
+        lines = 0 if times is None else times.shape[1]
+        hopper_stream.attend[(grid,)](*args, work, times, lines, AHEAD=0 if shape == 3 else 2, **values)
     if splits > 1:
         portable.merge(partial, lse, sink, cos, sin, out)
     return out

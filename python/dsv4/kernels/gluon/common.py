@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import blackwell
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, tma
 
 _DESCRIPTOR = gl.shared_memory_descriptor
 NEW_NAMES = hasattr(_DESCRIPTOR, "reinterpret")
 """Triton 3.9: `reinterpret` and `barrier`; before that `_reinterpret` and `thread_barrier`."""
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+thread_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+"""Copies a block of pointers to shared memory, thread by thread (cp.async)."""
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
