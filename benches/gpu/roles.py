@@ -109,7 +109,9 @@ def report(label: str, ctas: Tensor, blocks: Tensor) -> None:
     ))  # fmt: skip
     whole, between = turns(ctas)
     if len(whole):
-        print(f"  from beginning to beginning: {whole.median():.0f}, from end to beginning: {between.median():.0f}")
+        print(
+            f"  from beginning to beginning: {whole.median():.0f}, from end to beginning: {between.median():.0f}"
+        )
 
 
 def main() -> None:

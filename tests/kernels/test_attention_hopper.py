@@ -282,7 +282,7 @@ def test_roles_as_threads(options: dict[str, Any], splits: int, programs: int | 
 @pytest.mark.parametrize(
     "options", [{}, {"heads": 4, "k": 50}, {"heads": 128, "k": 200}, {"k": None}, {"k": 0}], ids=str
 )
-@pytest.mark.parametrize("form", [1, 2, 3])
+@pytest.mark.parametrize("form", [1, 2, 3, 4])
 def test_forms_on_a_gpu(form: int, options: dict[str, Any]) -> None:
     """More items than CTAs, and few of them in splits; the same bits every time."""
     for rows, splits in ((TOKENS, (None, 1, 2, 3)), (((100, 270), (0, 5), (201, 1)), (1, 2))):

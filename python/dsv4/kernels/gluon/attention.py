@@ -20,8 +20,8 @@ from dsv4.kernels.triton.common import capability, cdiv, multiprocessors, next_p
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
 FORM = 0
-"""On Hopper. 0: hopper_attention.py; the others hopper_stream.py, 1: one item a CTA, 2: CTAs stay, 3: they stay and do not
-ask for rows in L2."""
+"""On Hopper. 0: hopper_attention.py; 4: the same, and a block's scales are asked for before the rows; the others
+hopper_stream.py, 1: one item a CTA, 2: CTAs stay, 3: they stay and do not ask for rows in L2."""
 
 
 def sparse_attention(
@@ -98,9 +98,10 @@ def sparse_attention(
         num_warps=4,
     )
     work = ctas * splits
-    if shape == 0:
+    if shape in (0, 4):
         kernel = blackwell_attention if blackwell else hopper_attention
-        kernel.attend[(work,)](*args, times, NBP=next_pow2(cdiv(key_blocks, splits)), **values)
+        early = {} if blackwell else dict(EARLY=shape == 4)
+        kernel.attend[(work,)](*args, times, NBP=next_pow2(cdiv(key_blocks, splits)), **early, **values)
     else:
         stays = shape > 1 and splits == 1 and mode != 1
         grid = min(work, multiprocessors()) if stays else work

@@ -11,7 +11,8 @@ item's last block only after they have used it to turn the result round. An item
 to values, P and its factors through slot c % 2, at last the factors of the whole: scores waits for `pempty`, writes, arrives
 at `pfull`; both groups wait for `pfull`, read, arrive at `pempty`. Every wait is for the phase that the g // 2-th (c // 2-th)
 use of its buffer ends, and each use is ended exactly once by everyone who counts. Nobody waits for something later in the
-order rows, scores, values but for a buffer's use two before, so the stream cannot stop.
+order rows, scores, values but for a buffer's use two before, so nobody waits for ever. q is brought by those who alone read
+it, once every warp has done with the last one.
 """
 
 from __future__ import annotations
@@ -141,9 +142,7 @@ def _scores(
             mark(times, own + i + 1, SCORES, 1)
             s = gl.zeros([BH, BN], gl.float32, SL)
             for j in gl.static_range(4):
-                s = warpgroup_mma(
-                    qs[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True
-                )
+                s = warpgroup_mma(qs[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
             b = bias.index(buf).load(gl.SliceLayout(0, SL))
             s = warpgroup_mma_wait(0, [s])
             if (i == n - 1) & (w + step < work):
@@ -300,7 +299,9 @@ def _prefetch(c4, ring, f):
     u, so = ring[0].index(f % RING).load(SL), ring[1].index(f % RING).load(SL)
     j = gl.arange(0, 8, layout=gl.SliceLayout(0, PL))
     word = gl.where(
-        (j < 5)[None, :], (u * 4)[:, None] + gl.minimum(j * 32, 143)[None, :], (so * 2)[:, None] + 0 * j[None, :]
+        (j < 5)[None, :],
+        (u * 4)[:, None] + gl.minimum(j * 32, 143)[None, :],
+        (so * 2)[:, None] + 0 * j[None, :],
     )
     _ask_l2(c4 + word, ((u >= 0)[:, None] & (j < 6)[None, :]).to(gl.int32))
 
@@ -315,8 +316,6 @@ def _put_two(k, buf, a, b):
 @gluon.jit
 def _copy(c4, to, off, ok, START: gl.constexpr, N: gl.constexpr, LAY: gl.constexpr):
     col = gl.arange(0, N, layout=gl.SliceLayout(0, LAY))
-    RL: gl.constexpr = gl.SliceLayout(1, LAY)
-    off, ok = gl.convert_layout(off, RL, assert_trivial=True), gl.convert_layout(ok, RL, assert_trivial=True)
     thread_load(to, c4 + (off[:, None] + (START + col)[None, :]), mask=ok[:, None])
 
 
@@ -346,7 +345,7 @@ def _rows(
     before it is used: a load that is used is waited for together with all that were asked for since.
     """
     full, empty, _, _ = bars
-    first, work, step, splits, b0, n = share
+    first, work, step, _, b0, n = share
     k0, k1, k2, k3 = k
     raw6, raw7 = raw
     su, so = ring
@@ -378,7 +377,7 @@ def _rows(
     r2, r3 = _load(c4, off, ok, 32, 16, LAY), _load(c4, off, ok, 48, 16, LAY)
     r4, r5 = _load(c4, off, ok, 64, 16, LAY), _load(c4, off, ok, 80, 16, LAY)
     _copy(c4, raw6, off, ok, 96, 16, LAY)
-    _copy(c4, raw7, off, ok, 112, 32, LAYR)
+    _copy(c4, raw7, off, ok, 112, 32, LAY)
     async_copy.commit_group()
     if AHEAD > 0:
         _prefetch(c4, ring, 1)
@@ -417,7 +416,9 @@ def _rows(
         _pin()
         async_copy.wait_group(0)
         last = k3.index(buf).reinterpret(gl.int32, [BN, 64], gl.NVMMASharedLayout(128, 32, rank=2))
-        last.slice(0, 32, dim=1).store(_cvt(raw6.load(LAY), _scale(s8, 6)))  # one half after the other: registers
+        last.slice(0, 32, dim=1).store(
+            _cvt(raw6.load(LAY), _scale(s8, 6))
+        )  # one half after the other: registers
         last.slice(32, 32, dim=1).store(_cvt_rope(raw7.load(LAYR)))
         bias.index(buf).store(gl.where(ok, 0.0, float("-inf")))
         mark(times, own + i + 1, ROWS, 3)
@@ -426,7 +427,7 @@ def _rows(
         mbarrier.arrive(full.index(buf), count=1)
         mark(times, own + i + 1, ROWS, 5)
         _copy(c4, raw6, off, okn, 96, 16, LAY)
-        _copy(c4, raw7, off, okn, 112, 32, LAYR)
+        _copy(c4, raw7, off, okn, 112, 32, LAY)
         async_copy.commit_group()
         s8, ok = s8n, okn
         i += 1
@@ -520,7 +521,26 @@ def attend(
             (_values, (ks, weights, bars, share, to, times, lines, 256, H, SPLIT)),
             (
                 _rows,
-                (c1, keys, strides, ks, bias, raw, ring, bars, share, times, lines, H, W, WIN_ROWS, HIST_ROWS, MODE, SPLIT, AHEAD),
+                (
+                    c1,
+                    keys,
+                    strides,
+                    ks,
+                    bias,
+                    raw,
+                    ring,
+                    bars,
+                    share,
+                    times,
+                    lines,
+                    H,
+                    W,
+                    WIN_ROWS,
+                    HIST_ROWS,
+                    MODE,
+                    SPLIT,
+                    AHEAD,
+                ),
             ),
         ],
         [4, 4, 4],
