@@ -44,25 +44,26 @@ def line(bench: Bench, label: str, x: Any, peer: Any, forms: list[int]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benches.gpu.forms", description=__doc__.split("\n")[0])
     parser.add_argument("forms", nargs="*", type=int, default=[0, 4, 1, 2, 3])
-    parser.add_argument("--compile", action="store_true", help="run every shape once and print nothing")
+    parser.add_argument("--compile", type=int, metavar="SHAPE", help="only run one of the shapes once")
     args = parser.parse_args()
-    if not args.compile:  # at once, so that the kernels are in the cache
-        command = [sys.executable, "-m", "benches.gpu.forms", "--compile"]
-        for process in [subprocess.Popen([*command, str(form)]) for form in args.forms]:
-            process.wait()
-    bench = None if args.compile else Timer()
+    if args.compile is not None:
+        model, tokens, chunk = SHAPES[args.compile]
+        x = inputs(*MODELS[model], min(tokens, 256), 1024, chunk=chunk)
+        for form in args.forms:
+            sparse_attention(**x.args, form=form)
+        return
+    command = [sys.executable, "-m", "benches.gpu.forms", "--compile"]
+    for process in [  # all at once; then the kernels are in the cache
+        subprocess.Popen([*command, str(shape), str(form)]) for form in args.forms for shape in (0, 1, 2)
+    ]:
+        process.wait()
+    bench = Timer()
     for model, tokens, chunk in SHAPES:
-        heads, k = MODELS[model]
-        x = inputs(heads, k, 256 if args.compile and chunk else tokens, 8192, chunk=chunk)
-        if bench is None:
-            for form in args.forms:
-                sparse_attention(**x.args, form=form)
-            continue
+        x = inputs(*MODELS[model], tokens, 8192, chunk=chunk)
         peer = _prefill_peer(x) if chunk else _peer(x)
         line(bench, f"{model} {'prefill' if chunk else 'decode'} {tokens}", x, peer, args.forms)
-    if bench is not None:
-        form = 2 if 2 in args.forms else args.forms[-1]
-        report(f"form {form}, flash-prefill, 1056 tokens", *run("flash", 1056, True, form))
+    form = 2 if 2 in args.forms else args.forms[-1]
+    report(f"form {form}, flash-prefill, 1056 tokens", *run("flash", 1056, True, form))
 
 
 if __name__ == "__main__":

@@ -437,7 +437,7 @@ def _rows(
             wn += step
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["work", "lines"])
 def attend(
     q,
     c1,
