@@ -197,8 +197,9 @@ def _values(
             mbarrier.wait(pfull.index(pb), (c // 2) & 1)
             mark(times, own + i + 1, ROLE, 1)
             al = sal.index(pb).load(AR)
-            x = warpgroup_mma(sp_.index(pb), ka.index(buf), x * al[:, None], is_async=True)
-            y = warpgroup_mma(sp_.index(pb), kb.index(buf), y * al[:, None], is_async=True)
+            x, y = x * al[:, None], y * al[:, None]
+            x = warpgroup_mma(sp_.index(pb), ka.index(buf), x, is_async=True)
+            y = warpgroup_mma(sp_.index(pb), kb.index(buf), y, is_async=True)
             x, y = warpgroup_mma_wait(0, [x, y])
             mark(times, own + i + 1, ROLE, 2)
             mbarrier.arrive(empty.index(buf), count=1, pred=i < n - 1)
