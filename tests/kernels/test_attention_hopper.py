@@ -249,8 +249,11 @@ def _attend(case: Case, splits: int, programs: int | None, ahead: int, seed: int
         seed,
     )  # fmt: skip
     if splits > 1:
-        out = torch.empty(q.shape)  # of the interpreter's bfloat16 we ask nothing
-        portable.merge(partial, lse, case["sink"], case["cos"], case["sin"], out)
+        merged = torch.empty(q.shape, device=DEVICE)  # of the interpreter's bfloat16 we ask nothing
+        portable.merge(
+            *(t.to(DEVICE) for t in (partial, lse, *(case[n] for n in ("sink", "cos", "sin")))), merged
+        )
+        return merged.cpu()
     return out
 
 
