@@ -116,12 +116,15 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1, help="so many times as many texts with passphrases")
     parser.add_argument("--kv", default="auto", help="row format of the cache")
     parser.add_argument("--index", default="auto", help="row format of index rows")
+    parser.add_argument("--pages", type=int, help="pages of the cache (default: as the engine)")
     parser.add_argument("--only", default="", help="parts whose name has this in it")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     data = Dataset.load(args.data, texts=500)
     settings = {"kv_cache_dtype": args.kv, "index_cache_dtype": args.index}
-    llm = LLM(args.model, max_num_seqs=8, **{k: v for k, v in settings.items() if v != "auto"})
+    llm = LLM(
+        args.model, max_num_seqs=8, num_pages=args.pages, **{k: v for k, v in settings.items() if v != "auto"}
+    )
     report: dict[str, Any] = {}
     for name, part in parts(llm, data, args.quick, args.times).items():
         if args.only not in name:
