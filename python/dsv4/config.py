@@ -107,7 +107,7 @@ class EngineConfig:
         aliases=("tenant",),
     )
     max_wait: float = setting(30.0, "seconds after which a waiting request goes ahead of all")
-    enforce_eager: bool = setting(True, "on a GPU, launch a decode step kernel by kernel: no CUDA graphs")
+    enforce_eager: bool = setting(False, "on a GPU, launch a decode step kernel by kernel: no CUDA graphs")
     async_scheduling: bool = setting(False, "plan step k+1 while step k runs (two steps in flight)")
     record_steps: str | None = setting(
         None, "file to which every step's rows and time are appended, for dsv4 simulate --step-model"

@@ -129,5 +129,8 @@ class DecodeGraphs:
         self._input.copy_(host.pin_memory() if self._input.is_cuda else host, non_blocking=True)
 
     def _free(self) -> int:
-        """Free bytes of the GPU."""
-        return torch.cuda.mem_get_info()[0] if self._input.is_cuda else 0
+        """Bytes of the GPU that are neither used nor kept by torch for later."""
+        if not self._input.is_cuda:
+            return 0
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
