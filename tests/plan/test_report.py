@@ -14,7 +14,7 @@ import pytest
 import torch
 from dsv4.cache.paged import PagedCache
 from dsv4.cli import main
-from dsv4.config import EngineConfig
+from dsv4.config import EngineConfig, default_step_tokens
 from dsv4.engine import build
 from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.build import build_engine
@@ -25,6 +25,7 @@ from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
 from dsv4.ops.registry import Ops
 from dsv4.plan.build import divide
+from dsv4.plan.graphs import steps_of
 from dsv4.plan.parallel import Parallel
 from dsv4.plan.weights import weight_rows
 from dsv4.plan.workspace import INDEX_NUMBERS, INDEX_TOKENS, Limits, bound, step_array_bytes, workspace
@@ -122,16 +123,15 @@ def test_a_gpu_engine_sizes_its_pool_as_planned(
     p = plan(
         capsys, "v4-flash", "--gpu", "h200", "--num", "2", "--tp", "1", "--dp", "2", "--rows", "bfloat16"
     )
-    config = EngineConfig(device="cuda")
+    config = EngineConfig(device="cuda", max_num_batched_tokens=default_step_tokens("cuda", 16))
+    limits = Limits(2048, 16, 2**20, steps_of(16, 2**20))
     memory = GPUS["h200"].memory_bytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory, memory))
     flash = ModelConfig.preset("v4-flash")
     layout = flash.layout("bfloat16", "mxfp4")
-    one_gpu = divide(flash, layout, Parallel(), Limits(512, 16, 2**20), int(0.9 * memory), held="released")
+    one_gpu = divide(flash, layout, Parallel(), limits, int(0.9 * memory), held="released")
     assert build._room_for_pages(config, flash, layout, "released") == one_gpu.pool < 0  # 145 GB of weights
-    halves = divide(
-        flash, layout, Parallel(1, 2, 2), Limits(512, 16, 2**20), int(0.9 * memory), held="released"
-    )
+    halves = divide(flash, layout, Parallel(1, 2, 2), limits, int(0.9 * memory), held="released")
     assert (halves.pool, halves.pages) == (p["memory"]["pool"], p["memory"]["pages"])
 
 

@@ -7,9 +7,9 @@ import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from dsv4.config import EngineConfig, add_flags, load
+from dsv4.config import EngineConfig, add_flags, base_type, load
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -41,12 +41,13 @@ def read_settings(arguments: argparse.Namespace, *classes: type) -> list[Any]:
 def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[str]]) -> None:
     """Settings of EngineConfig that are numbers, with its defaults and words, for commands that have no engine. `names`: of
     each setting, further names of its flag."""
+    hints = get_type_hints(EngineConfig)
     for f in dataclasses.fields(EngineConfig):
         if f.name in names:
             flags = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"], *names[f.name])]
-            shown = f"{f.metadata['help']} [{f.default}]"
+            shown = f"{f.metadata['help']} [{'auto' if f.default is None else f.default}]"
             parser.add_argument(
-                *flags, dest=f.name, type=type(f.default), default=f.default, metavar="N", help=shown
+                *flags, dest=f.name, type=base_type(hints[f.name]), default=f.default, metavar="N", help=shown
             )
 
 

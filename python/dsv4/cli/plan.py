@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import add_numbers
+from dsv4.config import default_step_tokens
 from dsv4.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,9 +77,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--graphs",
         type=int,
-        default=0,
         metavar="N",
-        help="decode steps captured as CUDA graphs, batch sizes times contexts [0, as the engine with --enforce-eager]",
+        help="decode steps captured as CUDA graphs, 0 with --enforce-eager [batch sizes times contexts]",
     )
     parser.add_argument(
         "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"
@@ -106,6 +106,7 @@ def question(a: argparse.Namespace) -> Question:
     from dsv4.model.config import ModelConfig
     from dsv4.plan.build import Question
     from dsv4.plan.cache import Traffic
+    from dsv4.plan.graphs import steps_of
     from dsv4.plan.parallel import choose
     from dsv4.plan.workspace import Limits
 
@@ -129,7 +130,12 @@ def question(a: argparse.Namespace) -> Question:
         gpu=gpu(a.gpu),
         num=a.num,
         parallel=choose(config, a.num, a.tp, a.dp, a.ep),
-        limits=Limits(a.max_num_batched_tokens, a.max_num_seqs, max_len, a.graphs),
+        limits=Limits(
+            a.max_num_batched_tokens or default_step_tokens("cuda", a.max_num_seqs),
+            a.max_num_seqs,
+            max_len,
+            steps_of(a.max_num_seqs, max_len) if a.graphs is None else a.graphs,
+        ),
         memory_fraction=a.gpu_memory_utilization,
         pool_bytes=None if a.pool_gb is None else _pool(a.pool_gb),
         snapshot_budget=a.snapshot_budget,

@@ -13,9 +13,9 @@ import torch
 
 from dsv4._core import Core, LayoutSpec
 from dsv4.cache.paged import PagedCache
-from dsv4.config import EngineConfig
+from dsv4.config import EngineConfig, default_step_tokens
 from dsv4.engine.buffers import StepBuffers
-from dsv4.engine.graphs import Recorder, contexts_of, sizes_of
+from dsv4.engine.graphs import Recorder
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.routing import Tenants
 from dsv4.engine.runner import Runner
@@ -27,6 +27,7 @@ from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
 from dsv4.plan.build import divide
 from dsv4.plan.cache import pages_of, size_pool
+from dsv4.plan.graphs import contexts_of, sizes_of, steps_of
 from dsv4.plan.parallel import Parallel
 from dsv4.plan.workspace import Limits
 from dsv4.sampling import SamplingParams
@@ -286,6 +287,8 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
     return dataclasses.replace(
         config,
         device=device,
+        max_num_batched_tokens=config.max_num_batched_tokens
+        or default_step_tokens(device, config.max_num_seqs),
         kv_cache_dtype=row if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         index_cache_dtype=index if config.index_cache_dtype == "auto" else config.index_cache_dtype,
         cost_model=",".join(f"{k}={v:g}" for k, v in costs.items()),
@@ -315,7 +318,7 @@ def _room_for_pages(config: EngineConfig, model: ModelConfig, layout: LayoutSpec
     if config.device == "cpu":
         return free // 4
     max_len = config.max_model_len or model.max_position
-    graphs = len(sizes_of(config.max_num_seqs)) * len(contexts_of(max_len)) if _captures(config) else 0
+    graphs = steps_of(config.max_num_seqs, max_len) if _captures(config) else 0
     limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, max_len, graphs)
     total = torch.cuda.mem_get_info()[1]
     memory = min(free, int(total * config.gpu_memory_utilization))

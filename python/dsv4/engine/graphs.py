@@ -1,6 +1,6 @@
 """Decode steps as CUDA graphs: one launch instead of some twenty from Python in every layer.
 
-A step of single tokens is padded to the next of SIZES and replayed. Its input is three numbers a row (token, position,
+A step of single tokens is padded to the next captured size (`dsv4.plan.graphs`) and replayed. Its input is three numbers a row (token, position,
 slab); the graph makes the index tables of them itself (`decode_step`). What a launch takes from the longest context (grids,
 scores, splits of attention) is that of the next power of two, of which a graph sees only the part that is there: a result
 may differ by the rounding of another split, as between batches.
@@ -25,29 +25,13 @@ from torch import Tensor
 from dsv4._core import StepHeader
 from dsv4.engine.buffers import ALL_LOGITS, REPLAY, RESET, SAMPLE, StepBuffers
 from dsv4.model.v4 import V4Model
+from dsv4.plan.graphs import contexts_of, sizes_of
 
 log = logging.getLogger("dsv4.engine")
-
-SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Rows of captured steps. Padding rows are alike, so together they cost the experts that one row reads."""
-
-SHORTEST = 2048
-"""Tokens of the shortest context. What is longer is captured by powers of two."""
 
 Step = Callable[[], None]
 Capture = Callable[[Step], Step]
 """Takes what launches kernels; gives what launches the same again."""
-
-
-def sizes_of(running: int) -> tuple[int, ...]:
-    """Sizes that steps of up to `running` rows take; larger steps than the largest run without a graph."""
-    return tuple(n for i, n in enumerate(SIZES) if i == 0 or SIZES[i - 1] < running)
-
-
-def contexts_of(max_len: int) -> tuple[int, ...]:
-    """Contexts in tokens that steps up to `max_len` take."""
-    powers = (SHORTEST << i for i in range(max_len.bit_length()))
-    return (*(n for n in powers if n < max_len), max_len)
 
 
 class Recorder:

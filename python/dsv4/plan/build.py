@@ -67,7 +67,7 @@ def divide(
     """How `memory` bytes of one GPU are used: what weights, slabs and workspace leave is the pool's. The engine on a GPU
     sizes its pool here too."""
     weights = sum(row.rank for row in weight_rows(config, parallel, draft=draft, held=held))
-    slabs = (limits.running + bool(limits.graphs)) * layout.slab_bytes
+    slabs = limits.running * layout.slab_bytes
     work = bound(workspace(config, layout, parallel, limits))
     left = memory - weights - slabs - work
     pages = layout.pages_for(max(left, 0))

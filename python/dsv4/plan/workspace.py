@@ -78,6 +78,7 @@ def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limit
         step = replace(limits, step_tokens=limits.running, graphs=0)
         phases = [b for b in workspace(config, layout, parallel, step) if b.phase not in ("always", "logits")]
         sheet.add("always", "largest phase of a captured step", ("bytes", bound(phases)))
+        sheet.add("always", "slab of captured steps' padding", ("bytes", layout.slab_bytes))
     _always(sheet, config, layout, parallel, limits)
     _attention(sheet, config, layout, parallel, limits)
     _experts(sheet, config, parallel, limits)
