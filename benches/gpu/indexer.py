@@ -2,7 +2,8 @@
 
 `indexer`: all scores written, as DeepGEMM's paged kernel does. `topk`: the whole choice of 512 or 1,024 entries, its
 "peer" the scan alone: the difference is what the choice costs. In decode its thresholds are those of a query a tenth
-away from the present one, as the step before would leave them.
+away from the present one, as the step before would leave them. Bytes are those of the keys and of what is handed back:
+every score, or the chosen entries.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def _rows(bench: Bench, form: str, size: int, batch: int, context: int, peers: d
     f, scores = case.scores()
     f()
     scan = bench.us(f)
-    bytes, flops = batch * entries * size, 2 * batch * entries * HEADS * DIM
+    keys, flops = batch * entries * size, 2 * batch * entries * HEADS * DIM
     shape = f"{form}, {HEADS} heads"
     yield Row(
         "indexer",
@@ -157,7 +158,7 @@ def _rows(bench: Bench, form: str, size: int, batch: int, context: int, peers: d
         batch,
         context,
         scan,
-        bytes,
+        keys + 4 * batch * entries,
         flops,
         "fp8",
         "DeepGEMM fp8",
@@ -174,7 +175,7 @@ def _rows(bench: Bench, form: str, size: int, batch: int, context: int, peers: d
                 batch,
                 context,
                 us,
-                bytes,
+                keys + 4 * batch * k,
                 flops,
                 "fp8",
                 "scan alone",

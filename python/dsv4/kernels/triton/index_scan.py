@@ -129,7 +129,7 @@ def tile_scores(
         return tl.sum(tl.reshape(s, (TILE, QUERIES, HEADS)), 2) * scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def scan_kernel(
     q,
     weights,
@@ -157,10 +157,13 @@ def scan_kernel(
     DIM: tl.constexpr,
     PLANE: tl.constexpr,
     SCALES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Part program_id(0) of the entries for the QUERIES tokens of program_id(1). APPEND: what reaches `bound` (of the
     token, or of its slab where `bound_by`) goes to the candidates. Else `scores` [T, sampled] gets entries 0 .. sampled
     - 1, or evenly spread tiles of a longer row."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     t0 = tl.program_id(1) * QUERIES
     i = tl.arange(0, QUERIES)
     done = 0
@@ -250,9 +253,13 @@ def refine_kernel(
     DIM: tl.constexpr,
     PLANE: tl.constexpr,
     SCALES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """For a token whose threshold was wrong: the exact best K of part program_id(0) of its entries, in order, as its
     candidates part * K and on; key 0 where there are fewer. K more entries at a time join the K best so far."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     t, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
     n = tl.load(visible + t)
     if wrong(n, tl.load(used + t), k, CAP):
@@ -309,7 +316,15 @@ _FP4 = {"ROWS": 64, "FORMAT": "mxfp4", "DIM": 128, "PLANE": 64, "SCALES": 4}
 
 
 def _aot_scan(append: bool, queries: int, form: dict[str, Any], archs: tuple[int, ...] = (90, 100)) -> Aot:
-    constants = {"APPEND": append, "CAP": 8192, "HEADS": 64, "QUERIES": queries, "TILE": 64, **form}
+    constants = {
+        "APPEND": append,
+        "CAP": 8192,
+        "HEADS": 64,
+        "QUERIES": queries,
+        "TILE": 64,
+        **form,
+        "PDL": True,
+    }
     return Aot(
         scan_kernel,
         SCAN,
@@ -349,7 +364,7 @@ AOT = [
     Aot(
         refine_kernel,
         {**KEYS, **LISTS, "fresh": "*i32", "k": "i32"},
-        {"K": 512, "PARTS": 16, "CAP": 8192, "HEADS": 64, "TILE": 64, **_FP8},
+        {"K": 512, "PARTS": 16, "CAP": 8192, "HEADS": 64, "TILE": 64, **_FP8, "PDL": True},
         num_stages=3,
     ),
 ]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.triton import topk as select
-from dsv4.kernels.triton.common import INTERPRETED, cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.common import INTERPRETED, cdiv, multiprocessors, next_pow2, pdl
 from dsv4.kernels.triton.index_scan import query_kernel, refine_kernel, scan_kernel
 from dsv4.kernels.triton.rows import row_constants
 
@@ -106,6 +106,7 @@ def launch_scan(
         QUERIES=plan.queries,
         TILE=plan.tile,
         **plan.stored,
+        PDL=bool(pdl()),
         num_warps=4,
         num_stages=1 if INTERPRETED else 6 if plan.rows["FORMAT"] in ("fp8", "mxfp4") else 2,
     )
@@ -276,6 +277,7 @@ def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | N
         index=index,
         scores=scores,
     )
+    overlap = pdl()
     refine_kernel[(parts, n)](
         *key_arguments(q, weights, keys, pages, slab, visible),
         used,
@@ -289,8 +291,10 @@ def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | N
         HEADS=plan.heads,
         TILE=min(plan.tile, width),
         **plan.stored,
+        PDL=bool(overlap),
         num_warps=4,
         num_stages=1 if INTERPRETED else 3,
+        **overlap,
     )
     select.finish_kernel[(n,)](
         visible,
@@ -310,5 +314,7 @@ def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | N
         SMALL=min(CAP, 4 * width),
         CAP=CAP,
         PARTS=parts,
-        num_warps=16,
+        PDL=bool(overlap),
+        num_warps=8,
+        **overlap,
     )

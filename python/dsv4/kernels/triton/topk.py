@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.triton.common import INTERPRETED, next_pow2
+from dsv4.kernels.triton.common import INTERPRETED, next_pow2, pdl
 
 PIVOTS = tl.constexpr(8)
 VALUE_ROUNDS = tl.constexpr(6)
@@ -59,9 +59,9 @@ def _two(u, p, q):
 def _pivot(lo, hi, by_value, PART: tl.constexpr):
     """PART / 9 of the way from lo to hi, as values where these are finite and the search is young: scores are smooth."""
     p = lo + tl.maximum((hi - lo) // (PIVOTS + 1), 1) * PART
-    a, b = value_of(lo.to(tl.uint32)), value_of((hi - 1).to(tl.uint32))
+    a, b = value_of(lo), value_of(hi - 1)
     f: tl.constexpr = PART / 9.0
-    v = key_of(a * (1.0 - f) + b * f).to(tl.int64)
+    v = key_of(a * (1.0 - f) + b * f)
     return tl.where(by_value, tl.minimum(tl.maximum(v, lo + 1), hi - 1), p)
 
 
@@ -82,22 +82,21 @@ def search(u, total, k):
     """For fewer than 2^16 keys u, of which `total` are above 0: (lo, hi, c_lo, c_hi) with c_lo = count(u >= lo) = k,
     or, where ties forbid that, lo the exact k-th key and hi = lo + 1; c_hi = count(u >= hi) < k. Where total <= k,
     c_lo = total."""
-    hi = tl.max(u, 0).to(tl.int64) + 1
-    lo = tl.maximum(tl.min(tl.where(u == 0, 0xFFFFFFFF, u).to(tl.uint32), 0).to(tl.int64), 1)
-    hi = tl.maximum(hi, lo + 1)
-    lo = tl.where(total > 0, lo, hi - 1)
+    hi = (tl.max(u, 0) + 1).to(tl.uint32)
+    lo = tl.maximum(tl.min(tl.where(u == 0, 0xFFFFFFFE, u).to(tl.uint32), 0), 1).to(tl.uint32)
+    hi = tl.maximum(hi, lo + 1).to(tl.uint32)
+    lo = tl.where(total > 0, lo, hi - 1).to(tl.uint32)
     c_lo, c_hi = total, total * 0
     round = c_lo * 0
     while (c_lo > k) & (hi - lo > 1):
-        far = tl.abs(value_of(lo.to(tl.uint32))) + tl.abs(value_of((hi - 1).to(tl.uint32)))
+        far = tl.abs(value_of(lo)) + tl.abs(value_of(hi - 1))
         by_value = (round < VALUE_ROUNDS) & (far < 1e30)
         round += 1
         p1, p2 = _pivot(lo, hi, by_value, 1), _pivot(lo, hi, by_value, 2)
         p3, p4 = _pivot(lo, hi, by_value, 3), _pivot(lo, hi, by_value, 4)
         p5, p6 = _pivot(lo, hi, by_value, 5), _pivot(lo, hi, by_value, 6)
         p7, p8 = _pivot(lo, hi, by_value, 7), _pivot(lo, hi, by_value, 8)
-        a, b = _two(u, p1.to(tl.uint32), p2.to(tl.uint32)), _two(u, p3.to(tl.uint32), p4.to(tl.uint32))
-        c, d = _two(u, p5.to(tl.uint32), p6.to(tl.uint32)), _two(u, p7.to(tl.uint32), p8.to(tl.uint32))
+        a, b, c, d = _two(u, p1, p2), _two(u, p3, p4), _two(u, p5, p6), _two(u, p7, p8)
         if ONE_BY_ONE:
             a, b, c, d = tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
         else:
@@ -110,7 +109,7 @@ def search(u, total, k):
         lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p6, c >> 16, k)
         lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p7, d & 0xFFFF, k)
         lo, hi, c_lo, c_hi = _better(lo, hi, c_lo, c_hi, p8, d >> 16, k)
-    return lo.to(tl.uint32), hi.to(tl.uint32), c_lo, c_hi
+    return lo, hi, c_lo, c_hi
 
 
 @triton.jit
@@ -140,8 +139,12 @@ def emit(u, index, total, out, stride, k, K: tl.constexpr):
 
 
 @triton.jit
-def rows_kernel(scores, score_stride, visible, out, out_stride, k, K: tl.constexpr, BLOCK: tl.constexpr):
+def rows_kernel(
+    scores, score_stride, visible, out, out_stride, k, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """Rows of at most BLOCK scores, a program each."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     e, n = tl.arange(0, BLOCK), tl.load(visible + t)
     f = tl.load(scores + t * score_stride + e, mask=e < n, other=0.0)
@@ -196,7 +199,7 @@ def _select(key, index, total, bound, row, cap, scratch, out, k, K: tl.constexpr
     return next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def finish_kernel(
     visible,
     slab,
@@ -215,9 +218,12 @@ def finish_kernel(
     SMALL: tl.constexpr,
     CAP: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Selects among the candidates of a row: the `used` appended ones, or K of each of PARTS parts where the threshold
     was wrong. Leaves a threshold for the next step of the slab in `hint` and an empty list."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     n, total, s = tl.load(visible + t), tl.load(used + t), tl.load(slab + t)
     b = tl.load(bound + tl.where(bound_by == 0, t, s.to(tl.int64)))
@@ -239,7 +245,7 @@ def finish_kernel(
 
 def choose(scores: Tensor, visible: Tensor, out: Tensor, most: int) -> None:
     """Fills out int32 [T, k] from scores float32 [T, >= most], of which visible[t] <= most count."""
-    k = out.shape[1]
+    k, overlap = out.shape[1], pdl()
     rows_kernel[(len(out),)](
         scores,
         scores.stride(0),
@@ -249,7 +255,9 @@ def choose(scores: Tensor, visible: Tensor, out: Tensor, most: int) -> None:
         k,
         K=next_pow2(max(16, k)),
         BLOCK=next_pow2(max(16, most)),
-        num_warps=4 if most <= 2048 else 16,
+        PDL=bool(overlap),
+        num_warps=4 if most <= 2048 else 8,
+        **overlap,
     )
 
 
@@ -275,8 +283,8 @@ AOT = [
             "out_stride": "i32",
             "k": "i32",
         },
-        {"K": 512, "BLOCK": 8192},
-        num_warps=16,
+        {"K": 512, "BLOCK": 8192, "PDL": True},
+        num_warps=8,
     ),
     Aot(
         threshold_kernel,
@@ -291,5 +299,7 @@ AOT = [
         {"BLOCK": 4096},
         num_warps=8,
     ),
-    Aot(finish_kernel, _FINISH, {"K": 512, "SMALL": 2048, "CAP": 8192, "PARTS": 16}, num_warps=16),
+    Aot(
+        finish_kernel, _FINISH, {"K": 512, "SMALL": 2048, "CAP": 8192, "PARTS": 16, "PDL": True}, num_warps=8
+    ),
 ]
