@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from dsv4.kernels.gluon import moe as gluon
 from dsv4.kernels.triton import moe, route
 from dsv4.kernels.triton.gemm import counters
 from triton.runtime.jit import JITFunction
@@ -68,47 +67,6 @@ def _print_launches(
     return found
 
 
-def warm(name: str, form: int) -> None:
-    """Compiles the Gluon form's kernels."""
-    _, dim, inner = moe_bench.SHAPES[name]
-    dev = torch.device("cuda")
-    packed = moe_bench.Experts(4, dim, inner, dev).packed
-    x = torch.randn((64, dim), device=dev, dtype=torch.bfloat16)
-    ids = torch.arange(4, device=dev).repeat(64, 2)[:, :6].contiguous()
-    times = tuple(torch.zeros((132, 8192, 32), dtype=torch.int32, device=dev) for _ in range(2))
-    gluon.run(x, ids, ids.float(), packed, 10.0, x, form=form)
-    if name == "Flash" and form in (0, 79):
-        gluon.run(x, ids, ids.float(), packed, 10.0, x, form=form, times=times)
-    torch.cuda.synchronize()
-
-
-def form_breakdown(bench: Bench, name: str, tokens: int, all_forms: list[int]) -> None:
-    """The Gluon form's variants; each must give the same bits."""
-    count, dim, inner = moe_bench.SHAPES[name]
-    model = moe_bench.Experts(count, dim, inner, bench.device)
-    gate = torch.randn((count, dim), device=bench.device, dtype=torch.bfloat16) / dim**0.5
-    bias = torch.randn(count, device=bench.device) / 10
-    x = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
-    shared = torch.randn_like(x)
-    ids, weights = route.route(x, gate, bias, None, moe_bench.TOPK, 1.5)
-    flops = 6 * x.numel() * moe_bench.TOPK * inner
-    print(f"{name}, {tokens} tokens: least {flops / bench.fp8_tf / 1e6:.0f} us by matrix peak {bench.fp8_tf:.0f}, "
-          f"{model.packed.nbytes / bench.copy_tb_s / 1e6:.0f} by copy rate", flush=True)  # fmt: skip
-    expected = moe.run(x, ids, weights, model.packed, moe_bench.LIMIT, shared)
-    first = gluon.run(x, ids, weights, model.packed, moe_bench.LIMIT, shared, form=all_forms[0])
-    off = ((first.float() - expected.float()).norm() / expected.float().norm()).item()
-    print(f"  form {all_forms[0]} off Triton's by {off:.1e}", flush=True)
-    expected = first
-    for form in all_forms:
-        f = partial(gluon.run, x, ids, weights, model.packed, moe_bench.LIMIT, shared, form=form)
-        y = f()
-        same = torch.equal(y, expected) and torch.equal(f(), expected)
-        each = [(kernel, bench.us(launch)) for kernel, _, launch in launches(f)]
-        us = bench.us(f)
-        print(f"  form {form:3}: {us:7.0f} us {flops / us / bench.fp8_tf / 1e6:.0%} {'same bits' if same else 'DIFFERS'}: "
-              + ", ".join(f"{kernel.removesuffix('_kernel')} {t:.0f}" for kernel, t in each), flush=True)  # fmt: skip
-
-
 def layer_breakdown(bench: Bench, name: str, tokens: int) -> None:
     count, dim, inner = moe_bench.SHAPES[name]
     model = moe_bench.Experts(count, dim, inner, bench.device)
@@ -138,21 +96,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="benches.gpu.breakdown", description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=tuple(moe_bench.SHAPES), default=["Flash"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1])
-    parser.add_argument("--forms", nargs="+", type=int)
-    parser.add_argument("--warm", action="store_true")
     args = parser.parse_args()
-    if args.warm:
-        return [warm(name, form) for name in args.models for form in args.forms] and None
     bench = Bench(quick=True)
     print(
         f"{torch.cuda.get_device_name()}: copy {bench.copy_tb_s:.2f} TB/s, empty graph {bench.floor_us:.1f} us"
     )
     for name in args.models:
         for tokens in args.tokens:
-            if args.forms:
-                form_breakdown(bench, name, tokens, args.forms)
-            else:
-                layer_breakdown(bench, name, tokens)
+            layer_breakdown(bench, name, tokens)
             bench.free()
 
 

@@ -20,19 +20,11 @@ from benches.gpu import moe as moe_bench
 from benches.gpu.roles import Step, since
 
 EXPAND, LEFT, RIGHT, BRING = (role.value for role in (moe.EXPAND, moe.LEFT, moe.RIGHT, moe.BRING))
-OLD = [
-    Step(EXPAND, 0, 1, "expander  waits for copies (loaded)"),
-    Step(EXPAND, 1, 2, "          reads, looks up"),
-    Step(EXPAND, 2, 3, "          waits for a place (taken)"),
-    Step(EXPAND, 3, 4, "          stores, fence, arrives"),
-]
-NEW = [
+STEPS = [
     Step(EXPAND, 0, 1, "expander  looks up"),
     Step(EXPAND, 1, 2, "          waits for the next copies (loaded)"),
     Step(EXPAND, 2, 3, "          reads them, waits for a place (taken)"),
     Step(EXPAND, 3, 4, "          stores, fence, arrives"),
-]
-OTHERS = [
     Step(BRING, 0, 1, "copies    waits for a buffer (freed)"),
     Step(BRING, 1, 2, "          asks for them"),
     Step(LEFT, 0, 1, "left      waits for copies and weights"),
@@ -57,7 +49,7 @@ def mean(a: Tensor) -> str:
     return f"{a.mean():7.0f}  ({a.quantile(0.1):.0f} to {a.quantile(0.9):.0f})"
 
 
-def report(label: str, times: Tensor, pieces: Tensor, steps: int, form: int) -> None:
+def report(label: str, times: Tensor, pieces: Tensor, steps: int) -> None:
     """times [programs, tiles of a program, steps, ROLES, EVENTS]."""
     print(label)
     for p in sorted(set(pieces.flatten().tolist()) - {-1, 0}):
@@ -66,7 +58,7 @@ def report(label: str, times: Tensor, pieces: Tensor, steps: int, form: int) -> 
         print(
             f"  {p} pieces, {int((pieces == p).sum())} tiles: a step {mean(since(last[:, :-1], last[:, 1:]))}"
         )
-        for step in (NEW if form & 64 else OLD) + OTHERS:
+        for step in STEPS:
             if step.role != RIGHT or p > 1:
                 took = since(at[:, 1:, step.role, step.first], at[:, 1:, step.role, step.last])
                 print(f"    {step.what:56}{mean(took.flatten()[: 1 << 20])}")
@@ -79,7 +71,7 @@ def report(label: str, times: Tensor, pieces: Tensor, steps: int, form: int) -> 
               f"{mean(since(before[:, role, first], after[:, role, second]))}")  # fmt: skip
 
 
-def run(name: str, tokens: int, form: int) -> None:
+def run(name: str, tokens: int) -> None:
     count, dim, inner = moe_bench.SHAPES[name]
     torch.manual_seed(0)
     model = moe_bench.Experts(count, dim, inner, torch.device("cuda"))
@@ -87,7 +79,7 @@ def run(name: str, tokens: int, form: int) -> None:
     bias = torch.randn(count, device="cuda") / 10
     x = torch.randn((tokens, dim), device="cuda", dtype=torch.bfloat16)
     experts, weights = route(x, gate, bias, None, moe_bench.TOPK, 1.5)
-    plan = plan_many(experts, count, 256, 64 if form & 32 else 256)[2]
+    plan = plan_many(experts, count, 256, 64)[2]
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     tiles = (model.packed.w13.shape[1], model.packed.w2.shape[1])
     steps = (dim // 128, tiles[0] // 2)
@@ -99,27 +91,25 @@ def run(name: str, tokens: int, form: int) -> None:
     for _ in range(2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        moe.run(x, experts, weights, model.packed, moe_bench.LIMIT, x, form=form, times=times)
+        moe.run(x, experts, weights, model.packed, moe_bench.LIMIT, x, times=times)
         end.record()
     torch.cuda.synchronize()
     print(
-        f"{name}, {tokens} tokens, form {form}: {int(plan[0])} blocks, {start.elapsed_time(end) * 1e3:.0f} us with marks"
+        f"{name}, {tokens} tokens: {int(plan[0])} blocks, {start.elapsed_time(end) * 1e3:.0f} us with marks"
     )
     for i, what in enumerate(("first product", "second product")):
         at = times[i].view(programs, pieces[i].shape[1], steps[i], ROLES, EVENTS)
-        report(f" {what}, {steps[i]} steps a tile", at, pieces[i], steps[i], form)
+        report(f" {what}, {steps[i]} steps a tile", at, pieces[i], steps[i])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="benches.gpu.expert_roles", description=__doc__.split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=tuple(moe_bench.SHAPES), default=["Flash"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
-    parser.add_argument("--forms", nargs="+", type=int, default=[moe.FORM])
     args = parser.parse_args()
     for name in args.models:
         for tokens in args.tokens:
-            for form in args.forms:
-                run(name, tokens, form)
+            run(name, tokens)
 
 
 if __name__ == "__main__":

@@ -41,31 +41,25 @@ def test_packed_words_hold_channels_in_the_order_of_the_codes() -> None:
     assert torch.equal(looked, expected)
 
 
-@pytest.mark.parametrize("words", [False, True])
-def test_codes_are_spread_to_the_places_of_their_slots(words: bool) -> None:
+def test_codes_are_spread_to_the_places_of_their_slots() -> None:
     tokens, k, dim, count = 9, 2, 256, 3
     x = torch.randn((tokens, dim), generator=_g()).to(DEVICE)
     experts = torch.tensor([[2, 0], [1, 2], [-1, 2], [0, 3]] * 3)[:tokens].to(DEVICE)
     slots, steps = tokens * k, 2
     weights = torch.rand((tokens, k), generator=_g()).to(DEVICE)
     codes = torch.zeros((slots, dim), dtype=torch.float8_e4m3fn, device=DEVICE)
-    if words:
-        scales = torch.zeros((2, (slots + 4) * 4), dtype=torch.uint8, device=DEVICE)
-    else:
-        scales = torch.zeros((steps + 1, slots + 4), device=DEVICE)
+    scales = torch.zeros((2, (slots + 4) * 4), dtype=torch.uint8, device=DEVICE)
     gates = torch.zeros(slots, device=DEVICE)
     _, places, _ = plan_many(experts, count, 4, 2)
     moe.spread_kernel[(2 * steps,)](
         x, experts, weights, places, codes, scales, gates, slots + 4, count, dim, steps, dim, tokens, TOPK=k,
-        BYTES=words, PDL=False,
+        PDL=False,
     )  # fmt: skip
     flat = experts.flatten().tolist()
     order = [s for e in range(count) for s in range(slots) if flat[s] == e]
     assert torch.equal(gates[: len(order)], weights.flatten()[order])
-    if words:
-        bits = scales.view(2, slots + 4, 4)[0, :, :steps].t().to(torch.int32) << 23
-        scales = bits.contiguous().view(torch.float32)
-    wide = scales[:steps, : len(order)].t().repeat_interleave(128, 1)
+    bits = scales.view(2, slots + 4, 4)[0, : len(order), :steps].to(torch.int32) << 23
+    wide = bits.contiguous().view(torch.float32).repeat_interleave(128, 1)
     back = torch.empty((len(order), dim // 64, 64))
     back[..., ORDER] = (codes[: len(order)].float() * wide).cpu().view(-1, dim // 64, 64)
     assert torch.equal(back.flatten(1), roundtrip(x.cpu())[[s // k for s in order]])
@@ -114,12 +108,6 @@ def test_few_tokens_wide_scales_and_odd_widths_go_to_triton() -> None:
     assert not moe.suits(least, 2, 128, wide)
 
 
-@pytest.fixture(params=[0, 127])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(moe, "FORM", request.param)
-    return request.param
-
-
 def _look_up(
     text: str, registers: str, args: list[Any], dtype: Any, is_pure: bool, pack: int
 ) -> tuple[Any, Any]:
@@ -149,7 +137,6 @@ STANDINS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", [0, 15, 79])
 @pytest.mark.parametrize(
     ("ids", "dim", "inner", "programs"),
     [
@@ -159,8 +146,8 @@ STANDINS = {
     ],
     ids=["one piece, unknown experts", "two blocks of an expert", "one to four pieces"],
 )
-def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: int, form: int) -> None:
-    """Both products by the kernel's source, slot by slot. Scales and rows that nobody has are NaN."""
+def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: int) -> None:
+    """Both products by the kernel's source, slot by slot. Codes that nobody has are NaN, scales infinite."""
     packed, (w1, w3, w2) = make(4, dim, inner)
     experts, tokens, k = torch.tensor(ids).flatten().tolist(), len(ids), len(ids[0])
     g, slots = _g(tokens), tokens * k
@@ -188,14 +175,10 @@ def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: 
         .flatten(1)
     )
     tiles1, tiles2 = packed.w13.shape[1], packed.w2.shape[1]
-    if form & 2:
-        scales, hs = (np.full((-(-n // 4) + 1, slots + 256, 4), 130, np.uint8) for n in (dim // 128, tiles1))
-        bits = scale.numpy().view(np.int32) >> 23
-        for n in range(dim // 128):
-            scales[n // 4, : len(order), n % 4] = bits[:, n]
-    else:
-        scales, hs = (np.full((n + 1, slots + 256), np.nan, np.float32) for n in (dim // 128, tiles1))
-        scales[:-1, : len(order)] = scale.t()
+    scales, hs = (np.full((-(-n // 4) + 1, slots + 256, 4), 255, np.uint8) for n in (dim // 128, tiles1))
+    bits = scale.numpy().view(np.int32) >> 23
+    for n in range(dim // 128):
+        scales[n // 4, : len(order), n % 4] = bits[:, n]
     gates = np.full(slots, np.nan, np.float32)
     gates[: len(order)] = gate[order]
     h, out = np.full((slots, tiles1 * 64), 127, np.uint8), np.full((slots, dim), np.nan, np.float32)
@@ -207,8 +190,7 @@ def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: 
         flat = [
             threads.Pointer(np.asarray(t).reshape(-1))
             for t in (
-                xs.view(np.int32) if form & 2 else xs,
-                ws.cpu(),
+                xs.view(np.int32),
                 base.cpu(),
                 entries,
                 rows,
@@ -219,7 +201,7 @@ def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: 
         ]
         xd, wd = threads.Descriptor(rows_of, (64, 64)), threads.Descriptor(words, (64, 32))
         sd = threads.Descriptor(ws.cpu().numpy().reshape(-1, 32), (8, 32))
-        args = (xd, wd, sd, *flat, LIMIT, slots + 256, rows_of.shape[1] // 128, None, 0, tiles, first, form)
+        args = (xd, wd, sd, *flat, LIMIT, slots + 256, rows_of.shape[1] // 128, None, 0, tiles, first)
         threads.run(moe, "product_kernel", args, programs, _look_up, STANDINS, seed=tokens)
     xq = roundtrip(x)
     expected = torch.full((slots, dim), torch.nan)
@@ -233,7 +215,7 @@ def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: 
 
 @on_hopper
 @pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 129, 300, 1100])
-def test_equals_the_loop(tokens: int, form: int) -> None:
+def test_equals_the_loop(tokens: int) -> None:
     """One to four pieces of 64 slots, several blocks of an expert, experts without tokens."""
     packed, dense = make(8, 1024, 512)
     ids = torch.stack([torch.randperm(8, generator=_g(t))[:3] for t in range(tokens)])
@@ -242,7 +224,7 @@ def test_equals_the_loop(tokens: int, form: int) -> None:
 
 
 @on_hopper
-def test_unknown_experts_count_nothing(form: int) -> None:
+def test_unknown_experts_count_nothing() -> None:
     packed, dense = make(8, 1024, 512)
     check(packed, dense, torch.tensor([[3, -1], [8, 0], [-1, 99]] * 50), 6e-3, moe.run)
     y = moe.run(
@@ -253,7 +235,7 @@ def test_unknown_experts_count_nothing(form: int) -> None:
 
 
 @on_hopper
-def test_experts_without_tokens_are_not_read(form: int) -> None:
+def test_experts_without_tokens_are_not_read() -> None:
     packed, dense = make(8, 1024, 512)
     scales = packed.s13.clone()
     scales[[1, 2]] = -1
@@ -264,7 +246,7 @@ def test_experts_without_tokens_are_not_read(form: int) -> None:
 
 @on_hopper
 @pytest.mark.parametrize(("count", "dim", "inner"), [(8, 4096, 2048), (6, 7168, 3072)], ids=["flash", "pro"])
-def test_model_shapes_beside_triton(count: int, dim: int, inner: int, form: int) -> None:
+def test_model_shapes_beside_triton(count: int, dim: int, inner: int) -> None:
     packed, dense = make(count, dim, inner)
     check(packed, dense, torch.tensor([[0, 5], [5, 2], [4, 0]] * 8), 6e-3, moe.run)
     for tokens in (333, 2048):

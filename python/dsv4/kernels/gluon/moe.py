@@ -5,8 +5,10 @@ Slots (token, choice) are ordered by expert first and their codes written in tha
 tokens is contiguous and tensor-memory loads fetch it. A program, one per multiprocessor, takes tile after tile: 128 rows
 of an expert and up to 256 of its slots, in steps of 128 channels. Thirteen warps in four roles:
 
-  producer   one warp: codes of tokens (four pieces of 64 slots, those that exist) and packed weights to shared memory
-  expander   packed weights -> e4m3, scales in the lookup table, to shared memory: a thread takes a row
+  producer   one warp: codes of tokens (four pieces of 64 slots, those that exist), packed weights and their scales to
+             shared memory
+  expander   packed weights -> e4m3, scales in the lookup table, to shared memory: a thread takes a row, and reads the
+             next step's before it stores this one's
   products   two groups of up to two pieces each: p = x w over 64 or 128 channels (wgmma), acc += p * the tokens' scale;
              then SwiGLU and quantisation, or the rows of the second product
 
@@ -14,7 +16,7 @@ Tokens are the tall side of the matrix unit, so that a thread needs the scales o
 other's product runs. Within 64 channels the codes lie in the order in which looking up yields weights: 4 of the first 32
 channels, 4 of the second, and so on (`_channel`).
 
-Shared memory: codes 4 x 32 KiB, packed weights 4 x 8 KiB, weights 3 x 16 KiB.
+Shared memory: codes 4 x 32 KiB, packed weights 4 x 8 KiB and their scales 4 x 1, weights 3 x 16, the rows' own scales 4.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from dsv4.kernels.gluon.common import tma_load
 from dsv4.kernels.gluon.trace import mark
 from dsv4.kernels.triton import moe as portable
 from dsv4.kernels.triton import moe_pack
-from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2, pdl
+from dsv4.kernels.triton.common import cdiv, multiprocessors, pdl
 from dsv4.kernels.triton.gemm import silu_gate
 from dsv4.kernels.triton.moe_plan import plan_many
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
@@ -52,12 +54,8 @@ NS, NW = gl.constexpr(4), gl.constexpr(3)
 """Buffers of codes and packed weights, buffers of weights."""
 EXPAND, LEFT, RIGHT, BRING = (gl.constexpr(i) for i in range(4))
 """Roles in `trace.py`'s times, whose lines are a program's steps."""
-FORM = 0
-"""On trial, bits: 1 scales of weights come by tensor memory load, 2 scales of tokens are bytes, 4 steps in a word, 4 rows of
-the second product are stored 64 bytes at once, 8 the rows' own scales are asked for a tile ahead and kept in shared memory, 16 `plan_many`, 32 blocks of nearly equal size, large ones first, 64 the
-expander reads the next step before it stores this one."""
 LOWS = gl.constexpr(8)
-"""Tiles whose rows' own scales are kept: the expander is up to NW + 1 tiles ahead of the products."""
+"""Tiles whose rows' own scales are kept: the expander is up to NW + 1 tiles ahead of the products (one step a tile)."""
 MANY = 32
 """Slots an expert has on average from which this form runs."""
 
@@ -92,10 +90,10 @@ def _place(channel):
 @triton.jit
 def spread_kernel(
     x, experts, weights, places, codes, scales, gates, SP, E, D, KB, x_stride, T,
-    TOPK: tl.constexpr, BYTES: tl.constexpr, PDL: tl.constexpr,
+    TOPK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [T, D] -> e4m3 codes [S, D] and scales float32 [KB, SP], each token's at the places of its TOPK slots; weights
-    [T, TOPK] -> gates [S] likewise. A program takes 128 channels of 8 tokens."""
+    """x [T, D] -> e4m3 codes [S, D] and exponents of scales uint8 [KB / 4, SP, 4], each token's at the places of its TOPK
+    slots; weights [T, TOPK] -> gates [S] likewise. A program takes 128 channels of 8 tokens."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -111,11 +109,8 @@ def spread_kernel(
         place = tl.load(places + t * TOPK + j, mask=go, other=0)
         to = place.to(tl.int64)[:, None] * D + (kb * 128 + at)[None, :]
         tl.store(codes + to, code, mask=go[:, None])
-        if BYTES:
-            at4 = (kb // 4 * SP + place) * 4 + kb % 4
-            tl.store(scales + at4, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=go)
-        else:
-            tl.store(scales + kb.to(tl.int64) * SP + place, scale, mask=go)
+        at4 = (kb // 4 * SP + place) * 4 + kb % 4
+        tl.store(scales + at4, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=go)
         if kb == 0:
             tl.store(gates + place, tl.load(weights + t * TOPK + j, mask=go, other=0.0), mask=go)
 
@@ -131,7 +126,6 @@ def _item(plan, item, TILES: gl.constexpr):
 @gluon.jit
 def _bring(xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES: gl.constexpr):
     loaded, freed = bars[0], bars[1]
-    MORE: gl.constexpr = 0 if sw is None else 1024
     i = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         it = _item(plan, item, TILES)
@@ -144,9 +138,8 @@ def _bring(xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES: gl
             mark(times, i, BRING, 1)
             for n in gl.static_range(PIECES):
                 last = (count > n * PIECE) & (count <= n * PIECE + PIECE)
-                mbarrier.expect(bar, 8192 + (n + 1) * 8192 + MORE, pred=last)
-            if sw is not None:
-                tma_load(sd, [(number * steps + k) * 4, 0], bar, sw.index(st))
+                mbarrier.expect(bar, 1024 + 8192 + (n + 1) * 8192, pred=last)
+            tma_load(sd, [(number * steps + k) * 4, 0], bar, sw.index(st))
             tma_load(wd, [(number * steps + k) * 64, 0], bar, packed.index(st))
             for n in gl.static_range(PIECES):
                 for h in gl.static_range(2):
@@ -173,65 +166,6 @@ def _look_up(x, byte, g: gl.constexpr):
 
 
 @gluon.jit
-def _expand(ws, base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: gl.constexpr):
-    loaded, freed, ready, taken = bars
-    READ: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    ROW: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
-    WORDS: gl.constexpr = gl.NVMMASharedLayout(64, 32, rank=2)
-    SCALES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    r = gl.arange(0, 128, layout=gl.SliceLayout(1, ROW))
-    i = 0
-    if lows is not None:
-        mine = gl.full([128], gl.program_id(0), gl.int32, gl.SliceLayout(1, ROW)) < total
-        coming = gl.load(base + _item(plan, gl.program_id(0), TILES)[1] * 128 + r, mask=mine, other=0).to(
-            gl.int32
-        )
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        number = _item(plan, item, TILES)[1]
-        if lows is None:
-            lowest = gl.load(base + number * 128 + r).to(gl.int32) * 0x01010101
-        else:
-            lows.index(item // gl.num_programs(0) % LOWS).store(
-                ((coming + 5) << 23).to(gl.float32, bitcast=True)
-            )
-            lowest = coming * 0x01010101
-            after = _item(plan, gl.minimum(item + gl.num_programs(0), total - 1), TILES)[1]
-            coming = gl.load(base + after * 128 + r).to(gl.int32)
-        if sw is None:
-            sp = ws + number * steps * 128 + r
-            s0 = gl.load(sp)
-            s1 = gl.load(sp + gl.minimum(1, steps - 1) * 128)
-            s2 = gl.load(sp + gl.minimum(2, steps - 1) * 128)
-        for k in range(steps):
-            mark(times, i, EXPAND, 0)
-            if sw is None:
-                s3 = gl.load(sp + gl.minimum(k + 3, steps - 1) * 128)
-            st, wt = i % NS, i % NW
-            mbarrier.wait(loaded.index(st), i // NS & 1)
-            mark(times, i, EXPAND, 1)
-            if sw is not None:
-                s0, _ = gl.split(sw.index(st).load(SCALES).reshape([2, 4, 32]).permute([1, 2, 0]))
-                s0 = gl.convert_layout(s0.reshape([128]), gl.SliceLayout(1, ROW), assert_trivial=True)
-            byte = (s0 - lowest) << 3
-            v = packed.index(st).load(READ).reshape([2, 128, 8]).permute([1, 2, 0])
-            v0, v1 = gl.split(v)
-            y0 = _look_up(gl.convert_layout(v0, ROW, assert_trivial=True), byte, 0)
-            y1 = _look_up(gl.convert_layout(v1, ROW, assert_trivial=True), byte, 2)
-            mbarrier.arrive(freed.index(st), count=1)
-            mark(times, i, EXPAND, 2)
-            mbarrier.wait(taken.index(wt), (i // NW & 1) ^ 1)
-            mark(times, i, EXPAND, 3)
-            w.index(2 * wt).reinterpret(gl.int32, [128, 16], WORDS).store(y0)
-            w.index(2 * wt + 1).reinterpret(gl.int32, [128, 16], WORDS).store(y1)
-            fence_async_shared()
-            mbarrier.arrive(ready.index(wt), count=1)
-            mark(times, i, EXPAND, 4)
-            if sw is None:
-                s0, s1, s2 = s1, s2, s3
-            i += 1
-
-
-@gluon.jit
 def _add(acc, p, x, w, xi, wi, q, FIRST: gl.constexpr):
     """acc + a piece's product of 128 channels (or 64, unless FIRST) times its scales q; and p, the product's registers."""
     p = warpgroup_mma(x.index(xi), w.index(wi).permute([1, 0]), p, use_acc=False, is_async=True)
@@ -239,37 +173,6 @@ def _add(acc, p, x, w, xi, wi, q, FIRST: gl.constexpr):
         p = warpgroup_mma(x.index(xi + 1), w.index(wi + 1).permute([1, 0]), p, is_async=True)
     p = warpgroup_mma_wait(0, [p])
     return acc + p * q[:, None], p
-
-
-@gluon.jit
-def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
-    """Sums of pieces G and, if BOTH, G + 2: float32 [64, 128] each."""
-    loaded, freed, ready, taken = bars
-    PARTS: gl.constexpr = 1 if FIRST else 2
-    q = xs + (start + G * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(1, ACC)))
-    a, p = gl.zeros([PIECE, 128], gl.float32, ACC), gl.zeros([PIECE, 128], gl.float32, ACC)
-    b = a
-    qa, qb = gl.load(q), gl.load(q + 2 * PIECE)
-    for j in range(steps * PARTS):
-        q += SP  # the scales of the next: a row beyond the last lies in the same memory
-        na = gl.load(q)
-        if BOTH:
-            nb = gl.load(q + 2 * PIECE)
-        n, part = i + j // PARTS, j % PARTS
-        st, wt = n % NS, n % NW
-        mark(times, n, LEFT + G, 4 * part)
-        mbarrier.wait(loaded.index(st), n // NS & 1)
-        mbarrier.wait(ready.index(wt), n // NW & 1)
-        mark(times, n, LEFT + G, 4 * part + 1)
-        a, p = _add(a, p, x, w, (st * PIECES + G) * 2 + part, 2 * wt + part, qa, FIRST)
-        qa = na
-        if BOTH:
-            b, p = _add(b, p, x, w, (st * PIECES + G + 2) * 2 + part, 2 * wt + part, qb, FIRST)
-            qb = nb
-        mark(times, n, LEFT + G, 4 * part + 2)
-        mbarrier.arrive(freed.index(st), count=1, pred=part == PARTS - 1)
-        mbarrier.arrive(taken.index(wt), count=1, pred=part == PARTS - 1)
-    return a, b
 
 
 @gluon.jit
@@ -285,7 +188,7 @@ def _read(packed, sw, st):
 
 
 @gluon.jit
-def _expand_ahead(ws, base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: gl.constexpr):
+def _expand(base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: gl.constexpr):
     loaded, freed, ready, taken = bars
     ROW: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
     words = w.reinterpret(gl.int32, [NW, 256, 16], gl.NVMMASharedLayout(64, 32, rank=2))
@@ -325,23 +228,13 @@ def _expand_ahead(ws, base, packed, sw, lows, w, bars, plan, total, steps, times
 
 
 @gluon.jit
-def _weights(
-    ws, base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: gl.constexpr, FORM: gl.constexpr
-):
-    if FORM & 64:
-        _expand_ahead(ws, base, packed, sw, lows, w, bars, plan, total, steps, times, TILES)
-    else:
-        _expand(ws, base, packed, sw, lows, w, bars, plan, total, steps, times, TILES)
-
-
-@gluon.jit
 def _scale(word, at):
     """Of a word's four exponents that number `at`, as a power of two."""
     return (((word >> (at * 8)) & 255) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _multiply_words(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Sums of pieces G and, if BOTH, G + 2: float32 [64, 128] each."""
     loaded, freed, ready, taken = bars
     PARTS: gl.constexpr = 1 if FIRST else 2
@@ -389,15 +282,10 @@ def _pass(bars, i, steps):
 
 
 @gluon.jit
-def _finish(acc, low, base, rows, gate, out, out_s, limit, tile, number, start, count, SP, first, TILES: gl.constexpr, FIRST: gl.constexpr, FORM: gl.constexpr):  # fmt: skip
+def _finish(acc, low, rows, gate, out, out_s, limit, tile, start, count, SP, first, TILES: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
     """Writes a piece: the slots from start + first on."""
     ACC: gl.constexpr = acc.type.layout
-    n = gl.arange(0, 128, layout=gl.SliceLayout(0, ACC))
-    if low is None:
-        lowest = gl.load(base + number * 128 + n).to(gl.int32)
-        acc *= ((lowest + 5) << 23).to(gl.float32, bitcast=True)[None, :]
-    else:
-        acc *= low.load(gl.SliceLayout(0, ACC))[None, :]
+    acc *= low.load(gl.SliceLayout(0, ACC))[None, :]
     if FIRST:
         a, b = gl.split(acc.reshape([PIECE, 8, 2, 8]).permute([0, 1, 3, 2]))
         h = silu_gate(a, b, limit).reshape([PIECE, 64])
@@ -409,13 +297,10 @@ def _finish(acc, low, base, rows, gate, out, out_s, limit, tile, number, start, 
         to = _place(gl.arange(0, 64, layout=gl.SliceLayout(0, H)))
         o = (start + m).to(gl.int64)[:, None] * (TILES * 64) + (tile * 64 + to)[None, :]
         gl.store(out + o, to_e4m3(h * inverse[:, None]), mask=live[:, None])
-        if FORM & 2:
-            exponent = (scale.to(gl.int32, bitcast=True) >> 23).to(gl.uint8)
-            gl.store(out_s + (tile // 4 * SP + start + m) * 4 + tile % 4, exponent, mask=live)
-        else:
-            gl.store(out_s + tile * SP + start + m, scale, mask=live)
+        exponent = (scale.to(gl.int32, bitcast=True) >> 23).to(gl.uint8)
+        gl.store(out_s + (tile // 4 * SP + start + m) * 4 + tile % 4, exponent, mask=live)
     else:
-        OUT: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0]) if FORM & 4 else ACC
+        OUT: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])  # 64 bytes of a row at once
         m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, OUT))
         live = m < count
         slot = gl.load(rows + start + m, mask=live, other=0).to(gl.int64)
@@ -428,27 +313,24 @@ def _finish(acc, low, base, rows, gate, out, out_s, limit, tile, number, start, 
 
 @gluon.jit
 def _products(
-    x, w, lows, bars, tensors, limit, total, SP, steps, times, G: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr, FORM: gl.constexpr
+    x, w, lows, bars, tensors, limit, total, SP, steps, times, G: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    xs, base, rows, gate, out, out_s, plan = tensors
+    xs, rows, gate, out, out_s, plan = tensors
     i = 0
-    multiply: gl.constexpr = _multiply_words if FORM & 2 else _multiply
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
-        tile, number, start, count = _item(plan, item, TILES)
-        low = None
-        if lows is not None:
-            low = lows.index(item // gl.num_programs(0) % LOWS)
+        tile, _, start, count = _item(plan, item, TILES)
+        low = lows.index(item // gl.num_programs(0) % LOWS)
         if count > (G + 2) * PIECE:
-            a, b = multiply(x, w, xs, bars, i, start, SP, steps, times, G, True, FIRST, ACC)
+            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, True, FIRST, ACC)
             mark(times, i + steps - 1, LEFT + G, 3)
-            _finish(a, low, base, rows, gate, out, out_s, limit, tile, number, start, count, SP, G * PIECE, TILES, FIRST, FORM)  # fmt: skip
-            _finish(b, low, base, rows, gate, out, out_s, limit, tile, number, start, count, SP, (G + 2) * PIECE, TILES, FIRST, FORM)  # fmt: skip
+            _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST)  # fmt: skip
+            _finish(b, low, rows, gate, out, out_s, limit, tile, start, count, SP, (G + 2) * PIECE, TILES, FIRST)  # fmt: skip
             mark(times, i + steps - 1, LEFT + G, 7)
         elif count > G * PIECE:
-            a, b = multiply(x, w, xs, bars, i, start, SP, steps, times, G, False, FIRST, ACC)
+            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, False, FIRST, ACC)
             mark(times, i + steps - 1, LEFT + G, 3)
-            _finish(a, low, base, rows, gate, out, out_s, limit, tile, number, start, count, SP, G * PIECE, TILES, FIRST, FORM)  # fmt: skip
+            _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST)  # fmt: skip
             mark(times, i + steps - 1, LEFT + G, 7)
         else:
             _pass(bars, i, steps)
@@ -457,24 +339,21 @@ def _products(
 
 @gluon.jit(do_not_specialize=["limit", "SP", "steps", "lines"])
 def product_kernel(
-    xd, wd, sd, xs, ws, base, plan, rows, gate, out, out_s, limit, SP, steps, times, lines,
-    TILES: gl.constexpr, FIRST: gl.constexpr, FORM: gl.constexpr,
+    xd, wd, sd, xs, base, plan, rows, gate, out, out_s, limit, SP, steps, times, lines,
+    TILES: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
-    """One product of routed experts. xd: codes [S, steps * 128] in slot order, gate: their weights; xs: their scales
-    [steps + 1, SP] or, unless FIRST, [2 * steps + 1, SP]; wd: packed tiles as words [.., 32]; sd: ws as words [.., 32]. FIRST: out codes [S, TILES * 64] and out_s [TILES + 1, SP],
-    in slot order, for the second product; else out bf16 [S, TILES * 128] by slot. times: None, or [programs, lines, ..] as
-    in `trace.py`."""
+    """One product of routed experts. xd: codes [S, steps * 128] in slot order, gate: their weights; xs: exponents of their
+    scales, four groups of channels in a word, int32 [groups / 4 + 1, SP], a group 128 channels or, unless FIRST, 64; wd:
+    packed tiles as words [.., 32]; sd: their scales, a word for a row's 128 channels, as [.., 32]; base: lowest scales of rows.
+    FIRST: out codes [S, TILES * 64] and out_s, bytes as xs, in slot order, for the second product; else out bf16 [S,
+    TILES * 128] by slot. times: None, or [programs, lines, ..] as in `trace.py`."""
     if times is not None:
         times += gl.program_id(0) * lines * 32
     x = gl.allocate_shared_memory(gl.float8e4nv, [NS * PIECES * 2, PIECE, 64], xd.layout)
     packed = gl.allocate_shared_memory(gl.int32, [NS, 64, 32], wd.layout)
     w = gl.allocate_shared_memory(gl.float8e4nv, [NW * 2, 128, 64], xd.layout)
-    sw: gl.constexpr = None
-    if FORM & 1:
-        sw = gl.allocate_shared_memory(gl.int32, [NS, 8, 32], sd.layout)
-    lows: gl.constexpr = None
-    if FORM & 8:
-        lows = gl.allocate_shared_memory(gl.float32, [LOWS, 128], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    sw = gl.allocate_shared_memory(gl.int32, [NS, 8, 32], sd.layout)
+    lows = gl.allocate_shared_memory(gl.float32, [LOWS, 128], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     loaded = gl.allocate_shared_memory(gl.int64, [NS, 1], mbarrier.MBarrierLayout())
     freed = gl.allocate_shared_memory(gl.int64, [NS, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [NW, 1], mbarrier.MBarrierLayout())
@@ -488,12 +367,12 @@ def product_kernel(
     fence_async_shared()
     total = gl.load(plan) * TILES
     bars = (loaded, freed, ready, taken)
-    tensors = (xs, base, rows, gate, out, out_s, plan)
+    tensors = (xs, rows, gate, out, out_s, plan)
     gl.warp_specialize(
         [
-            (_weights, (ws, base, packed, sw, lows, w, bars, plan, total, steps, times, TILES, FORM)),
-            (_products, (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, FORM)),
-            (_products, (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, FORM)),
+            (_expand, (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES)),
+            (_products, (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST)),
+            (_products, (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST)),
             (_bring, (xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES)),
         ],
         [4, 4, 1],
@@ -524,35 +403,24 @@ def _words(t: Tensor, rows: int) -> TensorDescriptor:
 
 
 def order(
-    x: Tensor, experts: Tensor, weights: Tensor, count: int, codes: Tensor, scales: Tensor, form: int
+    x: Tensor, experts: Tensor, weights: Tensor, count: int, codes: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Slots by expert, the plan of their blocks (`plan_many`) and weights in that order; x's codes [T * k, d] and scales
-    [d / 128, at least T * k] are written in that order."""
+    """Slots by expert, the plan of their blocks (`plan_many`) and weights in that order; x's codes [T * k, d] and exponents
+    of scales uint8 [d / 512 + 1, 4 * at least T * k] are written in that order."""
     (tokens, k), dim = experts.shape, x.shape[1]
-    slots, steps, bt, overlap = tokens * k, dim // 128, (PIECES * PIECE).value, pdl()
-    gates = torch.empty(slots, dtype=torch.float32, device=x.device)
-    if form & 16:
-        rows, places, plan = plan_many(experts, count, bt, PIECE.value if form & 32 else bt)
-    else:
-        blocks = min(slots, count + slots // bt)
-        rows, places, plan = (
-            torch.empty(n, dtype=torch.int32, device=x.device) for n in (slots, slots, 3 + 3 * blocks)
-        )
-        portable.plan_kernel[(count,)](
-            experts, rows, plan, x, codes, scales, slots, count, dim, steps, x.stride(0), tokens, places,
-            BINS=next_pow2(count), CHUNK=min(2048, next_pow2(slots)), BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
-        )  # fmt: skip
-    words = scales.dtype == torch.uint8
+    steps, overlap = dim // 128, pdl()
+    gates = torch.empty(tokens * k, dtype=torch.float32, device=x.device)
+    rows, places, plan = plan_many(experts, count, (PIECES * PIECE).value, PIECE.value)
     spread_kernel[(cdiv(tokens, 8) * steps,)](
-        x, experts, weights, places, codes, scales, gates, scales.stride(0) // (4 if words else 1), count, dim, steps,
-        x.stride(0), tokens, TOPK=k, BYTES=words, PDL=bool(overlap), **overlap,
+        x, experts, weights, places, codes, scales, gates, scales.stride(0) // 4, count, dim, steps, x.stride(0), tokens,
+        TOPK=k, PDL=bool(overlap), **overlap,
     )  # fmt: skip
     return rows, plan, gates
 
 
 def run(
     x: Tensor, experts: Tensor, weights: Tensor, packed: portable.PackedExperts, limit: float, shared: Tensor | None,
-    form: int | None = None, times: tuple[Tensor, Tensor] | None = None,
+    times: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """As the Triton form's `run`, for any number of tokens above 0. times: of both products' programs, int32 [programs,
     steps, ROLES, EVENTS] (`trace.py`), or none are taken."""
@@ -566,13 +434,9 @@ def run(
     out, e4m3 = empty(slots, dim, dtype=torch.bfloat16), torch.float8_e4m3fn
     codes = out.view(e4m3).view(2, slots, dim)[0]  # no longer needed when the second product writes
     h = empty(slots, tiles1 * 64, dtype=e4m3)
-    padded = slots + (PIECES * PIECE).value  # a block's scales are read whole, and a step ahead
-    form = FORM if form is None else form
-    if form & 2:
-        scales, hs = (empty(cdiv(n, 4) + 1, padded * 4, dtype=torch.uint8) for n in (dim // 128, tiles1))
-    else:
-        scales, hs = (empty(n + 1, padded, dtype=torch.float32) for n in (dim // 128, tiles1))
-    rows, plan, gates = order(x, experts, weights, count, codes, scales, form)
+    padded = slots + (PIECES * PIECE).value  # a block's scales are read whole, and four groups ahead
+    scales, hs = (empty(cdiv(n, 4) + 1, padded * 4, dtype=torch.uint8) for n in (dim // 128, tiles1))
+    rows, plan, gates = order(x, experts, weights, count, codes, scales)
     for first, rows_of, xs, w, ws, base, to, tiles in (
         (True, codes, scales, packed.w13, packed.s13, packed.b13, h, tiles1),
         (False, h, hs, packed.w2, packed.s2, packed.b2, out, tiles2),
@@ -580,27 +444,27 @@ def run(
         xd = TensorDescriptor.from_tensor(rows_of, [PIECE.value, 64], CODES)
         traced = None if times is None else times[0 if first else 1]
         product_kernel[(min(multiprocessors(), len(plan) // 3 * tiles),)](
-            xd, _words(w, 64), _words(ws, 8), xs.view(torch.int32) if form & 2 else xs, ws, base, plan, rows, gates, to, hs, limit, padded, rows_of.shape[1] // 128,
+            xd, _words(w, 64), _words(ws, 8), xs.view(torch.int32), base, plan, rows, gates, to, hs, limit, padded, rows_of.shape[1] // 128,
             traced, 0 if traced is None else traced.shape[1],
-            TILES=tiles, FIRST=first, FORM=form & ~48, num_warps=4,
+            TILES=tiles, FIRST=first, num_warps=4,
         )  # fmt: skip
     return portable.combine(out, experts, count, shared, torch.empty_like(x))
 
 
-def _aot(first: bool, tiles: int, form: int = FORM) -> Aot:
+def _aot(first: bool, tiles: int) -> Aot:
     signature = {
         "xd": f"tensordesc<fp8e4nv[64, 64],{CODES!r}>",
         "wd": f"tensordesc<i32[64, 32],{PACKED!r}>",
         "sd": f"tensordesc<i32[8, 32],{PACKED!r}>",
-        "xs": "*i32" if form & 2 else "*fp32", "ws": "*i32", "base": "*u8", "plan": "*i32", "rows": "*i32", "gate": "*fp32",
-        "out": "*fp8e4nv" if first else "*bf16", "out_s": "*u8" if form & 2 else "*fp32", "limit": "fp32",
+        "xs": "*i32", "base": "*u8", "plan": "*i32", "rows": "*i32", "gate": "*fp32",
+        "out": "*fp8e4nv" if first else "*bf16", "out_s": "*u8", "limit": "fp32",
         "SP": "i32", "steps": "i32", "lines": "i32",
     }  # fmt: skip
     # stack: what lives from tile to tile; the loop over steps has none of it
     return Aot(
         product_kernel,
         signature,
-        dict(times=None, TILES=tiles, FIRST=first, FORM=form),
+        dict(times=None, TILES=tiles, FIRST=first),
         matrix=True,
         stack=96,
         archs=(90,),
@@ -609,12 +473,11 @@ def _aot(first: bool, tiles: int, form: int = FORM) -> Aot:
 
 AOT = [
     *(_aot(first, tiles) for first, tiles in ((True, 32), (False, 32), (True, 48), (False, 56))),  # Flash, Pro
-    *(_aot(first, 32, form) for form in (79,) for first in (True, False)),
     Aot(
         spread_kernel,
-        {"x": "*bf16", "experts": "*i64", "weights": "*fp32", "places": "*i32", "codes": "*fp8e4nv", "scales": "*fp32", "gates": "*fp32"}
+        {"x": "*bf16", "experts": "*i64", "weights": "*fp32", "places": "*i32", "codes": "*fp8e4nv", "scales": "*u8", "gates": "*fp32"}
         | {k: "i32" for k in ("SP", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")},
-        dict(TOPK=6, BYTES=False, PDL=True),
+        dict(TOPK=6, PDL=True),
         archs=(90,),
     ),
 ]  # fmt: skip

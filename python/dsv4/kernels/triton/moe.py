@@ -47,13 +47,12 @@ ONE_LAUNCH = 2
 
 @triton.jit
 def plan_kernel(
-    experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T, places,
+    experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program e < E: `rows` gets expert e's slots (token * k + j) in order, `plan` its blocks of at most BT slots as
-    (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks; `places`, unless None, gets each
-    slot's place in `rows`. The programs beyond quantise x, one block of BLOCK channels of 8 tokens each. An expert outside
-    0 .. E - 1 is left out."""
+    (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks. The
+    programs beyond quantise x, one block of BLOCK channels of 8 tokens each. An expert outside 0 .. E - 1 is left out."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -89,8 +88,6 @@ def plan_kernel(
                 here = tl.load(experts + lo + at, mask=lo + at < S, other=-1) == e
                 rank = tl.cumsum(here.to(tl.int32), 0)
                 tl.store(rows + start + rank - 1, lo + at, mask=here)
-                if places is not None:
-                    tl.store(places + lo + at, start + rank - 1, mask=here)
                 start += tl.sum(here.to(tl.int32))
 
 
@@ -303,7 +300,7 @@ def run(
         empty(tokens, steps1, dtype=torch.float32),
     )
     plan_kernel[(count + cdiv(tokens, 8) * steps1,)](
-        experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens, None,
+        experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens,
         BINS=next_pow2(count), CHUNK=min(2048, next_pow2(slots)), BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
     )  # fmt: skip
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
@@ -401,6 +398,6 @@ AOT = [
         plan_kernel,
         {k: "*i32" for k in ("rows", "plan")} | {k: "i32" for k in ("S", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")}
         | {"experts": "*i64", "x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"},
-        dict(places=None, BINS=256, CHUNK=2048, BT=16, BLOCK=128, PDL=True),
+        dict(BINS=256, CHUNK=2048, BT=16, BLOCK=128, PDL=True),
     ),
 ]  # fmt: skip
