@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dsv4.cache.rows import Rows
 from dsv4.ops.reference.attention import sparse_attention as reference
+from dsv4.ops.tables import EntryTable, TokenTable
+from dsv4.ops.tables import moved as moved_table
 
 from tests.kernels import gluon_threads as threads
 from tests.kernels.device import DEVICE, close, on_hopper
 from tests.kernels.test_attention import Case, full_width
-from tests.ops.cases import moved
+from tests.ops.cases import moved, stored
 
 pytest.importorskip("triton")
 
@@ -56,8 +59,9 @@ class Pointer(threads.Pointer):
         return Pointer(self.memory, self.at + np.asarray(more, np.int64))
 
     def to(self, kind: Any) -> Pointer:
-        assert self.at == 0
-        return Pointer(self.memory.view(kind))
+        size = np.dtype(kind).itemsize  # of the bytes that it points to
+        assert self.at % size == 0
+        return Pointer(self.memory.view(kind), self.at // size)
 
 
 class Shared(threads.Shared):
@@ -209,19 +213,29 @@ def _run(programs: int, args: dict[str, Any], seed: int) -> None:
 
 
 def _bytes(region: torch.Tensor) -> torch.Tensor:
-    """A region and what lies between its pages, a multiple of 16 bytes."""
+    """A region and what lies between its pages, a multiple of 256 bytes."""
     flat = region.as_strided((len(region) * region.stride(0) - region.storage_offset(),), (1,))
-    return torch.cat((flat, flat.new_zeros(-len(flat) % 16)))
+    return torch.cat((flat, flat.new_zeros(-len(flat) % 256)))
 
 
-def _attend(case: Case, splits: int, programs: int | None, ahead: int, seed: int) -> torch.Tensor:
-    """The op through the kernel's source; programs None: one for each item."""
+def _together(case: Case, reverse: bool) -> tuple[torch.Tensor, int, int]:
+    """One tensor with the bytes of both regions, and where the window's and the history's begin; reverse: history first."""
+    one, two = (_bytes((case[name] or case["window"]).region) for name in ("window", "history"))
+    if reverse:
+        return torch.cat((two, one)), len(two), 0
+    return torch.cat((one, two)), 0, len(one)
+
+
+def _attend(
+    case: Case, splits: int, programs: int | None, ahead: int, seed: int, reverse: bool = False
+) -> torch.Tensor:
+    """The op through the kernel's source; programs None: one for each item; reverse: the history lies before the window."""
     q, window, history, entries, selected = (
         case[n] for n in ("q", "window", "history", "entries", "selected")
     )
     total, heads, _ = q.shape
     rows = history or window
-    one, two = (_bytes(x.region) for x in (window, rows))
+    both, here, there = _together(case, reverse)
     out = torch.full(q.shape, float("nan"), dtype=torch.bfloat16)
     partial = torch.full((total, splits, heads, 512), float("nan"))
     lse = torch.full((total, splits, heads), float("nan"))
@@ -233,14 +247,14 @@ def _attend(case: Case, splits: int, programs: int | None, ahead: int, seed: int
     _run(
         programs or work,
         dict(
-            q=bits(q), c1=Pointer(torch.cat((one, two)).numpy()), window_ids=flat(ids),
+            q=bits(q), c1=Pointer(both.numpy(), here), window_ids=flat(ids),
             pages=flat(entries.pages if entries else ids), slabs=flat(case["tokens"].slab),
             selected=flat(selected if selected is not None else ids),
             visible=flat(entries.visible if entries else ids),
             sink=flat(case["sink"]), cos=flat(case["cos"]), sin=flat(case["sin"]),
             out=bits(out), po=Pointer(partial.view(-1).numpy()), pm=Pointer(lse.view(-1).numpy()),
             st1=scalar(window.region.stride(0) // 4), st2=scalar(rows.region.stride(0) // 4),
-            delta=tensor(len(one) // 16, np.int64), pages_stride=scalar(entries.pages.shape[1] if entries else 0),
+            delta=tensor((there - here) // 16, np.int64), pages_stride=scalar(entries.pages.shape[1] if entries else 0),
             scale=case["scale"] * 1.4426950408889634, splits=scalar(splits),
             k=scalar(0 if selected is None else selected.shape[1]), work=scalar(work), times=None, lines=0,
             H=heads, W=ids.shape[1], WIN_ROWS=window.rows, HIST_ROWS=rows.rows,
@@ -281,24 +295,110 @@ def test_roles_as_threads(options: dict[str, Any], splits: int, programs: int | 
     assert close(got, reference(**case)) <= 4e-3
 
 
+def long(heads: int, k: int | None, tokens: int, entries: int) -> Case:
+    """As many rows as in use: a full window each, pages in any order; the lists of some tokens end early."""
+    g = torch.Generator().manual_seed(1)
+    per_page = 64 if k else 2
+    blocks = cdiv(entries, per_page)
+    rows = [
+        stored(torch.randn((tokens * n, 512), generator=g), size, "fp8_ds_mla", 64)
+        for n, size in ((128, 128), (blocks * per_page, per_page))
+    ]
+    at = torch.arange(tokens)
+    visible = (entries - 77 * (at % 3)).int()
+    selected = None
+    if k:
+        selected = torch.rand((tokens, entries), generator=g)
+        selected = selected.masked_fill(torch.arange(entries) >= visible[:, None], -1).topk(k).indices.int()
+        selected[1::4, -100:] = -1
+    angle = 6.3 * torch.rand((tokens, 32), generator=g)
+    return dict(
+        q=torch.randn((tokens, heads, 512), generator=g).bfloat16(),
+        sink=torch.randn(heads, generator=g),
+        scale=512**-0.5,
+        cos=angle.cos(),
+        sin=angle.sin(),
+        tokens=TokenTable(at, at.int(), at + entries, at, at + entries, torch.ones_like(at), at, 1),
+        window=rows[0],
+        window_ids=(128 * at[:, None] + torch.arange(128)).int(),
+        history=rows[1],
+        entries=EntryTable(
+            torch.randperm(tokens * blocks, generator=g).view(tokens, blocks).int(),
+            per_page,
+            visible,
+            entries,
+        ),
+        selected=selected,
+    )
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["behind", "before"])
+@pytest.mark.parametrize("shape", [(64, 512, 700, 1), (128, 1024, 1100, 2), (64, None, 500, 3)], ids=str)
+def test_long_lists_and_a_history_behind_or_before_the_window(shape: Any, reverse: bool) -> None:
+    heads, k, entries, splits = shape
+    case = long(heads, k, 2, entries)
+    got = _attend(case, splits, 1 if splits == 1 else None, 2, seed=0, reverse=reverse)
+    assert close(got, reference(**case)) <= 4e-3
+
+
+def _on_gpu(case: Case, reverse: bool) -> Case:
+    """The case there, both regions in one tensor."""
+    both, *begins = _together(case, reverse)
+    both, case = both.to(DEVICE), moved(case, DEVICE)
+    for name, begin in zip(("window", "history"), begins, strict=True):
+        rows = case[name]
+        case[name] = Rows(
+            rows.codec, both.as_strided(rows.region.shape, rows.region.stride(), begin), rows.rows
+        )
+    return case
+
+
+def _check(form: int, case: Case, splits: tuple[int | None, ...]) -> None:
+    """The history behind the window and before it; the same bits every time."""
+    expected = None
+    for reverse in (False, True):
+        here = _on_gpu(case, reverse)
+        expected = reference(**here).cpu() if expected is None else expected
+        for n in splits:
+            got = sparse_attention(**here, splits=n, form=form)
+            assert close(got.cpu(), expected) <= 4e-3, (
+                f"{n} splits, history {'before' if reverse else 'behind'}"
+            )
+            assert all(torch.equal(got, sparse_attention(**here, splits=n, form=form)) for _ in range(10))
+
+
+FORMS = pytest.mark.parametrize("form", [1, 2, 3, 4], ids="form{}".format)
+
+
 @on_hopper
 @pytest.mark.parametrize(
     "options", [{}, {"heads": 4, "k": 50}, {"heads": 128, "k": 200}, {"k": None}, {"k": 0}], ids=str
 )
-@pytest.mark.parametrize("form", [1, 2, 3, 4])
+@FORMS
 def test_forms_on_a_gpu(form: int, options: dict[str, Any]) -> None:
-    """More items than CTAs, and few of them in splits; the same bits every time."""
-    for rows, splits in ((TOKENS, (None, 1, 2, 3)), (((100, 270), (0, 5), (201, 1)), (1, 2))):
-        case = moved(full_width(rows, **options), DEVICE)
-        expected = reference(**case)
-        for n in splits:
-            got = sparse_attention(**case, splits=n, form=form)
-            assert close(got.cpu(), expected.cpu()) <= 4e-3
-            assert all(torch.equal(got, sparse_attention(**case, splits=n, form=form)) for _ in range(10))
+    """More items than CTAs, and few of them in splits."""
+    _check(form, full_width(TOKENS, **options), (None, 1, 2, 3))
+    _check(form, full_width(((100, 270), (0, 5), (201, 1)), **options), (1, 2))
 
 
 @on_hopper
-@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("shape", [(64, 512, 4096), (128, 1024, 4096), (64, None, 2500)], ids=str)
+@FORMS
+def test_lists_as_long_as_in_use(form: int, shape: tuple[int, int | None, int]) -> None:
+    heads, k, entries = shape
+    _check(form, long(heads, k, 5, entries), (None, 1, 4))
+    many = long(heads, k, 16, entries)
+    repeated = torch.arange(16).repeat(20)  # more tokens than multiprocessors, at home in the same rows
+    for name in ("q", "cos", "sin", "window_ids", "selected"):
+        many[name] = None if many[name] is None else many[name][repeated]
+    table, pages = many["tokens"], many["entries"]
+    many["tokens"] = moved_table(table, lambda t: t[repeated])
+    many["entries"] = EntryTable(pages.pages, pages.per_page, pages.visible[repeated], pages.most)
+    _check(form, many, (1,))
+
+
+@on_hopper
+@pytest.mark.parametrize("form", [1, 2], ids="form{}".format)
 def test_times_of_the_roles_change_no_bit(form: int) -> None:
     case = moved(full_width(((100, 200),)), DEVICE)
     times = torch.zeros((200, 1 + 4, 4, 8), dtype=torch.int32, device=DEVICE)  # 128 + 64 rows: three blocks

@@ -19,9 +19,11 @@ from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import capability, cdiv, multiprocessors, next_pow2
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
-FORM = 0
-"""On Hopper. 0: hopper_attention.py; 4: the same, and a block's scales are asked for before the rows; the others
-hopper_stream.py, 1: one item a CTA, 2: CTAs stay, 3: they stay and do not ask for rows in L2."""
+FORM = (0, 0)
+"""On Hopper, where there are at most BUSY items a multiprocessor (decode), and where there are more (prefill). An item is a
+token, up to 64 of its heads and a split. 0: hopper_attention.py; 4: the same, and a block's scales are asked for before the
+rows; the others hopper_stream.py, 1: one item a CTA, 2: CTAs stay, 3: they stay and do not ask for rows in L2."""
+BUSY = 4
 
 
 def sparse_attention(
@@ -60,7 +62,8 @@ def sparse_attention(
     partial, lse = portable.scratch(q, splits)
     rows = history or window
     blackwell = capability()[0] >= 10
-    shape = FORM if form is None else form
+    work = ctas * splits
+    shape = FORM[work > BUSY * multiprocessors()] if form is None else form
     strides = window.region.stride(0), rows.region.stride(0)
     if blackwell or any(stride % 16 for stride in strides):
         shape = 0
@@ -97,7 +100,6 @@ def sparse_attention(
         SPLIT=splits > 1,
         num_warps=4,
     )
-    work = ctas * splits
     if shape in (0, 4):
         kernel = blackwell_attention if blackwell else hopper_attention
         early = {} if blackwell else dict(EARLY=shape == 4)

@@ -274,7 +274,8 @@ def _in_page(row, P: gl.constexpr):
 def _place(
     strides, ring, f, one, page, b, W: gl.constexpr, P1: gl.constexpr, P2: gl.constexpr, MODE: gl.constexpr
 ):
-    """Where a block's rows lie, to the ring: data in units of 16 bytes (-1: none), scales in units of 8."""
+    """Where a block's rows lie, to the ring: data in units of 16 bytes (-1: none, and no row's place, for a row is longer
+    than that; all entries are below 0 where their region lies before the window's), scales in units of 8."""
     su, so = ring
     st1, st2, delta = strides
     at = one // P1
@@ -304,7 +305,7 @@ def _prefetch(c4, ring, f):
         (u * 4)[:, None] + gl.minimum(j * 32, 143)[None, :],
         (so * 2)[:, None] + 0 * j[None, :],
     )
-    _ask_l2(c4 + word, ((u >= 0)[:, None] & (j < 6)[None, :]).to(gl.int32))
+    _ask_l2(c4 + word, ((u != -1)[:, None] & (j < 6)[None, :]).to(gl.int32))
 
 
 @gluon.jit
@@ -372,7 +373,7 @@ def _rows(
     one4, slab4, some4, b4 = found[4][0], found[4][1], found[4][2], blocks[4]
     barrier()
     u = su.index(0).load(RL)
-    ok, off = u >= 0, gl.maximum(u, 0) * 4
+    ok, off = u != -1, u * 4
     s8 = gl.load(c8 + so.index(0).load(RL), mask=ok, other=0)
     r0, r1 = _load(c4, off, ok, 0, 16, LAY), _load(c4, off, ok, 16, 16, LAY)
     r2, r3 = _load(c4, off, ok, 32, 16, LAY), _load(c4, off, ok, 48, 16, LAY)
@@ -393,7 +394,7 @@ def _rows(
         if AHEAD > 0:
             _prefetch(c4, ring, f + AHEAD)
         u = su.index((f + 1) % RING).load(RL)
-        okn, off = u >= 0, gl.maximum(u, 0) * 4
+        okn, off = u != -1, u * 4
         at8 = so.index((f + 1) % RING).load(RL)
         mark(times, own + i + 1, ROWS, 1)
         mbarrier.wait(empty.index(buf), ph ^ 1)
