@@ -227,7 +227,13 @@ def _together(case: Case, reverse: bool) -> tuple[torch.Tensor, int, int]:
 
 
 def _attend(
-    case: Case, splits: int, programs: int | None, ahead: int, seed: int, reverse: bool = False
+    case: Case,
+    splits: int,
+    programs: int | None,
+    ahead: int,
+    seed: int,
+    reverse: bool = False,
+    halves: bool = True,
 ) -> torch.Tensor:
     """The op through the kernel's source; programs None: one for each item; reverse: the history lies before the window."""
     q, window, history, entries, selected = (
@@ -258,7 +264,7 @@ def _attend(
             scale=case["scale"] * 1.4426950408889634, splits=scalar(splits),
             k=scalar(0 if selected is None else selected.shape[1]), work=scalar(work), times=None, lines=0,
             H=heads, W=ids.shape[1], WIN_ROWS=window.rows, HIST_ROWS=rows.rows,
-            MODE=0 if entries is None else 1 if selected is None else 2, SPLIT=splits > 1, AHEAD=ahead,
+            MODE=0 if entries is None else 1 if selected is None else 2, SPLIT=splits > 1, AHEAD=ahead, HALVES=halves,
         ),
         seed,
     )  # fmt: skip
@@ -291,7 +297,7 @@ TOKENS = ((350, 1), (37, 1), (0, 1), (128, 1), (254, 1))
 )
 def test_roles_as_threads(options: dict[str, Any], splits: int, programs: int | None) -> None:
     case = full_width(TOKENS, **options)
-    got = _attend(case, splits, programs, 2, seed=splits)
+    got = _attend(case, splits, programs, 2, seed=splits, halves=programs != 2)
     assert close(got, reference(**case)) <= 4e-3
 
 
@@ -367,7 +373,7 @@ def _check(form: int, case: Case, splits: tuple[int | None, ...]) -> None:
             assert all(torch.equal(got, sparse_attention(**here, splits=n, form=form)) for _ in range(10))
 
 
-FORMS = pytest.mark.parametrize("form", [1, 2, 3, 4], ids="form{}".format)
+FORMS = pytest.mark.parametrize("form", [1, 2, 3, 4, 5, 6], ids="form{}".format)
 
 
 @on_hopper
@@ -398,7 +404,7 @@ def test_lists_as_long_as_in_use(form: int, shape: tuple[int, int | None, int]) 
 
 
 @on_hopper
-@pytest.mark.parametrize("form", [1, 2], ids="form{}".format)
+@pytest.mark.parametrize("form", [1, 2, 6], ids="form{}".format)
 def test_times_of_the_roles_change_no_bit(form: int) -> None:
     case = moved(full_width(((100, 200),)), DEVICE)
     times = torch.zeros((200, 1 + 4, 4, 8), dtype=torch.int32, device=DEVICE)  # 128 + 64 rows: three blocks

@@ -22,7 +22,8 @@ from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 FORM = (0, 0)
 """On Hopper, where there are at most BUSY items a multiprocessor (decode), and where there are more (prefill). An item is a
 token, up to 64 of its heads and a split. 0: hopper_attention.py; 4: the same, and a block's scales are asked for before the
-rows; the others hopper_stream.py, 1: one item a CTA, 2: CTAs stay, 3: they stay and do not ask for rows in L2."""
+rows; the others hopper_stream.py, 1: one item a CTA, 2: CTAs stay, 3: they stay and do not ask for rows in L2; 5 and 6: as 3
+and 2, and a block is handed on in parts."""
 BUSY = 4
 
 
@@ -107,8 +108,9 @@ def sparse_attention(
     else:
         stays = shape > 1 and splits == 1 and mode != 1
         grid = min(work, multiprocessors()) if stays else work
+        ahead = 0 if shape in (3, 5) else 2
         lines = 0 if times is None else times.shape[1]
-        hopper_stream.attend[(grid,)](*args, work, times, lines, AHEAD=0 if shape == 3 else 2, **values)
+        hopper_stream.attend[(grid,)](*args, work, times, lines, AHEAD=ahead, HALVES=shape > 4, **values)
     if splits > 1:
         portable.merge(partial, lse, sink, cos, sin, out)
     return out

@@ -9,10 +9,12 @@ Barriers, all counted over a CTA's whole life. A block g = 0, 1, ... goes throug
 fills it, arrives at `full`; scores waits for `full`; both values groups arrive at `empty` when they have done with it, for an
 item's last block only after they have used it to turn the result round. An item of n blocks has n + 1 messages c from scores
 to values, P and its factors through slot c % 2, at last the factors of the whole: scores waits for `pempty`, writes, arrives
-at `pfull`; both groups wait for `pfull`, read, arrive at `pempty`. Every wait is for the phase that the g // 2-th (c // 2-th)
-use of its buffer ends, and each use is ended exactly once by everyone who counts. Nobody waits for something later in the
-order rows, scores, values but for a buffer's use two before, so nobody waits for ever. q is brought by those who alone read
-it, once every warp has done with the last one.
+at `pfull`; both groups wait for `pfull`, read, arrive at `pempty`. With HALVES, columns 0 .. 255 of a block have a barrier of
+their own, `half`, used as `full` is, so that S begins while the others are brought; and columns 0 .. 127 have `quarter`, used
+as `empty` is, at which left arrives after its first product, so that the block after the next begins. Every wait is for the
+phase that the g // 2-th (c // 2-th) use of its buffer ends, and each use is ended exactly once by everyone who counts. Nobody
+waits for something later in the order rows, scores, values but for a buffer's use two before, so nobody waits for ever. q is
+brought by those who alone read it, once every warp has done with the last one.
 """
 
 from __future__ import annotations
@@ -113,10 +115,24 @@ def _prefetch_q(q, w, work, splits, H: gl.constexpr, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _scores(
-    q, sink, scale, qs, k, bias, weights, bars, share, pm, times, lines, H: gl.constexpr, SPLIT: gl.constexpr
+    q,
+    sink,
+    scale,
+    qs,
+    k,
+    bias,
+    weights,
+    bars,
+    share,
+    pm,
+    times,
+    lines,
+    H: gl.constexpr,
+    SPLIT: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     sp_, sal, sinv = weights
-    full, _, pfull, pempty = bars
+    full, half, _, _, pfull, pempty = bars
     first, work, step, splits, _, n = share
     SL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
@@ -138,10 +154,13 @@ def _scores(
         for i in range(0, n):
             buf, pb = g % NB, c % 2
             mark(times, own + i + 1, SCORES, 0)
-            mbarrier.wait(full.index(buf), (g // NB) & 1)
+            first_rows = half if HALVES else full
+            mbarrier.wait(first_rows.index(buf), (g // NB) & 1)
             mark(times, own + i + 1, SCORES, 1)
             s = gl.zeros([BH, BN], gl.float32, SL)
             for j in gl.static_range(4):
+                if HALVES and j == 2:
+                    mbarrier.wait(full.index(buf), (g // NB) & 1)
                 s = warpgroup_mma(qs[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
             b = bias.index(buf).load(gl.SliceLayout(0, SL))
             s = warpgroup_mma_wait(0, [s])
@@ -172,12 +191,22 @@ def _scores(
 
 @gluon.jit
 def _values(
-    k, weights, bars, share, to, times, lines, COL: gl.constexpr, H: gl.constexpr, SPLIT: gl.constexpr
+    k,
+    weights,
+    bars,
+    share,
+    to,
+    times,
+    lines,
+    COL: gl.constexpr,
+    H: gl.constexpr,
+    SPLIT: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """COL: first of the role's 256 columns. to: (out, po, cos, sin)."""
     ROLE: gl.constexpr = LEFT + COL // 256
     sp_, sal, sinv = weights
-    _, empty, pfull, pempty = bars
+    _, _, empty, quarter, pfull, pempty = bars
     first, work, step, splits, _, n = share
     out, po, cos, sin = to
     ka, kb = k[COL // 128], k[COL // 128 + 1]
@@ -200,7 +229,12 @@ def _values(
             x, y = x * al[:, None], y * al[:, None]
             x = warpgroup_mma(sp_.index(pb), ka.index(buf), x, is_async=True)
             y = warpgroup_mma(sp_.index(pb), kb.index(buf), y, is_async=True)
-            x, y = warpgroup_mma_wait(0, [x, y])
+            if HALVES and COL == 0:
+                x = warpgroup_mma_wait(1, [x])
+                mbarrier.arrive(quarter.index(buf), count=1, pred=i < n - 1)
+                y = warpgroup_mma_wait(0, [y])
+            else:
+                x, y = warpgroup_mma_wait(0, [x, y])
             mark(times, own + i + 1, ROLE, 2)
             mbarrier.arrive(empty.index(buf), count=1, pred=i < n - 1)
             mbarrier.arrive(pempty.index(pb), count=1)
@@ -218,6 +252,8 @@ def _values(
         put(x, inv, ka.index(last), where, COL, H, SPLIT)
         put(y, inv, kb.index(last), where, COL + 128, H, SPLIT)
         mbarrier.arrive(empty.index(last), count=1, pred=n > 0)
+        if HALVES and COL == 0:
+            mbarrier.arrive(quarter.index(last), count=1, pred=n > 0)
         mark(times, own, ROLE, 3)
 
 
@@ -341,12 +377,13 @@ def _rows(
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """Fills the row buffers k (four of 128 columns) and `bias` (-inf where there is no key). The raw words of the next block
     wait in registers (columns 0 .. 383) and in `raw` (448 e4m3's last 64, and 64 bf16), each asked for half a block or more
     before it is used: a load that is used is waited for together with all that were asked for since.
     """
-    full, empty, _, _ = bars
+    full, half, empty, quarter, _, _ = bars
     first, work, step, _, b0, n = share
     k0, k1, k2, k3 = k
     raw6, raw7 = raw
@@ -397,7 +434,8 @@ def _rows(
         okn, off = u != -1, u * 4
         at8 = so.index((f + 1) % RING).load(RL)
         mark(times, own + i + 1, ROWS, 1)
-        mbarrier.wait(empty.index(buf), ph ^ 1)
+        room = quarter if HALVES else empty
+        mbarrier.wait(room.index(buf), ph ^ 1)
         mark(times, own + i + 1, ROWS, 2)
         _put_two(k0, buf, _cvt(r0, _scale(s8, 0)), _cvt(r1, _scale(s8, 1)))
         r0, r1 = _load(c4, off, okn, 0, 16, LAY), _load(c4, off, okn, 16, 16, LAY)
@@ -410,9 +448,14 @@ def _rows(
         b += 1
         w = gl.where(b >= b0 + n, w + step, w)
         b = gl.where(b >= b0 + n, b0, b)
+        if HALVES:
+            mbarrier.wait(empty.index(buf), ph ^ 1)
         _put_two(k1, buf, _cvt(r2, _scale(s8, 2)), _cvt(r3, _scale(s8, 3)))
         r2, r3 = _load(c4, off, okn, 32, 16, LAY), _load(c4, off, okn, 48, 16, LAY)
         _pin()
+        if HALVES:
+            fence_async_shared()
+            mbarrier.arrive(half.index(buf), count=1)
         _put_two(k2, buf, _cvt(r4, _scale(s8, 4)), _cvt(r5, _scale(s8, 5)))
         r4, r5 = _load(c4, off, okn, 64, 16, LAY), _load(c4, off, okn, 80, 16, LAY)
         _pin()
@@ -471,6 +514,7 @@ def attend(
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
     AHEAD: gl.constexpr,
+    HALVES: gl.constexpr,
 ):
     """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words, multiples of 4.
     A CTA takes the items (split, head block and token) program, program + programs, ... of `work`; more than one only
@@ -506,21 +550,28 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [RING, BN], V1),
     )
     full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    half = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    quarter = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     pfull = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     pempty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for j in gl.static_range(2):
         mbarrier.init(full.index(j), count=1)
+        mbarrier.init(half.index(j), count=1)
         mbarrier.init(empty.index(j), count=2)
+        mbarrier.init(quarter.index(j), count=1)
         mbarrier.init(pfull.index(j), count=1)
         mbarrier.init(pempty.index(j), count=2)
-    weights, bars, to = (sp_, sal, sinv), (full, empty, pfull, pempty), (out, po, cos, sin)
+    weights, bars, to = (sp_, sal, sinv), (full, half, empty, quarter, pfull, pempty), (out, po, cos, sin)
     keys, strides = (window_ids, selected, slabs, pages, pages_stride, count, k), (st1, st2, delta)
     gl.warp_specialize(
         [
-            (_scores, (q, sink, scale, qs, ks, bias, weights, bars, share, pm, times, lines, H, SPLIT)),
-            (_values, (ks, weights, bars, share, to, times, lines, 0, H, SPLIT)),
-            (_values, (ks, weights, bars, share, to, times, lines, 256, H, SPLIT)),
+            (
+                _scores,
+                (q, sink, scale, qs, ks, bias, weights, bars, share, pm, times, lines, H, SPLIT, HALVES),
+            ),
+            (_values, (ks, weights, bars, share, to, times, lines, 0, H, SPLIT, HALVES)),
+            (_values, (ks, weights, bars, share, to, times, lines, 256, H, SPLIT, HALVES)),
             (
                 _rows,
                 (
@@ -542,6 +593,7 @@ def attend(
                     MODE,
                     SPLIT,
                     AHEAD,
+                    HALVES,
                 ),
             ),
         ],
@@ -576,7 +628,17 @@ SIGNATURE = dict(
 )
 
 SHAPES = [
-    dict(times=None, H=heads, W=128, WIN_ROWS=128, HIST_ROWS=per_page, MODE=mode, SPLIT=split, AHEAD=2)
+    dict(
+        times=None,
+        H=heads,
+        W=128,
+        WIN_ROWS=128,
+        HIST_ROWS=per_page,
+        MODE=mode,
+        SPLIT=split,
+        AHEAD=2,
+        HALVES=True,
+    )
     for heads, per_page, mode, split in ((64, 64, 2, False), (128, 64, 2, True), (64, 2, 1, True))
 ]
 AOT = [Aot(attend, SIGNATURE, values, matrix=True, archs=(90,)) for values in SHAPES]
