@@ -21,10 +21,22 @@ from benches.gpu.roles import Step, since
 
 EXPAND, LEFT, RIGHT, BRING = (role.value for role in (moe.EXPAND, moe.LEFT, moe.RIGHT, moe.BRING))
 STEPS = [
-    Step(EXPAND, 0, 1, "expander  looks up"),
-    Step(EXPAND, 1, 2, "          waits for the next copies (loaded)"),
-    Step(EXPAND, 2, 3, "          reads them, waits for a place (taken)"),
-    Step(EXPAND, 3, 4, "          stores, fence, arrives"),
+    Step(EXPAND, 0, 1, "expander  waits for a place (taken)" if moe.EVERY else "expander  looks up"),
+    Step(
+        EXPAND,
+        1,
+        2,
+        "          waits for copies (loaded)"
+        if moe.EVERY
+        else "          waits for the next copies (loaded)",
+    ),
+    Step(
+        EXPAND,
+        2,
+        3,
+        "          looks up, stores" if moe.EVERY else "          reads them, waits for a place (taken)",
+    ),
+    Step(EXPAND, 3, 4, "          fence, arrives" if moe.EVERY else "          stores, fence, arrives"),
     Step(BRING, 0, 1, "copies    waits for a buffer (freed)"),
     Step(BRING, 1, 2, "          asks for them"),
     Step(LEFT, 0, 1, "left      waits for copies and weights"),

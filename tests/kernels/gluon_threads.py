@@ -69,6 +69,9 @@ class Shared:
     def index(self, i: int) -> Shared:
         return Shared(self.values[i])
 
+    def slice(self, start: int, length: int) -> Shared:
+        return Shared(self.values[start : start + length])
+
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.values.transpose(order))
 

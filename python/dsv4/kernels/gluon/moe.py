@@ -56,6 +56,8 @@ EXPAND, LEFT, RIGHT, BRING = (gl.constexpr(i) for i in range(4))
 """Roles in `trace.py`'s times, whose lines are a program's steps."""
 LOWS = gl.constexpr(8)
 """Tiles whose rows' own scales are kept: the expander is up to NW + 1 tiles ahead of the products (one step a tile)."""
+EVERY, ONCE = 0, False
+"""On trial. EVERY n: a second expander of two warps takes every nth step. ONCE: groups of the second product wait once a step."""
 MANY = 32
 """Slots an expert has on average from which this form runs."""
 
@@ -151,18 +153,18 @@ def _bring(xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES: gl
 
 @gluon.jit
 def _look_up(x, byte, g: gl.constexpr):
-    """Packed words [128, 8] of a row's 64 channels (scale groups g and g + 1) -> their e4m3 bytes as words [128, 16]."""
+    """Packed words [rows, 8] of a row's 64 channels (scale groups g and g + 1) -> their e4m3 bytes as words [rows, 16]."""
     a0, b0 = moe_pack._table(byte, g)
     a1, b1 = moe_pack._table(byte, g + 1)
     low, high = gl.inline_asm_elementwise(
         LOOK_UP,
         LOOK_UP_REGISTERS,
-        [x] + [t[:, None].broadcast_to([128, 8]) for t in (a0, b0, a1, b1)],
+        [x] + [t[:, None].broadcast_to(x.shape) for t in (a0, b0, a1, b1)],
         dtype=(gl.int32, gl.int32),
         is_pure=True,
         pack=1,
     )
-    return gl.join(low, high).reshape([128, 16])
+    return gl.join(low, high).reshape([x.shape[0], 16])
 
 
 @gluon.jit
@@ -228,13 +230,76 @@ def _expand(base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: g
 
 
 @gluon.jit
+def _part(v, c: gl.constexpr, WARPS: gl.constexpr, ROW: gl.constexpr):
+    """Of v [128] those that the warps take at once, one a thread, from the cth such part on."""
+    if WARPS == 4:
+        return v
+    else:
+        parts = gl.split(v.reshape([2, 64]).permute([1, 0]))
+        return gl.convert_layout(parts[c], gl.SliceLayout(1, ROW), assert_trivial=True)
+
+
+@gluon.jit
+def _expand_parts(packed, sw, words, bars, lowest, i, times, WARPS: gl.constexpr):
+    """Step i: 32 rows a warp and 64 channels at a time, in few registers."""
+    loaded, freed, ready, taken = bars
+    ROWS: gl.constexpr = 32 * WARPS
+    READ: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
+    ROW: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS, 1], [1, 0])
+    SCALES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
+    st, wt = i % NS, i % NW
+    mark(times, i, EXPAND, 0)
+    # first this: then the copies of step i - NS were seen, so that `loaded` is at most a phase behind
+    mbarrier.wait(taken.index(wt), (i // NW & 1) ^ 1)
+    mark(times, i, EXPAND, 1)
+    mbarrier.wait(loaded.index(st), i // NS & 1)
+    mark(times, i, EXPAND, 2)
+    s, _pad = gl.split(sw.index(st).load(SCALES).reshape([2, 4, 32]).permute([1, 2, 0]))
+    s = gl.convert_layout(s.reshape([128]), gl.SliceLayout(1, ROW), assert_trivial=True)
+    byte = (s - lowest) << 3
+    for h in gl.static_range(2):
+        for c in gl.static_range(128 // ROWS):
+            x = packed.index(st).slice(h * 32 + c * (ROWS // 4), ROWS // 4).load(READ)
+            x = gl.convert_layout(x.reshape([ROWS, 8]), ROW, assert_trivial=True)
+            y = _look_up(x, _part(byte, c, WARPS, ROW), 2 * h)
+            words.index(wt).slice(h * 128 + c * ROWS, ROWS).store(y)
+    mark(times, i, EXPAND, 3)
+    fence_async_shared()
+    mbarrier.arrive(ready.index(wt), count=1)
+    mbarrier.arrive(freed.index(st), count=1)
+    mark(times, i, EXPAND, 4)
+
+
+@gluon.jit
+def _expand_share(base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: gl.constexpr, EVERY: gl.constexpr, SECOND: gl.constexpr):  # fmt: skip
+    """Of EVERY steps the last (SECOND, two warps) or the others. Both keep the rows' own scales, since products wait for
+    either."""
+    WARPS: gl.constexpr = 2 if SECOND else 4
+    words = w.reinterpret(gl.int32, [NW, 256, 16], gl.NVMMASharedLayout(64, 32, rank=2))
+    ROW: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS, 1], [1, 0])
+    r = gl.arange(0, 128, layout=gl.SliceLayout(1, ROW))
+    first = gl.program_id(0)
+    low = gl.load(base + _item(plan, first, TILES)[1] * 128 + r, mask=r < (total - first) * 128, other=0)
+    i = 0
+    for item in range(first, total, gl.num_programs(0)):
+        lowest = low.to(gl.int32)
+        lows.index(item // gl.num_programs(0) % LOWS).store(((lowest + 5) << 23).to(gl.float32, bitcast=True))
+        after = _item(plan, gl.minimum(item + gl.num_programs(0), total - 1), TILES)[1]
+        low = gl.load(base + after * 128 + r)
+        for _ in range(steps):  # Triton 3.6 takes the bounds of range(i, i + steps) for constant here
+            if (i % EVERY == EVERY - 1) == SECOND:
+                _expand_parts(packed, sw, words, bars, lowest * 0x01010101, i, times, WARPS)
+            i += 1
+
+
+@gluon.jit
 def _scale(word, at):
     """Of a word's four exponents that number `at`, as a power of two."""
     return (((word >> (at * 8)) & 255) << 23).to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, ONCE: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Sums of pieces G and, if BOTH, G + 2: float32 [64, 128] each."""
     loaded, freed, ready, taken = bars
     PARTS: gl.constexpr = 1 if FIRST else 2
@@ -252,8 +317,9 @@ def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH:
             n, part = i + j // PARTS, j % PARTS
             st, wt = n % NS, n % NW
             mark(times, n, LEFT + G, 4 * part)
-            mbarrier.wait(loaded.index(st), n // NS & 1)
-            mbarrier.wait(ready.index(wt), n // NW & 1)
+            new = (part == 0) | (not ONCE)
+            mbarrier.wait(loaded.index(st), n // NS & 1, pred=new)
+            mbarrier.wait(ready.index(wt), n // NW & 1, pred=new)
             mark(times, n, LEFT + G, 4 * part + 1)
             a, p = _add(a, p, x, w, (st * PIECES + G) * 2 + part, 2 * wt + part, _scale(qa, j - four), FIRST)
             if BOTH:
@@ -313,7 +379,7 @@ def _finish(acc, low, rows, gate, out, out_s, limit, tile, start, count, SP, fir
 
 @gluon.jit
 def _products(
-    x, w, lows, bars, tensors, limit, total, SP, steps, times, G: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr
+    x, w, lows, bars, tensors, limit, total, SP, steps, times, G: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr, ONCE: gl.constexpr
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     xs, rows, gate, out, out_s, plan = tensors
@@ -322,13 +388,13 @@ def _products(
         tile, _, start, count = _item(plan, item, TILES)
         low = lows.index(item // gl.num_programs(0) % LOWS)
         if count > (G + 2) * PIECE:
-            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, True, FIRST, ACC)
+            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, True, FIRST, ONCE, ACC)
             mark(times, i + steps - 1, LEFT + G, 3)
             _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST)  # fmt: skip
             _finish(b, low, rows, gate, out, out_s, limit, tile, start, count, SP, (G + 2) * PIECE, TILES, FIRST)  # fmt: skip
             mark(times, i + steps - 1, LEFT + G, 7)
         elif count > G * PIECE:
-            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, False, FIRST, ACC)
+            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, False, FIRST, ONCE, ACC)
             mark(times, i + steps - 1, LEFT + G, 3)
             _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST)  # fmt: skip
             mark(times, i + steps - 1, LEFT + G, 7)
@@ -340,7 +406,7 @@ def _products(
 @gluon.jit(do_not_specialize=["limit", "SP", "steps", "lines"])
 def product_kernel(
     xd, wd, sd, xs, base, plan, rows, gate, out, out_s, limit, SP, steps, times, lines,
-    TILES: gl.constexpr, FIRST: gl.constexpr,
+    TILES: gl.constexpr, FIRST: gl.constexpr, EVERY: gl.constexpr, ONCE: gl.constexpr,
 ):  # fmt: skip
     """One product of routed experts. xd: codes [S, steps * 128] in slot order, gate: their weights; xs: exponents of their
     scales, four groups of channels in a word, int32 [groups / 4 + 1, SP], a group 128 channels or, unless FIRST, 64; wd:
@@ -368,16 +434,47 @@ def product_kernel(
     total = gl.load(plan) * TILES
     bars = (loaded, freed, ready, taken)
     tensors = (xs, rows, gate, out, out_s, plan)
-    gl.warp_specialize(
-        [
-            (_expand, (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES)),
-            (_products, (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST)),
-            (_products, (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST)),
-            (_bring, (xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES)),
-        ],
-        [4, 4, 1],
-        [208, 208, 24],
-    )
+    if EVERY:
+        gl.warp_specialize(
+            [
+                (
+                    _expand_share,
+                    (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES, EVERY, False),
+                ),
+                (
+                    _products,
+                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, ONCE),
+                ),
+                (
+                    _products,
+                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, ONCE),
+                ),
+                (
+                    _expand_share,
+                    (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES, EVERY, True),
+                ),
+                (_bring, (xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES)),
+            ],
+            [4, 4, 2, 1],
+            [208, 208, 48, 48],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_expand, (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES)),
+                (
+                    _products,
+                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, ONCE),
+                ),
+                (
+                    _products,
+                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, ONCE),
+                ),
+                (_bring, (xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES)),
+            ],
+            [4, 4, 1],
+            [208, 208, 24],
+        )
 
 
 def suits(tokens: int, k: int, dim: int, w: portable.PackedExperts | Gated) -> bool:
@@ -446,12 +543,12 @@ def run(
         product_kernel[(min(multiprocessors(), len(plan) // 3 * tiles),)](
             xd, _words(w, 64), _words(ws, 8), xs.view(torch.int32), base, plan, rows, gates, to, hs, limit, padded, rows_of.shape[1] // 128,
             traced, 0 if traced is None else traced.shape[1],
-            TILES=tiles, FIRST=first, num_warps=4,
+            TILES=tiles, FIRST=first, EVERY=EVERY, ONCE=ONCE, num_warps=4,
         )  # fmt: skip
     return portable.combine(out, experts, count, shared, torch.empty_like(x))
 
 
-def _aot(first: bool, tiles: int) -> Aot:
+def _aot(first: bool, tiles: int, every: int = EVERY, once: bool = ONCE) -> Aot:
     signature = {
         "xd": f"tensordesc<fp8e4nv[64, 64],{CODES!r}>",
         "wd": f"tensordesc<i32[64, 32],{PACKED!r}>",
@@ -464,7 +561,7 @@ def _aot(first: bool, tiles: int) -> Aot:
     return Aot(
         product_kernel,
         signature,
-        dict(times=None, TILES=tiles, FIRST=first),
+        dict(times=None, TILES=tiles, FIRST=first, EVERY=every, ONCE=once),
         matrix=True,
         stack=96,
         archs=(90,),
@@ -473,6 +570,7 @@ def _aot(first: bool, tiles: int) -> Aot:
 
 AOT = [
     *(_aot(first, tiles) for first, tiles in ((True, 32), (False, 32), (True, 48), (False, 56))),  # Flash, Pro
+    *(_aot(first, 32, 2, once=True) for first in (True, False)),
     Aot(
         spread_kernel,
         {"x": "*bf16", "experts": "*i64", "weights": "*fp32", "places": "*i32", "codes": "*fp8e4nv", "scales": "*u8", "gates": "*fp32"}
