@@ -87,21 +87,29 @@ class Shared(threads.Shared):
 
 
 COPIES = threading.local()
+"""groups: of those that are under way, the last one open."""
+
+
+def _groups() -> list[list[tuple[Shared, np.ndarray]]]:
+    if not hasattr(COPIES, "groups"):
+        COPIES.groups = [[]]
+    return COPIES.groups
 
 
 def _thread_load(to: Shared, source: Pointer, mask: Any) -> None:
-    """What is masked is zero; it lands at once, or at the wait."""
+    """What is masked is zero; it lands at once, or when its group is waited for."""
     at, mask = source.places(mask)
     values = np.where(mask, source.memory[np.where(mask, at, 0)], 0)
-    COPIES.open = [*getattr(COPIES, "open", []), (to, values)]
     if random.random() < 0.5:
-        _land(0)
-
-
-def _land(outstanding: int) -> None:
-    for to, values in getattr(COPIES, "open", []):
         to.store(values)
-    COPIES.open = []
+    else:
+        _groups()[-1].append((to, values))
+
+
+def _wait_group(outstanding: int) -> None:
+    while len(_groups()) > outstanding + 1:
+        for to, values in _groups().pop(0):
+            to.store(values)
 
 
 def _pairs(low: Any, high: Any) -> Tensor:
@@ -203,7 +211,7 @@ def _run(programs: int, args: dict[str, Any], seed: int) -> None:
     names = dict(
         mbarrier=threads.Mbarrier, fence_async_shared=lambda: None, barrier=lambda: None, thread_load=_thread_load,
         warpgroup_mma=_multiply, warpgroup_mma_wait=lambda pending, deps: deps[0] if len(deps) == 1 else deps,
-        async_copy=SimpleNamespace(commit_group=lambda: None, wait_group=_land),
+        async_copy=SimpleNamespace(commit_group=lambda: _groups().append([]), wait_group=_wait_group),
         range=lambda *ends: (tensor(i, np.int32) for i in builtins.range(*map(int, ends))),
     )  # fmt: skip
     for program in range(programs):

@@ -86,19 +86,18 @@ def _ask_q(q, qs, w, splits, H: gl.constexpr, SPLIT: gl.constexpr):
     for j in gl.static_range(4):
         to = qs[j].reinterpret(gl.bfloat16, [BH, 128], qs[j].layout)
         thread_load(to, place + j * 128, mask=(h0 + rr < H)[:, None])
-    async_copy.commit_group()
+        async_copy.commit_group()
 
 
 @gluon.jit
 def _take_q(qs):
-    """Waits for q and turns it into fp16."""
+    """Waits for q and turns it into fp16, a quarter as soon as it is there."""
     QL: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    async_copy.wait_group(0)
-    barrier()
-    for j in gl.static_range(8):
-        words = qs[j // 2].reinterpret(gl.int32, [BH, 64], gl.NVMMASharedLayout(128, 32, rank=2))
-        half = words.slice((j % 2) * 32, 32, dim=1)
-        half.store(_cvt_rope(half.load(QL)))
+    for j in gl.static_range(4):
+        async_copy.wait_group(3 - j)
+        barrier()
+        words = qs[j].reinterpret(gl.int32, [BH, 64], gl.NVMMASharedLayout(128, 32, rank=2))
+        words.store(_cvt_rope(words.load(QL)))
     fence_async_shared()
     barrier()
 
@@ -250,10 +249,10 @@ def _values(
         where = (out, po, cos + qi * 32, sin + qi * 32, qi, (qi * splits + sp) * H, h0)
         last = (g + 1) % NB  # buffer of the item's last block: half of it is this role's
         put(x, inv, ka.index(last), where, COL, H, SPLIT)
-        put(y, inv, kb.index(last), where, COL + 128, H, SPLIT)
-        mbarrier.arrive(empty.index(last), count=1, pred=n > 0)
         if HALVES and COL == 0:
             mbarrier.arrive(quarter.index(last), count=1, pred=n > 0)
+        put(y, inv, kb.index(last), where, COL + 128, H, SPLIT)
+        mbarrier.arrive(empty.index(last), count=1, pred=n > 0)
         mark(times, own, ROLE, 3)
 
 
