@@ -1,6 +1,6 @@
 """Forms of the experts of a long prefill that are on trial, in one run: `python3 -m benches.gpu.expert_forms`.
 
-A form is (EVERY, ONCE) of `kernels/gluon/moe.py`; each must give the first one's bits. To be deleted when one form is left.
+A form is (EVERY, LEAN) of `kernels/gluon/moe.py`; each must give the first one's bits. To be deleted when one form is left.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPES = [("Flash", 8192), ("Flash", 2048), ("Pro", 8192)]
 
 
 def run(form: tuple[int, bool], *args: object) -> Tensor:
-    moe.EVERY, moe.ONCE = form
+    moe.EVERY, moe.LEAN = form
     return moe.run(*args)
 
 

@@ -110,7 +110,7 @@ def test_few_tokens_wide_scales_and_odd_widths_go_to_triton() -> None:
 
 @pytest.fixture(params=[(0, False), (2, True)], ids=["one expander", "two expanders"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(("EVERY", "ONCE"), request.param, strict=True):
+    for name, value in zip(("EVERY", "LEAN"), request.param, strict=True):
         monkeypatch.setattr(moe, name, value)
 
 
@@ -143,7 +143,7 @@ STANDINS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("every", "once"), [(0, False), (2, True), (3, False)])
+@pytest.mark.parametrize(("every", "lean"), [(0, False), (2, True), (3, False)])
 @pytest.mark.parametrize(
     ("ids", "dim", "inner", "programs"),
     [
@@ -154,7 +154,7 @@ STANDINS = {
     ids=["one piece, unknown experts", "two blocks of an expert", "one to four pieces"],
 )
 def test_roles_as_threads(
-    ids: list[list[int]], dim: int, inner: int, programs: int, every: int, once: bool
+    ids: list[list[int]], dim: int, inner: int, programs: int, every: int, lean: bool
 ) -> None:
     """Both products by the kernel's source, slot by slot. Codes that nobody has are NaN, scales infinite."""
     packed, (w1, w3, w2) = make(4, dim, inner)
@@ -223,7 +223,7 @@ def test_roles_as_threads(
             tiles,
             first,
             every,
-            once,
+            lean,
         )
         threads.run(moe, "product_kernel", args, programs, _look_up, STANDINS, seed=tokens)
     xq = roundtrip(x)

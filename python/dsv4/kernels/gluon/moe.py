@@ -56,8 +56,9 @@ EXPAND, LEFT, RIGHT, BRING = (gl.constexpr(i) for i in range(4))
 """Roles in `trace.py`'s times, whose lines are a program's steps."""
 LOWS = gl.constexpr(8)
 """Tiles whose rows' own scales are kept: the expander is up to NW + 1 tiles ahead of the products (one step a tile)."""
-EVERY, ONCE = 0, False
-"""On trial. EVERY n: a second expander of two warps takes every nth step. ONCE: groups of the second product wait once a step."""
+EVERY, LEAN = 0, False
+"""On trial. EVERY n: a second expander of two warps takes every nth step. LEAN: groups of the second product wait
+once a step, tiles end with loads asked for early and wide stores."""
 MANY = 32
 """Slots an expert has on average from which this form runs."""
 
@@ -299,7 +300,7 @@ def _scale(word, at):
 
 
 @gluon.jit
-def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, ONCE: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, LEAN: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Sums of pieces G and, if BOTH, G + 2: float32 [64, 128] each."""
     loaded, freed, ready, taken = bars
     PARTS: gl.constexpr = 1 if FIRST else 2
@@ -317,7 +318,7 @@ def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH:
             n, part = i + j // PARTS, j % PARTS
             st, wt = n % NS, n % NW
             mark(times, n, LEFT + G, 4 * part)
-            new = (part == 0) | (not ONCE)
+            new = (part == 0) | (not LEAN)
             mbarrier.wait(loaded.index(st), n // NS & 1, pred=new)
             mbarrier.wait(ready.index(wt), n // NW & 1, pred=new)
             mark(times, n, LEFT + G, 4 * part + 1)
@@ -348,28 +349,59 @@ def _pass(bars, i, steps):
 
 
 @gluon.jit
-def _finish(acc, low, rows, gate, out, out_s, limit, tile, start, count, SP, first, TILES: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
+def _store(out, code, start, first, count, tile, TILES: gl.constexpr, CODE: gl.constexpr):
+    """Writes a piece's codes [64, 64] of a tile, in the order in which they lie."""
+    m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, CODE))
+    o = (start + m).to(gl.int64)[:, None] * (TILES * 64) + (
+        tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, CODE))
+    )[None, :]
+    gl.store(out + o, code, mask=(m < count)[:, None])
+
+
+@gluon.jit
+def _finish(acc, low, rows, gate, out, out_s, limit, tile, start, count, SP, first, TILES: gl.constexpr, FIRST: gl.constexpr, LEAN: gl.constexpr):  # fmt: skip
     """Writes a piece: the slots from start + first on."""
     ACC: gl.constexpr = acc.type.layout
-    acc *= low.load(gl.SliceLayout(0, ACC))[None, :]
     if FIRST:
+        half, _ = gl.split(acc.reshape([PIECE, 8, 2, 8]).permute([0, 1, 3, 2]))
+        H: gl.constexpr = half.reshape([PIECE, 64]).type.layout
+        if LEAN:  # asked for before it is needed
+            m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, H))
+            live = m < count
+            r = gl.load(gate + start + m, mask=live, other=0.0)
+        acc *= low.load(gl.SliceLayout(0, ACC))[None, :]
         a, b = gl.split(acc.reshape([PIECE, 8, 2, 8]).permute([0, 1, 3, 2]))
         h = silu_gate(a, b, limit).reshape([PIECE, 64])
-        H: gl.constexpr = h.type.layout
-        m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, H))
-        live = m < count
-        h = h * gl.load(gate + start + m, mask=live, other=0.0)[:, None]
+        if not LEAN:
+            m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, H))
+            live = m < count
+            r = gl.load(gate + start + m, mask=live, other=0.0)
+        h = h * r[:, None]
         scale, inverse = pow2_scale(gl.max(gl.abs(h), 1))
-        to = _place(gl.arange(0, 64, layout=gl.SliceLayout(0, H)))
-        o = (start + m).to(gl.int64)[:, None] * (TILES * 64) + (tile * 64 + to)[None, :]
-        gl.store(out + o, to_e4m3(h * inverse[:, None]), mask=live[:, None])
+        if LEAN:  # 16 bytes of a row at once
+            CODE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+            code = (
+                to_e4m3(h * inverse[:, None])
+                .reshape([PIECE, 2, 8, 4])
+                .permute([0, 2, 1, 3])
+                .reshape([PIECE, 64])
+            )
+            _store(out, gl.convert_layout(code, CODE), start, first, count, tile, TILES, CODE)
+        else:
+            to = _place(gl.arange(0, 64, layout=gl.SliceLayout(0, H)))
+            o = (start + m).to(gl.int64)[:, None] * (TILES * 64) + (tile * 64 + to)[None, :]
+            gl.store(out + o, to_e4m3(h * inverse[:, None]), mask=live[:, None])
         exponent = (scale.to(gl.int32, bitcast=True) >> 23).to(gl.uint8)
         gl.store(out_s + (tile // 4 * SP + start + m) * 4 + tile % 4, exponent, mask=live)
     else:
         OUT: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])  # 64 bytes of a row at once
         m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, OUT))
         live = m < count
-        slot = gl.load(rows + start + m, mask=live, other=0).to(gl.int64)
+        if LEAN:
+            slot = gl.load(rows + start + m, mask=live, other=0).to(gl.int64)
+        acc *= low.load(gl.SliceLayout(0, ACC))[None, :]
+        if not LEAN:
+            slot = gl.load(rows + start + m, mask=live, other=0).to(gl.int64)
         o = (
             slot[:, None] * (TILES * 128)
             + (tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, OUT)))[None, :]
@@ -379,7 +411,7 @@ def _finish(acc, low, rows, gate, out, out_s, limit, tile, start, count, SP, fir
 
 @gluon.jit
 def _products(
-    x, w, lows, bars, tensors, limit, total, SP, steps, times, G: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr, ONCE: gl.constexpr
+    x, w, lows, bars, tensors, limit, total, SP, steps, times, G: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr, LEAN: gl.constexpr
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     xs, rows, gate, out, out_s, plan = tensors
@@ -388,15 +420,15 @@ def _products(
         tile, _, start, count = _item(plan, item, TILES)
         low = lows.index(item // gl.num_programs(0) % LOWS)
         if count > (G + 2) * PIECE:
-            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, True, FIRST, ONCE, ACC)
+            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, True, FIRST, LEAN, ACC)
             mark(times, i + steps - 1, LEFT + G, 3)
-            _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST)  # fmt: skip
-            _finish(b, low, rows, gate, out, out_s, limit, tile, start, count, SP, (G + 2) * PIECE, TILES, FIRST)  # fmt: skip
+            _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST, LEAN)  # fmt: skip
+            _finish(b, low, rows, gate, out, out_s, limit, tile, start, count, SP, (G + 2) * PIECE, TILES, FIRST, LEAN)  # fmt: skip
             mark(times, i + steps - 1, LEFT + G, 7)
         elif count > G * PIECE:
-            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, False, FIRST, ONCE, ACC)
+            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, False, FIRST, LEAN, ACC)
             mark(times, i + steps - 1, LEFT + G, 3)
-            _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST)  # fmt: skip
+            _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST, LEAN)  # fmt: skip
             mark(times, i + steps - 1, LEFT + G, 7)
         else:
             _pass(bars, i, steps)
@@ -406,7 +438,7 @@ def _products(
 @gluon.jit(do_not_specialize=["limit", "SP", "steps", "lines"])
 def product_kernel(
     xd, wd, sd, xs, base, plan, rows, gate, out, out_s, limit, SP, steps, times, lines,
-    TILES: gl.constexpr, FIRST: gl.constexpr, EVERY: gl.constexpr, ONCE: gl.constexpr,
+    TILES: gl.constexpr, FIRST: gl.constexpr, EVERY: gl.constexpr, LEAN: gl.constexpr,
 ):  # fmt: skip
     """One product of routed experts. xd: codes [S, steps * 128] in slot order, gate: their weights; xs: exponents of their
     scales, four groups of channels in a word, int32 [groups / 4 + 1, SP], a group 128 channels or, unless FIRST, 64; wd:
@@ -443,11 +475,11 @@ def product_kernel(
                 ),
                 (
                     _products,
-                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, ONCE),
+                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, LEAN),
                 ),
                 (
                     _products,
-                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, ONCE),
+                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, LEAN),
                 ),
                 (
                     _expand_share,
@@ -464,11 +496,11 @@ def product_kernel(
                 (_expand, (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES)),
                 (
                     _products,
-                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, ONCE),
+                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, LEAN),
                 ),
                 (
                     _products,
-                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, ONCE),
+                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, LEAN),
                 ),
                 (_bring, (xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES)),
             ],
@@ -543,12 +575,12 @@ def run(
         product_kernel[(min(multiprocessors(), len(plan) // 3 * tiles),)](
             xd, _words(w, 64), _words(ws, 8), xs.view(torch.int32), base, plan, rows, gates, to, hs, limit, padded, rows_of.shape[1] // 128,
             traced, 0 if traced is None else traced.shape[1],
-            TILES=tiles, FIRST=first, EVERY=EVERY, ONCE=ONCE, num_warps=4,
+            TILES=tiles, FIRST=first, EVERY=EVERY, LEAN=LEAN, num_warps=4,
         )  # fmt: skip
     return portable.combine(out, experts, count, shared, torch.empty_like(x))
 
 
-def _aot(first: bool, tiles: int, every: int = EVERY, once: bool = ONCE) -> Aot:
+def _aot(first: bool, tiles: int, every: int = EVERY, lean: bool = LEAN) -> Aot:
     signature = {
         "xd": f"tensordesc<fp8e4nv[64, 64],{CODES!r}>",
         "wd": f"tensordesc<i32[64, 32],{PACKED!r}>",
@@ -561,7 +593,7 @@ def _aot(first: bool, tiles: int, every: int = EVERY, once: bool = ONCE) -> Aot:
     return Aot(
         product_kernel,
         signature,
-        dict(times=None, TILES=tiles, FIRST=first, EVERY=every, ONCE=once),
+        dict(times=None, TILES=tiles, FIRST=first, EVERY=every, LEAN=lean),
         matrix=True,
         stack=96,
         archs=(90,),
@@ -570,7 +602,7 @@ def _aot(first: bool, tiles: int, every: int = EVERY, once: bool = ONCE) -> Aot:
 
 AOT = [
     *(_aot(first, tiles) for first, tiles in ((True, 32), (False, 32), (True, 48), (False, 56))),  # Flash, Pro
-    *(_aot(first, 32, 2, once=True) for first in (True, False)),
+    *(_aot(first, 32, 2, lean=True) for first in (True, False)),
     Aot(
         spread_kernel,
         {"x": "*bf16", "experts": "*i64", "weights": "*fp32", "places": "*i32", "codes": "*fp8e4nv", "scales": "*u8", "gates": "*fp32"}
