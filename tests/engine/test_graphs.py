@@ -127,6 +127,21 @@ def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch
     assert {size for size, _ in used} >= {1, 4} and {end for _, end in used} == {2048, 4096}
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_warm_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, captured: bool) -> None:
+    """Done on a GPU at start; here by hand, on the slab that the only request gets or on the sink."""
+    monkeypatch.setattr(build, "_captures", lambda config: captured)
+    monkeypatch.setattr(build, "_why_eager", lambda config, model: None if captured else "not asked for")
+    monkeypatch.setattr(build, "Recorder", lambda: as_it_is)
+    params = SamplingParams(max_tokens=6, temperature=0)
+    cold, warm = (LLM(device="cpu", max_num_seqs=1, max_model_len=1024, num_pages=8) for _ in range(2))
+    warm._loop.runner.warm_up(700)
+    warm.core.check()
+    prompt = list(range(300, 600))
+    (expected,), (got,) = (llm.generate([prompt], params) for llm in (cold, warm))
+    assert got.token_ids == expected.token_ids and got.usage.cached_tokens == 0
+
+
 def test_graphs_have_their_place_in_the_memory_plan() -> None:
     flash = ModelConfig.preset("v4-flash")
     layout = flash.layout("fp8_ds_mla", "mxfp4")

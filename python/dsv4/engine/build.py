@@ -232,6 +232,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         tenants=Tenants(config.tenants),
         record=StepRecord(config.record_steps) if config.record_steps else None,
     )
+    if device == "cuda":
+        runner.warm_up(min(config.max_num_batched_tokens, max_len - 1))
     memory = MemoryPlan(
         weights=model.weight_bytes,
         packed=packed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +19,8 @@ from dsv4.engine.sampler import PoisonedLogits, Sampled, logprobs_of, sample
 from dsv4.model.batch import Batch, Row
 from dsv4.model.v4 import V4Model
 from dsv4.plan.workspace import LOGIT_ROWS
+
+log = logging.getLogger("dsv4.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,35 @@ class Runner:
         pages = self.page_table if on_host else self.device_pages
         self.graphs = None if capture is None else DecodeGraphs(model, pages, capture)
         self._last: list[int] = []
+
+    @torch.inference_mode()
+    def warm_up(self, tokens: int) -> None:
+        """A prompt of `tokens` tokens and the token after it, on the last slab: kernels are compiled before a request waits
+        for them, and a step that does not fit into memory fails at start. For an engine without requests: it writes pages,
+        which are all free, and state, which a request resets."""
+        begun, slab = time.perf_counter(), len(self.page_table) - 1
+        prompt = Row(slab=slab, start=0, length=tokens, offset=0, reset=True)
+        self._hidden_of(prompt)
+        if self.graphs is not None:
+            hidden = self.graphs.hidden(np.zeros(1, np.int64), np.array([tokens]), np.array([slab]))
+        else:
+            hidden = self._hidden_of(Row(slab=slab, start=tokens, length=1, offset=0))
+        self.model.logits(hidden).argmax(-1).tolist()
+        self.model.cache.reset([slab])
+        log.info("warmed up with %d tokens in %.1f s", tokens, time.perf_counter() - begun)
+
+    def _hidden_of(self, row: Row) -> torch.Tensor:
+        """Streams of the last token of a batch of one row of zeros."""
+        return self.model.hidden(
+            Batch(
+                token_ids=torch.zeros(row.length, dtype=torch.int64),
+                positions=torch.arange(row.start, row.start + row.length),
+                rows=(row,),
+                page_table=self.page_table,
+                logit_index=torch.tensor([row.length - 1]),
+                device_pages=self.device_pages,
+            )
+        )
 
     @torch.inference_mode()
     def run(self, header: StepHeader, plan: StepBuffers, requests: Mapping[int, EngineRequest]) -> StepResult:
