@@ -1,8 +1,8 @@
 """Where each role of the experts of a long prefill spends a step: `python3 -m benches.gpu.expert_roles`.
 
 Of each product, by the number of pieces of 64 slots that a tile holds: cycles of the SM's clock a step (128 channels) takes and
-what warp 0 of each role does meanwhile, then what a tile costs besides its steps. Marks cost a store each; the time of a
-product with them is therefore printed too.
+what warp 0 of each role does meanwhile (of the expanders, each in its own steps), then what a tile costs besides its steps.
+Marks cost a store each; the time of a product with them is therefore printed too.
 """
 
 from __future__ import annotations
@@ -21,22 +21,10 @@ from benches.gpu.roles import Step, since
 
 EXPAND, LEFT, RIGHT, BRING = (role.value for role in (moe.EXPAND, moe.LEFT, moe.RIGHT, moe.BRING))
 STEPS = [
-    Step(EXPAND, 0, 1, "expander  waits for a place (taken)" if moe.EVERY else "expander  looks up"),
-    Step(
-        EXPAND,
-        1,
-        2,
-        "          waits for copies (loaded)"
-        if moe.EVERY
-        else "          waits for the next copies (loaded)",
-    ),
-    Step(
-        EXPAND,
-        2,
-        3,
-        "          looks up, stores" if moe.EVERY else "          reads them, waits for a place (taken)",
-    ),
-    Step(EXPAND, 3, 4, "          fence, arrives" if moe.EVERY else "          stores, fence, arrives"),
+    Step(EXPAND, 0, 1, "expanders wait for a place (taken)"),
+    Step(EXPAND, 1, 2, "          wait for copies (loaded)"),
+    Step(EXPAND, 2, 3, "          look up, store"),
+    Step(EXPAND, 3, 4, "          fence, arrive"),
     Step(BRING, 0, 1, "copies    waits for a buffer (freed)"),
     Step(BRING, 1, 2, "          asks for them"),
     Step(LEFT, 0, 1, "left      waits for copies and weights"),
@@ -64,6 +52,8 @@ def mean(a: Tensor) -> str:
 def report(label: str, times: Tensor, pieces: Tensor, steps: int) -> None:
     """times [programs, tiles of a program, steps, ROLES, EVENTS]."""
     print(label)
+    turn = torch.arange(pieces.shape[1] * steps, device=times.device) % moe.EVERY.value
+    of_second = (turn == moe.EVERY.value - 1).view(-1, steps).expand(len(pieces), -1, -1)
     for p in sorted(set(pieces.flatten().tolist()) - {-1, 0}):
         at = times[pieces == p][:4096].long()
         last, end = at[:, :, EXPAND, 4], at[:, -1]
@@ -73,11 +63,13 @@ def report(label: str, times: Tensor, pieces: Tensor, steps: int) -> None:
         for step in STEPS:
             if step.role != RIGHT or p > 1:
                 took = since(at[:, 1:, step.role, step.first], at[:, 1:, step.role, step.last])
-                print(f"    {step.what:56}{mean(took.flatten()[: 1 << 20])}")
+                other = of_second[pieces == p][:4096, 1:]
+                parts = (took[~other], took[other]) if step.role == EXPAND else (took,)
+                print(f"    {step.what:56}" + ", second ".join(mean(t.flatten()[: 1 << 20]) for t in parts))
         print(f"    left's end of a tile: {mean(since(end[:, LEFT, 3], end[:, LEFT, 7]))}")
     ok = (pieces[:, :-1] > 0) & (pieces[:, 1:] > 0)
     before, after = times[:, :-1, -1][ok].long(), times[:, 1:, 0][ok].long()
-    for role, first, name in ((EXPAND, 4, "expander"), (BRING, 2, "copies"), (LEFT, 2, "left")):
+    for role, first, name in ((EXPAND, 4, "expanders"), (BRING, 2, "copies"), (LEFT, 2, "left")):
         second = 1 if role == LEFT else first
         print(f"  {name} from a tile's last step to the next one's first: "
               f"{mean(since(before[:, role, first], after[:, role, second]))}")  # fmt: skip

@@ -108,12 +108,6 @@ def test_few_tokens_wide_scales_and_odd_widths_go_to_triton() -> None:
     assert not moe.suits(least, 2, 128, wide)
 
 
-@pytest.fixture(params=[(0, False), (2, True)], ids=["one expander", "two expanders"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(("EVERY", "LEAN"), request.param, strict=True):
-        monkeypatch.setattr(moe, name, value)
-
-
 def _look_up(
     text: str, registers: str, args: list[Any], dtype: Any, is_pure: bool, pack: int
 ) -> tuple[Any, Any]:
@@ -143,7 +137,6 @@ STANDINS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("every", "lean"), [(0, False), (2, True), (3, False)])
 @pytest.mark.parametrize(
     ("ids", "dim", "inner", "programs"),
     [
@@ -153,9 +146,7 @@ STANDINS = {
     ],
     ids=["one piece, unknown experts", "two blocks of an expert", "one to four pieces"],
 )
-def test_roles_as_threads(
-    ids: list[list[int]], dim: int, inner: int, programs: int, every: int, lean: bool
-) -> None:
+def test_roles_as_threads(ids: list[list[int]], dim: int, inner: int, programs: int) -> None:
     """Both products by the kernel's source, slot by slot. Codes that nobody has are NaN, scales infinite."""
     packed, (w1, w3, w2) = make(4, dim, inner)
     experts, tokens, k = torch.tensor(ids).flatten().tolist(), len(ids), len(ids[0])
@@ -222,8 +213,6 @@ def test_roles_as_threads(
             0,
             tiles,
             first,
-            every,
-            lean,
         )
         threads.run(moe, "product_kernel", args, programs, _look_up, STANDINS, seed=tokens)
     xq = roundtrip(x)
@@ -237,7 +226,6 @@ def test_roles_as_threads(
 
 
 @on_hopper
-@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("tokens", [1, 7, 63, 64, 65, 129, 300, 1100])
 def test_equals_the_loop(tokens: int) -> None:
     """One to four pieces of 64 slots, several blocks of an expert, experts without tokens."""
@@ -248,7 +236,6 @@ def test_equals_the_loop(tokens: int) -> None:
 
 
 @on_hopper
-@pytest.mark.usefixtures("form")
 def test_unknown_experts_count_nothing() -> None:
     packed, dense = make(8, 1024, 512)
     check(packed, dense, torch.tensor([[3, -1], [8, 0], [-1, 99]] * 50), 6e-3, moe.run)
@@ -260,7 +247,6 @@ def test_unknown_experts_count_nothing() -> None:
 
 
 @on_hopper
-@pytest.mark.usefixtures("form")
 def test_experts_without_tokens_are_not_read() -> None:
     packed, dense = make(8, 1024, 512)
     scales = packed.s13.clone()
@@ -271,7 +257,6 @@ def test_experts_without_tokens_are_not_read() -> None:
 
 
 @on_hopper
-@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize(("count", "dim", "inner"), [(8, 4096, 2048), (6, 7168, 3072)], ids=["flash", "pro"])
 def test_model_shapes_beside_triton(count: int, dim: int, inner: int) -> None:
     packed, dense = make(count, dim, inner)

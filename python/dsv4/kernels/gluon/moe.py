@@ -3,12 +3,12 @@
 
 Slots (token, choice) are ordered by expert first and their codes written in that order, so that a block of an expert's
 tokens is contiguous and tensor-memory loads fetch it. A program, one per multiprocessor, takes tile after tile: 128 rows
-of an expert and up to 256 of its slots, in steps of 128 channels. Thirteen warps in four roles:
+of an expert and up to 256 of its slots, in steps of 128 channels. Fifteen warps in five roles:
 
   producer   one warp: codes of tokens (four pieces of 64 slots, those that exist), packed weights and their scales to
              shared memory
-  expander   packed weights -> e4m3, scales in the lookup table, to shared memory: a thread takes a row, and reads the
-             next step's before it stores this one's
+  expanders  packed weights -> e4m3, scales in the lookup table, to shared memory: four warps take two steps of three,
+             two warps the third, so that the latencies of two steps overlap; a thread takes a row at a time
   products   two groups of up to two pieces each: p = x w over 64 or 128 channels (wgmma), acc += p * the tokens' scale;
              then SwiGLU and quantisation, or the rows of the second product
 
@@ -55,10 +55,9 @@ NS, NW = gl.constexpr(4), gl.constexpr(3)
 EXPAND, LEFT, RIGHT, BRING = (gl.constexpr(i) for i in range(4))
 """Roles in `trace.py`'s times, whose lines are a program's steps."""
 LOWS = gl.constexpr(8)
-"""Tiles whose rows' own scales are kept: the expander is up to NW + 1 tiles ahead of the products (one step a tile)."""
-EVERY, LEAN = 0, False
-"""On trial. EVERY n: a second expander of two warps takes every nth step. LEAN: groups of the second product wait
-once a step, tiles end with loads asked for early and wide stores."""
+"""Tiles whose rows' own scales are kept: an expander is up to NW + EVERY tiles ahead of the products (one step a tile)."""
+EVERY = gl.constexpr(3)
+"""Of so many steps the second expander, with half as many warps, takes the last. NW + EVERY must be below LOWS."""
 MANY = 32
 """Slots an expert has on average from which this form runs."""
 
@@ -82,12 +81,6 @@ LOOK_UP_REGISTERS = gl.constexpr("=&r,=&r,r,r,r,r,r")
 def _channel(at):
     """The channel whose code lies at place `at` of its 64."""
     return at // 64 * 64 + at // 4 % 2 * 32 + at // 8 % 8 * 4 + at % 4
-
-
-@triton.jit
-def _place(channel):
-    """The inverse of `_channel`."""
-    return channel // 64 * 64 + channel // 4 % 8 * 8 + channel // 32 % 2 * 4 + channel % 4
 
 
 @triton.jit
@@ -179,58 +172,6 @@ def _add(acc, p, x, w, xi, wi, q, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _read(packed, sw, st):
-    """Buffer st: packed words [128, 8] of each half of 64 channels, and scales [128]; a thread has a row."""
-    READ: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    ROW: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
-    SCALES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
-    a, b = gl.split(packed.index(st).load(READ).reshape([2, 128, 8]).permute([1, 2, 0]))
-    s, _ = gl.split(sw.index(st).load(SCALES).reshape([2, 4, 32]).permute([1, 2, 0]))
-    a, b = gl.convert_layout(a, ROW, assert_trivial=True), gl.convert_layout(b, ROW, assert_trivial=True)
-    return a, b, gl.convert_layout(s.reshape([128]), gl.SliceLayout(1, ROW), assert_trivial=True)
-
-
-@gluon.jit
-def _expand(base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: gl.constexpr):
-    loaded, freed, ready, taken = bars
-    ROW: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
-    words = w.reinterpret(gl.int32, [NW, 256, 16], gl.NVMMASharedLayout(64, 32, rank=2))
-    r = gl.arange(0, 128, layout=gl.SliceLayout(1, ROW))
-    first = gl.program_id(0)
-    n = gl.maximum(total - first + gl.num_programs(0) - 1, 0) // gl.num_programs(0) * steps
-    mine = r < n * 128
-    coming = gl.load(base + _item(plan, first, TILES)[1] * 128 + r, mask=mine, other=0).to(gl.int32)
-    later = _item(plan, gl.minimum(first + gl.num_programs(0), total - 1), TILES)[1]
-    mbarrier.wait(loaded.index(0), 0, pred=n > 0)
-    a, b, s = _read(packed, sw, 0)
-    mbarrier.arrive(freed.index(0), count=1, pred=n > 0)
-    i = 0
-    for item in range(first, total, gl.num_programs(0)):
-        lows.index(item // gl.num_programs(0) % LOWS).store(((coming + 5) << 23).to(gl.float32, bitcast=True))
-        lowest = coming * 0x01010101
-        coming = gl.load(base + later * 128 + r).to(gl.int32)
-        later = _item(plan, gl.minimum(item + 2 * gl.num_programs(0), total - 1), TILES)[1]
-        for _ in range(steps):
-            mark(times, i, EXPAND, 0)
-            byte = (s - lowest) << 3
-            y = gl.join(_look_up(a, byte, 0), _look_up(b, byte, 2)).permute([2, 0, 1]).reshape([256, 16])
-            wt = i % NW
-            i += 1
-            st = i % NS
-            mark(times, i - 1, EXPAND, 1)
-            mbarrier.wait(loaded.index(st), i // NS & 1, pred=i < n)
-            mark(times, i - 1, EXPAND, 2)
-            a, b, s = _read(packed, sw, st)
-            mbarrier.wait(taken.index(wt), ((i - 1) // NW & 1) ^ 1)
-            mark(times, i - 1, EXPAND, 3)
-            words.index(wt).store(y)
-            fence_async_shared()
-            mbarrier.arrive(ready.index(wt), count=1)
-            mbarrier.arrive(freed.index(st), count=1, pred=i < n)
-            mark(times, i - 1, EXPAND, 4)
-
-
-@gluon.jit
 def _part(v, c: gl.constexpr, WARPS: gl.constexpr, ROW: gl.constexpr):
     """Of v [128] those that the warps take at once, one a thread, from the cth such part on."""
     if WARPS == 4:
@@ -241,7 +182,7 @@ def _part(v, c: gl.constexpr, WARPS: gl.constexpr, ROW: gl.constexpr):
 
 
 @gluon.jit
-def _expand_parts(packed, sw, words, bars, lowest, i, times, WARPS: gl.constexpr):
+def _expand_step(packed, sw, words, bars, lowest, i, times, WARPS: gl.constexpr):
     """Step i: 32 rows a warp and 64 channels at a time, in few registers."""
     loaded, freed, ready, taken = bars
     ROWS: gl.constexpr = 32 * WARPS
@@ -272,7 +213,7 @@ def _expand_parts(packed, sw, words, bars, lowest, i, times, WARPS: gl.constexpr
 
 
 @gluon.jit
-def _expand_share(base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: gl.constexpr, EVERY: gl.constexpr, SECOND: gl.constexpr):  # fmt: skip
+def _expand(base, packed, sw, lows, w, bars, plan, total, steps, times, TILES: gl.constexpr, SECOND: gl.constexpr):  # fmt: skip
     """Of EVERY steps the last (SECOND, two warps) or the others. Both keep the rows' own scales, since products wait for
     either."""
     WARPS: gl.constexpr = 2 if SECOND else 4
@@ -289,7 +230,7 @@ def _expand_share(base, packed, sw, lows, w, bars, plan, total, steps, times, TI
         low = gl.load(base + after * 128 + r)
         for _ in range(steps):  # Triton 3.6 takes the bounds of range(i, i + steps) for constant here
             if (i % EVERY == EVERY - 1) == SECOND:
-                _expand_parts(packed, sw, words, bars, lowest * 0x01010101, i, times, WARPS)
+                _expand_step(packed, sw, words, bars, lowest * 0x01010101, i, times, WARPS)
             i += 1
 
 
@@ -300,7 +241,7 @@ def _scale(word, at):
 
 
 @gluon.jit
-def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, LEAN: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH: gl.constexpr, FIRST: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Sums of pieces G and, if BOTH, G + 2: float32 [64, 128] each."""
     loaded, freed, ready, taken = bars
     PARTS: gl.constexpr = 1 if FIRST else 2
@@ -318,9 +259,8 @@ def _multiply(x, w, xs, bars, i, start, SP, steps, times, G: gl.constexpr, BOTH:
             n, part = i + j // PARTS, j % PARTS
             st, wt = n % NS, n % NW
             mark(times, n, LEFT + G, 4 * part)
-            new = (part == 0) | (not LEAN)
-            mbarrier.wait(loaded.index(st), n // NS & 1, pred=new)
-            mbarrier.wait(ready.index(wt), n // NW & 1, pred=new)
+            mbarrier.wait(loaded.index(st), n // NS & 1, pred=part == 0)
+            mbarrier.wait(ready.index(wt), n // NW & 1, pred=part == 0)
             mark(times, n, LEFT + G, 4 * part + 1)
             a, p = _add(a, p, x, w, (st * PIECES + G) * 2 + part, 2 * wt + part, _scale(qa, j - four), FIRST)
             if BOTH:
@@ -349,8 +289,10 @@ def _pass(bars, i, steps):
 
 
 @gluon.jit
-def _store(out, code, start, first, count, tile, TILES: gl.constexpr, CODE: gl.constexpr):
-    """Writes a piece's codes [64, 64] of a tile, in the order in which they lie."""
+def _store(out, code, start, first, count, tile, TILES: gl.constexpr):
+    """Writes a piece's codes [64, 64] of a tile, in the order in which they lie, 16 bytes of a row at once."""
+    CODE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+    code = gl.convert_layout(code, CODE)
     m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, CODE))
     o = (start + m).to(gl.int64)[:, None] * (TILES * 64) + (
         tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, CODE))
@@ -359,49 +301,32 @@ def _store(out, code, start, first, count, tile, TILES: gl.constexpr, CODE: gl.c
 
 
 @gluon.jit
-def _finish(acc, low, rows, gate, out, out_s, limit, tile, start, count, SP, first, TILES: gl.constexpr, FIRST: gl.constexpr, LEAN: gl.constexpr):  # fmt: skip
-    """Writes a piece: the slots from start + first on."""
+def _finish(
+    acc, low, tensors, limit, tile, start, count, SP, first, TILES: gl.constexpr, FIRST: gl.constexpr
+):
+    """Writes a piece: the slots from start + first on. What it loads is asked for first."""
+    _, rows, gate, out, out_s, _ = tensors
     ACC: gl.constexpr = acc.type.layout
     if FIRST:
         half, _ = gl.split(acc.reshape([PIECE, 8, 2, 8]).permute([0, 1, 3, 2]))
         H: gl.constexpr = half.reshape([PIECE, 64]).type.layout
-        if LEAN:  # asked for before it is needed
-            m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, H))
-            live = m < count
-            r = gl.load(gate + start + m, mask=live, other=0.0)
+        m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, H))
+        live = m < count
+        r = gl.load(gate + start + m, mask=live, other=0.0)
         acc *= low.load(gl.SliceLayout(0, ACC))[None, :]
         a, b = gl.split(acc.reshape([PIECE, 8, 2, 8]).permute([0, 1, 3, 2]))
-        h = silu_gate(a, b, limit).reshape([PIECE, 64])
-        if not LEAN:
-            m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, H))
-            live = m < count
-            r = gl.load(gate + start + m, mask=live, other=0.0)
-        h = h * r[:, None]
+        h = silu_gate(a, b, limit).reshape([PIECE, 64]) * r[:, None]
         scale, inverse = pow2_scale(gl.max(gl.abs(h), 1))
-        if LEAN:  # 16 bytes of a row at once
-            CODE: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-            code = (
-                to_e4m3(h * inverse[:, None])
-                .reshape([PIECE, 2, 8, 4])
-                .permute([0, 2, 1, 3])
-                .reshape([PIECE, 64])
-            )
-            _store(out, gl.convert_layout(code, CODE), start, first, count, tile, TILES, CODE)
-        else:
-            to = _place(gl.arange(0, 64, layout=gl.SliceLayout(0, H)))
-            o = (start + m).to(gl.int64)[:, None] * (TILES * 64) + (tile * 64 + to)[None, :]
-            gl.store(out + o, to_e4m3(h * inverse[:, None]), mask=live[:, None])
+        code = to_e4m3(h * inverse[:, None]).reshape([PIECE, 2, 8, 4]).permute([0, 2, 1, 3])
+        _store(out, code.reshape([PIECE, 64]), start, first, count, tile, TILES)
         exponent = (scale.to(gl.int32, bitcast=True) >> 23).to(gl.uint8)
         gl.store(out_s + (tile // 4 * SP + start + m) * 4 + tile % 4, exponent, mask=live)
     else:
         OUT: gl.constexpr = gl.BlockedLayout([2, 8], [8, 4], [4, 1], [1, 0])  # 64 bytes of a row at once
         m = first + gl.arange(0, PIECE, layout=gl.SliceLayout(1, OUT))
         live = m < count
-        if LEAN:
-            slot = gl.load(rows + start + m, mask=live, other=0).to(gl.int64)
+        slot = gl.load(rows + start + m, mask=live, other=0).to(gl.int64)
         acc *= low.load(gl.SliceLayout(0, ACC))[None, :]
-        if not LEAN:
-            slot = gl.load(rows + start + m, mask=live, other=0).to(gl.int64)
         o = (
             slot[:, None] * (TILES * 128)
             + (tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, OUT)))[None, :]
@@ -410,25 +335,23 @@ def _finish(acc, low, rows, gate, out, out_s, limit, tile, start, count, SP, fir
 
 
 @gluon.jit
-def _products(
-    x, w, lows, bars, tensors, limit, total, SP, steps, times, G: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr, LEAN: gl.constexpr
-):  # fmt: skip
+def _products(x, w, lows, bars, tensors, limit, total, SP, steps, times, G: gl.constexpr, TILES: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    xs, rows, gate, out, out_s, plan = tensors
+    xs, plan = tensors[0], tensors[5]
     i = 0
     for item in range(gl.program_id(0), total, gl.num_programs(0)):
         tile, _, start, count = _item(plan, item, TILES)
         low = lows.index(item // gl.num_programs(0) % LOWS)
         if count > (G + 2) * PIECE:
-            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, True, FIRST, LEAN, ACC)
+            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, True, FIRST, ACC)
             mark(times, i + steps - 1, LEFT + G, 3)
-            _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST, LEAN)  # fmt: skip
-            _finish(b, low, rows, gate, out, out_s, limit, tile, start, count, SP, (G + 2) * PIECE, TILES, FIRST, LEAN)  # fmt: skip
+            _finish(a, low, tensors, limit, tile, start, count, SP, G * PIECE, TILES, FIRST)
+            _finish(b, low, tensors, limit, tile, start, count, SP, (G + 2) * PIECE, TILES, FIRST)
             mark(times, i + steps - 1, LEFT + G, 7)
         elif count > G * PIECE:
-            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, False, FIRST, LEAN, ACC)
+            a, b = _multiply(x, w, xs, bars, i, start, SP, steps, times, G, False, FIRST, ACC)
             mark(times, i + steps - 1, LEFT + G, 3)
-            _finish(a, low, rows, gate, out, out_s, limit, tile, start, count, SP, G * PIECE, TILES, FIRST, LEAN)  # fmt: skip
+            _finish(a, low, tensors, limit, tile, start, count, SP, G * PIECE, TILES, FIRST)
             mark(times, i + steps - 1, LEFT + G, 7)
         else:
             _pass(bars, i, steps)
@@ -438,7 +361,7 @@ def _products(
 @gluon.jit(do_not_specialize=["limit", "SP", "steps", "lines"])
 def product_kernel(
     xd, wd, sd, xs, base, plan, rows, gate, out, out_s, limit, SP, steps, times, lines,
-    TILES: gl.constexpr, FIRST: gl.constexpr, EVERY: gl.constexpr, LEAN: gl.constexpr,
+    TILES: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """One product of routed experts. xd: codes [S, steps * 128] in slot order, gate: their weights; xs: exponents of their
     scales, four groups of channels in a word, int32 [groups / 4 + 1, SP], a group 128 channels or, unless FIRST, 64; wd:
@@ -466,47 +389,17 @@ def product_kernel(
     total = gl.load(plan) * TILES
     bars = (loaded, freed, ready, taken)
     tensors = (xs, rows, gate, out, out_s, plan)
-    if EVERY:
-        gl.warp_specialize(
-            [
-                (
-                    _expand_share,
-                    (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES, EVERY, False),
-                ),
-                (
-                    _products,
-                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, LEAN),
-                ),
-                (
-                    _products,
-                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, LEAN),
-                ),
-                (
-                    _expand_share,
-                    (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES, EVERY, True),
-                ),
-                (_bring, (xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES)),
-            ],
-            [4, 4, 2, 1],
-            [208, 208, 48, 48],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_expand, (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES)),
-                (
-                    _products,
-                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST, LEAN),
-                ),
-                (
-                    _products,
-                    (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST, LEAN),
-                ),
-                (_bring, (xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES)),
-            ],
-            [4, 4, 1],
-            [208, 208, 24],
-        )
+    gl.warp_specialize(
+        [
+            (_expand, (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES, False)),
+            (_products, (x, w, lows, bars, tensors, limit, total, SP, steps, times, 0, TILES, FIRST)),
+            (_products, (x, w, lows, bars, tensors, limit, total, SP, steps, times, 1, TILES, FIRST)),
+            (_expand, (base, packed, sw, lows, w, bars, plan, total, steps, times, TILES, True)),
+            (_bring, (xd, wd, sd, x, packed, sw, bars, plan, total, steps, times, TILES)),
+        ],
+        [4, 4, 2, 1],
+        [208, 208, 48, 48],
+    )
 
 
 def suits(tokens: int, k: int, dim: int, w: portable.PackedExperts | Gated) -> bool:
@@ -575,12 +468,12 @@ def run(
         product_kernel[(min(multiprocessors(), len(plan) // 3 * tiles),)](
             xd, _words(w, 64), _words(ws, 8), xs.view(torch.int32), base, plan, rows, gates, to, hs, limit, padded, rows_of.shape[1] // 128,
             traced, 0 if traced is None else traced.shape[1],
-            TILES=tiles, FIRST=first, EVERY=EVERY, LEAN=LEAN, num_warps=4,
+            TILES=tiles, FIRST=first, num_warps=4,
         )  # fmt: skip
     return portable.combine(out, experts, count, shared, torch.empty_like(x))
 
 
-def _aot(first: bool, tiles: int, every: int = EVERY, lean: bool = LEAN) -> Aot:
+def _aot(first: bool, tiles: int) -> Aot:
     signature = {
         "xd": f"tensordesc<fp8e4nv[64, 64],{CODES!r}>",
         "wd": f"tensordesc<i32[64, 32],{PACKED!r}>",
@@ -593,7 +486,7 @@ def _aot(first: bool, tiles: int, every: int = EVERY, lean: bool = LEAN) -> Aot:
     return Aot(
         product_kernel,
         signature,
-        dict(times=None, TILES=tiles, FIRST=first, EVERY=every, LEAN=lean),
+        dict(times=None, TILES=tiles, FIRST=first),
         matrix=True,
         stack=96,
         archs=(90,),
@@ -602,7 +495,6 @@ def _aot(first: bool, tiles: int, every: int = EVERY, lean: bool = LEAN) -> Aot:
 
 AOT = [
     *(_aot(first, tiles) for first, tiles in ((True, 32), (False, 32), (True, 48), (False, 56))),  # Flash, Pro
-    *(_aot(first, 32, 2, lean=True) for first in (True, False)),
     Aot(
         spread_kernel,
         {"x": "*bf16", "experts": "*i64", "weights": "*fp32", "places": "*i32", "codes": "*fp8e4nv", "scales": "*u8", "gates": "*fp32"}
