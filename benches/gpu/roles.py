@@ -52,7 +52,7 @@ STEPS = [
 ]
 
 
-def run(model: str, tokens: int, chunk: bool, form: int | None = None) -> tuple[Tensor, Tensor]:
+def run(model: str, tokens: int, chunk: bool) -> tuple[Tensor, Tensor]:
     """(each CTA's own times [CTAs, ROLES, EVENTS], its blocks' [CTAs, blocks, ROLES, EVENTS]), int64 on the CPU."""
     heads, k = MODELS[model]
     x = inputs(heads, k, tokens, 8192, chunk=chunk)
@@ -60,7 +60,7 @@ def run(model: str, tokens: int, chunk: bool, form: int | None = None) -> tuple[
     room = next_pow2(blocks)
     times = torch.zeros((tokens * heads // 64, 1 + room, ROLES, EVENTS), dtype=torch.int32, device="cuda")
     for _ in range(2):
-        sparse_attention(**x.args, splits=1, times=times, form=form)
+        sparse_attention(**x.args, splits=1, times=times)
     torch.cuda.synchronize()
     times = times.long().cpu()
     return times[:, 0], times[:, 1 : 1 + blocks]

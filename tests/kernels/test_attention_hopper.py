@@ -1,5 +1,5 @@
-"""The roles of sparse attention on Hopper, the kernel's own source as threads on CPU: places, masks, barriers, items that
-follow each other in a CTA. The same kernel on a GPU is tested in test_attention.py."""
+"""Sparse attention on Hopper: the roles of both kernels, their own source as threads on CPU (places, masks, barriers, items
+that follow each other in a CTA); on a GPU both at small shapes and at those in use."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ from tests.ops.cases import moved, stored
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.gluon import hopper_stream as kernel
-from dsv4.kernels.gluon.attention import sparse_attention
+from dsv4.kernels.gluon import attention, hopper_attention, hopper_stream
 from dsv4.kernels.triton import attention as portable
-from dsv4.kernels.triton.common import cdiv
+from dsv4.kernels.triton.common import cdiv, next_pow2
 
 
 class Tensor(threads.Array):
@@ -140,7 +139,8 @@ def _assembly(text: str, registers: str, args: list[Any], dtype: Any, is_pure: b
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tensor:
     at, mask = pointer.places(mask)
-    return tensor(np.where(mask, pointer.memory[np.where(mask, at, 0)], other).astype(pointer.memory.dtype))
+    memory = pointer.memory if len(pointer.memory) else np.zeros(1, pointer.memory.dtype)
+    return tensor(np.where(mask, memory[np.where(mask, at, 0)], other).astype(memory.dtype))
 
 
 def _where(choice: Any, a: Any, b: Any) -> Any:
@@ -167,6 +167,12 @@ def _warp_specialize(roles: list[tuple[Any, tuple]], warps: list[int], registers
     threads._warp_specialize([(_play(role), args) for role, args in roles], warps, registers)
 
 
+def _barriers(shape: list[int]) -> Any:
+    return (
+        threads.Barriers(threads.Barrier() for _ in range(shape[0])) if len(shape) > 1 else threads.Barrier()
+    )
+
+
 def _language(program: int, programs: int) -> SimpleNamespace:
     ignored = lambda *args, **kwargs: None  # noqa: E731
     layouts = (
@@ -178,7 +184,7 @@ def _language(program: int, programs: int) -> SimpleNamespace:
         program_id=lambda axis: tensor(program, np.int32), num_programs=lambda axis: tensor(programs, np.int32),
         static_range=range, load=_load, store=threads._store, inline_asm_elementwise=_assembly, where=_where,
         pointer_type=lambda kind: kind, warp_specialize=_warp_specialize,
-        allocate_shared_memory=lambda kind, shape, layout: threads.Barriers(threads.Barrier() for _ in range(shape[0]))
+        allocate_shared_memory=lambda kind, shape, layout: _barriers(shape)
         if layout == "barriers" else Shared(np.full(shape, 77, kind)),
         arange=lambda lo, hi, layout: tensor(np.arange(lo, hi, dtype=np.int32)),
         zeros=lambda shape, kind, layout: tensor(np.zeros(shape, kind)),
@@ -206,7 +212,7 @@ def _source(module: Any, names: dict[str, Any], known: dict[str, dict[str, Any]]
     return seen
 
 
-def _run(programs: int, args: dict[str, Any], seed: int) -> None:
+def _run(kernel: Any, programs: int, args: dict[str, Any], seed: int) -> None:
     random.seed(seed)
     names = dict(
         mbarrier=threads.Mbarrier, fence_async_shared=lambda: None, barrier=lambda: None, thread_load=_thread_load,
@@ -234,16 +240,9 @@ def _together(case: Case, reverse: bool) -> tuple[torch.Tensor, int, int]:
     return torch.cat((one, two)), 0, len(one)
 
 
-def _attend(
-    case: Case,
-    splits: int,
-    programs: int | None,
-    ahead: int,
-    seed: int,
-    reverse: bool = False,
-    halves: bool = True,
-) -> torch.Tensor:
-    """The op through the kernel's source; programs None: one for each item; reverse: the history lies before the window."""
+def _attend(case: Case, splits: int, programs: int | None, seed: int, reverse: bool = False) -> torch.Tensor:
+    """The op through the source of a kernel: hopper_stream.py's with so many programs, or, if None, hopper_attention.py's.
+    reverse: the history lies before the window."""
     q, window, history, entries, selected = (
         case[n] for n in ("q", "window", "history", "entries", "selected")
     )
@@ -258,10 +257,17 @@ def _attend(
     ids = case["window_ids"]
     work = total * cdiv(heads, 64) * splits
     scalar = lambda v: tensor(v, np.int32)  # noqa: E731
+    mode = 0 if entries is None else 1 if selected is None else 2
+    if programs:
+        kernel, own = hopper_stream, dict(q=bits(q), work=scalar(work), lines=0)
+    else:
+        blocks = next_pow2(cdiv(portable.max_blocks(ids, entries, selected, 64), splits))
+        kernel, own = hopper_attention, dict(q=flat(q.float()), SPLIT=splits > 1, NBP=blocks)
     _run(
+        kernel,
         programs or work,
         dict(
-            q=bits(q), c1=Pointer(both.numpy(), here), window_ids=flat(ids),
+            c1=Pointer(both.numpy(), here), window_ids=flat(ids),
             pages=flat(entries.pages if entries else ids), slabs=flat(case["tokens"].slab),
             selected=flat(selected if selected is not None else ids),
             visible=flat(entries.visible if entries else ids),
@@ -270,9 +276,8 @@ def _attend(
             st1=scalar(window.region.stride(0) // 4), st2=scalar(rows.region.stride(0) // 4),
             delta=tensor((there - here) // 16, np.int64), pages_stride=scalar(entries.pages.shape[1] if entries else 0),
             scale=case["scale"] * 1.4426950408889634, splits=scalar(splits),
-            k=scalar(0 if selected is None else selected.shape[1]), work=scalar(work), times=None, lines=0,
-            H=heads, W=ids.shape[1], WIN_ROWS=window.rows, HIST_ROWS=rows.rows,
-            MODE=0 if entries is None else 1 if selected is None else 2, SPLIT=splits > 1, AHEAD=ahead, HALVES=halves,
+            k=scalar(0 if selected is None else selected.shape[1]), times=None,
+            H=heads, W=ids.shape[1], WIN_ROWS=window.rows, HIST_ROWS=rows.rows, MODE=mode, **own,
         ),
         seed,
     )  # fmt: skip
@@ -292,11 +297,13 @@ TOKENS = ((350, 1), (37, 1), (0, 1), (128, 1), (254, 1))
     ("options", "splits", "programs"),
     [
         ({}, 1, None),
+        ({}, 1, 5),
         ({}, 1, 2),
         ({"k": 200}, 1, 2),
         ({"heads": 4, "k": 50}, 1, 1),
         ({"heads": 128}, 1, 3),
         ({"k": None}, 1, None),
+        ({"k": 0}, 1, None),
         ({"k": 0}, 1, 2),
         ({}, 2, None),
         ({"k": None}, 3, None),
@@ -305,7 +312,7 @@ TOKENS = ((350, 1), (37, 1), (0, 1), (128, 1), (254, 1))
 )
 def test_roles_as_threads(options: dict[str, Any], splits: int, programs: int | None) -> None:
     case = full_width(TOKENS, **options)
-    got = _attend(case, splits, programs, 2, seed=splits, halves=programs != 2)
+    got = _attend(case, splits, programs, seed=splits)
     assert close(got, reference(**case)) <= 4e-3
 
 
@@ -351,7 +358,7 @@ def long(heads: int, k: int | None, tokens: int, entries: int) -> Case:
 def test_long_lists_and_a_history_behind_or_before_the_window(shape: Any, reverse: bool) -> None:
     heads, k, entries, splits = shape
     case = long(heads, k, 2, entries)
-    got = _attend(case, splits, 1 if splits == 1 else None, 2, seed=0, reverse=reverse)
+    got = _attend(case, splits, 1 if splits == 1 else None, seed=0, reverse=reverse)
     assert close(got, reference(**case)) <= 4e-3
 
 
@@ -367,40 +374,43 @@ def _on_gpu(case: Case, reverse: bool) -> Case:
     return case
 
 
-def _check(form: int, case: Case, splits: tuple[int | None, ...]) -> None:
+def _check(case: Case, splits: tuple[int | None, ...]) -> None:
     """The history behind the window and before it; the same bits every time."""
     expected = None
     for reverse in (False, True):
         here = _on_gpu(case, reverse)
         expected = reference(**here).cpu() if expected is None else expected
         for n in splits:
-            got = sparse_attention(**here, splits=n, form=form)
+            got = attention.sparse_attention(**here, splits=n)
             assert close(got.cpu(), expected) <= 4e-3, (
                 f"{n} splits, history {'before' if reverse else 'behind'}"
             )
-            assert all(torch.equal(got, sparse_attention(**here, splits=n, form=form)) for _ in range(10))
+            assert all(torch.equal(got, attention.sparse_attention(**here, splits=n)) for _ in range(10))
 
 
-FORMS = pytest.mark.parametrize("form", [1, 2, 3, 4, 5, 6], ids="form{}".format)
+@pytest.fixture(params=[0, 1 << 30], ids=["stays", "one item"])
+def busy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that is taken without splits, whatever there is to do."""
+    monkeypatch.setattr(attention, "BUSY", request.param)
 
 
 @on_hopper
+@pytest.mark.usefixtures("busy")
 @pytest.mark.parametrize(
     "options", [{}, {"heads": 4, "k": 50}, {"heads": 128, "k": 200}, {"k": None}, {"k": 0}], ids=str
 )
-@FORMS
-def test_forms_on_a_gpu(form: int, options: dict[str, Any]) -> None:
+def test_small_lists_on_a_gpu(options: dict[str, Any]) -> None:
     """More items than CTAs, and few of them in splits."""
-    _check(form, full_width(TOKENS, **options), (None, 1, 2, 3))
-    _check(form, full_width(((100, 270), (0, 5), (201, 1)), **options), (1, 2))
+    _check(full_width(TOKENS, **options), (None, 1, 2, 3))
+    _check(full_width(((100, 270), (0, 5), (201, 1)), **options), (1, 2))
 
 
 @on_hopper
+@pytest.mark.usefixtures("busy")
 @pytest.mark.parametrize("shape", [(64, 512, 4096), (128, 1024, 4096), (64, None, 2500)], ids=str)
-@FORMS
-def test_lists_as_long_as_in_use(form: int, shape: tuple[int, int | None, int]) -> None:
+def test_lists_as_long_as_in_use(shape: tuple[int, int | None, int]) -> None:
     heads, k, entries = shape
-    _check(form, long(heads, k, 5, entries), (None, 1, 4))
+    _check(long(heads, k, 5, entries), (None, 1, 4))
     many = long(heads, k, 16, entries)
     repeated = torch.arange(16).repeat(20)  # more tokens than multiprocessors, at home in the same rows
     for name in ("q", "cos", "sin", "window_ids", "selected"):
@@ -408,14 +418,47 @@ def test_lists_as_long_as_in_use(form: int, shape: tuple[int, int | None, int]) 
     table, pages = many["tokens"], many["entries"]
     many["tokens"] = moved_table(table, lambda t: t[repeated])
     many["entries"] = EntryTable(pages.pages, pages.per_page, pages.visible[repeated], pages.most)
-    _check(form, many, (1,))
+    _check(many, (1,))
 
 
 @on_hopper
-@pytest.mark.parametrize("form", [1, 2, 6], ids="form{}".format)
-def test_times_of_the_roles_change_no_bit(form: int) -> None:
+@pytest.mark.usefixtures("busy")
+def test_times_of_the_roles_change_no_bit() -> None:
     case = moved(full_width(((100, 200),)), DEVICE)
     times = torch.zeros((200, 1 + 4, 4, 8), dtype=torch.int32, device=DEVICE)  # 128 + 64 rows: three blocks
-    plain = sparse_attention(**case, splits=1, form=form)
-    assert torch.equal(sparse_attention(**case, splits=1, times=times, form=form), plain)
+    plain = attention.sparse_attention(**case, splits=1)
+    assert torch.equal(attention.sparse_attention(**case, splits=1, times=times), plain)
     assert (times[:, 0, :, 3] != 0).all() and (times[:, 1:4, 3, 5] != 0).all() and (times[:, 4] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "splits", "stays"),
+    [
+        (9, {}, None, True),
+        (8, {}, None, False),
+        (5, {"heads": 128}, None, True),
+        (9, {"k": 0}, None, True),
+        (9, {}, 2, False),
+        (9, {"k": None}, None, False),
+    ],
+    ids=str,
+)
+def test_which_kernel_is_taken(
+    tokens: int, options: dict[str, Any], splits: int | None, stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU of two multiprocessors: more than four items each, no splits, lists of one length."""
+    taken: list[tuple[str, int]] = []
+
+    def launch(name: str) -> Any:
+        run = lambda grid: lambda *args, **values: taken.append((name, grid[0]))  # noqa: E731
+        return type("Kernel", (), {"__getitem__": lambda self, grid: run(grid)})()
+
+    monkeypatch.setattr(attention, "multiprocessors", lambda: 2)
+    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
+    monkeypatch.setattr(hopper_stream, "attend", launch("stays"))
+    monkeypatch.setattr(hopper_attention, "attend", launch("one item"))
+    monkeypatch.setattr(portable, "merge", lambda *args: None)
+    case = full_width(((300, tokens),), **options)
+    attention.sparse_attention(**case, splits=splits)
+    items = tokens * cdiv(options.get("heads", 64), 64)
+    assert taken == [("stays", 2) if stays else ("one item", items * (splits or 1))]

@@ -1,5 +1,5 @@
 """Sparse MQA attention over 584-byte rows in Gluon: decode and prefill at V4's dims. The kernels are
-in hopper_attention.py and blackwell_attention.py; they take the same arguments.
+in hopper_attention.py, hopper_stream.py (many tokens) and blackwell_attention.py.
 
 fp16 holds e4m3 x 2^k exactly down to 2^-24 and up to 57344 (larger block scales are clamped; a normed row cannot reach
 that) and rounds P four times finer than bf16. Too few tokens to fill the GPU: the blocks are split over CTAs and merged
@@ -19,12 +19,9 @@ from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import capability, cdiv, multiprocessors, next_pow2
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
-FORM = (0, 0)
-"""On Hopper, where there are at most BUSY items a multiprocessor (decode), and where there are more (prefill). An item is a
-token, up to 64 of its heads and a split. 0: hopper_attention.py; 4: the same, and a block's scales are asked for before the
-rows; the others hopper_stream.py, 1: one item a CTA, 2: CTAs stay, 3: they stay and do not ask for rows in L2; 5 and 6: as 3
-and 2, and a block is handed on in parts."""
 BUSY = 4
+"""Items (a token and up to 64 of its heads) a multiprocessor above which CTAs stay on Hopper (hopper_stream.py): prefill. With
+fewer, with splits, and for all visible entries, whose number differs from token to token, a CTA takes one item."""
 
 
 def sparse_attention(
@@ -42,10 +39,9 @@ def sparse_attention(
     *,
     splits: int | None = None,
     times: Tensor | None = None,
-    form: int | None = None,
 ) -> Tensor:
     """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64.
-    times: int32 zeros [CTAs, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only)."""
+    times: int32 zeros [items, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only)."""
     total, heads, dim = q.shape
     fits = q.dtype == torch.bfloat16 and dim == 512 and cos.shape[1] == 32 and window_ids.shape[1] % 64 == 0
     if not fits or window.codec.name != "fp8_ds_mla":
@@ -63,11 +59,10 @@ def sparse_attention(
     partial, lse = portable.scratch(q, splits)
     rows = history or window
     blackwell = capability()[0] >= 10
-    work = ctas * splits
-    shape = FORM[work > BUSY * multiprocessors()] if form is None else form
+    mode = 0 if entries is None else 1 if selected is None else 2
     strides = window.region.stride(0), rows.region.stride(0)
-    if blackwell or any(stride % 16 for stride in strides):
-        shape = 0
+    stays = not blackwell and splits == 1 and mode != 1 and ctas > BUSY * multiprocessors()
+    stays = stays and all(stride % 16 == 0 for stride in strides)  # places are in units of 16 bytes
     args = (
         q,
         window.region,
@@ -91,26 +86,21 @@ def sparse_attention(
         splits,
         0 if selected is None else selected.shape[1],
     )
-    mode = 0 if entries is None else 1 if selected is None else 2
     values = dict(
         H=heads,
         W=window_ids.shape[1],
         WIN_ROWS=window.rows,
         HIST_ROWS=rows.rows,
         MODE=mode,
-        SPLIT=splits > 1,
         num_warps=4,
     )
-    if shape in (0, 4):
-        kernel = blackwell_attention if blackwell else hopper_attention
-        early = {} if blackwell else dict(EARLY=shape == 4)
-        kernel.attend[(work,)](*args, times, NBP=next_pow2(cdiv(key_blocks, splits)), **early, **values)
-    else:
-        stays = shape > 1 and splits == 1 and mode != 1
-        grid = min(work, multiprocessors()) if stays else work
-        ahead = 0 if shape in (3, 5) else 2
+    if stays:
         lines = 0 if times is None else times.shape[1]
-        hopper_stream.attend[(grid,)](*args, work, times, lines, AHEAD=ahead, HALVES=shape > 4, **values)
+        hopper_stream.attend[(min(ctas, multiprocessors()),)](*args, ctas, times, lines, **values)
+    else:
+        kernel = blackwell_attention if blackwell else hopper_attention
+        blocks = next_pow2(cdiv(key_blocks, splits))
+        kernel.attend[(ctas * splits,)](*args, times, SPLIT=splits > 1, NBP=blocks, **values)
     if splits > 1:
         portable.merge(partial, lse, sink, cos, sin, out)
     return out

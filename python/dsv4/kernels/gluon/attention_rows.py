@@ -208,7 +208,6 @@ def bring_rows(
     MODE: gl.constexpr,
     NBP: gl.constexpr,
     WARPS: gl.constexpr,
-    EARLY: gl.constexpr = False,
 ):
     """The role that fills the row buffers k (four of 128 columns) and `bias` (-inf where there is no key)."""
     mark(times, CTA, ROWS, 0)
@@ -248,9 +247,6 @@ def bring_rows(
         mark(times, n + 1, ROWS, 1)
         mbarrier.wait(empty.index(buf), ph ^ 1)
         mark(times, n + 1, ROWS, 2)
-        s8n = s8
-        if EARLY:
-            s8n = gl.load(c8 + so, mask=okn, other=0)
         r0 = _step(k0, buf, r0, s8, 0, c4, off, okn, LAY)
         r1 = _step(k0, buf, r1, s8, 1, c4, off, okn, LAY)
         r2 = _step(k1, buf, r2, s8, 2, c4, off, okn, LAY)
@@ -265,9 +261,6 @@ def bring_rows(
         mark(times, n + 1, ROWS, 4)
         mbarrier.arrive(full.index(buf), count=1)
         mark(times, n + 1, ROWS, 5)
-        if EARLY:
-            s8 = s8n
-        else:
-            s8 = gl.load(c8 + so, mask=okn, other=0)
+        s8 = gl.load(c8 + so, mask=okn, other=0)
         ok = okn
     mark(times, CTA, ROWS, 3)

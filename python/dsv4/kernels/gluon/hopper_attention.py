@@ -149,7 +149,6 @@ def attend(
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
     NBP: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words.
     times: None, or where trace.py stores when each role did what."""
@@ -193,7 +192,7 @@ def attend(
             (_values, (q, qs, ks, weights, bars, run, to, times, 256, H, SPLIT)),
             (
                 bring_rows,
-                (keys, ks, bias, spage, srow, bars, run, times, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 4, EARLY),
+                (keys, ks, bias, spage, srow, bars, run, times, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 4),
             ),
         ],
         [4, 4, 4],
@@ -233,4 +232,4 @@ SHAPES = [
         (64, 2, 1, True, 32),
     )
 ]
-AOT = [Aot(attend, SIGNATURE, dict(values, EARLY=False), matrix=True, archs=(90,)) for values in SHAPES]
+AOT = [Aot(attend, SIGNATURE, values, matrix=True, archs=(90,)) for values in SHAPES]

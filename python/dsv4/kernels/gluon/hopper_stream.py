@@ -1,5 +1,6 @@
-"""Sparse MQA attention over 584-byte rows on Hopper, on trial beside hopper_attention.py: a CTA may take one item (a token,
-up to 64 of its heads, a run of 64-row blocks) after another. Sixteen warps in four roles:
+"""Sparse MQA attention over 584-byte rows on Hopper, where there is work for many turns: a CTA stays and takes one item (a
+token and up to 64 of its heads) after another; an item's first rows are brought while the values of the last one end. Sixteen
+warps in four roles:
 
   scores    brings q and turns it into fp16 in place; S = Q K^T (wgmma, fp16), online softmax, P to shared memory
   values    two groups, each 256 of the 512 output columns: acc = acc * alpha + P V; writes an item's result
@@ -9,12 +10,10 @@ Barriers, all counted over a CTA's whole life. A block g = 0, 1, ... goes throug
 fills it, arrives at `full`; scores waits for `full`; both values groups arrive at `empty` when they have done with it, for an
 item's last block only after they have used it to turn the result round. An item of n blocks has n + 1 messages c from scores
 to values, P and its factors through slot c % 2, at last the factors of the whole: scores waits for `pempty`, writes, arrives
-at `pfull`; both groups wait for `pfull`, read, arrive at `pempty`. With HALVES, columns 0 .. 255 of a block have a barrier of
-their own, `half`, used as `full` is, so that S begins while the others are brought; and columns 0 .. 127 have `quarter`, used
-as `empty` is, at which left arrives after its first product, so that the block after the next begins. Every wait is for the
-phase that the g // 2-th (c // 2-th) use of its buffer ends, and each use is ended exactly once by everyone who counts. Nobody
-waits for something later in the order rows, scores, values but for a buffer's use two before, so nobody waits for ever. q is
-brought by those who alone read it, once every warp has done with the last one.
+at `pfull`; both groups wait for `pfull`, read, arrive at `pempty`. Every wait is for the phase that the g // 2-th (c // 2-th)
+use of its buffer ends, and each use is ended exactly once by everyone who counts. Nobody waits for something later in the
+order rows, scores, values but for a buffer's use two before, so nobody waits for ever. q is brought by those who alone read
+it, once every warp has done with the last one.
 """
 
 from __future__ import annotations
@@ -37,17 +36,14 @@ from dsv4.kernels.gluon.trace import LEFT, ROWS, SCORES, begin, mark
 from dsv4.kernels.triton.attention import weigh
 
 RING = gl.constexpr(4)
-"""Blocks whose places are in shared memory: the one after this, two that are asked for in L2 or will be, one being written."""
+"""Blocks whose places are in shared memory: three after this one, and a power of two."""
 
 
 @gluon.jit
-def _item(w, splits, H: gl.constexpr, SPLIT: gl.constexpr):
-    """Item -> (split, token, first head)."""
+def _item(w, H: gl.constexpr):
+    """Item -> (token, first head)."""
     NHB: gl.constexpr = (H + BH - 1) // BH
-    sp, qi = w * 0, w // NHB
-    if SPLIT:
-        sp, qi = qi % splits, qi // splits
-    return sp, qi.to(gl.int64), (w % NHB) * BH
+    return (w // NHB).to(gl.int64), (w % NHB) * BH
 
 
 @gluon.jit
@@ -77,10 +73,10 @@ def _pin():
 
 
 @gluon.jit
-def _ask_q(q, qs, w, splits, H: gl.constexpr, SPLIT: gl.constexpr):
+def _ask_q(q, qs, w, H: gl.constexpr):
     """Starts copying an item's q, bfloat16 as it is, to where it will be fp16."""
     QL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    _, qi, h0 = _item(w, splits, H, SPLIT)
+    qi, h0 = _item(w, H)
     rr, cc = gl.arange(0, BH, layout=gl.SliceLayout(1, QL)), gl.arange(0, 128, layout=gl.SliceLayout(0, QL))
     place = q + (qi * H + h0 + rr)[:, None] * 512 + cc[None, :]
     for j in gl.static_range(4):
@@ -103,45 +99,28 @@ def _take_q(qs):
 
 
 @gluon.jit
-def _prefetch_q(q, w, work, splits, H: gl.constexpr, SPLIT: gl.constexpr):
+def _prefetch_q(q, w, work, H: gl.constexpr):
     """Asks for an item's q in L2."""
     PL: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
-    _, qi, h0 = _item(gl.minimum(w, work - 1), splits, H, SPLIT)
+    qi, h0 = _item(gl.minimum(w, work - 1), H)
     rr, cc = gl.arange(0, BH, layout=gl.SliceLayout(1, PL)), gl.arange(0, 8, layout=gl.SliceLayout(0, PL))
     place = q + (qi * H + h0 + rr)[:, None] * 512 + (cc * 64)[None, :]
     _ask_l2(place, (((h0 + rr < H) & (w < work))[:, None] & (cc >= 0)[None, :]).to(gl.int32))
 
 
 @gluon.jit
-def _scores(
-    q,
-    sink,
-    scale,
-    qs,
-    k,
-    bias,
-    weights,
-    bars,
-    share,
-    pm,
-    times,
-    lines,
-    H: gl.constexpr,
-    SPLIT: gl.constexpr,
-    HALVES: gl.constexpr,
-):
+def _scores(q, sink, scale, qs, k, bias, weights, bars, share, pm, times, lines, H: gl.constexpr):
     sp_, sal, sinv = weights
-    full, half, _, _, pfull, pempty = bars
-    first, work, step, splits, _, n = share
+    full, _, pfull, pempty = bars
+    first, work, step, _, n = share
     SL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
     )
     SR: gl.constexpr = gl.SliceLayout(1, SL)
     g, c = 0, 0
-    _ask_q(q, qs, first, splits, H, SPLIT)
+    _ask_q(q, qs, first, H)
     for w in range(first, work, step):
-        sp, qi, h0 = _item(w, splits, H, SPLIT)
-        at = (qi * splits + sp) * H
+        qi, h0 = _item(w, H)
         own = w * lines  # where an item's times begin
         if times is not None:
             begin(times + own * 32)
@@ -149,23 +128,20 @@ def _scores(
         m, total = gl.full([BH], float("-inf"), gl.float32, SR), gl.full([BH], 0.0, gl.float32, SR)
         _take_q(qs)
         mark(times, own, SCORES, 1)
-        _prefetch_q(q, w + step, work, splits, H, SPLIT)
+        _prefetch_q(q, w + step, work, H)
         for i in range(0, n):
             buf, pb = g % NB, c % 2
             mark(times, own + i + 1, SCORES, 0)
-            first_rows = half if HALVES else full
-            mbarrier.wait(first_rows.index(buf), (g // NB) & 1)
+            mbarrier.wait(full.index(buf), (g // NB) & 1)
             mark(times, own + i + 1, SCORES, 1)
             s = gl.zeros([BH, BN], gl.float32, SL)
             for j in gl.static_range(4):
-                if HALVES and j == 2:
-                    mbarrier.wait(full.index(buf), (g // NB) & 1)
                 s = warpgroup_mma(qs[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
             b = bias.index(buf).load(gl.SliceLayout(0, SL))
             s = warpgroup_mma_wait(0, [s])
             if (i == n - 1) & (w + step < work):
                 barrier()  # every warp has done with q
-                _ask_q(q, qs, _here(w + step), splits, H, SPLIT)
+                _ask_q(q, qs, _here(w + step), H)
             mark(times, own + i + 1, SCORES, 2)
             p, al, m = weigh(s * scale + b[None, :], m, 0)
             mark(times, own + i + 1, SCORES, 3)
@@ -180,7 +156,7 @@ def _scores(
             g += 1
             c += 1
         mark(times, own, SCORES, 2)
-        inv = close(m, total, sink, pm, at, h0, H, SPLIT)
+        inv = close(m, total, sink, pm, qi * H, h0, H, False)
         mbarrier.wait(pempty.index(c % 2), ((c // 2) & 1) ^ 1)
         sinv.store(inv)
         mbarrier.arrive(pfull.index(c % 2), count=1)
@@ -189,24 +165,12 @@ def _scores(
 
 
 @gluon.jit
-def _values(
-    k,
-    weights,
-    bars,
-    share,
-    to,
-    times,
-    lines,
-    COL: gl.constexpr,
-    H: gl.constexpr,
-    SPLIT: gl.constexpr,
-    HALVES: gl.constexpr,
-):
+def _values(k, weights, bars, share, to, times, lines, COL: gl.constexpr, H: gl.constexpr):
     """COL: first of the role's 256 columns. to: (out, po, cos, sin)."""
     ROLE: gl.constexpr = LEFT + COL // 256
     sp_, sal, sinv = weights
-    _, _, empty, quarter, pfull, pempty = bars
-    first, work, step, splits, _, n = share
+    _, empty, pfull, pempty = bars
+    first, work, step, _, n = share
     out, po, cos, sin = to
     ka, kb = k[COL // 128], k[COL // 128 + 1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout(
@@ -228,12 +192,7 @@ def _values(
             x, y = x * al[:, None], y * al[:, None]
             x = warpgroup_mma(sp_.index(pb), ka.index(buf), x, is_async=True)
             y = warpgroup_mma(sp_.index(pb), kb.index(buf), y, is_async=True)
-            if HALVES and COL == 0:
-                x = warpgroup_mma_wait(1, [x])
-                mbarrier.arrive(quarter.index(buf), count=1, pred=i < n - 1)
-                y = warpgroup_mma_wait(0, [y])
-            else:
-                x, y = warpgroup_mma_wait(0, [x, y])
+            x, y = warpgroup_mma_wait(0, [x, y])
             mark(times, own + i + 1, ROLE, 2)
             mbarrier.arrive(empty.index(buf), count=1, pred=i < n - 1)
             mbarrier.arrive(pempty.index(pb), count=1)
@@ -245,55 +204,43 @@ def _values(
         inv = sinv.load(AR)
         mbarrier.arrive(pempty.index(c % 2), count=1)
         c += 1
-        sp, qi, h0 = _item(w, splits, H, SPLIT)
-        where = (out, po, cos + qi * 32, sin + qi * 32, qi, (qi * splits + sp) * H, h0)
+        qi, h0 = _item(w, H)
+        where = (out, po, cos + qi * 32, sin + qi * 32, qi, qi * H, h0)
         last = (g + 1) % NB  # buffer of the item's last block: half of it is this role's
-        put(x, inv, ka.index(last), where, COL, H, SPLIT)
-        if HALVES and COL == 0:
-            mbarrier.arrive(quarter.index(last), count=1, pred=n > 0)
-        put(y, inv, kb.index(last), where, COL + 128, H, SPLIT)
+        put(x, inv, ka.index(last), where, COL, H, False)
+        put(y, inv, kb.index(last), where, COL + 128, H, False)
         mbarrier.arrive(empty.index(last), count=1, pred=n > 0)
         mark(times, own, ROLE, 3)
 
 
 @gluon.jit
-def _ids(keys, w, b, share, H: gl.constexpr, W: gl.constexpr, MODE: gl.constexpr, SPLIT: gl.constexpr):
-    """Asks for the row or entry of each key of block b of an item [BN] (-1: none) and its token's slab; with the number of
-    keys that there are."""
-    ids, sel, slabs, _, _, count, k = keys
-    first, work, _, splits, _, _ = share
+def _ids(keys, w, b, share, H: gl.constexpr, W: gl.constexpr, MODE: gl.constexpr):
+    """Asks for the row or entry of each key of block b of an item [BN] (-1: none) and its token's slab."""
+    ids, sel, slabs, _, _, k = keys
+    _, work, _, _, _ = share
     N1: gl.constexpr = W // BN
     key = gl.arange(0, BN, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    _, qi, _ = _item(first if SPLIT else gl.minimum(w, work - 1), splits, H, SPLIT)
-    place, some = ids + qi * W + b * BN, BN
+    qi, _ = _item(gl.minimum(w, work - 1), H)
+    place, some, slab = ids + qi * W + b * BN, BN, 0
     if MODE > 0:
-        some = gl.where(b < N1, BN, count - (b - N1) * BN)
-    some = gl.where(w < work, some, 0)
-    mine = some
-    if MODE == 1:
-        mine = gl.where(b < N1, some, 0)
-    elif MODE == 2:
+        some = gl.where(b < N1, BN, k - (b - N1) * BN)
         place = gl.where(b < N1, place, sel + qi * k + (b - N1) * BN)
-    one = gl.load(place + key, mask=key < mine, other=-1)
-    slab = 0
+    some = gl.where(w < work, some, 0)
+    one = gl.load(place + key, mask=key < some, other=-1)
     if MODE > 0:
         slab = gl.load(slabs + qi)
-    return one, slab, some
+    return one, slab
 
 
 @gluon.jit
-def _pages(keys, one, slab, some, b, W: gl.constexpr, P2: gl.constexpr, MODE: gl.constexpr):
-    """Entries of a block, and asks for their pages."""
-    _, _, _, pages, pages_stride, _, _ = keys
-    N1: gl.constexpr = W // BN
+def _pages(keys, one, slab, b, W: gl.constexpr, P2: gl.constexpr, MODE: gl.constexpr):
+    """Asks for the pages of a block's entries."""
+    _, _, _, pages, pages_stride, _ = keys
     page = one
     if MODE > 0:
-        key = gl.arange(0, BN, layout=one.type.layout)
-        if MODE == 1:
-            one = gl.where(b < N1, one, gl.where(key < some, (b - N1) * BN + key, -1))
         table = pages + slab.to(gl.int64) * pages_stride
-        page = gl.load(table + one // P2, mask=(one >= 0) & (b >= N1), other=-1)
-    return one, page
+        page = gl.load(table + one // P2, mask=(one >= 0) & (b >= W // BN), other=-1)
+    return page
 
 
 @gluon.jit
@@ -329,21 +276,6 @@ def _place(
 
 
 @gluon.jit
-def _prefetch(c4, ring, f):
-    """Asks for the rows of a block of the ring in L2."""
-    PL: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [4, 1], [1, 0])
-    SL: gl.constexpr = gl.SliceLayout(1, PL)
-    u, so = ring[0].index(f % RING).load(SL), ring[1].index(f % RING).load(SL)
-    j = gl.arange(0, 8, layout=gl.SliceLayout(0, PL))
-    word = gl.where(
-        (j < 5)[None, :],
-        (u * 4)[:, None] + gl.minimum(j * 32, 143)[None, :],
-        (so * 2)[:, None] + 0 * j[None, :],
-    )
-    _ask_l2(c4 + word, ((u != -1)[:, None] & (j < 6)[None, :]).to(gl.int32))
-
-
-@gluon.jit
 def _put_two(k, buf, a, b):
     """Stores a block's words a, b [BN, 32] as columns 0 .. 63 and 64 .. 127 of k, at once: no barrier between them."""
     both = gl.join(a, b).permute([0, 2, 1]).reshape([BN, 64])
@@ -354,6 +286,14 @@ def _put_two(k, buf, a, b):
 def _copy(c4, to, off, ok, START: gl.constexpr, N: gl.constexpr, LAY: gl.constexpr):
     col = gl.arange(0, N, layout=gl.SliceLayout(0, LAY))
     thread_load(to, c4 + (off[:, None] + (START + col)[None, :]), mask=ok[:, None])
+
+
+@gluon.jit
+def _next(w, b, share):
+    """The item and its block that follow block b of item w."""
+    _, _, step, zero, n = share
+    b += 1
+    return gl.where(b >= n, w + step, w), gl.where(b >= n, zero, b)
 
 
 @gluon.jit
@@ -374,16 +314,13 @@ def _rows(
     P1: gl.constexpr,
     P2: gl.constexpr,
     MODE: gl.constexpr,
-    SPLIT: gl.constexpr,
-    AHEAD: gl.constexpr,
-    HALVES: gl.constexpr,
 ):
     """Fills the row buffers k (four of 128 columns) and `bias` (-inf where there is no key). The raw words of the next block
     wait in registers (columns 0 .. 383) and in `raw` (448 e4m3's last 64, and 64 bf16), each asked for half a block or more
     before it is used: a load that is used is waited for together with all that were asked for since.
     """
-    full, half, empty, quarter, _, _ = bars
-    first, work, step, _, b0, n = share
+    full, empty, _, _ = bars
+    first, work, step, zero, n = share
     k0, k1, k2, k3 = k
     raw6, raw7 = raw
     su, so = ring
@@ -392,21 +329,19 @@ def _rows(
     RL: gl.constexpr = gl.SliceLayout(1, LAY)
     c4, c8 = c1.to(gl.pointer_type(gl.int32)), c1.to(gl.pointer_type(gl.int64))
     # places of blocks 0 to 2, pages of 3, ids of 4
-    w, b = first, b0
+    w, b = first, zero
     blocks, found = (), ()
     for _ in gl.static_range(5):
         blocks += (b,)
-        found += (_ids(keys, w, b, share, H, W, MODE, SPLIT),)
-        b += 1
-        w = gl.where(b >= b0 + n, w + step, w)
-        b = gl.where(b >= b0 + n, b0, b)
+        found += (_ids(keys, w, b, share, H, W, MODE),)
+        w, b = _next(w, b, share)
     known = ()
     for j in gl.static_range(4):
-        known += (_pages(keys, found[j][0], found[j][1], found[j][2], blocks[j], W, P2, MODE),)
+        known += (_pages(keys, found[j][0], found[j][1], blocks[j], W, P2, MODE),)
     for j in gl.static_range(3):
-        _place(strides, ring, j, known[j][0], known[j][1], blocks[j], W, P1, P2, MODE)
-    one3, page3, b3 = known[3][0], known[3][1], blocks[3]
-    one4, slab4, some4, b4 = found[4][0], found[4][1], found[4][2], blocks[4]
+        _place(strides, ring, j, found[j][0], known[j], blocks[j], W, P1, P2, MODE)
+    one3, page3, b3 = found[3][0], known[3], blocks[3]
+    one4, slab4, b4 = found[4][0], found[4][1], blocks[4]
     barrier()
     u = su.index(0).load(RL)
     ok, off = u != -1, u * 4
@@ -417,8 +352,6 @@ def _rows(
     _copy(c4, raw6, off, ok, 96, 16, LAY)
     _copy(c4, raw7, off, ok, 112, 32, LAY)
     async_copy.commit_group()
-    if AHEAD > 0:
-        _prefetch(c4, ring, 1)
     wn, i = first, 0  # for the marks
     for f in range(0, ((work - first + step - 1) // step) * n):
         own = wn * lines
@@ -427,34 +360,24 @@ def _rows(
             mark(times, own, ROWS, 1)
         mark(times, own + i + 1, ROWS, 0)
         buf, ph = f % NB, (f // NB) & 1
-        if AHEAD > 0:
-            _prefetch(c4, ring, f + AHEAD)
         u = su.index((f + 1) % RING).load(RL)
         okn, off = u != -1, u * 4
         at8 = so.index((f + 1) % RING).load(RL)
         mark(times, own + i + 1, ROWS, 1)
-        room = quarter if HALVES else empty
-        mbarrier.wait(room.index(buf), ph ^ 1)
+        mbarrier.wait(empty.index(buf), ph ^ 1)
         mark(times, own + i + 1, ROWS, 2)
         _put_two(k0, buf, _cvt(r0, _scale(s8, 0)), _cvt(r1, _scale(s8, 1)))
         r0, r1 = _load(c4, off, okn, 0, 16, LAY), _load(c4, off, okn, 16, 16, LAY)
         s8n = gl.load(c8 + at8, mask=okn, other=0)
         _place(strides, ring, f + 3, one3, page3, b3, W, P1, P2, MODE)
-        one3, page3 = _pages(keys, one4, slab4, some4, b4, W, P2, MODE)
+        one3, page3 = one4, _pages(keys, one4, slab4, b4, W, P2, MODE)
         b3, b4 = b4, b
-        one4, slab4, some4 = _ids(keys, w, b, share, H, W, MODE, SPLIT)
+        one4, slab4 = _ids(keys, w, b, share, H, W, MODE)
         _pin()
-        b += 1
-        w = gl.where(b >= b0 + n, w + step, w)
-        b = gl.where(b >= b0 + n, b0, b)
-        if HALVES:
-            mbarrier.wait(empty.index(buf), ph ^ 1)
+        w, b = _next(w, b, share)
         _put_two(k1, buf, _cvt(r2, _scale(s8, 2)), _cvt(r3, _scale(s8, 3)))
         r2, r3 = _load(c4, off, okn, 32, 16, LAY), _load(c4, off, okn, 48, 16, LAY)
         _pin()
-        if HALVES:
-            fence_async_shared()
-            mbarrier.arrive(half.index(buf), count=1)
         _put_two(k2, buf, _cvt(r4, _scale(s8, 4)), _cvt(r5, _scale(s8, 5)))
         r4, r5 = _load(c4, off, okn, 64, 16, LAY), _load(c4, off, okn, 80, 16, LAY)
         _pin()
@@ -511,23 +434,16 @@ def attend(
     WIN_ROWS: gl.constexpr,
     HIST_ROWS: gl.constexpr,
     MODE: gl.constexpr,
-    SPLIT: gl.constexpr,
-    AHEAD: gl.constexpr,
-    HALVES: gl.constexpr,
 ):
-    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words, multiples of 4.
-    A CTA takes the items (split, head block and token) program, program + programs, ... of `work`; more than one only
-    if all have the same number of blocks. times: None, or where trace.py stores when each role did what, `lines` per item."""
+    """Takes the arguments that hopper_attention.py takes, of which it needs no split's; MODE 0: window only, 2: and the
+    selected entries. Strides in int32 words, multiples of 4. A CTA takes the items program, program + programs, ... of `work`;
+    all have the same number of blocks. times: None, or where trace.py stores when each role did what, `lines` per item."""
     first, step = gl.program_id(0), gl.num_programs(0)
-    sp, qi, _ = _item(first, splits, H, SPLIT)
-    count = 0
-    if MODE == 1:
-        count = gl.load(visible + qi)
-    elif MODE == 2:
-        count = k
-    nblk = W // BN + (count + BN - 1) // BN
-    b0 = sp * nblk // splits
-    share = (first, work, step, splits, b0, (sp + 1) * nblk // splits - b0)
+    n = W // BN
+    if MODE > 0:
+        n += (k + BN - 1) // BN
+    # the zero goes to the roles as a value: ptxas compares once more before the loop where it is written out
+    share = (first, work, step, first * 0, n)
     ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
@@ -549,28 +465,21 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [RING, BN], V1),
     )
     full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
-    half = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
-    quarter = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     pfull = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     pempty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for j in gl.static_range(2):
         mbarrier.init(full.index(j), count=1)
-        mbarrier.init(half.index(j), count=1)
         mbarrier.init(empty.index(j), count=2)
-        mbarrier.init(quarter.index(j), count=1)
         mbarrier.init(pfull.index(j), count=1)
         mbarrier.init(pempty.index(j), count=2)
-    weights, bars, to = (sp_, sal, sinv), (full, half, empty, quarter, pfull, pempty), (out, po, cos, sin)
-    keys, strides = (window_ids, selected, slabs, pages, pages_stride, count, k), (st1, st2, delta)
+    weights, bars, to = (sp_, sal, sinv), (full, empty, pfull, pempty), (out, po, cos, sin)
+    keys, strides = (window_ids, selected, slabs, pages, pages_stride, k), (st1, st2, delta)
     gl.warp_specialize(
         [
-            (
-                _scores,
-                (q, sink, scale, qs, ks, bias, weights, bars, share, pm, times, lines, H, SPLIT, HALVES),
-            ),
-            (_values, (ks, weights, bars, share, to, times, lines, 0, H, SPLIT, HALVES)),
-            (_values, (ks, weights, bars, share, to, times, lines, 256, H, SPLIT, HALVES)),
+            (_scores, (q, sink, scale, qs, ks, bias, weights, bars, share, pm, times, lines, H)),
+            (_values, (ks, weights, bars, share, to, times, lines, 0, H)),
+            (_values, (ks, weights, bars, share, to, times, lines, 256, H)),
             (
                 _rows,
                 (
@@ -590,9 +499,6 @@ def attend(
                     WIN_ROWS,
                     HIST_ROWS,
                     MODE,
-                    SPLIT,
-                    AHEAD,
-                    HALVES,
                 ),
             ),
         ],
@@ -627,17 +533,7 @@ SIGNATURE = dict(
 )
 
 SHAPES = [
-    dict(
-        times=None,
-        H=heads,
-        W=128,
-        WIN_ROWS=128,
-        HIST_ROWS=per_page,
-        MODE=mode,
-        SPLIT=split,
-        AHEAD=2,
-        HALVES=True,
-    )
-    for heads, per_page, mode, split in ((64, 64, 2, False), (128, 64, 2, True), (64, 2, 1, True))
+    dict(times=None, splits=1, H=heads, W=128, WIN_ROWS=128, HIST_ROWS=rows, MODE=mode)
+    for heads, rows, mode in ((64, 64, 2), (128, 64, 2), (64, 128, 0))
 ]
 AOT = [Aot(attend, SIGNATURE, values, matrix=True, archs=(90,)) for values in SHAPES]
