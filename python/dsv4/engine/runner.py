@@ -95,9 +95,8 @@ class Runner:
         deltas = torch.from_numpy(plan.page_deltas[: header.deltas]).long()
         for slab, block, page in deltas.tolist():
             self.page_table[slab, block] = page
-        if self.device_pages is not None and len(
-            deltas
-        ):  # from the host's table, as a place may change twice
+        if self.device_pages is not None and len(deltas):
+            # from the host's table, as a place may change twice
             slab, block = deltas[:, 0], deltas[:, 1]
             changed = self.page_table[slab, block].to(self.cache.device)
             self.device_pages[slab.to(self.cache.device), block.to(self.cache.device)] = changed
@@ -110,9 +109,8 @@ class Runner:
         rows = plan.sample_rows[: header.samples].tolist()
         keys = [int(plan.row_req[r]) for r in rows]
         for r, key in zip(rows, keys, strict=True):
-            request = requests[
-                key
-            ]  # a rolled-back step or a preemption may have left tokens that did not count
+            # a rolled-back step or a preemption may have left tokens that did not count
+            request = requests[key]
             request.sampling.truncate(int(plan.row_start[r] + plan.row_len[r]) - len(request.prompt))
         sampled = (
             sample(
