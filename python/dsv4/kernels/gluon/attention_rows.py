@@ -23,6 +23,18 @@ MOST_BLOCKS = 32
 
 
 @gluon.jit
+def tiles():
+    """Shared memory, fp16: four quarters of q [BH, 128] and of the row buffers [NB, BN, 128], of 128 columns each."""
+    ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    qs, ks = (), ()
+    for _ in gl.static_range(4):
+        qs += (gl.allocate_shared_memory(gl.float16, [BH, 128], ML),)
+    for _ in gl.static_range(4):
+        ks += (gl.allocate_shared_memory(gl.float16, [NB, BN, 128], ML),)
+    return qs, ks
+
+
+@gluon.jit
 def my_blocks(
     visible,
     slabs,
@@ -55,7 +67,7 @@ def my_blocks(
 
 
 @gluon.jit
-def _cvt(raw, sc):
+def cvt(raw, sc):
     """int32 words of 4 e4m3 -> words of 2 f16, times a power-of-two f16 scale; [BN, 16] -> [BN, 32]."""
     lo, hi = gl.inline_asm_elementwise(
         """{ .reg .b16 lo, hi; .reg .b32 a, b; mov.b32 {lo, hi}, $2;
@@ -71,7 +83,7 @@ def _cvt(raw, sc):
 
 
 @gluon.jit
-def _cvt_rope(raw):
+def cvt_rope(raw):
     """Words of 2 bf16 -> words of 2 f16."""
     return gl.inline_asm_elementwise(
         """{ .reg .b32 a, b; shl.b32 a, $1, 16; and.b32 b, $1, 0xffff0000; cvt.rn.f16x2.f32 $0, b, a; }""",
@@ -84,7 +96,7 @@ def _cvt_rope(raw):
 
 
 @gluon.jit
-def _scale(sc8, j: gl.constexpr):
+def row_scale(sc8, j: gl.constexpr):
     """Scale j of rows (8 ue8m0 bytes each) as two f16, for 16 words of a row."""
     e = gl.minimum(((sc8 >> (8 * j)) & 255).to(gl.int32), 134) << 23  # the byte is a float's exponent
     w = gl.inline_asm_elementwise(
@@ -94,7 +106,7 @@ def _scale(sc8, j: gl.constexpr):
 
 
 @gluon.jit
-def _load(c, off, valid, START: gl.constexpr, N: gl.constexpr, LAY: gl.constexpr):
+def load_words(c, off, valid, START: gl.constexpr, N: gl.constexpr, LAY: gl.constexpr):
     col = gl.arange(0, N, layout=gl.SliceLayout(0, LAY))
     return gl.load(c + (off[:, None] + (START + col)[None, :]), mask=valid[:, None], other=0)
 
@@ -103,8 +115,8 @@ def _load(c, off, valid, START: gl.constexpr, N: gl.constexpr, LAY: gl.constexpr
 def _step(k, buf, r, s8, J: gl.constexpr, c4, off, ok, LAY: gl.constexpr):
     """Stores columns 64 J ... of a block from the raw words r; the same words of the next block (in flight)."""
     dst = k.index(buf).reinterpret(gl.int32, [BN, 64], gl.NVMMASharedLayout(128, 32, rank=2))
-    dst.slice((J % 2) * 32, 32, dim=1).store(_cvt(r, _scale(s8, J)) if J < 7 else _cvt_rope(r))
-    return _load(c4, off, ok, J * 16, 16 if J < 7 else 32, LAY)
+    dst.slice((J % 2) * 32, 32, dim=1).store(cvt(r, row_scale(s8, J)) if J < 7 else cvt_rope(r))
+    return load_words(c4, off, ok, J * 16, 16 if J < 7 else 32, LAY)
 
 
 @gluon.jit
@@ -226,10 +238,10 @@ def bring_rows(
     off, so, ok = _places(b0 < N1, sp.index(0).load(RL), sr.index(0).load(RL), st1, st2, delta, P1, P2)
     ok = ok & (b0 < b1)
     s8 = gl.load(c8 + so, mask=ok, other=0)
-    r0, r1 = _load(c4, off, ok, 0, 16, LAY), _load(c4, off, ok, 16, 16, LAY)
-    r2, r3 = _load(c4, off, ok, 32, 16, LAY), _load(c4, off, ok, 48, 16, LAY)
-    r4, r5 = _load(c4, off, ok, 64, 16, LAY), _load(c4, off, ok, 80, 16, LAY)
-    r6, r7 = _load(c4, off, ok, 96, 16, LAY), _load(c4, off, ok, 112, 32, LAY)
+    r0, r1 = load_words(c4, off, ok, 0, 16, LAY), load_words(c4, off, ok, 16, 16, LAY)
+    r2, r3 = load_words(c4, off, ok, 32, 16, LAY), load_words(c4, off, ok, 48, 16, LAY)
+    r4, r5 = load_words(c4, off, ok, 64, 16, LAY), load_words(c4, off, ok, 80, 16, LAY)
+    r6, r7 = load_words(c4, off, ok, 96, 16, LAY), load_words(c4, off, ok, 112, 32, LAY)
     mbarrier.wait(qfull, 0)  # let q pass before the prefetches
     for k in gl.static_range(1, PF):
         _prefetch(c4, sp, sr, b0 + k, b0, b1, st1, st2, delta, N1, P1, P2, NBP, WARPS)

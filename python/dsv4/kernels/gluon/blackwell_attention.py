@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 )
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows, my_blocks
+from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows, my_blocks, tiles
 from dsv4.kernels.gluon.common import tensor_memory_registers
 from dsv4.kernels.gluon.hopper_attention import SHAPES, SIGNATURE
 from dsv4.kernels.gluon.softmax import BH, close, put
@@ -141,11 +141,7 @@ def attend(
     ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    qs, ks = (), ()
-    for _ in gl.static_range(4):  # 128 columns each
-        qs += (gl.allocate_shared_memory(gl.float16, [BH, 128], ML),)
-    for _ in gl.static_range(4):
-        ks += (gl.allocate_shared_memory(gl.float16, [NB, BN, 128], ML),)
+    qs, ks = tiles()
     ps = gl.allocate_shared_memory(gl.float16, [NB, BH, BN], ML)
     bias = gl.allocate_shared_memory(gl.float32, [NB, BN], V1)
     spage = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)

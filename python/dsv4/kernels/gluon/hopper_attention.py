@@ -21,10 +21,64 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows, my_blocks
+from dsv4.kernels.gluon.attention_rows import BN, NB, bring_rows, my_blocks, tiles
 from dsv4.kernels.gluon.softmax import BH, close, put
 from dsv4.kernels.gluon.trace import CTA, LEFT, SCORES, begin, mark
 from dsv4.kernels.triton.attention import weigh
+
+SL = gl.constexpr(
+    gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN.value, 16])
+)
+ACC = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]))
+"""Registers of a block's scores, and of 128 columns of the result."""
+
+
+@gluon.jit
+def handover():
+    """Shared memory: what scores gives to values (P of two blocks, its factors, the factors of the whole), and the rows'
+    bias."""
+    ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    sp_ = gl.allocate_shared_memory(gl.float16, [2, BH, BN], ML)
+    sal = gl.allocate_shared_memory(gl.float32, [2, BH], V1)
+    bias = gl.allocate_shared_memory(gl.float32, [NB, BN], V1)
+    sinv = gl.allocate_shared_memory(gl.float32, [BH], V1)
+    return (sp_, sal, sinv), bias
+
+
+@gluon.jit
+def barriers():
+    """full and empty of the row buffers, pfull and pempty of P: each filled by one role, emptied by the two of values."""
+    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    pfull = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    pempty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(2):
+        mbarrier.init(full.index(j), count=1)
+        mbarrier.init(empty.index(j), count=2)
+        mbarrier.init(pfull.index(j), count=1)
+        mbarrier.init(pempty.index(j), count=2)
+    return full, empty, pfull, pempty
+
+
+@gluon.jit
+def score(q, k, bias, buf):
+    """(Q K^T [BH, BN], bias [BN]) of a row buffer."""
+    s = gl.zeros([BH, BN], gl.float32, SL)
+    for j in gl.static_range(4):
+        s = warpgroup_mma(q[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
+    b = bias.index(buf).load(gl.SliceLayout(0, SL))
+    return warpgroup_mma_wait(0, [s]), b
+
+
+@gluon.jit
+def hand_on(weights, pfull, pb, p, al):
+    """P and its factors to values, through slot pb."""
+    sp_, sal, _ = weights
+    sp_.index(pb).store(p.to(gl.float16))
+    sal.index(pb).store(al)
+    fence_async_shared()
+    mbarrier.arrive(pfull.index(pb), count=1)
 
 
 @gluon.jit
@@ -32,12 +86,9 @@ def _scores(
     sink, scale, q, k, bias, weights, bars, run, pm, at, h0, times, H: gl.constexpr, SPLIT: gl.constexpr
 ):
     mark(times, CTA, SCORES, 0)
-    sp_, sal, sinv = weights
+    sinv = weights[2]
     full, _, pfull, pempty, qfull = bars
     b0, b1 = run
-    SL: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
-    )
     SR: gl.constexpr = gl.SliceLayout(1, SL)
     m, total = gl.full([BH], float("-inf"), gl.float32, SR), gl.full([BH], 0.0, gl.float32, SR)
     mbarrier.wait(qfull, 0)
@@ -47,20 +98,13 @@ def _scores(
         mark(times, i + 1, SCORES, 0)
         mbarrier.wait(full.index(buf), (i // NB) & 1)
         mark(times, i + 1, SCORES, 1)
-        s = gl.zeros([BH, BN], gl.float32, SL)
-        for j in gl.static_range(4):
-            s = warpgroup_mma(q[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
-        b = bias.index(buf).load(gl.SliceLayout(0, SL))
-        s = warpgroup_mma_wait(0, [s])
+        s, b = score(q, k, bias, buf)
         mark(times, i + 1, SCORES, 2)
         p, al, m = weigh(s * scale + b[None, :], m, 0)
         mark(times, i + 1, SCORES, 3)
         mbarrier.wait(pempty.index(pb), ((i // 2) & 1) ^ 1)
         mark(times, i + 1, SCORES, 4)
-        sp_.index(pb).store(p.to(gl.float16))
-        sal.index(pb).store(al)
-        fence_async_shared()
-        mbarrier.arrive(pfull.index(pb), count=1)
+        hand_on(weights, pfull, pb, p, al)
         mark(times, i + 1, SCORES, 5)
         total = total * al + gl.sum(p, 1)
     mark(times, CTA, SCORES, 2)
@@ -81,9 +125,6 @@ def _values(q, qs, k, weights, bars, run, to, times, COL: gl.constexpr, H: gl.co
     _, empty, pfull, pempty, qfull = bars
     b0, b1 = run
     qa, qb, ka, kb = qs[COL // 128], qs[COL // 128 + 1], k[COL // 128], k[COL // 128 + 1]
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
-    )
     AR: gl.constexpr = gl.SliceLayout(1, ACC)
     QL: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     qi, h0 = to[4], to[6]
@@ -156,33 +197,16 @@ def attend(
         times += gl.program_id(0) * ((NBP + 1) * 32)
         begin(times)
     sp, qi, h0, count, table, run = my_blocks(visible, slabs, pages, pages_stride, splits, k, H, W, MODE)
-    ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    qs, ks = (), ()
-    for _ in gl.static_range(4):  # 128 columns each
-        qs += (gl.allocate_shared_memory(gl.float16, [BH, 128], ML),)
-    for _ in gl.static_range(4):
-        ks += (gl.allocate_shared_memory(gl.float16, [NB, BN, 128], ML),)
-    sp_ = gl.allocate_shared_memory(gl.float16, [2, BH, BN], ML)
-    sal = gl.allocate_shared_memory(gl.float32, [2, BH], V1)
-    bias = gl.allocate_shared_memory(gl.float32, [NB, BN], V1)
-    sinv = gl.allocate_shared_memory(gl.float32, [BH], V1)
+    qs, ks = tiles()
+    weights, bias = handover()
     spage = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)
     srow = gl.allocate_shared_memory(gl.int32, [NBP, BN], V2)
-    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
-    pfull = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    pempty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     qfull = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(qfull, count=2)
-    for j in gl.static_range(2):
-        mbarrier.init(full.index(j), count=1)
-        mbarrier.init(empty.index(j), count=2)
-        mbarrier.init(pfull.index(j), count=1)
-        mbarrier.init(pempty.index(j), count=2)
+    full, empty, pfull, pempty = barriers()
+    bars = (full, empty, pfull, pempty, qfull)
     at = (qi * splits + sp) * H
-    weights, bars = (sp_, sal, sinv), (full, empty, pfull, pempty, qfull)
     to = (out, po, cos + qi * 32, sin + qi * 32, qi, at, h0)
     keys = (c1, window_ids + qi * W, table, selected + qi * k, count, st1, st2, delta)
     gl.warp_specialize(

@@ -29,8 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.gluon.attention_rows import BN, NB, _cvt, _cvt_rope, _load, _scale
+from dsv4.kernels.gluon import hopper_attention
+from dsv4.kernels.gluon.attention_rows import BN, NB, cvt, cvt_rope, load_words, row_scale, tiles
 from dsv4.kernels.gluon.common import barrier, thread_load
+from dsv4.kernels.gluon.hopper_attention import ACC, SL, barriers, hand_on, handover, score
 from dsv4.kernels.gluon.softmax import BH, close, put
 from dsv4.kernels.gluon.trace import LEFT, ROWS, SCORES, begin, mark
 from dsv4.kernels.triton.attention import weigh
@@ -93,7 +95,7 @@ def _take_q(qs):
         async_copy.wait_group(3 - j)
         barrier()
         words = qs[j].reinterpret(gl.int32, [BH, 64], gl.NVMMASharedLayout(128, 32, rank=2))
-        words.store(_cvt_rope(words.load(QL)))
+        words.store(cvt_rope(words.load(QL)))
     fence_async_shared()
     barrier()
 
@@ -110,12 +112,9 @@ def _prefetch_q(q, w, work, H: gl.constexpr):
 
 @gluon.jit
 def _scores(q, sink, scale, qs, k, bias, weights, bars, share, pm, times, lines, H: gl.constexpr):
-    sp_, sal, sinv = weights
+    sinv = weights[2]
     full, _, pfull, pempty = bars
     first, work, step, _, n = share
-    SL: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16]
-    )
     SR: gl.constexpr = gl.SliceLayout(1, SL)
     g, c = 0, 0
     _ask_q(q, qs, first, H)
@@ -134,11 +133,7 @@ def _scores(q, sink, scale, qs, k, bias, weights, bars, share, pm, times, lines,
             mark(times, own + i + 1, SCORES, 0)
             mbarrier.wait(full.index(buf), (g // NB) & 1)
             mark(times, own + i + 1, SCORES, 1)
-            s = gl.zeros([BH, BN], gl.float32, SL)
-            for j in gl.static_range(4):
-                s = warpgroup_mma(qs[j], k[j].index(buf).permute([1, 0]), s, use_acc=j > 0, is_async=True)
-            b = bias.index(buf).load(gl.SliceLayout(0, SL))
-            s = warpgroup_mma_wait(0, [s])
+            s, b = score(qs, k, bias, buf)
             if (i == n - 1) & (w + step < work):
                 barrier()  # every warp has done with q
                 _ask_q(q, qs, _here(w + step), H)
@@ -147,10 +142,7 @@ def _scores(q, sink, scale, qs, k, bias, weights, bars, share, pm, times, lines,
             mark(times, own + i + 1, SCORES, 3)
             mbarrier.wait(pempty.index(pb), ((c // 2) & 1) ^ 1)
             mark(times, own + i + 1, SCORES, 4)
-            sp_.index(pb).store(p.to(gl.float16))
-            sal.index(pb).store(al)
-            fence_async_shared()
-            mbarrier.arrive(pfull.index(pb), count=1)
+            hand_on(weights, pfull, pb, p, al)
             mark(times, own + i + 1, SCORES, 5)
             total = total * al + gl.sum(p, 1)
             g += 1
@@ -173,9 +165,6 @@ def _values(k, weights, bars, share, to, times, lines, COL: gl.constexpr, H: gl.
     first, work, step, _, n = share
     out, po, cos, sin = to
     ka, kb = k[COL // 128], k[COL // 128 + 1]
-    ACC: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 16]
-    )
     AR: gl.constexpr = gl.SliceLayout(1, ACC)
     g, c = 0, 0
     for w in range(first, work, step):
@@ -346,9 +335,9 @@ def _rows(
     u = su.index(0).load(RL)
     ok, off = u != -1, u * 4
     s8 = gl.load(c8 + so.index(0).load(RL), mask=ok, other=0)
-    r0, r1 = _load(c4, off, ok, 0, 16, LAY), _load(c4, off, ok, 16, 16, LAY)
-    r2, r3 = _load(c4, off, ok, 32, 16, LAY), _load(c4, off, ok, 48, 16, LAY)
-    r4, r5 = _load(c4, off, ok, 64, 16, LAY), _load(c4, off, ok, 80, 16, LAY)
+    r0, r1 = load_words(c4, off, ok, 0, 16, LAY), load_words(c4, off, ok, 16, 16, LAY)
+    r2, r3 = load_words(c4, off, ok, 32, 16, LAY), load_words(c4, off, ok, 48, 16, LAY)
+    r4, r5 = load_words(c4, off, ok, 64, 16, LAY), load_words(c4, off, ok, 80, 16, LAY)
     _copy(c4, raw6, off, ok, 96, 16, LAY)
     _copy(c4, raw7, off, ok, 112, 32, LAY)
     async_copy.commit_group()
@@ -366,8 +355,8 @@ def _rows(
         mark(times, own + i + 1, ROWS, 1)
         mbarrier.wait(empty.index(buf), ph ^ 1)
         mark(times, own + i + 1, ROWS, 2)
-        _put_two(k0, buf, _cvt(r0, _scale(s8, 0)), _cvt(r1, _scale(s8, 1)))
-        r0, r1 = _load(c4, off, okn, 0, 16, LAY), _load(c4, off, okn, 16, 16, LAY)
+        _put_two(k0, buf, cvt(r0, row_scale(s8, 0)), cvt(r1, row_scale(s8, 1)))
+        r0, r1 = load_words(c4, off, okn, 0, 16, LAY), load_words(c4, off, okn, 16, 16, LAY)
         s8n = gl.load(c8 + at8, mask=okn, other=0)
         _place(strides, ring, f + 3, one3, page3, b3, W, P1, P2, MODE)
         one3, page3 = one4, _pages(keys, one4, slab4, b4, W, P2, MODE)
@@ -375,18 +364,17 @@ def _rows(
         one4, slab4 = _ids(keys, w, b, share, H, W, MODE)
         _pin()
         w, b = _next(w, b, share)
-        _put_two(k1, buf, _cvt(r2, _scale(s8, 2)), _cvt(r3, _scale(s8, 3)))
-        r2, r3 = _load(c4, off, okn, 32, 16, LAY), _load(c4, off, okn, 48, 16, LAY)
+        _put_two(k1, buf, cvt(r2, row_scale(s8, 2)), cvt(r3, row_scale(s8, 3)))
+        r2, r3 = load_words(c4, off, okn, 32, 16, LAY), load_words(c4, off, okn, 48, 16, LAY)
         _pin()
-        _put_two(k2, buf, _cvt(r4, _scale(s8, 4)), _cvt(r5, _scale(s8, 5)))
-        r4, r5 = _load(c4, off, okn, 64, 16, LAY), _load(c4, off, okn, 80, 16, LAY)
+        _put_two(k2, buf, cvt(r4, row_scale(s8, 4)), cvt(r5, row_scale(s8, 5)))
+        r4, r5 = load_words(c4, off, okn, 64, 16, LAY), load_words(c4, off, okn, 80, 16, LAY)
         _pin()
         async_copy.wait_group(0)
         last = k3.index(buf).reinterpret(gl.int32, [BN, 64], gl.NVMMASharedLayout(128, 32, rank=2))
-        last.slice(0, 32, dim=1).store(
-            _cvt(raw6.load(LAY), _scale(s8, 6))
-        )  # one half after the other: registers
-        last.slice(32, 32, dim=1).store(_cvt_rope(raw7.load(LAYR)))
+        # one half after the other: registers
+        last.slice(0, 32, dim=1).store(cvt(raw6.load(LAY), row_scale(s8, 6)))
+        last.slice(32, 32, dim=1).store(cvt_rope(raw7.load(LAYR)))
         bias.index(buf).store(gl.where(ok, 0.0, float("-inf")))
         mark(times, own + i + 1, ROWS, 3)
         fence_async_shared()
@@ -444,18 +432,10 @@ def attend(
         n += (k + BN - 1) // BN
     # the zero goes to the roles as a value: ptxas compares once more before the loop where it is written out
     share = (first, work, step, first * 0, n)
-    ML: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    qs, ks = (), ()
-    for _ in gl.static_range(4):  # 128 columns each
-        qs += (gl.allocate_shared_memory(gl.float16, [BH, 128], ML),)
-    for _ in gl.static_range(4):
-        ks += (gl.allocate_shared_memory(gl.float16, [NB, BN, 128], ML),)
-    sp_ = gl.allocate_shared_memory(gl.float16, [2, BH, BN], ML)
-    sal = gl.allocate_shared_memory(gl.float32, [2, BH], V1)
-    bias = gl.allocate_shared_memory(gl.float32, [NB, BN], V1)
-    sinv = gl.allocate_shared_memory(gl.float32, [BH], V1)
+    qs, ks = tiles()
+    weights, bias = handover()
     raw = (
         gl.allocate_shared_memory(gl.int32, [BN, 16], V2),
         gl.allocate_shared_memory(gl.int32, [BN, 32], V2),
@@ -464,16 +444,8 @@ def attend(
         gl.allocate_shared_memory(gl.int64, [RING, BN], V1),
         gl.allocate_shared_memory(gl.int64, [RING, BN], V1),
     )
-    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
-    pfull = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    pempty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(2):
-        mbarrier.init(full.index(j), count=1)
-        mbarrier.init(empty.index(j), count=2)
-        mbarrier.init(pfull.index(j), count=1)
-        mbarrier.init(pempty.index(j), count=2)
-    weights, bars, to = (sp_, sal, sinv), (full, empty, pfull, pempty), (out, po, cos, sin)
+    bars = barriers()
+    to = (out, po, cos, sin)
     keys, strides = (window_ids, selected, slabs, pages, pages_stride, k), (st1, st2, delta)
     gl.warp_specialize(
         [
@@ -507,30 +479,7 @@ def attend(
     )
 
 
-SIGNATURE = dict(
-    q="*bf16",
-    c1="*u8",
-    window_ids="*i32",
-    pages="*i32",
-    slabs="*i32",
-    selected="*i32",
-    visible="*i32",
-    sink="*fp32",
-    cos="*fp32",
-    sin="*fp32",
-    out="*bf16",
-    po="*fp32",
-    pm="*fp32",
-    st1="i32:16",
-    st2="i32:16",
-    delta="i64",
-    pages_stride="i32",
-    scale="fp32",
-    splits="i32",
-    k="i32:16",
-    work="i32",
-    lines="i32",
-)
+SIGNATURE = hopper_attention.SIGNATURE | {"work": "i32", "lines": "i32"}
 
 SHAPES = [
     dict(times=None, splits=1, H=heads, W=128, WIN_ROWS=128, HIST_ROWS=rows, MODE=mode)
