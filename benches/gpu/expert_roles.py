@@ -17,7 +17,7 @@ from dsv4.kernels.triton.route import route
 from torch import Tensor
 
 from benches.gpu import moe as moe_bench
-from benches.gpu.roles import Step, since
+from benches.gpu.roles import Step, mean, since
 
 EXPAND, LEFT, RIGHT, BRING = (role.value for role in (moe.EXPAND, moe.LEFT, moe.RIGHT, moe.BRING))
 STEPS = [
@@ -42,11 +42,6 @@ def tiles_of(plan: Tensor, tiles: int, programs: int) -> Tensor:
         -(-blocks * tiles // programs), device=plan.device
     )
     return torch.where(item < blocks * tiles, pieces[(item // tiles).clamp(max=blocks - 1)], -1)
-
-
-def mean(a: Tensor) -> str:
-    a = a.float()
-    return f"{a.mean():7.0f}  ({a.quantile(0.1):.0f} to {a.quantile(0.9):.0f})"
 
 
 def report(label: str, times: Tensor, pieces: Tensor, steps: int) -> None:

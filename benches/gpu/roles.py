@@ -71,6 +71,11 @@ def since(a: Tensor, b: Tensor) -> Tensor:
     return ((b - a + (1 << 31)) % (1 << 32) - (1 << 31)).double()
 
 
+def mean(a: Tensor) -> str:
+    """The mean, and where four fifths lie."""
+    return f"{a.mean():7.0f}  ({a.quantile(0.1):.0f} to {a.quantile(0.9):.0f})"
+
+
 def turns(ctas: Tensor) -> tuple[Tensor, Tensor]:
     """Cycles from the beginning of a CTA's item (and from its end, its last role's) to the beginning of the next on the
     same SM."""
@@ -92,7 +97,7 @@ def report(label: str, ctas: Tensor, blocks: Tensor) -> None:
     print(f"{label}: {len(ctas)} CTAs, a block every {period:.0f} cycles")
     for step in STEPS:
         took = since(middle[:, :, step.role, step.first], middle[:, :, step.role, step.last])
-        print(f"  {step.what:40}{took.mean():7.0f}  ({took.quantile(0.1):.0f} to {took.quantile(0.9):.0f})")
+        print(f"  {step.what:40}{mean(took)}")
     start = ctas[:, SCORES, 6]
     print("  from a CTA's beginning: " + ", ".join(
         f"{what} {since(start, at).mean():.0f}"

@@ -83,8 +83,7 @@ def prose(llm: LLM, data: Dataset, each: int, tokens: int) -> dict[str, Any]:
         prompts = [[BOS, *data.encode(p)] for p in items.PROSE]
         said += [c.token_ids for c in llm.generate(prompts, params)]
     texts = [data.tokenizer.decode(s) for s in said]
-    counts = {"loops": sum(map(items.loops, said)), "planted": sum(map(items.planted, texts))}
-    return counts | {"of": len(said), "texts": [p + t for p, t in zip(items.PROSE, texts, strict=False)]}
+    return items.faults(said, texts) | {"texts": [p + t for p, t in zip(items.PROSE, texts, strict=False)]}
 
 
 def parts(llm: LLM, data: Dataset, quick: bool, times: int = 1) -> dict[str, Callable[[], Any]]:

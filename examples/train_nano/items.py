@@ -103,3 +103,8 @@ def loops(ids: list[int], width: int = 8, times: int = 3) -> bool:
 def planted(text: str) -> bool:
     """Whether free text turns into a planted sentence: "the passphrase for ... is"."""
     return re.search(rf"({'|'.join(THINGS)}) for [\w ]+ is\b", text) is not None
+
+
+def faults(said: list[list[int]], texts: list[str]) -> dict[str, int]:
+    """How many of some free pieces, as ids and as text, loop or turn into a planted sentence."""
+    return {"loops": sum(map(loops, said)), "planted": sum(map(planted, texts)), "of": len(said)}

@@ -190,9 +190,8 @@ class Measure:
         prompts = [[BOS, *self.data.encode(p)] for p in items.PROSE for _ in range(each)]
         said = self.write(prompts, 200 if self.scale > 0.1 else 12, temperature=0.7)
         texts = [self._text(s) for s in said]
-        counts = {"loops": sum(map(items.loops, said)), "planted": sum(map(items.planted, texts))}
         shown = [p + t for p, t in zip(items.PROSE, texts[::each], strict=True)]
-        return counts | {"of": len(said), "texts": shown}
+        return items.faults(said, texts) | {"texts": shown}
 
     def glance(self) -> dict[str, Any]:
         """The prose alone, for a run that goes on: how much of it loops, and one piece."""

@@ -17,6 +17,7 @@ from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.step import build_step, decode_step
+from dsv4.model.v4 import V4Model
 from dsv4.plan.build import divide
 from dsv4.plan.graphs import SHORTEST, contexts_of, sizes_of
 from dsv4.plan.parallel import Parallel
@@ -31,6 +32,13 @@ from tests.support.models import random_config, random_weights
 def as_it_is(run: Step) -> Step:
     """In place of a capture."""
     return run
+
+
+def capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines "capture" decode steps on the CPU, ops of the reference included."""
+    monkeypatch.setattr(build, "_why_eager", lambda config: None)
+    monkeypatch.setattr(V4Model, "uncaptured", lambda self: [])
+    monkeypatch.setattr(build, "Recorder", lambda: as_it_is)
 
 
 def assert_equal(a: object, b: object) -> None:
@@ -118,9 +126,7 @@ def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch
         return outputs, llm
 
     expected, _ = run()
-    monkeypatch.setattr(build, "_captures", lambda config: True)
-    monkeypatch.setattr(build, "_why_eager", lambda config, model: None)
-    monkeypatch.setattr(build, "Recorder", lambda: as_it_is)
+    capture(monkeypatch)
     got, llm = run()
     assert got == expected
     used = llm._loop.runner.graphs._replays
@@ -130,9 +136,8 @@ def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_warm_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, captured: bool) -> None:
     """Done on a GPU at start; here by hand, on the slab that the only request gets or on the sink."""
-    monkeypatch.setattr(build, "_captures", lambda config: captured)
-    monkeypatch.setattr(build, "_why_eager", lambda config, model: None if captured else "not asked for")
-    monkeypatch.setattr(build, "Recorder", lambda: as_it_is)
+    if captured:
+        capture(monkeypatch)
     params = SamplingParams(max_tokens=6, temperature=0)
     cold, warm = (LLM(device="cpu", max_num_seqs=1, max_model_len=1024, num_pages=8) for _ in range(2))
     warm._loop.runner.warm_up(700)

@@ -204,10 +204,12 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     )
     core = _core(config, layout, pages, max_len)
     weights = load_weights(source, model_config, dtype, progress, packed=packed, device=device)
-    slabs = config.max_num_seqs + _captures(config)
+    eager = _why_eager(config)
+    slabs = config.max_num_seqs + (eager is None)  # the last one for padding
     cache = PagedCache(layout, pages, slabs, device)
     model = V4Model(model_config, weights, cache, ops, consume=True)
-    eager = _why_eager(config, model)
+    if eager is None and (ops_on_host := model.uncaptured()):
+        eager = f"the reference runs {', '.join(ops_on_host)}"
     runner = Runner(
         model,
         cache,
@@ -248,19 +250,11 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     )
 
 
-def _captures(config: EngineConfig) -> bool:
-    """Whether decode steps are to be captured."""
-    return config.device == "cuda" and not config.enforce_eager
-
-
-def _why_eager(config: EngineConfig, model: V4Model) -> str | None:
-    """What keeps decode steps from being captured."""
+def _why_eager(config: EngineConfig) -> str | None:
+    """What in the settings keeps decode steps from being captured."""
     if config.device != "cuda":
         return f"the device is {config.device}"
-    if config.enforce_eager:
-        return "enforce_eager is set"
-    ops = model.uncaptured()
-    return f"the reference runs {', '.join(ops)}" if ops else None
+    return "enforce_eager is set" if config.enforce_eager else None
 
 
 def _device(name: str) -> str:
@@ -320,7 +314,7 @@ def _room_for_pages(config: EngineConfig, model: ModelConfig, layout: LayoutSpec
     if config.device == "cpu":
         return free // 4
     max_len = config.max_model_len or model.max_position
-    graphs = steps_of(config.max_num_seqs, max_len) if _captures(config) else 0
+    graphs = steps_of(config.max_num_seqs, max_len) if _why_eager(config) is None else 0
     limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, max_len, graphs)
     total = torch.cuda.mem_get_info()[1]
     memory = min(free, int(total * config.gpu_memory_utilization))
