@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dsv4 import LLM, SamplingParams
 from dsv4.engine import runner
 from dsv4.text.output import Content, OutputParser, Reasoning, ToolArguments, ToolStart
@@ -76,7 +77,11 @@ def test_prompt_logprobs_do_not_depend_on_how_many_are_made_at_once(
         monkeypatch.setattr(runner, "LOGIT_ROWS", rows)
         told[rows] = llm.generate([prompt], params)[0].prompt_logprobs
         assert max(most) == min(rows, len(prompt) - 1)
-    assert len(told[1]) == len(prompt) and told[1] == told[3] == told[1000]
+    assert len(told[1]) == len(prompt)
+    for other in (told[3], told[1000]):
+        for a, b in zip(told[1][1:], other[1:], strict=True):
+            # A GPU's product sums in an order that depends on the number of rows.
+            assert a == b if not torch.cuda.is_available() else abs(a.logprob - b.logprob) < 1e-4
 
 
 def test_it_thinks_before_it_answers(llm: LLM) -> None:

@@ -66,7 +66,9 @@ def test_backend_equals_reference(op: str, backend: str) -> None:
         ours = outcome(op, other, prepared(other, op, moved(args, DEVICE)))
         for a, b in zip(outcome(op, reference, args), ours, strict=True):
             assert a.dtype == b.dtype
-            assert (a - b.cpu()).abs().max() <= SPECS[op].tolerance
+            # A state pool of a fresh sequence holds -inf, whose difference is no number.
+            b = torch.where(a.isinf() & (a == b.cpu()), a, b.cpu())
+            assert (a - b).nan_to_num(0).abs().max() <= SPECS[op].tolerance and (a.isnan() == b.isnan()).all()
 
 
 @pytest.mark.parametrize(("op", "backend"), [o for o in OTHERS if o[0] in QUANTISED])
