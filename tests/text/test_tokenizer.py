@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from importlib import resources
 
 import pytest
@@ -76,3 +77,21 @@ def test_bytes_that_are_no_text_come_out_as_replacement_characters_once_certain(
     letter = NANO.encode("a")[0]
     detokenizer = NANO.detokenizer()
     assert [detokenizer.push(part), detokenizer.push(letter), detokenizer.flush()] == ["", "\ufffda", ""]
+
+
+def test_other_threads_run_while_a_long_text_is_encoded() -> None:
+    encoding, turns = threading.Event(), 0
+
+    def encode() -> None:
+        encoding.set()
+        NANO.encode_segments(["word " * 200_000])
+        encoding.clear()
+
+    worker = threading.Thread(target=encode)
+    worker.start()
+    encoding.wait()
+    while encoding.is_set():  # with the interpreter's lock held by the encoder, a turn or two
+        turns += 1
+        threading.Event().wait(0.001)
+    worker.join()
+    assert turns > 20

@@ -42,6 +42,11 @@ def _whole(text: str) -> str:
     return text
 
 
+def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Token ids of a text. Of the library's ways in, `encode` holds the GIL all the while and this one gives it up."""
+    return tokenizer.encode_batch_fast([_whole(text)], add_special_tokens=False)[0].ids
+
+
 class Tokenizer:
     """Text to ids and back. Thread-safe; slow on long text, so keep it off the event loop."""
 
@@ -92,7 +97,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of raw text in which special tokens are recognised, as completion prompts are written."""
-        return self._full.encode(_whole(text), add_special_tokens=False).ids
+        return _ids(self._full, text)
 
     def encode_segments(self, segments: Iterable[str]) -> list[int]:
         """Ids of a prompt in which only `Marker`s are special tokens. Raises ConfigError for a marker that is unknown."""
@@ -101,7 +106,7 @@ class Tokenizer:
 
         def flush() -> None:
             if pending:  # joined first: merges may cross the pieces of one text
-                ids.extend(self._plain.encode(_whole("".join(pending)), add_special_tokens=False).ids)
+                ids.extend(_ids(self._plain, "".join(pending)))
                 pending.clear()
 
         for segment in segments:
