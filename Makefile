@@ -1,6 +1,7 @@
 # Developer commands. Each works alone on a machine with Rust, Python 3.10+ and a package registry.
 #   make serve   the small model that ships, on http://127.0.0.1:8000   (ARGS="MODEL --port 9000 ...")
 #   make test    everything that CI runs
+#   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
 #   make bench-gpu  kernels against the GPU's limits (needs CUDA; PYTHON=python3, ARGS="--quick --only attention")
@@ -12,9 +13,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 SEEDS ?= 10000
+JOBS ?= 8
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test test-gpu test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -41,6 +43,12 @@ test-seeds:
 
 test-python: setup
 	$(BIN)/python -m pytest -q tests $(ARGS)
+
+# Uses the machine's own torch and needs the built core and pytest-xdist. What tests ahead-of-time compiling and training runs
+# without a GPU; `make test` has it.
+test-gpu:
+	PYTHONPATH=python:. $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile -p no:benchmark tests \
+	  --ignore tests/kernels/test_aot.py --ignore tests/examples $(ARGS)
 
 lint: setup
 	cargo fmt --all --check

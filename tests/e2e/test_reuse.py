@@ -1,9 +1,10 @@
 """Every way of reusing a prefix gives what the cold run gives: same greedy tokens, log-probabilities within a tolerance.
 
-On the CPU the reference is batch-invariant, so the two are equal to the bit (1e-4 is asked). Where there is a GPU the same is
-asked of its kernels with float32 rows: sums of a chunk and of a single token run in other orders there, which moves
-log-probabilities by rounding alone. Rows of 8 or 4 bits are not asked there: one rounded the other way, or a router that
-flips between two near experts, moves a random model by whole units. test_nano_quality.py has them with a trained one.
+On the CPU the reference is batch-invariant, so the two are equal to the bit. Where there is a GPU the same is asked of its
+kernels with float32 rows: sums of a chunk and of a single token run in other orders there, which moves log-probabilities by
+rounding alone (3e-6 seen, benches/results/h100-80gb-hbm3/reuse-2026-11-28.md). Rows of 8 or 4 bits are not asked there: one
+that is rounded the other way moves a random model's log-probabilities by up to 1, and another chunk size alone does so.
+test_nano_quality.py has them with a trained model.
 
 Five layers and a window of 128 make a replay 635 tokens long; an index top-k of 24 binds from 100 tokens on. Blocks have
 128 tokens, so resume points lie around every boundary. Memory is poisoned: what nobody wrote, and the slab of a request
@@ -26,8 +27,8 @@ from dsv4.cache.paged import PagedCache
 
 from tests.support.checkpoints import write_random
 
-NEAR = {"cpu": 1e-4, "cuda": 5e-3}
-"""How far log-probabilities may lie apart, by device."""
+NEAR = 1e-4
+"""How far log-probabilities may lie apart."""
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 EOS = 1
@@ -45,11 +46,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture(scope="module")
-def near(device: str) -> float:
-    return NEAR[device]
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +86,9 @@ def run(llm: LLM, ids: list[int], n: int = 6, salt: str = "") -> Any:
     return completion
 
 
-def assert_equal(warm: Any, expected: Any, near: float) -> None:
+def assert_equal(warm: Any, expected: Any) -> None:
     assert warm.token_ids == expected.token_ids
-    assert difference(warm, expected) <= near
+    assert difference(warm, expected) <= NEAR
 
 
 def difference(a: Any, b: Any) -> float:
@@ -108,7 +104,7 @@ POINTS = [*range(127, 131), *range(255, 258), *range(383, 386), *range(511, 514)
 
 
 @pytest.mark.parametrize("policy", ["none", "every:256", "turns", "forks"])
-def test_resume_points_around_every_boundary(start: Any, cold: Any, near: float, policy: str) -> None:
+def test_resume_points_around_every_boundary(start: Any, cold: Any, policy: str) -> None:
     llm = start(snapshot_policy=policy)
     r = random.Random(policy)
     for i, p in enumerate([*POINTS, r.randrange(600, 1100)]):
@@ -117,12 +113,12 @@ def test_resume_points_around_every_boundary(start: Any, cold: Any, near: float,
         target = prefix + tokens(2000 + i, 30)
         warm = run(llm, target, 4, salt)
         assert warm.usage.explanation["history_matched"] == p // 128 * 128
-        assert_equal(warm, cold(target, 4), near)
+        assert_equal(warm, cold(target, 4))
     if policy in ("every:256", "turns"):
         assert llm.core.stats()["snapshots_used"] > 0
 
 
-def test_replay_is_exact(start: Any, cold: Any, near: float) -> None:
+def test_replay_is_exact(start: Any, cold: Any) -> None:
     llm = start(snapshot_policy="none", cost_model=FREE)
     for i, (p, n) in enumerate([(700, 77), (896, 1), (1024, 40), (1290, 7)]):
         prefix = tokens(50 + i, p)
@@ -130,11 +126,11 @@ def test_replay_is_exact(start: Any, cold: Any, near: float) -> None:
         target = prefix + tokens(60 + i, n)
         warm = run(llm, target)
         assert warm.usage.explanation["replayed"] == 635
-        assert_equal(warm, cold(target), near)
+        assert_equal(warm, cold(target))
 
 
 def test_replay_one_token_short_is_not(
-    model: Path, cold: Any, device: str, near: float, monkeypatch: pytest.MonkeyPatch
+    model: Path, cold: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bound is tight: this is the control that shows the test above can fail. Only the first token after the replay
     reads the row that is missing, and finds there what the request before left."""
@@ -157,11 +153,11 @@ def test_replay_one_token_short_is_not(
     target = prefix + tokens(61, 1)
     warm = run(llm, target)
     assert warm.usage.explanation["replayed"] == 634
-    assert difference(warm, cold(target)) > near
+    assert difference(warm, cold(target)) > NEAR
 
 
 @pytest.mark.parametrize("what", ["snapshots", "history", "both"])
-def test_after_eviction(start: Any, cold: Any, near: float, what: str) -> None:
+def test_after_eviction(start: Any, cold: Any, what: str) -> None:
     llm = start(snapshot_policy="every:128")
     prefix = tokens(70, 1000)
     run(llm, prefix, 1)
@@ -171,7 +167,7 @@ def test_after_eviction(start: Any, cold: Any, near: float, what: str) -> None:
         assert llm.core.evict_history(3) == 3
     target = prefix + tokens(71, 50)
     warm = run(llm, target)
-    assert_equal(warm, cold(target), near)
+    assert_equal(warm, cold(target))
     matched = 1000 // 128 * 128 - (0 if what == "snapshots" else 3 * 128)
     assert warm.usage.explanation["history_matched"] == matched
     assert warm.usage.explanation["reason"] == (
@@ -179,17 +175,17 @@ def test_after_eviction(start: Any, cold: Any, near: float, what: str) -> None:
     )
 
 
-def test_the_end_of_an_answer_is_a_turn(start: Any, cold: Any, near: float) -> None:
+def test_the_end_of_an_answer_is_a_turn(start: Any, cold: Any) -> None:
     llm = start(snapshot_policy="turns", cost_model="token_us=100,replay_factor=1000,restore_us=1")
     prompt = tokens(80, 200)
     first = run(llm, prompt, 200)
     target = prompt + first.token_ids + tokens(81, 20)
     warm = run(llm, target)
     assert warm.usage.explanation["resumed_at"] == (200 + 199) // 128 * 128
-    assert_equal(warm, cold(target), near)
+    assert_equal(warm, cold(target))
 
 
-def test_preempted_requests_resume_exactly(start: Any, cold: Any, near: float) -> None:
+def test_preempted_requests_resume_exactly(start: Any, cold: Any) -> None:
     """Eight requests of seven pages each in a pool of 24."""
     llm = start(num_pages=24, snapshot_policy="turns", max_model_len=1100)
     prompts = [tokens(90 + i, 500 + 17 * i) for i in range(8)]
@@ -198,14 +194,14 @@ def test_preempted_requests_resume_exactly(start: Any, cold: Any, near: float) -
     assert llm.core.stats()["preemptions"] > 0
     llm.core.check()
     for prompt, warm in zip(prompts[::3], done[::3], strict=True):
-        assert_equal(warm, cold(prompt, 200), near)
+        assert_equal(warm, cold(prompt, 200))
 
 
 @pytest.mark.parametrize(
     "settings",
     [{}, {"async_scheduling": True}, {"kv_cache_dtype": "fp8_ds_mla", "index_cache_dtype": "mxfp4"}],
 )
-def test_churn(start: Any, device: str, near: float, settings: dict[str, Any]) -> None:
+def test_churn(start: Any, device: str, settings: dict[str, Any]) -> None:
     """Branching conversations in a small pool, many at a time: everything equals the run without a cache."""
     if device == "cuda" and "kv_cache_dtype" in settings:
         pytest.skip("rows of 8 and 4 bits round either way on a GPU; see the module's docstring")
@@ -223,7 +219,7 @@ def test_churn(start: Any, device: str, near: float, settings: dict[str, Any]) -
                 base[: r.randrange(1, len(base) + 1)] + tokens(r.randrange(10**6), r.randrange(1, 200))
             )
         for prompt, warm in zip(batch, llm.generate(batch, params), strict=True):
-            assert_equal(warm, run(reference, prompt, 5), near)
+            assert_equal(warm, run(reference, prompt, 5))
             known.append(prompt + warm.token_ids)
         llm.core.check()
     stats = llm.core.stats()
