@@ -9,37 +9,46 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from dsv4.elsewhere import why_not
 from dsv4.errors import ConfigError
+from dsv4.quantities import COUNT_EXAMPLES, parse_bytes, parse_count
+from dsv4.spelling import nearest
 
 ENV_PREFIX = "DSV4_"
-_UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
+_LARGEST = 2**31 - 1
+"""Of a count."""
+_YES = {
+    "1": True,
+    "true": True,
+    "yes": True,
+    "on": True,
+    "0": False,
+    "false": False,
+    "no": False,
+    "off": False,
 }
 
 
 def setting(
-    default: Any, help: str, *, choices: Sequence[str] = (), aliases: Sequence[str] = (), unit: str = ""
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | Callable[[], Sequence[str]] = (),
+    aliases: Sequence[str] = (),
+    unit: str = "",
 ) -> Any:
-    """A dataclass field of a config class. `unit="bytes"` accepts 2GiB, 500MB, 1048576."""
+    """A dataclass field of a config class. `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
+    commas between them."""
     return field(
         default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit}
     )
@@ -49,6 +58,15 @@ def default_step_tokens(device: str, running: int) -> int:
     """Tokens of a step where none are given. A GPU reads all experts of Flash for 512 tokens as for 2,048, and launching a step
     takes as long; each running request needs its token."""
     return max({"cpu": 512, "cuda": 2048}[device], running)
+
+
+def backend_names() -> tuple[str, ...]:
+    """`auto` and every backend of the ops that ships. Loads none of them, nor torch."""
+    try:  # the GPU kernels ship beside the package and may be left out
+        from dsv4.kernels import BACKENDS
+    except ImportError:
+        return ("auto", "reference")
+    return ("auto", *BACKENDS, "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +80,11 @@ class EngineConfig:
     dtype: str = setting("auto", "dtype of weights and activations", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
     backend: str = setting(
-        "auto", "kernels of the ops; auto takes the best that runs here", choices=("auto", "reference")
+        "auto",
+        "kernels of the ops, in order of preference, such as gluon,triton; auto takes the best that runs here, "
+        "also for ops that the named ones lack",
+        choices=backend_names,
+        unit="names",
     )
     max_model_len: int | None = setting(
         None, "longest prompt plus output in tokens (default: the model's, cut to the pool)"
@@ -136,8 +158,9 @@ class EngineConfig:
             "block_size",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; the smallest valid value is 1")
+            if value is not None and not 1 <= value <= _LARGEST:
+                limit = "smallest valid value is 1" if value < 1 else f"largest valid value is {_LARGEST}"
+                raise ConfigError(f"{name} is {value}; the {limit}")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization:g}; it takes a number above 0 and up to 1"
@@ -189,27 +212,20 @@ C = TypeVar("C", EngineConfig, ServerConfig)
 def check_choices(config: Any) -> None:
     """Raises ConfigError when a field with choices holds another value."""
     for f in dataclasses.fields(config):
-        choices, value = f.metadata.get("choices", ()), getattr(config, f.name)
-        if choices and value not in choices:
-            raise ConfigError(
-                f"{f.name} is {value!r}; valid values are {', '.join(choices)}{nearest(str(value), choices)}"
-            )
+        choices, value = choices_of(f), getattr(config, f.name)
+        several = f.metadata["unit"] == "names"
+        for one in str(value).split(",") if several and choices else [value]:
+            if choices and one not in choices:
+                raise ConfigError(
+                    f"{f.name} is {value!r}; valid values are {', '.join(choices)}"
+                    f"{', or several with commas between them' if several else ''}{nearest(str(one), choices)}"
+                )
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
-    """'; did you mean X?' or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def parse_bytes(text: str) -> int:
-    """'2GiB', '500 MB', '1048576' -> bytes. Raises ValueError."""
-    compact = text.strip().upper().removesuffix("B").strip()
-    digits = compact.rstrip("KMGTI").strip()
-    unit = compact[len(digits) :].strip()
-    if unit not in _UNITS:
-        raise ValueError(f"{text!r} is no size; write for example 2GiB, 500MB or 1048576")
-    return int(float(digits) * _UNITS[unit])
+def choices_of(f: dataclasses.Field[Any]) -> Sequence[str]:
+    """The values that a setting can have; empty where they are not names."""
+    choices: Any = f.metadata["choices"]
+    return choices() if callable(choices) else choices
 
 
 def base_type(hint: Any) -> type:
@@ -222,24 +238,22 @@ def base_type(hint: Any) -> type:
 def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
     """A text or YAML value as the field's type; ConfigError names the field and what it takes."""
     kind = base_type(hint)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null") and kind is not hint):
+    unset = ("none", "null") if kind is str else ("none", "null", "auto")
+    if kind is not hint and (value is None or str(value).lower() in unset):
         return None
     try:
-        if kind is bool:
-            return (
-                value
-                if isinstance(value, bool)
-                else {"1": True, "true": True, "0": False, "false": False}[str(value).lower()]
-            )
-        if isinstance(value, bool):
+        if value is None or isinstance(value, (dict, list)) or (isinstance(value, bool) and kind is not bool):
             raise ValueError
+        if kind is bool:
+            return value if isinstance(value, bool) else _YES[str(value).lower()]
         if unit == "bytes":
-            return value if isinstance(value, int) else parse_bytes(str(value))
-        return kind(value)
+            return parse_bytes(str(value))
+        return parse_count(str(value)) if kind is int else kind(value)
     except (KeyError, ValueError, TypeError):
-        expected = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+        expected = {bool: "true or false", int: COUNT_EXAMPLES, float: "a number"}.get(kind, "text")
+        shown = "empty" if value is None else repr(value)
         raise ConfigError(
-            f"{name} is {value!r}; it takes {'a size such as 2GiB' if unit else expected}"
+            f"{name} is {shown}; it takes {'a size such as 2GiB' if unit == 'bytes' else expected}"
         ) from None
 
 
@@ -258,21 +272,50 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
                     *names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=shown
                 )
             else:
-                metavar = "|".join(f.metadata["choices"]) or f.name.split("_")[-1].upper()
+                between = "," if f.metadata["unit"] == "names" else "|"
+                metavar = between.join(choices_of(f)) or f.name.split("_")[-1].upper()
                 group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=shown)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings of a YAML file; keys may be written with - or _."""
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A value, and where it was found."""
+
+    value: Any
+    where: str = ""
+    """In front of an error: `DSV4_PORT: `, `config file x.yaml, line 3: `; empty for a flag, whose name the setting has."""
+
+
+def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
+    """The settings of a YAML file with their lines; keys may be written with - or _. Simple values are the text that stands
+    there, so that they mean what they mean as a flag. Raises ConfigError."""
     try:
-        data = yaml.safe_load(Path(path).read_text()) or {}
+        with open(path, encoding="utf-8-sig") as file:
+            loader = yaml.SafeLoader(file.read())
+        root = loader.get_single_node()
     except OSError as e:
         raise ConfigError(f"config file {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {path} is no text") from None
+    except yaml.MarkedYAMLError as e:
+        line = f", line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ConfigError(f"config file {path}{line}: this is no YAML: {e.problem}") from None
     except yaml.YAMLError as e:
         raise ConfigError(f"config file {path} is no YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(data, dict):
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"config file {path} must hold 'key: value' lines")
-    return {str(k).replace("-", "_"): v for k, v in data.items()}
+    found: dict[str, tuple[Any, int]] = {}
+    for key_node, node in root.value:
+        key, line = str(key_node.value).replace("-", "_"), key_node.start_mark.line + 1
+        if key in found:
+            raise ConfigError(
+                f"config file {path}, line {line}: {key} is there twice, first in line {found[key][1]}"
+            )
+        plain = isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null"
+        found[key] = (node.value if plain else loader.construct_object(node, deep=True), line)  # type: ignore[no-untyped-call]
+    return found
 
 
 def load(
@@ -281,29 +324,33 @@ def load(
     env: Mapping[str, str] | None = None,
     yaml_path: str | Path | None = None,
 ) -> list[Any]:
-    """One frozen object per class from flags, environment and YAML file. An unknown key is an error that names the nearest."""
+    """One frozen object per class from flags, environment and YAML file. Raises ConfigError, which says where a value
+    that cannot be used was found and, for an unknown key, the nearest one."""
     env = os.environ if env is None else env
-    known = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
-    every = {f.name for cls in (EngineConfig, ServerConfig) for f in dataclasses.fields(cls)}
-    values: dict[str, Any] = {}
-    if yaml_path is not None:
-        values |= read_yaml(yaml_path)
-    values |= {k.removeprefix(ENV_PREFIX).lower(): v for k, v in env.items() if k.startswith(ENV_PREFIX)}
-    values |= {k: v for k, v in (flags or {}).items() if v is not None and k in known}
-    for key in values:
+    known = {f.name for cls in classes for f in dataclasses.fields(cls)}
+    every = [f.name for cls in (EngineConfig, ServerConfig) for f in dataclasses.fields(cls)]
+    given: dict[str, _Given] = {}
+    for key, (value, line) in (read_yaml(yaml_path) if yaml_path is not None else {}).items():
+        where = f"config file {yaml_path}, line {line}: "
+        given[key] = _Given(value, where)
+    for variable in (name for name in env if name.startswith(ENV_PREFIX)):
+        key = variable.removeprefix(ENV_PREFIX).lower()
+        given[key] = _Given(env[variable], f"{variable}: ")
+    for key in given:
         if key not in every:
-            raise ConfigError(f"unknown setting {key!r}{nearest(key, sorted(every))}")
-    out = []
-    for cls in classes:
-        hints = get_type_hints(cls)
-        mine = {f.name: f for f in dataclasses.fields(cls)}
-        out.append(
-            cls(
-                **{
-                    k: _convert(k, hints[k], mine[k].metadata["unit"], v)
-                    for k, v in values.items()
-                    if k in mine
-                }
-            )
-        )
-    return out
+            raise ConfigError(f"{given[key].where}unknown setting {key!r}{why_not(key, every)}")
+    given |= {k: _Given(v) for k, v in (flags or {}).items() if v is not None and k in known}
+    return [_make(cls, given) for cls in classes]
+
+
+def _make(cls: type, given: Mapping[str, _Given]) -> Any:
+    """A config object. An error says where the setting that it begins with was found."""
+    hints, values = get_type_hints(cls), {}
+    try:
+        for f in dataclasses.fields(cls):
+            if f.name in given:
+                values[f.name] = _convert(f.name, hints[f.name], f.metadata["unit"], given[f.name].value)
+        return cls(**values)
+    except ConfigError as e:
+        name = str(e).split(" ", 1)[0]
+        raise ConfigError(f"{given[name].where if name in given else ''}{e}") from None

@@ -207,22 +207,32 @@ def _ops() -> Iterator[Finding]:
     from dsv4.ops.spec import SPECS
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    usable, untried = REGISTRY.usable(device), REGISTRY.usable(device, untried=True)
     for backend in REGISTRY.backends():
         mine = [op for op in SPECS if REGISTRY.pick(op, "auto", device) == backend]
         if mine:
             which = f"all {len(SPECS)} ops" if len(mine) == len(SPECS) else ", ".join(mine)
             why = (
-                "the only backend here"
-                if len(REGISTRY.backends()) == 1
-                else f"highest priority of what runs on {device}"
+                "the only backend here" if len(usable) == 1 else f"highest priority of what runs on {device}"
             )
             yield Finding(f"ops on {device}", "ok", f"{backend}: {which} ({why})")
+        elif backend not in usable:
+            yield Finding(
+                f"ops on {device}", "note", f"{backend}: not used; it does not run on {device} here"
+            )
         else:
             yield Finding(
                 f"ops on {device}",
                 "note",
-                f"{backend}: not used; it does not run on {device} or has lower priority",
+                f"{backend}: not used; others come first (--backend {backend} takes it)",
             )
+    for backend, ops in untried.items():
+        yield Finding(
+            f"ops on {device}",
+            "note",
+            f"{backend}: {', '.join(ops)} has a form for this GPU that was never run",
+            f"--backend {backend} tries it",
+        )
 
 
 def _batch_invariance() -> Iterator[Finding]:

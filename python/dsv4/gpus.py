@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4.errors import ConfigError
+from dsv4.spelling import nearest
 
 _MIB = 2**20
 
@@ -87,10 +88,8 @@ def gpu(name: str) -> Gpu:
 
     Raises ConfigError, which names the nearest known one.
     """
-    from dsv4.config import nearest
-
     words = name.lower().replace("-", " ").replace("_", " ").split()
     found = next((GPUS[word] for word in words if word in GPUS), None)
     if found is None:
-        raise ConfigError(f"gpu is {name!r}; known are {', '.join(GPUS)}{nearest(name.lower(), tuple(GPUS))}")
+        raise ConfigError(f"gpu is {name!r}; known are {', '.join(GPUS)}{nearest(name, GPUS)}")
     return found

@@ -5,9 +5,8 @@ A format keeps a row in one or two *planes*: its data, and its scales if it has 
 
 from __future__ import annotations
 
-import difflib
-
 from dsv4.errors import ConfigError
+from dsv4.spelling import nearest
 
 NOPE_BLOCK, MLA_SCALE_BYTES = 64, 8
 """fp8_ds_mla: channels that share a scale, and bytes that a row keeps for scales."""
@@ -23,9 +22,9 @@ ROW_FORMATS = ("float32", "bfloat16", "fp8_ds_mla", "mxfp4", "fp8")
 def planes(name: str, dim: int, rope_dim: int) -> tuple[int, ...]:
     """Bytes of a row of `dim` channels, the last `rope_dim` rotary, in each plane. Raises ConfigError."""
     if name not in ROW_FORMATS:
-        close = difflib.get_close_matches(name, ROW_FORMATS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"row format is {name!r}; known: {', '.join(ROW_FORMATS)}{hint}")
+        raise ConfigError(
+            f"row format is {name!r}; known: {', '.join(ROW_FORMATS)}{nearest(name, ROW_FORMATS)}"
+        )
     if name == "fp8_ds_mla":
         if -(-(dim - rope_dim) // NOPE_BLOCK) > MLA_SCALE_BYTES:
             most = MLA_SCALE_BYTES * NOPE_BLOCK

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4.config import EngineConfig, backend_names
 from dsv4.errors import ConfigError
 from dsv4.ops.registry import REGISTRY, Op, Ops, Registry
 from dsv4.ops.spec import QUANTISED as QUANTISED_ERROR
@@ -115,19 +116,19 @@ def test_reference_gives_the_same_bits_for_any_part_of_a_batch(op: str, dtype: t
 
 def test_unknown_backend_names_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"backend is 'referense' \(did you mean 'reference'\?\); known: auto, reference"
+        ConfigError, match=r"backend is 'referense'; known: auto, reference.*; did you mean 'reference'\?"
     ):
         Ops.choose("referense")
 
 
 def test_unknown_op_names_the_known_ones() -> None:
-    with pytest.raises(AttributeError, match=r"'rmsnrm' is unknown \(did you mean 'rmsnorm'\?\)"):
+    with pytest.raises(AttributeError, match=r"'rmsnrm' is unknown; known: .*did you mean 'rmsnorm'"):
         _ = Ops.choose("reference").rmsnrm
     with pytest.raises(ConfigError, match="op 'nope' is unknown"):
         Registry().register("nope", "x", lambda: print)
 
 
-def test_choice_falls_back_to_the_reference_and_says_so() -> None:
+def test_the_named_backends_come_first_and_auto_takes_the_rest() -> None:
     registry = Registry()
     loaded: list[str] = []
 
@@ -142,9 +143,38 @@ def test_choice_falls_back_to_the_reference_and_says_so() -> None:
     assert (
         registry.pick("linear", "auto", "cuda") == "fast" and registry.pick("linear", "new", "cuda") == "new"
     )
-    on_gpu, on_cpu = Ops.choose("auto", "cuda", registry), Ops.choose("fast", "cpu", registry)
+    assert registry.pick("linear", "new,fast", "cuda") == "new"
+    assert registry.pick("linear", "reference,fast", "cuda") == "reference"
+    assert registry.pick("rmsnorm", "fast,new", "cuda") == "reference"
+    # `new` runs on the CPU too, but was not tried there.
+    assert registry.pick("linear", "auto", "cpu") == "reference"
+    on_gpu, on_cpu = Ops.choose("auto", "cuda", registry), Ops.choose("auto", "cpu", registry)
     assert on_gpu.linear() == "fast" and on_cpu.linear() == "reference"
     assert on_cpu.describe() == [f"reference (all {len(SPECS)} ops)"]
     assert sorted(on_gpu.describe())[0] == "fast (linear)"
+    with pytest.raises(ConfigError, match=r"'fast'; it runs nothing on cpu .*: auto, reference, new"):
+        Ops.choose("new,fast", "cpu", registry)
     with pytest.raises(ConfigError, match="already"):
         registry.register("linear", "fast", factory("fast"))
+
+
+def test_a_form_that_was_never_run_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blackwell: sparse attention in Gluon is compiled and untried. The rest is what `auto` takes."""
+    for package in ("triton", "cublas", "gluon"):
+        monkeypatch.setattr(f"dsv4.kernels.{package}.capability", lambda: (10, 0))
+        monkeypatch.setattr(f"dsv4.kernels.{package}.has_triton", lambda: True)
+    assert {REGISTRY.pick(op, "auto", "cuda") for op in SPECS} == {"triton"}
+    named = {op: REGISTRY.pick(op, "gluon", "cuda") for op in SPECS}
+    assert [op for op, backend in named.items() if backend == "gluon"] == ["sparse_attention"]
+    assert set(named.values()) == {"gluon", "triton"}
+    assert REGISTRY.usable("cuda", untried=True) == {"gluon": ["sparse_attention"]}
+
+
+def test_the_settings_take_every_backend_that_is_registered() -> None:
+    assert set(backend_names()) == {"auto", *REGISTRY.backends()}
+    for name in backend_names():
+        assert EngineConfig(backend=name).backend == name
+    assert EngineConfig(backend="gluon,triton").backend == "gluon,triton"
+    for wrong in ("gluon,", "gluon,tritom", ""):
+        with pytest.raises(ConfigError, match=r"backend is .*; valid values are auto, .*with commas"):
+            EngineConfig(backend=wrong)

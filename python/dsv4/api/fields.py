@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv4.config import nearest
 from dsv4.errors import RequestError
+from dsv4.spelling import nearest
 
 _SHOWN = 60
 """Characters of a bad value that an error message repeats."""

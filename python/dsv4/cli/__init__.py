@@ -13,13 +13,14 @@ dsv4 doctor              what this machine has, what will be used, what is missi
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import dsv4
-from dsv4.cli import chat, doctor, generate, plan, serve, simulate, trace
-from dsv4.config import nearest
+from dsv4.cli import chat, doctor, generate, plan, serve, simulate, trace, words
+from dsv4.cli.common import note
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
@@ -32,7 +33,11 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        message = message.removeprefix("argument ")
+        more = "See" if message.endswith("?") else "see"
+        self.exit(
+            2, f"{self.prog}: error: {message}{'' if more == 'See' else ';'} {more} {self.prog} --help\n"
+        )
 
 
 class _Version(argparse.Action):
@@ -52,42 +57,49 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (serve, generate, chat, plan, simulate, trace, doctor):
         module.add(commands)
-    for command in commands.choices.values():
-        command.set_defaults(parser=command)
     return parser
-
-
-def _refuse_unknown(command: argparse.ArgumentParser, rest: Sequence[str]) -> NoReturn:
-    """An unknown flag names the nearest one."""
-    flags = [flag for action in command._actions for flag in action.option_strings]
-    word = rest[0].split("=")[0]
-    command.error(
-        f"unknown flag {word}{nearest(word, flags)}" if word.startswith("-") else f"unexpected {word!r}"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 (failed), 2 (bad arguments or settings), 130
     (interrupted)."""
-    arguments, rest = build_parser().parse_known_args(argv)
+    _open_standard_streams()
+    parser, given = build_parser(), list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
+    command = words.check(parser, given)
+    arguments, rest = parser.parse_known_args(given)
     if rest:
-        _refuse_unknown(arguments.parser, rest)
+        command.error(f"unexpected {rest[0]!r}{words.about_rest(arguments, rest)}")
     from dsv4.errors import ConfigError, Dsv4Error
 
     try:
         code: int = arguments.run(arguments)
+        sys.stdout.flush()
         return code
     except ConfigError as e:
         return _fail(e, 2)
     except Dsv4Error as e:
         return _fail(e, 1)
-    except BrokenPipeError:  # `dsv4 generate … | head`
-        sys.stderr.close()
+    except BrokenPipeError:  # `dsv4 generate … | head`: what Python still holds for it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
+def _open_standard_streams() -> None:
+    """A stream that the caller closed (`2>&-`) becomes /dev/null: its number would go to the next file or socket, which
+    would then get what is meant for it."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
 def _fail(error: Exception, code: int) -> int:
-    print(f"dsv4: error: {error}", file=sys.stderr)
+    note(f"dsv4: error: {error}")
     return code

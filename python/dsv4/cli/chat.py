@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import add_settings, dim, note, read_settings
 from dsv4.cli.generate import add_sampling, sampling_of
-from dsv4.config import EngineConfig, nearest
+from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError, RequestError
+from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
     from dsv4.cli.talking import Reply
@@ -133,7 +134,7 @@ class Session:
             "/help": lambda _: note(HELP),
         }
         if command not in commands:
-            note(f"{command} is no command{nearest(command, tuple(commands))}; /help lists them")
+            note(f"{command} is no command{nearest(command, commands)}; /help lists them")
             return True
         action = commands[command]
         if action is None:

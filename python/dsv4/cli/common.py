@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from dsv4.cli.words import count, number
 from dsv4.config import EngineConfig, add_flags, base_type, load
+from dsv4.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,6 +30,7 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = 
             metavar="MODEL",
             help="directory with config.json and safetensors (default: the small model)",
         )
+        parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
     parser.add_argument(
         "--config", dest="yaml", metavar="FILE", help="YAML file with settings; flags and DSV4_* come first"
     )
@@ -35,7 +39,19 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = 
 
 def read_settings(arguments: argparse.Namespace, *classes: type) -> list[Any]:
     """One config object per class from flags, environment and YAML. Raises ConfigError."""
-    return load(classes, vars(arguments), yaml_path=arguments.yaml)
+    return load(classes, {**vars(arguments), "model": model_of(arguments)}, yaml_path=arguments.yaml)
+
+
+def model_of(arguments: argparse.Namespace) -> str | None:
+    """MODEL, which may be given by its place or as --model. Raises ConfigError when it is given twice."""
+    flag: str | None = getattr(arguments, "model_flag", None)
+    if flag is None:
+        return arguments.model  # type: ignore[no-any-return]
+    if arguments.model not in (None, flag):
+        raise ConfigError(
+            f"model is given twice, as {arguments.model!r} and as --model {flag!r}; give it once"
+        )
+    return flag
 
 
 def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[str]]) -> None:
@@ -46,9 +62,8 @@ def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[st
         if f.name in names:
             flags = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"], *names[f.name])]
             shown = f"{f.metadata['help']} [{'auto' if f.default is None else f.default}]"
-            parser.add_argument(
-                *flags, dest=f.name, type=base_type(hints[f.name]), default=f.default, metavar="N", help=shown
-            )
+            kind = count if base_type(hints[f.name]) is int else number
+            parser.add_argument(*flags, dest=f.name, type=kind, default=f.default, metavar="N", help=shown)
 
 
 class LoadProgress:
@@ -121,8 +136,9 @@ class PrefillProgress:
 
 
 def note(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on standard error; lost where that takes none (a full disk), as no work depends on it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def dim(text: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import add_settings, dim, note, read_settings
+from dsv4.cli.words import count, number
 from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError, RequestError
 
@@ -54,12 +55,14 @@ def add(commands: Any) -> None:
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
     """The sampling flags that a terminal needs."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, metavar="N", help=f"most tokens of an answer [{max_tokens}]")
     group.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 always takes the likeliest token [0]"
+        "--max-tokens", type=count, metavar="N", help=f"most tokens of an answer [{max_tokens}]"
     )
     group.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="share of probability to draw from [1]"
+        "--temperature", type=number, default=0.0, metavar="T", help="0 always takes the likeliest token [0]"
+    )
+    group.add_argument(
+        "--top-p", type=number, default=1.0, metavar="P", help="share of probability to draw from [1]"
     )
 
 

@@ -6,14 +6,18 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.common import add_numbers
+from dsv4.cli.common import add_numbers, model_of
+from dsv4.cli.words import count, number, one_of
 from dsv4.config import default_step_tokens
 from dsv4.errors import ConfigError
+from dsv4.gpus import GPUS, gpu
 
 if TYPE_CHECKING:
     from dsv4.plan.build import Question
 
 INDEX_FORMATS = {"fp4": "mxfp4", "fp8": "fp8", "bfloat16": "bfloat16", "float32": "float32"}
+WEIGHTS = ("released", "bfloat16", "float32")
+MODELS = "v4-flash, v4-pro, v4-flash-preview, v4-pro-preview, a directory or a config.json"
 EVERY = "2048,8192,32768"
 NUMBERS = {
     "max_num_seqs": (),
@@ -31,52 +35,60 @@ def add(commands: Any) -> None:
         help="what fits on which GPUs, to the byte, without one",
         description="Weights, cache, workspace and capacity of a model on given GPUs, with every formula.",
     )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODELS)
+    parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)} (must be given)")
+    parser.add_argument("--num", type=count, default=1, metavar="N", help="GPUs in all [1]")
     parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="v4-flash, v4-pro, v4-flash-preview, v4-pro-preview, a directory or a config.json",
+        "--tp",
+        "--tensor-parallel-size",
+        type=count,
+        metavar="N",
+        help="GPUs that share each request [what num and dp leave]",
     )
     parser.add_argument(
-        "--gpu", required=True, metavar="NAME", help="h100, h200, h20, b200, b300, gb200, gb300"
-    )
-    parser.add_argument("--num", type=int, default=1, metavar="N", help="GPUs in all [1]")
-    parser.add_argument(
-        "--tp", type=int, metavar="N", help="GPUs that share each request [what num and dp leave]"
-    )
-    parser.add_argument(
-        "--dp", type=int, metavar="N", help="groups of tp GPUs that serve requests of their own [1]"
+        "--dp",
+        "--data-parallel-size",
+        type=count,
+        metavar="N",
+        help="groups of tp GPUs that serve requests of their own [1]",
     )
     parser.add_argument(
-        "--ep", type=int, metavar="N", help="1, or tp * dp: whole experts over all GPUs [by dp]"
+        "--ep", type=count, metavar="N", help="1, or tp * dp: whole experts over all GPUs [by dp]"
     )
     parser.add_argument(
-        "--pool-gb", type=float, metavar="GB", help="size of a GPU's page pool in 10^9 bytes [what is left]"
+        "--pool-gb", type=number, metavar="GB", help="size of a GPU's page pool in 10^9 bytes [what is left]"
     )
     parser.add_argument(
         "--max-model-len",
         "--max-len",
         dest="max_len",
-        type=int,
+        type=count,
         metavar="N",
-        help="longest request [the model's]",
+        help="longest request, such as 64k or 1M [the model's]",
     )
     add_numbers(parser, NUMBERS)
     parser.add_argument(
         "--rows", default="fp8_ds_mla", metavar="FORMAT", help="fp8_ds_mla, bfloat16, float32 [fp8_ds_mla]"
     )
     parser.add_argument(
-        "--index", default="fp4", choices=tuple(INDEX_FORMATS), help="format of index rows [fp4]"
+        "--index",
+        default="fp4",
+        type=one_of(*INDEX_FORMATS),
+        metavar="|".join(INDEX_FORMATS),
+        help="format of index rows [fp4]",
     )
     parser.add_argument(
         "--weights",
         default="released",
-        choices=("released", "bfloat16", "float32"),
+        type=one_of(*WEIGHTS),
+        metavar="|".join(WEIGHTS),
         help="how weights are kept [released]",
     )
     parser.add_argument("--draft", action="store_true", help="count the drafter's weights too")
     parser.add_argument(
         "--graphs",
-        type=int,
+        type=count,
         metavar="N",
         help="decode steps captured as CUDA graphs, 0 with --enforce-eager [batch sizes times contexts]",
     )
@@ -84,7 +96,7 @@ def add(commands: Any) -> None:
         "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"
     )
     parser.add_argument(
-        "--turn-tokens", type=int, metavar="N", help="new tokens of a turn, for turns and forks [4340]"
+        "--turn-tokens", type=count, metavar="N", help="new tokens of a turn, for turns and forks [4340]"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(run=run)
@@ -102,7 +114,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def question(a: argparse.Namespace) -> Question:
     """The flags as a question. Raises ConfigError."""
-    from dsv4.gpus import gpu
     from dsv4.model.config import ModelConfig
     from dsv4.plan.build import Question
     from dsv4.plan.cache import Traffic
@@ -110,7 +121,12 @@ def question(a: argparse.Namespace) -> Question:
     from dsv4.plan.parallel import choose
     from dsv4.plan.workspace import Limits
 
-    config = ModelConfig.find(a.model)
+    model = model_of(a)
+    if model is None:
+        raise ConfigError(f"MODEL is missing; it is one of {MODELS}")
+    if a.gpu is None:
+        raise ConfigError(f"--gpu is missing; known are {', '.join(GPUS)}")
+    config = ModelConfig.find(model)
     for flag, value in (
         ("--max-num-seqs", a.max_num_seqs),
         ("--max-step-tokens", a.max_num_batched_tokens),

@@ -12,8 +12,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import LINE_EVERY, note
+from dsv4.cli.words import count, number, one_of
 from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError
+from dsv4.gpus import gpu
 
 if TYPE_CHECKING:
     from dsv4._core import Trace
@@ -39,11 +41,21 @@ def add(commands: Any) -> None:
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
-        "--model", default="v4-flash", help="v4-flash, v4-pro, or a directory with config.json [v4-flash]"
+        "-m",
+        "--model",
+        default="v4-flash",
+        metavar="MODEL",
+        help="v4-flash, v4-pro, or a directory with config.json [v4-flash]",
     )
     engine.add_argument("--gpu", default="b200", help="b200, h200, h100, … [b200]")
     engine.add_argument(
-        "--tp", "--num", dest="tp", type=int, metavar="N", help="GPUs of the engine [fewest that hold it]"
+        "--tp",
+        "--num",
+        "--tensor-parallel-size",
+        dest="tp",
+        type=count,
+        metavar="N",
+        help="GPUs of the engine [fewest that hold it]",
     )
     engine.add_argument(
         "--policy",
@@ -52,34 +64,38 @@ def add(commands: Any) -> None:
         help=f"snapshot policies, each alone or with an eviction order as NAME/EVICTION [{snapshots}/{eviction}]",
     )
     engine.add_argument(
-        "--pool-gib", type=float, metavar="X", help="page pool of each GPU [what --memory-fraction leaves]"
+        "--pool-gib", type=number, metavar="X", help="page pool of each GPU [what --memory-fraction leaves]"
     )
     engine.add_argument(
-        "--memory-fraction", type=float, default=0.9, metavar="F", help="share of memory to use [0.9]"
+        "--memory-fraction", type=number, default=0.9, metavar="F", help="share of memory to use [0.9]"
     )
     engine.add_argument(
-        "--snapshot-budget", type=float, metavar="F", help="largest share of the pool for snapshots (auto)"
+        "--snapshot-budget", type=number, metavar="F", help="largest share of the pool for snapshots (auto)"
     )
     engine.add_argument(
-        "--max-num-seqs", type=int, default=64, metavar="N", help="requests that run at a time [64]"
+        "--max-num-seqs", type=count, default=64, metavar="N", help="requests that run at a time [64]"
     )
     engine.add_argument(
-        "--max-num-batched-tokens", type=int, default=4096, metavar="N", help="tokens of a step [4096]"
+        "--max-num-batched-tokens", type=count, default=4096, metavar="N", help="tokens of a step [4096]"
     )
     engine.add_argument(
         "--max-num-waiting",
-        type=int,
+        type=count,
         default=1024,
         metavar="N",
         help="requests that queue in the core [1024]",
     )
-    engine.add_argument("--block-size", type=int, default=256, metavar="N", help="tokens of a page [256]")
+    engine.add_argument("--block-size", type=count, default=256, metavar="N", help="tokens of a page [256]")
     engine.add_argument(
-        "--index-cache-dtype", default="mxfp4", choices=INDEX_FORMATS, help="format of index rows [mxfp4]"
+        "--index-cache-dtype",
+        default="mxfp4",
+        type=one_of(*INDEX_FORMATS),
+        metavar="|".join(INDEX_FORMATS),
+        help="format of index rows [mxfp4]",
     )
     engine.add_argument(
         "--step-ms",
-        type=float,
+        type=number,
         metavar="MS",
         help="time budget of a step [none: only its tokens are bounded]",
     )
@@ -87,7 +103,11 @@ def add(commands: Any) -> None:
         "--tenant", action="append", default=[], metavar="NAME=WEIGHT", help="a tenant's share [1]"
     )
     engine.add_argument(
-        "--kv-cache-dtype", default="fp8_ds_mla", choices=ROW_FORMATS, help="format of rows [fp8_ds_mla]"
+        "--kv-cache-dtype",
+        default="fp8_ds_mla",
+        type=one_of(*ROW_FORMATS),
+        metavar="|".join(ROW_FORMATS),
+        help="format of rows [fp8_ds_mla]",
     )
     load = parser.add_argument_group("load")
     load.add_argument(
@@ -98,8 +118,8 @@ def add(commands: Any) -> None:
     load.add_argument(
         "--rate", metavar="R", help="requests per second, or such as 2x: so many times the trace's [1x]"
     )
-    load.add_argument("--limit", type=int, metavar="N", help="only the first N requests")
-    load.add_argument("--hash-block", type=int, default=512, metavar="N", help="tokens of a hash id [512]")
+    load.add_argument("--limit", type=count, metavar="N", help="only the first N requests")
+    load.add_argument("--hash-block", type=count, default=512, metavar="N", help="tokens of a hash id [512]")
     load.add_argument(
         "--sequential", action="store_true", help="one request at a time, no timing: the cache alone"
     )
@@ -110,9 +130,7 @@ def add(commands: Any) -> None:
     )
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print JSON with timelines instead of a table")
-    out.add_argument(
-        "--plot", metavar="FILE.png", help="memory and hit rate over time (pip install 'dsv4[plot]')"
-    )
+    out.add_argument("--plot", metavar="FILE.png", help="memory and hit rate over time (needs matplotlib)")
     parser.set_defaults(run=run)
 
 
@@ -162,7 +180,6 @@ def _read_dump(path: str) -> str:
 
 def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     """The engine, and lines that tell what was chosen."""
-    from dsv4.gpus import gpu
     from dsv4.model.config import ModelConfig
     from dsv4.plan import parallel
     from dsv4.plan.workspace import Limits

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from dsv4.cli.common import note
+from dsv4.cli.words import count, number
 from dsv4.errors import ConfigError
 
 
@@ -22,24 +23,26 @@ def add(commands: Any) -> None:
         help="agent sessions: tool loops, sub-agents, human pauses, contexts that grow to 1M tokens",
         description="Agent sessions. Distributions: the fields of dsv4.simulate.agents.Agents.",
     )
-    agents.add_argument("-o", "--out", metavar="FILE", help="file to write [standard output]")
     agents.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same trace [0]"
+        "-o", "--out", metavar="FILE", help="file to write [standard output, unless that is a terminal]"
     )
-    agents.add_argument("--sessions", type=int, default=60, metavar="N", help="sessions [60]")
-    agents.add_argument("--hours", type=float, default=1.0, metavar="H", help="in which sessions begin [1]")
-    agents.add_argument("--teams", type=int, default=4, metavar="N", help="tenants [4]")
     agents.add_argument(
-        "--projects", type=int, default=16, metavar="N", help="projects, each with shared instructions [16]"
+        "--seed", type=count, default=0, metavar="N", help="the same seed gives the same trace [0]"
+    )
+    agents.add_argument("--sessions", type=count, default=60, metavar="N", help="sessions [60]")
+    agents.add_argument("--hours", type=number, default=1.0, metavar="H", help="in which sessions begin [1]")
+    agents.add_argument("--teams", type=count, default=4, metavar="N", help="tenants [4]")
+    agents.add_argument(
+        "--projects", type=count, default=16, metavar="N", help="projects, each with shared instructions [16]"
     )
     agents.add_argument(
         "--long",
-        type=float,
+        type=number,
         default=0.25,
         metavar="SHARE",
         help="share of sessions with a window of 1M tokens [0.25]",
     )
-    agents.set_defaults(run=run, parser=agents)
+    agents.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,6 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--hours is {a.hours:g}; it takes a number above 0 and up to 10000")
     if not 0 <= a.long <= 1:
         raise ConfigError(f"--long is {a.long:g}; it takes a share from 0 to 1")
+    if a.out is None and sys.stdout.isatty():
+        raise ConfigError(
+            "a trace has megabytes of JSON, too much for a terminal; give -o FILE, or send it on with | or >"
+        )
     spec = Agents(sessions=a.sessions, hours=a.hours, teams=a.teams, projects=a.projects, long_window=a.long)
     records = generate(spec, a.seed)
     if a.out is None:

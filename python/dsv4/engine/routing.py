@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4.errors import ConfigError
+from dsv4.quantities import parse_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,6 @@ class Tenants:
 
     def __init__(self, text: str | None = None) -> None:
         """Raises ConfigError naming the part that cannot be read."""
-        from dsv4.config import (
-            parse_bytes,
-        )  # the settings import nothing of the engine, and the other way round
-
         self.named: dict[str, tuple[float, int | None]] = {}
         for part in (text or "").split(","):
             if not part.strip():

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv4.errors import ConfigError
-from dsv4.model.json_fields import Fields, nearest, read_json
+from dsv4.model.json_fields import Fields, read_json
+from dsv4.spelling import nearest
 
 LAYER_TYPES = {
     "sliding_attention": "swa",

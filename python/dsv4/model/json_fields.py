@@ -5,14 +5,14 @@ Each error is one line that names the field, its value and what is supported.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dsv4.errors import ConfigError
+from dsv4.spelling import nearest
 
 MAX_BYTES = 64 * 2**20
 """Largest .json file that is read. The index of the largest release has 13 MB."""
@@ -34,12 +34,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}, not an object")
     return data
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 class Fields:

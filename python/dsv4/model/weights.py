@@ -15,10 +15,10 @@ import torch
 
 from dsv4.errors import CheckpointError
 from dsv4.model.config import ModelConfig
-from dsv4.model.json_fields import nearest
 from dsv4.model.names import TensorSpec, expert_shapes, scale_name, tensors
 from dsv4.model.shards import ShardReader, Stored, index_checkpoint
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Packed, Weight
+from dsv4.spelling import nearest
 
 log = logging.getLogger("dsv4.weights")
 

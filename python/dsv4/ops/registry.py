@@ -3,9 +3,8 @@ a backend costs no import."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from dsv4.errors import ConfigError
 from dsv4.ops.spec import SPECS
 from dsv4.ops.weight import Gated
+from dsv4.spelling import nearest
 
 Op = Callable[..., Any]
 
@@ -33,7 +33,7 @@ _REFERENCE_MODULES = {
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One op of one backend. `usable(device)` says whether it runs there, `untried(device)` whether it never did, so that
-    `auto` leaves it alone; `priority` decides among the usable ones."""
+    `auto` leaves it alone unless it is named; `priority` decides among the usable ones."""
 
     load: Callable[[], Op]
     usable: Callable[[str], bool]
@@ -60,7 +60,7 @@ class Registry:
         """Adds a backend of an op. Raises ConfigError when the op is unknown or has this backend already."""
         if op not in self._entries:
             raise ConfigError(
-                f"op {op!r} is unknown{_nearest(op, self._entries)}; known: {', '.join(self._entries)}"
+                f"op {op!r} is unknown; known: {', '.join(self._entries)}{nearest(op, self._entries)}"
             )
         if backend in self._entries[op]:
             raise ConfigError(f"op {op!r} has a backend {backend!r} already; register it once")
@@ -75,14 +75,22 @@ class Registry:
         """The callable of one op of one backend."""
         return self._entries[op][backend].load()
 
+    def usable(self, device: str, *, untried: bool = False) -> dict[str, list[str]]:
+        """Backend -> its ops that run on `device`; with `untried` those of them that never did."""
+        found: dict[str, list[str]] = {name: [] for name in self.backends()}
+        for op, entries in self._entries.items():
+            for name, entry in entries.items():
+                if entry.usable(device) and (not untried or entry.untried(device)):
+                    found[name].append(op)
+        return {name: ops for name, ops in found.items() if ops}
+
     def pick(self, op: str, backend: str, device: str) -> str:
-        """The backend that runs this op: the named one where it exists and runs here, else the best of the
-        others; `auto` is the usable one with the highest priority that was tried there."""
+        """The backend that runs this op: the first of the named ones ("gluon,triton") that has it and runs here. `auto`, and
+        what takes an op that no named one has, is the usable one with the highest priority that was tried there."""
         usable = {name: e for name, e in self._entries[op].items() if e.usable(device)}
-        if backend in usable:
-            return backend
-        if backend != "auto":
-            return "reference"
+        for name in backend.split(","):
+            if name in usable:
+                return name
         tried = [name for name, e in usable.items() if not e.untried(device)]
         return max(tried, key=lambda name: usable[name].priority)
 
@@ -96,16 +104,21 @@ class Ops:
             setattr(self, op, registry.load(op, backend))
 
     def __getattr__(self, name: str) -> Op:  # reached only for names that are not set
-        raise AttributeError(f"op {name!r} is unknown{_nearest(name, SPECS)}; known: {', '.join(SPECS)}")
+        raise AttributeError(f"op {name!r} is unknown; known: {', '.join(SPECS)}{nearest(name, SPECS)}")
 
     @classmethod
     def choose(cls, backend: str = "auto", device: str = "cpu", registry: Registry | None = None) -> Ops:
-        """Picks a backend per op for a device ("cpu", "cuda"). Raises ConfigError for an unknown backend
-        name."""
+        """Picks a backend per op for a device ("cpu", "cuda"); `backend` holds names in order of preference, with commas
+        between them. Raises ConfigError for a name that is unknown or runs no op on this device."""
         registry = registry or REGISTRY
-        known = ("auto", *registry.backends())
-        if backend not in known:
-            raise ConfigError(f"backend is {backend!r}{_nearest(backend, known)}; known: {', '.join(known)}")
+        known, here = ("auto", *registry.backends()), ("auto", *registry.usable(device))
+        for name in backend.split(","):
+            if name not in known:
+                raise ConfigError(f"backend is {name!r}; known: {', '.join(known)}{nearest(name, known)}")
+            if name not in here:
+                raise ConfigError(
+                    f"backend is {name!r}; it runs nothing on {device} of this machine, where there are: {', '.join(here)}"
+                )
         return cls({op: registry.pick(op, backend, device) for op in SPECS}, registry)
 
     def prepare(self, op: str, weight: Any) -> Any:
@@ -135,11 +148,6 @@ class Ops:
         if len(by_backend) == 1:
             return [f"{backend} (all {len(ops)} ops)" for backend, ops in by_backend.items()]
         return [f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items()]
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _reference(module: str, op: str) -> Callable[[], Op]:

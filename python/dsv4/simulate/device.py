@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from dsv4.config import nearest
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
 from dsv4.plan.parallel import Parallel
 from dsv4.plan.weights import EXPERTS, kinds, weight_rows
+from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec

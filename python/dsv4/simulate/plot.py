@@ -18,7 +18,7 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise ConfigError("--plot needs matplotlib; pip install 'dsv4[plot]'") from None
+        raise ConfigError("--plot needs matplotlib; pip install matplotlib") from None
 
 
 def plot(reports: Mapping[str, Mapping[str, Any]], path: str, *, title: str, sequential: bool) -> None:

@@ -1,0 +1,97 @@
+"""What argparse tells too late or too tersely: words that name no command, flags that a command does not have, and values
+that are none of the ones it takes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from dsv4.elsewhere import why_not
+from dsv4.quantities import COUNT_EXAMPLES, parse_count
+from dsv4.spelling import nearest
+
+_NUMBER = re.compile(r"-\.?\d")
+
+
+def check(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the command that is called. Ends the process for an unknown command or flag, before argparse asks for
+    a required one, and for a missing command."""
+    command = parser
+    for word in given:
+        if word == "--":
+            break
+        flags = command._option_string_actions
+        if _is_flag(word):
+            name = word.split("=")[0]
+            if name not in flags and (word.startswith("--") or word[:2] not in flags):
+                command.error(f"unknown flag {name}{why_not(name, flags)}")
+            if name in ("-h", "--help", "--version"):
+                return command
+        elif (below := _commands(command)) is not None:
+            if word not in below:
+                command.error(
+                    f"unknown {_kind(command)} {word!r}; there are: {', '.join(below)}{nearest(word, below)}"
+                )
+            command = below[word]
+    below = _commands(command)
+    if below is not None:
+        if command is parser:
+            parser.print_help(sys.stderr)
+        command.error(f"give a {_kind(command)}; there are: {', '.join(below)}")
+    return command
+
+
+def about_rest(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
+    """What may have been meant by words that the command has no place for."""
+    prompt = getattr(arguments, "prompt", None)
+    if prompt is None:
+        return ""
+    return f"; quote the prompt: dsv4 {arguments.command} '{' '.join([prompt, *rest])}'"
+
+
+def count(text: str) -> int:
+    """Of a flag that takes a count."""
+    try:
+        return parse_count(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} will not do; it takes {COUNT_EXAMPLES}") from None
+
+
+def number(text: str) -> float:
+    """Of a flag that takes a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} will not do; it takes a number") from None
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Of a flag that takes a name."""
+
+    def choose(text: str) -> str:
+        if text not in choices:
+            known = ", ".join(choices)
+            raise argparse.ArgumentTypeError(
+                f"{text!r} will not do; it takes {known}{nearest(text, choices)}"
+            )
+        return text
+
+    return choose
+
+
+def _is_flag(word: str) -> bool:
+    """As argparse sees it: a negative number and a text with spaces are values."""
+    return len(word) > 1 and word[0] == "-" and " " not in word and not _NUMBER.match(word)
+
+
+def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser] | None:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices
+    return None
+
+
+def _kind(parser: argparse.ArgumentParser) -> str:
+    return "COMMAND" if " " not in parser.prog else "KIND"

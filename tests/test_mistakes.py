@@ -1,0 +1,150 @@
+"""What users do wrong at first, and what they are told: one line with the name, the value and a way on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from dsv4.cli import main
+from dsv4.spelling import nearest
+
+ONE_GPU = "the engine runs on one GPU"
+
+MISTAKES: list[tuple[str, list[str]]] = [
+    # commands
+    ("srve", ["unknown COMMAND 'srve'", "did you mean 'serve'?"]),
+    ("frobnicate", ["frobnicate", "serve, generate, chat"]),
+    ("--port 9000", ["unknown flag --port"]),
+    ("trace", ["KIND", "agents"]),
+    ("trace agent", ["'agent'", "did you mean 'agents'?"]),
+    # flags of a command, also where another one is missing
+    ("serve --tensor-parallel-size 2", ["--tensor-parallel-size", ONE_GPU]),
+    ("serve --tp=8", ["--tp", ONE_GPU]),
+    ("serve --pipeline-parallel-size 2", [ONE_GPU]),
+    ("serve --data-parallel-size 2", [ONE_GPU]),
+    ("serve --enable-expert-parallel", [ONE_GPU]),
+    ("serve --quantization fp8", ["--quantization", "formats that the checkpoint has"]),
+    ("serve --trust-remote-code", ["no code of a checkpoint"]),
+    ("serve --reasoning-parser deepseek_v4", ["leave it out"]),
+    ("serve --context-length 64k", ["here it is '--max-model-len'"]),
+    ("serve --max-model 64k", ["did you mean '--max-model-len'?"]),
+    ("serve --max_model_len 64k", ["did you mean '--max-model-len'?"]),
+    ("generate --temp 0.5 hi", ["--temp", "did you mean '--temperature'?"]),
+    ("plan v4-flash --gpus h100", ["--gpus", "did you mean '--gpu'?"]),
+    ("plan v4-flash --gpu h100 --enable-expert-parallel", ["unknown flag --enable-expert-parallel"]),
+    ("simulate x.jsonl --polic none", ["did you mean '--policy'?"]),
+    ("trace agents --session 3", ["did you mean '--sessions'?"]),
+    ("doctor --jason", ["--jason", "did you mean '--json'?"]),
+    # words too many
+    ("generate Who are you", ["unexpected 'are'", "quote the prompt: dsv4 generate 'Who are you'"]),
+    ("doctor please", ["unexpected 'please'"]),
+    ("serve /a --model /b", ["model is given twice", "'/a'", "--model '/b'"]),
+    # values
+    ("serve --max-model-len 64q", ["max_model_len is '64q'", "64k"]),
+    ("serve --max-model-len 1.5M", ["max_model_len is '1.5M'", "whole number"]),
+    ("serve --max-num-seqs 2.5", ["max_num_seqs is '2.5'", "whole number"]),
+    ("serve --max-num-seqs 1e30", ["max_num_seqs is '1e30'"]),
+    ("serve --max-num-seqs 99999999999999999999", ["max_num_seqs is 99999999999999999999", "2147483647"]),
+    ("serve --kv-cache-memory=-1GiB", ["kv_cache_memory is '-1GiB'", "2GiB"]),
+    ("serve --backend gluom", ["'gluom'", "auto, triton, cublas, gluon, reference", "'gluon'?"]),
+    ("serve --dtype fp16", ["dtype is 'fp16'", "float32, bfloat16"]),
+    ("generate --max-tokens many hi", ["--max-tokens", "'many'", "whole number"]),
+    ("generate --temperature warm hi", ["--temperature", "'warm'", "a number"]),
+    ("plan", ["MODEL is missing", "v4-flash"]),
+    ("plan v4-flash", ["--gpu is missing", "h100"]),
+    ("plan v4-flush --gpu h100", ["'v4-flush'", "did you mean 'v4-flash'?"]),
+    ("plan v4-flash --gpu b100", ["'b100'", "did you mean 'b200'?"]),
+    ("plan v4-flash --gpu h200 --num two", ["--num", "'two'", "whole number"]),
+    ("plan v4-flash --gpu h200 --index fp5", ["--index", "'fp5'", "fp4, fp8"]),
+    ("plan v4-flash --gpu h200 --weights release", ["--weights", "did you mean 'released'?"]),
+    ("simulate x.jsonl --index-cache-dtype fp4", ["--index-cache-dtype", "'fp4'", "mxfp4"]),
+    ("simulate x.jsonl --tp two", ["--tp", "'two'"]),
+    ("trace agents --hours long", ["--hours", "'long'"]),
+    ("trace agents -o /nowhere/x.jsonl --sessions 1", ["/nowhere/x.jsonl", "No such file"]),
+]
+
+
+def call(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]:
+    try:
+        code = main(line.split())
+    except SystemExit as e:
+        code = int(e.code or 0)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.mark.parametrize(("line", "words"), MISTAKES)
+def test_a_mistake_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], line: str, words: list[str]
+) -> None:
+    code, out, err = call(capsys, line)
+    assert code == 2 and out == "" and err.count("\n") == 1, err
+    assert all(w in err for w in words), err
+
+
+@pytest.mark.parametrize(
+    ("line", "not_words"),
+    [
+        ("serve --stream", ["did you mean"]),
+        ("serve --quantization fp8", ["--eviction"]),
+        ("serve --tp 2", ["--dtype"]),
+        ("plan v4-flash --gpu 4090", ["did you mean"]),
+        ("plan v4-flash --gpu h100 --enable-expert-parallel", [ONE_GPU]),
+        ("serve --rope-scaling x", ["did you mean"]),
+    ],
+)
+def test_nothing_unlike_is_suggested(
+    capsys: pytest.CaptureFixture[str], line: str, not_words: list[str]
+) -> None:
+    code, _, err = call(capsys, line)
+    assert code == 2 and not any(w in err for w in not_words), err
+
+
+def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "")
+    assert (
+        code == 2
+        and out == ""
+        and "the HTTP server" in err
+        and err.splitlines()[-1].startswith("dsv4: error")
+    )
+    code, out, _ = call(capsys, "help plan")
+    assert code == 0 and "--gpu" in out
+
+
+def test_a_trace_is_not_written_to_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = call(capsys, "trace agents --sessions 1 --long 0")
+    assert code == 0 and out.startswith("{")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    code, out, err = call(capsys, "trace agents --sessions 1 --long 0")
+    assert code == 2 and out == "" and "-o FILE" in err
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("prot", "port"),
+        ("PORT", "port"),
+        ("max-num", "max-num-seqs' or 'max-num-waiting"),
+        ("--max_num_seq", "max-num-seqs"),
+        ("eviktion", "eviction"),
+        ("4090", ""),
+        ("tp", ""),
+        ("", ""),
+    ],
+)
+def test_a_suggestion_begins_like_the_word_or_is_much_like_it(word: str, meant: str) -> None:
+    known = ("port", "max-num-seqs", "max-num-waiting", "eviction", "dtype", "step-ms", "h200")
+    assert nearest(word, known) == (f"; did you mean '{meant}'?" if meant else "")
+
+
+def test_the_picture_needs_a_package_that_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = call(capsys, f"simulate x.jsonl --plot {tmp_path / 'x.png'}")
+    assert code == 2 and "pip install matplotlib" in err
