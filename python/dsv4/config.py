@@ -142,6 +142,9 @@ class EngineConfig:
     record_steps: str | None = setting(
         None, "file to which every step's rows and time are appended, for dsv4 simulate --step-model"
     )
+    stuck_after: float = setting(
+        300.0, "seconds with work at hand and no step ending after which GET /health says 503"
+    )
     seed: int = setting(0, "seed of requests that bring none")
     replay_tokens: int | None = setting(
         None, "tokens replayed to rebuild the state; fewer than the default is not exact"
@@ -174,6 +177,8 @@ class EngineConfig:
             raise ConfigError(f"step_ms is {self.step_ms}; it must be above 0, or none for no limit")
         if not 0 <= self.max_wait < float("inf"):
             raise ConfigError(f"max_wait is {self.max_wait}; it must be at least 0 seconds")
+        if not self.stuck_after > 0:
+            raise ConfigError(f"stuck_after is {self.stuck_after:g}; it must be above 0 seconds (inf: never)")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs ({self.max_num_seqs}), "

@@ -17,11 +17,15 @@ except ImportError:  # ops, kernels and their benches also run from a source tre
         """A setting, array or config.json that cannot work."""
 
 
-__all__ = ["CheckpointError", "ConfigError", "Dsv4Error", "RequestError"]
+__all__ = ["CheckpointError", "ConfigError", "Dsv4Error", "EngineDead", "RequestError"]
 
 
 class CheckpointError(Dsv4Error, ValueError):
     """Weights that are damaged, incomplete or not what the config says."""
+
+
+class EngineDead(Dsv4Error):
+    """The engine cannot go on: its device is lost, or every step fails. Only a new process helps."""
 
 
 class RequestError(Dsv4Error):

@@ -15,6 +15,14 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from dsv4.api.listen import bind
+from dsv4.api.server import serve
+from dsv4.api.service import Service
+from dsv4.config import ServerConfig
+from dsv4.errors import EngineDead
+from dsv4.text.tokenizer import Tokenizer
+
+from tests.support.fake_engine import FakeEngine
 
 SERVER = """
 import logging, sys
@@ -104,3 +112,11 @@ def test_an_idle_server_stops_at_once() -> None:
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0 and time.monotonic() - began < 3
+
+
+def test_an_engine_that_dies_ends_the_server_once_its_answers_are_sent(tokenizer: Tokenizer) -> None:
+    engine = FakeEngine(tokenizer=tokenizer)
+    config = ServerConfig(port=0)
+    sock = bind("127.0.0.1", 0)
+    with pytest.raises(EngineDead, match="the device is lost"):
+        serve(Service(engine, config, "tiny"), sock, lambda: setattr(engine, "died", "the device is lost"))

@@ -118,7 +118,7 @@ def test_health_follows_the_engine(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(tokenizer=tokenizer)
     with running(engine) as server:
         assert httpx.get(server.url + "/health").json() == {"status": "ok"}
-        engine.died = "the engine has stopped: boom"
+        engine.unwell = "the engine has stopped: boom"
         sick = httpx.get(server.url + "/health")
         assert sick.status_code == 503 and "boom" in sick.json()["status"] and "retry-after" in sick.headers
 

@@ -88,7 +88,7 @@ def test_a_live_request_is_forked_in_the_middle_of_its_answer(start: Any) -> Non
     parent = submit(llm, "parent", ids, sampled(1, 40))
     while len(parent.token_ids) < 7:
         llm._loop.step()
-    said = llm._loop.said("parent")
+    said = [*ids, *parent.token_ids]
     child = submit(llm, "child", said, sampled(2, 12), "parent")
     finish(llm)
     assert llm.core.stats()["forks"] == 1

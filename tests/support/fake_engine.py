@@ -72,7 +72,10 @@ class FakeEngine:
         """Every request taken: prompt, params, routing, fork_of."""
         self.pins: dict[int, tuple[list[int], str]] = {}
         self.ended: list[str] = []
+        self.unwell: str | None = None
+        """What /health says, with 503."""
         self.died: str | None = None
+        """The engine has ended by itself: the server ends too."""
         self._draining = self._cut = False
 
     async def generate(
@@ -101,6 +104,8 @@ class FakeEngine:
             self.aborted += not finished
 
     def _admit(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
+        if self.died is not None:
+            raise RequestError(self.died, None, "engine_dead", 503)
         if self._draining:
             raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
         if self.live >= self.max_live:
@@ -229,4 +234,5 @@ class FakeEngine:
         return ["model      fake: no weights at all"]
 
     def check_alive(self) -> tuple[bool, str]:
-        return self.died is None, self.died or "ok"
+        wrong = self.died or self.unwell
+        return wrong is None, wrong or "ok"

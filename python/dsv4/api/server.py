@@ -3,6 +3,8 @@
 SIGTERM (or Ctrl-C): health says 503 at once and new requests get 503 with Retry-After, while running ones may
 end within `drain_timeout`; what is left then is aborted and gets a proper terminal event. A second Ctrl-C
 cuts the wait short; a second SIGTERM does not.
+
+An engine that has died (see `AsyncEngine.died`) ends the server too, and `serve` raises.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from dsv4.api.app import create_app
 from dsv4.api.errors import error_body
 from dsv4.api.service import Service
-from dsv4.errors import RequestError
+from dsv4.errors import EngineDead, RequestError
 
 log = logging.getLogger("dsv4.api")
 
@@ -143,6 +145,8 @@ class Server(uvicorn.Server):
             self._drain = asyncio.ensure_future(self._drain_then_exit())
         if self._asked > 1 and self._hurry is None:
             self._hurry = asyncio.ensure_future(self.service.engine.drain(0))
+        if self.service.engine.died is not None and self._drain is None:
+            self._drain = asyncio.ensure_future(self._exit_once_answered())
         return await super().on_tick(counter)
 
     async def _drain_then_exit(self) -> None:
@@ -152,11 +156,15 @@ class Server(uvicorn.Server):
         try:
             if not await self.service.engine.drain(timeout):
                 log.warning("drained: what was still running was aborted")
-            end = time.monotonic() + ANSWER_GRACE
-            while self._busy() and time.monotonic() < end:
-                await asyncio.sleep(0.02)
         finally:
-            self.should_exit = True
+            await self._exit_once_answered()
+
+    async def _exit_once_answered(self) -> None:
+        """Ends the server when the answers under way are sent: each ends with an error where the engine has died."""
+        end = time.monotonic() + ANSWER_GRACE
+        while self._busy() and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        self.should_exit = True
 
     def _busy(self) -> bool:
         """Whether a response is still under way."""
@@ -185,10 +193,12 @@ def make_server(service: Service, on_ready: Callable[[], None] = lambda: None) -
 
 def serve(service: Service, sock: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
     """Serves until a signal has drained the engine; then stops the engine. `on_ready` is called once requests
-    are taken."""
+    are taken. Raises EngineDead when the engine has ended by itself, so that a supervisor starts another process."""
     server = make_server(service, on_ready)
     try:
         server.run(sockets=[sock])
     finally:
         service.close()
         asyncio.run(service.engine.shutdown())
+    if service.engine.died is not None:
+        raise EngineDead(f"the engine has stopped: {service.engine.died}")

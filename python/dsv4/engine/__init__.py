@@ -5,6 +5,8 @@
 | `buffers.py` | the numpy arrays a plan is written into |
 | `runner.py` | one step on the device: page table, copies, forward, sample |
 | `loop.py` | plan, run, commit; the simple loop and the one with two steps in flight |
+| `device_errors.py` | whether a step failed or the device is gone |
+| `liveness.py` | whether the engine thread is idle, at work or stuck |
 | `routing.py` | who asks, how urgent, what the prefix is worth: hints for the core |
 | `request.py` | what the engine keeps per request; what callers get back |
 | `output.py` | from sampled ids to text, log-probabilities and stop strings |

@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ import numpy as np
 from dsv4._core import NeverFits, Overloaded
 from dsv4.config import EngineConfig
 from dsv4.engine.build import BuiltEngine, Progress, build_engine
+from dsv4.engine.liveness import Liveness
 from dsv4.engine.loop import PLAIN
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.routing import Routing, session_id
-from dsv4.errors import Dsv4Error, RequestError
+from dsv4.errors import Dsv4Error, EngineDead, RequestError
 from dsv4.sampling import SamplingParams
 
 log = logging.getLogger("dsv4.engine")
@@ -32,8 +34,35 @@ log = logging.getLogger("dsv4.engine")
 Delivery = tuple["asyncio.Queue[RequestOutput]", RequestOutput, int]
 """Where an output goes, the output, and the request's key."""
 
-STUCK_AFTER = 300.0
-"""Seconds without a finished step, with work at hand, after which the engine counts as stuck."""
+ABORT_GRACE = 30.0
+"""Seconds that the step at hand may take to end before the engine is left to itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Something for the engine thread to do between two steps, and the future in which somebody waits for its value."""
+
+    work: Callable[[], Any]
+    home: asyncio.AbstractEventLoop | None = None
+    future: asyncio.Future[Any] | None = None
+
+    def run(self) -> None:
+        try:
+            self._resolve(self.work(), None)
+        except Exception as e:
+            if self.future is None:
+                raise
+            self._resolve(None, e)
+
+    def refuse(self, error: RequestError) -> None:
+        """Says that it will not be done."""
+        self._resolve(None, error)
+
+    def _resolve(self, value: Any, error: BaseException | None) -> None:
+        if self.home is None:
+            return
+        with contextlib.suppress(RuntimeError):  # the event loop of who asked is closed
+            self.home.call_soon_threadsafe(_resolve, self.future, value, error)
 
 
 class AsyncEngine:
@@ -44,12 +73,17 @@ class AsyncEngine:
         self.config, self.model_config, self.tokenizer = built.config, built.model_config, built.tokenizer
         self.max_model_len, self.chat_format = built.max_model_len, built.chat_format
         self._loop = built.loop
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._deliveries: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
         self._ids = itertools.count()
         self._draining = False
-        self._died: BaseException | None = None
-        self._busy_since: float | None = None
+        self._ending = threading.Lock()
+        """Held where a command is queued and where the thread ends, so that none is queued for a thread that is gone."""
+        self.ended: str | None = None
+        """Why nothing is taken any more."""
+        self.died: str | None = None
+        """The same where the engine ended by itself."""
+        self._liveness = Liveness(built.config.stuck_after)
         self._thread = threading.Thread(target=self._run, name="dsv4-engine", daemon=True)
         self._thread.start()
 
@@ -76,46 +110,20 @@ class AsyncEngine:
         request_id = request_id or f"req-{next(self._ids)}"
         self._check_open()
         admitted = self.built.admissible(prompt, params)
-        async with contextlib.aclosing(
-            self._stream(request_id, lambda: (list(prompt), admitted), routing, fork_of)
-        ) as outputs:
-            async for output in outputs:
-                yield output
-
-    async def fork(
-        self,
-        parent: str,
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        routing: Routing = PLAIN,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """A second continuation of the live request `parent`, from all that it has said so far; its prompt and output are
-        the new request's prompt. The parent goes on undisturbed. Raises RequestError 404 when it is not live."""
-        self._check_open()
-
-        def prompt() -> tuple[list[int], SamplingParams]:
-            try:
-                said = self._loop.said(parent)
-            except KeyError:
-                raise RequestError(
-                    f"request {parent!r} is not running", "parent", "request_not_found", 404
-                ) from None
-            return said, self.built.admissible(said, params)
-
-        request_id = request_id or f"req-{next(self._ids)}"
-        async with contextlib.aclosing(self._stream(request_id, prompt, routing, parent)) as outputs:
+        stream = self._stream(request_id, list(prompt), admitted, routing, fork_of)
+        async with contextlib.aclosing(stream) as outputs:
             async for output in outputs:
                 yield output
 
     async def _stream(
         self,
         request_id: str,
-        prompt: Callable[[], tuple[list[int], SamplingParams]],
+        tokens: list[int],
+        params: SamplingParams,
         routing: Routing,
         fork_of: str | None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Submits what `prompt` says on the engine thread, and yields its outputs."""
+        """Submits a request on the engine thread, and yields its outputs."""
         home = asyncio.get_running_loop()
         outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
         submitted: asyncio.Future[None] = home.create_future()
@@ -126,16 +134,12 @@ class AsyncEngine:
 
         def submit() -> None:
             try:
-                tokens, params = prompt()
-                keys.append(
-                    self._loop.submit(request_id, tokens, params, deliver, routing=routing, fork_of=fork_of)
-                )
-                error = None
+                key = self._loop.submit(request_id, tokens, params, deliver, routing=routing, fork_of=fork_of)
             except Exception as e:
-                error = as_request_error(e)
-            home.call_soon_threadsafe(_resolve, submitted, None, error)
+                raise as_request_error(e) from None
+            keys.append(key)
 
-        self._post(submit)
+        self._post(Command(submit, home, submitted))
         finished = False
         try:
             await submitted
@@ -145,7 +149,7 @@ class AsyncEngine:
                 yield output
         finally:
             if not finished:
-                self._post(lambda: [self._loop.abort(key) for key in keys] and None)
+                self._post_if_open(lambda: [self._loop.abort(key) for key in keys])
 
     async def pin(self, tokens: Sequence[int], salt: str = "") -> int:
         """Keeps the cached whole blocks of a prefix until `unpin` of what is returned."""
@@ -169,42 +173,79 @@ class AsyncEngine:
         return text
 
     def _check_open(self) -> None:
-        if self._died is not None:
-            raise RequestError(f"the engine has stopped: {self._died}", None, "engine_dead", 503)
+        if self.ended is not None:
+            raise self._refusal()
         if self._draining:
             raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
 
-    def _post(self, command: Callable[[], None] | None) -> None:
-        self._commands.put(command)
+    def _refusal(self) -> RequestError:
+        return RequestError(f"the engine has stopped: {self.ended}", None, "engine_dead", 503)
+
+    def _post(self, command: Command) -> None:
+        """Hands a command to the thread. Raises RequestError when that has ended."""
+        with self._ending:
+            if self.ended is not None:
+                raise self._refusal()
+            self._commands.put(command)
+
+    def _post_if_open(self, work: Callable[[], Any]) -> None:
+        """The same where nobody waits, and an engine that has ended has nothing to do."""
+        with contextlib.suppress(RequestError):
+            self._post(Command(work))
 
     def _run(self) -> None:
         """The engine thread: commands, then a step, then deliveries; sleeps when there is no work."""
+        why = "it was shut down"
         try:
-            while True:
-                if not self._take_commands(block=not self._loop.has_work()):
-                    return
-                self._busy_since = self._busy_since or time.monotonic()
-                if not self._loop.has_work():
-                    self._busy_since = None
-                else:
-                    self._loop.step()
+            while self._take_commands():
+                self._step()
                 self._flush()
+        except EngineDead as e:  # the log has the step that failed
+            self.died = why = str(e)
+            log.critical("the engine has stopped: %s", why)
         except BaseException as e:
+            self.died = why = f"{type(e).__name__}: {e}"
             log.critical("the engine thread died", exc_info=True)
-            self._died = e
-            self._fail_everything(f"the engine has stopped: {type(e).__name__}: {e}")
+        self._end(why)
 
-    def _take_commands(self, *, block: bool) -> bool:
-        """Runs what is queued; False when told to stop."""
+    def _take_commands(self) -> bool:
+        """Runs what is queued, and waits for it when there is nothing else to do; False when told to stop."""
         while True:
+            busy = self._loop.has_work()
+            if not busy:
+                self._liveness.rest()
             try:
-                command = self._commands.get(block=block)
+                command = self._commands.get(block=not busy)
             except queue.Empty:
                 return True
             if command is None:
                 return False
-            command()
-            block = False
+            self._liveness.begin()
+            command.run()
+
+    def _step(self) -> None:
+        self._liveness.begin()
+        if self._loop.step():
+            self._liveness.progress()
+        if self._loop.doubtful and not self._loop.has_work():
+            self._loop.check_itself()
+
+    def _end(self, why: str) -> None:
+        """Nothing is taken any more; what was taken gets an error in place of an answer."""
+        with self._ending:
+            self.ended = why
+        self._liveness.rest()
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command.refuse(self._refusal())
+        for request in list(self._loop.requests.values()):
+            error = str(self._refusal())
+            request.deliver(
+                RequestOutput(request.request_id, finished=True, finish_reason="error", error=error)
+            )
+        self._loop.requests.clear()
+        self._flush()
 
     def _flush(self) -> None:
         deliveries, self._deliveries = self._deliveries, {}
@@ -215,43 +256,34 @@ class AsyncEngine:
                 for _, _, key in batch:
                     self._loop.abort(key)
 
-    def _fail_everything(self, message: str) -> None:
-        for request in list(self._loop.requests.values()):
-            request.deliver(
-                RequestOutput(request.request_id, finished=True, finish_reason="error", error=message)
-            )
-        self._flush()
-
     async def drain(self, timeout: float) -> bool:
         """Takes no new requests and waits for the running ones; after `timeout` seconds aborts the rest. True if none was cut."""
         self._draining = True
-        end = time.monotonic() + timeout
-        while self._loop.requests and time.monotonic() < end and self._died is None:
-            await asyncio.sleep(0.02)
+        await self._emptied(timeout)
         cut = bool(self._loop.requests)
-        self._post(lambda: [self._loop.abort(key) for key in list(self._loop.requests)] and None)
-        while self._loop.requests and self._died is None:
-            await asyncio.sleep(0.02)
+        self._post_if_open(lambda: [self._loop.abort(key) for key in list(self._loop.requests)])
+        if not await self._emptied(ABORT_GRACE):
+            log.error("the step at hand has not ended within %g s; its requests are left behind", ABORT_GRACE)
         return not cut
 
+    async def _emptied(self, timeout: float) -> bool:
+        """Waits until no request is left; False after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while self._loop.requests and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+        return not self._loop.requests
+
     async def shutdown(self) -> None:
-        """Stops the thread after the step at hand. Requests still running get no further output."""
-        self._post(None)
-        await asyncio.to_thread(self._thread.join)
+        """Stops the thread after the step at hand. Requests still running end with an error."""
+        with self._ending:
+            self._commands.put(None)
+        await asyncio.to_thread(self._thread.join, ABORT_GRACE)
 
     async def call(self, what: Callable[[Any], Any]) -> Any:
         """Runs `what(core)` between two steps on the engine thread: for administration and tests."""
         home = asyncio.get_running_loop()
         future: asyncio.Future = home.create_future()
-
-        def command() -> None:
-            try:
-                value, error = what(self._loop.core), None
-            except Exception as e:
-                value, error = None, e
-            home.call_soon_threadsafe(_resolve, future, value, error)
-
-        self._post(command)
+        self._post(Command(lambda: what(self._loop.core), home, future))
         return await future
 
     def stats(self) -> dict[str, Any]:
@@ -272,13 +304,18 @@ class AsyncEngine:
         return self.built.describe()
 
     def check_alive(self) -> tuple[bool, str]:
-        """Whether the engine makes progress, and a sentence. Costs nothing."""
-        if self._died is not None:
-            return False, f"the engine has stopped: {self._died}"
+        """Whether the engine can answer, and a sentence. Costs nothing.
+
+        False when it has ended, when steps fail one after the other, and when there is work but no step has ended for
+        `stuck_after` seconds. An engine without work is well however long that lasts.
+        """
+        if self.ended is not None:
+            return False, f"the engine has stopped: {self.ended}"
         if self._draining:
             return False, "the server is shutting down"
-        waited = time.monotonic() - max(self._loop.last_progress, self._busy_since or 0.0)
-        if self._busy_since is not None and waited > STUCK_AFTER:
+        if self._loop.doubtful:
+            return False, f"the last {self._loop.failed_in_row} steps failed: {self._loop.last_failure}"
+        if (waited := self._liveness.stuck()) is not None:
             return False, f"no step has finished for {waited:.0f} s"
         return True, "ok"
 
@@ -305,6 +342,8 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(str(error), None, "overloaded", 429)
     if isinstance(error, NeverFits):
         return RequestError(str(error), "prompt", "context_length_exceeded", 400)
+    if isinstance(error, EngineDead):
+        return RequestError(f"the engine has stopped: {error}", None, "engine_dead", 503)
     if isinstance(error, (Dsv4Error, ValueError)):
         return RequestError(str(error), None, "invalid_value", 400)
     return RequestError(f"{type(error).__name__}: {error}", None, "internal_error", 500)

@@ -233,6 +233,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         seed=config.seed,
         tenants=Tenants(config.tenants),
         record=StepRecord(config.record_steps) if config.record_steps else None,
+        device=device,
     )
     if device == "cuda":
         runner.warm_up(min(config.max_num_batched_tokens, max_len - 1))

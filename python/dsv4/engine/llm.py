@@ -30,11 +30,12 @@ class Completion:
     logprobs: list[Sampled] | None = None
     prompt_logprobs: list[Sampled | None] | None = None
     usage: Usage | None = None
+    error: str | None = None
+    """Why it failed; `LLM` raises it."""
 
     def add(self, output: RequestOutput) -> None:
-        """Appends what a step brought. Raises RequestError when the request failed."""
-        if output.error is not None:
-            raise RequestError(output.error, None, "internal_error", 500)
+        """Appends what a step brought."""
+        self.error = output.error
         self.text += output.text
         self.token_ids += output.token_ids
         if output.logprobs is not None:
@@ -69,25 +70,35 @@ class LLM:
         *,
         cache_salt: str = "",
     ) -> list[Completion]:
-        """Completions in the order of the prompts. A prompt is text or token ids. Raises RequestError."""
+        """Completions in the order of the prompts. A prompt is text or token ids. Raises RequestError when one of them is
+        refused or fails, which ends the others of the call, and EngineDead when the device is lost."""
         params = params or SamplingParams()
         many = [self._ids(p) for p in ([prompts] if _is_one(prompts) else prompts)]
         done = [Completion() for _ in many]
-        for completion, ids in zip(done, many, strict=True):
-            self._submit(ids, params, completion.add, cache_salt)
-        while self._loop.has_work():
-            self._loop.step()
+        keys: list[int] = []
+        try:
+            for completion, ids in zip(done, many, strict=True):
+                keys.append(self._submit(ids, params, completion.add, cache_salt))
+            while self._loop.has_work() and any(c.finish_reason is None for c in done):
+                self._loop.step()
+                if failed := next((c.error for c in done if c.error is not None), None):
+                    raise RequestError(failed, None, "internal_error", 500)
+        finally:
+            for key in keys:
+                self._loop.abort(key)
         return done
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = ""
     ) -> Iterator[RequestOutput]:
-        """What each step brings for one prompt. Closing the iterator aborts the request."""
+        """What each step brings for one prompt; the last output has `finished`. Closing the iterator aborts the request."""
         news: list[RequestOutput] = []
         key = self._submit(self._ids(prompt), params or SamplingParams(), news.append, cache_salt)
         try:
-            while self._loop.has_work():
+            finished = False
+            while not finished and self._loop.has_work():
                 self._loop.step()
+                finished = bool(news) and news[-1].finished
                 yield from news
                 news.clear()
         finally:

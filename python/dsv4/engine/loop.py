@@ -1,8 +1,8 @@
 """Plan, run, commit. Single-threaded; the asyncio engine and `LLM` both drive it.
 
-`step_simple` is one step at a time and the reference. `step_overlap` plans and launches step k+1 before step k is
-committed; the rows of k+1 whose token is not yet known carry a placeholder that the runner fills on the device. Both give
-the same outputs (tests/engine/test_loop.py).
+`step_simple` is one step at a time and the reference. `step_overlap` plans and runs step k+1 before step k is committed;
+the rows of k+1 whose token the core does not know yet carry a placeholder that the runner fills in. As `Runner.run` waits
+for the tokens of its step, nothing runs beside anything else yet. Both give the same outputs (tests/e2e/test_fork_and_park.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from dsv4._core import Core, StepHeader
+from dsv4.engine import device_errors
 from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.output import Delta, as_final, as_output, push_token
 from dsv4.engine.request import EngineRequest, RequestOutput
@@ -22,6 +23,7 @@ from dsv4.engine.routing import Routing, Tenants, now_us
 from dsv4.engine.runner import Runner, StepResult
 from dsv4.engine.sampler import PoisonedLogits, SamplingState
 from dsv4.engine.steps import StepRecord
+from dsv4.errors import EngineDead
 from dsv4.sampling import SamplingParams
 from dsv4.text.tokenizer import Tokenizer
 
@@ -33,8 +35,11 @@ WARN_EVERY = 16
 PLAIN = Routing()
 """No hints."""
 
-TOKEN, FINISHED, PREEMPTED, RESUMED, PREFILL = 1, 2, 3, 4, 5
-"""Kinds of core events; a row is (kind, request, step, a, b, c)."""
+DOUBTFUL = 3
+"""Steps that fail in a row, with no token in between, after which it is the engine that is in doubt and not the requests."""
+
+TOKEN, FINISHED, PREFILL = 1, 2, 5
+"""Kinds of core events that are used here; a row is (kind, request, step, a, b, c)."""
 
 
 class EngineLoop:
@@ -51,16 +56,20 @@ class EngineLoop:
         seed: int,
         tenants: Tenants | None = None,
         record: StepRecord | None = None,
+        device: str = "cpu",
     ) -> None:
-        """`buffers`: one set for the simple loop, two for the overlapped one."""
+        """`buffers`: one set for the simple loop, two for the overlapped one. `device`: asked after a failed step."""
         self.core, self.runner, self.buffers = core, runner, buffers
         self.tokenizer, self.eos_ids, self.seed = tokenizer, eos_ids, seed
         self.tenants = tenants or Tenants()
-        self._record = record
+        self._record, self.device = record, device
+        self.dead: EngineDead | None = None
+        self.failed_in_row = 0
+        """Steps that failed since the last token, and why the last of them did."""
+        self.last_failure = ""
         self.requests: dict[int, EngineRequest] = {}
         self._keys_by_name: dict[str, int] = {}
         self._warned, self._finished = False, 0
-        self.last_progress = time.monotonic()
         self.step = self.step_overlap if len(buffers) == 2 else self.step_simple
         self._keys = itertools.count(1)
         self._events = np.zeros((4096, 6), np.int64)
@@ -77,10 +86,12 @@ class EngineLoop:
         routing: Routing = PLAIN,
         fork_of: str | None = None,
     ) -> int:
-        """Queues a request and returns its key. Raises what `Core.submit` raises; nothing is kept then.
+        """Queues a request and returns its key. Raises EngineDead and what `Core.submit` raises; nothing is kept then.
 
         `fork_of`: the id of a live request whose state this one starts from, which saves work and changes no token.
         """
+        if self.dead is not None:
+            raise self.dead
         key = next(self._keys)
         seed = params.seed if params.seed is not None else self.seed + key
         state = SamplingState(params, prompt, eos_ids=self.eos_ids, seed=seed)
@@ -103,11 +114,6 @@ class EngineLoop:
         self.requests[key] = request
         self._keys_by_name[request_id] = key
         return key
-
-    def said(self, request_id: str) -> list[int]:
-        """Prompt and output so far of a live request. Raises KeyError."""
-        request = self.requests[self._keys_by_name[request_id]]
-        return [*request.prompt, *request.output]
 
     def abort(self, key: int) -> None:
         """Ends a request at any time; its last output says `abort`. Unknown keys are ignored: it may have just ended."""
@@ -147,7 +153,8 @@ class EngineLoop:
     def _launch(
         self, header: StepHeader, buffers: StepBuffers, before: StepResult | None = None
     ) -> StepResult | None:
-        """Runs a plan. A failure ends the requests of that step with an error; all others go on."""
+        """Runs a plan. A failure ends the requests of that step with an error and all others go on, unless the device is
+        gone (EngineDead)."""
         begun = time.perf_counter()
         try:
             result = self.runner.run(header, buffers, self.requests)
@@ -158,6 +165,11 @@ class EngineLoop:
             return result
         except Exception as e:  # whatever the device or a kernel raises must not take the engine down
             log.exception("step %d failed", header.step)
+            if (gone := device_errors.lost(e, self.device)) is not None:
+                self.core.rollback(header.step)
+                self.dead = EngineDead(f"{gone}; start it again")
+                raise self.dead from e
+            self._count_failure(f"{type(e).__name__}: {device_errors.first_line(e)}")
             if before is not None:
                 self._commit(before)
                 self._drain_events(before)
@@ -168,11 +180,41 @@ class EngineLoop:
             return None
 
     def _commit(self, result: StepResult) -> None:
+        poisoned = [s for s in result.sampled if isinstance(s, PoisonedLogits)]
+        if poisoned and len(poisoned) == len(result.sampled):
+            self._count_failure(str(poisoned[0]))
+        elif result.sampled:
+            self.failed_in_row = 0
         for key, sampled in zip(result.keys, result.sampled, strict=True):
             if isinstance(sampled, PoisonedLogits) and key in self.requests:
                 self._fail(key, str(sampled))
         self.core.commit(result.header.step, result.tokens)
-        self.last_progress = time.monotonic()
+
+    def _count_failure(self, why: str) -> None:
+        self.failed_in_row += 1
+        self.last_failure = why
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether steps fail one after the other, so that it may be the engine that is broken."""
+        return self.failed_in_row >= DOUBTFUL
+
+    def check_itself(self) -> None:
+        """Generates a token for itself, with no other request at hand: when that works the requests were at fault, and the
+        count of failures starts anew. Raises EngineDead when it fails like them."""
+        outputs: list[RequestOutput] = []
+        failed, salt = self.failed_in_row, Routing(salt="dsv4 self-check")
+        greedy = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+        self.submit("self-check", [0], greedy, outputs.append, routing=salt)
+        while self.has_work():
+            self.step()
+        if outputs[-1].error is not None:
+            self.dead = EngineDead(
+                f"{failed} steps in a row failed, and so did one without their requests: {outputs[-1].error}; "
+                "start it again"
+            )
+            raise self.dead
+        log.warning("%d steps in a row failed (%s); the engine itself is well", failed, self.last_failure)
 
     def _fail(self, key: int, message: str) -> None:
         self.requests[key].error = message
