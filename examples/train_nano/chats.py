@@ -134,7 +134,12 @@ class Chat:
 def render(chat: Chat) -> str:
     """The prompt text with markers, up to the last end-of-sentence."""
     segments = encode_chat(
-        chat.messages, thinking=chat.thinking, tools=chat.tools or None, drop_thinking=False, format=FORMAT
+        chat.messages,
+        thinking=chat.thinking,
+        tools=chat.tools or None,
+        drop_thinking=False,
+        ending="closed",
+        format=FORMAT,
     )
     return "".join(segments)
 

@@ -6,6 +6,8 @@ config.json that cannot work.
 
 from __future__ import annotations
 
+from typing import Any
+
 try:
     from dsv4._core import ConfigError, Dsv4Error
 except ImportError:  # ops, kernels and their benches also run from a source tree where the core is not built
@@ -17,7 +19,7 @@ except ImportError:  # ops, kernels and their benches also run from a source tre
         """A setting, array or config.json that cannot work."""
 
 
-__all__ = ["CheckpointError", "ConfigError", "Dsv4Error", "EngineDead", "RequestError"]
+__all__ = ["CheckpointError", "ConfigError", "Dsv4Error", "EngineDead", "RequestError", "kind", "show"]
 
 
 class CheckpointError(Dsv4Error, ValueError):
@@ -39,3 +41,33 @@ class RequestError(Dsv4Error):
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status
+
+
+_SHOWN = 60
+"""Characters of a bad value that an error message repeats."""
+
+_KINDS: dict[type, str] = {
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    tuple: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def kind(value: Any) -> str:
+    """What JSON calls a value's type, for messages about wrong ones: `a list`, `text`, `null`."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def show(value: Any) -> str:
+    """A value as an error message repeats it: short, in JSON's words, and containers only by kind and length."""
+    if isinstance(value, (list, tuple, dict)):
+        return f"{kind(value)} of {len(value)}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…" + text[-1] * isinstance(value, str)

@@ -9,7 +9,20 @@ from pathlib import Path
 import pytest
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
-from dsv4.text.chat import GA, PREVIEW, ROLES, ChatFormat, Marker, encode_chat
+from dsv4.text.chat import (
+    END_THINK,
+    GA,
+    PREFIX_FIELDS,
+    PREVIEW,
+    ROLES,
+    TASKS,
+    THINK,
+    ChatFormat,
+    Marker,
+    encode_chat,
+    ending_of,
+    starts_in_thought,
+)
 from dsv4.text.tokenizer import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,9 +88,8 @@ def test_tools_section_and_calls() -> None:
         in text
     )
     assert text.endswith(f"to invoke tool calls.\n{U}w?{A}</think>")
-    assert (
-        prompt([user("w?"), assistant("ok", tool_calls=[CALL])]) == f"{BOS}{U}w?{A}</think>ok{DSML_CALL}{EOS}"
-    )
+    called = prompt([user("w?"), assistant("ok", tool_calls=[CALL])], ending="closed")
+    assert called == f"{BOS}{U}w?{A}</think>ok{DSML_CALL}{EOS}"
 
 
 def test_tool_results_join_one_user_turn_in_the_order_of_the_calls() -> None:
@@ -109,6 +121,195 @@ def test_effort_prefixes_by_release() -> None:
     assert ChatFormat.for_model("/nowhere", ModelConfig.preset("v4-pro-preview")) is PREVIEW
 
 
+def system(text: str, **more: object) -> dict:
+    return {"role": "system", "content": text, **more}
+
+
+def developer(text: str, **more: object) -> dict:
+    return {"role": "developer", "content": text, **more}
+
+
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sun"}
+REMINDER = {"role": "latest_reminder", "content": "Monday"}
+THOUGHTFUL = assistant("one", reasoning_content="hm")
+CALLING = assistant("", tool_calls=[CALL])
+
+LAST = {
+    "assistant": ([user("hi"), assistant("hello")], f"{BOS}{U}hi{A}</think>hello{EOS}"),
+    "two assistants": (
+        [user("hi"), assistant("a"), assistant("b")],
+        f"{BOS}{U}hi{A}</think>a{EOS}{A}</think>b{EOS}",
+    ),
+    "only an assistant": ([assistant("hello")], f"{BOS}{A}</think>hello{EOS}"),
+    "an assistant without content": ([user("hi"), assistant(None)], f"{BOS}{U}hi{A}</think>{EOS}"),
+    "a cancelled tool": ([user("hi"), CALLING], f"{BOS}{U}hi{A}</think>{DSML_CALL}{EOS}"),
+    "a result": (
+        [user("hi"), CALLING, RESULT],
+        f"{BOS}{U}hi{A}</think>{DSML_CALL}{EOS}{U}<tool_result>sun</tool_result>",
+    ),
+    "only a result": ([RESULT], f"{BOS}{U}<tool_result>sun</tool_result>"),
+    "system": ([user("hi"), system("brief")], f"{BOS}{U}hi\n\nbrief"),
+    "only system": ([system("brief")], f"{BOS}brief"),
+    "system after an answer": (
+        [user("hi"), assistant("hello"), system("Sum up.")],
+        f"{BOS}{U}hi{A}</think>hello{EOS}Sum up.",
+    ),
+    "system after a result": (
+        [user("hi"), CALLING, RESULT, system("brief")],
+        f"{BOS}{U}hi{A}</think>{DSML_CALL}{EOS}{U}<tool_result>sun</tool_result>\n\nbrief",
+    ),
+    "developer": ([user("hi"), developer("brief")], f"{BOS}{U}hi\n\nbrief"),
+    "only developer": ([developer("brief")], f"{BOS}brief"),
+    "user": ([user("hi")], f"{BOS}{U}hi"),
+    "an empty user": ([user("")], f"{BOS}{U}"),
+    "parts": ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], f"{BOS}{U}hi"),
+    "reminder": ([user("hi"), REMINDER], f"{BOS}{U}hi<｜latest_reminder｜>Monday"),
+    "only a reminder": ([REMINDER], f"{BOS}<｜latest_reminder｜>Monday"),
+    "reminder after an answer": (
+        [user("hi"), assistant("hello"), REMINDER],
+        f"{BOS}{U}hi{A}</think>hello{EOS}<｜latest_reminder｜>Monday",
+    ),
+}
+"""Every last role and shape, and the prompt without thinking up to the opening."""
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("name", LAST)
+def test_whatever_comes_last_an_assistant_turn_is_opened(name: str, thinking: bool) -> None:
+    messages, expected = LAST[name]
+    opened = prompt(messages, thinking=thinking)
+    think = "<think>" if thinking else "</think>"
+    assert opened.endswith(f"{A}{think}")
+    assert opened.count(A) == sum(m["role"] == "assistant" for m in messages) + 1
+    if (
+        thinking and RESULT not in messages
+    ):  # before a result thoughts are dropped, as before a user's message
+        expected = expected.replace(f"{A}</think>", f"{A}<think></think>")
+    assert opened == f"{expected}{A}{think}"
+    assert prompt(messages, thinking=thinking, ending="closed") == expected
+    assert starts_in_thought(messages, "opened", thinking=thinking) == thinking
+    with_tools = prompt(messages, thinking=thinking, tools=[TOOL])
+    assert with_tools.endswith(f"{A}{think}") and "## Tools" in with_tools
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("after", [[], [REMINDER]])
+def test_a_task_is_its_own_opening(task: str, after: list[dict]) -> None:
+    asked = [{**user("q"), "task": task}, *after]
+    between = "<｜latest_reminder｜>Monday" if after else ""
+    for thinking, think in ((False, "</think>"), (True, "<think>")):
+        opening = f"{A}{think}<｜action｜>" if task == "action" else f"<｜{task}｜>"
+        assert prompt(asked, thinking=thinking) == f"{BOS}{U}q{between}{opening}"
+        assert not starts_in_thought(asked, "opened", thinking=thinking)
+
+
+def test_a_turn_opened_after_an_answer_is_a_prefix_of_the_next_prompt() -> None:
+    """The cache is kept: what was generated after such an end is found again when the conversation goes on."""
+    for messages, _ in LAST.values():
+        for thinking in (False, True):
+            asked = prompt(messages, thinking=thinking, tools=[TOOL])
+            more = [*messages, assistant("so", reasoning_content="hm"), user("next")]
+            said = "hm</think>so" if thinking else "so"
+            assert prompt(more, thinking=thinking, tools=[TOOL]).startswith(f"{asked}{said}{EOS}{U}next")
+
+
+def test_developer_is_system() -> None:
+    french = developer("Answer in French.")
+    for thinking, think in ((False, "</think>"), (True, "<think>")):
+        asked = prompt([french, user("hi")], thinking=thinking)
+        assert asked == f"{BOS}Answer in French.{U}hi{A}{think}"
+    both = prompt([system("Be kind."), french, user("hi")])
+    assert both == f"{BOS}Be kind.\n\nAnswer in French.{U}hi{A}</think>"
+    assert prompt([french, system("Be kind."), user("hi")]).startswith(
+        f"{BOS}Answer in French.\n\nBe kind.{U}"
+    )
+    tools = prompt([system("Be kind."), french, user("hi")], tools=[TOOL])
+    assert tools.startswith(f"{BOS}Be kind.\n\nAnswer in French.\n\n## Tools\n\n")
+    assert tools.endswith(f"tool calls.\n{U}hi{A}</think>")
+    own = prompt([developer("Use these.", tools=[TOOL]), user("hi")])
+    assert own.startswith(f"{BOS}Use these.\n\n## Tools\n\n") and own.endswith(f"\n{U}hi{A}</think>")
+
+
+def test_system_messages_keep_their_places() -> None:
+    late = [user("1"), assistant("one", reasoning_content="hm"), developer("In French."), user("2")]
+    for thinking, think in ((False, "</think>"), (True, "<think>")):
+        assert prompt(late, thinking=thinking) == f"{BOS}{U}1{A}</think>one{EOS}In French.{U}2{A}{think}"
+    many = [system("a"), user("1"), system("b"), developer("c"), assistant("x"), system("d"), user("2")]
+    assert prompt(many) == f"{BOS}a{U}1\n\nb\n\nc{A}</think>x{EOS}d{U}2{A}</think>"
+    assert prompt([system(""), system("b"), system(""), user("1")]) == f"{BOS}b{U}1{A}</think>"
+
+
+@pytest.mark.parametrize("mark", PREFIX_FIELDS)
+def test_a_marked_message_is_continued(mark: str) -> None:
+    for thinking, message, end in [
+        (False, assistant("He"), f"{A}</think>He"),
+        (False, assistant(""), f"{A}</think>"),
+        (True, assistant("He"), f"{A}<think></think>He"),
+        (True, assistant(""), f"{A}<think>"),
+        (True, assistant("He", reasoning_content="hm"), f"{A}<think>hm</think>He"),
+        (True, assistant("", reasoning_content="hm"), f"{A}<think>hm"),
+        (True, assistant(None, reasoning_content="hm"), f"{A}<think>hm"),
+        (False, assistant("He", reasoning_content="hm"), f"{A}</think>He"),
+    ]:
+        talk = [user("hi"), {**message, mark: True}]
+        assert ending_of(talk) == "continued"
+        assert prompt(talk, thinking=thinking) == f"{BOS}{U}hi{end}"
+        assert starts_in_thought(talk, "continued", thinking=thinking) == end.endswith(("<think>", "hm"))
+        said = [user("hi"), message]
+        assert ending_of(said, continue_final_message=True) == "continued"
+        assert prompt(said, thinking=thinking, ending="continued") == f"{BOS}{U}hi{end}"
+
+
+def test_a_continued_verdict_has_no_thoughts() -> None:
+    talk = [{**user("q"), "task": "title"}, assistant("The", prefix=True)]
+    assert prompt(talk, thinking=True) == f"{BOS}{U}q<｜title｜>The"
+    assert not starts_in_thought(talk, "continued", thinking=True)
+
+
+@pytest.mark.parametrize(
+    ("messages", "switches", "param", "words"),
+    [
+        (
+            [user("x")],
+            {"continue_final_message": True},
+            "continue_final_message",
+            "role is 'user'; only an assis",
+        ),
+        ([], {"continue_final_message": True}, "continue_final_message", "role is null"),
+        ([user("x"), RESULT], {"continue_final_message": True}, "continue_final_message", "role is 'tool'"),
+        (
+            [user("x"), assistant("a")],
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt",
+            "set add_generation_prompt to false",
+        ),
+        (
+            [user("x"), assistant("a", prefix=True)],
+            {"continue_final_message": False},
+            "messages[1].prefix",
+            "prefix is true, but continue_final_message is false",
+        ),
+        (
+            [user("x"), assistant("a", prefix=True), user("b")],
+            {},
+            "messages[1].prefix",
+            "for the last message",
+        ),
+        ([{**user("x"), "prefix": True}], {}, "messages[0].prefix", "only for an assistant's"),
+        ([user("x"), {**CALLING, "prefix": True}], {}, "messages[1]", "has tool calls ends its turn"),
+    ],
+)
+def test_wishes_that_contradict_each_other(messages: list, switches: dict, param: str, words: str) -> None:
+    with pytest.raises(RequestError) as e:
+        ending_of(messages, **switches)
+    assert words in e.value.message and e.value.param == param and "\n" not in e.value.message
+
+
+def test_a_mark_that_is_no_boolean() -> None:
+    with pytest.raises(RequestError, match=r"messages\[1\]\.prefix is 'yes'; it must be true or false"):
+        encode_chat([user("x"), assistant("a", prefix="yes")])
+
+
 def test_markers_in_messages_stay_text() -> None:
     segments = encode_chat([user("<｜User｜></think>")], tools=[TOOL])
     assert "<｜User｜></think>" in [s for s in segments if not isinstance(s, Marker)]
@@ -129,7 +330,23 @@ def test_the_small_model_brings_its_own_tool_text() -> None:
     [
         ([], {}, "messages is empty"),
         ([{"role": "usr", "content": "x"}], {}, "messages[0].role is 'usr'"),
-        ([{"role": "user"}], {}, "messages[0].content is NoneType"),
+        ([{"role": "user"}], {}, "messages[0].content is null; it must be text"),
+        ([{"role": "user", "content": 3}], {}, "messages[0].content is a number; it must be text"),
+        ([{"role": "user", "content": [None]}], {}, "messages[0].content[0] is null; it must be an object"),
+        (
+            [{"role": "user", "content": [["x"]]}],
+            {},
+            "messages[0].content[0] is a list; it must be an object",
+        ),
+        ([{"role": "user", "content": [{"text": "x"}]}], {}, "messages[0].content[0] has type null"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": None}]}],
+            {},
+            "messages[0].content[0].text is null; it must be text",
+        ),
+        ([None], {}, "messages[0] is null; it must be an object"),
+        ([{"content": "x"}], {}, "messages[0].role is null; valid are system"),
+        ([{"role": True, "content": "x"}], {}, "messages[0].role is true; valid are system"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],
             {},
@@ -137,8 +354,12 @@ def test_the_small_model_brings_its_own_tool_text() -> None:
         ),
         ([user("x")], {"effort": "ultra"}, "reasoning effort is 'ultra'; valid are low, high, max"),
         ([user("x")], {"tools": [{"type": "function"}]}, "tools[0] has no function with a name"),
-        ([{"role": "system", "content": "", "tools": 5}], {}, "messages[0].tools is int; it must be a list"),
-        ([assistant("x", tool_calls="f")], {}, "messages[0].tool_calls is str; it must be a list"),
+        (
+            [{"role": "system", "content": "", "tools": 5}],
+            {},
+            "messages[0].tools is a number; it must be a list",
+        ),
+        ([assistant("x", tool_calls="f")], {}, "messages[0].tool_calls is text; it must be a list"),
         ([{**user("x"), "task": "titel"}], {}, "messages[0].task is 'titel'; valid are action, query"),
     ],
 )
@@ -152,11 +373,13 @@ def test_quick_tasks() -> None:
     asked = {"role": "user", "content": "q", "task": "action"}
     assert prompt([asked]) == f"{BOS}{U}q{A}</think><｜action｜>"
     assert (
-        prompt([asked, assistant("Search")], thinking=True) == f"{BOS}{U}q{A}<think><｜action｜>Search{EOS}"
+        prompt([asked, assistant("Search")], thinking=True, ending="closed")
+        == f"{BOS}{U}q{A}<think><｜action｜>Search{EOS}"
     )
     assert prompt([{**asked, "task": "query"}]) == f"{BOS}{U}q<｜query｜>"
     titled = [user("q"), assistant("a", task="title"), assistant("T")]
-    assert prompt(titled) == f"{BOS}{U}q{A}</think>a{EOS}<｜title｜>T{EOS}"
+    assert prompt(titled, ending="closed") == f"{BOS}{U}q{A}</think>a{EOS}<｜title｜>T{EOS}"
+    assert prompt([user("q"), {**asked, "task": "domain"}]) == f"{BOS}{U}q\n\nq<｜domain｜>"
     assert all(isinstance(s, Marker) for s in encode_chat([asked]) if s == "<｜action｜>")
 
 
@@ -202,8 +425,10 @@ MESSAGE = st.fixed_dictionaries(
         "tool_call_id": JUNK,
         "reasoning_content": JUNK,
         "task": st.just("title") | JUNK,
+        "prefix": st.booleans() | JUNK,
     },
 )
+MARKS = (THINK, END_THINK, EOS, U, *TASKS.values())
 
 
 @settings(max_examples=500, deadline=None)
@@ -215,3 +440,8 @@ def test_no_messages_fail_but_with_one_line(messages: list, thinking: bool, tool
         assert "\n" not in str(e)
     else:
         assert all(isinstance(s, str) for s in segments) and segments[0] == BOS
+        ending = ending_of(messages)
+        last = next((s for s in reversed(segments) if isinstance(s, Marker) and s in MARKS), None)
+        assert starts_in_thought(messages, ending, thinking=thinking) == (last == THINK)
+        if ending == "opened":
+            assert last in (THINK, END_THINK, *TASKS.values()) and segments[-1] == last

@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4.api.fields import Fields, kind, refuse
+from dsv4.api.fields import Fields, refuse
 from dsv4.api.service import Service
-from dsv4.errors import RequestError
-from dsv4.text.chat import encode_chat
+from dsv4.errors import RequestError, kind
+from dsv4.text.chat import Ending, encode_chat, ending_of, starts_in_thought
 
 MAX_MESSAGES = 65536
 MAX_TOOLS = 1024
@@ -35,12 +35,22 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
+    """The request's. A system message may bring its own."""
     thinking: bool
     effort: str
+    ending: Ending = "opened"
+    drop_thinking: bool = True
+    calls_tools: bool = False
+    """Whether the model gets to see tools, so that it may call some."""
+
+    @property
+    def starts_in_thought(self) -> bool:
+        """Whether the answer begins inside the thinking part; once `encode` has taken the messages."""
+        return starts_in_thought(self.messages, self.ending, thinking=self.thinking)
 
 
 def read_conversation(fields: Fields) -> Conversation:
-    """Messages, tools and thinking out of a body in OpenAI's shape. Raises RequestError."""
+    """Messages, tools, thinking and what follows the last message, out of a body in OpenAI's shape. Raises RequestError."""
     messages = fields.get("messages")
     if messages is None:
         raise RequestError(
@@ -49,8 +59,27 @@ def read_conversation(fields: Fields) -> Conversation:
     messages = fields.items("messages", dict, MAX_MESSAGES)
     for i, message in enumerate(messages):
         _check_message(Fields(message, f"messages[{i}]."))
-    thinking, effort = _thinking(fields)
-    return Conversation(messages, _tools(fields), thinking, effort)
+    template = fields.nested("chat_template_kwargs")
+    ending = ending_of(
+        messages,
+        add_generation_prompt=_switch(fields, template, "add_generation_prompt"),
+        continue_final_message=_switch(fields, template, "continue_final_message"),
+    )
+    thinking, effort = _thinking(fields, template, messages[-1] if ending == "continued" else {})
+    tools = _tools(fields)
+    if fields.get("tool_choice") == "none":
+        messages = [{k: v for k, v in m.items() if k != "tools"} for m in messages]
+    drop = template.boolean("drop_thinking", True)
+    calls_tools = bool(tools) or any(m.get("tools") for m in messages)
+    return Conversation(messages, tools, thinking, effort, ending, drop, calls_tools)
+
+
+def _switch(fields: Fields, template: Fields, name: str) -> bool | None:
+    """A switch of the chat template, which vLLM takes at the top and SGLang among the template's arguments."""
+    given = [f.boolean(name) for f in (fields, template) if f.get(name) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise refuse(name, given[0], f"the same value as {template.where}{name}", "; leave one of them out")
+    return given[0] if given else None
 
 
 def _check_message(message: Fields) -> None:
@@ -83,13 +112,13 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
     return [] if choice == "none" else tools
 
 
-def _thinking(fields: Fields) -> tuple[bool, str]:
+def _thinking(fields: Fields, template: Fields, continued: dict[str, Any]) -> tuple[bool, str]:
     """(thinking, effort) from DeepSeek's `thinking`, OpenAI's `reasoning_effort` and the template arguments
     of vLLM.
 
-    Off unless asked for; naming an effort asks for it. The most explicit wins: a switch before an effort.
+    Off unless asked for; naming an effort asks for it, and so does the wish to continue a message with thoughts. The
+    most explicit wins: a switch before an effort before the message.
     """
-    template = fields.nested("chat_template_kwargs")
     name = fields.choice("reasoning_effort", tuple(EFFORTS)) or template.choice(
         "reasoning_effort", tuple(EFFORTS)
     )
@@ -101,7 +130,12 @@ def _thinking(fields: Fields) -> tuple[bool, str]:
     for key in ("thinking", "enable_thinking"):
         if switch is None and template.get(key) is not None:
             switch = template.boolean(key)
-    thinking = switch if switch is not None else effort not in (None, "none")
+    thought = bool(continued.get("reasoning_content") or continued.get("reasoning"))
+    asked = thought if effort is None else effort != "none"
+    thinking = asked if switch is None else switch
+    if thought and not thinking and not continued.get("content"):
+        text = "is to be continued, but thinking is off; ask for it, or send the content to continue"
+        raise RequestError(f"the last message's reasoning_content {text}", "thinking", "invalid_value", 400)
     return thinking, effort if effort not in (None, "none") else DEFAULT_EFFORT
 
 
@@ -115,6 +149,8 @@ async def encode(service: Service, chat: Conversation) -> list[int]:
             thinking=chat.thinking,
             tools=chat.tools or None,
             effort=chat.effort,
+            drop_thinking=chat.drop_thinking,
+            ending=chat.ending,
             format=service.engine.chat_format,
         )
         return tokenizer.encode_segments(segments)

@@ -6,41 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dsv4.errors import RequestError
+from dsv4.errors import RequestError, kind, show
 from dsv4.spelling import nearest
-
-_SHOWN = 60
-"""Characters of a bad value that an error message repeats."""
-
-_KINDS = {
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-    type(None): "null",
-}
 
 
 def refuse(field: str, value: Any, takes: str, hint: str = "") -> RequestError:
     """The error for a bad value: `top_p is 3; it takes a number from 0 to 1`."""
     return RequestError(f"{field} is {show(value)}; it takes {takes}{hint}", field, "invalid_value", 400)
-
-
-def show(value: Any) -> str:
-    """A value as an error message repeats it: short, and containers only by kind and length."""
-    if isinstance(value, (list, dict)):
-        return f"{_KINDS[type(value)]} of {len(value)}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…" + text[-1] * isinstance(value, str)
-
-
-def kind(value: Any) -> str:
-    """`a list`, `text`, … for messages about wrong kinds."""
-    return _KINDS.get(type(value), type(value).__name__)
 
 
 class Fields:

@@ -18,8 +18,8 @@ import orjson
 from starlette.types import Message, Receive, Scope, Send
 
 from dsv4.api.errors import RETRY_AFTER, error_body, internal_error
-from dsv4.api.fields import Fields, kind
-from dsv4.errors import RequestError
+from dsv4.api.fields import Fields
+from dsv4.errors import RequestError, kind
 
 if TYPE_CHECKING:
     from dsv4.api.service import Service

@@ -100,7 +100,7 @@ class Choice:
     """One choice: parses what comes and, for an answer that is not streamed, keeps it."""
 
     def __init__(self, chat: Conversation, end_think: int) -> None:
-        self.parser = OutputParser(thinking=chat.thinking, tools=bool(chat.tools))
+        self.parser = OutputParser(thinking=chat.starts_in_thought, tools=chat.calls_tools)
         self.begun = False
         self.content: list[str] = []
         self.reasoning: list[str] = []
@@ -110,7 +110,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
         self.reasoning_tokens = 0
-        self._end_think = end_think if chat.thinking else None
+        self._end_think = end_think if chat.starts_in_thought else None
 
     def read(self, output: RequestOutput) -> list[Piece]:
         """What an output brings, in order."""

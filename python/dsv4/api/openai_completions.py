@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from dsv4.api.errors import error_event
-from dsv4.api.fields import Fields, kind, refuse
+from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import UsageSum, jobs_for, run
 from dsv4.api.http import Call
 from dsv4.api.openai_usage import usage_body
@@ -30,7 +30,7 @@ from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.sampler import Sampled
-from dsv4.errors import RequestError
+from dsv4.errors import RequestError, kind
 
 DEFAULT_MAX_TOKENS = 16
 """As OpenAI and vLLM have it for this endpoint."""

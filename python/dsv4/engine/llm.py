@@ -14,7 +14,7 @@ from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
-from dsv4.text.chat import encode_chat
+from dsv4.text.chat import encode_chat, ending_of
 
 Prompt = str | Sequence[int]
 
@@ -111,9 +111,19 @@ class LLM:
         *,
         thinking: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
     ) -> Completion:
-        """One assistant turn for OpenAI-style messages; the text is what the model wrote, markers and all."""
-        return self.generate([self.chat_ids(messages, thinking=thinking, tools=tools)], params)[0]
+        """One assistant turn for OpenAI-style messages, or the rest of the last message where that is to be continued;
+        the text is what the model wrote, markers and all."""
+        ids = self.chat_ids(
+            messages,
+            thinking=thinking,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        return self.generate([ids], params)[0]
 
     def chat_ids(
         self,
@@ -121,15 +131,23 @@ class LLM:
         *,
         thinking: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
     ) -> list[int]:
-        """The prompt of a chat as token ids. Raises RequestError without a tokenizer."""
+        """The prompt of a chat as token ids. `continue_final_message`: the last message, an assistant's, is left open, as
+        `prefix: true` in it says too. Raises RequestError, also without a tokenizer."""
         if self.tokenizer is None:
             raise RequestError(
                 "this model directory has no tokenizer; send token ids", "messages", "no_tokenizer", 400
             )
+        ending = ending_of(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         format = self._built.chat_format
         return self.tokenizer.encode_segments(
-            encode_chat(messages, thinking=thinking, tools=tools, format=format)
+            encode_chat(messages, thinking=thinking, tools=tools, ending=ending, format=format)
         )
 
     def _ids(self, prompt: Prompt) -> list[int]:

@@ -5,6 +5,15 @@ release file encoding/encoding_dsv4.py). User text never becomes a marker: the r
 only `Marker`s are special tokens.
 
     BOS system ⟨User⟩question⟨Assistant⟩</think>answer EOS ⟨User⟩…⟨Assistant⟩<think>
+
+It differs from the released encoder where that one leaves the model without an instruction or without a turn to write
+in; DeepSeek's own API differs in the same places:
+
+- Every assistant turn is opened, in the history and at the end. The released encoder opens one only after a user's.
+- `developer` is another name of `system`, as OpenAI's clients mean it. In the released encoder it is an internal role,
+  and thinking mode drops it.
+- System messages that follow each other become one, with a blank line between them. A later one stands at its place,
+  without a marker (V4 has none), after a blank line where text goes before it.
 """
 
 from __future__ import annotations
@@ -16,9 +25,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dsv4.errors import ConfigError, RequestError
+from dsv4.errors import ConfigError, RequestError, kind, show
 from dsv4.model.config import ModelConfig, read_json
 from dsv4.text.tokenizer import Marker, Segments
 
@@ -31,6 +40,12 @@ TASKS = {t: Marker(f"<｜{t}｜>") for t in ("action", "query", "authority", "do
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 EFFORTS = ("low", "high", "max")
+
+Ending = Literal["opened", "closed", "continued"]
+"""What follows the last message: the opening of a new assistant turn, nothing, or the rest of that message itself."""
+
+PREFIX_FIELDS = ("prefix", "partial", "wo_eos")
+"""What marks the last message as one to continue: the names that DeepSeek, Moonshot and Qwen, and SGLang have for it."""
 
 _ABSOLUTE_MAXIMUM = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
@@ -114,11 +129,12 @@ GA = ChatFormat({"low": "", "high": _ABSOLUTE_MAXIMUM, "max": _BEYOND_MAXIMUM})
 
 @dataclass(slots=True)
 class _Turn:
-    """A message after merging: tool results and neighbouring user messages form one user turn."""
+    """A message after merging: tool results and neighbouring user messages form one user turn, system messages one
+    system turn."""
 
     role: str
-    blocks: list[tuple[str | None, str]]
-    """User turns: (tool call id or None, text)."""
+    blocks: list[tuple[str | None, Segments]]
+    """(Tool call id or None, text). Only user and system turns have more than one."""
     message: Mapping[str, Any]
 
 
@@ -130,106 +146,205 @@ def encode_chat(
     effort: str = "low",
     drop_thinking: bool = True,
     response_schema: Mapping[str, Any] | None = None,
+    ending: Ending | None = None,
     format: ChatFormat = GA,
 ) -> Segments:
-    """The prompt up to and with the opening of the next assistant turn.
+    """The prompt up to the place where the model goes on.
 
-    Reasoning of earlier turns is dropped unless there are tools (then the transcript only grows) or `drop_thinking` is
-    off. Raises RequestError naming the message and field.
+    `ending`: what follows the last message; by default what the messages say (see `ending_of`). Reasoning of earlier
+    turns is dropped unless there are tools (then the transcript only grows) or `drop_thinking` is off. Raises
+    RequestError naming the message and field.
     """
     if effort not in format.efforts:
         raise RequestError(
             f"reasoning effort is {effort!r}; valid are {', '.join(format.efforts)}", "reasoning_effort"
         )
-    turns = _merge(messages)
-    if tools or response_schema:
-        _attach(turns, tools, response_schema)
+    turns = _merge(messages, format)
+    ending = ending or ending_of(messages)
+    keep = not drop_thinking or bool(tools) or any(m.get("tools") for m in messages)
+    _attach(turns, {"tools": tools, "response_schema": response_schema}, format)
     _sort_results(turns)
-    keep = not drop_thinking or any(t.message.get("tools") for t in turns)
-    last_user = max((i for i, t in enumerate(turns) if t.role in ("user", "developer")), default=-1)
-    if thinking and not keep:
-        turns = [t for i, t in enumerate(turns) if t.role != "developer" or i >= last_user]
-        last_user = max((i for i, t in enumerate(turns) if t.role in ("user", "developer")), default=-1)
+    last_user = max((i for i, t in enumerate(turns) if t.role == "user"), default=-1)
     out: Segments = [BOS, format.efforts[effort] if thinking else ""]
+    task = None
     for i, turn in enumerate(turns):
-        verdict = i > 0 and turns[i - 1].message.get("task")  # the answer to a quick task has no reasoning
-        out += _render(turn, thinking and not verdict and (keep or i > last_user), format)
-        following = turns[i + 1].role if i + 1 < len(turns) else "assistant"
-        if following not in ("assistant", "latest_reminder"):
-            continue
-        task = turn.message.get("task")
-        opened = [ASSISTANT, THINK if thinking and (task or keep or i >= last_user) else END_THINK]
-        if task:
-            out += [*opened, TASKS[task]] if task == "action" else [TASKS[task]]
-        elif turn.role in ("user", "developer"):
-            out += opened
+        if turn.role == "assistant":
+            reasoning = thinking and not task and (keep or i > last_user)
+            out += _opening(task, thinking=thinking, reasoning=reasoning)
+            out += _answer(turn, reasoning, open_ended=ending == "continued" and i == len(turns) - 1)
+        else:
+            out += _render(turn, turns[i - 1].role if i else None)
+        if turn.role != "latest_reminder":
+            task = turn.message.get("task")
+    if ending == "opened":
+        out += _opening(task, thinking=thinking, reasoning=thinking)
     return [s for s in out if s]
 
 
-def _merge(messages: Sequence[Mapping[str, Any]]) -> list[_Turn]:
+def ending_of(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool | None = None,
+    continue_final_message: bool | None = None,
+) -> Ending:
+    """What is to follow the last message, from a mark on that message (`PREFIX_FIELDS`) and from the switches of vLLM and
+    transformers; None is not said. Raises RequestError for wishes that contradict each other."""
+    last = len(messages) - 1
+    for i, message in enumerate(messages):
+        mark = next((f for f in PREFIX_FIELDS if isinstance(message, Mapping) and message.get(f)), None)
+        if mark is None:
+            continue
+        where = f"messages[{i}].{mark}"
+        if i != last or message.get("role") != "assistant":
+            text = "it is for the last message, and only for an assistant's, which the model then continues"
+            raise RequestError(f"{where} is {show(message[mark])}; {text}", where)
+        if continue_final_message is False:
+            raise RequestError(f"{where} is true, but continue_final_message is false; leave one out", where)
+        continue_final_message = True
+    if not continue_final_message:
+        return "closed" if add_generation_prompt is False else "opened"
+    if add_generation_prompt:
+        text = "a prompt opens a new turn or continues the last one; set add_generation_prompt to false"
+        raise RequestError(
+            f"add_generation_prompt and the wish to continue the last message are both true: {text}",
+            "add_generation_prompt",
+        )
+    message = messages[last] if messages and isinstance(messages[last], Mapping) else {}
+    if message.get("role") != "assistant":
+        text = "only an assistant's can be continued; leave it out, and a new turn is opened"
+        raise RequestError(
+            f"continue_final_message is true, but the last message's role is {show(message.get('role'))}; {text}",
+            "continue_final_message",
+        )
+    if message.get("tool_calls"):
+        text = (
+            "that has tool calls ends its turn and cannot be continued; send their results as tool messages"
+        )
+        raise RequestError(f"messages[{last}] is to be continued, but a message {text}", f"messages[{last}]")
+    return "continued"
+
+
+def starts_in_thought(messages: Sequence[Mapping[str, Any]], ending: Ending, *, thinking: bool) -> bool:
+    """Whether what the model writes after `encode_chat`'s prompt begins inside the thinking part, for the output parser.
+
+    A continued message is inside it when it has no content yet. The answer to a quick task has no thoughts.
+    """
+    if (
+        not thinking
+        or ending == "closed"
+        or _final_task(messages[:-1] if ending == "continued" else messages)
+    ):
+        return False
+    return ending == "opened" or not _text(messages[-1], len(messages) - 1)
+
+
+def _final_task(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The quick task that the last turn asks for."""
+    i = len(messages) - 1
+    while i >= 0 and messages[i]["role"] == "latest_reminder":
+        i -= 1
+    while i > 0 and messages[i]["role"] == "tool" and messages[i - 1]["role"] in ("tool", "user"):
+        i -= 1  # results go into the user's turn
+    return messages[i].get("task") if i >= 0 and messages[i]["role"] != "tool" else None
+
+
+def _opening(task: str | None, *, thinking: bool, reasoning: bool) -> Segments:
+    """What an assistant turn begins with. A quick task's marker stands in its place, or after it (`action`)."""
+    if task is None:
+        return [ASSISTANT, THINK if reasoning else END_THINK]
+    opening = [ASSISTANT, THINK if thinking else END_THINK] if task == "action" else []
+    return [*opening, TASKS[task]]
+
+
+def _merge(messages: Sequence[Mapping[str, Any]], format: ChatFormat) -> list[_Turn]:
     if not messages:
         raise RequestError("messages is empty; it needs at least one message", "messages")
     turns: list[_Turn] = []
     for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in ROLES:
-            close = difflib.get_close_matches(str(role), ROLES, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise RequestError(
-                f"messages[{i}].role is {role!r}; valid are {', '.join(ROLES)}{hint}", f"messages[{i}].role"
-            )
-        text = _text(message, i)
+        role = _role(message, i)
+        text: Segments = [_text(message, i)]
         _check_extras(message, i)
-        if role in ("user", "tool"):
-            block = (str(message.get("tool_call_id") or ""), text) if role == "tool" else (None, text)
-            if turns and turns[-1].role == "user" and (role == "tool" or not turns[-1].message.get("task")):
-                turns[-1].blocks.append(block)
+        last = turns[-1] if turns else None
+        if role == "system":
+            text += _instructions(message, format)
+            if last is not None and last.role == "system":
+                last.blocks.append((None, text))
             else:
-                turns.append(_Turn("user", [block], message if role == "user" else {}))
+                turns.append(_Turn(role, [(None, text)], message))
+        elif role == "tool":
+            block = (str(message.get("tool_call_id") or ""), text)
+            if last is not None and last.role == "user":
+                last.blocks.append(block)
+            else:
+                turns.append(_Turn("user", [block], {}))
+        elif role == "user" and last is not None and last.role == "user" and not last.message.get("task"):
+            last.blocks.append((None, text))
+            last.message = message if message.get("task") else last.message
         else:
             turns.append(_Turn(role, [(None, text)], message))
     return turns
+
+
+def _role(message: Any, i: int) -> str:
+    """The message's role, `developer` as `system`."""
+    if not isinstance(message, Mapping):
+        where = f"messages[{i}]"
+        raise RequestError(f"{where} is {kind(message)}; it must be an object with role and content", where)
+    role = message.get("role")
+    if not isinstance(role, str) or role not in ROLES:
+        close = difflib.get_close_matches(role if isinstance(role, str) else "", ROLES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        where = f"messages[{i}].role"
+        raise RequestError(f"{where} is {show(role)}; valid are {', '.join(ROLES)}{hint}", where)
+    return "system" if role == "developer" else role
 
 
 def _check_extras(message: Mapping[str, Any], i: int) -> None:
     for key in ("tools", "tool_calls"):
         if not isinstance(message.get(key) or [], (list, tuple)):
             where = f"messages[{i}].{key}"
-            raise RequestError(f"{where} is {type(message[key]).__name__}; it must be a list", where)
+            raise RequestError(f"{where} is {kind(message[key])}; it must be a list", where)
+    for key in PREFIX_FIELDS:
+        if type(message.get(key)) not in (bool, type(None)):
+            where = f"messages[{i}].{key}"
+            raise RequestError(f"{where} is {show(message[key])}; it must be true or false", where)
     task = message.get("task")
     if task is not None and (not isinstance(task, str) or task not in TASKS):
         where = f"messages[{i}].task"
-        raise RequestError(f"{where} is {task!r}; valid are {', '.join(TASKS)}", where)
+        raise RequestError(f"{where} is {show(task)}; valid are {', '.join(TASKS)}", where)
 
 
 def _text(message: Mapping[str, Any], i: int) -> str:
     """The content as one text: a string, a list of text parts, or nothing for an assistant that only called tools."""
-    content = message.get("content")
+    content, where = message.get("content"), f"messages[{i}].content"
     if isinstance(content, str):
         return content
     if content is None and message["role"] == "assistant":
         return ""
-    if isinstance(content, list):
-        parts = []
-        for j, part in enumerate(content):
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-                where = f"messages[{i}].content[{j}]"
-                raise RequestError(f"{where} has type {kind!r}; this model reads text parts only", where)
-            parts.append(part["text"])
-        return "\n\n".join(parts)
-    where = f"messages[{i}].content"
-    raise RequestError(f"{where} is {type(content).__name__}; it must be text or a list of text parts", where)
+    if not isinstance(content, list):
+        raise RequestError(f"{where} is {kind(content)}; it must be text or a list of text parts", where)
+    parts = []
+    for j, part in enumerate(content):
+        where = f"messages[{i}].content[{j}]"
+        if not isinstance(part, Mapping):
+            raise RequestError(f"{where} is {kind(part)}; it must be an object with type and text", where)
+        if part.get("type") not in ("text", "input_text", "output_text"):
+            text = "this model reads text parts only"
+            raise RequestError(f"{where} has type {show(part.get('type'))}; {text}", where)
+        if not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}.text is {kind(part.get('text'))}; it must be text", f"{where}.text")
+        parts.append(part["text"])
+    return "\n\n".join(parts)
 
 
-def _attach(
-    turns: list[_Turn], tools: Sequence[Mapping[str, Any]] | None, response_schema: Mapping[str, Any] | None
-) -> None:
-    """Tools and response schema belong to the system message; one is made where there is none."""
+def _attach(turns: list[_Turn], extra: Mapping[str, Any], format: ChatFormat) -> None:
+    """The request's tools and response schema go after the system text; a system turn is made where there is none."""
+    instructions = _instructions(extra, format)
+    if not instructions:
+        return
     if turns[0].role != "system":
-        turns.insert(0, _Turn("system", [(None, "")], {}))
-    extra = {"tools": list(tools or ()), "response_schema": response_schema}
-    turns[0].message = {**turns[0].message, **{k: v for k, v in extra.items() if v}}
+        turns.insert(0, _Turn("system", [(None, [""])], {}))
+    turns[0].blocks[-1][1].extend(instructions)
 
 
 def _sort_results(turns: list[_Turn]) -> None:
@@ -249,20 +364,31 @@ def _sort_results(turns: list[_Turn]) -> None:
                 turn.blocks[n] = block
 
 
-def _render(turn: _Turn, reasoning: bool, format: ChatFormat) -> Segments:
-    text = turn.blocks[0][1]
-    if turn.role == "system":
-        return [text, *_instructions(turn.message, format)]
-    if turn.role == "developer":
-        return [USER, text, *_instructions(turn.message, format)]
+def _render(turn: _Turn, before: str | None) -> Segments:
+    """A turn that is no assistant's. `before`: the role of the turn in front of it."""
     if turn.role == "latest_reminder":
-        return [REMINDER, text]
-    if turn.role == "user":
-        shown = [t if call is None else f"<tool_result>{t}</tool_result>" for call, t in turn.blocks]
-        return [USER, "\n\n".join(shown)]
-    thought = turn.message.get("reasoning_content") or turn.message.get("reasoning") or ""
-    before = [str(thought), END_THINK] if reasoning else []
-    return [*before, text, *_tool_calls(turn.message.get("tool_calls") or ()), EOS]
+        return [REMINDER, *turn.blocks[0][1]]
+    if turn.role == "system":
+        out: Segments = []
+        for _, text in turn.blocks:
+            out += ["\n\n"] if text[0] and (any(out) or before in ("user", "latest_reminder")) else []
+            out += text
+        return out
+    out = [USER]
+    for n, (call, text) in enumerate(turn.blocks):
+        out += ["\n\n"] if n else []
+        out += text if call is None else ["<tool_result>", *text, "</tool_result>"]
+    return out
+
+
+def _answer(turn: _Turn, reasoning: bool, *, open_ended: bool) -> Segments:
+    """An assistant turn after its opening; without its end when it is to be continued."""
+    text = turn.blocks[0][1]
+    thought = str(turn.message.get("reasoning_content") or turn.message.get("reasoning") or "")
+    if open_ended:
+        return [thought, END_THINK, *text] if reasoning and text[0] else [thought if reasoning else "", *text]
+    calls = _tool_calls(turn.message.get("tool_calls") or ())
+    return [*([thought, END_THINK] if reasoning else ()), *text, *calls, EOS]
 
 
 def _instructions(message: Mapping[str, Any], format: ChatFormat) -> Segments:
