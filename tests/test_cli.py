@@ -35,7 +35,8 @@ def dsv4(*arguments: str, stdin: str = "", timeout: float = 60) -> subprocess.Co
 
 
 def test_version_and_help_are_quick() -> None:
-    assert re.match(r"dsv4 \S+ \(core ", dsv4("--version", timeout=10).stdout)
+    shown = dsv4("--version", timeout=10).stdout
+    assert re.match(r"dsv4 \S+ \(core ", shown) and dsv4("version", timeout=10).stdout == shown
     text = dsv4("serve", "--help").stdout
     for flag in (
         "--max-model-len",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +49,7 @@ def setting(
     unit: str = "",
 ) -> Any:
     """A dataclass field of a config class. `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
-    commas between them."""
+    commas between them, `unit="secret"` any text as it is."""
     return field(
         default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit}
     )
@@ -190,9 +191,15 @@ class EngineConfig:
 class ServerConfig:
     """What the HTTP server needs to know."""
 
-    host: str = setting("127.0.0.1", "address to listen on")
+    host: str = setting(
+        "127.0.0.1", "address or name to listen on; 0.0.0.0 is every IPv4 address, :: every one"
+    )
     port: int = setting(8000, "port to listen on; 0 takes a free one")
-    api_key: str | None = setting(None, "bearer token that requests must carry (default: none)")
+    uds: str | None = setting(None, "path of a Unix socket to listen on instead of host and port")
+    uds_mode: str = setting("660", "permissions of the Unix socket, octal")
+    api_key: str | None = setting(
+        None, "bearer token that requests must carry (default: none)", unit="secret"
+    )
     allow_dump: bool = setting(
         False, "answer GET /dump with the core's state, which holds the prompts of all clients"
     )
@@ -209,6 +216,22 @@ class ServerConfig:
         check_choices(self)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; valid ports are 0 to 65535")
+        _check_key(self.api_key)
+        if not re.fullmatch("0?[0-7]{3}", self.uds_mode):
+            raise ConfigError(f"uds_mode is {self.uds_mode!r}; it takes three octal digits, such as 660")
+        if self.uds == "":
+            raise ConfigError("uds is empty; it takes the path of a socket")
+
+
+def _check_key(key: str | None) -> None:
+    """Raises ConfigError for a key that no request could carry, or that every request carries. Never shows it."""
+    if key is None:
+        return
+    if not key.strip():
+        held = "empty" if not key else "only white space"
+        raise ConfigError(f"api_key is {held}; give a key, or leave the setting out to serve without one")
+    if any(c.isspace() or not c.isprintable() for c in key):
+        raise ConfigError("api_key holds white space or a control character, which no header can carry")
 
 
 C = TypeVar("C", EngineConfig, ServerConfig)
@@ -243,6 +266,8 @@ def base_type(hint: Any) -> type:
 def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
     """A text or YAML value as the field's type; ConfigError names the field and what it takes."""
     kind = base_type(hint)
+    if unit == "secret":  # `none`, or a YAML key without a value, must not open what was meant to be closed
+        return "" if value is None else str(value)
     unset = ("none", "null") if kind is str else ("none", "null", "auto")
     if kind is not hint and (value is None or str(value).lower() in unset):
         return None

@@ -3,7 +3,7 @@
 | file | responsibility |
 | --- | --- |
 | `server.py` | uvicorn with deadlines on headers, draining at SIGTERM |
-| `listen.py` | the listening socket |
+| `listen.py`, `loading.py` | the listening sockets; answers while the model loads |
 | `app.py` | routes; request ids, the key |
 | `service.py` | what handlers share: engine, names, tokenizing off the event loop |
 | `http.py` | the door of POST endpoints: body limits, JSON, disconnects, errors |

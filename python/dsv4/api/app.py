@@ -62,7 +62,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
-        self._key = _digest(service.config.api_key) if service.config.api_key is not None else None
+        self._key = None if service.config.api_key is None else _digest(service.config.api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -81,19 +81,25 @@ class Edge:
 
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
             text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            await _error(RequestError(text, None, "invalid_api_key", 401))(scope, receive, sending)
+            refused = _error(RequestError(text, None, "invalid_api_key", 401), {"www-authenticate": "Bearer"})
+            await refused(scope, receive, sending)
             return
         await self.app(scope, receive, sending)
 
     def _has_key(self, scope: Scope) -> bool:
-        bearer = header(scope, b"authorization").removeprefix("Bearer ").strip()
-        given = bearer or header(scope, b"x-api-key")
-        return hmac.compare_digest(_digest(given), self._key or b"")
+        given = (_bearer(header(scope, b"authorization")), header(scope, b"x-api-key").strip(" \t"))
+        return any([hmac.compare_digest(_digest(g.encode("latin-1")), self._key or b"") for g in given])
 
 
-def _digest(key: str) -> bytes:
+def _bearer(credentials: str) -> str:
+    """The key of an `Authorization` header: a scheme, whose case does not matter, spaces, the key (RFC 9110, 11.4)."""
+    scheme, _, key = credentials.strip(" \t").replace("\t", " ").partition(" ")
+    return key.lstrip(" ") if scheme.lower() == "bearer" else ""
+
+
+def _digest(key: bytes) -> bytes:
     """Equal lengths whatever was sent, so that comparing takes the same time."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key).digest()
 
 
 def _request_id(given: str) -> str:

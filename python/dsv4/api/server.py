@@ -13,8 +13,9 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -191,12 +192,19 @@ def make_server(service: Service, on_ready: Callable[[], None] = lambda: None) -
     return Server(settings, service, on_ready)
 
 
-def serve(service: Service, sock: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
+def serve(
+    service: Service,
+    sockets: socket.socket | Sequence[socket.socket],
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
     """Serves until a signal has drained the engine; then stops the engine. `on_ready` is called once requests
     are taken. Raises EngineDead when the engine has ended by itself, so that a supervisor starts another process."""
     server = make_server(service, on_ready)
     try:
-        server.run(sockets=[sock])
+        server.run(sockets=[sockets] if isinstance(sockets, socket.socket) else list(sockets))
+        if threading.current_thread() is threading.main_thread():
+            # All is done but to end: a further SIGTERM has nothing to add.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finally:
         service.close()
         asyncio.run(service.engine.shutdown())

@@ -8,6 +8,7 @@ dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 simulate TRACE      a request trace against the real core in virtual time
 dsv4 trace agents        makes a trace of agent sessions
 dsv4 doctor              what this machine has, what will be used, what is missing
+dsv4 version             the versions of package and core
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import dsv4
-from dsv4.cli import chat, doctor, generate, plan, serve, simulate, trace, words
+from dsv4.cli import chat, doctor, generate, plan, serve, simulate, streams, trace, version, words
 from dsv4.cli.common import note
 
 INTERRUPTED = 130
@@ -44,9 +44,7 @@ class _Version(argparse.Action):
     """Prints the version of package and core. An action, as the core is loaded only when asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from dsv4 import _core
-
-        print(f"dsv4 {dsv4.__version__} (core {_core.__version__}, {_core.build_info})")
+        print(version.text())
         parser.exit()
 
 
@@ -55,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="dsv4", description="A serving engine for DeepSeek-V4 at million-token context.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (serve, generate, chat, plan, simulate, trace, doctor):
+    for module in (serve, generate, chat, plan, simulate, trace, doctor, version):
         module.add(commands)
     return parser
 
@@ -63,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 (failed), 2 (bad arguments or settings), 130
     (interrupted)."""
-    _open_standard_streams()
+    streams.secure()
     parser, given = build_parser(), list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["help"]:
         given = [*given[1:], "--help"]
@@ -86,18 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _open_standard_streams() -> None:
-    """A stream that the caller closed (`2>&-`) becomes /dev/null: its number would go to the next file or socket, which
-    would then get what is meant for it."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def _fail(error: Exception, code: int) -> int:

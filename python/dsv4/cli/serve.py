@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
+import socket
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from dsv4.api.listen import bind_all, bind_unix, remove_dead
+from dsv4.api.loading import Loading
 from dsv4.cli.common import LoadProgress, add_settings, note, read_settings
+from dsv4.cli.signals import ends_at_signal
 from dsv4.config import EngineConfig, ServerConfig
+from dsv4.errors import ConfigError
+from dsv4.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from dsv4.api.service import Service
 
 
 def add(commands: Any) -> None:
@@ -23,11 +35,28 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGTERM or Ctrl-C has drained the engine."""
     engine_config, server_config = read_settings(arguments, EngineConfig, ServerConfig)
     set_up_logging(server_config.log_level)
-    from dsv4.api.listen import bind
+    # Before the slow part, so that a wrong model and a taken port are known at once.
+    check_model(engine_config.model)
+    sockets = listen(server_config)
 
-    # Before the slow part, so that a taken port is known at once.
-    sock = bind(server_config.host, server_config.port)
-    from dsv4.api.server import serve
+    def close() -> None:
+        for sock in sockets:
+            sock.close()
+        if server_config.uds is not None:
+            remove_dead(server_config.uds)
+
+    try:
+        with ends_at_signal("loading the model", close), Loading(sockets):
+            service = load(engine_config, server_config)
+        places = [sock.getsockname() for sock in sockets]
+        serve(service, sockets, lambda: note(ready_text(service, places)))
+    finally:
+        close()
+    return 0
+
+
+def load(engine_config: EngineConfig, server_config: ServerConfig) -> Service:
+    """The slow part: imports torch, reads the weights and prints the plan."""
     from dsv4.api.service import Service
     from dsv4.engine.async_engine import AsyncEngine
 
@@ -35,17 +64,39 @@ def run(arguments: argparse.Namespace) -> int:
         engine = AsyncEngine.from_config(engine_config, progress)
     for line in engine.describe():
         note(line)
-    service = Service(engine, server_config, engine.built.name)
-    serve(service, sock, on_ready=lambda: note(ready_text(service, sock.getsockname())))
-    return 0
+    return Service(engine, server_config, engine.built.name)
 
 
-def ready_text(service: Any, address: tuple[Any, ...]) -> str:
-    """Where to reach the server, and a command that does."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(
-        address[0], f"[{address[0]}]" if ":" in address[0] else address[0]
-    )
-    url = f"http://{host}:{address[1]}"
+def serve(service: Service, sockets: Sequence[socket.socket], on_ready: Callable[[], None]) -> None:
+    from dsv4.api import server
+
+    server.serve(service, sockets, on_ready)
+
+
+def check_model(model: str | None) -> None:
+    """Raises ConfigError for a MODEL that is no model, without loading anything."""
+    if model is None:
+        return
+    if not Path(model).is_dir():
+        raise ConfigError(
+            f"model is {model!r}; it must be a directory with config.json and safetensors files"
+        )
+    ModelConfig.from_dir(model)
+
+
+def listen(config: ServerConfig) -> list[socket.socket]:
+    """The listening sockets that the settings ask for. Raises ConfigError."""
+    if config.uds is not None:
+        return [bind_unix(config.uds, int(config.uds_mode, 8))]
+    return bind_all(config.host, config.port)
+
+
+def ready_text(service: Any, places: Sequence[Any]) -> str:
+    """Where to reach the server, and a command that does. `places`: what `getsockname` says of its sockets."""
+    urls = [url_of(place) for place in places]
+    curl = f"curl {urls[0]}"
+    if isinstance(places[0], str):
+        curl = f"curl --unix-socket {shlex.quote(places[0])} http://localhost"
     key = " -H 'authorization: Bearer KEY'" if service.config.api_key is not None else ""
     if service.engine.tokenizer is None:
         path, body = "/v1/completions", '{"model":"default","prompt":[1,2,3]}'
@@ -54,9 +105,16 @@ def ready_text(service: Any, address: tuple[Any, ...]) -> str:
             "/v1/chat/completions",
             '{"model":"default","messages":[{"role":"user","content":"Hello"}]}',
         )
-    return (
-        f"ready      {url}\n           curl {url}{path}{key} -H 'content-type: application/json' -d '{body}'"
-    )
+    return f"ready      {' '.join(urls)}\n           {curl}{path}{key} -H 'content-type: application/json' -d '{body}'"
+
+
+def url_of(place: Any) -> str:
+    """What `getsockname` says as a URL that works on this machine: every address is also the loopback one."""
+    if isinstance(place, str):
+        return f"unix:{place}"
+    host, port = place[0], place[1]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def set_up_logging(level: str) -> None:
