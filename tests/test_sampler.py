@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from dsv4.engine.sampler import PoisonedLogits, Sampled, SamplingState, adjust, judge, sample
+from dsv4.ops.reference.sample import draws as draws_of
 from dsv4.sampling import SamplingParams
 
 
@@ -89,17 +91,18 @@ def test_partial_selection_keeps_what_a_sort_keeps(params: dict, ties: bool) -> 
     total = weight[kept].cumsum(0)
     for seed in range(30):
         s = state(seed, **params)
-        expected = kept[torch.searchsorted(total, s.uniform() * total[-1], right=True)]
+        uniform = draws_of(np.array([seed]), np.array([s.position]))[0]
+        expected = kept[torch.searchsorted(total, uniform * total[-1], right=True)]
         assert sample(row[None], [s])[0].token == int(expected)
 
 
-def test_what_a_backend_leaves_open_the_reference_decides() -> None:
-    row = logits(2)
-    alone = [sample(row, [state(i), state(i + 1)]) for i in range(5)]
-    undecided = [
-        sample(row, [state(i), state(i + 1)], lambda x, *_: torch.full((len(x),), -1)) for i in range(5)
-    ]
-    assert alone == undecided
+def test_draws_are_philox() -> None:
+    """Known answers of Philox4x32-10 (kat_vectors of Random123): counter and key of zeros, and of ones."""
+    first = [(0x6627E8D5, 0xE169C58D), (0x408F276D, 0x41C83B0E)]
+    expected = [((a >> 5) * 2**26 + (b >> 6)) / 2**53 for a, b in first]
+    assert draws_of(np.array([0]), np.array([0]))[0] == expected[0]
+    many = draws_of(np.arange(10_000), np.full(10_000, 3))
+    assert abs(many.mean() - 0.5) < 0.02 and len(set(many.tolist())) == 10_000
 
 
 def test_a_row_does_not_depend_on_the_batch() -> None:

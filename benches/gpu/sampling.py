@@ -49,8 +49,9 @@ def rows(bench: Bench) -> Iterator[Row]:
             options = torch.tensor(
                 [temperature, top_k, top_p, min_p], device=bench.device, dtype=torch.float64
             )
-            options = torch.cat((options[:, None].expand(4, batch), uniform[None]))
-            run = partial(draw, logits, options, filtered=bool(top_k or top_p < 1))
+            options = options[:, None].expand(4, batch).contiguous()
+            draws = torch.arange(2 * batch, device=bench.device).view(2, batch)
+            run = partial(draw, logits, options, draws, filtered=bool(top_k or top_p < 1))
             yield Row(
                 "sampling",
                 name,

@@ -1,4 +1,4 @@
-"""The GPU's draw against the reference's, for the same uniform numbers."""
+"""The GPU's draw against the reference's."""
 
 from __future__ import annotations
 
@@ -28,51 +28,51 @@ def _both(args: dict[str, Tensor]) -> tuple[list[int], list[int]]:
     return ours.tolist(), reference.sample(**args).tolist()
 
 
+def _rows(logits: Tensor, seeds: range, **options: float) -> dict[str, Tensor]:
+    """Arguments of the op: one row for every seed."""
+    n = len(seeds)
+    given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
+    columns = {k: torch.full((n,), v, dtype=torch.float64) for k, v in given.items()}
+    columns["top_k"] = columns["top_k"].long()
+    draws = {"seed": torch.tensor(list(seeds)), "position": torch.arange(n), "filtered": True}
+    return {"logits": logits.expand(n, -1).contiguous(), **columns, **draws}
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_draws_the_same_tokens(seed: int) -> None:
     ours, truth = _both(case("sample", 24, seed))
-    assert all(a in (b, -1) for a, b in zip(ours, truth, strict=True)), (ours, truth)
-    assert ours.count(-1) <= 4  # a top_p that keeps more than the candidates
+    assert ours == truth
 
 
-def test_what_the_candidates_cannot_decide_is_left_open() -> None:
-    args = {k: v[:4].clone() for k, v in case("sample", 24).items()}
-    args["logits"] = torch.zeros((4, 300))  # all equal: which 64 are the largest is chance
-    args |= dict(
-        temperature=torch.ones(4).double(), min_p=torch.zeros(4).double(), top_p=torch.ones(4).double()
-    )
-    args |= dict(top_k=torch.tensor([5, 0, 100, 0]), uniform=torch.tensor([0.5, 0.5, 0.5, 0.0]).double())
-    args["top_p"][3] = 0.1
-    ours, truth = _both(args)
-    assert ours == [-1, truth[1], -1, -1] and truth[1] == 150
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_k": 100},
+        {"top_p": 0.9},
+        {"top_k": 150, "top_p": 0.8, "min_p": 0.1},
+        {"temperature": 0.7, "top_p": 0.99},
+    ],
+)
+@pytest.mark.parametrize("kind", ["equal", "rounded", "plain"])
+def test_a_filter_that_keeps_more_than_the_candidates(kind: str, options: dict[str, float]) -> None:
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(4))
+    logits = {"equal": torch.zeros(300), "rounded": logits.round(), "plain": logits}[kind]
+    ours, truth = _both(_rows(logits, range(3), **options))
+    assert ours == truth and len(set(truth)) > 1
 
 
 def test_ties_at_the_cut_go_to_the_lowest_id() -> None:
     row = torch.full((1, 90), -9.0)
     row[0, [70, 3, 40, 11]], row[0, 5] = 2.0, 4.0
-    one = torch.ones(1).double()
-    drawn = set()
-    for u in (0.01, 0.95, 0.99):
-        args = dict(
-            logits=row, temperature=one, top_k=torch.tensor([3]), top_p=one, min_p=0 * one, uniform=u * one
-        )
-        ours, truth = _both(args)
-        assert ours == truth
-        drawn |= set(ours)
-    assert drawn <= {3, 5, 11} and len(drawn) > 1
+    ours, truth = _both(_rows(row[0], range(30), top_k=3))
+    assert ours == truth and set(ours) == {3, 5, 11}
 
 
 def test_no_rows_and_rows_of_nothing() -> None:
-    none = torch.empty(0).double()
-    assert sampling.sample(torch.empty((0, 9), device=DEVICE), none, none.long(), none, none, none).shape == (
-        0,
-    )
-    one = torch.ones(3).double()
-    rows = torch.zeros((3, 9))
-    rows[0, 8], rows[1, 0], rows[2] = torch.nan, torch.inf, -torch.inf
-    args = dict(
-        logits=rows, temperature=one, top_k=torch.zeros(3).long(), top_p=one, min_p=0 * one, uniform=0 * one
-    )
+    args = _rows(torch.zeros(9), range(0))
+    assert _both(args) == ([], [])
+    args = _rows(torch.zeros(9), range(3))
+    args["logits"][0, 8], args["logits"][1, 0], args["logits"][2] = torch.nan, torch.inf, -torch.inf
     assert _both(args) == ([-2] * 3, [-2] * 3)
 
 
@@ -88,8 +88,9 @@ def test_a_whole_vocabulary(rows: int) -> None:
         top_k=torch.where(turn % 3 == 1, 50, 0),
         top_p=torch.where(turn % 2 == 0, 0.8, 1.0).double(),
         min_p=torch.where(turn % 5 == 2, 0.02, 0.0).double(),
-        uniform=torch.rand(rows, generator=g, dtype=torch.float64),
+        seed=turn,
+        position=3 * turn,
+        filtered=True,
     )
     ours, truth = _both(args)
-    assert all(a in (b, -1) for a, b in zip(ours, truth, strict=True)), (ours, truth)
-    assert ours.count(-1) <= rows // 4
+    assert ours == truth

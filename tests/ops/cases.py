@@ -271,7 +271,9 @@ def _sample(t: int, g: torch.Generator) -> dict[str, Any]:
         top_k=torch.where(turn % 3 == 0, 1 + turn % 40, 0),
         top_p=torch.where(turn % 4 == 0, 0.05 + 0.9 * torch.rand(t, generator=g).double(), 1.0),
         min_p=torch.where(turn % 6 == 2, 0.05, 0.0).double(),
-        uniform=torch.rand(t, generator=g, dtype=torch.float64),
+        seed=torch.randint(-(2**63), 2**63 - 1, (t,), generator=g),
+        position=torch.randint(0, 2**34, (t,), generator=g),
+        filtered=True,
     )
 
 

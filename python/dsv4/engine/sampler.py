@@ -63,10 +63,10 @@ class SamplingState:
         self.output.append(token)
         self._counts[token] += 1
 
-    def uniform(self) -> float:
-        """The draw for the next token, in [0, 1): a counter-based generator keyed by seed and place in the output."""
-        bits = np.random.Philox(key=self.seed % 2**128, counter=len(self.output))
-        return float(np.random.Generator(bits).random())
+    @property
+    def position(self) -> int:
+        """Of the token that the next one follows."""
+        return len(self.prompt) + len(self.output) - 1
 
     def edits(self, vocab: int) -> Edits | None:
         """Bias, penalties and min_tokens as changes of single logits, or None; ids that a vocabulary of `vocab` lacks are
@@ -120,20 +120,19 @@ def sample(
     logits: Tensor, states: Sequence[SamplingState], op: Op = reference.sample
 ) -> list[Sampled | PoisonedLogits]:
     """One token for each row of float32 [S, V]. Each state takes its token in. `op`: a backend's `sample`."""
-    adjusted = adjust(logits, states)
     params = [s.params for s in states]
-    options = (
+    tokens = op(
+        adjust(logits, states),
         torch.tensor([p.temperature for p in params], dtype=torch.float64),
         torch.tensor([p.top_k for p in params], dtype=torch.int64),
         torch.tensor([p.top_p for p in params], dtype=torch.float64),
         torch.tensor([p.min_p for p in params], dtype=torch.float64),
-        torch.tensor([s.uniform() if s.params.temperature else 0.0 for s in states], dtype=torch.float64),
-    )
-    tokens = op(adjusted, *options).tolist()
+        torch.tensor([_signed(s.seed) for s in states], dtype=torch.int64),
+        torch.tensor([s.position for s in states], dtype=torch.int64),
+        any(p.top_k > 0 or p.top_p < 1 for p in params),
+    ).tolist()
     sampled: list[Sampled | PoisonedLogits] = []
     for i, (token, state) in enumerate(zip(tokens, states, strict=True)):
-        if token == -1:  # the backend could not decide
-            token = int(reference.sample(adjusted[i : i + 1].cpu(), *(o[i : i + 1] for o in options)))
         if token < 0:
             sampled.append(PoisonedLogits("the model gave logits that are not finite"))
             continue
@@ -141,6 +140,11 @@ def sample(
         top = state.params.logprobs
         sampled.append(Sampled(token) if top is None else judge(logits[i], token, top))
     return sampled
+
+
+def _signed(seed: int) -> int:
+    """The lowest 64 bits of a seed as int64."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def judge(logits: Tensor, token: int, top: int) -> Sampled:

@@ -215,10 +215,10 @@ SPECS: dict[str, OpSpec] = dict(
         _spec(
             "sample",
             "logits float32[S,V]; temperature float64[S]; top_k int64[S]; top_p float64[S]; min_p float64[S]; "
-            "uniform float64[S]",
+            "seed int64[S]; position int64[S]; filtered value",
             "token int64[S]",
             0.0,
-            "the order of filters is vLLM's; -2 where a logit is not finite; a backend may answer -1: ask the reference",
+            "the order of filters is vLLM's; a draw depends on seed and position alone; -2 where a logit is not finite",
         ),
     )
 )

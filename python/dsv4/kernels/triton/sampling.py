@@ -2,7 +2,7 @@
 
 `scan` finds each chunk's largest logit, `mass` the weight of its tokens, `pick` draws: without top_k and top_p by the
 chunk and then inside it; with them from the row's CANDIDATES largest (torch's radix selection), which is enough unless
-a filter keeps more; then the token is -1 and the caller asks the reference. No vocabulary is ever sorted.
+a filter keeps more; then `nucleus_kernel` searches the row. No vocabulary is ever sorted, and nothing is read back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import cdiv, next_pow2
+from dsv4.kernels.triton.nucleus import nucleus_kernel
 
 CHUNK = 4096
 """Tokens of a program of `scan` and `mass`."""
@@ -25,9 +26,16 @@ CANDIDATES = 1024
 
 
 @triton.jit
-def scan_kernel(logits, best, place, V, stride, CHUNK: tl.constexpr):
-    """Largest logit [S, chunks] and its first token; token -1 where one is NaN or +inf. Grid: chunks x rows."""
+def scan_kernel(logits, best, place, seed, position, uniform, V, stride, CHUNK: tl.constexpr):
+    """Largest logit [S, chunks] and its first token; token -1 where one is NaN or +inf. Also each row's draw, float64 [S]:
+    53 bits of Philox4x32-10, as `reference.draws` has them. Grid: chunks x rows."""
     row, c = tl.program_id(1), tl.program_id(0)
+    if c == 0:
+        where, zero = tl.load(position + row), tl.zeros((), tl.int32)
+        low, high = (where & 0xFFFFFFFF).to(tl.uint32), (where >> 32).to(tl.uint32)
+        a, b, _, _ = tl.philox(tl.load(seed + row), low, high, zero, zero)
+        bits = ((a >> 5).to(tl.int64) << 26) + (b >> 6).to(tl.int64)
+        tl.store(uniform + row, bits.to(tl.float64) * 1.1102230246251565e-16)  # 2^-53
     at = c * CHUNK + tl.arange(0, CHUNK)
     v = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < V, other=-float("inf"))
     bad = tl.max(((v != v) | (v == float("inf"))).to(tl.int32), 0)
@@ -119,9 +127,10 @@ def _draw_filtered(
     count = tl.sum(kept.to(tl.int32), 0)  # a prefix
     edge = tl.min(tl.where(kept, v, float("inf")), 0)
     least = tl.min(tl.where(i < n, v, float("inf")), 0)
-    reached = limited & (top_k <= n)
-    if top_p < 1:
-        reached = reached | (tl.sum(w, 0) >= top_p * total)
+    if limited:
+        reached = top_k <= n
+    else:
+        reached = tl.sum(w, 0) >= top_p * total
     decided = (n == V) | (reached & (edge > least))
     # of those equal to the last kept, the ones with the lowest ids
     spare = count - tl.sum((v > edge).to(tl.int32) * (i < n).to(tl.int32), 0)
@@ -146,17 +155,17 @@ def _draw_filtered(
 
 @triton.jit
 def pick_kernel(
-    logits, best, place, mass, values, ids, knobs, token,
+    logits, best, place, mass, values, ids, knobs, uniform, token,
     V, stride, chunks, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One token a row. knobs float64 [5, S]: temperature, top_k, top_p, min_p, uniform. values, ids [S, n]: a row's largest, falling; n is 0 where no row filters. Grid: rows."""
+    """One token a row. knobs float64 [4, S]: temperature, top_k, top_p, min_p. values, ids [S, n]: a row's largest, falling; n is 0 where no row filters. Grid: rows."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     j = tl.arange(0, CHUNKS)
     b = tl.load(best + row * chunks + j, mask=j < chunks, other=-float("inf"))
     p = tl.load(place + row * chunks + j, mask=j < chunks, other=V)
     top, heat, k = tl.max(b, 0), tl.load(knobs + row), tl.load(knobs + rows + row).to(tl.int64)
     part, floor = tl.load(knobs + 2 * rows + row), tl.load(knobs + 3 * rows + row)
-    u = tl.load(knobs + 4 * rows + row)
+    u = tl.load(uniform + row)
     chosen = tl.min(tl.where(b == top, p, V), 0)
     if (tl.min(p, 0) < 0) | (top == -float("inf")):
         chosen = tl.full((), -2, tl.int32)
@@ -175,20 +184,26 @@ def pick_kernel(
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    filtered: bool,
 ) -> Tensor:
-    """int64 [S] on the device: a token for each row of float32 [S, V], -2 where a logit is NaN or +inf, -1 where top_k or
-    top_p keeps more than CANDIDATES tokens or cuts among equals at their end. With the other arguments on the host, as the
-    engine has them, it does not wait for the device."""
-    filtered = bool(((top_k > 0) | (top_p < 1)).any())
-    knobs = torch.stack([x.double() for x in (temperature, top_k, top_p, min_p, uniform)])
+    """int64 [S] on the device: a token for each row of float32 [S, V], -2 where a logit is NaN or +inf. It does not wait for
+    the device, also where the other arguments are on the host."""
+    knobs = torch.stack([x.double() for x in (temperature, top_k, top_p, min_p)])
+    draws = torch.stack([seed, position])
     if knobs.device != logits.device:
-        knobs = knobs.pin_memory().to(logits.device, non_blocking=True)
-    return draw(logits, knobs, filtered=filtered)
+        knobs, draws = (x.pin_memory().to(logits.device, non_blocking=True) for x in (knobs, draws))
+    return draw(logits, knobs, draws, filtered=filtered)
 
 
-def draw(logits: Tensor, knobs: Tensor, *, filtered: bool) -> Tensor:
-    """`sample` with its arguments in one float64 [5, S] on the device; `filtered`: a row may have top_k or top_p."""
+def draw(logits: Tensor, knobs: Tensor, draws: Tensor, *, filtered: bool) -> Tensor:
+    """`sample` with its arguments on the device: knobs float64 [4, S], draws int64 [2, S] (seed, position)."""
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
@@ -197,19 +212,26 @@ def draw(logits: Tensor, knobs: Tensor, *, filtered: bool) -> Tensor:
     best = torch.empty((rows, chunks), dtype=torch.float32, device=logits.device)
     place = torch.empty((rows, chunks), dtype=torch.int32, device=logits.device)
     mass = torch.empty((rows, chunks), dtype=torch.float64, device=logits.device)
-    shape = dict(CHUNK=CHUNK, CHUNKS=next_pow2(chunks), num_warps=8)
-    scan_kernel[(chunks, rows)](logits, best, place, vocab, logits.stride(0), CHUNK=CHUNK, num_warps=8)
-    mass_kernel[(chunks, rows)](logits, best, mass, knobs, vocab, logits.stride(0), **shape)
+    uniform = torch.empty(rows, dtype=torch.float64, device=logits.device)
+    shape = dict(CHUNK=CHUNK, CHUNKS=next_pow2(chunks))
+    grid, stride = (chunks, rows), logits.stride(0)
+    scan_kernel[grid](logits, best, place, *draws, uniform, vocab, stride, CHUNK=CHUNK, num_warps=8)
+    mass_kernel[grid](logits, best, mass, knobs, vocab, stride, **shape, num_warps=8)
     count = min(CANDIDATES, vocab)
     values, ids = torch.topk(logits, count, dim=1) if filtered else (logits, token)
     pick_kernel[(rows,)](
-        logits, best, place, mass, values, ids, knobs, token, vocab, logits.stride(0), chunks, count,
-        COUNT=next_pow2(count), **shape,
+        logits, best, place, mass, values, ids, knobs, uniform, token, vocab, stride, chunks, count,
+        COUNT=next_pow2(count), **shape, num_warps=8,
     )  # fmt: skip
+    if filtered:
+        nucleus_kernel[(rows,)](
+            logits, best, knobs, uniform, token, vocab, stride, chunks, **shape, num_warps=16
+        )
     return token
 
 
 _TYPES = {"knobs": "*fp64", "mass": "*fp64", "token": "*i64", "ids": "*i64", "place": "*i32"}
+_TYPES |= {"seed": "*i64", "position": "*i64", "uniform": "*fp64"}
 _TYPES |= {"logits": "*fp32", "best": "*fp32", "values": "*fp32"}
 _TYPES |= {k: "i32" for k in ("V", "stride", "chunks", "n")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,18 +16,51 @@ _FIRST = 256
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    filtered: bool,
 ) -> Tensor:
     """int64 [S]: a token for each row of float32 [S, V]; the other arguments are [S], best on the host.
 
     A token weighs exp((l - max) / temperature). Kept are those of at least min_p; of these the top_k largest (0 or less:
     all); of these, in falling order, as long as the ones before weigh less than top_p of all of these; equals by lowest
-    id. The result is the first token in the order of ids at which the kept ones so far weigh more than `uniform` (in
-    [0, 1)) of all kept. Temperature 0 takes the largest logit.
+    id. The result is the first token in the order of ids at which the kept ones so far weigh more than the row's draw (in
+    [0, 1), see `draws`) of all kept. Temperature 0 takes the largest logit. `filtered` says whether a row may have top_k or
+    top_p; it is for backends.
     """
+    uniform = draws(seed.cpu().numpy(), position.cpu().numpy())
     options = zip(*(x.tolist() for x in (temperature, top_k, top_p, min_p, uniform)), strict=True)
     tokens = [_row(row, *values) for row, values in zip(logits.cpu(), options, strict=True)]
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+
+
+def draws(seed: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """float64 [S] in [0, 1) from int64 [S] each: the first 53 bits of Philox4x32-10 (Salmon et al., SC 2011), whose key is
+    the seed and whose counter is the position of the token that the logits follow. So a draw depends on nothing else."""
+    low = np.uint64(0xFFFFFFFF)
+    k0, k1 = _halves(seed)
+    c0, c1 = _halves(position)
+    c2 = c3 = np.zeros_like(c0)
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (b >> _32) ^ c1 ^ k0, b & low, (a >> _32) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    bits = ((c0 >> np.uint64(5)) << np.uint64(26)) + (c1 >> np.uint64(6))
+    return bits.astype(np.float64) * 2.0**-53
+
+
+_32 = np.uint64(32)
+
+
+def _halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high 32 bits of int64, each as uint64."""
+    bits = x.astype(np.int64).view(np.uint64)
+    return bits & np.uint64(0xFFFFFFFF), bits >> _32
 
 
 def _row(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
