@@ -58,8 +58,13 @@ def test_prompts_equal_the_release() -> None:
 
 @pytest.mark.parametrize("part", range(4))
 def test_outputs_equal_the_release_at_every_cut(part: int) -> None:
+    """But for what DeepSeek's hosts do otherwise: they swallow all newlines before calls, and a value ends at any closing
+    marker (cases whose values hold one are left out)."""
     for case in CORPUS["outputs"][part::4]:
-        text, expected = case["text"], (case["reasoning"], case["content"], [tuple(c) for c in case["calls"]])
+        if any("</｜DSML｜" in arguments for _, arguments in case["calls"]):
+            continue
+        content = case["content"].rstrip("\n") if case["calls"] else case["content"]
+        text, expected = case["text"], (case["reasoning"], content, [tuple(c) for c in case["calls"]])
         for cut in range(len(text) + 1):
             parser = OutputParser(thinking=case["thinking"], tools=True)
             pieces = parser.push(text[:cut]) + parser.push(text[cut:]) + parser.finish()

@@ -34,6 +34,7 @@ from dsv4.engine.request import RequestOutput
 from dsv4.engine.sampler import Sampled
 from dsv4.text.chat import END_THINK
 from dsv4.text.output import Content, OutputParser, Piece, Reasoning, ToolArguments, ToolStart
+from dsv4.text.tools import schemas_of, shown_tools
 
 MAX_TOP_LOGPROBS = 20
 
@@ -100,7 +101,12 @@ class Choice:
     """One choice: parses what comes and, for an answer that is not streamed, keeps it."""
 
     def __init__(self, chat: Conversation, end_think: int) -> None:
-        self.parser = OutputParser(thinking=chat.starts_in_thought, tools=chat.calls_tools)
+        self.parser = OutputParser(
+            thinking=chat.starts_in_thought,
+            tools=chat.calls_tools,
+            schemas=schemas_of(shown_tools(chat.messages, chat.tools)),
+            continues=chat.ending == "continued",
+        )
         self.begun = False
         self.content: list[str] = []
         self.reasoning: list[str] = []
@@ -119,7 +125,7 @@ class Choice:
         self._count_reasoning(output.token_ids)
         pieces = self.parser.push(output.text) if output.text else []
         if output.finished:
-            pieces += self.parser.finish()
+            pieces += self.parser.finish(cut=output.finish_reason != "stop")
         for piece in pieces:
             self._keep(piece)
         if output.finished:

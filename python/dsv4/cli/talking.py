@@ -103,7 +103,9 @@ def answer(
                 reply.last = time.monotonic()
                 reply.first = reply.first or reply.last
                 reply.token_ids += output.token_ids
-            pieces = parser.push(output.text) + (parser.finish() if output.finished else [])
+            pieces = parser.push(output.text)
+            if output.finished:
+                pieces += parser.finish(cut=output.finish_reason != "stop")
             for piece in pieces:
                 _keep(reply, piece)
                 show(piece)
