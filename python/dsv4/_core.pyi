@@ -455,9 +455,11 @@ class Trace:
         limit: int | None = None,
         speed: float = 1.0,
         rate: float | None = None,
+        time_unit: str = "ms",
     ) -> Trace:
-        """Reads JSON lines with `timestamp` (ms), `input_length`, `output_length` and `hash_ids`, one per `hash_block`
-        tokens; `session`, `tenant`, `priority`, `delay` (ms) and `output_hash_ids` are optional.
+        """Reads JSON lines, plain or packed with gzip, with `timestamp` (in `time_unit`, `ms` or `s`), `input_length`,
+        `output_length` and `hash_ids`, one per `hash_block` tokens; `session`, `tenant`, `priority`, `delay` (in
+        `time_unit`) and `output_hash_ids` are optional. In a session, `delay` may stand in place of `timestamp`.
 
         `limit` keeps the first requests; arrivals come `speed` times as fast, or `rate` a second in the mean. Raises
         ConfigError naming file, line, field, value and limit.

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dsv4.simulate.compare import Engine
 
 ROW_FORMATS = ("fp8_ds_mla", "bfloat16", "float32")
+MANY_A_SECOND = 50
+"""Requests that no single engine gets: times in seconds were read as ms."""
 INDEX_FORMATS = ("mxfp4", "fp8", "bfloat16", "float32")
 
 
@@ -37,7 +39,8 @@ def add(commands: Any) -> None:
         "traces",
         nargs="*",
         metavar="TRACE",
-        help="JSON lines with timestamp (ms), input_length, output_length, hash_ids; session, tenant, priority",
+        help="JSON lines with timestamp (ms), input_length, output_length, hash_ids; session, delay, tenant, priority; "
+        "also packed with gzip; - is standard input",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -120,6 +123,13 @@ def add(commands: Any) -> None:
     )
     load.add_argument("--limit", type=count, metavar="N", help="only the first N requests")
     load.add_argument("--hash-block", type=count, default=512, metavar="N", help="tokens of a hash id [512]")
+    load.add_argument(
+        "--time-unit",
+        default="ms",
+        type=one_of("ms", "s"),
+        metavar="ms|s",
+        help="unit of timestamp and delay in the trace [ms]",
+    )
     load.add_argument(
         "--sequential", action="store_true", help="one request at a time, no timing: the cache alone"
     )
@@ -271,8 +281,15 @@ def _trace(a: argparse.Namespace) -> Trace:
         raise ConfigError(
             f"--rate is {a.rate!r}; write requests per second such as 4.5, or a factor such as 2x"
         )
-    load = {"speed": number} if text.endswith("x") else {"rate": number}
-    return Trace.read(a.traces, hash_block=a.hash_block, limit=a.limit, **load)
+    load: dict[str, Any] = {"speed": number} if text.endswith("x") else {"rate": number}
+    if a.time_unit != "ms":
+        load["time_unit"] = a.time_unit
+    files = ["/dev/stdin" if name == "-" else name for name in a.traces]
+    trace = Trace.read(files, hash_block=a.hash_block, limit=a.limit, **load)
+    rate = len(trace) / trace.seconds if trace.seconds else 0.0
+    if rate > MANY_A_SECOND and a.rate is None and a.time_unit == "ms" and not a.sequential:
+        note(f"note       {rate:,.0f} requests a second: if the trace's times are seconds, say --time-unit s")
+    return trace
 
 
 def _about(trace: Trace) -> str:

@@ -9,7 +9,7 @@ use dsv4_core::core::Tenant;
 use dsv4_sim::replay::best::Blocks;
 use dsv4_sim::replay::clock::{Row, StepModel};
 use dsv4_sim::replay::run::{Replay, Settings};
-use dsv4_sim::replay::trace::{Trace, TraceError};
+use dsv4_sim::replay::trace::{TimeUnit, Trace, TraceError};
 use pyo3::prelude::*;
 
 use crate::door::{Failure, enter, enter_locked};
@@ -37,10 +37,16 @@ impl PyTrace {
     }
 }
 
+/// What the system says, without its number: "No such file or directory".
+fn reason(e: &std::io::Error) -> String {
+    let text = e.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_owned()
+}
+
 #[pymethods]
 impl PyTrace {
     #[staticmethod]
-    #[pyo3(signature = (paths, *, hash_block = 512, limit = None, speed = 1.0, rate = None))]
+    #[pyo3(signature = (paths, *, hash_block = 512, limit = None, speed = 1.0, rate = None, time_unit = "ms"))]
     fn read(
         py: Python<'_>,
         paths: Vec<String>,
@@ -48,11 +54,14 @@ impl PyTrace {
         limit: Option<usize>,
         speed: f64,
         rate: Option<f64>,
+        time_unit: &str,
     ) -> PyResult<Self> {
         let trace = enter(py, || -> Result<Trace, Failure> {
-            let mut trace = Trace::new(hash_block)?;
+            let unit = TimeUnit::of(time_unit)
+                .ok_or_else(|| Failure::Invalid(format!("time_unit is {time_unit:?}; it must be ms or s")))?;
+            let mut trace = Trace::new(hash_block)?.with_times_in(unit);
             for path in &paths {
-                let what = |e: std::io::Error| TraceError::File { file: path.clone(), what: e.to_string() };
+                let what = |e: std::io::Error| TraceError::File { file: path.clone(), what: reason(&e) };
                 trace.read(path, BufReader::new(File::open(path).map_err(what)?))?;
             }
             limit.into_iter().for_each(|n| trace.truncate(n));

@@ -2,22 +2,26 @@
 //!
 //! | field | |
 //! | --- | --- |
-//! | `timestamp` | arrival in ms |
+//! | `timestamp` | arrival, in ms unless [`TimeUnit`] says otherwise |
 //! | `input_length`, `output_length` | tokens |
 //! | `hash_ids` | one per block of the prompt; in one file equal ids are blocks of equal tokens |
 //! | `session`, `tenant`, `priority` | optional; text or number, text or number, whole number |
-//! | `delay` | optional: ms between the end of the request before it in its session and its arrival |
+//! | `delay` | time between the end of the request before it in its session and its arrival; in place of `timestamp`, or beside it |
 //! | `output_hash_ids` | optional: the same for the blocks that the output touches, the one it begins in first. Without it an output equals nothing else |
 //!
-//! Other fields are skipped, and their names kept for the caller to tell.
+//! Other fields are skipped, and their names kept for the caller to tell. Whole numbers may be written as 600.0. Empty lines and
+//! those that begin with `#` are passed over. A file may be packed with gzip and begin with a byte order mark.
 
-use std::collections::{BTreeSet, HashMap};
-use std::io::{BufRead, Read};
+mod file;
+mod parser;
+
+use std::collections::BTreeSet;
+use std::io::BufRead;
 use std::ops::Range;
 
-use serde_json::{Map, Value};
 use thiserror::Error;
 
+use self::parser::Parser;
 use crate::rng::scramble;
 
 /// Tokens of a prompt or an output at most.
@@ -70,6 +74,38 @@ pub enum TraceError {
     },
 }
 
+/// What times in a trace are given in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TimeUnit {
+    /// Milliseconds, as Mooncake's.
+    #[default]
+    Milliseconds,
+    /// Seconds.
+    Seconds,
+}
+
+impl TimeUnit {
+    /// By its name: `ms` or `s`.
+    pub fn of(name: &str) -> Option<Self> {
+        [TimeUnit::Milliseconds, TimeUnit::Seconds].into_iter().find(|unit| unit.name() == name)
+    }
+
+    /// `ms` or `s`.
+    pub fn name(self) -> &'static str {
+        match self {
+            TimeUnit::Milliseconds => "ms",
+            TimeUnit::Seconds => "s",
+        }
+    }
+
+    fn us(self) -> f64 {
+        match self {
+            TimeUnit::Milliseconds => 1e3,
+            TimeUnit::Seconds => 1e6,
+        }
+    }
+}
+
 /// One request of a trace.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Arrival {
@@ -98,6 +134,7 @@ pub struct Trace {
     requests: Vec<Arrival>,
     ids: Vec<u64>,
     block: u32,
+    unit: TimeUnit,
     tenants: Vec<String>,
     skipped: BTreeSet<String>,
     files: u64,
@@ -115,6 +152,7 @@ impl Trace {
             requests: Vec::new(),
             ids: Vec::new(),
             block,
+            unit: TimeUnit::default(),
             tenants: vec!["default".to_owned()],
             skipped: BTreeSet::new(),
             files: 0,
@@ -153,12 +191,15 @@ impl Trace {
         !self.ids.is_empty()
     }
 
+    /// The same with times in another unit.
+    pub fn with_times_in(self, unit: TimeUnit) -> Self {
+        Trace { unit, ..self }
+    }
+
     /// Adds the requests of a file. Its ids and sessions are its own: they equal none of another file.
     pub fn read(&mut self, file: &str, reader: impl BufRead) -> Result<(), TraceError> {
         let before = self.requests.len();
-        let names = Names { tenants: HashMap::new(), sessions: HashMap::new() };
-        let mut parser = Parser { trace: self, file, line: 0, names };
-        parser.all(reader)?;
+        Parser::new(self, file).all(reader)?;
         if self.requests.len() == before {
             return Err(TraceError::File { file: file.to_owned(), what: "it holds no request".to_owned() });
         }
@@ -250,239 +291,10 @@ fn token(id: u64, i: u64) -> u32 {
     (scramble(id.wrapping_add(i << 44)) >> 34) as u32
 }
 
-struct Names {
-    tenants: HashMap<String, u32>,
-    sessions: HashMap<String, u64>,
-}
-
-struct Parser<'a> {
-    trace: &'a mut Trace,
-    file: &'a str,
-    line: u64,
-    names: Names,
-}
-
-impl Parser<'_> {
-    fn all(&mut self, mut reader: impl BufRead) -> Result<(), TraceError> {
-        for (i, name) in self.trace.tenants.iter().enumerate() {
-            self.names.tenants.insert(name.clone(), i as u32);
-        }
-        let mut text = Vec::new();
-        loop {
-            text.clear();
-            let read = reader.by_ref().take(MAX_LINE).read_until(b'\n', &mut text);
-            let bytes =
-                read.map_err(|e| TraceError::File { file: self.file.to_owned(), what: e.to_string() })?;
-            if bytes == 0 {
-                return Ok(());
-            }
-            self.line += 1;
-            if bytes as u64 == MAX_LINE && text.last() != Some(&b'\n') {
-                return Err(self.bad_line(format!("it is longer than {MAX_LINE} bytes")));
-            }
-            if !text.iter().all(u8::is_ascii_whitespace) {
-                self.request(&text)?;
-            }
-        }
-    }
-
-    fn request(&mut self, text: &[u8]) -> Result<(), TraceError> {
-        let value: Value = serde_json::from_slice(text.trim_ascii()).map_err(|e| {
-            let what = e.to_string();
-            let what = what.split(" at line ").next().unwrap_or_default();
-            self.bad_line(format!("it is no JSON, column {}: {what}", e.column()))
-        })?;
-        let Value::Object(fields) = value else {
-            return Err(self.bad_line(
-                "it must be a JSON object with timestamp, input_length, output_length, hash_ids".to_owned(),
-            ));
-        };
-        let at_us = self.time(&fields, "timestamp")?.ok_or_else(|| self.missing("timestamp"))?;
-        let delay_us = self.time(&fields, "delay")?;
-        let input = self.whole(&fields, "input_length", 1)?;
-        let output = self.whole(&fields, "output_length", 0)?;
-        let block = self.trace.block;
-        let ids = self.id_list(&fields, "hash_ids", input.div_ceil(block), "input_length", input)?;
-        let ids = ids.ok_or_else(|| self.missing("hash_ids"))?;
-        let touched = (input + output).div_ceil(block) - input / block;
-        let output_ids = match output {
-            0 => None,
-            _ => self.id_list(&fields, "output_hash_ids", touched, "output_length", output)?,
-        };
-        let output_ids = output_ids.unwrap_or(0..0);
-        let (last, first) = (self.trace.ids[ids.end - 1], self.trace.ids.get(output_ids.start).copied());
-        if !output_ids.is_empty() && !input.is_multiple_of(block) && first != Some(last) {
-            let expected =
-                "its first id must be the last one of hash_ids, as prompt and output share that block";
-            return Err(self.bad("output_hash_ids", fields.get("output_hash_ids"), expected.to_owned()));
-        }
-        let session = self.session(&fields)?;
-        let tenant = self.tenant(&fields)?;
-        let priority = self.priority(&fields)?;
-        let known = [
-            "timestamp",
-            "input_length",
-            "output_length",
-            "hash_ids",
-            "output_hash_ids",
-            "session",
-            "tenant",
-            "priority",
-            "delay",
-        ];
-        let skipped = &mut self.trace.skipped;
-        for name in fields.keys().filter(|k| !known.contains(&k.as_str())) {
-            if skipped.len() < MAX_SKIPPED {
-                skipped.insert(shown(name));
-            }
-        }
-        let serial = self.trace.requests.len() as u64;
-        self.trace.requests.push(Arrival {
-            at_us,
-            input,
-            output,
-            session,
-            tenant,
-            priority,
-            delay_us,
-            ids,
-            output_ids,
-            serial,
-        });
-        Ok(())
-    }
-
-    /// A time in us; `None` without the field.
-    fn time(&self, fields: &Map<String, Value>, name: &str) -> Result<Option<f64>, TraceError> {
-        let Some(value) = fields.get(name).filter(|v| !v.is_null()) else { return Ok(None) };
-        match value.as_f64().filter(|ms| (0.0..=MAX_MS).contains(ms)) {
-            // Without the sign of -0.0, whose bits are above all others.
-            Some(ms) => Ok(Some(ms.abs() * 1000.0)),
-            None => Err(self.bad(name, Some(value), format!("it must be a time in ms of 0 to {MAX_MS:e}"))),
-        }
-    }
-
-    fn whole(&self, fields: &Map<String, Value>, name: &str, least: u64) -> Result<u32, TraceError> {
-        let value = fields.get(name).ok_or_else(|| self.missing(name))?;
-        match value.as_u64().filter(|n| (least..=MAX_TOKENS).contains(n)) {
-            Some(n) => Ok(n as u32),
-            None => {
-                let expected = format!("it must be a whole number of {least} to {MAX_TOKENS}");
-                Err(self.bad(name, Some(value), expected))
-            }
-        }
-    }
-
-    /// The ids of a list, which must be `count`; `None` without the field.
-    fn id_list(
-        &mut self,
-        fields: &Map<String, Value>,
-        name: &str,
-        count: u32,
-        of: &str,
-        tokens: u32,
-    ) -> Result<Option<Range<usize>>, TraceError> {
-        let Some(value) = fields.get(name).filter(|v| !v.is_null()) else { return Ok(None) };
-        let list = value.as_array().filter(|l| l.len() == count as usize);
-        let Some(list) = list else {
-            let has = value
-                .as_array()
-                .map_or_else(|| shown(&value.to_string()), |l| format!("a list of {} ids", l.len()));
-            let expected = format!("{of} {tokens} needs {count}, one per {} tokens", self.trace.block);
-            return Err(self.field(name, has, expected));
-        };
-        let start = self.trace.ids.len();
-        for (i, id) in list.iter().enumerate() {
-            let Some(id) = id.as_u64() else {
-                let (name, expected) =
-                    (format!("{name}[{i}]"), format!("ids are whole numbers of 0 to {}", u64::MAX));
-                return Err(self.bad(&name, Some(id), expected));
-            };
-            self.trace.ids.push(scramble(id ^ scramble(self.trace.files)));
-        }
-        Ok(Some(start..self.trace.ids.len()))
-    }
-
-    fn session(&mut self, fields: &Map<String, Value>) -> Result<Option<u64>, TraceError> {
-        let Some(name) = self.name(fields, "session")? else { return Ok(None) };
-        let next = self.trace.sessions;
-        let id = *self.names.sessions.entry(name).or_insert(next);
-        self.trace.sessions = next.max(id + 1);
-        Ok(Some(id))
-    }
-
-    fn tenant(&mut self, fields: &Map<String, Value>) -> Result<u32, TraceError> {
-        let Some(name) = self.name(fields, "tenant")? else { return Ok(0) };
-        if let Some(&id) = self.names.tenants.get(&name) {
-            return Ok(id);
-        }
-        let id = self.trace.tenants.len() as u32;
-        self.trace.tenants.push(name.clone());
-        self.names.tenants.insert(name, id);
-        Ok(id)
-    }
-
-    fn name(&self, fields: &Map<String, Value>, name: &str) -> Result<Option<String>, TraceError> {
-        match fields.get(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(Value::String(text)) if text.len() <= 256 => Ok(Some(text.clone())),
-            Some(Value::Number(n)) if n.is_u64() => Ok(Some(n.to_string())),
-            value => Err(self.bad(
-                name,
-                value,
-                "it must be a text of at most 256 bytes or a whole number".to_owned(),
-            )),
-        }
-    }
-
-    fn priority(&self, fields: &Map<String, Value>) -> Result<i32, TraceError> {
-        match fields.get("priority") {
-            None | Some(Value::Null) => Ok(0),
-            value => match value.and_then(Value::as_i64).and_then(|n| i32::try_from(n).ok()) {
-                Some(n) => Ok(n),
-                None => {
-                    let expected = format!("it must be a whole number of {} to {}", i32::MIN, i32::MAX);
-                    Err(self.bad("priority", value, expected))
-                }
-            },
-        }
-    }
-
-    fn bad(&self, field: &str, value: Option<&Value>, expected: String) -> TraceError {
-        self.field(field, shown(&value.map_or_else(|| "missing".to_owned(), Value::to_string)), expected)
-    }
-
-    fn missing(&self, field: &str) -> TraceError {
-        self.field(field, "missing".to_owned(), "every request has one".to_owned())
-    }
-
-    fn field(&self, field: &str, value: String, expected: String) -> TraceError {
-        TraceError::Field {
-            file: self.file.to_owned(),
-            line: self.line,
-            field: field.to_owned(),
-            value,
-            expected,
-        }
-    }
-
-    fn bad_line(&self, what: String) -> TraceError {
-        TraceError::Line { file: self.file.to_owned(), line: self.line, what }
-    }
-}
-
-/// A value as it fits into a line.
-fn shown(text: &str) -> String {
-    const MOST: usize = 60;
-    if text.chars().count() <= MOST {
-        text.to_owned()
-    } else {
-        text.chars().take(MOST).chain("…".chars()).collect()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     fn trace(text: &str) -> Result<Trace, TraceError> {
@@ -559,6 +371,34 @@ mod tests {
                 "t.jsonl, line 2: input_length is -5; it must be a whole number of 1 to 16777216",
             ),
             (
+                r#"{"input_length": 5, "output_length": 1, "hash_ids": [1, 2]}"#,
+                "t.jsonl, line 2: timestamp is missing; every request has one, or a session and a delay",
+            ),
+            (
+                r#"{"delay": 3, "input_length": 5, "output_length": 1, "hash_ids": [1, 2]}"#,
+                "t.jsonl, line 2: timestamp is missing; every request has one, or a session and a delay",
+            ),
+            (
+                r#"{"timestamp": 0, "input_length": 5, "input_tokens": 5, "output_length": 1, "hash_ids": [1, 2]}"#,
+                "t.jsonl, line 2: input_length is there twice, once as input_tokens",
+            ),
+            (
+                r#"{"timestamp": 0, "input_length": 600.5, "output_length": 1, "hash_ids": [1, 2]}"#,
+                "t.jsonl, line 2: input_length is 600.5; it must be a whole number of 1 to 16777216",
+            ),
+            (
+                r#"{"timestamp": 0, "input_length": "5", "output_length": 1, "hash_ids": [1, 2]}"#,
+                "t.jsonl, line 2: input_length is \"5\"; it must be a whole number of 1 to 16777216",
+            ),
+            (
+                r#"{"timestamp": 0, "input_length": 1e30, "output_length": 1, "hash_ids": [1, 2]}"#,
+                "t.jsonl, line 2: input_length is 1e+30; it must be a whole number of 1 to 16777216",
+            ),
+            (
+                r#"[{"timestamp": 0}]"#,
+                "t.jsonl, line 2: it must be a JSON object with timestamp, input_length, output_length, hash_ids, one a line and in no list",
+            ),
+            (
                 r#"{"timestamp": "now", "input_length": 5, "output_length": 1, "hash_ids": [1, 2]}"#,
                 "t.jsonl, line 2: timestamp is \"now\"; it must be a time in ms of 0 to 3.2e12",
             ),
@@ -568,7 +408,7 @@ mod tests {
             ),
             (
                 r#"{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1, -2]}"#,
-                "t.jsonl, line 2: hash_ids[1] is -2; ids are whole numbers of 0 to 18446744073709551615",
+                "t.jsonl, line 2: hash_ids[1] is -2; ids are whole numbers of 0 to 18446744073709551615, or text",
             ),
             (
                 r#"{"timestamp": 0, "input_length": 5, "output_length": 1, "hash_ids": [1, 2], "output_hash_ids": [3]}"#,
@@ -582,8 +422,134 @@ mod tests {
         for (line, message) in cases {
             assert_eq!(trace(&format!("{good}\n{line}\n")).unwrap_err().to_string(), message);
         }
+        let t = Trace::new(4).unwrap().with_times_in(TimeUnit::Seconds).read(
+            "t.jsonl",
+            &br#"{"timestamp": -1, "input_length": 5, "output_length": 1, "hash_ids": [1, 2]}"#[..],
+        );
+        let message = "t.jsonl, line 1: timestamp is -1; it must be a time in s of 0 to 3.2e9";
+        assert_eq!(t.unwrap_err().to_string(), message);
         assert_eq!(trace("\n\n").unwrap_err().to_string(), "trace t.jsonl: it holds no request");
         let t = trace(&good.replace('}', r#", "type": "chat"}"#)).unwrap();
         assert_eq!(t.skipped().collect::<Vec<_>>(), ["type"]);
+    }
+
+    /// Lines of 4 tokens each: (time field, value) and what else is in them.
+    fn lines(rest: &[&str]) -> String {
+        rest.iter()
+            .map(|more| {
+                format!(r#"{{"input_length": 4, "output_length": 1, "hash_ids": [1], {more}}}"#) + "\n"
+            })
+            .collect()
+    }
+
+    fn packed(bytes: &[u8]) -> Vec<u8> {
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        packer.write_all(bytes).unwrap();
+        packer.finish().unwrap()
+    }
+
+    #[test]
+    fn files_may_be_packed_marked_and_have_any_line_ends() {
+        let text = lines(&[r#""timestamp": 0"#, r#""timestamp": 7"#]);
+        let dressed = format!("\u{feff}\r\n# by hand\r\n{}\r\n\r\n", text.replace('\n', "\r\n"));
+        let twice = [packed(text.as_bytes()), packed(text.as_bytes())].concat();
+        for bytes in [dressed.clone().into_bytes(), packed(text.as_bytes()), packed(dressed.as_bytes())] {
+            let mut t = Trace::new(4).unwrap();
+            t.read("t", bytes.as_slice()).unwrap();
+            assert_eq!(t.requests().iter().map(|r| r.at_us).collect::<Vec<_>>(), [0.0, 7000.0]);
+            // A pipe may give single bytes.
+            let mut t = Trace::new(4).unwrap();
+            t.read("t", std::io::BufReader::with_capacity(1, bytes.as_slice())).unwrap();
+            assert_eq!(t.requests().len(), 2);
+        }
+        let mut t = Trace::new(4).unwrap();
+        t.read("t", twice.as_slice()).unwrap();
+        assert_eq!(t.requests().len(), 4);
+    }
+
+    #[test]
+    fn files_that_are_no_text_are_named() {
+        let good = packed(lines(&[r#""timestamp": 0"#; 9]).as_bytes());
+        let cases: [(&[u8], &str); 9] = [
+            (b"\xff\xfe{\0", "it is UTF-16 text; write it as UTF-8"),
+            (b"\xfe\xff\0{", "it is UTF-16 text; write it as UTF-8"),
+            (b"\x28\xb5\x2f\xfd....", "it is compressed with zstd; unpack it, or use gzip"),
+            (b"BZh9....", "it is compressed with bzip2; unpack it, or use gzip"),
+            (b"PK\x03\x04....", "it is a zip archive; unpack it"),
+            (b"PAR1....", "it is a Parquet file; write it as JSON lines"),
+            (&packed(&good), "it is compressed twice; unpack it once"),
+            (&good[..good.len() - 12], "it cannot be read"),
+            (b"\x1f\x8bgarbage", "it cannot be read"),
+        ];
+        for (bytes, what) in cases {
+            let e = Trace::new(4).unwrap().read("t", bytes).unwrap_err().to_string();
+            assert!(e.starts_with(&format!("trace t: {what}")) && !e.contains('\n'), "{e}");
+        }
+    }
+
+    #[test]
+    fn whole_numbers_may_be_written_as_floats() {
+        let t = trace(
+            r#"{"timestamp": 1.5e3, "input_length": 8.0, "output_length": 1e0, "hash_ids": [1.0, 2], "priority": -1.0, "session": 7.0}
+               {"timestamp": 1501, "input_length": 8, "output_length": 1, "hash_ids": [1, 2.0], "priority": -1, "session": "7"}"#,
+        )
+        .unwrap();
+        let [a, b] = t.requests() else { panic!("two requests") };
+        assert_eq!((a.at_us, a.input, a.output, a.priority), (1.5e6, 8, 1, -1));
+        assert_eq!((t.prompt(a), a.session, a.priority), (t.prompt(b), b.session, b.priority));
+        let large = r#"{"timestamp": 0, "input_length": 4, "output_length": 0, "hash_ids": [1e19]}"#;
+        assert!(trace(large).unwrap_err().to_string().contains("hash_ids[0] is 1e+19"));
+        assert!(trace(&large.replace("1e19", "18446744073709551615")).is_ok());
+    }
+
+    #[test]
+    fn ids_may_be_text_and_fields_have_the_names_of_other_tools() {
+        let t = trace(
+            r#"{"timestamp": 0, "input_tokens": 8, "output_tokens": 1, "hash_ids": ["a3f09c2e11d7b684", "b"], "session_id": "x"}
+               {"timestamp": 1, "input_length": 8, "output_length": 1, "hash_ids": ["a3f09c2e11d7b684", "c"], "session": "x"}"#,
+        )
+        .unwrap();
+        let [a, b] = t.requests() else { panic!("two requests") };
+        let (pa, pb) = (t.prompt(a), t.prompt(b));
+        assert!(pa[..4] == pb[..4] && pa[4] != pb[4] && a.session == b.session && a.session.is_some());
+        assert_eq!(t.skipped().count(), 0);
+    }
+
+    #[test]
+    fn times_may_be_in_seconds() {
+        let mut t = Trace::new(4).unwrap().with_times_in(TimeUnit::Seconds);
+        let text = lines(&[r#""timestamp": 0.25, "session": 1"#, r#""delay": 1.5, "session": 1"#]);
+        t.read("t", text.as_bytes()).unwrap();
+        let [a, b] = t.requests() else { panic!("two requests") };
+        assert_eq!((a.at_us, b.at_us, b.delay_us), (250_000.0, 1_750_000.0, Some(1_500_000.0)));
+        assert_eq!((TimeUnit::of("s"), TimeUnit::of("min")), (Some(TimeUnit::Seconds), None));
+    }
+
+    #[test]
+    fn a_delay_stands_in_place_of_a_timestamp() {
+        let text = lines(&[
+            r#""timestamp": 100, "session": "a""#,
+            r#""session": "a", "delay": 1000"#,
+            r#""session": "b", "delay": 50"#,
+            r#""session": "a", "delay": 10, "timestamp": null"#,
+            r#""timestamp": 120, "delay": 9"#,
+        ]);
+        let t = trace(&text).unwrap();
+        let told: Vec<_> = t.requests().iter().map(|r| (r.at_us / 1e3, r.session, r.delay_us)).collect();
+        assert_eq!(
+            told,
+            [
+                (100.0, Some(0), None),
+                (120.0, None, None),
+                // Nothing is before it in its session: it counts from the file's first request.
+                (150.0, Some(1), Some(50e3)),
+                (1100.0, Some(0), Some(1000e3)),
+                (1110.0, Some(0), Some(10e3)),
+            ]
+        );
+        assert_eq!(t.skipped().collect::<Vec<_>>(), ["delay without session"]);
+        // A trace of nothing else begins by itself.
+        let alone = r#"{"session":"a","delay":1000,"input_length":7,"output_length":5,"hash_ids":[0,1]}"#;
+        assert_eq!(trace(alone).unwrap().requests()[0].at_us, 1e6);
     }
 }
