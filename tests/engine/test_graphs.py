@@ -21,6 +21,7 @@ from dsv4.model.v4 import V4Model
 from dsv4.plan.build import divide
 from dsv4.plan.graphs import SHORTEST, contexts_of, sizes_of
 from dsv4.plan.parallel import Parallel
+from dsv4.plan.weights import Weights
 from dsv4.plan.workspace import GRAPH_BYTES, Limits
 from torch import Tensor
 
@@ -151,7 +152,15 @@ def test_graphs_have_their_place_in_the_memory_plan() -> None:
     flash = ModelConfig.preset("v4-flash")
     layout = flash.layout("fp8_ds_mla", "mxfp4")
     without, some = (
-        divide(flash, layout, Parallel(), Limits(512, 16, 2**20, graphs), 200 << 30, held="released")
+        divide(
+            flash,
+            Weights.released(flash),
+            layout,
+            Parallel(),
+            Limits(512, 16, 2**20, graphs),
+            200 << 30,
+            held="released",
+        )
         for graphs in (0, 60)
     )
     sink = layout.slab_bytes

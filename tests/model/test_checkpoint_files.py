@@ -17,7 +17,8 @@ from dsv4.model.config import ModelConfig
 from dsv4.model.export import export_release, quantise_fp4, quantise_fp8
 from dsv4.model.names import TensorSpec, canonical_name, tensors, transformers_name
 from dsv4.model.shards import index_checkpoint, read_header
-from dsv4.model.weights import check_against, load_weights
+from dsv4.model.survey import examine
+from dsv4.model.weights import load_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def test_all_names_of_flash_at_small_width(tmp_path: Path, caplog: pytest.LogCap
 
     start = time.process_time()
     stored = index_checkpoint(tmp_path / "ours", config.num_experts)
-    check_against(stored, dict(tensors(config)))
+    examine(stored, config)
     assert time.process_time() - start < 2  # all of the checking, in time of its own
     flash = ModelConfig.preset("v4-flash-preview")
     wanted = {n: dtype for name, spec in tensors(flash, draft=True) for n, dtype, _ in spec.stored(name)}
@@ -80,7 +81,7 @@ def test_all_names_of_flash_at_small_width(tmp_path: Path, caplog: pytest.LogCap
     with pytest.raises(
         CheckpointError, match=r"layers\.3\.attn\.wq_c\.weight .* did you mean 'layers\.3\.attn\.w"
     ):
-        check_against(stored, dict(tensors(config)))
+        examine(stored, config)
     assert time.process_time() - start < 2
 
     with caplog.at_level("INFO", logger="dsv4.weights"):

@@ -119,7 +119,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"expert_dtype": "int4"}, 'expert_dtype is "int4"; it must be "fp4" or "fp8"'),
     ({"quantization_config": {"quant_method": "gptq"}}, 'quantization_config.quant_method is "gptq"'),
     ({"quantization_config": {"fmt": "e5m2"}}, 'quantization_config.fmt is "e5m2"; it must be "e4m3"'),
-    ({"quantization_config": {"scale_fmt": "float"}}, 'quantization_config.scale_fmt is "float"'),
+    ({"quantization_config": {"scale_fmt": "int"}}, 'quantization_config.scale_fmt is "int"'),
     ({"quantization_config": {"weight_block_size": [64, 64]}}, r"weight_block_size is \[64, 64\]"),
     ({"quantization_config": {"expert_dtype": "mxfp8"}}, 'quantization_config.expert_dtype is "mxfp8"'),
     ({"compress_ratios": None}, "neither compress_ratios nor layer_types"),

@@ -27,7 +27,7 @@ from dsv4.ops.registry import Ops
 from dsv4.plan.build import divide
 from dsv4.plan.graphs import steps_of
 from dsv4.plan.parallel import Parallel
-from dsv4.plan.weights import weight_rows
+from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import INDEX_NUMBERS, INDEX_TOKENS, Limits, bound, step_array_bytes, workspace
 
 from tests.support.models import random_config, random_config_dict, random_weights
@@ -129,9 +129,15 @@ def test_a_gpu_engine_sizes_its_pool_as_planned(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory, memory))
     flash = ModelConfig.preset("v4-flash")
     layout = flash.layout("bfloat16", "mxfp4")
-    one_gpu = divide(flash, layout, Parallel(), limits, int(0.9 * memory), held="released")
-    assert build._room_for_pages(config, flash, layout, "released") == one_gpu.pool < 0  # 145 GB of weights
-    halves = divide(flash, layout, Parallel(1, 2, 2), limits, int(0.9 * memory), held="released")
+    one_gpu = divide(
+        flash, Weights.released(flash), layout, Parallel(), limits, int(0.9 * memory), held="released"
+    )
+    assert (
+        build._room_for_pages(config, flash, Weights.released(flash), layout, "released") == one_gpu.pool < 0
+    )  # 145 GB of weights
+    halves = divide(
+        flash, Weights.released(flash), layout, Parallel(1, 2, 2), limits, int(0.9 * memory), held="released"
+    )
     assert (halves.pool, halves.pages) == (p["memory"]["pool"], p["memory"]["pages"])
 
 
@@ -143,7 +149,7 @@ def test_packed_weights_take_what_is_planned(tmp_path: Path, monkeypatch: pytest
     packed = load_weights(tmp_path, config, torch.bfloat16, packed=True)
     layout = config.layout("bfloat16", "bfloat16")
     model = V4Model(config, packed, PagedCache(layout, 1, 1), Ops.choose("reference"))
-    planned = weight_rows(config, Parallel(), draft=False, held="released")
+    planned = weight_rows(Weights.released(config), Parallel(), held="released")
     assert model.weight_bytes == sum(r.rank for r in planned)
 
 
@@ -173,7 +179,7 @@ def test_the_index_is_counted_in_the_kernels_own_pieces() -> None:
 def test_a_smaller_part_of_a_model_needs_fewer_bytes() -> None:
     flash = ModelConfig.preset("v4-flash")
     ranks = [
-        sum(r.rank for r in weight_rows(flash, p, draft=False, held="released"))
+        sum(r.rank for r in weight_rows(Weights.released(flash), p, held="released"))
         for p in (Parallel(), Parallel(2), Parallel(4), Parallel(8))
     ]
     assert ranks == sorted(ranks, reverse=True) and ranks[0] / ranks[3] > 6

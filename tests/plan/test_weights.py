@@ -6,14 +6,14 @@ import pytest
 from dsv4.errors import ConfigError
 from dsv4.model.config import RELEASED, ModelConfig
 from dsv4.plan.parallel import Parallel, alternatives, choose
-from dsv4.plan.weights import EXPERTS, PUBLISHED, Kind, kinds, weight_rows
+from dsv4.plan.weights import EXPERTS, PUBLISHED, Kind, Weights, weight_rows
 
 from tests.model.test_config import RELEASES
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_totals_are_the_published_ones(name: str) -> None:
-    rows = weight_rows(ModelConfig.preset(name), Parallel(), draft=True, held="released")
+    rows = weight_rows(Weights.released(ModelConfig.preset(name), draft=True), Parallel(), held="released")
     assert sum(r.total for r in rows) == sum(r.rank for r in rows) == PUBLISHED[name] == RELEASES[name][3]
     assert sum(r.tensors for r in rows) == RELEASES[name][2]
 
@@ -24,7 +24,7 @@ def test_parts_of_flash_and_pro() -> None:
         ("v4-flash", 147.2, 4.6, 1.08, 0.53),
         ("v4-pro", 822.1, 18.3, 4.03, 1.35),
     ):
-        rows = weight_rows(ModelConfig.preset(name), Parallel(), draft=False, held="released")
+        rows = weight_rows(Weights.released(ModelConfig.preset(name)), Parallel(), held="released")
         sums = {g: sum(r.total for r in rows if r.group == g) / 1e9 for g in {r.group for r in rows}}
         assert sums[EXPERTS] == pytest.approx(experts, abs=0.05)
         assert sums["attention"] == pytest.approx(attention, abs=0.05)
@@ -43,7 +43,7 @@ def test_the_ranks_together_hold_every_element(name: str, parallel: Parallel) ->
         shape = kind.on_rank(p).shape
         return shape[0] * (shape[1] if len(shape) > 1 else 1)
 
-    for kind, count in kinds(ModelConfig.preset(name), draft=True).items():
+    for kind, count in Weights.released(ModelConfig.preset(name), draft=True).kinds.items():
         ranks = parallel.ranks
         if kind.expert and parallel.ep > 1:
             here, copies = count // parallel.ep, 1
@@ -56,7 +56,7 @@ def test_the_ranks_together_hold_every_element(name: str, parallel: Parallel) ->
 
 def test_expanded_weights_are_counted_in_their_dtype() -> None:
     flash = ModelConfig.preset("v4-flash")
-    rows = weight_rows(flash, Parallel(), draft=False, held="bfloat16")
+    rows = weight_rows(Weights.released(flash), Parallel(), held="bfloat16")
     assert {r.dtype for r in rows} == {"bf16", "f32", "i64"}
     experts = 43 * 256 * 3 * 4096 * 2048
     assert [r.total for r in rows if r.group == EXPERTS] == [2 * experts]

@@ -1,17 +1,22 @@
-"""Checkpoints on disk from random weights, for tests that start the whole engine."""
+"""Checkpoints on disk from random weights: the release's formats, and those in which others publish."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from dsv4.model.config import ModelConfig
+from dsv4.model.export import export_release
 from dsv4.model.names import tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tests.support.models import random_config_dict, random_weights
+
+Flat = dict[str, Tensor]
 
 
 def write_random(path: Path, kind: str = "flash", seed: int = 0, **overrides: Any) -> Path:
@@ -19,7 +24,7 @@ def write_random(path: Path, kind: str = "flash", seed: int = 0, **overrides: An
     raw = random_config_dict(kind, **overrides)
     config = ModelConfig.from_dict(raw)
     weights = random_weights(config, seed)
-    flat: dict[str, torch.Tensor] = {}
+    flat: Flat = {}
     for name, _ in tensors(config):
         head, _, tail = name.partition(".ffn.experts.")
         if tail:
@@ -31,3 +36,61 @@ def write_random(path: Path, kind: str = "flash", seed: int = 0, **overrides: An
     save_file(flat, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(raw))
     return path
+
+
+def write_release(path: Path, seed: int = 0, shards: int = 1, **overrides: Any) -> Path:
+    """A small random model as DeepSeek releases them: FP4 experts (or what `expert_dtype` says), FP8, E8M0 scales."""
+    raw = random_config_dict("flash", **overrides)
+    config = ModelConfig.from_dict(raw)
+    export_release(random_weights(config, seed), config, raw, path, shards=shards)
+    return path
+
+
+def write_base(path: Path, scales: Callable[[str, Tensor], Tensor], **overrides: Any) -> Path:
+    """Like Flash-Base: FP8 experts, and scales that are numbers. `scales(name, powers)` makes them from float32 powers of
+    two. config.json does not say that experts are FP8."""
+    write_release(path, expert_dtype="fp8", **overrides)
+
+    def change(flat: Flat) -> None:
+        for name in [n for n in flat if n.endswith(".scale")]:
+            flat[name] = scales(name, flat[name].float()).contiguous()
+
+    rewrite(path, change)
+    set_config(path, expert_dtype=None)
+    return path
+
+
+def write_nvfp4(path: Path, **quantization: Any) -> Path:
+    """Like NVIDIA's NVFP4 releases: experts as U8 with FP8 scales per 16 and a scale per tensor; `quantization` is added to
+    quantization_config."""
+    write_release(path, compress_ratios=[0, 4])
+
+    def change(flat: Flat) -> None:
+        for name in [n for n in flat if ".experts." in n and n.endswith(".weight")]:
+            stem, codes = name.removesuffix(".weight"), flat[name].view(torch.uint8)
+            del flat[f"{stem}.scale"]
+            flat[name] = codes
+            flat[f"{stem}.weight_scale"] = torch.ones(codes.shape[0], codes.shape[1] // 8).to(
+                torch.float8_e4m3fn
+            )
+            flat[f"{stem}.weight_scale_2"] = torch.tensor(0.01)
+            flat[f"{stem}.input_scale"] = torch.tensor(1.0)
+
+    rewrite(path, change)
+    set_config(path, quantization_config={"quant_method": "fp8", **quantization})
+    return path
+
+
+def rewrite(path: Path, change: Callable[[Flat], None]) -> None:
+    """Changes the tensors of the only (or the first) shard in place. An index that is there must still fit."""
+    file = sorted(path.glob("*.safetensors"))[0]
+    flat = load_file(file)
+    change(flat)
+    save_file(flat, file)
+
+
+def set_config(path: Path, **values: Any) -> None:
+    """Fields of config.json; None takes one out."""
+    file = path / "config.json"
+    fields = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))

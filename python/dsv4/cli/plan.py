@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import add_numbers, model_of
@@ -13,7 +14,9 @@ from dsv4.errors import ConfigError
 from dsv4.gpus import GPUS, gpu
 
 if TYPE_CHECKING:
+    from dsv4.model.config import ModelConfig
     from dsv4.plan.build import Question
+    from dsv4.plan.weights import Weights
 
 INDEX_FORMATS = {"fp4": "mxfp4", "fp8": "fp8", "bfloat16": "bfloat16", "float32": "float32"}
 WEIGHTS = ("released", "bfloat16", "float32")
@@ -114,7 +117,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def question(a: argparse.Namespace) -> Question:
     """The flags as a question. Raises ConfigError."""
-    from dsv4.model.config import ModelConfig
     from dsv4.plan.build import Question
     from dsv4.plan.cache import Traffic
     from dsv4.plan.graphs import steps_of
@@ -126,7 +128,7 @@ def question(a: argparse.Namespace) -> Question:
         raise ConfigError(f"MODEL is missing; it is one of {MODELS}")
     if a.gpu is None:
         raise ConfigError(f"--gpu is missing; known are {', '.join(GPUS)}")
-    config = ModelConfig.find(model)
+    config, weights, counted_from = _weights(model, draft=a.draft)
     for flag, value in (
         ("--max-num-seqs", a.max_num_seqs),
         ("--max-step-tokens", a.max_num_batched_tokens),
@@ -142,6 +144,7 @@ def question(a: argparse.Namespace) -> Question:
         raise ConfigError(f"--snapshot-budget is {a.snapshot_budget:g}; it takes a share from 0 to 1")
     return Question(
         config=config,
+        weights=weights,
         layout=config.layout(a.rows, INDEX_FORMATS[a.index], block_tokens=a.block_size),
         gpu=gpu(a.gpu),
         num=a.num,
@@ -159,6 +162,28 @@ def question(a: argparse.Namespace) -> Question:
         traffic=Traffic() if a.turn_tokens is None else Traffic(turn_tokens=a.turn_tokens),
         draft=a.draft,
         held=a.weights,
+        counted_from=counted_from,
+    )
+
+
+def _weights(model: str, *, draft: bool) -> tuple[ModelConfig, Weights, str]:
+    """The model and its weights, from the headers of the files where there are any. Raises ConfigError, CheckpointError."""
+    from dsv4.model.config import RELEASED, ModelConfig
+    from dsv4.plan.weights import Weights
+
+    config, path = ModelConfig.find(model), Path(model)
+    path = path.parent if path.is_file() else path
+    files = sum(1 for _ in path.glob("*.safetensors")) if path.is_dir() else 0
+    if files:
+        from dsv4.model.survey import survey
+
+        found = survey(path, config, draft=draft)
+        return found.config, Weights.found(found), f"the headers of {files} files in {path}"
+    released = model in RELEASED and not path.exists()
+    return (
+        config,
+        Weights.released(config, draft=draft),
+        "" if released else "config.json; there are no weights beside it",
     )
 
 

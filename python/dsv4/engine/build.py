@@ -22,6 +22,7 @@ from dsv4.engine.runner import Runner
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
+from dsv4.model.survey import survey
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
@@ -29,6 +30,7 @@ from dsv4.plan.build import divide
 from dsv4.plan.cache import pages_of, size_pool
 from dsv4.plan.graphs import contexts_of, sizes_of, steps_of
 from dsv4.plan.parallel import Parallel
+from dsv4.plan.weights import Weights
 from dsv4.plan.workspace import Limits
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat import ChatFormat
@@ -69,6 +71,8 @@ class MemoryPlan:
     weights: int
     packed: bool
     """FP8 and FP4 matrices are as in the checkpoint; else they are expanded to the model's dtype."""
+    notes: tuple[str, ...]
+    """In what the checkpoint differs from a release."""
     pages: int
     pool: int
     slabs: int
@@ -154,6 +158,7 @@ class BuiltEngine:
             f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
             f"tokenizer  {self.tokenizer.describe() if self.tokenizer else 'none: token ids in, token ids out'}",
             f"weights    {_size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
+            *(f"           {note}" for note in m.notes),
             f"pool       {_size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {_size(layout.page_bytes)} each; "
             f"{history:,.2f} B of history per token, {100 * (layout.page_bytes / layout.block_tokens / history - 1):.2f}% padding",
             f"capacity   {tokens:,} tokens of history; {tokens // m.max_model_len} requests of {m.max_model_len:,} tokens",
@@ -181,7 +186,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         raise ConfigError(
             f"model is {source!r}; it must be a directory with config.json and safetensors files"
         )
-    model_config = ModelConfig.from_dir(source)
+    found = survey(Path(source), ModelConfig.from_dir(source))
+    model_config = found.config
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     config = _resolve(config, model_config, device, dtype)
@@ -200,10 +206,10 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_num_seqs=config.max_num_seqs,
         num_pages=config.num_pages,
         memory=config.kv_cache_memory,
-        free=_room_for_pages(config, model_config, layout, held),
+        free=_room_for_pages(config, model_config, Weights.found(found), layout, held),
     )
     core = _core(config, layout, pages, max_len)
-    weights = load_weights(source, model_config, dtype, progress, packed=packed, device=device)
+    weights = load_weights(source, model_config, dtype, progress, packed=packed, device=device, found=found)
     eager = _why_eager(config)
     slabs = config.max_num_seqs + (eager is None)  # the last one for padding
     cache = PagedCache(layout, pages, slabs, device)
@@ -243,6 +249,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         pages=pages,
         pool=pages * layout.page_bytes,
         slabs=slabs * layout.slab_bytes,
+        notes=tuple(found.describe(dtype.itemsize, packed=packed)),
         page_table=runner.page_table.numel() * 4,
         max_model_len=max_len,
     )
@@ -308,7 +315,9 @@ def _parse_costs(text: str | None) -> dict[str, float]:
     return costs
 
 
-def _room_for_pages(config: EngineConfig, model: ModelConfig, layout: LayoutSpec, held: str) -> int:
+def _room_for_pages(
+    config: EngineConfig, model: ModelConfig, weights: Weights, layout: LayoutSpec, held: str
+) -> int:
     """Bytes that the page pool may take by default: a quarter of the host's free memory, or what weights, slabs and
     workspace leave of a GPU's, as `dsv4 plan` computes it."""
     free = _free_memory(config.device)
@@ -319,7 +328,8 @@ def _room_for_pages(config: EngineConfig, model: ModelConfig, layout: LayoutSpec
     limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, max_len, graphs)
     total = torch.cuda.mem_get_info()[1]
     memory = min(free, int(total * config.gpu_memory_utilization))
-    return divide(model, layout, Parallel(), limits, memory, held=held).pool
+    plain = "float32" if config.dtype == "float32" else "bfloat16"
+    return divide(model, weights, layout, Parallel(), limits, memory, held=held, plain=plain).pool
 
 
 def _free_memory(device: str) -> int:

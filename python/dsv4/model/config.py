@@ -14,6 +14,8 @@ from typing import Any
 
 from dsv4.errors import ConfigError
 from dsv4.model.json_fields import Fields, read_json
+from dsv4.model.quantization import check_config as check_quantization
+from dsv4.model.quantization import check_files as check_foreign_files
 from dsv4.spelling import nearest
 
 LAYER_TYPES = {
@@ -34,17 +36,17 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "num_key_value_heads": (1,),
     "n_shared_experts": (1,),
-    "expert_dtype": ("fp4", "fp8"),
+    "expert_dtype": ("fp4", "fp8", "bf16"),
 }
 """Fields that name a choice of which V4 has one. Each may be absent, model_type apart."""
 
 SUPPORTED_QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3",),
-    "scale_fmt": ("ue8m0",),
+    "scale_fmt": ("ue8m0", "float"),
     "weight_block_size": ([128, 128],),
     "activation_scheme": ("dynamic",),
-    "expert_dtype": ("fp4", "fp8"),
+    "expert_dtype": ("fp4", "fp8", "bf16"),
 }
 """The same for quantization_config."""
 
@@ -118,7 +120,8 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     pad_id: int | None
     expert_dtype: str
-    """How the release stores routed experts: `fp4`, or `fp8` (the Base models)."""
+    """How routed experts are stored: `fp4`, `fp8` (the Base models) or `bf16`. Where there are files, what they hold
+    (`survey.py`)."""
     draft: str
     """`none`, `mtp` (one block, preview) or `dspark` (three blocks, GA)."""
     dspark_rank: int
@@ -128,7 +131,9 @@ class ModelConfig:
     def from_dir(cls, path: str | Path) -> ModelConfig:
         """Reads config.json of a model directory. Raises ConfigError."""
         file = Path(path) / "config.json"
-        return cls.from_dict(read_json(file), name=Path(path).resolve().name)
+        config = cls.from_dict(read_json(file), name=Path(path).resolve().name)
+        check_foreign_files(Path(path))
+        return config
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
@@ -204,6 +209,7 @@ def _check_choices(f: Fields) -> None:
     f.value("model_type")
     for field, supported in SUPPORTED.items():
         f.check(field, supported)
+    check_quantization(f)
     quantization = f.section("quantization_config")
     for field, supported in SUPPORTED_QUANTIZATION.items():
         quantization.check(field, supported)

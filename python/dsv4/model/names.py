@@ -7,6 +7,7 @@ releases. The other namings are those of transformers: what it keeps in memory, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
@@ -14,8 +15,18 @@ from math import ceil, prod
 from dsv4.model.config import ModelConfig
 from dsv4.row_sizes import FP4_BLOCK, FP8_BLOCK
 
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "I64": 8}
-"""safetensors dtype names and their bytes."""
+DTYPE_BYTES = {
+    "BF16": 2,
+    "F16": 2,
+    "F32": 4,
+    "F8_E4M3": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+    "I32": 4,
+    "I64": 8,
+}
+"""safetensors dtype names and their bytes; no weight is read from I32, but a refusal should name more than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,19 @@ class TensorSpec:
 def scale_name(name: str) -> str:
     """`X.weight` -> `X.scale`."""
     return name.removesuffix(".weight") + ".scale"
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor is a routed expert's."""
+    return ".ffn.experts." in name
+
+
+_BUFFER = re.compile(r"(^|[._])(inv_freq|cos_cached|sin_cached|freqs_cis)$")
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a table of rotations, which some files hold and the model computes."""
+    return _BUFFER.search(name) is not None
 
 
 def tensors(c: ModelConfig, *, draft: bool = False) -> Iterator[tuple[str, TensorSpec]]:
@@ -199,9 +223,12 @@ def canonical_name(name: str) -> str:
     """A file's tensor name in the released naming; a name that is in no table stays as it is.
 
     `save_pretrained` writes the released names with a `model.` prefix, but its own for the embedding, the
-    head mix and the KV norm; with `save_original_format=False` it writes its own throughout.
+    head mix and the KV norm; with `save_original_format=False` it writes its own throughout. Scales are `X.scale`, or
+    `X.weight_scale_inv` as with DeepSeek-V3, which is the same number.
     """
     name = name.removeprefix("model.")
+    if name.endswith(".weight_scale_inv"):
+        name = name.removesuffix(".weight_scale_inv") + ".scale"
     parts = name.split(".", 2)
     if parts[0] != "layers" or len(parts) < 3:
         return next((ours for ours, theirs in _GLOBAL.items() if name == theirs), name)

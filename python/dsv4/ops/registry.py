@@ -127,7 +127,10 @@ class Ops:
         return weight if hook is None else hook(weight)
 
     def quantises(self, op: str, weight: Any) -> bool:
-        """Whether the chosen backend of `op` multiplies this prepared matrix (or these three) in FP8."""
+        """Whether the chosen backend of `op` multiplies this prepared matrix (or these three) in FP8. Experts that no
+        kernel repacked are left to the reference."""
+        if op == "experts" and isinstance(weight, Gated):
+            return False
         parts = weight if isinstance(weight, Gated) else (weight,)
         return self.chosen[op] != "reference" and not any(isinstance(w, Tensor) for w in parts)
 

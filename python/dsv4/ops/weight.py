@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from dsv4.row_sizes import FP4_BLOCK, FP8_BLOCK
 @dataclass(frozen=True, slots=True)
 class Packed:
     """Codes with scales; indexing and moving act on both."""
+
+    block: ClassVar[tuple[int, int]]
+    """Rows and columns of `codes` that share a scale."""
 
     codes: Tensor
     scales: Tensor
@@ -47,34 +50,42 @@ class Packed:
             return replace(self, dtype=target)
         return replace(self, codes=self.codes.to(target), scales=self.scales.to(target))
 
+    @staticmethod
+    def decoded(codes: Tensor, scales: Tensor) -> Tensor:
+        """float32 of codes with float32 scales of any value."""
+        raise AssertionError("a packed weight defines decoded")
+
     def dense(self) -> Tensor:
         """Decoded, in `dtype`."""
-        raise AssertionError("a packed weight defines dense")
+        return self.decoded(self.codes, ue8m0_decode(self.scales)).to(self.dtype)
 
 
 class Fp8Weight(Packed):
     """codes float8_e4m3fn [..., out, in], scales uint8 [..., ceil(out / 128), ceil(in / 128)]."""
 
     __slots__ = ()
+    block = (FP8_BLOCK, FP8_BLOCK)
 
-    def dense(self) -> Tensor:
-        out, width = self.codes.shape[-2:]
-        wide = ue8m0_decode(self.scales).repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
-        return (self.codes.float() * wide[..., :out, :width]).to(self.dtype)
+    @staticmethod
+    def decoded(codes: Tensor, scales: Tensor) -> Tensor:
+        out, width = codes.shape[-2:]
+        wide = scales.repeat_interleave(FP8_BLOCK, -2).repeat_interleave(FP8_BLOCK, -1)
+        return codes.float() * wide[..., :out, :width]
 
 
 class Fp4Weight(Packed):
     """codes uint8 [..., out, in / 2], scales uint8 [..., out, in / 32]."""
 
     __slots__ = ()
+    block = (1, FP4_BLOCK // 2)
 
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.codes.shape[:-1], 2 * self.codes.shape[-1]))
 
-    def dense(self) -> Tensor:
-        wide = ue8m0_decode(self.scales).repeat_interleave(FP4_BLOCK, -1)
-        return (fp4_decode(fp4_unpack(self.codes)) * wide).to(self.dtype)
+    @staticmethod
+    def decoded(codes: Tensor, scales: Tensor) -> Tensor:
+        return fp4_decode(fp4_unpack(codes)) * scales.repeat_interleave(FP4_BLOCK, -1)
 
 
 Weight = Tensor | Packed

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
-from dsv4.model.names import release_totals
 from dsv4.plan.cache import Capacity, Traffic, capacities
 from dsv4.plan.parallel import Parallel, alternatives
-from dsv4.plan.weights import WeightRow, weight_rows
+from dsv4.plan.weights import WeightRow, Weights, weight_rows
 from dsv4.plan.workspace import Buffer, Limits, bound, workspace
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ class Question:
     """What is asked. `pool_bytes` None: the pool takes what `memory_fraction` leaves."""
 
     config: ModelConfig
+    weights: Weights
     layout: LayoutSpec
     gpu: Gpu
     num: int
@@ -36,6 +36,8 @@ class Question:
     traffic: Traffic
     draft: bool
     held: str
+    counted_from: str = ""
+    """Where `weights` come from, for a model that is no release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +58,23 @@ class Memory:
 
 def divide(
     config: ModelConfig,
+    weights: Weights,
     layout: LayoutSpec,
     parallel: Parallel,
     limits: Limits,
     memory: int,
     *,
     held: str,
-    draft: bool = False,
+    plain: str = "bfloat16",
 ) -> Memory:
-    """How `memory` bytes of one GPU are used: what weights, slabs and workspace leave is the pool's. The engine on a GPU
-    sizes its pool here too."""
-    weights = sum(row.rank for row in weight_rows(config, parallel, draft=draft, held=held))
+    """How `memory` bytes of one GPU are used: what weights (see `weight_rows`), slabs and workspace leave is the pool's. The
+    engine on a GPU sizes its pool here too."""
+    taken = sum(row.rank for row in weight_rows(weights, parallel, held=held, plain=plain))
     slabs = limits.running * layout.slab_bytes
     work = bound(workspace(config, layout, parallel, limits))
-    left = memory - weights - slabs - work
+    left = memory - taken - slabs - work
     pages = layout.pages_for(max(left, 0))
-    return Memory(weights, slabs, work, pages * layout.page_bytes if left >= 0 else left, pages)
+    return Memory(taken, slabs, work, pages * layout.page_bytes if left >= 0 else left, pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,6 @@ class Plan:
     """The answer. Counts in `capacities` are of one pool; `question.parallel.pools` of them make the whole."""
 
     question: Question
-    release: tuple[int, int]
     weights: list[WeightRow]
     buffers: list[Buffer]
     memory: Memory
@@ -100,7 +102,7 @@ class Plan:
 
 def answer(q: Question) -> Plan:
     """Raises ConfigError when the weights do not fit, or not one request of the asked length does."""
-    weights = weight_rows(q.config, q.parallel, draft=q.draft, held=q.held)
+    weights = weight_rows(q.weights, q.parallel, held=q.held)
     memory = _memory(q)
     pages, max_len = memory.pages, q.limits.max_len
     if pages < 1:
@@ -112,7 +114,6 @@ def answer(q: Question) -> Plan:
         )
     return Plan(
         question=q,
-        release=release_totals(q.config),
         weights=weights,
         buffers=workspace(q.config, q.layout, q.parallel, q.limits),
         memory=memory,
@@ -129,7 +130,7 @@ def _capacities(q: Question, pages: int) -> list[Capacity]:
 
 
 def _divide(q: Question, parallel: Parallel, memory: int) -> Memory:
-    return divide(q.config, q.layout, parallel, q.limits, memory, held=q.held, draft=q.draft)
+    return divide(q.config, q.weights, q.layout, parallel, q.limits, memory, held=q.held)
 
 
 def _memory(q: Question) -> Memory:

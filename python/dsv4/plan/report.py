@@ -20,10 +20,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "parallel": {**asdict(q.parallel), "name": str(q.parallel), "pools": q.parallel.pools},
         "limits": asdict(q.limits),
         "release": {
-            "tensors": plan.release[0],
-            "bytes": plan.release[1],
+            "tensors": q.weights.files[0],
+            "bytes": q.weights.files[1],
             "published": PUBLISHED.get(q.config.name),
         },
+        "counted_from": q.counted_from or "the config of a release",
+        "notes": list(q.weights.notes),
         "weights": [asdict(row) for row in plan.weights],
         "memory": {**asdict(plan.memory), "total": plan.memory.total},
         "workspace": [asdict(b) for b in plan.buffers],
@@ -72,7 +74,7 @@ def as_text(plan: Plan) -> str:
 
 def _head(plan: Plan) -> list[str]:
     q = plan.question
-    tensors, size = plan.release
+    tensors, size = q.weights.files
     published = PUBLISHED.get(q.config.name)
     same = (
         ""
@@ -85,6 +87,8 @@ def _head(plan: Plan) -> list[str]:
     ranks = f"{q.parallel.ranks} GPUs an engine" if q.parallel.replicas > 1 else f"{q.num} GPUs"
     return [
         f"model    {q.config.name}: {q.config.num_layers} layers, {tensors:,} tensors, {size:,} B{same}",
+        *([f"counted  from {q.counted_from}"] if q.counted_from else []),
+        *(f"         {note}" for note in q.weights.notes),
         f"gpu      {q.num} x {q.gpu.name}, {_gb(q.gpu.memory_bytes)} each; {q.parallel} ({ranks})",
         f"cache    rows {formats['window']}, index {formats.get('csa_index', 'none')}, {q.layout.block_tokens} tokens a page",
         f"limits   {q.limits.max_len:,} tokens a request, {q.limits.running:,} running, {q.limits.step_tokens:,} tokens a step",

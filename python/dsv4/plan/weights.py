@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
+from typing import TYPE_CHECKING
 
 from dsv4.model.config import ModelConfig
-from dsv4.model.names import DTYPE_BYTES, TensorSpec, tensors
+from dsv4.model.names import DTYPE_BYTES, TensorSpec, is_expert, release_totals, tensors
 from dsv4.plan.parallel import Parallel
+
+if TYPE_CHECKING:
+    from dsv4.model.survey import Survey
 
 PUBLISHED = {
     "v4-flash": 166_878_536_440,
@@ -84,11 +88,32 @@ class Kind:
         return TensorSpec(shape, self.spec.storage)
 
 
-@lru_cache
-def kinds(config: ModelConfig, *, draft: bool) -> Counter[Kind]:
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The tensors of a model as they are kept, and the size of the checkpoint."""
+
+    kinds: Counter[Kind]
     """How many tensors there are of each kind."""
+    files: tuple[int, int]
+    """Tensors and bytes of the files, drafters included."""
+    notes: tuple[str, ...] = ()
+    """What differs from a release, one line each."""
+
+    @classmethod
+    @lru_cache
+    def released(cls, config: ModelConfig, *, draft: bool = False) -> Weights:
+        """As the release of this config has them."""
+        return cls(_count(tensors(config, draft=draft)), release_totals(config))
+
+    @classmethod
+    def found(cls, survey: Survey) -> Weights:
+        """As the files have them."""
+        return cls(_count(survey.kept.items()), (survey.tensors, survey.size), tuple(survey.describe()))
+
+
+def _count(specs: Iterable[tuple[str, TensorSpec]]) -> Counter[Kind]:
     found: Counter[Kind] = Counter()
-    for name, spec in tensors(config, draft=draft):
+    for name, spec in specs:
         group, axis, expert = _place(_NUMBERS.sub("", name))
         found[Kind(group, spec, axis, expert)] += 1
     return found
@@ -99,7 +124,7 @@ def _place(name: str) -> tuple[str, int | None, bool]:
     """(group, axis of the cut, whether it is a routed expert's) of a name without its numbers."""
     group = next((group for part, group in _GROUPS if part in name), "norms")
     axis = next((axis for end, axis in _CUTS.items() if name == end or name.endswith(end)), None)
-    return group, axis, ".ffn.experts." in name
+    return group, axis, is_expert(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +138,19 @@ class WeightRow:
     rank: int
 
 
-def weight_rows(config: ModelConfig, parallel: Parallel, *, draft: bool, held: str) -> list[WeightRow]:
-    """By group and dtype, in the order of the table; `held` is one of HELD."""
+def weight_rows(
+    weights: Weights, parallel: Parallel, *, held: str, plain: str = "bfloat16"
+) -> list[WeightRow]:
+    """By group and dtype, in the order of the table; `held` is one of HELD. `plain`: dtype of what is not quantised, where
+    the rest is as released."""
     sums: dict[tuple[str, str], list[int]] = {}
-    for kind, count in kinds(config, draft=draft).items():
+    for kind, count in weights.kinds.items():
         here = count // parallel.ep if kind.expert else count
-        for dtype, size in _sizes(kind.spec, held):
+        for dtype, size in _sizes(kind.spec, held, plain):
             row = sums.setdefault((kind.group, dtype), [0, 0, 0])
             row[0] += count
             row[1] += count * size
-        for dtype, size in _sizes(kind.on_rank(parallel), held):
+        for dtype, size in _sizes(kind.on_rank(parallel), held, plain):
             sums[kind.group, dtype][2] += here * size
     order = list(dict.fromkeys(group for _, group in _GROUPS))
     order = order[1:] + order[:1]
@@ -130,11 +158,11 @@ def weight_rows(config: ModelConfig, parallel: Parallel, *, draft: bool, held: s
     return [WeightRow(*key, *sums[key]) for key in keys]
 
 
-def _sizes(spec: TensorSpec, held: str) -> Iterator[tuple[str, int]]:
+def _sizes(spec: TensorSpec, held: str, plain: str) -> Iterator[tuple[str, int]]:
     """(dtype, bytes) of what is kept of a tensor. What the release has in f32 or i64 stays so."""
-    if held == "released" or spec.storage in ("f32", "i64"):
+    if spec.storage in ("f32", "i64") or (held == "released" and spec.storage != "bf16"):
         for _, dtype, shape in spec.stored("x.weight"):
             yield _DTYPE_NAMES[dtype], prod(shape) * DTYPE_BYTES[dtype]
     else:
-        dtype = {"bfloat16": "bf16", "float32": "f32"}[held]
+        dtype = {"bfloat16": "bf16", "float32": "f32"}[plain if held == "released" else held]
         yield dtype, prod(spec.shape) * {"bf16": 2, "f32": 4}[dtype]

@@ -11,7 +11,7 @@ from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
 from dsv4.plan.parallel import Parallel, valid_tp
-from dsv4.plan.weights import weight_rows
+from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 from dsv4.simulate.device import as_json
 
@@ -105,7 +105,7 @@ def pool_bytes(
 
 
 def _weights(config: ModelConfig, tp: int) -> int:
-    return sum(row.rank for row in weight_rows(config, Parallel(tp=tp), draft=False, held="released"))
+    return sum(row.rank for row in weight_rows(Weights.released(config), Parallel(tp=tp), held="released"))
 
 
 def compare(

@@ -17,7 +17,7 @@ from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
 from dsv4.plan.parallel import Parallel
-from dsv4.plan.weights import EXPERTS, kinds, weight_rows
+from dsv4.plan.weights import EXPERTS, Weights, weight_rows
 from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def step_coefficients(
 
 def _linear(config: ModelConfig, parallel: Parallel) -> tuple[float, float, float]:
     """(bytes of a GPU's weights besides routed experts, of routed experts, flops of a token on it)."""
-    rows = weight_rows(config, parallel, draft=False, held="released")
+    rows = weight_rows(Weights.released(config), parallel, held="released")
     experts = sum(row.rank for row in rows if row.group == EXPERTS)
     # A step reads the head and not the embedding, which has the same size.
     read = {"embedding and head": 0.5}
@@ -109,7 +109,7 @@ def _linear(config: ModelConfig, parallel: Parallel) -> tuple[float, float, floa
         row.rank * read.get(row.group, 1) for row in rows if row.group != EXPERTS and row.dtype != "i64"
     )
     flops = 0.0
-    for kind, count in kinds(config, draft=False).items():
+    for kind, count in Weights.released(config).kinds.items():
         if kind.group == "embedding and head" or kind.spec.storage == "i64" or len(kind.spec.shape) != 2:
             continue
         taken = config.experts_per_token / config.num_experts if kind.expert else 1

@@ -34,7 +34,7 @@ from dsv4.kernels.triton.moe_pack import (
 )
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 from dsv4.ops.reference import moe as reference
-from dsv4.ops.weight import Fp4Weight, Gated, dense, prepared_by
+from dsv4.ops.weight import Fp4Weight, Gated, prepared_by
 
 log = logging.getLogger("dsv4.kernels")
 
@@ -248,11 +248,11 @@ def combine(out: Tensor, experts: Tensor, count: int, shared: Tensor | None, y: 
 
 
 def prepare(w: Gated) -> PackedExperts | Gated:
-    """FP4 experts repacked; others as tensors, which the reference multiplies, and a line in the log says so."""
+    """FP4 experts repacked; others as they are, for the reference, and a line in the log says so."""
     if all(isinstance(m, Fp4Weight) for m in w):
         return pack(*(t for m in w for t in (m.codes, m.scales)))
     log.warning("experts are not FP4: the reference multiplies them, expert by expert")
-    return Gated(*map(dense, w))
+    return w
 
 
 @prepared_by(prepare)
