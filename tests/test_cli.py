@@ -66,7 +66,7 @@ def test_threads_of_torch_do_not_spin_unless_the_user_says_so(own: dict[str, str
         (("serve", "--dtype", "float64"), ["dtype", "float64", "bfloat16"]),
         (("serve", "/nowhere/model"), ["/nowhere/model", "directory"]),
         (("serve", "--host", "203.0.113.7"), ["203.0.113.7", "--host"]),
-        (("generate", "hi", "--temperature", "200"), ["temperature", "200", "0 to 100"]),
+        (("generate", "hi", "--temperature", "200"), ["temperature", "200", "0 to 2"]),
         (("generate", "-f", "/nowhere.txt"), ["/nowhere.txt", "No such file"]),
         (("generate", "--token-ids", "1 x"), ["token id"]),
         (("generate",), ["prompt is empty"]),

@@ -15,7 +15,7 @@ _INT_RANGES = {
     "seed": (-(2**63), 2**64 - 1),
 }
 _FLOAT_RANGES = {
-    "temperature": (0.0, 100.0),
+    "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),

@@ -8,8 +8,8 @@ from typing import Any
 
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.service import Service
-from dsv4.errors import RequestError, kind
-from dsv4.text.chat import Ending, encode_chat, ending_of, starts_in_thought
+from dsv4.errors import RequestError, kind, show
+from dsv4.text.chat import TASKS, Ending, encode_chat, ending_of, starts_in_thought
 
 MAX_MESSAGES = 65536
 MAX_TOOLS = 1024
@@ -42,6 +42,8 @@ class Conversation:
     drop_thinking: bool = True
     calls_tools: bool = False
     """Whether the model gets to see tools, so that it may call some."""
+    parallel_calls: bool = True
+    """False: of the answer's calls only the first comes back."""
 
     @property
     def starts_in_thought(self) -> bool:
@@ -66,12 +68,19 @@ def read_conversation(fields: Fields) -> Conversation:
         continue_final_message=_switch(fields, template, "continue_final_message"),
     )
     thinking, effort = _thinking(fields, template, messages[-1] if ending == "continued" else {})
+    if task := fields.choice("task", tuple(TASKS)):
+        if ending != "opened":
+            raise refuse(
+                "task", task, "a prompt whose last message is not continued", "; leave one of them out"
+            )
+        messages = [*messages[:-1], {**messages[-1], "task": task}]
     tools = _tools(fields)
     if fields.get("tool_choice") == "none":
         messages = [{k: v for k, v in m.items() if k != "tools"} for m in messages]
     drop = template.boolean("drop_thinking", True)
     calls_tools = bool(tools) or any(m.get("tools") for m in messages)
-    return Conversation(messages, tools, thinking, effort, ending, drop, calls_tools)
+    parallel = fields.boolean("parallel_tool_calls", True)
+    return Conversation(messages, tools, thinking, effort, ending, drop, calls_tools, parallel)
 
 
 def _switch(fields: Fields, template: Fields, name: str) -> bool | None:
@@ -87,6 +96,11 @@ def _check_message(message: Fields) -> None:
     message.text("reasoning_content", longest=2**31)
     message.text("reasoning", longest=2**31)
     message.text("tool_call_id")
+    message.text("refusal", longest=2**31)
+    for name, remedy in (("function_call", "send it as tool_calls"), ("audio", "this model reads text only")):
+        if message.get(name) is not None:
+            text = f"{message.where}{name} is {show(message.get(name))}; it is not supported: {remedy}"
+            raise RequestError(text, message.where + name, "unsupported_field", 400)
     for j, call in enumerate(message.items("tool_calls", dict, MAX_TOOLS)):
         function = Fields(call, f"{message.where}tool_calls[{j}].").nested("function")
         if not function.text("name"):
@@ -112,24 +126,34 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
     return [] if choice == "none" else tools
 
 
+def reasoning_of(fields: Fields) -> bool:
+    """Whether the answer is to hold the thoughts: `include_reasoning` of vLLM, `reasoning.exclude` of OpenRouter."""
+    return fields.boolean("include_reasoning", True) and not fields.nested("reasoning").boolean("exclude")
+
+
 def _thinking(fields: Fields, template: Fields, continued: dict[str, Any]) -> tuple[bool, str]:
-    """(thinking, effort) from DeepSeek's `thinking`, OpenAI's `reasoning_effort` and the template arguments
-    of vLLM.
+    """(thinking, effort) from DeepSeek's `thinking`, OpenAI's `reasoning_effort`, the template arguments of vLLM, Qwen's
+    `enable_thinking` and OpenRouter's `reasoning`.
 
     Off unless asked for; naming an effort asks for it, and so does the wish to continue a message with thoughts. The
     most explicit wins: a switch before an effort before the message.
     """
-    name = fields.choice("reasoning_effort", tuple(EFFORTS)) or template.choice(
-        "reasoning_effort", tuple(EFFORTS)
-    )
+    reasoning, efforts = fields.nested("reasoning"), tuple(EFFORTS)
+    name = fields.choice("reasoning_effort", efforts) or template.choice("reasoning_effort", efforts)
+    name = name or reasoning.choice("effort", efforts)
     effort = EFFORTS[name] if name is not None else None
     switch = fields.get("thinking")
     if type(switch) is not bool:
         mode = fields.nested("thinking").choice("type", ("enabled", "disabled", "adaptive", "auto"))
         switch = None if mode in (None, "auto") else mode != "disabled"
-    for key in ("thinking", "enable_thinking"):
-        if switch is None and template.get(key) is not None:
-            switch = template.boolean(key)
+    for place, key in (
+        (fields, "enable_thinking"),
+        (template, "thinking"),
+        (template, "enable_thinking"),
+        (reasoning, "enabled"),
+    ):
+        if switch is None and place.get(key) is not None:
+            switch = place.boolean(key)
     thought = bool(continued.get("reasoning_content") or continued.get("reasoning"))
     asked = thought if effort is None else effort != "none"
     thinking = asked if switch is None else switch

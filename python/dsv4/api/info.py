@@ -13,6 +13,7 @@ from dsv4.api.conversation import encode, read_conversation
 from dsv4.api.errors import RETRY_AFTER
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.http import Call
+from dsv4.api.known_fields import CHAT, COMPLETIONS, check_known
 from dsv4.api.metrics import CONTENT_TYPE
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
@@ -96,6 +97,7 @@ async def tokenize(call: Call) -> None:
     """Text (`prompt`) or a chat (`messages`) as token ids."""
     fields, service = call.fields, call.service
     service.check_model(fields)
+    check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT)
     if fields.get("messages") is not None:
         ids = await encode(service, read_conversation(fields))
     else:

@@ -14,13 +14,15 @@ from typing import Any
 
 import orjson
 
-from dsv4.api.conversation import Conversation, encode, read_conversation
+from dsv4.api.conversation import Conversation, encode, read_conversation, reasoning_of
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import Job, UsageSum, jobs_for, run
 from dsv4.api.http import Call
-from dsv4.api.openai_usage import usage_body
+from dsv4.api.known_fields import CHAT, check_known
+from dsv4.api.openai_usage import usage_body, usage_so_far
 from dsv4.api.params import (
+    answer_id_of,
     check_response_format,
     choices_of,
     include_usage_of,
@@ -49,12 +51,20 @@ class Options:
     """Alternatives per token; None without log-probabilities."""
     stream: bool
     include_usage: bool
+    usage_so_far: bool
+    """With `include_usage`: in every chunk."""
     token_ids: bool
+    prompt_token_ids: bool
+    tokens_as_ids: bool
+    """Log-probabilities name tokens `token_id:N`."""
+    reasoning: bool
+    """The answer holds the thoughts."""
 
 
 async def chat_completions(call: Call) -> None:
     """The handler."""
     fields, service = call.fields, call.service
+    check_known(fields, CHAT)
     options = _options(fields, service)
     chat = read_conversation(fields)
     check_response_format(fields)
@@ -71,7 +81,7 @@ async def chat_completions(call: Call) -> None:
         )
     prompt = await encode(service, chat)
     jobs = jobs_for([prompt], params, options.n, routing_of(call))
-    answer = Answer(service, options, chat, f"chatcmpl-{call.request_id}", int(time.time()))
+    answer = Answer(service, options, chat, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt)
     if options.stream:
         await _stream(call, answer, jobs)
         return
@@ -85,6 +95,8 @@ def _options(fields: Fields, service: Service) -> Options:
     model = service.check_model(fields)
     top = fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
     wanted = fields.boolean("logprobs")
+    include_usage, usage_so_far = include_usage_of(fields)
+    token_ids = fields.boolean("return_token_ids")
     if top and not wanted:
         raise refuse("top_logprobs", top, "0 unless logprobs is true")
     return Options(
@@ -92,8 +104,12 @@ def _options(fields: Fields, service: Service) -> Options:
         n=choices_of(fields),
         logprobs=(top or 0) if wanted else None,
         stream=fields.boolean("stream"),
-        include_usage=include_usage_of(fields),
-        token_ids=fields.boolean("return_token_ids"),
+        include_usage=include_usage,
+        usage_so_far=usage_so_far,
+        token_ids=token_ids,
+        prompt_token_ids=fields.boolean("return_prompt_token_ids", token_ids),
+        tokens_as_ids=fields.boolean("return_tokens_as_token_ids"),
+        reasoning=reasoning_of(fields),
     )
 
 
@@ -117,6 +133,7 @@ class Choice:
         self.stop_reason: str | int | None = None
         self.reasoning_tokens = 0
         self._end_think = end_think if chat.starts_in_thought else None
+        self._most_calls = None if chat.parallel_calls else 1
 
     def read(self, output: RequestOutput) -> list[Piece]:
         """What an output brings, in order."""
@@ -126,6 +143,8 @@ class Choice:
         pieces = self.parser.push(output.text) if output.text else []
         if output.finished:
             pieces += self.parser.finish(cut=output.finish_reason != "stop")
+        if self._most_calls is not None:
+            pieces = [p for p in pieces if getattr(p, "index", 0) < self._most_calls]
         for piece in pieces:
             self._keep(piece)
         if output.finished:
@@ -159,12 +178,21 @@ class Choice:
 class Answer:
     """Builds the JSON of an answer, whole or in chunks."""
 
-    def __init__(self, service: Service, options: Options, chat: Conversation, id: str, created: int) -> None:
-        self.service, self.options, self.chat = service, options, chat
+    def __init__(
+        self,
+        service: Service,
+        options: Options,
+        chat: Conversation,
+        id: str,
+        created: int,
+        prompt: Sequence[int],
+    ) -> None:
+        self.service, self.options, self.chat, self.prompt = service, options, chat, prompt
         self.usage = UsageSum(per_prompt=options.n)
+        self._begun = False
         end_think = service.tokenizer("messages").special(END_THINK) if chat.thinking else -1
         self.choices = [Choice(chat, end_think) for _ in range(options.n)]
-        self._head = {"id": id, "created": created, "model": options.model}
+        self._head: dict[str, Any] = {"id": id, "created": created, "model": options.model}
 
     def whole(self) -> dict[str, Any]:
         """The answer of a request that was not streamed."""
@@ -175,19 +203,23 @@ class Answer:
                 "role": "assistant",
                 "content": content or (None if choice.calls else ""),
             }
-            if choice.reasoning:
+            if choice.reasoning and self.options.reasoning:
                 message["reasoning_content"] = "".join(choice.reasoning)
             if choice.calls:
                 message["tool_calls"] = choice.calls
             body = {"index": index, "message": message, "logprobs": self._logprobs(choice.logprobs)}
             body |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
             shown.append(body | ({"token_ids": choice.token_ids} if self.options.token_ids else {}))
-        return {**self._head, "object": "chat.completion", "choices": shown, "usage": self._usage()}
+        body = {**self._head, "object": "chat.completion", "choices": shown, "usage": self._usage()}
+        return body | ({"prompt_token_ids": list(self.prompt)} if self.options.prompt_token_ids else {})
 
     def chunks(self, index: int, output: RequestOutput) -> bytes:
         """Frames for what one output brought; nothing when it only reports progress or text is held back."""
         choice = self.choices[index]
-        deltas = [_delta(piece, choice) for piece in choice.read(output)]
+        pieces = choice.read(output)
+        if not self.options.reasoning:
+            pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
+        deltas = [_delta(piece, choice) for piece in pieces]
         judged = self._logprobs(output.logprobs or []) if output.logprobs else None
         tokens = output.token_ids if self.options.token_ids else None
         if not deltas and (judged or tokens):  # text may be held back, probabilities never are
@@ -225,6 +257,12 @@ class Answer:
         body: dict[str, Any] = {**self._head, "object": "chat.completion.chunk", "choices": choices}
         if self.options.include_usage:
             body["usage"] = usage
+        if self.options.usage_so_far and choices:
+            tokens = self.choices[choices[0]["index"]].token_ids
+            body["usage"] = usage_so_far(len(self.prompt), len(tokens))
+        if self.options.prompt_token_ids and not self._begun:
+            body["prompt_token_ids"] = list(self.prompt)
+        self._begun = True
         return b"data: " + orjson.dumps(body) + b"\n\n"
 
     def _usage(self) -> dict[str, Any]:
@@ -243,7 +281,8 @@ class Answer:
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self.service.tokenizer("messages").token_bytes(token)
-        return {"token": self.service.piece(token), "logprob": logprob, "bytes": list(raw)}
+        text = self.service.piece(token, as_id=self.options.tokens_as_ids)
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
 def _delta(piece: Piece, choice: Choice) -> dict[str, Any]:

@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,8 +18,10 @@ from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import UsageSum, jobs_for, run
 from dsv4.api.http import Call
-from dsv4.api.openai_usage import usage_body
+from dsv4.api.known_fields import COMPLETIONS, check_known
+from dsv4.api.openai_usage import usage_body, usage_so_far
 from dsv4.api.params import (
+    answer_id_of,
     check_response_format,
     choices_of,
     include_usage_of,
@@ -50,13 +53,18 @@ class Options:
     """max_tokens is 0: one token is generated and not shown, so that the prompt can be judged."""
     logprobs: int | None
     token_ids: bool
+    tokens_as_ids: bool
+    """Log-probabilities name tokens `token_id:N`."""
     stream: bool
     include_usage: bool
+    usage_so_far: bool
+    """With `include_usage`: in every chunk."""
 
 
 async def completions(call: Call) -> None:
     """The handler."""
     fields, service = call.fields, call.service
+    check_known(fields, COMPLETIONS)
     options = _options(fields, service)
     prompts = await _prompts(fields, service)
     wanted = max_tokens_of(fields, DEFAULT_MAX_TOKENS)
@@ -72,7 +80,7 @@ async def completions(call: Call) -> None:
         text = f"{len(prompts)} prompts times n {options.n} are more than the queue holds; at most {most}"
         raise RequestError(text, "n" if options.n > 1 else "prompt", "invalid_value", 400)
     jobs = jobs_for(prompts, params, options.n, routing_of(call))
-    answer = Answer(service, options, f"cmpl-{call.request_id}", int(time.time()), prompts)
+    answer = Answer(service, options, f"cmpl-{answer_id_of(call)}", int(time.time()), prompts)
     if options.stream:
         await _stream(call, answer, jobs)
         return
@@ -85,6 +93,7 @@ async def completions(call: Call) -> None:
 
 def _options(fields: Fields, service: Service) -> Options:
     model = service.check_model(fields)
+    include_usage, usage_so_far = include_usage_of(fields)
     logprobs = fields.get("logprobs")
     # `true` is the chat endpoint's spelling; clients mix them up, and its meaning is plain.
     logprobs = int(logprobs) if isinstance(logprobs, bool) and logprobs else logprobs
@@ -97,16 +106,14 @@ def _options(fields: Fields, service: Service) -> Options:
         if logprobs is False
         else Fields({"logprobs": logprobs}).integer("logprobs", 0, MAX_LOGPROBS),
         token_ids=fields.boolean("return_token_ids", service.engine.tokenizer is None),
+        tokens_as_ids=fields.boolean("return_tokens_as_token_ids"),
         stream=fields.boolean("stream"),
-        include_usage=include_usage_of(fields),
+        include_usage=include_usage,
+        usage_so_far=usage_so_far,
     )
     if options.stream and options.echo and options.logprobs is not None:
         text = "echo with logprobs cannot be streamed: the prompt is judged as a whole; use stream false"
         raise RequestError(text, "stream", "invalid_value", 400)
-    if fields.text("suffix", "", longest=2**20):
-        raise refuse(
-            "suffix", fields.get("suffix"), "an empty string", "; fill-in-the-middle is not supported"
-        )
     return options
 
 
@@ -179,6 +186,7 @@ class Answer:
             self.usage.hidden_tokens = 1
         self._head = {"id": id, "object": "text_completion", "created": created, "model": options.model}
         self._offsets: dict[int, int] = {}
+        self._counts = dict.fromkeys(range(len(prompts) * options.n), 0)
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The answer of a request that was not streamed."""
@@ -203,6 +211,7 @@ class Answer:
             choice["stop_reason"] = output.stop_reason
         if self.options.token_ids:
             choice["token_ids"] = tokens
+        self._counts[index] += len(tokens)
         return self._frame([choice])
 
     def echo(self, index: int) -> bytes:
@@ -222,6 +231,9 @@ class Answer:
         body: dict[str, Any] = {**self._head, "choices": choices}
         if self.options.include_usage:
             body["usage"] = usage
+        if self.options.usage_so_far and choices:
+            index = choices[0]["index"]
+            body["usage"] = usage_so_far(len(self.prompts[index // self.options.n]), self._counts[index])
         return b"data: " + orjson.dumps(body) + b"\n\n"
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -254,7 +266,8 @@ class Answer:
         self, tokens: Sequence[int], judged: Sequence[Sampled | None], offset: int
     ) -> dict[str, Any]:
         """Parallel lists per token, as this endpoint has them; a prompt's first token has no probability."""
-        piece, top = self.service.piece, self.options.logprobs or 0
+        top = self.options.logprobs or 0
+        piece = functools.partial(self.service.piece, as_id=self.options.tokens_as_ids)
         texts, offsets = [piece(t) for t in tokens], []
         for text in texts:
             offsets.append(offset)

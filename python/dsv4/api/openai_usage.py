@@ -37,3 +37,12 @@ def _explanation(found: Any) -> Any:
     if isinstance(found, list):
         return [_explanation(one) for one in found]
     return {key: found[key] for key in _EXPLAINED if key in found}
+
+
+def usage_so_far(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    """The usage of one choice in the midst of a stream (`continuous_usage_stats`)."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsv4.api.fields import Fields, refuse
+from dsv4.api.http import Call
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 
@@ -64,9 +65,19 @@ def choices_of(fields: Fields) -> int:
     return n
 
 
-def include_usage_of(fields: Fields) -> bool:
-    """`stream_options.include_usage`."""
-    return fields.nested("stream_options").boolean("include_usage")
+def include_usage_of(fields: Fields) -> tuple[bool, bool]:
+    """`stream_options`: (whether the usage comes at the end, whether with every chunk too, as vLLM has it)."""
+    options = fields.nested("stream_options")
+    at_end, always = options.boolean("include_usage"), options.boolean("continuous_usage_stats")
+    return at_end, at_end and always
+
+
+def answer_id_of(call: Call) -> str:
+    """The answer's id after its prefix: `request_id` of vLLM, `rid` of SGLang, else the id of the request."""
+    for name in ("request_id", "rid"):
+        if given := call.fields.text(name, longest=128):
+            return given
+    return call.request_id
 
 
 def check_response_format(fields: Fields) -> None:

@@ -12,6 +12,7 @@ from dsv4.api.fields import Fields
 from dsv4.api.generation import jobs_for, run
 from dsv4.api.http import Call
 from dsv4.api.info import json_response, service_of
+from dsv4.api.known_fields import CHAT, COMPLETIONS, check_known
 from dsv4.api.params import sampling_params
 from dsv4.api.routing import routing_of
 from dsv4.errors import RequestError
@@ -23,6 +24,7 @@ async def pin(call: Call) -> None:
     before."""
     fields, service = call.fields, call.service
     service.check_model(fields)
+    check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT)
     prompt = await _prompt(call, fields)
     routing = routing_of(call)
     params = sampling_params(Fields({}), max_tokens=0, logprobs=None)

@@ -86,11 +86,11 @@ class Service:
         tokenizer = self.tokenizer(param)
         return await self.off_loop(lambda: tokenizer.encode(text), size=len(text))
 
-    def piece(self, token: int) -> str:
+    def piece(self, token: int, *, as_id: bool = False) -> str:
         """One token as text, for log-probabilities; bytes that are no character alone are shown as
-        `bytes:\\xe2`."""
+        `bytes:\\xe2`. `as_id`: as `token_id:N`, as it is without a tokenizer."""
         tokenizer = self.engine.tokenizer
-        if tokenizer is None:
+        if tokenizer is None or as_id:
             return f"token_id:{token}"
         text = tokenizer.decode([token], skip_special=False)
         if "\ufffd" not in text:

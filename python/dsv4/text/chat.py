@@ -41,6 +41,8 @@ TASKS = {t: Marker(f"<｜{t}｜>") for t in ("action", "query", "authority", "do
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 EFFORTS = ("low", "high", "max")
 
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
 Ending = Literal["opened", "closed", "continued"]
 """What follows the last message: the opening of a new assistant turn, nothing, or the rest of that message itself."""
 
@@ -315,12 +317,13 @@ def _check_extras(message: Mapping[str, Any], i: int) -> None:
 
 
 def _text(message: Mapping[str, Any], i: int) -> str:
-    """The content as one text: a string, a list of text parts, or nothing for an assistant that only called tools."""
+    """The content as one text: a string, a list of text parts, or nothing for an assistant that only called tools. A
+    refusal is what the assistant said."""
     content, where = message.get("content"), f"messages[{i}].content"
     if isinstance(content, str):
         return content
     if content is None and message["role"] == "assistant":
-        return ""
+        return str(message.get("refusal") or "")
     if not isinstance(content, list):
         raise RequestError(f"{where} is {kind(content)}; it must be text or a list of text parts", where)
     parts = []
@@ -328,12 +331,15 @@ def _text(message: Mapping[str, Any], i: int) -> str:
         where = f"messages[{i}].content[{j}]"
         if not isinstance(part, Mapping):
             raise RequestError(f"{where} is {kind(part)}; it must be an object with type and text", where)
-        if part.get("type") not in ("text", "input_text", "output_text"):
+        if part.get("type") not in TEXT_PARTS:
             text = "this model reads text parts only"
             raise RequestError(f"{where} has type {show(part.get('type'))}; {text}", where)
-        if not isinstance(part.get("text"), str):
-            raise RequestError(f"{where}.text is {kind(part.get('text'))}; it must be text", f"{where}.text")
-        parts.append(part["text"])
+        field = "refusal" if part["type"] == "refusal" else "text"
+        if not isinstance(part.get(field), str):
+            raise RequestError(
+                f"{where}.{field} is {kind(part.get(field))}; it must be text", f"{where}.{field}"
+            )
+        parts.append(part[field])
     return "\n\n".join(parts)
 
 
