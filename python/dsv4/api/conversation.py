@@ -10,6 +10,7 @@ from dsv4.api.fields import Fields, refuse
 from dsv4.api.service import Service
 from dsv4.errors import RequestError, kind, show
 from dsv4.text.chat import TASKS, Ending, encode_chat, ending_of, starts_in_thought
+from dsv4.text.tools import shown_tools
 
 MAX_MESSAGES = 65536
 MAX_TOOLS = 1024
@@ -78,7 +79,7 @@ def read_conversation(fields: Fields) -> Conversation:
     if fields.get("tool_choice") == "none":
         messages = [{k: v for k, v in m.items() if k != "tools"} for m in messages]
     drop = template.boolean("drop_thinking", True)
-    calls_tools = bool(tools) or any(m.get("tools") for m in messages)
+    calls_tools = bool(shown_tools(messages, tools))
     parallel = fields.boolean("parallel_tool_calls", True)
     return Conversation(messages, tools, thinking, effort, ending, drop, calls_tools, parallel)
 
