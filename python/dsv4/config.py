@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import types
@@ -49,7 +50,7 @@ def setting(
     unit: str = "",
 ) -> Any:
     """A dataclass field of a config class. `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
-    commas between them, `unit="secret"` any text as it is."""
+    commas between them, `unit="json"` an object, `unit="secret"` any text as it is."""
     return field(
         default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit}
     )
@@ -76,6 +77,15 @@ class EngineConfig:
 
     model: str | None = setting(
         None, "directory with config.json and safetensors (default: the small model that ships)"
+    )
+    generation_config: str = setting(
+        "auto",
+        "defaults of sampling: auto (generation_config.json of the model), none, or another such file",
+    )
+    override_generation_config: Mapping[str, Any] | None = setting(
+        None,
+        """defaults of sampling that come first, as JSON: '{"temperature": 0.6, "top_p": 0.95}'""",
+        unit="json",
     )
     served_model_name: str | None = setting(None, "name in the API (default: the directory's name)")
     dtype: str = setting("auto", "dtype of weights and activations", choices=("auto", "float32", "bfloat16"))
@@ -266,6 +276,8 @@ def base_type(hint: Any) -> type:
 def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
     """A text or YAML value as the field's type; ConfigError names the field and what it takes."""
     kind = base_type(hint)
+    if unit == "json":
+        return _parse_json(name, value)
     if unit == "secret":  # `none`, or a YAML key without a value, must not open what was meant to be closed
         return "" if value is None else str(value)
     unset = ("none", "null") if kind is str else ("none", "null", "auto")
@@ -285,6 +297,17 @@ def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
         raise ConfigError(
             f"{name} is {shown}; it takes {'a size such as 2GiB' if unit == 'bytes' else expected}"
         ) from None
+
+
+def _parse_json(name: str, value: Any) -> dict[str, Any] | None:
+    """The object of a JSON text; a YAML mapping is one already."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError as e:
+        raise ConfigError(f"{name} is {value!r:.60}, which is no JSON: {e}") from None
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(f"{name} is {value!r:.60}; it takes a JSON object")
+    return found
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:

@@ -64,6 +64,7 @@ class FakeEngine:
         )
         self.max_model_len, self.max_live, self.fail_after = max_model_len, max_live, fail_after
         self.config, self.chat_format = EngineConfig(), GA
+        self.sampling_defaults: dict[str, Any] = {}
         self.model_config = SimpleNamespace(vocab_size=8192)
         self.live = self.begun = self.aborted = 0
         self.cached_tokens = 0

@@ -70,7 +70,11 @@ async def chat_completions(call: Call) -> None:
     check_response_format(fields)
     # Markers must reach the parser, so special tokens are kept in the text whatever the request says.
     params = sampling_params(
-        fields, max_tokens=max_tokens_of(fields, None), logprobs=options.logprobs, skip_special_tokens=False
+        fields,
+        max_tokens=max_tokens_of(fields, None),
+        logprobs=options.logprobs,
+        defaults=service.engine.sampling_defaults,
+        skip_special_tokens=False,
     )
     if params.max_tokens == 0:
         raise refuse(

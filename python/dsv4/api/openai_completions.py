@@ -73,6 +73,7 @@ async def completions(call: Call) -> None:
         max_tokens=1 if options.nothing else wanted,
         logprobs=options.logprobs,
         prompt_logprobs=options.logprobs if options.echo else None,
+        defaults=service.engine.sampling_defaults,
     )
     check_response_format(fields)
     most = service.engine.config.max_num_waiting

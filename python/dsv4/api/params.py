@@ -3,6 +3,7 @@ word."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dsv4.api.fields import Fields, refuse
@@ -24,11 +25,12 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
+    defaults: Mapping[str, Any] | None = None,
     **fixed: Any,
 ) -> SamplingParams:
-    """The request's parameters. `fixed` overrules what the body says. Raises RequestError naming the
-    field."""
-    values: dict[str, Any] = {}
+    """The request's parameters. `defaults` hold where the body says nothing, `fixed` overrules what it says. Raises
+    RequestError naming the field."""
+    values: dict[str, Any] = dict(defaults or {})
     for name in (*_INTEGERS, *_NUMBERS):
         value = fields.get(name)
         if value is None:

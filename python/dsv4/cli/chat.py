@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError(
             "this model's directory has no tokenizer; chat needs one", "model", "no_tokenizer", 400
         )
-    session = Session(llm, params, system=arguments.system, think=arguments.think, tools=tools)
+    session = Session(llm, params(llm), system=arguments.system, think=arguments.think, tools=tools)
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing for input())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from dsv4.errors import ConfigError, RequestError
 if TYPE_CHECKING:
     from dsv4.cli.talking import Reply
     from dsv4.engine.llm import LLM
+    from dsv4.sampling import SamplingParams
+
+    SamplingOf = Callable[[LLM], SamplingParams]
 
 
 def add(commands: Any) -> None:
@@ -59,27 +63,36 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
         "--max-tokens", type=count, metavar="N", help=f"most tokens of an answer [{max_tokens}]"
     )
     group.add_argument(
-        "--temperature", type=number, default=0.0, metavar="T", help="0 always takes the likeliest token [0]"
+        "--temperature",
+        type=number,
+        metavar="T",
+        help="0 always takes the likeliest token [what the model's generation_config.json says, else 0]",
     )
     group.add_argument(
-        "--top-p", type=number, default=1.0, metavar="P", help="share of probability to draw from [1]"
+        "--top-p", type=number, metavar="P", help="share of probability to draw from [the same, else 1]"
     )
 
 
-def sampling_of(arguments: argparse.Namespace, max_tokens: int | None, *, keep_markers: bool) -> Any:
-    """SamplingParams from the flags. Raises ConfigError."""
+def sampling_of(arguments: argparse.Namespace, max_tokens: int | None, *, keep_markers: bool) -> SamplingOf:
+    """What makes SamplingParams of the flags, once the model with its defaults is there. Raises ConfigError at once where a
+    flag is wrong."""
     from dsv4.sampling import SamplingParams
 
+    given = {
+        "max_tokens": max_tokens if arguments.max_tokens is None else arguments.max_tokens,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed and int(arguments.seed),
+        "skip_special_tokens": not keep_markers,
+    }
+    given = {k: v for k, v in given.items() if v is not None or k == "max_tokens"}
     try:
-        return SamplingParams(
-            max_tokens=max_tokens if arguments.max_tokens is None else arguments.max_tokens,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            seed=arguments.seed and int(arguments.seed),
-            skip_special_tokens=not keep_markers,
-        )
+        SamplingParams(**given)
     except ValueError as e:
         raise ConfigError(str(e)) from None
+    return lambda llm: llm.get_default_sampling_params(
+        **{"temperature": 0.0, **llm.sampling_defaults, **given}
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     llm = load_model(config)
     prompt = _prompt_ids(llm, text, arguments)
     show = (lambda piece: None) if arguments.json else Printer().show
-    reply = answer(llm, prompt, params, thinking=arguments.think and not arguments.raw, show=show)
+    reply = answer(llm, prompt, params(llm), thinking=arguments.think and not arguments.raw, show=show)
     if arguments.json:
         print(json.dumps(_as_json(reply), ensure_ascii=False))
     elif llm.tokenizer is None:

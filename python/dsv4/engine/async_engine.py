@@ -72,6 +72,7 @@ class AsyncEngine:
         self.built = built
         self.config, self.model_config, self.tokenizer = built.config, built.model_config, built.tokenizer
         self.max_model_len, self.chat_format = built.max_model_len, built.chat_format
+        self.sampling_defaults = built.generation.sampling
         self._loop = built.loop
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._deliveries: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}

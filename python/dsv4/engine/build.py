@@ -22,6 +22,7 @@ from dsv4.engine.runner import Runner
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
+from dsv4.model.generation_config import Generation, read_generation
 from dsv4.model.survey import survey
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
@@ -94,6 +95,7 @@ class BuiltEngine:
     ops: Ops
     dtype: torch.dtype
     source: str
+    generation: Generation
     eager: str | None
     """Why decode steps are not captured; None where they are."""
 
@@ -120,6 +122,7 @@ class BuiltEngine:
                     400,
                 )
         room, wanted = self.max_model_len - len(prompt), params.max_tokens
+        most = self.generation.sampling.get("max_tokens", room)
         if room < (1 if wanted is None else wanted):
             raise RequestError(
                 f"prompt has {len(prompt)} tokens and max_tokens is {'open' if wanted is None else wanted}, but the context "
@@ -135,7 +138,11 @@ class BuiltEngine:
                 "context_length_exceeded",
                 400,
             )
-        return params if wanted is not None else dataclasses.replace(params, max_tokens=room)
+        return (
+            params
+            if wanted is not None
+            else dataclasses.replace(params, max_tokens=min(room, max(most, params.min_tokens)))
+        )
 
     def _graphs(self) -> str:
         if self.eager is not None:
@@ -157,6 +164,7 @@ class BuiltEngine:
             f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {formats.get('csa_index', 'none')}",
             f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
             f"tokenizer  {self.tokenizer.describe() if self.tokenizer else 'none: token ids in, token ids out'}",
+            *self.generation.describe(),
             f"weights    {_size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             *(f"           {note}" for note in m.notes),
             f"pool       {_size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {_size(layout.page_bytes)} each; "
@@ -197,6 +205,13 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     ops = Ops.choose(config.backend, device)
     tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
     chat_format = ChatFormat.for_model(source, model_config)
+    generation = read_generation(
+        Path(source),
+        model_config,
+        setting=config.generation_config,
+        override=config.override_generation_config,
+        find_token=tokenizer.find if tokenizer else lambda text: None,
+    )
     packed = ops.packed or expanded_bytes(model_config, dtype) > _free_memory(device) // 2
     held = "released" if packed else str(dtype).removeprefix("torch.")
     pages, max_len = size_pool(
@@ -235,7 +250,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         runner,
         buffers,
         tokenizer=tokenizer,
-        eos_ids=frozenset(model_config.eos_ids),
+        eos_ids=frozenset(generation.eos_ids),
         seed=config.seed,
         tenants=Tenants(config.tenants),
         record=StepRecord(config.record_steps) if config.record_steps else None,
@@ -254,7 +269,18 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_model_len=max_len,
     )
     return BuiltEngine(
-        config, model_config, layout, memory, tokenizer, chat_format, loop, ops, dtype, source, eager
+        config,
+        model_config,
+        layout,
+        memory,
+        tokenizer,
+        chat_format,
+        loop,
+        ops,
+        dtype,
+        source,
+        generation,
+        eager,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,16 @@ class LLM:
         self.max_model_len, self._built, self._loop = built.max_model_len, built, built.loop
 
     @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        """What the model's generation_config.json (or the settings) say of sampling, as fields of `SamplingParams`."""
+        return self._built.generation.sampling
+
+    def get_default_sampling_params(self, **given: Any) -> SamplingParams:
+        """What `generate` takes without `params`: the defaults of generation_config.json (see the setting of that name),
+        `given` first. Raises ValueError."""
+        return self._built.generation.params(**given)
+
+    @property
     def core(self) -> Any:
         """The Rust core, for `stats()`, `explain()`, `check()` and eviction by hand."""
         return self._loop.core
@@ -72,7 +82,7 @@ class LLM:
     ) -> list[Completion]:
         """Completions in the order of the prompts. A prompt is text or token ids. Raises RequestError when one of them is
         refused or fails, which ends the others of the call, and EngineDead when the device is lost."""
-        params = params or SamplingParams()
+        params = params or self.get_default_sampling_params()
         many = [self._ids(p) for p in ([prompts] if _is_one(prompts) else prompts)]
         done = [Completion() for _ in many]
         keys: list[int] = []
@@ -93,7 +103,9 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """What each step brings for one prompt; the last output has `finished`. Closing the iterator aborts the request."""
         news: list[RequestOutput] = []
-        key = self._submit(self._ids(prompt), params or SamplingParams(), news.append, cache_salt)
+        key = self._submit(
+            self._ids(prompt), params or self.get_default_sampling_params(), news.append, cache_salt
+        )
         try:
             finished = False
             while not finished and self._loop.has_work():

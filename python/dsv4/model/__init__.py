@@ -3,6 +3,7 @@
 | file | responsibility |
 | --- | --- |
 | `config.py`, `json_fields.py` | what the engine reads of a checkpoint's config.json |
+| `generation_config.py` | defaults of sampling, and the ids that end an answer |
 | `names.py` | one table of tensor names, storage formats and shapes |
 | `shards.py`, `survey.py` | safetensors files: what is where, and whether it is the model; `quantization.py` what is refused |
 | `weights.py` | tensors, as floats or packed; `export.py` the way back |

@@ -256,7 +256,7 @@ def _read(f: Fields, name: str) -> ModelConfig:
         yarn=_yarn(yarn),
         max_position=f.integer("max_position_embeddings"),
         bos_id=_token(f, "bos_token_id", vocab),
-        eos_ids=_tokens(f, "eos_token_id", vocab),
+        eos_ids=token_ids(f, "eos_token_id", vocab),
         pad_id=_token(f, "pad_token_id", vocab),
         expert_dtype=_expert_dtype(f),
         draft=draft,
@@ -412,7 +412,7 @@ def _token(f: Fields, name: str, vocab: int) -> int | None:
     return f.integer(name, low=0, high=vocab - 1) if name in f else None
 
 
-def _tokens(f: Fields, name: str, vocab: int) -> tuple[int, ...]:
+def token_ids(f: Fields, name: str, vocab: int) -> tuple[int, ...]:
     """One id, a list of ids, or nothing."""
     if name not in f:
         return ()

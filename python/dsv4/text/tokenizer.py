@@ -124,6 +124,11 @@ class Tokenizer:
             raise ConfigError(f"{self.source} has no special token {name!r}")
         return self._special_ids[name]
 
+    def find(self, token: str) -> int | None:
+        """The id of a token, special or not, by its text."""
+        found: int | None = self._full.token_to_id(token)
+        return found
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; nothing for ids that the vocabulary leaves out."""
         return self._bytes.get(token, b"")
