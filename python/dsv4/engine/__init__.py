@@ -15,5 +15,5 @@
 | `llm.py` | blocking use from Python |
 | `sampler.py` | logits to tokens |
 
-Imports go one way: `api -> engine -> {model -> ops -> kernels, _core}`.
+Which way imports go is in docs/architecture.md.
 """

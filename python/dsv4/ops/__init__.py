@@ -8,5 +8,6 @@ at start-up.
 | `registry.py` | backends, what they need, and the choice printed at start-up |
 | `reference/` | plain torch, batch-invariant: a token's result has the same bits however it was batched |
 
-Imports go down only: model -> ops -> kernels. An op knows neither the model nor the engine.
+Backends import the specs and tables from here (`kernels -> ops`); the registry loads them by name. An op knows neither the
+model nor the engine.
 """

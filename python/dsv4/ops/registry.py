@@ -4,6 +4,7 @@ a backend costs no import."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +154,9 @@ class Ops:
         return [f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items()]
 
 
+_KERNELS = "dsv4.kernels"
+
+
 def _reference(module: str, op: str) -> Callable[[], Op]:
     return lambda: getattr(importlib.import_module(f"dsv4.ops.reference.{module}"), op)
 
@@ -162,11 +166,9 @@ def _standard() -> Registry:
     for module, ops in _REFERENCE_MODULES.items():
         for op in ops:
             registry.register(op, "reference", _reference(module, op))
-    try:  # the GPU kernels ship beside the package and may be left out
-        from dsv4 import kernels
-    except ImportError:
-        return registry
-    kernels.register_all(registry)
+    # By name, as ops know no backend: kernels import the specs, not the other way round. They may be left out of a package.
+    if importlib.util.find_spec(_KERNELS) is not None:
+        importlib.import_module(_KERNELS).register_all(registry)
     return registry
 
 
