@@ -202,6 +202,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     layout = model_config.layout(
         config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size
     )
+    record = None if config.record_steps is None else StepRecord(config.record_steps)
     ops = Ops.choose(config.backend, device)
     tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
     chat_format = ChatFormat.for_model(source, model_config)
@@ -253,7 +254,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         eos_ids=frozenset(generation.eos_ids),
         seed=config.seed,
         tenants=Tenants(config.tenants),
-        record=StepRecord(config.record_steps) if config.record_steps else None,
+        record=record,
         device=device,
     )
     if device == "cuda":

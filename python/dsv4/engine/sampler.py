@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
+
+# numpy loads these two when first used, which would be in a step, where nothing may be missing (files, memory).
+import numpy.ma
+import numpy.random
 import torch
 from torch import Tensor
 
