@@ -170,6 +170,7 @@ class EngineConfig:
             "max_model_len",
             "num_pages",
             "block_size",
+            "replay_tokens",
         ):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= _LARGEST:
@@ -186,8 +187,10 @@ class EngineConfig:
             )
         if self.step_ms is not None and not 0 < self.step_ms < float("inf"):
             raise ConfigError(f"step_ms is {self.step_ms}; it must be above 0, or none for no limit")
-        if not 0 <= self.max_wait < float("inf"):
-            raise ConfigError(f"max_wait is {self.max_wait}; it must be at least 0 seconds")
+        if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
+            raise ConfigError(f"kv_cache_memory is {self.kv_cache_memory}; it takes a size such as 2GiB")
+        if not 0 <= self.max_wait <= 1e9:
+            raise ConfigError(f"max_wait is {self.max_wait:g}; it must be 0 to 1e9 seconds")
         if not self.stuck_after > 0:
             raise ConfigError(f"stuck_after is {self.stuck_after:g}; it must be above 0 seconds (inf: never)")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 
+from dsv4.host_memory import MACHINE, host_memory
+
 GIB = 2**30
 
 NEEDED = (
@@ -141,21 +143,15 @@ def _processor() -> Iterator[Finding]:
 
 
 def _memory() -> Iterator[Finding]:
-    sizes = {
-        k: int(v.split()[0]) * 1024
-        for k, _, v in (x.partition(":") for x in _lines("/proc/meminfo"))
-        if v.split()
-    }
-    if "MemAvailable" not in sizes:
-        return
-    free = sizes["MemAvailable"]
-    fine = free > 2 * GIB
-    yield Finding(
-        "memory",
-        "ok" if fine else "note",
-        f"{free / GIB:.1f} of {sizes['MemTotal'] / GIB:.1f} GiB available",
-        "" if fine else "a quarter of it becomes the page pool; set --kv-cache-memory",
-    )
+    """What the machine has, and each limit that leaves less."""
+    tightest, *_ = bounds = host_memory()
+    machine = next(b for b in bounds if b.rule == MACHINE)
+    text = f"{machine.free / GIB:.1f} of {machine.limit / GIB:.1f} GiB available"
+    if tightest is not machine:
+        text += f"; of a limit of {tightest.limit / GIB:.1f} GiB {tightest.free / GIB:.1f} are left ({tightest.rule})"
+    fine = tightest.free > 2 * GIB
+    fix = "" if fine else "a quarter of it becomes the page pool; set --kv-cache-memory"
+    yield Finding("memory", "ok" if fine else "note", text, fix)
 
 
 def _disk() -> Iterator[Finding]:

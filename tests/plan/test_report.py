@@ -15,9 +15,10 @@ import torch
 from dsv4.cache.paged import PagedCache
 from dsv4.cli import main
 from dsv4.config import EngineConfig, default_step_tokens
-from dsv4.engine import build
 from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.build import build_engine
+from dsv4.engine.memory import check_fits, demand_of, room_for_pages, usable_memory
+from dsv4.errors import ConfigError
 from dsv4.gpus import GPUS
 from dsv4.model.config import ModelConfig
 from dsv4.model.export import export_release
@@ -129,15 +130,15 @@ def test_a_gpu_engine_sizes_its_pool_as_planned(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory, memory))
     flash = ModelConfig.preset("v4-flash")
     layout = flash.layout("bfloat16", "mxfp4")
-    one_gpu = divide(
-        flash, Weights.released(flash), layout, Parallel(), limits, int(0.9 * memory), held="released"
-    )
-    assert (
-        build._room_for_pages(config, flash, Weights.released(flash), layout, "released") == one_gpu.pool < 0
-    )  # 145 GB of weights
-    halves = divide(
-        flash, Weights.released(flash), layout, Parallel(1, 2, 2), limits, int(0.9 * memory), held="released"
-    )
+    released = Weights.released(flash)
+    one_gpu = divide(flash, released, layout, Parallel(), limits, int(0.9 * memory), held="released")
+    demand = demand_of(config, flash, released, layout, held="released", width=2)
+    assert room_for_pages(config, demand, usable_memory(config)) == one_gpu.pool < 0  # 145 GB of weights
+    with pytest.raises(
+        ConfigError, match=r"the model does not fit: .* of weights as released\), and 1.* are free"
+    ):
+        check_fits(config, demand, usable_memory(config))
+    halves = divide(flash, released, layout, Parallel(1, 2, 2), limits, int(0.9 * memory), held="released")
     assert (halves.pool, halves.pages) == (p["memory"]["pool"], p["memory"]["pages"])
 
 

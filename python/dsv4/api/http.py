@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from dsv4.api.errors import RETRY_AFTER, error_body, internal_error
 from dsv4.api.fields import Fields
@@ -190,14 +190,3 @@ async def _disconnect(receive: Receive) -> None:
 def header(scope: Scope, name: bytes) -> str:
     """A request header, or an empty string."""
     return next((v.decode("latin-1") for k, v in scope["headers"] if k == name), "")
-
-
-def with_header(send: Send, name: bytes, value: bytes) -> Send:
-    """A `send` that adds a header to the response."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), (name, value)]
-        await send(message)
-
-    return sending

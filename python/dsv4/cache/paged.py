@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,9 +46,11 @@ class PagedCache:
         poison: bool = False,
     ) -> None:
         self.layout, self.device, self._poison = layout, torch.device(device), poison
-        fill = _POISON if poison else 0
-        self.pages = torch.full((pages, layout.page_bytes), fill, dtype=torch.uint8, device=self.device)
-        self.slabs = torch.full((slabs, layout.slab_bytes), fill, dtype=torch.uint8, device=self.device)
+        self.pages = _zeros((pages, layout.page_bytes), self.device)
+        self.slabs = _zeros((slabs, layout.slab_bytes), self.device)
+        if poison:
+            self.pages.fill_(_POISON)
+            self.slabs.fill_(_POISON)
         self._components = {c.name: c for c in layout.components}
         self._state = [c for c in layout.components if c.kind != "stride"]
         self._copies: Any = None
@@ -172,6 +175,14 @@ class PagedCache:
         storage = self.pages if component.kind == "stride" else self.slabs
         at = component.offset + component.layers.index(layer) * component.layer_stride
         return storage[:, at : at + component.rows * component.row_bytes]
+
+
+def _zeros(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """uint8 zeros. On the CPU memory is taken when it is written and not before: numpy asks the system for zeros, torch
+    would write them."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 def _split(region: Tensor, planes: Sequence[int]) -> tuple[Tensor, ...]:

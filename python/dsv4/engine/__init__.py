@@ -11,6 +11,7 @@
 | `request.py` | what the engine keeps per request; what callers get back |
 | `output.py` | from sampled ids to text, log-probabilities and stop strings |
 | `build.py` | config -> weights, cache, model, core; the memory plan printed at start |
+| `memory.py` | whether that fits into memory, before it is taken |
 | `async_engine.py` | the engine on a thread of its own behind asyncio |
 | `llm.py` | blocking use from Python |
 | `sampler.py` | logits to tokens |

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +16,7 @@ from dsv4.config import EngineConfig, default_step_tokens
 from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.graphs import Recorder
 from dsv4.engine.loop import EngineLoop
+from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
 from dsv4.engine.routing import Tenants
 from dsv4.engine.runner import Runner
 from dsv4.engine.steps import StepRecord
@@ -27,12 +27,10 @@ from dsv4.model.survey import survey
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
-from dsv4.plan.build import divide
+from dsv4.ops.weight import Weight
 from dsv4.plan.cache import pages_of, size_pool
-from dsv4.plan.graphs import contexts_of, sizes_of, steps_of
-from dsv4.plan.parallel import Parallel
+from dsv4.plan.graphs import contexts_of, sizes_of
 from dsv4.plan.weights import Weights
-from dsv4.plan.workspace import Limits
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat import ChatFormat
 from dsv4.text.tokenizer import Tokenizer
@@ -165,13 +163,13 @@ class BuiltEngine:
             f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
             f"tokenizer  {self.tokenizer.describe() if self.tokenizer else 'none: token ids in, token ids out'}",
             *self.generation.describe(),
-            f"weights    {_size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
+            f"weights    {size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             *(f"           {note}" for note in m.notes),
-            f"pool       {_size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {_size(layout.page_bytes)} each; "
+            f"pool       {size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {size(layout.page_bytes)} each; "
             f"{history:,.2f} B of history per token, {100 * (layout.page_bytes / layout.block_tokens / history - 1):.2f}% padding",
             f"capacity   {tokens:,} tokens of history; {tokens // m.max_model_len} requests of {m.max_model_len:,} tokens",
-            f"state      {_size(m.slabs)}: {m.slabs // layout.slab_bytes} slabs of {_size(layout.slab_bytes)}; a snapshot takes "
-            f"{_size(layout.snapshot_bytes)} in {layout.snapshot_pages} pages",
+            f"state      {size(m.slabs)}: {m.slabs // layout.slab_bytes} slabs of {size(layout.slab_bytes)}; a snapshot takes "
+            f"{size(layout.snapshot_bytes)} in {layout.snapshot_pages} pages",
             f"prefixes   {'on' if c.enable_prefix_caching else 'off'}; snapshots {c.snapshot_policy} (budget {c.snapshot_budget:.0%}); "
             f"eviction {c.eviction}; "
             f"replay {c.replay_tokens or layout.replay_tokens:,} tokens; cost {c.cost_model}",
@@ -213,8 +211,11 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         override=config.override_generation_config,
         find_token=tokenizer.find if tokenizer else lambda text: None,
     )
-    packed = ops.packed or expanded_bytes(model_config, dtype) > _free_memory(device) // 2
+    free = usable_memory(config)
+    packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
     held = "released" if packed else str(dtype).removeprefix("torch.")
+    demand = demand_of(config, model_config, Weights.found(found), layout, held=held, width=dtype.itemsize)
+    check_fits(config, demand, free)
     pages, max_len = size_pool(
         layout,
         model_positions=model_config.max_position,
@@ -222,30 +223,22 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         max_num_seqs=config.max_num_seqs,
         num_pages=config.num_pages,
         memory=config.kv_cache_memory,
-        free=_room_for_pages(config, model_config, Weights.found(found), layout, held),
+        free=room_for_pages(config, demand, free),
     )
     core = _core(config, layout, pages, max_len)
-    weights = load_weights(source, model_config, dtype, progress, packed=packed, device=device, found=found)
-    eager = _why_eager(config)
-    slabs = config.max_num_seqs + (eager is None)  # the last one for padding
-    cache = PagedCache(layout, pages, slabs, device)
-    model = V4Model(model_config, weights, cache, ops, consume=True)
-    if eager is None and (ops_on_host := model.uncaptured()):
-        eager = f"the reference runs {', '.join(ops_on_host)}"
-    runner = Runner(
-        model,
-        cache,
-        slabs=slabs,
-        max_blocks=pages_of(layout, max_len),
-        replay_tokens=config.replay_tokens or layout.replay_tokens,
-        capture=Recorder() if eager is None else None,
-    )
-    buffers = tuple(
-        StepBuffers(
-            layout, slabs=config.max_num_seqs, step_tokens=config.max_num_batched_tokens, max_len=max_len
+    with allocating("lower --kv-cache-memory (or --num-pages), --max-num-seqs or --max-num-batched-tokens"):
+        weights = load_weights(
+            source, model_config, dtype, progress, packed=packed, device=device, found=found
         )
-        for _ in range(2 if config.async_scheduling else 1)
-    )
+        runner, eager = _runner(config, layout, model_config, weights, ops, pages, max_len)
+        buffers = tuple(
+            StepBuffers(
+                layout, slabs=config.max_num_seqs, step_tokens=config.max_num_batched_tokens, max_len=max_len
+            )
+            for _ in range(2 if config.async_scheduling else 1)
+        )
+        if device == "cuda":
+            runner.warm_up(min(config.max_num_batched_tokens, max_len - 1))
     loop = EngineLoop(
         core,
         runner,
@@ -257,14 +250,12 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         record=record,
         device=device,
     )
-    if device == "cuda":
-        runner.warm_up(min(config.max_num_batched_tokens, max_len - 1))
     memory = MemoryPlan(
-        weights=model.weight_bytes,
+        weights=runner.model.weight_bytes,
         packed=packed,
         pages=pages,
         pool=pages * layout.page_bytes,
-        slabs=slabs * layout.slab_bytes,
+        slabs=len(runner.page_table) * layout.slab_bytes,
         notes=tuple(found.describe(dtype.itemsize, packed=packed)),
         page_table=runner.page_table.numel() * 4,
         max_model_len=max_len,
@@ -283,6 +274,33 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         generation,
         eager,
     )
+
+
+def _runner(
+    config: EngineConfig,
+    layout: LayoutSpec,
+    model_config: ModelConfig,
+    weights: dict[str, Weight],
+    ops: Ops,
+    pages: int,
+    max_len: int,
+) -> tuple[Runner, str | None]:
+    """The device's side, and what keeps its decode steps from being captured."""
+    eager = _why_eager(config)
+    slabs = config.max_num_seqs + (eager is None)  # the last one for padding
+    cache = PagedCache(layout, pages, slabs, config.device)
+    model = V4Model(model_config, weights, cache, ops, consume=True)
+    if eager is None and (ops_on_host := model.uncaptured()):
+        eager = f"the reference runs {', '.join(ops_on_host)}"
+    runner = Runner(
+        model,
+        cache,
+        slabs=slabs,
+        max_blocks=pages_of(layout, max_len),
+        replay_tokens=config.replay_tokens or layout.replay_tokens,
+        capture=Recorder() if eager is None else None,
+    )
+    return runner, eager
 
 
 def _why_eager(config: EngineConfig) -> str | None:
@@ -342,33 +360,6 @@ def _parse_costs(text: str | None) -> dict[str, float]:
     return costs
 
 
-def _room_for_pages(
-    config: EngineConfig, model: ModelConfig, weights: Weights, layout: LayoutSpec, held: str
-) -> int:
-    """Bytes that the page pool may take by default: a quarter of the host's free memory, or what weights, slabs and
-    workspace leave of a GPU's, as `dsv4 plan` computes it."""
-    free = _free_memory(config.device)
-    if config.device == "cpu":
-        return free // 4
-    max_len = config.max_model_len or model.max_position
-    graphs = steps_of(config.max_num_seqs, max_len) if _why_eager(config) is None else 0
-    limits = Limits(config.max_num_batched_tokens, config.max_num_seqs, max_len, graphs)
-    total = torch.cuda.mem_get_info()[1]
-    memory = min(free, int(total * config.gpu_memory_utilization))
-    plain = "float32" if config.dtype == "float32" else "bfloat16"
-    return divide(model, weights, layout, Parallel(), limits, memory, held=held, plain=plain).pool
-
-
-def _free_memory(device: str) -> int:
-    """Bytes that can be had: of the GPU, or of the host without swapping."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
 def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) -> Core:
     return Core(
         layout,
@@ -388,12 +379,3 @@ def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) ->
         replay_tokens=config.replay_tokens,
         **_parse_costs(config.cost_model),
     )
-
-
-def _size(count: float) -> str:
-    """1536 -> '1.50 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} TiB"

@@ -14,9 +14,8 @@ from itertools import chain
 
 import numpy as np
 
-# numpy loads these two when first used, which would be in a step, where nothing may be missing (files, memory).
+# `np.unique` loads it when first used, which would be in a step, where an import may fail for want of a file.
 import numpy.ma
-import numpy.random
 import torch
 from torch import Tensor
 
