@@ -61,6 +61,26 @@ def test_bad_values_name_field_value_and_remedy(env: dict[str, str], words: list
     assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
 
 
+def test_several_names(tmp_path: Path) -> None:
+    file = tmp_path / "dsv4.yaml"
+    file.write_text("served-model-name: [a, b]\n")
+    for flags, env, yaml in (
+        (parse("--served-model-name", "a", "b"), {}, None),
+        (parse("--served-model-name", "a", "--served-model-name", "b"), {}, None),
+        (parse("--served-model-name", "a, b"), {}, None),
+        ({}, {"DSV4_SERVED_MODEL_NAME": "a,b,a"}, None),
+        ({}, {}, file),
+    ):
+        assert load([ServerConfig], flags, env, yaml)[0].served_model_name == ("a", "b")
+    assert load([ServerConfig], parse("--served-model-name", "org/a b"), {})[0].served_model_name == (
+        "org/a b",
+    )
+    assert load([ServerConfig], {}, {})[0].served_model_name == ()
+    for bad in ("", "a,,b", "x" * 513):
+        with pytest.raises(ConfigError, match="a name has 1 to 512 characters"):
+            load([ServerConfig], parse("--served-model-name", bad), {})
+
+
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load([EngineConfig], {}, {}, tmp_path / "none.yaml")

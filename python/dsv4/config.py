@@ -27,6 +27,8 @@ from dsv4.quantities import COUNT_EXAMPLES, parse_bytes, parse_count
 from dsv4.spelling import nearest
 
 ENV_PREFIX = "DSV4_"
+LONGEST_NAME = 512
+"""Characters of a model's name in the API."""
 _LARGEST = 2**31 - 1
 """Of a count."""
 _YES = {
@@ -50,7 +52,8 @@ def setting(
     unit: str = "",
 ) -> Any:
     """A dataclass field of a config class. `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
-    commas between them, `unit="json"` an object, `unit="secret"` any text as it is."""
+    commas between them, `unit="list"` several texts (words after the flag, or commas), `unit="json"` an object,
+    `unit="secret"` any text as it is."""
     return field(
         default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit}
     )
@@ -87,7 +90,6 @@ class EngineConfig:
         """defaults of sampling that come first, as JSON: '{"temperature": 0.6, "top_p": 0.95}'""",
         unit="json",
     )
-    served_model_name: str | None = setting(None, "name in the API (default: the directory's name)")
     dtype: str = setting("auto", "dtype of weights and activations", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
     backend: str = setting(
@@ -99,6 +101,12 @@ class EngineConfig:
     )
     max_model_len: int | None = setting(
         None, "longest prompt plus output in tokens (default: the model's, cut to the pool)"
+    )
+    max_tokens_overflow: str = setting(
+        "cut",
+        "what becomes of a max_tokens that does not fit after the prompt: cut to what is left of the context (the answer "
+        "then ends with finish_reason length), or refuse the request, as vLLM does",
+        choices=("cut", "refuse"),
     )
     max_num_seqs: int = setting(16, "requests that run at the same time, one live-state slab each")
     max_num_batched_tokens: int | None = setting(
@@ -210,6 +218,13 @@ class ServerConfig:
     port: int = setting(8000, "port to listen on; 0 takes a free one")
     uds: str | None = setting(None, "path of a Unix socket to listen on instead of host and port")
     uds_mode: str = setting("660", "permissions of the Unix socket, octal")
+    served_model_name: tuple[str, ...] = setting(
+        (),
+        "names of the model in the API; answers have the one that was asked for (default: the directory's name). "
+        "Put it after MODEL, as it takes several",
+        unit="list",
+    )
+    any_model_name: bool = setting(False, "take whatever model name a request asks for")
     api_key: str | None = setting(
         None, "bearer token that requests must carry (default: none)", unit="secret"
     )
@@ -232,6 +247,11 @@ class ServerConfig:
         _check_key(self.api_key)
         if not re.fullmatch("0?[0-7]{3}", self.uds_mode):
             raise ConfigError(f"uds_mode is {self.uds_mode!r}; it takes three octal digits, such as 660")
+        for name in self.served_model_name:
+            if not 0 < len(name) <= LONGEST_NAME:
+                raise ConfigError(
+                    f"served_model_name has {name[:40]!r}; a name has 1 to {LONGEST_NAME} characters"
+                )
         if self.uds == "":
             raise ConfigError("uds is empty; it takes the path of a socket")
 
@@ -283,6 +303,10 @@ def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
         return _parse_json(name, value)
     if unit == "secret":  # `none`, or a YAML key without a value, must not open what was meant to be closed
         return "" if value is None else str(value)
+    if unit == "list" and not isinstance(value, dict):
+        texts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
+        words = [word.strip() for text in texts for word in str(text).split(",")]
+        return tuple(dict.fromkeys(words))
     unset = ("none", "null") if kind is str else ("none", "null", "auto")
     if kind is not hint and (value is None or str(value).lower() in unset):
         return None
@@ -322,7 +346,11 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             if f.name == "model":
                 continue
             names = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"])]
-            shown = f"{f.metadata['help']} [{'auto' if f.default is None else f.default}]".replace("%", "%%")
+            default = "auto" if f.default in (None, ()) else f.default
+            shown = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+            several: dict[str, Any] = (
+                {"action": "extend", "nargs": "+"} if f.metadata["unit"] == "list" else {}
+            )
             if base_type(hints[f.name]) is bool:
                 group.add_argument(
                     *names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=shown
@@ -330,7 +358,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             else:
                 between = "," if f.metadata["unit"] == "names" else "|"
                 metavar = between.join(choices_of(f)) or f.name.split("_")[-1].upper()
-                group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=shown)
+                group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=shown, **several)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,3 +24,27 @@ def test_more_min_tokens_than_the_context_holds_is_refused(llm: LLM) -> None:
     with pytest.raises(RequestError, match=r"min_tokens is 254.*253") as e:
         llm.generate([[3, 4, 5]], SamplingParams(max_tokens=None, min_tokens=254))
     assert (e.value.param, e.value.status) == ("min_tokens", 400)
+
+
+def test_a_max_tokens_that_does_not_fit_is_cut(llm: LLM) -> None:
+    """Clients send the same maximum whatever the prompt (Claude Code 32,000)."""
+    for left in (1, 6):
+        prompt = [3] * (256 - left)
+        completion = llm.generate([prompt], SamplingParams(max_tokens=32_000, ignore_eos=True))[0]
+        assert len(completion.token_ids) == left and completion.finish_reason == "length"
+
+
+def test_a_prompt_that_does_not_fit_is_refused(llm: LLM) -> None:
+    for max_tokens in (1, 32_000, None):
+        with pytest.raises(RequestError, match="prompt has 256 tokens, but the context holds 256") as e:
+            llm.generate([[3] * 256], SamplingParams(max_tokens=max_tokens))
+        assert (e.value.param, e.value.code) == ("prompt", "context_length_exceeded")
+    llm.generate([[3] * 256], SamplingParams(max_tokens=0))
+
+
+def test_a_max_tokens_that_does_not_fit_is_refused_where_that_is_set() -> None:
+    llm = LLM(max_num_seqs=1, max_model_len=256, max_tokens_overflow="refuse")
+    with pytest.raises(RequestError, match=r"max_tokens is 4, .*can be here is 3") as e:
+        llm.generate([[3] * 253], SamplingParams(max_tokens=4))
+    assert (e.value.param, e.value.code) == ("max_tokens", "context_length_exceeded")
+    assert len(llm.generate([[3] * 253], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3

@@ -111,11 +111,12 @@ class FakeEngine:
             raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
         if self.live >= self.max_live:
             raise RequestError("the queue is full", None, "overloaded", 429)
-        room = self.max_model_len - len(prompt)
-        if room < (params.max_tokens or 1):
+        room, wanted = self.max_model_len - len(prompt), params.max_tokens
+        if room < (0 if wanted == 0 else 1):
             text = f"prompt has {len(prompt)} tokens, the context holds {self.max_model_len}"
             raise RequestError(text, "prompt", "context_length_exceeded", 400)
-        return params if params.max_tokens is not None else dataclasses.replace(params, max_tokens=room)
+        fits = wanted is not None and wanted <= room
+        return params if fits else dataclasses.replace(params, max_tokens=room)
 
     async def _outputs(
         self, request_id: str, prompt: Sequence[int], params: SamplingParams

@@ -51,7 +51,7 @@ async def health(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """The served name and `default`."""
+    """Every served name, `default` among them."""
     service = service_of(request)
     return json_response({"object": "list", "data": [_model(service, name) for name in service.names]})
 

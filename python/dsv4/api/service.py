@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dsv4.api.fields import Fields
 from dsv4.api.metrics import Metrics
-from dsv4.config import ServerConfig
-from dsv4.errors import RequestError
+from dsv4.config import LONGEST_NAME, ServerConfig
+from dsv4.errors import RequestError, show
 from dsv4.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -32,10 +32,11 @@ class Service:
     """One engine as the HTTP side sees it."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig, name: str) -> None:
-        """`name`: the model's name in the API."""
-        self.engine, self.config, self.name = engine, config, name
-        self.names = tuple(dict.fromkeys((name, DEFAULT_NAME)))
-        self.metrics = Metrics(engine.stats, name, engine.tenants)
+        """`name`: the model's name in the API where the settings give none."""
+        self.engine, self.config = engine, config
+        names = config.served_model_name or (name,)
+        self.name, self.names = names[0], tuple(dict.fromkeys((*names, DEFAULT_NAME)))
+        self.metrics = Metrics(engine.stats, self.name, engine.tenants)
         self.started = int(time.time())
         self.draining = False
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="dsv4-tokenize")
@@ -58,17 +59,18 @@ class Service:
         return tokenizer
 
     def check_model(self, fields: Fields) -> str:
-        """The model name of a request; absent means the only one there is. RequestError 404 for another."""
-        model = fields.text("model", self.name, longest=512)
-        if model not in self.names:
-            served = " and ".join(repr(n) for n in self.names)
+        """The name under which a request asks for the model, which is what its answer calls it; the first one where it
+        gives none or `default`. RequestError 404 for a name that is not served."""
+        model = fields.text("model", longest=LONGEST_NAME) or DEFAULT_NAME
+        if model not in self.names and not self.config.any_model_name:
+            served = " and ".join(filter(None, (", ".join(map(repr, self.names[:-1])), repr(self.names[-1]))))
             raise RequestError(
-                f"model {model!r} is not served here; this server has {served}",
+                f"model {show(model)} is not served here; this server has {served}",
                 "model",
                 "model_not_found",
                 404,
             )
-        return self.name
+        return self.name if model == DEFAULT_NAME else model
 
     def refuse_while_draining(self) -> None:
         """RequestError 503 once the server is shutting down."""

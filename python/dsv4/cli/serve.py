@@ -34,6 +34,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGTERM or Ctrl-C has drained the engine."""
     engine_config, server_config = read_settings(arguments, EngineConfig, ServerConfig)
+    check_names(arguments.served_model_name, engine_config.model)
     set_up_logging(server_config.log_level)
     # Before the slow part, so that a wrong model and a taken port are known at once.
     check_model(engine_config.model)
@@ -55,6 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_names(given: Sequence[str] | None, model: str | None) -> None:
+    """ConfigError where MODEL may have been taken for one of several names."""
+    if model is None and given is not None and len(given) > 1:
+        raise ConfigError(
+            f"served_model_name has {len(given)} words ({', '.join(given)[:80]}) and there is no MODEL, which it may have "
+            "taken; put MODEL before it, or write the names with commas between them"
+        )
+
+
 def load(engine_config: EngineConfig, server_config: ServerConfig) -> Service:
     """The slow part: imports torch, reads the weights and prints the plan."""
     from dsv4.api.service import Service
@@ -64,7 +74,10 @@ def load(engine_config: EngineConfig, server_config: ServerConfig) -> Service:
         engine = AsyncEngine.from_config(engine_config, progress)
     for line in engine.describe():
         note(line)
-    return Service(engine, server_config, engine.built.name)
+    service = Service(engine, server_config, engine.built.name)
+    further = ", and every other" if server_config.any_model_name else ""
+    note(f"names      {', '.join(service.names)}{further}")
+    return service
 
 
 def serve(service: Service, sockets: Sequence[socket.socket], on_ready: Callable[[], None]) -> None:

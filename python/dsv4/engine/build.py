@@ -103,8 +103,8 @@ class BuiltEngine:
 
     @property
     def name(self) -> str:
-        """The served model's name."""
-        return self.config.served_model_name or Path(self.source).name
+        """The model's name."""
+        return Path(self.source).name
 
     def admissible(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
         """Checks what can be checked without the core and fills in max_tokens. Raises RequestError."""
@@ -120,12 +120,18 @@ class BuiltEngine:
                     400,
                 )
         room, wanted = self.max_model_len - len(prompt), params.max_tokens
-        most = self.generation.sampling.get("max_tokens", room)
-        if room < (1 if wanted is None else wanted):
+        if room < (0 if wanted == 0 else 1):
             raise RequestError(
-                f"prompt has {len(prompt)} tokens and max_tokens is {'open' if wanted is None else wanted}, but the context "
-                f"holds {self.max_model_len} tokens; the most that max_tokens can be here is {max(room, 0)}",
-                "prompt" if room < 1 else "max_tokens",
+                f"prompt has {len(prompt)} tokens, but the context holds {self.max_model_len} with the answer",
+                "prompt",
+                "context_length_exceeded",
+                400,
+            )
+        if wanted is not None and wanted > room and self.config.max_tokens_overflow == "refuse":
+            raise RequestError(
+                f"prompt has {len(prompt)} tokens and max_tokens is {wanted}, but the context holds {self.max_model_len} "
+                f"tokens; the most that max_tokens can be here is {room}",
+                "max_tokens",
                 "context_length_exceeded",
                 400,
             )
@@ -136,11 +142,9 @@ class BuiltEngine:
                 "context_length_exceeded",
                 400,
             )
-        return (
-            params
-            if wanted is not None
-            else dataclasses.replace(params, max_tokens=min(room, max(most, params.min_tokens)))
-        )
+        if wanted is None:
+            wanted = max(self.generation.sampling.get("max_tokens", room), params.min_tokens)
+        return dataclasses.replace(params, max_tokens=min(room, wanted))
 
     def _graphs(self) -> str:
         if self.eager is not None:
@@ -174,6 +178,7 @@ class BuiltEngine:
             f"eviction {c.eviction}; "
             f"replay {c.replay_tokens or layout.replay_tokens:,} tokens; cost {c.cost_model}",
             f"graphs     {self._graphs()}",
+            f"context    {m.max_model_len:,} tokens; a max_tokens beyond it is {'cut' if c.max_tokens_overflow == 'cut' else 'refused'}",
             f"scheduler  {c.max_num_seqs} running, {c.max_num_waiting} waiting, {c.max_num_batched_tokens} tokens a step, "
             f"{2 if c.async_scheduling else 1} steps in flight; step time "
             f"{'open' if c.step_ms is None else f'{c.step_ms:g} ms'}; tenants {c.tenants or 'equal'}; "
