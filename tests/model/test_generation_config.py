@@ -116,7 +116,7 @@ def test_the_end_of_deepseeks_turns_is_the_last_resort_and_then_there_is_a_warni
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"temperature": -1}, "generation_config.json: temperature is -1; it must be from 0 to 100"),
+        ({"temperature": -1}, "generation_config.json: temperature is -1; it must be from 0 to 2"),
         ({"temperature": "hot"}, "generation_config.json: temperature is 'hot'; it must be a number"),
         ({"top_k": 1.5}, "generation_config.json: top_k is 1.5; it must be a whole number"),
         ({"max_new_tokens": -5}, "generation_config.json: max_new_tokens is -5"),
