@@ -235,6 +235,17 @@ class ServerConfig:
     max_body_bytes: int = setting(64 * 2**20, "largest request body", unit="bytes")
     header_timeout: float = setting(10.0, "seconds in which a request's header must arrive")
     body_timeout: float = setting(60.0, "seconds without a byte after which a request's body is given up")
+    body_min_rate: int = setting(
+        4096,
+        "bytes a second that a request's body must come at in the mean, once body_timeout is over",
+        unit="bytes",
+    )
+    write_timeout: float = setting(
+        60.0, "seconds in which a client must take what is written to it, or 64 KiB of that"
+    )
+    max_connections: int | None = setting(
+        None, "connections served at the same time (default: 4 for each request of the queue, as files allow)"
+    )
     ping_interval: float = setting(
         5.0, "seconds between keep-alive comments in a stream that has no token yet"
     )
@@ -245,6 +256,13 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; valid ports are 0 to 65535")
         _check_key(self.api_key)
+        if self.max_connections is not None and self.max_connections < 1:
+            raise ConfigError(f"max_connections is {self.max_connections}; the smallest valid value is 1")
+        for name in ("drain_timeout", "header_timeout", "body_timeout", "write_timeout", "ping_interval"):
+            if not 0 <= getattr(self, name) < float("inf") or (
+                name != "drain_timeout" and not getattr(self, name)
+            ):
+                raise ConfigError(f"{name} is {getattr(self, name):g}; it takes a number of seconds above 0")
         if not re.fullmatch("0?[0-7]{3}", self.uds_mode):
             raise ConfigError(f"uds_mode is {self.uds_mode!r}; it takes three octal digits, such as 660")
         for name in self.served_model_name:

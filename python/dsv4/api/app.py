@@ -20,6 +20,7 @@ from dsv4.api.errors import error_body, internal_error
 from dsv4.api.http import Handler, PostEndpoint, header
 from dsv4.api.openai_chat import chat_completions
 from dsv4.api.openai_completions import completions
+from dsv4.api.protocol import PROBES, GuardedProtocol
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
 
@@ -70,15 +71,25 @@ class Edge:
             return
         request_id = _request_id(header(scope, b"x-request-id"))
         scope["dsv4_request_id"] = request_id
+        connection: GuardedProtocol | None = scope.get("dsv4_connection")
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if connection is not None and connection.has_unread:
+                    headers.append((b"connection", b"close"))
+                message["headers"] = headers
                 # Unknown paths share one label, or every scan would add a series.
                 path = getattr(scope.get("route"), "path", "other")
                 self.service.metrics.responses.labels(path, str(message["status"])).inc()
             await send(message)
 
+        if connection is not None and connection.over and scope["path"] not in PROBES:
+            self.service.connections.refuse()
+            await _error(_too_many(self.service.connections.most), {"retry-after": "1"})(
+                scope, receive, sending
+            )
+            return
         if self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
             text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             refused = _error(RequestError(text, None, "invalid_api_key", 401), {"www-authenticate": "Bearer"})
@@ -89,6 +100,11 @@ class Edge:
     def _has_key(self, scope: Scope) -> bool:
         given = (_bearer(header(scope, b"authorization")), header(scope, b"x-api-key").strip(" \t"))
         return any([hmac.compare_digest(_digest(g.encode("latin-1")), self._key or b"") for g in given])
+
+
+def _too_many(most: int) -> RequestError:
+    text = f"the server has all of its {most} connections in use; try again"
+    return RequestError(text, None, "too_many_connections", 503)
 
 
 def _bearer(credentials: str) -> str:

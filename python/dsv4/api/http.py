@@ -64,10 +64,8 @@ class Call:
         await self.send({"type": "http.response.start", "status": status, "headers": list(headers)})
 
     async def refuse(self, error: RequestError) -> None:
-        """Sends an error. A body that was not read to its end costs the connection."""
+        """Sends an error."""
         headers = [(b"retry-after", RETRY_AFTER[error.status])] if error.status in RETRY_AFTER else []
-        if error.status in (408, 413):
-            headers.append((b"connection", b"close"))
         await self.respond(error_body(error), error.status, tuple(headers))
 
 
@@ -104,23 +102,35 @@ class PostEndpoint:
     async def _read(call: Call) -> dict[str, Any]:
         config = call.service.config
         return parse_object(
-            await read_body(call.scope, call.receive, limit=config.max_body_bytes, idle=config.body_timeout)
+            await read_body(
+                call.scope,
+                call.receive,
+                limit=config.max_body_bytes,
+                idle=config.body_timeout,
+                rate=config.body_min_rate,
+            )
         )
 
 
-async def read_body(scope: Scope, receive: Receive, *, limit: int, idle: float) -> bytes:
-    """The whole body. RequestError 413 beyond `limit` bytes, 408 after `idle` seconds without one;
-    ClientGone."""
+async def read_body(scope: Scope, receive: Receive, *, limit: int, idle: float, rate: int) -> bytes:
+    """The whole body. RequestError 413 beyond `limit` bytes, 408 after `idle` seconds without one, or when it takes `idle`
+    seconds and another one for every `rate` bytes; ClientGone."""
     declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
     parts, size = [], int(declared) if declared.isdigit() else 0
     if size > limit:
         raise _too_large(size, limit)
-    size, more = 0, True
+    size, more, begun = 0, True, time.monotonic()
     while more:
+        left = begun + idle + size / max(rate, 1) - time.monotonic()
         try:
-            message = await asyncio.wait_for(receive(), idle)
+            message = await asyncio.wait_for(receive(), min(idle, max(left, 0.001)))
         except asyncio.TimeoutError:
-            text = f"the body stopped after {size} bytes; no byte came for {idle:g} s"
+            slow = (
+                f"it comes at less than {rate} bytes a second"
+                if left < idle
+                else f"no byte came for {idle:g} s"
+            )
+            text = f"the body stopped after {size} bytes; {slow}"
             raise RequestError(text, None, "body_timeout", 408) from None
         if message["type"] == "http.disconnect":
             raise ClientGone

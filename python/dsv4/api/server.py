@@ -1,4 +1,4 @@
-"""Runs the application on uvicorn with uvloop: deadlines on headers, draining at SIGTERM, exit code 0.
+"""Runs the application on uvicorn with uvloop: its own way to take connections, draining at SIGTERM, exit code 0.
 
 SIGTERM (or Ctrl-C): health says 503 at once and new requests get 503 with Retry-After, while running ones may
 end within `drain_timeout`; what is left then is aborted and gets a proper terminal event. A second Ctrl-C
@@ -19,19 +19,15 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-import orjson
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dsv4.api.app import create_app
-from dsv4.api.errors import error_body
+from dsv4.api.connections import Acceptor
+from dsv4.api.protocol import GuardedProtocol
 from dsv4.api.service import Service
-from dsv4.errors import EngineDead, RequestError
+from dsv4.errors import EngineDead
 
 log = logging.getLogger("dsv4.api")
-
-MAX_HEADER_BYTES = 32 * 1024
-"""Request line and headers together."""
 
 KEEP_ALIVE = 75
 """Seconds an idle connection stays open: longer than usual proxies keep theirs, so that these never meet a
@@ -39,84 +35,6 @@ closing one."""
 
 ANSWER_GRACE = 5.0
 """Seconds for sending the terminal events once the engine has drained."""
-
-
-class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with what it lacks: a limit on the header's size and on the time it may take.
-
-    The clock runs from the connection's start, or from a later request's first byte, to the end of its
-    header.
-    """
-
-    header_timeout = 10.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._header_bytes = 0
-        self._in_header = True
-        self._deadline = self.loop.call_later(self.header_timeout, self._header_late)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        # Checked before the parser sees the data, which may end a header and hold most of a body: so at most
-        # one read (64 KiB) is let through beyond the limit.
-        if self._in_header:
-            if self._header_bytes > MAX_HEADER_BYTES:
-                self._refuse(431, f"the header has more than {MAX_HEADER_BYTES} bytes", "header_too_large")
-                return
-            self._header_bytes += len(data)
-        super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._in_header, self._header_size = True, 0
-        self._deadline.cancel()
-        self._deadline = self.loop.call_later(self.header_timeout, self._header_late)
-
-    def on_url(self, url: bytes) -> None:
-        self._header_size += len(url)
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_size += len(name) + len(value) + 4
-        super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        self._deadline.cancel()
-        self._in_header, self._header_bytes = False, 0
-        if self._header_size > MAX_HEADER_BYTES:
-            self._refuse(
-                431,
-                f"the header has {self._header_size} bytes; the limit is {MAX_HEADER_BYTES}",
-                "header_too_large",
-            )
-            return
-        super().on_headers_complete()
-
-    def _header_late(self) -> None:
-        if self._header_bytes:
-            self._refuse(
-                408, f"the header was not complete after {self.header_timeout:g} s", "header_timeout"
-            )
-        elif not self.transport.is_closing():
-            self.transport.close()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "this is no valid HTTP/1.1 request", "invalid_http")
-
-    def _refuse(self, status: int, text: str, code: str) -> None:
-        """Answers outside the application and closes."""
-        if self.transport.is_closing():
-            return
-        body = orjson.dumps(error_body(RequestError(text, None, code, status)))
-        head = (
-            f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        )
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -130,7 +48,19 @@ class Server(uvicorn.Server):
         self._hurry: asyncio.Task[bool] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Takes connections by itself: uvicorn's servers reset what they have no descriptor for."""
+        loop = asyncio.get_running_loop()
+
+        def protocol(over: bool) -> GuardedProtocol:
+            made: GuardedProtocol = self.config.http_protocol_class(  # type: ignore[call-arg, assignment]
+                over, config=self.config, server_state=self.server_state, app_state={}, _loop=loop
+            )
+            return made
+
+        acceptor = Acceptor(sockets or [], self.service.connections, protocol)
+        acceptor.resume()
+        self.servers = [acceptor]  # type: ignore[list-item]
+        self.started = True
         self.on_ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -176,7 +106,12 @@ class Server(uvicorn.Server):
 def make_server(service: Service, on_ready: Callable[[], None] = lambda: None) -> Server:
     """A server for `service`, not yet running: `await server.serve(sockets=[bind(host, port)])`."""
     config = service.config
-    protocol: Any = type("Protocol", (GuardedProtocol,), {"header_timeout": config.header_timeout})
+    limits = {
+        "all_connections": service.connections,
+        "header_timeout": config.header_timeout,
+        "write_timeout": config.write_timeout,
+    }
+    protocol: Any = type("Protocol", (GuardedProtocol,), limits)
     settings = uvicorn.Config(
         create_app(service),
         loop="uvloop",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from dsv4.api.connections import connections_for
 from dsv4.api.fields import Fields
 from dsv4.api.metrics import Metrics
 from dsv4.config import LONGEST_NAME, ServerConfig
@@ -36,6 +37,8 @@ class Service:
         self.engine, self.config = engine, config
         names = config.served_model_name or (name,)
         self.name, self.names = names[0], tuple(dict.fromkeys((*names, DEFAULT_NAME)))
+        queue = engine.config.max_num_seqs + engine.config.max_num_waiting
+        self.connections = connections_for(config.max_connections, queue)
         self.metrics = Metrics(engine.stats, self.name, engine.tenants)
         self.started = int(time.time())
         self.draining = False

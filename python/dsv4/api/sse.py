@@ -1,17 +1,22 @@
 """A stream of server-sent events: headers sent late, so that a refusal still has its status; comments while
-nothing comes."""
+nothing comes; a bound on what a client has not read yet."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from dsv4.api.errors import internal_error
-from dsv4.api.http import Call
+from dsv4.api.http import Call, ClientGone
 from dsv4.errors import RequestError
+
+if TYPE_CHECKING:
+    from dsv4.api.protocol import GuardedProtocol
 
 log = logging.getLogger("dsv4.api")
 
@@ -20,6 +25,10 @@ _HEADERS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold tokens back
 )
+
+
+MAX_HELD = 4 * 2**20
+"""Bytes of a stream that wait for its client to read. Beyond the connection's own buffers."""
 
 
 class EventStream:
@@ -36,16 +45,39 @@ class EventStream:
         """What the keep-alive comment says."""
         self._last = time.monotonic()
         self._pinger: asyncio.Task[None] | None = None
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._sender: asyncio.Task[None] | None = None
+        self._connection: GuardedProtocol | None = call.scope.get("dsv4_connection")
 
     async def __aenter__(self) -> EventStream:
         self._pinger = asyncio.ensure_future(self._ping())
         return self
 
     async def send(self, frames: bytes) -> None:
-        """Sends whole frames; waits while the client reads slowly."""
+        """Sends whole frames. While the client reads slowly they are kept, so that the engine's outputs need not be. Raises
+        ClientGone, and closes the connection, when they become too many."""
         if not self.call.started:
             await self.call.start(200, _HEADERS)
         self._last = time.monotonic()
+        if self._sender is None and not (self._connection is not None and self._connection.write_paused):
+            await self._send(frames)
+            return
+        self._held.append(frames)
+        self._held_bytes += len(frames)
+        if self._held_bytes > MAX_HELD:
+            assert self._connection is not None
+            self._connection.abort(f"has not read {self._held_bytes} bytes of its stream")
+            raise ClientGone
+        self._sender = self._sender or asyncio.ensure_future(self._send_held())
+
+    async def _send_held(self) -> None:
+        while self._held:
+            frames, self._held, self._held_bytes = b"".join(self._held), [], 0
+            await self._send(frames)  # waits for the client
+        self._sender = None
+
+    async def _send(self, frames: bytes) -> None:
         await self.call.send({"type": "http.response.body", "body": frames, "more_body": True})
 
     async def _ping(self) -> None:
@@ -53,22 +85,27 @@ class EventStream:
         while True:
             await asyncio.sleep(max(self._last + interval - time.monotonic(), 0.01))
             if time.monotonic() - self._last >= interval:
-                await self.send(b": %b\n\n" % self.progress.encode())
+                with contextlib.suppress(ClientGone):
+                    await self.send(b": %b\n\n" % self.progress.encode())
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         assert self._pinger is not None
         self._pinger.cancel()
-        if error is not None and (not self.call.started or not isinstance(error, Exception)):
+        if error is not None and (
+            not self.call.started or isinstance(error, ClientGone) or not isinstance(error, Exception)
+        ):
+            if self._sender is not None:
+                self._sender.cancel()
             return False
+        if self._sender is not None:
+            await self._sender
         if error is not None:
             if not isinstance(error, RequestError):
                 log.error("%s failed", self.call.request_id, exc_info=error)
                 error = internal_error(self.call.request_id)
-            await self.call.send(
-                {"type": "http.response.body", "body": self.on_error(error), "more_body": True},
-            )
+            await self._send(self.on_error(error))
         if not self.call.started:
             await self.call.start(200, _HEADERS)
         await self.call.send({"type": "http.response.body", "body": b"", "more_body": False})

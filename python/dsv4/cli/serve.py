@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
 from dsv4.api.loading import Loading
 from dsv4.cli.common import LoadProgress, add_settings, note, read_settings
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     set_up_logging(server_config.log_level)
     # Before the slow part, so that a wrong model and a taken port are known at once.
     check_model(engine_config.model)
+    check_file_limit(raise_file_limit(), server_config.max_connections)
     sockets = listen(server_config)
 
     def close() -> None:
@@ -77,6 +79,7 @@ def load(engine_config: EngineConfig, server_config: ServerConfig) -> Service:
     service = Service(engine, server_config, engine.built.name)
     further = ", and every other" if server_config.any_model_name else ""
     note(f"names      {', '.join(service.names)}{further}")
+    note(f"server     {service.connections.describe()}")
     return service
 
 
