@@ -4,14 +4,9 @@ code 0."""
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -23,38 +18,7 @@ from dsv4.errors import EngineDead
 from dsv4.text.tokenizer import Tokenizer
 
 from tests.support.fake_engine import FakeEngine
-
-SERVER = """
-import logging, sys
-from dsv4.api.listen import bind
-from dsv4.api.server import serve
-from dsv4.api.service import Service
-from dsv4.config import ServerConfig
-from tests.support.fake_engine import FakeEngine, small_tokenizer
-
-step, drain = float(sys.argv[1]), float(sys.argv[2])
-engine = FakeEngine(tokenizer=small_tokenizer(), step_seconds=step)
-sock = bind("127.0.0.1", 0)
-service = Service(engine, ServerConfig(drain_timeout=drain), "tiny")
-serve(service, sock, lambda: print(sock.getsockname()[1], flush=True))
-print("live", engine.live, flush=True)
-"""
-
-
-@contextmanager
-def server_process(step: float, drain: float) -> Iterator[tuple[subprocess.Popen, str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(step), str(drain)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        assert process.stdout is not None
-        yield process, f"http://127.0.0.1:{int(process.stdout.readline())}"
-    finally:
-        process.kill()
-        process.communicate()
+from tests.support.server_process import server_process
 
 
 def start_stream(url: str, tokens: int) -> tuple[threading.Thread, list[str], threading.Event]:
@@ -75,7 +39,8 @@ def start_stream(url: str, tokens: int) -> tuple[threading.Thread, list[str], th
 
 
 def test_running_requests_end_and_new_ones_are_refused() -> None:
-    with server_process(step=0.02, drain=20) as (process, url):
+    with server_process(0.02, drain_timeout=20) as (process, port):
+        url = f"http://127.0.0.1:{port}"
         thread, lines, _ = start_stream(url, tokens=75)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
@@ -92,7 +57,8 @@ def test_running_requests_end_and_new_ones_are_refused() -> None:
 
 @pytest.mark.parametrize("stop", ["timeout", "second interrupt"])
 def test_what_is_left_gets_a_terminal_event(stop: str) -> None:
-    with server_process(step=0.05, drain=0.5 if stop == "timeout" else 60) as (process, url):
+    with server_process(0.05, drain_timeout=0.5 if stop == "timeout" else 60) as (process, port):
+        url = f"http://127.0.0.1:{port}"
         thread, lines, _ = start_stream(url, tokens=3000)
         began = time.monotonic()
         process.send_signal(signal.SIGTERM if stop == "timeout" else signal.SIGINT)
@@ -107,7 +73,8 @@ def test_what_is_left_gets_a_terminal_event(stop: str) -> None:
 
 
 def test_an_idle_server_stops_at_once() -> None:
-    with server_process(step=0, drain=60) as (process, url):
+    with server_process(drain_timeout=60) as (process, port):
+        url = f"http://127.0.0.1:{port}"
         assert httpx.get(url + "/health").status_code == 200
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)

@@ -74,24 +74,27 @@ def test_a_slow_but_steady_body_is_read(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_nobody_reads_is_closed(tokenizer: Tokenizer, stream: bool) -> None:
     engine = FakeEngine(tokenizer=tokenizer, max_model_len=10**6)
-    with running(engine, write_timeout=0.5) as server:
-        # The answer is much longer than what kernels buffer for a connection.
-        with lazy_client(server, max_tokens=30_000, logprobs=20, stream=stream):
-            wait_until(lambda: engine.begun == 1, 20)
-            wait_until(lambda: server.service.connections.served == 0, 60)
-            wait_until(lambda: engine.live == 0)
+    # The answer is much longer than what kernels buffer for a connection.
+    asked = {"max_tokens": 30_000, "logprobs": 20, "stream": stream}
+    with running(engine, write_timeout=0.5) as server, lazy_client(server, **asked):
+        wait_until(lambda: engine.begun == 1, 20)
+        wait_until(lambda: server.service.connections.served == 0, 60)
+        wait_until(lambda: engine.live == 0)
 
 
 def test_a_slow_reader_that_goes_on_reading_is_served(tokenizer: Tokenizer) -> None:
-    with running(FakeEngine(tokenizer=tokenizer, max_model_len=10**6), write_timeout=1.0) as server:
-        with lazy_client(server, max_tokens=2_000, logprobs=20, stream=True) as s:
-            s.settimeout(60)
-            got = b""
-            while not got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
-                time.sleep(0.002)
-                part = s.recv(65536)
-                assert part, "it was closed"
-                got = got[-100:] + part
+    engine, asked = (
+        FakeEngine(tokenizer=tokenizer, max_model_len=10**6),
+        {"max_tokens": 2_000, "logprobs": 20},
+    )
+    with running(engine, write_timeout=1.0) as server, lazy_client(server, **asked, stream=True) as s:
+        s.settimeout(60)
+        got = b""
+        while not got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            time.sleep(0.002)
+            part = s.recv(65536)
+            assert part, "it was closed"
+            got = got[-100:] + part
 
 
 def test_what_a_slow_reader_has_not_read_is_bounded(
