@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 try:
     from dsv4._core import ConfigError, Dsv4Error
 except ImportError:  # ops, kernels and their benches also run from a source tree where the core is not built
@@ -53,6 +55,7 @@ _KINDS: dict[type, str] = {
     str: "text",
     list: "a list",
     tuple: "a list",
+    np.ndarray: "a list",
     dict: "an object",
     type(None): "null",
 }
@@ -65,7 +68,7 @@ def kind(value: Any) -> str:
 
 def show(value: Any) -> str:
     """A value as an error message repeats it: short, in JSON's words, and containers only by kind and length."""
-    if isinstance(value, (list, tuple, dict)):
+    if isinstance(value, (list, tuple, np.ndarray, dict)):
         return f"{kind(value)} of {len(value)}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

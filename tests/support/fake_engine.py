@@ -13,6 +13,7 @@ from typing import Any
 
 from dsv4.config import EngineConfig
 from dsv4.engine.loop import PLAIN
+from dsv4.engine.prompt import TokenIds, as_prompt
 from dsv4.engine.request import RequestOutput, Usage
 from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
@@ -81,17 +82,16 @@ class FakeEngine:
 
     async def generate(
         self,
-        prompt: Sequence[int],
+        prompt: TokenIds,
         params: SamplingParams,
         *,
         request_id: str | None = None,
         routing: Routing = PLAIN,
         fork_of: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
+        prompt = as_prompt(prompt).tolist()
         params = self._admit(prompt, params)
-        self.seen.append(
-            SimpleNamespace(prompt=list(prompt), params=params, routing=routing, fork_of=fork_of)
-        )
+        self.seen.append(SimpleNamespace(prompt=prompt, params=params, routing=routing, fork_of=fork_of))
         request_id = request_id or f"fake-{self.begun}"
         self.begun += 1
         self.live += 1
@@ -205,8 +205,8 @@ class FakeEngine:
             await asyncio.sleep(0.01)
         return not cut
 
-    async def pin(self, tokens: Sequence[int], salt: str = "") -> int:
-        self.pins[len(self.pins) + 1] = (list(tokens), salt)
+    async def pin(self, tokens: TokenIds, salt: str = "") -> int:
+        self.pins[len(self.pins) + 1] = (as_prompt(tokens).tolist(), salt)
         return len(self.pins)
 
     async def unpin(self, pin: int) -> bool:

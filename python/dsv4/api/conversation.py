@@ -6,10 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dsv4.api.fields import Fields, refuse
-from dsv4.api.service import Service
-from dsv4.errors import RequestError, kind, show
+from dsv4.api.http import Call
+from dsv4.errors import RequestError, show
 from dsv4.text.chat import TASKS, Ending, encode_chat, ending_of, starts_in_thought
+from dsv4.text.draft import Bound, Draft
 from dsv4.text.tools import shown_tools
 
 MAX_MESSAGES = 65536
@@ -164,11 +167,13 @@ def _thinking(fields: Fields, template: Fields, continued: dict[str, Any]) -> tu
     return thinking, effort if effort not in (None, "none") else DEFAULT_EFFORT
 
 
-async def encode(service: Service, chat: Conversation) -> list[int]:
-    """The prompt's token ids; long chats are encoded off the event loop."""
+async def encode(call: Call, chat: Conversation, bound: Bound, *, salt: str = "") -> np.ndarray:
+    """The prompt's token ids, int32 [tokens]; long chats are encoded off the event loop. RequestError for a chat beyond
+    `bound`, unread where its length says so."""
+    service = call.service
     tokenizer = service.tokenizer("messages")
 
-    def work() -> list[int]:
+    def begin() -> Draft:
         segments = encode_chat(
             chat.messages,
             thinking=chat.thinking,
@@ -178,23 +183,11 @@ async def encode(service: Service, chat: Conversation) -> list[int]:
             ending=chat.ending,
             format=service.engine.chat_format,
         )
-        return tokenizer.encode_segments(segments)
+        return tokenizer.draft(segments, salt=salt, bound=bound)
 
     try:
-        return await service.off_loop(work, size=sum(_size(m) for m in chat.messages) + 512 * len(chat.tools))
+        return await service.lanes.encode(begin, size=call.size)
     except RecursionError:
         raise RequestError(
             "messages hold JSON that nests too deep", "messages", "invalid_value", 400
         ) from None
-
-
-def _size(message: dict[str, Any]) -> int:
-    """Characters, roughly; only whether it is long matters."""
-    content = message.get("content")
-    extra = 512 * len(message.get("tool_calls") or ())
-    if isinstance(content, list):
-        return extra + sum(
-            len(p.get("text") or "") if type(p) is dict and kind(p.get("text")) == "text" else 0
-            for p in content
-        )
-    return extra + (len(content) if isinstance(content, str) else 0)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dsv4.errors import RequestError, kind, show
 from dsv4.spelling import nearest
 
@@ -13,6 +15,22 @@ from dsv4.spelling import nearest
 def refuse(field: str, value: Any, takes: str, hint: str = "") -> RequestError:
     """The error for a bad value: `top_p is 3; it takes a number from 0 to 1`."""
     return RequestError(f"{field} is {show(value)}; it takes {takes}{hint}", field, "invalid_value", 400)
+
+
+def token_ids(field: str, value: Any, vocab: int) -> np.ndarray:
+    """The token ids that a body has under `field`, a list or an array made of one, as int32 [tokens]. Raises RequestError
+    for what is no id below `vocab`."""
+    if type(value) not in (list, np.ndarray):
+        raise refuse(field, value, "a list of token ids")
+    if type(value) is list:
+        bad = next((t for t in value if type(t) is not int), 0)
+        if type(bad) is not int:
+            raise refuse(field, bad, f"token ids, all whole numbers; it holds {kind(bad)}")
+    if len(value):
+        low, high = (value.min(), value.max()) if type(value) is np.ndarray else (min(value), max(value))
+        if low < 0 or high >= vocab:
+            raise refuse(field, int(low if low < 0 else high), f"token ids from 0 to {vocab - 1}")
+    return np.asarray(value, np.int32)
 
 
 class Fields:
@@ -96,6 +114,11 @@ class Fields:
         if type(value) is not dict:
             raise refuse(self.where + name, value, "an object")
         return Fields(value, f"{self.where}{name}.")
+
+    def token_ids(self, name: str, vocab: int) -> np.ndarray:
+        """A list of token ids below `vocab` as int32 [tokens]; an empty one when absent."""
+        value = self.body.get(name)
+        return token_ids(self.where + name, [] if value is None else value, vocab)
 
     def items(self, name: str, of: type, most: int) -> list[Any]:
         """A list of at most `most` values of one type; an empty one when absent."""

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dsv4.api.http import Call
 from dsv4.api.metrics import GenerationTimer
 from dsv4.engine.loop import PLAIN
@@ -26,7 +28,8 @@ class Job:
     """One choice of an answer."""
 
     index: int
-    prompt: list[int]
+    prompt: np.ndarray
+    """int32 [tokens]."""
     params: SamplingParams
     routing: Routing = PLAIN
     parent: int | None = None
@@ -34,7 +37,7 @@ class Job:
 
 
 def jobs_for(
-    prompts: Sequence[list[int]], params: SamplingParams, n: int, routing: Routing = PLAIN
+    prompts: Sequence[np.ndarray], params: SamplingParams, n: int, routing: Routing = PLAIN
 ) -> list[Job]:
     """`n` choices per prompt, numbered prompt by prompt. With a seed, choice k takes `seed + k`, else all
     were equal."""

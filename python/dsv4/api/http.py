@@ -8,11 +8,12 @@ which closes its engine streams and so aborts its requests, in whatever state th
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 from starlette.types import Receive, Scope, Send
@@ -29,6 +30,8 @@ log = logging.getLogger("dsv4.api")
 MAX_DEPTH = 128
 """Levels of nesting in a body. Far beyond any real one, far below what recursion in encoders stands."""
 
+T = TypeVar("T")
+
 JSON_TYPE = (b"content-type", b"application/json")
 
 
@@ -39,21 +42,26 @@ class ClientGone(Exception):
 class Call:
     """One request as handlers see it."""
 
-    __slots__ = ("arrived", "fields", "receive", "request_id", "scope", "send", "service", "started")
+    __slots__ = ("arrived", "fields", "receive", "request_id", "scope", "send", "service", "size", "started")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.receive, self.send = scope, receive, send
         self.service: Service = scope["app"].state.service
         self.request_id: str = scope.get("dsv4_request_id", "")
         self.arrived = time.monotonic()
-        self.fields = Fields({})
+        self.fields, self.size = Fields({}), 0
+        """The body, and its bytes."""
         self.started = False
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """`work()` on what the body holds, off the event loop where the body is long."""
+        return await self.service.lanes.run(work, size=self.size)
 
     async def respond(
         self, body: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
     ) -> None:
         """Sends a whole JSON answer."""
-        data = orjson.dumps(body)
+        data = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
         length = (b"content-length", str(len(data)).encode())
         await self.start(status, (JSON_TYPE, length, *headers))
         await self.send({"type": "http.response.body", "body": data})
@@ -84,7 +92,7 @@ class PostEndpoint:
         try:
             if self.generates:
                 call.service.refuse_while_draining()
-            call.fields = Fields(await self._read(call))
+            await self._read(call)
             await unless_gone(self.handler(call), receive)
         except ClientGone:
             call.service.metrics.disconnects.inc()
@@ -99,17 +107,17 @@ class PostEndpoint:
             await call.refuse(internal_error(call.request_id))
 
     @staticmethod
-    async def _read(call: Call) -> dict[str, Any]:
+    async def _read(call: Call) -> None:
         config = call.service.config
-        return parse_object(
-            await read_body(
-                call.scope,
-                call.receive,
-                limit=config.max_body_bytes,
-                idle=config.body_timeout,
-                rate=config.body_min_rate,
-            )
+        body = await read_body(
+            call.scope,
+            call.receive,
+            limit=config.max_body_bytes,
+            idle=config.body_timeout,
+            rate=config.body_min_rate,
         )
+        call.size = len(body)
+        call.fields = Fields(await call.aside(lambda: parse_object(body)))
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit: int, idle: float, rate: int) -> bytes:
@@ -149,7 +157,8 @@ def _too_large(size: int, limit: int) -> RequestError:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object with bounded nesting. Raises RequestError."""
+    """A JSON object with bounded nesting; a byte order mark before it is passed over. Raises RequestError."""
+    body = body.removeprefix(codecs.BOM_UTF8)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as e:

@@ -11,12 +11,16 @@ from starlette.responses import Response
 import dsv4
 from dsv4.api.conversation import encode, read_conversation
 from dsv4.api.errors import RETRY_AFTER
-from dsv4.api.fields import Fields, refuse
+from dsv4.api.fields import Fields
 from dsv4.api.http import Call
 from dsv4.api.known_fields import CHAT, COMPLETIONS, check_known
 from dsv4.api.metrics import CONTENT_TYPE
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
+from dsv4.text.draft import Bound
+
+MAX_TOKENS = 2**22
+"""Most that `/tokenize` gives: more than any context holds."""
 
 
 def json_response(body: Any, status: int = 200, **headers: str) -> Response:
@@ -99,28 +103,33 @@ async def tokenize(call: Call) -> None:
     service.check_model(fields)
     check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT)
     if fields.get("messages") is not None:
-        ids = await encode(service, read_conversation(fields))
+        chat = await call.aside(lambda: read_conversation(fields))
+        ids = await encode(call, chat, _bound("messages"))
     else:
         prompt = fields.text("prompt", longest=2**31)
         if prompt is None:
             raise RequestError(
                 "prompt is missing; it takes text, or send messages", "prompt", "missing_field", 400
             )
-        ids = await service.encode(prompt, "prompt")
+        ids = await service.encode(prompt, _bound("prompt"))
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
     if fields.boolean("return_token_strs"):
-        answer["token_strs"] = service.pieces(ids)
+        answer["token_strs"] = service.pieces(ids.tolist())
     await call.respond(answer)
+
+
+def _bound(param: str) -> Bound:
+    return Bound(MAX_TOKENS, param, "/tokenize takes at most")
 
 
 async def detokenize(call: Call) -> None:
     """Token ids (`tokens`) as text, special tokens included."""
     fields, service = call.fields, call.service
     service.check_model(fields)
-    tokens = fields.items("tokens", int, 2**22)
-    bad = next((t for t in tokens if not 0 <= t < service.vocab_size), None)
-    if bad is not None:
-        raise refuse("tokens", bad, f"token ids from 0 to {service.vocab_size - 1}")
     tokenizer = service.tokenizer("tokens")
-    text = await service.off_loop(lambda: tokenizer.decode(tokens, skip_special=False), size=len(tokens))
-    await call.respond({"prompt": text})
+
+    def decode() -> str:
+        tokens = fields.token_ids("tokens", service.vocab_size)
+        return tokenizer.decode(tokens, skip_special=False)
+
+    await call.respond({"prompt": await call.aside(decode)})

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import orjson
 
 from dsv4.api.conversation import Conversation, encode, read_conversation, reasoning_of
@@ -66,7 +67,7 @@ async def chat_completions(call: Call) -> None:
     fields, service = call.fields, call.service
     check_known(fields, CHAT)
     options = _options(fields, service)
-    chat = read_conversation(fields)
+    chat = await call.aside(lambda: read_conversation(fields))
     check_response_format(fields)
     # Markers must reach the parser, so special tokens are kept in the text whatever the request says.
     params = sampling_params(
@@ -83,8 +84,9 @@ async def chat_completions(call: Call) -> None:
             f"a whole number from 1 to {service.max_model_len}",
             "; the nearest valid value is 1",
         )
-    prompt = await encode(service, chat)
-    jobs = jobs_for([prompt], params, options.n, routing_of(call))
+    routing = await call.aside(lambda: routing_of(call))
+    prompt = await encode(call, chat, service.bound("messages"), salt=routing.salt)
+    jobs = jobs_for([prompt], params, options.n, routing)
     answer = Answer(service, options, chat, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt)
     if options.stream:
         await _stream(call, answer, jobs)
@@ -189,7 +191,7 @@ class Answer:
         chat: Conversation,
         id: str,
         created: int,
-        prompt: Sequence[int],
+        prompt: np.ndarray,
     ) -> None:
         self.service, self.options, self.chat, self.prompt = service, options, chat, prompt
         self.usage = UsageSum(per_prompt=options.n)
@@ -215,7 +217,7 @@ class Answer:
             body |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
             shown.append(body | ({"token_ids": choice.token_ids} if self.options.token_ids else {}))
         body = {**self._head, "object": "chat.completion", "choices": shown, "usage": self._usage()}
-        return body | ({"prompt_token_ids": list(self.prompt)} if self.options.prompt_token_ids else {})
+        return body | ({"prompt_token_ids": self.prompt.tolist()} if self.options.prompt_token_ids else {})
 
     def chunks(self, index: int, output: RequestOutput) -> bytes:
         """Frames for what one output brought; nothing when it only reports progress or text is held back."""
@@ -265,7 +267,7 @@ class Answer:
             tokens = self.choices[choices[0]["index"]].token_ids
             body["usage"] = usage_so_far(len(self.prompt), len(tokens))
         if self.options.prompt_token_ids and not self._begun:
-            body["prompt_token_ids"] = list(self.prompt)
+            body["prompt_token_ids"] = self.prompt.tolist()
         self._begun = True
         return b"data: " + orjson.dumps(body) + b"\n\n"
 

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import orjson
 
 from dsv4.api.errors import error_event
-from dsv4.api.fields import Fields, refuse
+from dsv4.api.fields import Fields, refuse, token_ids
 from dsv4.api.generation import UsageSum, jobs_for, run
 from dsv4.api.http import Call
 from dsv4.api.known_fields import COMPLETIONS, check_known
@@ -33,7 +34,7 @@ from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.sampler import Sampled
-from dsv4.errors import RequestError, kind
+from dsv4.errors import RequestError
 
 DEFAULT_MAX_TOKENS = 16
 """As OpenAI and vLLM have it for this endpoint."""
@@ -66,7 +67,8 @@ async def completions(call: Call) -> None:
     fields, service = call.fields, call.service
     check_known(fields, COMPLETIONS)
     options = _options(fields, service)
-    prompts = await _prompts(fields, service)
+    routing = await call.aside(lambda: routing_of(call))
+    prompts = await _prompts(call, routing.salt)
     wanted = max_tokens_of(fields, DEFAULT_MAX_TOKENS)
     params = sampling_params(
         fields,
@@ -80,7 +82,7 @@ async def completions(call: Call) -> None:
     if len(prompts) * options.n > most:
         text = f"{len(prompts)} prompts times n {options.n} are more than the queue holds; at most {most}"
         raise RequestError(text, "n" if options.n > 1 else "prompt", "invalid_value", 400)
-    jobs = jobs_for(prompts, params, options.n, routing_of(call))
+    jobs = jobs_for(prompts, params, options.n, routing)
     answer = Answer(service, options, f"cmpl-{answer_id_of(call)}", int(time.time()), prompts)
     if options.stream:
         await _stream(call, answer, jobs)
@@ -118,48 +120,42 @@ def _options(fields: Fields, service: Service) -> Options:
     return options
 
 
-async def _prompts(fields: Fields, service: Service) -> list[list[int]]:
-    """One or many prompts, each text or token ids, as token ids."""
-    prompt = fields.get("prompt")
+async def _prompts(call: Call, salt: str) -> list[np.ndarray]:
+    """One or many prompts, each text or token ids, as int32 [tokens]."""
+    prompt = call.fields.get("prompt")
     if prompt is None:
         raise RequestError(
             "prompt is missing; it takes text or token ids, or a list of such", "prompt", "missing_field", 400
         )
     many = (
         [prompt]
-        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int)
+        if isinstance(prompt, (str, np.ndarray))
+        or (isinstance(prompt, list) and prompt and type(prompt[0]) is int)
         else prompt
     )
     if not isinstance(many, list) or not 0 < len(many) <= MAX_PROMPTS:
         raise refuse("prompt", prompt, f"text or token ids, or a list of 1 to {MAX_PROMPTS} such")
-    return [await _prompt_ids(one, i, service) for i, one in enumerate(many)]
+    return [await _prompt_ids(call, one, i, salt) for i, one in enumerate(many)]
 
 
-async def _prompt_ids(prompt: Any, i: int, service: Service) -> list[int]:
+async def _prompt_ids(call: Call, prompt: Any, i: int, salt: str) -> np.ndarray:
+    service = call.service
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError(
                 f"prompt[{i}] is empty; it needs at least one token", "prompt", "invalid_value", 400
             )
-        return await service.encode(prompt, "prompt")
-    if not isinstance(prompt, list) or not prompt:
+        return await service.encode(prompt, service.bound("prompt"), salt=salt)
+    if not isinstance(prompt, (list, np.ndarray)) or not len(prompt):
         raise refuse(f"prompt[{i}]", prompt, "text or at least one token id")
-    bad = next((t for t in prompt if type(t) is not int), None)
-    if bad is not None or any(type(t) is not int for t in prompt):
-        raise refuse(f"prompt[{i}]", bad, f"token ids, all whole numbers; it holds {kind(bad)}")
-    low, high = min(prompt), max(prompt)
-    if low < 0 or high >= service.vocab_size:
-        raise refuse(
-            f"prompt[{i}]", low if low < 0 else high, f"token ids from 0 to {service.vocab_size - 1}"
-        )
-    return prompt
+    return await call.aside(lambda: token_ids(f"prompt[{i}]", prompt, service.vocab_size))
 
 
 @dataclass(slots=True)
 class Choice:
     """What one choice has brought so far."""
 
-    prompt: list[int]
+    prompt: np.ndarray
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Sampled] = field(default_factory=list)
@@ -179,7 +175,7 @@ class Answer:
     """Builds the JSON of an answer, whole or in chunks."""
 
     def __init__(
-        self, service: Service, options: Options, id: str, created: int, prompts: Sequence[list[int]]
+        self, service: Service, options: Options, id: str, created: int, prompts: Sequence[np.ndarray]
     ) -> None:
         self.service, self.options, self.prompts = service, options, prompts
         self.usage = UsageSum(per_prompt=options.n)
@@ -220,7 +216,7 @@ class Answer:
         prompt = self.prompts[index // self.options.n]
         choice = {"index": index, "text": self._text(prompt), "logprobs": None, "finish_reason": None}
         if self.options.token_ids:
-            choice["token_ids"] = prompt
+            choice["token_ids"] = prompt.tolist()
         return self._frame([choice])
 
     def end(self) -> bytes:
@@ -246,20 +242,20 @@ class Answer:
         if self.options.nothing:
             shown_ids, text, judged = [], "", []
         if self.options.echo:
-            shown_ids, text = choice.prompt + shown_ids, self._text(choice.prompt) + text
+            shown_ids, text = choice.prompt.tolist() + shown_ids, self._text(choice.prompt) + text
             judged = choice.prompt_logprobs + judged
         answer: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
         if self.options.logprobs is not None:
             answer["logprobs"] = self._logprobs(shown_ids, judged, 0)
         answer |= {"finish_reason": self._reason(choice.finish_reason), "stop_reason": choice.stop_reason}
         if self.options.token_ids:
-            answer |= {"token_ids": shown_ids, "prompt_token_ids": choice.prompt}
+            answer |= {"token_ids": shown_ids, "prompt_token_ids": choice.prompt.tolist()}
         return answer
 
     def _reason(self, reason: str | None) -> str | None:
         return "length" if self.options.nothing and reason else reason
 
-    def _text(self, tokens: Sequence[int]) -> str:
+    def _text(self, tokens: np.ndarray) -> str:
         tokenizer = self.service.engine.tokenizer
         return tokenizer.decode(tokens, skip_special=False) if tokenizer is not None else ""
 

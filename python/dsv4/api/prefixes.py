@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -25,8 +26,8 @@ async def pin(call: Call) -> None:
     fields, service = call.fields, call.service
     service.check_model(fields)
     check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT)
-    prompt = await _prompt(call, fields)
-    routing = routing_of(call)
+    routing = await call.aside(lambda: routing_of(call))
+    prompt = await _prompt(call, routing.salt)
     params = sampling_params(Fields({}), max_tokens=0, logprobs=None)
     cached = 0
     async with contextlib.aclosing(run(call, jobs_for([prompt], params, 1, routing))) as outputs:
@@ -38,16 +39,17 @@ async def pin(call: Call) -> None:
     )
 
 
-async def _prompt(call: Call, fields: Fields) -> list[int]:
+async def _prompt(call: Call, salt: str) -> np.ndarray:
+    fields, service = call.fields, call.service
     if fields.get("messages") is not None:
-        return await encode(call.service, read_conversation(fields))
-    prompt = fields.get("prompt")
-    if type(prompt) is list:
-        return [int(t) for t in fields.items("prompt", int, 2**31)]
+        chat = await call.aside(lambda: read_conversation(fields))
+        return await encode(call, chat, service.bound("messages"), salt=salt)
+    if type(fields.get("prompt")) is not str and fields.get("prompt") is not None:
+        return await call.aside(lambda: fields.token_ids("prompt", service.vocab_size))
     text = fields.text("prompt", longest=2**31)
     if not text:
         raise RequestError("prompt or messages is missing", "prompt", "missing_field", 400)
-    return await call.service.encode(text, "prompt")
+    return await service.encode(text, service.bound("prompt"), salt=salt)
 
 
 async def unpin(request: Request) -> Response:

@@ -1,29 +1,24 @@
-"""What all handlers of one server share: the engine, the settings, the names it answers to, and tokenizing
-off the loop."""
+"""What all handlers of one server share: the engine, the settings, the names it answers to, and its threads."""
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from dsv4.api.connections import connections_for
 from dsv4.api.fields import Fields
+from dsv4.api.lanes import Lanes
 from dsv4.api.metrics import Metrics
 from dsv4.config import LONGEST_NAME, ServerConfig
 from dsv4.errors import RequestError, show
+from dsv4.text.draft import Bound
 from dsv4.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dsv4.engine.async_engine import AsyncEngine
-
-T = TypeVar("T")
-
-INLINE_CHARS = 1024
-"""Text up to this length is tokenized where it is (well under a millisecond); longer text on a thread of its
-own."""
 
 DEFAULT_NAME = "default"
 """A model name that every server answers to."""
@@ -42,7 +37,7 @@ class Service:
         self.metrics = Metrics(engine.stats, self.name, engine.tenants)
         self.started = int(time.time())
         self.draining = False
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="dsv4-tokenize")
+        self.lanes = Lanes()
 
     @property
     def max_model_len(self) -> int:
@@ -80,16 +75,17 @@ class Service:
         if self.draining:
             raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
 
-    async def off_loop(self, work: Callable[[], T], *, size: int) -> T:
-        """`work()`, on a thread when `size` characters are too many for the event loop."""
-        if size <= INLINE_CHARS:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    def bound(self, param: str) -> Bound:
+        """What a prompt in the field `param` may have."""
+        return Bound(self.max_model_len, param)
 
-    async def encode(self, text: str, param: str) -> list[int]:
-        """Text as token ids."""
-        tokenizer = self.tokenizer(param)
-        return await self.off_loop(lambda: tokenizer.encode(text), size=len(text))
+    async def encode(self, text: str, bound: Bound, *, salt: str = "") -> np.ndarray:
+        """Raw text as token ids, int32 [tokens]. RequestError for a text beyond `bound`, unread where its length says
+        so."""
+        tokenizer = self.tokenizer(bound.param)
+        return await self.lanes.encode(
+            lambda: tokenizer.draft_text(text, salt=salt, bound=bound), size=len(text)
+        )
 
     def piece(self, token: int, *, as_id: bool = False) -> str:
         """One token as text, for log-probabilities; bytes that are no character alone are shown as
@@ -106,4 +102,4 @@ class Service:
         return [self.piece(t) for t in tokens]
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.lanes.close()

@@ -13,7 +13,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from dsv4.config import EngineConfig
 from dsv4.engine.build import BuiltEngine, Progress, build_engine
 from dsv4.engine.liveness import Liveness
 from dsv4.engine.loop import PLAIN
+from dsv4.engine.prompt import TokenIds, as_prompt
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.routing import Routing, session_id
 from dsv4.errors import Dsv4Error, EngineDead, RequestError
@@ -95,7 +96,7 @@ class AsyncEngine:
 
     async def generate(
         self,
-        prompt: Sequence[int],
+        prompt: TokenIds,
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -106,12 +107,13 @@ class AsyncEngine:
 
         `fork_of` names a live request with which this one shares a prefix: its state is taken over instead of computed
         again, with equal tokens. When it is not live any more nothing is shared.
-        Raises RequestError when the request cannot be taken: empty or too long (400), queue full or draining (429, 503).
+        `prompt` is not copied where it is an int32 array. Raises RequestError when the request cannot be taken: empty or too long (400), queue full or draining (429, 503).
         """
         request_id = request_id or f"req-{next(self._ids)}"
         self._check_open()
-        admitted = self.built.admissible(prompt, params)
-        stream = self._stream(request_id, list(prompt), admitted, routing, fork_of)
+        tokens = as_prompt(prompt)
+        admitted = self.built.admissible(tokens, params)
+        stream = self._stream(request_id, tokens, admitted, routing, fork_of)
         async with contextlib.aclosing(stream) as outputs:
             async for output in outputs:
                 yield output
@@ -119,7 +121,7 @@ class AsyncEngine:
     async def _stream(
         self,
         request_id: str,
-        tokens: list[int],
+        tokens: np.ndarray,
         params: SamplingParams,
         routing: Routing,
         fork_of: str | None,
@@ -152,9 +154,9 @@ class AsyncEngine:
             if not finished:
                 self._post_if_open(lambda: [self._loop.abort(key) for key in keys])
 
-    async def pin(self, tokens: Sequence[int], salt: str = "") -> int:
+    async def pin(self, tokens: TokenIds, salt: str = "") -> int:
         """Keeps the cached whole blocks of a prefix until `unpin` of what is returned."""
-        ids = np.asarray(tokens, np.int32)
+        ids = as_prompt(tokens)
         pin: int = await self.call(lambda core: core.pin(salt.encode(), ids))
         return pin
 

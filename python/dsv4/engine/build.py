@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dsv4._core import Core, LayoutSpec
@@ -106,12 +107,13 @@ class BuiltEngine:
         """The model's name."""
         return Path(self.source).name
 
-    def admissible(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
-        """Checks what can be checked without the core and fills in max_tokens. Raises RequestError."""
-        if not prompt:
+    def admissible(self, prompt: np.ndarray, params: SamplingParams) -> SamplingParams:
+        """Checks what can be checked without the core and fills in max_tokens. `prompt`: int32 [tokens]. Raises
+        RequestError."""
+        if not prompt.size:
             raise RequestError("prompt is empty; it needs at least one token", "prompt", "invalid_value", 400)
         vocab = self.model_config.vocab_size
-        for token in (min(prompt), max(prompt)):
+        for token in (prompt.min(), prompt.max()):
             if not 0 <= token < vocab:
                 raise RequestError(
                     f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}",

@@ -6,17 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dsv4.config import EngineConfig
 from dsv4.engine.async_engine import as_request_error
 from dsv4.engine.build import Progress, build_engine
+from dsv4.engine.prompt import TokenIds, as_prompt
 from dsv4.engine.request import RequestOutput, Usage
 from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat import encode_chat, ending_of
+from dsv4.text.draft import Bound
 
-Prompt = str | Sequence[int]
+Prompt = str | TokenIds
 
 
 @dataclass(slots=True)
@@ -128,7 +132,7 @@ class LLM:
     ) -> Completion:
         """One assistant turn for OpenAI-style messages, or the rest of the last message where that is to be continued;
         the text is what the model wrote, markers and all."""
-        ids = self.chat_ids(
+        ids = self._chat_prompt(
             messages,
             thinking=thinking,
             tools=tools,
@@ -148,6 +152,23 @@ class LLM:
     ) -> list[int]:
         """The prompt of a chat as token ids. `continue_final_message`: the last message, an assistant's, is left open, as
         `prefix: true` in it says too. Raises RequestError, also without a tokenizer."""
+        return self._chat_prompt(
+            messages,
+            thinking=thinking,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        ).tolist()
+
+    def _chat_prompt(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        thinking: bool,
+        tools: Sequence[dict[str, Any]] | None,
+        add_generation_prompt: bool | None,
+        continue_final_message: bool | None,
+    ) -> np.ndarray:
         if self.tokenizer is None:
             raise RequestError(
                 "this model directory has no tokenizer; send token ids", "messages", "no_tokenizer", 400
@@ -158,20 +179,19 @@ class LLM:
             continue_final_message=continue_final_message,
         )
         format = self._built.chat_format
-        return self.tokenizer.encode_segments(
-            encode_chat(messages, thinking=thinking, tools=tools, ending=ending, format=format)
-        )
+        segments = encode_chat(messages, thinking=thinking, tools=tools, ending=ending, format=format)
+        return self.tokenizer.draft(segments, bound=Bound(self.max_model_len, "messages")).finish()
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt) -> np.ndarray:
         if not isinstance(prompt, str):
-            return [int(t) for t in prompt]
+            return as_prompt(prompt)
         if self.tokenizer is None:
             raise RequestError(
                 "this model directory has no tokenizer; send token ids", "prompt", "no_tokenizer", 400
             )
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.draft_text(prompt, bound=Bound(self.max_model_len, "prompt")).finish()
 
-    def _submit(self, ids: list[int], params: SamplingParams, deliver: Any, salt: str) -> int:
+    def _submit(self, ids: np.ndarray, params: SamplingParams, deliver: Any, salt: str) -> int:
         params = self._built.admissible(ids, params)
         try:
             return self._loop.submit("llm", ids, params, deliver, routing=Routing(salt=salt))
@@ -180,4 +200,6 @@ class LLM:
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    if isinstance(prompts, (str, np.ndarray)):
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))

@@ -79,7 +79,7 @@ class EngineLoop:
     def submit(
         self,
         request_id: str,
-        prompt: list[int],
+        prompt: np.ndarray,
         params: SamplingParams,
         deliver: Callable[[RequestOutput], None],
         *,
@@ -88,7 +88,7 @@ class EngineLoop:
     ) -> int:
         """Queues a request and returns its key. Raises EngineDead and what `Core.submit` raises; nothing is kept then.
 
-        `fork_of`: the id of a live request whose state this one starts from, which saves work and changes no token.
+        `prompt`: int32 [tokens], contiguous. `fork_of`: the id of a live request whose state this one starts from, which saves work and changes no token.
         """
         if self.dead is not None:
             raise self.dead
@@ -104,7 +104,7 @@ class EngineLoop:
         self.core.set_time(now)  # a request's age counts from here
         self.core.submit(
             key,
-            request.prompt_array,
+            prompt,
             max_new=params.max_tokens,
             stop_ids=sorted(stop_ids),
             all_logits=request.wants_prompt_logprobs,
@@ -205,7 +205,7 @@ class EngineLoop:
         outputs: list[RequestOutput] = []
         failed, salt = self.failed_in_row, Routing(salt="dsv4 self-check")
         greedy = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-        self.submit("self-check", [0], greedy, outputs.append, routing=salt)
+        self.submit("self-check", np.zeros(1, np.int32), greedy, outputs.append, routing=salt)
         while self.has_work():
             self.step()
         if outputs[-1].error is not None:

@@ -54,7 +54,7 @@ class EngineRequest:
         self,
         key: int,
         request_id: str,
-        prompt: list[int],
+        prompt: np.ndarray,
         params: SamplingParams,
         sampling: SamplingState,
         detokenizer: Detokenizer | None,
@@ -71,7 +71,6 @@ class EngineRequest:
         self.prompt_logprobs: list[Sampled | None] = [None]
         self.stop_string: str | None = None
         self.error: str | None = None
-        self.prompt_array = np.asarray(prompt, np.int32)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -191,7 +191,8 @@ class Runner:
                 int(plan.row_start[r]),
                 int(plan.row_len[r]),
             )
-            first, targets = last[r] - length + 1, request.prompt[start + 1 : start + length + 1]
+            targets = request.prompt[start + 1 : start + length + 1].tolist()
+            first = last[r] - length + 1
             # After a preemption the prompt is computed again; what is known already stays.
             if targets and start + 1 == len(request.prompt_logprobs):
                 for at in range(0, len(targets), LOGIT_ROWS):

@@ -48,7 +48,8 @@ class SamplingState:
     """What sampling needs to know of a request. `output` holds every sampled token, those not yet committed included."""
 
     params: SamplingParams
-    prompt: Sequence[int]
+    prompt: np.ndarray
+    """int32 [tokens]."""
     eos_ids: frozenset[int]
     seed: int
     output: list[int] = field(default_factory=list)
@@ -86,7 +87,7 @@ class SamplingState:
         seen = np.fromiter(counts, np.int64, len(counts))
         if p.repetition_penalty != 1:
             if self._prompt is None:
-                self._prompt = np.unique(np.asarray(self.prompt, np.int64))
+                self._prompt = np.flatnonzero(np.bincount(self.prompt))
             seen = np.union1d(seen, self._prompt)
         biased = {t: b for t, b in p.logit_bias.items() if t < vocab}
         tokens = np.unique(np.concatenate((seen, np.fromiter(chain(biased, ends), np.int64))))

@@ -112,6 +112,12 @@ class Draft:
         for place, ids in zip(batch.places, batch.ids, strict=True):
             self._fill(place, ids)
 
+    def finish(self) -> np.ndarray:
+        """Encodes what is left, here and now, and gives the ids."""
+        for batch in self.batches():
+            self.take(batch.run())
+        return self.ids()
+
     def ids(self) -> np.ndarray:
         """All of them, int32 [tokens], contiguous and not writable."""
         return np.frombuffer(b"".join(self._parts), np.int32)

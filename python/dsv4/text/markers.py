@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+
 class Marker(str):
     """Text that stands for a special token. Everything else is text, whatever it looks like."""
 

@@ -52,12 +52,6 @@ def _encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[
     return [e.ids for e in encodings]
 
 
-def _finished(draft: Draft) -> np.ndarray:
-    for batch in draft.batches():
-        draft.take(batch.run())
-    return draft.ids()
-
-
 class Tokenizer:
     """Text to ids and back. Thread-safe; slow on long text, so keep it off the event loop."""
 
@@ -113,14 +107,13 @@ class Tokenizer:
         """For start-up."""
         return f"{len(self._bytes):,} tokens from {self.source}"
 
-    def encode(self, text: str) -> np.ndarray:
-        """Ids of raw text in which special tokens are recognised, as completion prompts are written: int32 [tokens]."""
-        return _finished(self.draft_text(text))
+    def encode(self, text: str) -> list[int]:
+        """Ids of raw text in which special tokens are recognised, as completion prompts are written."""
+        return self.draft_text(text).finish().tolist()
 
-    def encode_segments(self, segments: Iterable[str]) -> np.ndarray:
-        """Ids of a prompt in which only `Marker`s are special tokens: int32 [tokens]. Raises ConfigError for a marker that
-        is unknown."""
-        return _finished(self.draft(segments))
+    def encode_segments(self, segments: Iterable[str]) -> list[int]:
+        """Ids of a prompt in which only `Marker`s are special tokens. Raises ConfigError for a marker that is unknown."""
+        return self.draft(segments).finish().tolist()
 
     def draft_text(self, text: str, *, salt: str = "", bound: Bound | None = None) -> Draft:
         """`draft` for raw text, in which special tokens are recognised."""
