@@ -24,6 +24,8 @@ FILES = {
     "nano": resources.files("dsv4") / "data" / "nano" / "tokenizer.json",
 }
 WORDS = st.sampled_from(
+    ["<｜User｜>", "<think>", "</think>", "｜DSML｜", "<｜end▁of▁sentence｜>"]
+) | st.sampled_from(
     [
         "word ",
         " Wort",
@@ -41,8 +43,9 @@ WORDS = st.sampled_from(
         "｜",
         "</th",
         "ink>",
+        "a" * 40,
+        "\ud83d",
     ]
-    + ["<｜User｜>", "<think>", "</think>", "｜DSML｜", "<｜end▁of▁sentence｜>", "a" * 40, "\ud83d"]
 )
 TEXTS = st.lists(WORDS, max_size=60).map("".join)
 

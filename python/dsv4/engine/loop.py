@@ -18,6 +18,7 @@ from dsv4._core import Core, StepHeader
 from dsv4.engine import device_errors
 from dsv4.engine.buffers import StepBuffers
 from dsv4.engine.output import Delta, as_final, as_output, push_token
+from dsv4.engine.prompt import TokenIds, as_prompt
 from dsv4.engine.request import EngineRequest, RequestOutput
 from dsv4.engine.routing import Routing, Tenants, now_us
 from dsv4.engine.runner import Runner, StepResult
@@ -79,7 +80,7 @@ class EngineLoop:
     def submit(
         self,
         request_id: str,
-        prompt: np.ndarray,
+        prompt: TokenIds,
         params: SamplingParams,
         deliver: Callable[[RequestOutput], None],
         *,
@@ -88,10 +89,12 @@ class EngineLoop:
     ) -> int:
         """Queues a request and returns its key. Raises EngineDead and what `Core.submit` raises; nothing is kept then.
 
-        `prompt`: int32 [tokens], contiguous. `fork_of`: the id of a live request whose state this one starts from, which saves work and changes no token.
+        `prompt` is not copied where it is an int32 array. `fork_of`: the id of a live request whose state this one starts
+        from, which saves work and changes no token.
         """
         if self.dead is not None:
             raise self.dead
+        prompt = as_prompt(prompt)
         key = next(self._keys)
         seed = params.seed if params.seed is not None else self.seed + key
         state = SamplingState(params, prompt, eos_ids=self.eos_ids, seed=seed)
@@ -205,7 +208,7 @@ class EngineLoop:
         outputs: list[RequestOutput] = []
         failed, salt = self.failed_in_row, Routing(salt="dsv4 self-check")
         greedy = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-        self.submit("self-check", np.zeros(1, np.int32), greedy, outputs.append, routing=salt)
+        self.submit("self-check", [0], greedy, outputs.append, routing=salt)
         while self.has_work():
             self.step()
         if outputs[-1].error is not None:
