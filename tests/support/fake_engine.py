@@ -19,7 +19,7 @@ from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
-from dsv4.text.chat import GA
+from dsv4.text.chat_format import GA
 from dsv4.text.stop import StopStrings
 from dsv4.text.tokenizer import Tokenizer
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from pathlib import Path
 
 import pytest
-from dsv4.errors import ConfigError, RequestError
+from dsv4.errors import RequestError
 from dsv4.model.config import ModelConfig
 from dsv4.text.chat import (
     END_THINK,
@@ -117,8 +116,6 @@ def test_effort_prefixes_by_release() -> None:
         talk = [{"role": "system", "content": "S"}, user("q")]
         assert prompt(talk, thinking=True, effort=effort, format=format).startswith(start)
         assert prompt(talk, effort=effort, format=format).startswith(f"{BOS}S{U}")  # thinking mode only
-    assert ChatFormat.for_model("/nowhere", ModelConfig.preset("v4-flash")) is GA
-    assert ChatFormat.for_model("/nowhere", ModelConfig.preset("v4-pro-preview")) is PREVIEW
 
 
 def system(text: str, **more: object) -> dict:
@@ -390,22 +387,6 @@ def test_odd_arguments_of_a_call_never_fail() -> None:
         assert small.encode_segments(encode_chat([user("q"), assistant("", tool_calls=[call])]))
     none = [user("q"), assistant("", tool_calls=[{"function": {"name": "f", "arguments": None}}])]
     assert 'invoke name="f">\n\n</｜DSML｜invoke>' in prompt(none)
-
-
-@pytest.mark.parametrize(
-    ("raw", "words"),
-    [
-        ({"tools_befor": ""}, "has the key 'tools_befor'; known are efforts, tools_before"),
-        ({"tools_before": 3}, "has tools_before = 3"),
-        ({"efforts": {"high": ""}}, "has efforts without 'low'"),
-        ({"efforts": {"low": 1}}, "has efforts without 'low', or whose prefixes are no texts"),
-    ],
-)
-def test_a_bad_chat_format_is_one_line(tmp_path: Path, raw: dict, words: str) -> None:
-    (tmp_path / "chat_format.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError) as e:
-        ChatFormat.for_model(tmp_path, ModelConfig.preset("v4-flash"))
-    assert words in str(e.value) and "\n" not in str(e.value)
 
 
 JUNK = st.recursive(

@@ -33,7 +33,7 @@ from dsv4.plan.cache import pages_of, size_pool
 from dsv4.plan.graphs import contexts_of, sizes_of
 from dsv4.plan.weights import Weights
 from dsv4.sampling import SamplingParams
-from dsv4.text.chat import ChatFormat
+from dsv4.text.chat_format import ChatFormat, choose_format
 from dsv4.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
@@ -90,6 +90,8 @@ class BuiltEngine:
     memory: MemoryPlan
     tokenizer: Tokenizer | None
     chat_format: ChatFormat
+    chat_format_is: str
+    """Which it is, and why."""
     loop: EngineLoop
     ops: Ops
     dtype: torch.dtype
@@ -168,6 +170,7 @@ class BuiltEngine:
             f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {formats.get('csa_index', 'none')}",
             f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
             f"tokenizer  {self.tokenizer.describe() if self.tokenizer else 'none: token ids in, token ids out'}",
+            f"chat       {self.chat_format_is}; efforts {', '.join(self.chat_format.efforts)}",
             *self.generation.describe(),
             f"weights    {size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             *(f"           {note}" for note in m.notes),
@@ -210,7 +213,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     record = None if config.record_steps is None else StepRecord(config.record_steps)
     ops = Ops.choose(config.backend, device)
     tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
-    chat_format = ChatFormat.for_model(source, model_config)
+    chat_format, chat_format_is = choose_format(source, model_config)
     generation = read_generation(
         Path(source),
         model_config,
@@ -274,6 +277,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         memory,
         tokenizer,
         chat_format,
+        chat_format_is,
         loop,
         ops,
         dtype,

@@ -18,18 +18,30 @@ in; DeepSeek's own API differs in the same places:
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from dsv4.errors import ConfigError, RequestError, kind, show
-from dsv4.model.config import ModelConfig, read_json
+from dsv4.errors import RequestError, kind, show
+from dsv4.text.chat_format import GA, PREVIEW, ChatFormat
 from dsv4.text.tokenizer import Marker, Segments
+
+__all__ = [
+    "EFFORTS",
+    "GA",
+    "PREFIX_FIELDS",
+    "PREVIEW",
+    "ROLES",
+    "TASKS",
+    "ChatFormat",
+    "Ending",
+    "encode_chat",
+    "ending_of",
+    "starts_in_thought",
+]
 
 BOS, EOS = Marker("<｜begin▁of▁sentence｜>"), Marker("<｜end▁of▁sentence｜>")
 USER, ASSISTANT = Marker("<｜User｜>"), Marker("<｜Assistant｜>")
@@ -49,84 +61,7 @@ Ending = Literal["opened", "closed", "continued"]
 PREFIX_FIELDS = ("prefix", "partial", "wo_eos")
 """What marks the last message as one to continue: the names that DeepSeek, Moonshot and Qwen, and SGLang have for it."""
 
-_ABSOLUTE_MAXIMUM = (
-    "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
-    "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause, "
-    "rigorously stress-testing your logic against all potential paths, edge cases, and adversarial scenarios.\n"
-    "Explicitly write out your entire deliberation process, documenting every intermediate step, considered alternative, "
-    "and rejected hypothesis to ensure absolutely no assumption is left unchecked.\n\n"
-)
-_BEYOND_MAXIMUM = (
-    "Reasoning Effort: Beyond maximum — exhaustive, relentless, and uncompromising.\n"
-    "You MUST reason with the utmost depth and rigor, leaving absolutely nothing to chance: exhaustively decompose the "
-    "problem into its most fundamental components, trace every causal chain to its root, and resolve the underlying cause "
-    "rather than any surface symptom.\n"
-    "Do not stop reasoning until you have independently verified the solution from multiple angles and are certain that "
-    "no assumption remains unchecked and no error remains undiscovered.\n\n"
-)
-_TOOLS_BEFORE = """## Tools
-
-You have access to a set of tools to help answer the user's question. You can invoke tools by writing a "<｜DSML｜tool_calls>" block like the following:
-
-<｜DSML｜tool_calls>
-<｜DSML｜invoke name="$TOOL_NAME">
-<｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</｜DSML｜parameter>
-...
-</｜DSML｜invoke>
-<｜DSML｜invoke name="$TOOL_NAME2">
-...
-</｜DSML｜invoke>
-</｜DSML｜tool_calls>
-
-String parameters should be specified as is and set `string="true"`. For all other types (numbers, booleans, arrays, objects), pass the value in JSON format and set `string="false"`.
-
-If thinking_mode is enabled (triggered by <think>), you MUST output your complete reasoning inside <think>...</think> BEFORE any tool calls or final response.
-
-Otherwise, output directly after </think> with tool calls or final response.
-
-### Available Tool Schemas
-
-"""
-_TOOLS_AFTER = (
-    "\n\nYou MUST strictly follow the above defined tool name and parameter schemas to invoke tool calls.\n"
-)
 _RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
-
-
-@dataclass(frozen=True, slots=True)
-class ChatFormat:
-    """The texts that differ between trainings. `whole_schema`: tools are listed with their OpenAI wrapper."""
-
-    efforts: Mapping[str, str]
-    tools_before: str = _TOOLS_BEFORE
-    tools_after: str = _TOOLS_AFTER
-    whole_schema: bool = False
-
-    @classmethod
-    def for_model(cls, path: str | Path, config: ModelConfig) -> ChatFormat:
-        """The directory's chat_format.json where there is one, else that of the release the config belongs to.
-        Raises ConfigError."""
-        base = GA if config.draft == "dspark" else PREVIEW
-        file = Path(path) / "chat_format.json"
-        if not file.exists():
-            return base
-        raw, known = read_json(file), [f.name for f in dataclasses.fields(cls)]
-        unknown = next((k for k in raw if k not in known), None)
-        if unknown is not None:
-            raise ConfigError(f"{file} has the key {unknown!r}; known are {', '.join(known)}")
-        for key, value in raw.items():
-            if type(value) is not type(getattr(base, key)):
-                raise ConfigError(
-                    f"{file} has {key} = {value!r:.40}; it must be like {getattr(base, key)!r:.40}"
-                )
-        efforts = raw.get("efforts", base.efforts)
-        if "low" not in efforts or not all(isinstance(text, str) for text in efforts.values()):
-            raise ConfigError(f"{file} has efforts without 'low', or whose prefixes are no texts")
-        return dataclasses.replace(base, **raw)
-
-
-PREVIEW = ChatFormat({"low": "", "high": "", "max": _ABSOLUTE_MAXIMUM})
-GA = ChatFormat({"low": "", "high": _ABSOLUTE_MAXIMUM, "max": _BEYOND_MAXIMUM})
 
 
 @dataclass(slots=True)
