@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from dsv4.errors import show
+
 _INT_RANGES = {
     "top_k": (-1, 2**31 - 1),
     "min_tokens": (0, 2**31 - 1),
@@ -57,13 +59,13 @@ class SamplingParams:
             if value is None and name not in ("top_k", "min_tokens"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
+                raise ValueError(f"{name} is {show(value)}; it must be a whole number from {low} to {high}")
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
         for name, (low, high) in _FLOAT_RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+                raise ValueError(f"{name} is {show(value)}; it must be a number from {low:g} to {high:g}")
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
         if self.top_p == 0:
@@ -80,19 +82,18 @@ class SamplingParams:
             raise ValueError(f"stop has {len(self.stop)} strings; the limit is {_MAX_STOPS}")
         for s in self.stop:
             if not isinstance(s, str) or not 0 < len(s) <= _MAX_STOP_LENGTH:
-                shown = repr(s)[:40]
                 raise ValueError(
-                    f"stop has {shown}; each entry must be text of 1 to {_MAX_STOP_LENGTH} characters"
+                    f"stop has {show(s)}; each entry must be text of 1 to {_MAX_STOP_LENGTH} characters"
                 )
         for t in self.stop_token_ids:
             if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < 2**31:
-                raise ValueError(f"stop_token_ids has {t!r}; each entry must be a token id")
+                raise ValueError(f"stop_token_ids has {show(t)}; each entry must be a token id")
 
     def _check_bias(self) -> None:
         if len(self.logit_bias) > _MAX_BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} entries; the limit is {_MAX_BIASES}")
         for token, bias in self.logit_bias.items():
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
-                raise ValueError(f"logit_bias has the key {token!r}; keys are token ids")
+                raise ValueError(f"logit_bias has the key {show(token)}; keys are token ids")
             if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
-                raise ValueError(f"logit_bias of token {token} is {bias!r}; it must be from -100 to 100")
+                raise ValueError(f"logit_bias of token {token} is {show(bias)}; it must be from -100 to 100")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 
 import pytest
@@ -350,7 +351,22 @@ def test_the_small_model_brings_its_own_tool_text() -> None:
             "messages[0].content[0] has type 'image_url'",
         ),
         ([user("x")], {"effort": "ultra"}, "reasoning effort is 'ultra'; valid are low, high, max"),
-        ([user("x")], {"tools": [{"type": "function"}]}, "tools[0] has no function with a name"),
+        (
+            [user("x")],
+            {"tools": [{"type": "function"}]},
+            "tools[0] has no function with a name: tools[0].function is null; it must be an object",
+        ),
+        ([user("x")], {"tools": [None]}, "tools[0] is null; it must be an object"),
+        (
+            [system("x", tools=[TOOL, {"function": {"name": 3}}])],
+            {},
+            "messages[0].tools[1].function.name is a number; it must be text",
+        ),
+        (
+            [user("x"), assistant("", tool_calls=[CALL, {"function": "f"}])],
+            {},
+            "messages[1].tool_calls[1].function is text; it must be an object",
+        ),
         (
             [{"role": "system", "content": "", "tools": 5}],
             {},
@@ -418,7 +434,10 @@ def test_no_messages_fail_but_with_one_line(messages: list, thinking: bool, tool
     try:
         segments = encode_chat(messages, thinking=thinking, tools=tools)
     except RequestError as e:
-        assert "\n" not in str(e)
+        said = re.sub("'[^']*'", "", str(e))
+        assert "\n" not in str(e) and not re.search(
+            r"\b(None|NoneType|dict|str|int|float|bool|True|False)\b", said
+        )
     else:
         assert all(isinstance(s, str) for s in segments) and segments[0] == BOS
         ending = ending_of(messages)

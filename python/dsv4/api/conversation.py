@@ -126,7 +126,14 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
     for i, tool in enumerate(tools):
         if tool.get("type", "function") != "function":
             raise refuse(f"tools[{i}].type", tool["type"], "'function'")
-        Fields(tool, f"tools[{i}].").nested("function")
+        function = Fields(tool, f"tools[{i}].").nested("function")
+        if not function.text("name"):
+            raise RequestError(
+                f"{function.where}name is missing", f"{function.where}name", "missing_field", 400
+            )
+        function.text("description", longest=2**31)
+        function.nested("parameters")
+        function.boolean("strict")
     return [] if choice == "none" else tools
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4.cli.common import add_settings, dim, note, read_settings
 from dsv4.cli.generate import add_sampling, sampling_of
 from dsv4.config import EngineConfig
-from dsv4.errors import ConfigError, RequestError
+from dsv4.errors import ConfigError, RequestError, kind
 from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def read_tools(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError) as e:
         raise ConfigError(f"tools file {path}: {getattr(e, 'strerror', None) or e}") from None
     if not isinstance(tools, list):
-        raise ConfigError(f"tools file {path} holds {type(tools).__name__}; it must be a list of tools")
+        raise ConfigError(f"tools file {path} holds {kind(tools)}; it must be a list of tools")
     return tools
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4.errors import ConfigError
+from dsv4.errors import ConfigError, kind
 from dsv4.spelling import nearest
 
 MAX_BYTES = 64 * 2**20
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path} is no JSON: {e}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {type(data).__name__}, not an object")
+        raise ConfigError(f"{path} holds {kind(data)}, not an object")
     return data
 
 

@@ -73,6 +73,8 @@ class _Turn:
     blocks: list[tuple[str | None, Segments]]
     """(Tool call id or None, text). Only user and system turns have more than one."""
     message: Mapping[str, Any]
+    where: str = ""
+    """Path of an assistant's message, for errors."""
 
 
 def encode_chat(
@@ -203,7 +205,7 @@ def _merge(messages: Sequence[Mapping[str, Any]], format: ChatFormat) -> list[_T
         _check_extras(message, i)
         last = turns[-1] if turns else None
         if role == "system":
-            text += _instructions(message, format)
+            text += _instructions(message, format, f"messages[{i}].")
             if last is not None and last.role == "system":
                 last.blocks.append((None, text))
             else:
@@ -218,7 +220,7 @@ def _merge(messages: Sequence[Mapping[str, Any]], format: ChatFormat) -> list[_T
             last.blocks.append((None, text))
             last.message = message if message.get("task") else last.message
         else:
-            turns.append(_Turn(role, [(None, text)], message))
+            turns.append(_Turn(role, [(None, text)], message, f"messages[{i}]."))
     return turns
 
 
@@ -280,7 +282,7 @@ def _text(message: Mapping[str, Any], i: int) -> str:
 
 def _attach(turns: list[_Turn], extra: Mapping[str, Any], format: ChatFormat) -> None:
     """The request's tools and response schema go after the system text; a system turn is made where there is none."""
-    instructions = _instructions(extra, format)
+    instructions = _instructions(extra, format, "")
     if not instructions:
         return
     if turns[0].role != "system":
@@ -328,35 +330,47 @@ def _answer(turn: _Turn, reasoning: bool, *, open_ended: bool) -> Segments:
     thought = str(turn.message.get("reasoning_content") or turn.message.get("reasoning") or "")
     if open_ended:
         return [thought, END_THINK, *text] if reasoning and text[0] else [thought if reasoning else "", *text]
-    calls = _tool_calls(turn.message.get("tool_calls") or ())
+    calls = _tool_calls(turn.message.get("tool_calls") or (), turn.where)
     return [*([thought, END_THINK] if reasoning else ()), *text, *calls, EOS]
 
 
-def _instructions(message: Mapping[str, Any], format: ChatFormat) -> Segments:
+def _instructions(message: Mapping[str, Any], format: ChatFormat, where: str) -> Segments:
     out: Segments = []
     if message.get("tools"):
-        schemas = [_schema(tool, i, format) for i, tool in enumerate(message["tools"])]
+        schemas = [_schema(tool, f"{where}tools[{i}]", format) for i, tool in enumerate(message["tools"])]
         out += ["\n\n", *_trusted(format.tools_before), "\n".join(schemas), *_trusted(format.tools_after)]
     if message.get("response_schema"):
         out += [_RESPONSE_FORMAT, _json(message["response_schema"])]
     return out
 
 
-def _schema(tool: Any, i: int, format: ChatFormat) -> str:
-    function = tool.get("function") if isinstance(tool, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RequestError(f"tools[{i}] has no function with a name", f"tools[{i}]")
+def _schema(tool: Any, where: str, format: ChatFormat) -> str:
+    function = _function(tool, where)
     return _json(tool if format.whole_schema else function)
 
 
-def _tool_calls(calls: Sequence[Mapping[str, Any]]) -> Segments:
+def _function(holder: Any, where: str) -> Mapping[str, Any]:
+    """The `function` of a tool or of a call."""
+    for path in ("", ".function"):
+        value = holder.get("function") if path else holder
+        if not isinstance(value, Mapping):
+            raise RequestError(
+                f"{where} has no function with a name: {where}{path} is {kind(value)}; it must be an object",
+                where,
+            )
+    function: Mapping[str, Any] = holder["function"]
+    if not isinstance(function.get("name"), str):
+        named = f"{where}.function.name is {kind(function.get('name'))}; it must be text"
+        raise RequestError(f"{where} has no function with a name: {named}", where)
+    return function
+
+
+def _tool_calls(calls: Sequence[Mapping[str, Any]], where: str) -> Segments:
     if not calls:
         return []
     out: Segments = ["\n\n<", DSML, "tool_calls>\n"]
     for n, call in enumerate(calls):
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RequestError(f"tool_calls[{n}] has no function with a name", "messages")
+        function = _function(call, f"{where}tool_calls[{n}]")
         out += ["\n" if n else "", "<", DSML, f'invoke name="{function["name"]}">\n']
         arguments = function.get("arguments")
         out += _parameters("{}" if arguments is None else arguments)
