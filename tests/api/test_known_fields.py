@@ -181,7 +181,7 @@ def test_unknown_fields_are_ignored_and_named_in_a_debug_line(
 ) -> None:
     with caplog.at_level(logging.DEBUG, "dsv4.api"):
         for endpoint in (CHAT, COMPLETIONS):
-            unknown = {"made_up": 1, "x" * 300: "secret"}
+            unknown = {"made_up": 1, "stream_options": {"x" * 300: "secret"}}
             assert answer(send(server, endpoint, **unknown)) == answer(send(server, endpoint))
     lines = [r.getMessage() for r in caplog.records if "unknown fields" in r.getMessage()]
     assert len(lines) == 2 and all("2 unknown fields" in t and "'made_up'" in t for t in lines)

@@ -28,8 +28,12 @@ _SHARED = """
 """
 HONOURED: Mapping[str, frozenset[str]] = {
     CHAT: frozenset(
-        f"""{_SHARED} messages tools tool_choice parallel_tool_calls top_logprobs thinking enable_thinking reasoning
-        reasoning_effort include_reasoning return_prompt_token_ids chat_template_kwargs add_generation_prompt continue_final_message task
+        f"""{_SHARED} messages tools tool_choice parallel_tool_calls top_logprobs reasoning_effort include_reasoning
+        thinking thinking.type enable_thinking reasoning reasoning.effort reasoning.enabled reasoning.exclude task
+        return_prompt_token_ids add_generation_prompt continue_final_message chat_template_kwargs
+        chat_template_kwargs.thinking chat_template_kwargs.enable_thinking chat_template_kwargs.reasoning_effort
+        chat_template_kwargs.drop_thinking chat_template_kwargs.add_generation_prompt
+        chat_template_kwargs.continue_final_message
         """.split()
     ),
     COMPLETIONS: frozenset(f"{_SHARED} prompt echo skip_special_tokens".split()),
@@ -194,24 +198,22 @@ _KNOWN = {
     for e in HONOURED
 }
 _WITH_FIELDS = {
-    e: frozenset(name.split(".")[0] for name in refused if "." in name) for e, refused in _ALL_REFUSED.items()
+    e: frozenset(name.split(".")[0] for name in known if "." in name) for e, known in _KNOWN.items()
 }
-"""Objects of which some fields are refused."""
+"""Objects whose fields are looked at."""
 
 
 def check_known(fields: Fields, endpoint: str) -> None:
     """RequestError for the first field that asks for what is not done here. `endpoint`: CHAT or COMPLETIONS."""
-    known, refused, unknown = _KNOWN[endpoint], _ALL_REFUSED[endpoint], []
-    for name, value in fields.body.items():
+    known, refused = _KNOWN[endpoint], _ALL_REFUSED[endpoint]
+    given = dict(fields.body)
+    for name in _WITH_FIELDS[endpoint]:
+        if type(inner := given.get(name)) is dict:
+            given |= {f"{name}.{key}": value for key, value in inner.items()}
+    for name, value in given.items():
         if name in refused:
             _refuse(name, value, refused[name])
-        elif name not in known:
-            unknown.append(name)
-        elif type(value) is dict and name in _WITH_FIELDS[endpoint]:
-            for inner in value:
-                if (dotted := f"{name}.{inner}") in refused:
-                    _refuse(dotted, value[inner], refused[dotted])
-    if unknown and log.isEnabledFor(logging.DEBUG):
+    if log.isEnabledFor(logging.DEBUG) and (unknown := [name for name in given if name not in known]):
         shown = ", ".join(map(show, unknown[:8]))
         log.debug("%s: %d unknown fields of the request were ignored: %s", endpoint, len(unknown), shown)
 
