@@ -79,7 +79,11 @@ class EngineConfig:
     """What the engine needs to know. `None` and `auto` are resolved at start and printed."""
 
     model: str | None = setting(
-        None, "directory with config.json and safetensors (default: the small model that ships)"
+        None,
+        "directory with config.json and safetensors, or org/name in the local hub cache (default: the small model that ships)",
+    )
+    revision: str | None = setting(
+        None, "branch, tag or commit of org/name (default: main, or the newest in the cache)"
     )
     generation_config: str = setting(
         "auto",

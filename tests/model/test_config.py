@@ -58,9 +58,10 @@ def test_a_model_is_found_by_name_directory_or_file(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     raw = random_config_dict()
     (tmp_path / "mine" / "config.json").write_text(json.dumps(raw))
-    assert ModelConfig.find("v4-pro") == ModelConfig.preset("v4-pro")
-    assert ModelConfig.find(str(tmp_path / "mine")) == ModelConfig.from_dict(raw, "mine")
-    assert ModelConfig.find(str(tmp_path / "mine" / "config.json")) == ModelConfig.from_dict(raw, "mine")
+    assert ModelConfig.find("v4-pro") == (ModelConfig.preset("v4-pro"), None)
+    mine = ModelConfig.from_dict(raw, "mine"), tmp_path / "mine"
+    assert ModelConfig.find(str(tmp_path / "mine")) == mine
+    assert ModelConfig.find(str(tmp_path / "mine" / "config.json")) == mine
     with pytest.raises(ConfigError, match=r"model is 'v4-flsh'; .*did you mean 'v4-flash'\?"):
         ModelConfig.find("v4-flsh")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,25 +109,30 @@ def test_a_config_alone_says_so(tmp_path: Path, capsys: Capture) -> None:
     assert p["memory"] == whole["memory"] and p["release"] == whole["release"]
 
 
-def test_plan_and_serve_refuse_in_the_same_words(tmp_path: Path, capsys: Capture) -> None:
+def test_plan_and_serve_refuse_in_the_same_words_before_torch_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from dsv4.cli import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)"
+    )
+
     def said(command: str) -> str:
-        flags = [str(tmp_path), "--gpu", "h100"] if command == "plan" else ["--model", str(tmp_path), "hello"]
-        assert main([command, *flags]) in (1, 2)
-        out, err = capsys.readouterr()
-        assert out == "" and err.count("\n") == 1, err
-        return err
+        flags = ["--gpu", "h100"] if command == "plan" else ["--port", "0"]
+        arguments = [sys.executable, "-c", code, command, str(tmp_path), *flags]
+        run = subprocess.run(arguments, capture_output=True, text=True)
+        assert run.returncode in (1, 2) and run.stdout == "" and run.stderr.count("\n") == 1, run.stderr
+        return run.stderr
 
     def gptq(flat: Flat) -> None:
         flat["layers.1.ffn.experts.0.w1.g_idx"] = torch.zeros(128, dtype=torch.int32)
 
     write_nvfp4(tmp_path, moe_quant_algo="NVFP4")
-    assert said("plan") == said("generate") and "moe_quant_algo" in said("plan")
+    assert said("plan") == said("serve") and "moe_quant_algo" in said("plan")
     set_config(tmp_path, quantization_config=None)
-    assert said("plan") == said("generate") and "NVFP4" in said("plan")
+    assert said("plan") == said("serve") and "NVFP4" in said("plan")
     rewrite(write_release(tmp_path, compress_ratios=[0, 4]), gptq)
-    assert said("plan") == said("generate") and "GPTQ" in said("plan")
+    assert said("plan") == said("serve") and "GPTQ" in said("plan")
     rewrite(tmp_path, lambda flat: (flat.pop("layers.1.ffn.experts.0.w1.g_idx"), flat.pop("norm.weight")))
-    assert said("plan") == said("generate") and "norm.weight" in said("plan")
+    assert said("plan") == said("serve") and "norm.weight" in said("plan")
 
 
 def test_the_engine_prints_what_differs(tmp_path: Path) -> None:

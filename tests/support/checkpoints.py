@@ -81,6 +81,24 @@ def write_nvfp4(path: Path, **quantization: Any) -> Path:
     return path
 
 
+def write_hub(cache: Path, repository: str, commits: dict[str, Path], main: str | None = None) -> Path:
+    """A repository in a hub cache: each commit's snapshot is links to blobs, which are links to the files of a directory.
+    `main`: the commit that its branch points to. Returns the repository's folder."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "blobs").mkdir(parents=True, exist_ok=True)
+    for commit, source in commits.items():
+        snapshot = folder / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in source.iterdir():
+            blob = folder / "blobs" / f"{commit}-{file.name}"
+            blob.symlink_to(file)
+            (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    if main is not None:
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(main)
+    return folder
+
+
 def rewrite(path: Path, change: Callable[[Flat], None]) -> None:
     """Changes the tensors of the only (or the first) shard in place. An index that is there must still fit."""
     file = sorted(path.glob("*.safetensors"))[0]

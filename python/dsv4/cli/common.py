@@ -28,7 +28,7 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = 
             "model",
             nargs="?",
             metavar="MODEL",
-            help="directory with config.json and safetensors (default: the small model)",
+            help="directory with config.json and safetensors, or org/name in the local hub cache (default: the small model)",
         )
         parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
     parser.add_argument(
@@ -52,6 +52,17 @@ def model_of(arguments: argparse.Namespace) -> str | None:
             f"model is given twice, as {arguments.model!r} and as --model {flag!r}; give it once"
         )
     return flag
+
+
+def check_model(config: EngineConfig) -> None:
+    """Before anything slow, such as importing torch: raises ConfigError or CheckpointError for a MODEL that is not there, not
+    whole, or not one that is served. Reads the headers of the files, about a second for Flash."""
+    from dsv4.model.config import ModelConfig
+    from dsv4.model.source import find_source
+    from dsv4.model.survey import survey
+
+    path = find_source(config.model, config.revision).path
+    survey(path, ModelConfig.from_dir(path))
 
 
 def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[str]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import add_numbers, model_of
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 INDEX_FORMATS = {"fp4": "mxfp4", "fp8": "fp8", "bfloat16": "bfloat16", "float32": "float32"}
 WEIGHTS = ("released", "bfloat16", "float32")
-MODELS = "v4-flash, v4-pro, v4-flash-preview, v4-pro-preview, a directory or a config.json"
+MODELS = "v4-flash, v4-pro, v4-flash-preview, v4-pro-preview, a directory, a config.json, or org/name in the local hub cache"
 EVERY = "2048,8192,32768"
 NUMBERS = {
     "max_num_seqs": (),
@@ -88,6 +87,9 @@ def add(commands: Any) -> None:
         metavar="|".join(WEIGHTS),
         help="how weights are kept [released]",
     )
+    parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of org/name [main, or the newest]"
+    )
     parser.add_argument("--draft", action="store_true", help="count the drafter's weights too")
     parser.add_argument(
         "--graphs",
@@ -128,7 +130,7 @@ def question(a: argparse.Namespace) -> Question:
         raise ConfigError(f"MODEL is missing; it is one of {MODELS}")
     if a.gpu is None:
         raise ConfigError(f"--gpu is missing; known are {', '.join(GPUS)}")
-    config, weights, counted_from = _weights(model, draft=a.draft)
+    config, weights, counted_from = _weights(model, a.revision, draft=a.draft)
     for flag, value in (
         ("--max-num-seqs", a.max_num_seqs),
         ("--max-step-tokens", a.max_num_batched_tokens),
@@ -166,25 +168,20 @@ def question(a: argparse.Namespace) -> Question:
     )
 
 
-def _weights(model: str, *, draft: bool) -> tuple[ModelConfig, Weights, str]:
+def _weights(model: str, revision: str | None, *, draft: bool) -> tuple[ModelConfig, Weights, str]:
     """The model and its weights, from the headers of the files where there are any. Raises ConfigError, CheckpointError."""
-    from dsv4.model.config import RELEASED, ModelConfig
+    from dsv4.model.config import ModelConfig
+    from dsv4.model.source import has_weights
     from dsv4.plan.weights import Weights
 
-    config, path = ModelConfig.find(model), Path(model)
-    path = path.parent if path.is_file() else path
-    files = sum(1 for _ in path.glob("*.safetensors")) if path.is_dir() else 0
-    if files:
+    config, path = ModelConfig.find(model, revision)
+    if path is not None and has_weights(path):
         from dsv4.model.survey import survey
 
         found = survey(path, config, draft=draft)
-        return found.config, Weights.found(found), f"the headers of {files} files in {path}"
-    released = model in RELEASED and not path.exists()
-    return (
-        config,
-        Weights.released(config, draft=draft),
-        "" if released else "config.json; there are no weights beside it",
-    )
+        return found.config, Weights.found(found), f"the headers of {found.files} files in {path}"
+    source = "" if path is None else "config.json; there are no weights beside it"
+    return config, Weights.released(config, draft=draft), source
 
 
 def _share(flag: str, value: float) -> None:

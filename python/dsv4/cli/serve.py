@@ -8,17 +8,15 @@ import shlex
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
 from dsv4.api.loading import Loading
-from dsv4.cli.common import LoadProgress, add_settings, note, read_settings
+from dsv4.cli.common import LoadProgress, add_settings, check_model, note, read_settings
 from dsv4.cli.signals import ends_at_signal
 from dsv4.config import EngineConfig, ServerConfig
 from dsv4.errors import ConfigError
-from dsv4.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from dsv4.api.service import Service
@@ -38,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_names(arguments.served_model_name, engine_config.model)
     set_up_logging(server_config.log_level)
     # Before the slow part, so that a wrong model and a taken port are known at once.
-    check_model(engine_config.model)
+    check_model(engine_config)
     check_file_limit(raise_file_limit(), server_config.max_connections)
     sockets = listen(server_config)
 
@@ -87,17 +85,6 @@ def serve(service: Service, sockets: Sequence[socket.socket], on_ready: Callable
     from dsv4.api import server
 
     server.serve(service, sockets, on_ready)
-
-
-def check_model(model: str | None) -> None:
-    """Raises ConfigError for a MODEL that is no model, without loading anything."""
-    if model is None:
-        return
-    if not Path(model).is_dir():
-        raise ConfigError(
-            f"model is {model!r}; it must be a directory with config.json and safetensors files"
-        )
-    ModelConfig.from_dir(model)
 
 
 def listen(config: ServerConfig) -> list[socket.socket]:

@@ -203,7 +203,7 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
         raise ConfigError(
             f"--memory-fraction is {a.memory_fraction:g}; it takes a number above 0 and up to 1"
         )
-    config, card = ModelConfig.find(a.model), gpu(a.gpu)
+    (config, _), card = ModelConfig.find(a.model), gpu(a.gpu)
     layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=a.block_size)
     tp = a.tp or smallest_tp(config, card)
     parallel.check(config, tp, 1, tp)

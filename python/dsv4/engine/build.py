@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
 from dsv4.model.generation_config import Generation, read_generation
+from dsv4.model.source import Source, find_source
 from dsv4.model.survey import survey
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
@@ -95,7 +94,7 @@ class BuiltEngine:
     loop: EngineLoop
     ops: Ops
     dtype: torch.dtype
-    source: str
+    source: Source
     generation: Generation
     eager: str | None
     """Why decode steps are not captured; None where they are."""
@@ -107,7 +106,7 @@ class BuiltEngine:
     @property
     def name(self) -> str:
         """The model's name."""
-        return Path(self.source).name
+        return self.source.name
 
     def admissible(self, prompt: np.ndarray, params: SamplingParams) -> SamplingParams:
         """Checks what can be checked without the core and fills in max_tokens. `prompt`: int32 [tokens]. Raises
@@ -166,7 +165,7 @@ class BuiltEngine:
         formats = {x.name: x.format for x in layout.components}
         tokens = m.pages * layout.block_tokens
         return [
-            f"model      {self.name}: {self.model_config.num_layers} layers, vocabulary {self.model_config.vocab_size}, from {self.source}",
+            f"model      {self.name}: {self.model_config.num_layers} layers, vocabulary {self.model_config.vocab_size}, from {self.source.path}",
             f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {formats.get('csa_index', 'none')}",
             f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
             f"tokenizer  {self.tokenizer.describe() if self.tokenizer else 'none: token ids in, token ids out'}",
@@ -197,12 +196,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     Raises ConfigError (settings, config.json) and CheckpointError (weights), each with one line, before any slow work
     where it can.
     """
-    source = config.model or str(resources.files("dsv4") / "data" / "nano")
-    if not Path(source).is_dir():
-        raise ConfigError(
-            f"model is {source!r}; it must be a directory with config.json and safetensors files"
-        )
-    found = survey(Path(source), ModelConfig.from_dir(source))
+    source = find_source(config.model, config.revision)
+    found = survey(source.path, ModelConfig.from_dir(source.path))
     model_config = found.config
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
@@ -212,10 +207,10 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     )
     record = None if config.record_steps is None else StepRecord(config.record_steps)
     ops = Ops.choose(config.backend, device)
-    tokenizer = Tokenizer.from_dir(source, vocab_size=model_config.vocab_size)
-    chat_format, chat_format_is = choose_format(source, model_config)
+    tokenizer = Tokenizer.from_dir(source.path, vocab_size=model_config.vocab_size)
+    chat_format, chat_format_is = choose_format(source.path, model_config)
     generation = read_generation(
-        Path(source),
+        source.path,
         model_config,
         setting=config.generation_config,
         override=config.override_generation_config,
@@ -238,7 +233,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     core = _core(config, layout, pages, max_len)
     with allocating("lower --kv-cache-memory (or --num-pages), --max-num-seqs or --max-num-batched-tokens"):
         weights = load_weights(
-            source, model_config, dtype, progress, packed=packed, device=device, found=found
+            source.path, model_config, dtype, progress, packed=packed, device=device, found=found
         )
         runner, eager = _runner(config, layout, model_config, weights, ops, pages, max_len)
         buffers = tuple(

@@ -16,6 +16,8 @@ from dsv4.errors import ConfigError
 from dsv4.model.json_fields import Fields, read_json
 from dsv4.model.quantization import check_config as check_quantization
 from dsv4.model.quantization import check_files as check_foreign_files
+from dsv4.model.source import RELEASED as RELEASED
+from dsv4.model.source import find_source, model_name
 from dsv4.spelling import nearest
 
 LAYER_TYPES = {
@@ -49,9 +51,6 @@ SUPPORTED_QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "expert_dtype": ("fp4", "fp8", "bf16"),
 }
 """The same for quantization_config."""
-
-RELEASED = ("v4-flash", "v4-flash-preview", "v4-pro", "v4-pro-preview")
-"""Configs that ship, by name."""
 
 ROPE_FIELDS = (
     "type",
@@ -131,7 +130,7 @@ class ModelConfig:
     def from_dir(cls, path: str | Path) -> ModelConfig:
         """Reads config.json of a model directory. Raises ConfigError."""
         file = Path(path) / "config.json"
-        config = cls.from_dict(read_json(file), name=Path(path).resolve().name)
+        config = cls.from_dict(read_json(file), name=model_name(Path(path)))
         check_foreign_files(Path(path))
         return config
 
@@ -146,20 +145,22 @@ class ModelConfig:
         return cls.from_dict(json.loads((folder / f"{name}.json").read_text()), name=name)
 
     @classmethod
-    def find(cls, model: str) -> ModelConfig:
-        """A released config by name, a directory with config.json, or the file itself. Raises ConfigError."""
-        path = Path(model)
-        if path.is_dir():
-            return cls.from_dir(path)
-        if path.is_file():
-            return cls.from_dict(read_json(path), name=path.resolve().parent.name)
-        if model in RELEASED:
-            return cls.preset(model)
-        known = ", ".join(RELEASED)
-        raise ConfigError(
-            f"model is {model!r}; it must be a directory with config.json, such a file, or one of {known}"
-            f"{nearest(model, RELEASED)}"
-        )
+    def find(cls, model: str, revision: str | None = None) -> tuple[ModelConfig, Path | None]:
+        """(config, its directory) of a released config by name (which has none), a directory with config.json, the file
+        itself, or a repository in the hub's cache. Raises ConfigError, CheckpointError (see `find_source`)."""
+        path = Path(model).expanduser()
+        if path.is_file() and path.suffix == ".json":
+            return cls.from_dict(read_json(path), name=path.resolve().parent.name), path.parent
+        if model in RELEASED and not path.exists():
+            return cls.preset(model), None
+        if not path.exists() and "/" not in model:
+            known = ", ".join(RELEASED)
+            raise ConfigError(
+                f"model is {model!r}; it must be a directory with config.json, such a file, org/name in the local hub cache, "
+                f"or one of {known}{nearest(model, RELEASED)}"
+            )
+        source = find_source(model, revision, weights=False)
+        return cls.from_dir(source.path), source.path
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], name: str = "model") -> ModelConfig:

@@ -58,6 +58,10 @@ class Survey:
     """`expert_dtype` of config.json."""
 
     @property
+    def files(self) -> int:
+        return len({place.file for place in self.stored.values()})
+
+    @property
     def tensors(self) -> int:
         return len(self.stored)
 
