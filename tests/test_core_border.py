@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from dsv4 import _core
-from dsv4._core import Core, LayoutSpec, PlanBuffers
+from dsv4._core import RESET, SAMPLE, Core, LayoutSpec, plan_schema
+from dsv4.engine.buffers import StepPlan
 
 FLASH = [0, 0] + [4, 128] * 20 + [4]
 PRO = [128, 128] + [4, 128] * 29 + [4]
@@ -31,17 +32,8 @@ def make_core(**changes: Any) -> Core:
     return Core(SMALL, **(settings | changes))
 
 
-def arrays(**changes: Any) -> dict[str, np.ndarray]:
-    """The arrays of a plan; `changes` replace some."""
-    copies = (SLABS, 2 + SMALL.copy_pages)
-    made = {name: np.zeros(STEP_TOKENS, np.int32) for name in ("token_ids", "positions")}
-    rows = ("row_slab", "row_start", "row_len", "row_flags", "row_replay_end", "sample_rows")
-    made |= {name: np.zeros(SLABS, np.int32) for name in rows}
-    made["row_req"] = np.zeros(SLABS, np.int64)
-    made["page_deltas"] = np.zeros((MAX_LEN // SMALL.block_tokens + 4 * SLABS, 3), np.int32)
-    made["saves"], made["restores"] = np.zeros(copies, np.int32), np.zeros(copies, np.int32)
-    made["forks"] = np.zeros((SLABS, 4), np.int32)
-    return made | changes
+def buffer(core: Core) -> StepPlan:
+    return StepPlan(core.plan_schema())
 
 
 def prompt(*tokens: int) -> np.ndarray:
@@ -125,69 +117,83 @@ def test_errors_have_their_class_and_say_what_to_do() -> None:
     assert issubclass(_core.CorruptState, _core.Dsv4Error) and not issubclass(_core.CorruptState, ValueError)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        (
-            "row_req",
-            np.zeros(SLABS, np.int32),
-            "row_req is of dtype int32; it must be .* of dtype int64",
-        ),
-        ("positions", [0] * STEP_TOKENS, "positions is .*list.*; it must be a numpy array of dtype int32"),
-        ("token_ids", np.zeros((2, 50), np.int32), r"token_ids is of shape \[2, 50\]; it needs 1 dimension"),
-        ("row_len", np.zeros(2 * SLABS, np.int32)[::2], "row_len is strided; it must be contiguous"),
-        (
-            "page_deltas",
-            np.zeros((9, 4), np.int32),
-            r"page_deltas is of shape \[9, 4\]; rows need 3",
-        ),
-    ],
-)
-def test_wrong_arrays_are_refused_by_name(name: str, value: Any, message: str) -> None:
-    with pytest.raises(_core.ConfigError, match=message):
-        PlanBuffers(**arrays(**{name: value}))
-
-
-def test_arrays_that_do_not_fit_the_core_are_refused_by_name() -> None:
+def test_buffers_that_do_not_do_are_refused_and_nothing_is_planned() -> None:
     core = make_core()
+    words = core.plan_schema()["words"]
     core.submit(1, prompt(1, 2, 3), max_new=1)
-    frozen = np.zeros(STEP_TOKENS, np.int32)
+    frozen = np.zeros(words, np.int32)
     frozen.flags.writeable = False
-    shared = np.zeros(SLABS, np.int32)
     bad = [
-        (dict(token_ids=np.zeros(99, np.int32)), "token_ids is 99 elements; it needs at least 100"),
-        (dict(saves=np.zeros((SLABS, 2), np.int32)), r"saves is of shape \[4, 2\]; rows need"),
-        (dict(positions=frozen), "positions is not available .*; it must be writable and given once"),
-        (
-            dict(row_len=shared, row_slab=shared),
-            "row_len is not available .* given once",
-        ),
+        (np.zeros(words, np.int64), "plan is of dtype int64; it must be a numpy array of dtype int32"),
+        ([0] * words, "plan is .*list.*; it must be a numpy array of dtype int32"),
+        (np.zeros((2, words), np.int32), r"plan is of shape \[2, \d+\]; it needs 1 dimension"),
+        (np.zeros(2 * words, np.int32)[::2], "plan is strided; it must be contiguous"),
+        (np.zeros(words - 1, np.int32), f"plan is {words - 1} words; it needs at least {words}"),
+        (frozen, "plan is not available .*; it must be writable"),
     ]
-    for changes, message in bad:
+    for out, message in bad:
         with pytest.raises(_core.ConfigError, match=message):
-            core.plan(PlanBuffers(**arrays(**changes)))
-    assert core.plan(PlanBuffers(**arrays())) is not None
+            core.plan(out)  # type: ignore[arg-type]
+    assert core.stats()["in_flight"] == 0 and core.plan(np.zeros(words + 5, np.int32))
 
 
-def test_a_plan_is_written_into_the_callers_arrays() -> None:
-    core, own = make_core(), arrays()
-    addresses = {name: a.ctypes.data for name, a in own.items()}
-    core.submit(7, prompt(5, 6, 7), max_new=2)
-    header = core.plan(PlanBuffers(**own))
-    assert header is not None
-    assert (header.step, header.rows, header.tokens, header.samples, header.deltas) == (1, 1, 3, 1, 1)
-    assert own["token_ids"][:3].tolist() == [5, 6, 7] and own["positions"][:3].tolist() == [0, 1, 2]
-    assert [int(own[n][0]) for n in ("row_req", "row_start", "row_len", "row_flags")] == [7, 0, 3, 1 | 2]
-    assert {name: a.ctypes.data for name, a in own.items()} == addresses
-    core.commit(header.step, prompt(9))
+def test_the_schema_says_where_everything_lies() -> None:
+    core = make_core()
+    schema = core.plan_schema()
+    limits = dict(slabs=SLABS, max_step_tokens=STEP_TOKENS, max_len=MAX_LEN)
+    assert schema == plan_schema(SMALL, **limits) == make_core(pages=9, max_waiting=3).plan_schema()
+    places = {f["name"]: f for f in schema["fields"]}
+    assert len(places) == len(schema["fields"])
+    used = np.zeros(schema["words"], int)
+    for place in places.values():
+        size = (2 if place["dtype"] == "int64" else 1) * int(np.prod(place["shape"], dtype=int))
+        used[place["offset"] : place["offset"] + size] += 1
+        assert place["section"] == "header" or places[place["section"]]["section"] == "header"
+        assert place["offset"] % (2 if place["dtype"] == "int64" else 1) == 0
+    assert used.max() == 1 and used[-1] == 1
+    assert places["token_ids"]["shape"] == places["positions"]["shape"] == [STEP_TOKENS]
+    assert places["row_slab"]["shape"] == [SLABS] and places["page_deltas"]["shape"][1] == 3
+    assert places["page_deltas"]["shape"][0] >= MAX_LEN // SMALL.block_tokens
+    more = plan_schema(SMALL, **(limits | dict(max_step_tokens=STEP_TOKENS + 16)))
+    assert more["words"] == schema["words"] + 2 * 16  # ids and positions; fields start at multiples of 16
+
+
+def test_a_plan_is_written_into_the_callers_buffer() -> None:
+    core = make_core()
+    plan, request = buffer(core), 7 + (3 << 32)
+    core.submit(request, prompt(5, 6, 7), max_new=2)
+    assert core.plan(plan.words)
+    assert (plan.step, plan.rows, plan.tokens, plan.samples, plan.deltas) == (1, 1, 3, 1, 1)
+    assert plan.token_ids.tolist() == [5, 6, 7] and plan.positions.tolist() == [0, 1, 2]
+    row = [plan.row_req, plan.row_start, plan.row_len, plan.row_flags]
+    assert [c.tolist() for c in row] == [[request], [0], [3], [RESET | SAMPLE]]
+    assert plan.page_deltas.shape == (1, 3) and plan.copy_pages.shape[0] == plan.copies == 0
+    assert np.shares_memory(plan.token_ids, plan.words) and np.shares_memory(plan.row_req, plan.words)
+    with pytest.raises(AttributeError, match="a plan has no field 'row_request'"):
+        _ = plan.row_request
+    core.commit(plan.step, prompt(9))
     events = np.zeros((8, 6), np.int64)
     assert [events[i, [0, 1, 3]].tolist() for i in range(core.events(events))] == [
-        [4, 7, 0],
-        [5, 7, 3],
-        [1, 7, 9],
+        [4, request, 0],
+        [5, request, 3],
+        [1, request, 9],
     ]
-    assert core.stop(7) and not core.stop(7)
-    assert core.events(events) == 1 and events[0, [0, 1, 3, 4, 5]].tolist() == [2, 7, 1, 1, -1]
+    assert core.stop(request) and not core.stop(request)
+    assert core.events(events) == 1 and events[0, [0, 1, 3, 4, 5]].tolist() == [2, request, 1, 1, -1]
+
+
+def test_any_number_of_buffers_may_take_turns() -> None:
+    """The core keeps no pointer: three buffers hold three steps in a row, and none is written but by its own plan."""
+    core = make_core(max_in_flight=2)
+    ring = [buffer(core) for _ in range(3)]
+    core.submit(1, prompt(5, 6, 7), max_new=9)
+    for turn in range(6):
+        before = [p.words.copy() for p in ring]
+        assert core.plan(ring[turn % 3].words) and ring[turn % 3].step == turn + 1
+        unchanged = [np.array_equal(p.words, b) for p, b in zip(ring, before, strict=True)]
+        assert unchanged == [i != turn % 3 for i in range(3)]
+        if turn > 0:
+            core.commit(turn, np.full(1, 9, np.int32))
 
 
 @dataclass
@@ -205,26 +211,25 @@ class FakeEngine:
 
     def run(self) -> None:
         """Until everything is done."""
-        slots = [arrays() for _ in range(self.in_flight)]
-        buffers = [PlanBuffers(**slot) for slot in slots]
+        plans = [buffer(self.core) for _ in range(self.in_flight)]
         pending: list[tuple[int, np.ndarray]] = []
         turn = 0
         while self.core.has_work() or pending:
-            header = self.core.plan(buffers[turn])
-            if header is not None:
-                pending.append((header.step, self._forward(header, slots[turn])))
+            planned = self.core.plan(plans[turn].words)
+            if planned:
+                pending.append((plans[turn].step, self._forward(plans[turn])))
                 turn = (turn + 1) % self.in_flight
-            if len(pending) == self.in_flight or header is None:
+            if len(pending) == self.in_flight or not planned:
                 self.core.commit(*pending.pop(0))
             self.core.check()
             self._drain()
 
-    def _forward(self, header: _core.StepHeader, plan: dict[str, np.ndarray]) -> np.ndarray:
-        ids = plan["token_ids"][: header.tokens].copy()
+    def _forward(self, plan: StepPlan) -> np.ndarray:
+        ids = plan.token_ids.copy()
         unknown = np.flatnonzero(ids < 0)
         ids[unknown] = [self._before[-1 - i] for i in ids[unknown]]
-        ends = np.cumsum(plan["row_len"][: header.rows])[plan["sample_rows"][: header.samples]] - 1
-        sampled = (ids[ends] * 31 + plan["positions"][ends] * 7 + 1) % 101
+        ends = np.cumsum(plan.row_len)[plan.sample_rows] - 1
+        sampled = (ids[ends] * 31 + plan.positions[ends] * 7 + 1) % 101
         self._before = sampled.tolist()
         return sampled.astype(np.int32)
 
@@ -323,11 +328,9 @@ def test_threads_may_submit_and_abort_while_another_one_plans() -> None:
     threads = [threading.Thread(target=client, args=(1000 * i,)) for i in range(1, 5)]
     for t in threads:
         t.start()
-    own = arrays()
-    buffers = PlanBuffers(**own)
+    plan = buffer(core)
     while any(t.is_alive() for t in threads) or core.has_work():
-        header = core.plan(buffers)
-        if header is not None:
-            core.commit(header.step, np.zeros(header.samples, np.int32))
+        if core.plan(plan.words):
+            core.commit(plan.step, np.zeros(plan.samples, np.int32))
     core.check()
     assert core.stats()["finished"] == 800

@@ -1,17 +1,24 @@
 """The Rust core: scheduler, page pool, prefix tree. It sees token ids and numbers, never tensors.
 
 Every call detaches the GIL. Errors are subclasses of `Dsv4Error`; a `CorruptState` (broken invariant or
-panic) means that the engine must stop. Shapes below: R = slabs, T = max_step_tokens, S =
-`LayoutSpec.copy_pages`, D >= ceil(max_len / block_tokens) + 4 * R.
+panic) means that the engine must stop.
 """
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Final, Literal, TypedDict, final, type_check_only
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "ALL_LOGITS",
+    "DECODE",
+    "FORK",
+    "REPLAY",
+    "RESET",
+    "RESTORE",
+    "SAMPLE",
+    "SAVE",
     "Component",
     "ConfigError",
     "Core",
@@ -20,14 +27,13 @@ __all__ = [
     "LayoutSpec",
     "NeverFits",
     "Overloaded",
-    "PlanBuffers",
     "Replay",
-    "StepHeader",
     "StepModel",
     "Trace",
     "UnknownRequest",
     "__version__",
     "build_info",
+    "plan_schema",
 ]
 
 __version__: str
@@ -178,10 +184,6 @@ class LayoutSpec:
         """Pages that a whole slab takes: the state at any other position."""
 
     @property
-    def copy_pages(self) -> int:
-        """The larger of the two: what a row of a plan's copy lists has room for."""
-
-    @property
     def history_bytes_per_token(self) -> float:
         """Sum over stride components of layers * row_bytes / ratio; no padding."""
 
@@ -204,87 +206,49 @@ class LayoutSpec:
     def __ne__(self, value: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
-@final
-class PlanBuffers:
-    """The arrays of one step, owned by Python and written in place by `Core.plan`.
+RESET: Final[int]
+"""Bit of `row_flags`: the state starts empty."""
+SAMPLE: Final[int]
+"""Bit of `row_flags`: the last token is sampled."""
+ALL_LOGITS: Final[int]
+"""Bit of `row_flags`: logits of every token are wanted."""
+REPLAY: Final[int]
+"""Bit of `row_flags`: the row rebuilds state, no history is written below `row_replay_end`."""
+DECODE: Final[int]
+"""Bit of `row_flags`: one token after the prompt."""
+FORK: Final[int]
+"""A `copy_kind`: a slab and its open page to another slab and page, before restores and the forward."""
+RESTORE: Final[int]
+"""A `copy_kind`: saved pages into a slab, before the forward."""
+SAVE: Final[int]
+"""A `copy_kind`: a slab into pages, after the forward. At a multiple of block_tokens the state is a snapshot,
+anywhere else the whole slab."""
 
-    All are contiguous, writable and given once. Raises ConfigError naming the array for a wrong dtype or
-    shape.
-    """
+@type_check_only
+class PlanField(TypedDict):
+    """Where a field of a plan lies. What each means is said in `rust/core/src/plan/schema.rs`."""
 
-    def __new__(
-        cls,
-        *,
-        token_ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        row_req: npt.NDArray[np.int64],
-        row_slab: npt.NDArray[np.int32],
-        row_start: npt.NDArray[np.int32],
-        row_len: npt.NDArray[np.int32],
-        row_flags: npt.NDArray[np.int32],
-        row_replay_end: npt.NDArray[np.int32],
-        sample_rows: npt.NDArray[np.int32],
-        page_deltas: npt.NDArray[np.int32],
-        saves: npt.NDArray[np.int32],
-        restores: npt.NDArray[np.int32],
-        forks: npt.NDArray[np.int32],
-    ) -> PlanBuffers:
-        """token_ids, positions [T]: inputs of all rows; id -(1 + i) stands for sample i of the step before.
+    name: str
+    section: Literal["header", "rows", "tokens", "samples", "deltas", "copies"]
+    """Numbers of the header stand alone; of another section as many elements are used as the header's
+    number of the section's name says."""
+    dtype: Literal["int32", "int64"]
+    """int64 is two words, the low one first."""
+    offset: int
+    """The first word."""
+    shape: list[int]
+    """All elements of the section, then the numbers of an element; empty in the header."""
 
-        row_req, row_slab, row_start, row_len [R]: request, slab, first position, tokens.
-        row_flags [R]: bits 1 RESET (state starts empty), 2 SAMPLE (last token), 4 ALL_LOGITS, 8 REPLAY (no
-        history is written below row_replay_end), 16 DECODE. row_replay_end [R]: 0 without a replay.
-        sample_rows [R]: sampled rows, in the order of `commit`'s tokens.
-        page_deltas [D, 3]: (slab, block, page), applied in order before the forward.
-        forks [R, 4]: (from slab, to slab, from page, to page), slabs and open pages to copy; a page is -1 where
-        none is open. Applied before restores.
-        saves, restores [R, 2 + S]: (slab, position, pages…, -1…); saves after the forward, restores before it.
-        At a multiple of block_tokens the state is a snapshot, anywhere else the whole slab.
-        """
+@type_check_only
+class PlanSchema(TypedDict):
+    """A plan is one int32 buffer; this is what lies in it."""
 
-@final
-class StepHeader:
-    """How much of the arrays a step uses."""
+    words: int
+    """Least length of the buffer."""
+    fields: list[PlanField]
 
-    @property
-    def step(self) -> int:
-        """Its number, from 1."""
-
-    @property
-    def rows(self) -> int:
-        """Rows; those in decode come first. A step may have none and only copy states."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all rows."""
-
-    @property
-    def samples(self) -> int:
-        """Rows that are sampled; `commit` wants as many tokens."""
-
-    @property
-    def deltas(self) -> int:
-        """Page-table changes."""
-
-    @property
-    def saves(self) -> int:
-        """States to save."""
-
-    @property
-    def restores(self) -> int:
-        """States to restore."""
-
-    @property
-    def forks(self) -> int:
-        """Slabs to copy from another."""
-
-    @property
-    def decode_rows(self) -> int:
-        """Rows with one token after their prompt."""
-
-    @property
-    def replay_tokens(self) -> int:
-        """Tokens that only rebuild state."""
+def plan_schema(layout: LayoutSpec, *, slabs: int, max_step_tokens: int, max_len: int) -> PlanSchema:
+    """`Core.plan_schema` of a core with these limits."""
 
 @final
 class Core:
@@ -381,10 +345,14 @@ class Core:
     def stop(self, req: int) -> bool:
         """Ends a request as a stop token would: the caller saw a stop string. False when it is not live."""
 
-    def plan(self, out: PlanBuffers) -> StepHeader | None:
-        """Writes the next step into `out`. None: nothing can run before a commit or submit.
+    def plan_schema(self) -> PlanSchema:
+        """What `plan` writes, and where."""
 
-        Raises ConfigError for arrays that are too small, Dsv4Error when `max_in_flight` steps are in flight.
+    def plan(self, out: npt.NDArray[np.int32]) -> bool:
+        """Writes the next step into `out`, which is contiguous and as long as `plan_schema` says; nothing of it is
+        kept. False: nothing can run before a commit or submit.
+
+        Raises ConfigError for a buffer that does not do, Dsv4Error when `max_in_flight` steps are in flight.
         """
 
     def commit(self, step: int, tokens: npt.NDArray[np.int32]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from dsv4._core import Core
 from dsv4.cli import main
-from dsv4.engine.buffers import StepBuffers
+from dsv4.engine.buffers import StepPlan
 from dsv4.model.config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
@@ -228,15 +228,14 @@ def test_a_dump_of_the_core_runs_on(capsys: pytest.CaptureFixture[str], tmp_path
     core = Core(
         layout, pages=64, slabs=1, max_step_tokens=1024, max_len=8192, snapshots="turns", eviction="lru"
     )
-    buffers = StepBuffers(layout, slabs=1, step_tokens=1024, max_len=8192)
+    plan = StepPlan(core.plan_schema())
     events = np.zeros((64, 6), np.int64)
 
     said: list[int] = []
 
     def step() -> None:
-        header = core.plan(buffers.core)
-        assert header is not None
-        core.commit(header.step, np.arange(header.samples, dtype=np.int32))
+        assert core.plan(plan.words)
+        core.commit(plan.step, np.arange(plan.samples, dtype=np.int32))
         while n := core.events(events):
             said.extend(request for kind, request, *_ in events[:n].tolist() if kind == 1)
 

@@ -2,7 +2,7 @@
 
 | file | responsibility |
 | --- | --- |
-| `buffers.py` | the numpy arrays a plan is written into |
+| `buffers.py` | the buffer that a plan is written into, read by field |
 | `runner.py` | one step on the device: page table, copies, forward, sample |
 | `loop.py` | plan, run, commit; the simple loop and the one with two steps in flight |
 | `device_errors.py` | whether a step failed or the device is gone |

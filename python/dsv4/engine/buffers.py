@@ -1,31 +1,38 @@
-"""The arrays that the core writes a plan into; allocated once, owned by Python.
+"""A step's plan: one buffer that the core writes and Python owns, read by field.
 
-Names, shapes and dtypes are the border's (`_core.pyi`, PlanBuffers). R = slabs (running requests), T = tokens of a step,
-S = pages of a saved state, D = page-table changes of a step.
+The fields are the core's (`_core.pyi`, PlanSchema; declared in `rust/core/src/plan/schema.rs`); none is named here. The core
+keeps no pointer to a buffer, so any number of them may take turns.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
+import torch
 
-from dsv4._core import LayoutSpec, PlanBuffers
-
-RESET, SAMPLE, ALL_LOGITS, REPLAY, DECODE = 1, 2, 4, 8, 16
-"""Bits of `row_flags`."""
+if TYPE_CHECKING:
+    from dsv4._core import PlanSchema
 
 
-class StepBuffers:
-    """One plan's arrays. Two of them alternate when two steps are in flight."""
+class StepPlan:
+    """`words` int32 is what `Core.plan` fills. A field is an attribute: a number of the header is an int, any other field an
+    array [n, ...] of which n is what the step uses, int32 or int64, a view of `words`."""
 
-    def __init__(self, layout: LayoutSpec, *, slabs: int, step_tokens: int, max_len: int) -> None:
-        deltas = max_len // layout.block_tokens + 1 + 4 * slabs
-        self.token_ids = np.zeros(step_tokens, np.int32)
-        self.positions = np.zeros(step_tokens, np.int32)
-        self.row_req = np.zeros(slabs, np.int64)
-        self.row_slab, self.row_start, self.row_len, self.row_flags, self.row_replay_end, self.sample_rows = (
-            np.zeros(slabs, np.int32) for _ in range(6)
-        )
-        self.page_deltas = np.zeros((deltas, 3), np.int32)
-        self.saves, self.restores = (np.zeros((slabs, 2 + layout.copy_pages), np.int32) for _ in range(2))
-        self.forks = np.zeros((slabs, 4), np.int32)
-        self.core = PlanBuffers(**vars(self))
+    def __init__(self, schema: PlanSchema, *, pinned: bool = False) -> None:
+        """`pinned`: in page-locked memory, from which a GPU copies by itself."""
+        self.words = torch.zeros(schema["words"], dtype=torch.int32, pin_memory=pinned).numpy()
+        self._fields: dict[str, tuple[str, np.ndarray]] = {}
+        for field in schema["fields"]:
+            size = 2 if field["dtype"] == "int64" else 1
+            for n in field["shape"]:
+                size *= n
+            own = self.words[field["offset"] : field["offset"] + size].view(field["dtype"])
+            self._fields[field["name"]] = (field["section"], own.reshape(field["shape"]))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._fields:
+            raise AttributeError(f"a plan has no field {name!r}")
+        section, values = self._fields[name]
+        # A section's elements are counted by the number of its name in the header.
+        return int(values) if section == "header" else values[: int(self._fields[section][1])]

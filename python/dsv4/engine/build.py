@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ import torch
 from dsv4._core import Core, LayoutSpec
 from dsv4.cache.paged import PagedCache
 from dsv4.config import EngineConfig, default_step_tokens
-from dsv4.engine.buffers import StepBuffers
+from dsv4.engine.buffers import StepPlan
 from dsv4.engine.graphs import Recorder
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
@@ -22,7 +21,7 @@ from dsv4.engine.runner import Runner
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
-from dsv4.model.generation_config import NO_END, Generation, read_generation
+from dsv4.model.generation_config import Generation, read_generation
 from dsv4.model.source import Source, find_source
 from dsv4.model.survey import survey
 from dsv4.model.v4 import V4Model
@@ -35,8 +34,6 @@ from dsv4.plan.weights import Weights
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat_format import ChatFormat, choose_format
 from dsv4.text.tokenizer import Tokenizer
-
-log = logging.getLogger("dsv4.engine")
 
 Progress = Callable[[int, int, str], None]
 """Called while weights load: bytes done, bytes in all, tensor name."""
@@ -219,8 +216,6 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         override=config.override_generation_config,
         find_token=tokenizer.find if tokenizer else lambda text: None,
     )
-    if not generation.eos_ids:
-        log.warning(NO_END)
     free = usable_memory(config)
     packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
     held = "released" if packed else str(dtype).removeprefix("torch.")
@@ -241,12 +236,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
             source.path, model_config, dtype, progress, packed=packed, device=device, found=found
         )
         runner, eager = _runner(config, layout, model_config, weights, ops, pages, max_len)
-        buffers = tuple(
-            StepBuffers(
-                layout, slabs=config.max_num_seqs, step_tokens=config.max_num_batched_tokens, max_len=max_len
-            )
-            for _ in range(2 if config.async_scheduling else 1)
-        )
+        schema, steps = core.plan_schema(), 2 if config.async_scheduling else 1
+        buffers = tuple(StepPlan(schema, pinned=device == "cuda") for _ in range(steps))
         if device == "cuda":
             runner.warm_up(min(config.max_num_batched_tokens, max_len - 1))
     loop = EngineLoop(

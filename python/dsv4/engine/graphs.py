@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4._core import StepHeader
-from dsv4.engine.buffers import ALL_LOGITS, REPLAY, RESET, SAMPLE, StepBuffers
+from dsv4._core import ALL_LOGITS, REPLAY, RESET, SAMPLE
+from dsv4.engine.buffers import StepPlan
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import contexts_of, sizes_of
 
@@ -67,11 +67,13 @@ class DecodeGraphs:
         model.reserve(self.contexts[-1])  # graphs keep its address
         model.cache.reset([self.sink])
 
-    def takes(self, header: StepHeader, plan: StepBuffers) -> bool:
+    def takes(self, plan: StepPlan) -> bool:
         """Whether all rows of a plan are single tokens that go on from their slab's state and are sampled from."""
-        flags = plan.row_flags[: header.rows]
-        plain = flags & (RESET | ALL_LOGITS | REPLAY | SAMPLE) == SAMPLE
-        return 0 < header.rows == header.tokens and header.rows <= self.sizes[-1] and bool(plain.all())
+        rows = plan.rows
+        if not 0 < rows == plan.tokens or rows > self.sizes[-1]:
+            return False
+        plain = plan.row_flags & (RESET | ALL_LOGITS | REPLAY | SAMPLE) == SAMPLE
+        return bool(plain.all())
 
     def hidden(self, token_ids: np.ndarray, positions: np.ndarray, slabs: np.ndarray) -> Tensor:
         """Streams [R, n, d] after the last layer, one token [R] of each slab. Valid until the next call."""

@@ -14,9 +14,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dsv4._core import Core, StepHeader
+from dsv4._core import Core
 from dsv4.engine import device_errors
-from dsv4.engine.buffers import StepBuffers
+from dsv4.engine.buffers import StepPlan
 from dsv4.engine.output import Delta, as_final, as_output, push_token
 from dsv4.engine.prompt import TokenIds, as_prompt
 from dsv4.engine.request import EngineRequest, RequestOutput
@@ -50,7 +50,7 @@ class EngineLoop:
         self,
         core: Core,
         runner: Runner,
-        buffers: tuple[StepBuffers, ...],
+        buffers: tuple[StepPlan, ...],
         *,
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
@@ -59,7 +59,7 @@ class EngineLoop:
         record: StepRecord | None = None,
         device: str = "cpu",
     ) -> None:
-        """`buffers`: one set for the simple loop, two for the overlapped one. `device`: asked after a failed step."""
+        """`buffers`: one plan for the simple loop, two for the overlapped one. `device`: asked after a failed step."""
         self.core, self.runner, self.buffers = core, runner, buffers
         self.tokenizer, self.eos_ids, self.seed = tokenizer, eos_ids, seed
         self.tenants = tenants or Tenants()
@@ -130,54 +130,52 @@ class EngineLoop:
     def step_simple(self) -> bool:
         """One step from plan to outputs. False when there was nothing to run."""
         self.core.set_time(now_us())
-        header = self.core.plan(self.buffers[0].core)
-        result = self._launch(header, self.buffers[0]) if header is not None else None
+        planned = self.core.plan(self.buffers[0].words)
+        result = self._launch(self.buffers[0]) if planned else None
         if result is not None:
             self._commit(result)
         self._drain_events(result)
-        return header is not None
+        return planned
 
     def step_overlap(self) -> bool:
         """Launches the next step, then commits the one before it."""
         self.core.set_time(now_us())
-        buffers = self.buffers[self._turn]
-        header = self.core.plan(buffers.core)
-        self._turn ^= header is not None
+        plan = self.buffers[self._turn]
+        planned = self.core.plan(plan.words)
+        self._turn ^= planned
         before, self._pending = self._pending, None
-        launched = self._launch(header, buffers, before) if header is not None else None
-        if header is not None and launched is None:
+        launched = self._launch(plan, before) if planned else None
+        if planned and launched is None:
             before = None  # the failed launch took the step before it along
         if before is not None:
             self._commit(before)
         self._pending = launched
         self._drain_events(before)
-        return header is not None or before is not None
+        return planned or before is not None
 
-    def _launch(
-        self, header: StepHeader, buffers: StepBuffers, before: StepResult | None = None
-    ) -> StepResult | None:
+    def _launch(self, plan: StepPlan, before: StepResult | None = None) -> StepResult | None:
         """Runs a plan. A failure ends the requests of that step with an error and all others go on, unless the device is
         gone (EngineDead)."""
         begun = time.perf_counter()
         try:
-            result = self.runner.run(header, buffers, self.requests)
+            result = self.runner.run(plan, self.requests)
             us = 1e6 * (time.perf_counter() - begun)
-            self.core.observe(header.step, us)
+            self.core.observe(plan.step, us)
             if self._record is not None:
-                self._record(header, buffers, us)
+                self._record(plan, us)
             return result
         except Exception as e:  # whatever the device or a kernel raises must not take the engine down
-            log.exception("step %d failed", header.step)
+            log.exception("step %d failed", plan.step)
             if (gone := device_errors.lost(e, self.device)) is not None:
-                self.core.rollback(header.step)
+                self.core.rollback(plan.step)
                 self.dead = EngineDead(f"{gone}; start it again")
                 raise self.dead from e
             self._count_failure(f"{type(e).__name__}: {device_errors.first_line(e)}")
             if before is not None:
                 self._commit(before)
                 self._drain_events(before)
-            keys = {int(k) for k in buffers.row_req[: header.rows]}
-            self.core.rollback(header.step)
+            keys = set(plan.row_req.tolist())
+            self.core.rollback(plan.step)
             for key in keys & self.requests.keys():
                 self._fail(key, f"the step failed: {type(e).__name__}: {e}")
             return None
@@ -191,7 +189,7 @@ class EngineLoop:
         for key, sampled in zip(result.keys, result.sampled, strict=True):
             if isinstance(sampled, PoisonedLogits) and key in self.requests:
                 self._fail(key, str(sampled))
-        self.core.commit(result.header.step, result.tokens)
+        self.core.commit(result.step, result.tokens)
 
     def _count_failure(self, why: str) -> None:
         self.failed_in_row += 1

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dsv4._core import StepHeader
+from dsv4._core import ALL_LOGITS, FORK, RESET, RESTORE, SAMPLE, SAVE
 from dsv4.cache.paged import PagedCache
-from dsv4.engine.buffers import ALL_LOGITS, RESET, SAMPLE, StepBuffers
+from dsv4.engine.buffers import StepPlan
 from dsv4.engine.graphs import Capture, DecodeGraphs
 from dsv4.engine.request import EngineRequest
 from dsv4.engine.sampler import PoisonedLogits, Sampled, logprobs_of, sample
@@ -27,7 +27,7 @@ log = logging.getLogger("dsv4.engine")
 class StepResult:
     """What a step gave. `sampled[i]` belongs to sample row i; a row whose logits were not finite holds the error instead."""
 
-    header: StepHeader
+    step: int
     sampled: list[Sampled | PoisonedLogits]
     keys: list[int]
     """Request of each sample row."""
@@ -90,9 +90,9 @@ class Runner:
         )
 
     @torch.inference_mode()
-    def run(self, header: StepHeader, plan: StepBuffers, requests: Mapping[int, EngineRequest]) -> StepResult:
+    def run(self, plan: StepPlan, requests: Mapping[int, EngineRequest]) -> StepResult:
         """Executes one plan. Raises what the forward raises; the caller rolls the step back then."""
-        deltas = torch.from_numpy(plan.page_deltas[: header.deltas]).long()
+        deltas = torch.from_numpy(plan.page_deltas).long()
         for slab, block, page in deltas.tolist():
             self.page_table[slab, block] = page
         if self.device_pages is not None and len(deltas):
@@ -100,18 +100,19 @@ class Runner:
             slab, block = deltas[:, 0], deltas[:, 1]
             changed = self.page_table[slab, block].to(self.cache.device)
             self.device_pages[slab.to(self.cache.device), block.to(self.cache.device)] = changed
-        for fork in plan.forks[: header.forks].tolist():
-            self.cache.fork(*fork)
-        self.cache.restore_all(plan.restores[: header.restores].tolist())
-        hidden, last = self._forward(header, plan)
-        self.cache.save_all(plan.saves[: header.saves].tolist())
-        self._collect_prompt_logprobs(header, plan, requests, hidden, last)
-        rows = plan.sample_rows[: header.samples].tolist()
-        keys = [int(plan.row_req[r]) for r in rows]
-        for r, key in zip(rows, keys, strict=True):
+        if plan.copies:
+            for source, slab, _, pages in _copies(plan, FORK):
+                self.cache.fork(source, slab, *pages[:2])
+            self.cache.restore_all([(slab, at, *pages) for _, slab, at, pages in _copies(plan, RESTORE)])
+        hidden, last = self._forward(plan)
+        if plan.copies:
+            self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
+        self._collect_prompt_logprobs(plan, requests, hidden, last)
+        at = plan.sample_rows
+        rows, keys, ends = (x.tolist() for x in (at, plan.row_req[at], plan.row_start[at] + plan.row_len[at]))
+        for key, end in zip(keys, ends, strict=True):
             # a rolled-back step or a preemption may have left tokens that did not count
-            request = requests[key]
-            request.sampling.truncate(int(plan.row_start[r] + plan.row_len[r]) - len(request.prompt))
+            requests[key].sampling.truncate(end - len(requests[key].prompt))
         sampled = (
             sample(
                 self.model.logits(_picked(hidden, [last[r] for r in rows])),
@@ -121,35 +122,33 @@ class Runner:
             if rows
             else []
         )
-        result = StepResult(header, sampled, keys)
+        result = StepResult(plan.step, sampled, keys)
         self._last = result.tokens.tolist()
         return result
 
-    def _forward(self, header: StepHeader, plan: StepBuffers) -> tuple[torch.Tensor, dict[int, int]]:
+    def _forward(self, plan: StepPlan) -> tuple[torch.Tensor, dict[int, int]]:
         """Streams of the tokens with logits, and for each row that has any the index of its last one."""
-        token_ids = plan.token_ids[: header.tokens].astype(np.int64)
+        token_ids = plan.token_ids.astype(np.int64)
         for i in np.flatnonzero(token_ids < 0):  # sampled by the step before, not yet committed
             token_ids[i] = self._last[-1 - token_ids[i]]
-        if not header.rows:
+        if not plan.rows:
             return torch.empty(0), {}
-        if self.graphs is not None and self.graphs.takes(header, plan):
-            rows = header.rows
-            hidden = self.graphs.hidden(token_ids, plan.positions[:rows], plan.row_slab[:rows])
-            return hidden, {r: r for r in range(rows)}
-        batch, last = self._batch(header, plan, torch.from_numpy(token_ids))
+        if self.graphs is not None and self.graphs.takes(plan):
+            hidden = self.graphs.hidden(token_ids, plan.positions, plan.row_slab)
+            return hidden, {r: r for r in range(plan.rows)}
+        batch, last = self._batch(plan, torch.from_numpy(token_ids))
         return self.model.hidden(batch), last
 
-    def _batch(
-        self, header: StepHeader, plan: StepBuffers, token_ids: torch.Tensor
-    ) -> tuple[Batch, dict[int, int]]:
+    def _batch(self, plan: StepPlan, token_ids: torch.Tensor) -> tuple[Batch, dict[int, int]]:
         """The forward's input, and for each row with logits the index of its last one."""
         rows, logit_index, last, offset = [], [], {}, 0
-        for r in range(header.rows):
-            length, flags, end = int(plan.row_len[r]), int(plan.row_flags[r]), int(plan.row_replay_end[r])
+        columns = (plan.row_slab, plan.row_start, plan.row_len, plan.row_flags, plan.row_replay_end)
+        for r, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            slab, start, length, flags, end = row
             rows.append(
                 Row(
-                    slab=int(plan.row_slab[r]),
-                    start=int(plan.row_start[r]),
+                    slab=slab,
+                    start=start,
                     length=length,
                     offset=offset,
                     reset=bool(flags & RESET),
@@ -166,7 +165,7 @@ class Runner:
             offset += length
         batch = Batch(
             token_ids=token_ids,
-            positions=torch.from_numpy(plan.positions[: header.tokens].astype(np.int64)),
+            positions=torch.from_numpy(plan.positions.astype(np.int64)),
             rows=tuple(rows),
             page_table=self.page_table,
             logit_index=torch.tensor(logit_index, dtype=torch.int64),
@@ -176,16 +175,13 @@ class Runner:
 
     def _collect_prompt_logprobs(
         self,
-        header: StepHeader,
-        plan: StepBuffers,
+        plan: StepPlan,
         requests: Mapping[int, EngineRequest],
         hidden: torch.Tensor,
         last: Mapping[int, int],
     ) -> None:
         """Logits at prompt position j judge prompt token j + 1; LOGIT_ROWS of them are made at a time."""
-        for r in range(header.rows):
-            if not plan.row_flags[r] & ALL_LOGITS:
-                continue
+        for r in np.flatnonzero(plan.row_flags & ALL_LOGITS).tolist():
             request, start, length = (
                 requests[int(plan.row_req[r])],
                 int(plan.row_start[r]),
@@ -201,6 +197,12 @@ class Runner:
                     request.prompt_logprobs += logprobs_of(
                         logits, judged, request.params.prompt_logprobs or 0
                     )
+
+
+def _copies(plan: StepPlan, kind: int) -> Iterator[tuple[int, int, int, list[int]]]:
+    """Copies of a kind: from slab, to slab, position, pages."""
+    columns = (plan.copy_from, plan.copy_to, plan.copy_position, plan.copy_pages)
+    return zip(*(column[plan.copy_kind == kind].tolist() for column in columns), strict=True)
 
 
 def _picked(hidden: torch.Tensor, index: list[int]) -> torch.Tensor:

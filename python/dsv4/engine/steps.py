@@ -7,14 +7,11 @@ import logging
 import stat
 from pathlib import Path
 
-from dsv4._core import StepHeader
-from dsv4.engine.buffers import StepBuffers
+from dsv4._core import REPLAY
+from dsv4.engine.buffers import StepPlan
 from dsv4.errors import ConfigError
 
 log = logging.getLogger("dsv4.engine")
-
-REPLAY = 8
-"""Bit of `row_flags` of a row that rebuilds state."""
 
 
 class StepRecord:
@@ -39,13 +36,13 @@ class StepRecord:
         if pipe:
             raise ConfigError(f"record_steps is {path!r}, which is a pipe; give the path of a file")
 
-    def __call__(self, header: StepHeader, buffers: StepBuffers, us: float) -> None:
+    def __call__(self, plan: StepPlan, us: float) -> None:
         if self._path is None:
             return
         try:
             # Opened each time: tens of microseconds, and nothing to close or to lose.
             with open(self._path, "ab", buffering=0) as file:
-                line = _line(header, buffers, us)
+                line = _line(plan, us)
                 written = file.write(line) or 0
                 if written < len(line):  # the disk is full: no half line stays
                     file.truncate(file.tell() - written)
@@ -55,17 +52,11 @@ class StepRecord:
             self._path = None
 
 
-def _line(header: StepHeader, buffers: StepBuffers, us: float) -> bytes:
-    n = header.rows
+def _line(plan: StepPlan, us: float) -> bytes:
+    columns = (plan.row_start, plan.row_len, plan.row_replay_end, plan.row_flags)
     rows = [
         [start, length, end if flags & REPLAY else 0]
-        for start, length, end, flags in zip(
-            buffers.row_start[:n].tolist(),
-            buffers.row_len[:n].tolist(),
-            buffers.row_replay_end[:n].tolist(),
-            buffers.row_flags[:n].tolist(),
-            strict=True,
-        )
+        for start, length, end, flags in zip(*(c.tolist() for c in columns), strict=True)
     ]
-    line = {"us": round(us, 1), "rows": rows, "copies": header.saves + header.restores}
+    line = {"us": round(us, 1), "rows": rows, "copies": plan.copies}
     return json.dumps(line, separators=(",", ":")).encode() + b"\n"

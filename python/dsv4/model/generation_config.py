@@ -60,7 +60,11 @@ class Generation:
                 line,
                 f"end        token {' or '.join(map(str, self.eos_ids))} ends an answer ({self.eos_from})",
             ]
-        return [line, f"end        {NO_END}"]
+        return [
+            line,
+            "end        WARNING: no file names an eos_token_id, so answers run to the end of the context unless max_tokens "
+            "or stop ends them",
+        ]
 
 
 def read_generation(
@@ -144,6 +148,5 @@ def _ends(
     return (), ""
 
 
-NO_END = "no file names an eos_token_id, so answers run to the end of the context unless max_tokens or stop ends them"
 END_OF_TURN = "<｜end▁of▁sentence｜>"
 """What DeepSeek-V4's prompts end each answer with."""

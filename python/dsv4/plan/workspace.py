@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from dsv4._core import plan_schema
 from dsv4.model.config import ModelConfig
 from dsv4.plan.cache import pages_of
 from dsv4.plan.parallel import Parallel
@@ -94,19 +95,15 @@ def bound(buffers: list[Buffer]) -> int:
     return phases.pop("always", 0) + max(phases.values(), default=0)
 
 
-def step_array_bytes(layout: LayoutSpec, limits: Limits) -> int:
-    """Bytes of one step's plan arrays (`dsv4.engine.buffers.StepBuffers`)."""
-    deltas = limits.max_len // layout.block_tokens + 1 + 4 * limits.running
-    words = 2 * limits.step_tokens + (2 + 6) * limits.running + 3 * deltas
-    return 4 * (words + limits.running * (2 * (2 + layout.copy_pages) + 4))
-
-
 def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> None:
     t, r = ("tokens", limits.step_tokens), ("requests", limits.running)
     streams = ("streams", c.hc_mult), ("hidden", c.hidden_size)
     sheet.add("always", "residual streams, before and after", t, *streams, ("bytes", 2), ("arrays", 2))
     sheet.add("always", "page table", r, ("pages", pages_of(layout, limits.max_len)), ("bytes", 4))
-    sheet.add("always", "plan arrays, two steps", ("bytes", step_array_bytes(layout, limits)), ("steps", 2))
+    schema = plan_schema(
+        layout, slabs=limits.running, max_step_tokens=limits.step_tokens, max_len=limits.max_len
+    )
+    sheet.add("always", "plans, two steps", ("words", schema["words"]), ("bytes", 4), ("steps", 2))
     tables = len({bool(m) for m in c.compress_ratios})
     sheet.add(
         "always",

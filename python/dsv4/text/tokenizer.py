@@ -158,7 +158,8 @@ class Tokenizer:
 
     def find(self, token: str) -> int | None:
         """The id of a token, special or not, by its text."""
-        return self._special_ids.get(token, self._plain.token_to_id(token))
+        found: int | None = self._full.token_to_id(token)
+        return found
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; nothing for ids that the vocabulary leaves out."""

@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
-use dsv4_core::plan::StepHeader;
+use dsv4_core::plan::{Plan, StepHeader};
 use dsv4_core::request::Submit;
 use dsv4_core::{Core, Options};
-use dsv4_sim::arrays::Arrays;
 
 const CONTEXT: usize = 8192;
 const LONG: usize = 1 << 20;
@@ -24,7 +23,7 @@ const STEPS: u32 = 1 << 14;
 /// A core with `n` requests in decode, and room for steps of `chunk` prompt tokens besides.
 struct Bench {
     core: Core,
-    arrays: Arrays,
+    out: Plan,
     events: Vec<i64>,
     samples: Vec<u32>,
     left: u32,
@@ -45,9 +44,9 @@ impl Bench {
             ..Options::default()
         };
         let core = Core::new(&presets::flash(), options).expect("the options are valid");
-        let arrays = Arrays::new(&core.shape());
+        let out = Plan::new(core.plan_schema());
         let (events, samples) = (vec![0; 6 * 4096], vec![0; n as usize + 1]);
-        let mut bench = Bench { core, arrays, events, samples, left: STEPS };
+        let mut bench = Bench { core, out, events, samples, left: STEPS };
         for i in 0..n {
             bench.submit(RequestId(u64::from(i)), CONTEXT, i, 1 << 22);
         }
@@ -63,7 +62,7 @@ impl Bench {
     }
 
     fn plan(&mut self) -> StepHeader {
-        let header = self.core.plan(&mut self.arrays.buffers()).expect("the arrays are large enough");
+        let header = self.core.plan(self.out.words()).expect("the buffer is long enough");
         header.expect("there is work")
     }
 

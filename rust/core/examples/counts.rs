@@ -4,11 +4,11 @@
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
+use dsv4_core::plan::Plan;
 use dsv4_core::pool::PagePool;
 use dsv4_core::request::Submit;
 use dsv4_core::retention::Hint;
 use dsv4_core::{Core, Options};
-use dsv4_sim::arrays::Arrays;
 
 const TOKENS: u32 = 1 << 18;
 
@@ -33,11 +33,10 @@ fn steps(times: usize) {
         let submit = Submit { id: RequestId(i.into()), prompt, max_new: Some(512), ..Submit::default() };
         core.submit(submit).expect("there is room");
     }
-    let mut arrays = Arrays::new(&core.shape());
+    let mut plan = Plan::new(core.plan_schema());
     let (samples, mut events) = (vec![0; n as usize], vec![0; 6 * 4096]);
     for _ in 0..=times {
-        let header =
-            core.plan(&mut arrays.buffers()).expect("the arrays are large enough").expect("there is work");
+        let header = core.plan(plan.words()).expect("the buffer is long enough").expect("there is work");
         core.commit(Step(header.step), &samples).expect("it is in flight");
         while core.events_into(&mut events) > 0 {}
     }

@@ -1,7 +1,7 @@
 //! The core: everything that the engine calls.
 //!
 //! ```text
-//!   submit · abort · stop          plan ─▶ arrays ─▶ device ─▶ commit | rollback          events · explain · stats
+//!   submit · abort · stop          plan ─▶ buffer ─▶ device ─▶ commit | rollback          events · explain · stats
 //! ```
 //!
 //! One thread owns it. With two steps in flight, `plan` of the second comes before `commit` of the first; an input token
@@ -19,7 +19,7 @@ use crate::ids::{PinId, RequestId, Step};
 use crate::layout::LayoutSpec;
 use crate::mutant::{self, Mutant};
 pub use crate::options::{Options, Tenant};
-use crate::plan::PlanShape;
+use crate::plan::{Limits, Schema};
 use crate::policy::SnapshotPolicy;
 use crate::request::{Finish, Hint, Order, Phase, Place, Rank, Request, Submit};
 use crate::sched::flight::Flight;
@@ -31,10 +31,11 @@ use crate::stats::Counters;
 #[derive(Debug)]
 pub struct Core {
     pub(crate) options: Options,
-    pub(crate) shape: PlanShape,
+    pub(crate) schema: Schema,
     pub(crate) replay_tokens: u32,
     pub(crate) block: u32,
     pub(crate) snapshot_pages: u32,
+    pub(crate) slab_pages: u32,
     pub(crate) cache: KvCache,
     pub(crate) slabs: Slabs,
     pub(crate) table: Table,
@@ -87,17 +88,12 @@ impl Core {
             admit_by_value: options.snapshots == SnapshotPolicy::Auto,
             replay_tokens,
         };
-        let shape = PlanShape {
-            rows: options.slabs as usize,
-            tokens: options.max_step_tokens as usize,
-            deltas: (options.max_len.div_ceil(layout.block_tokens) + 4 * options.slabs) as usize,
-            copy_pages: layout.copy_pages() as usize,
-        };
         Ok(Core {
-            shape,
+            schema: Schema::new(Limits::new(layout, &options)),
             replay_tokens: replay_tokens - u32::from(mutant::on(Mutant::WindowOffByOne)),
             block: layout.block_tokens,
             snapshot_pages: layout.snapshot_pages(),
+            slab_pages: layout.slab_pages(),
             cache: KvCache::new(layout, &cache_options)?,
             slabs: Slabs::new(options.slabs),
             table: Table::new(&options.tenants),
@@ -261,9 +257,9 @@ impl Core {
         self.flights.iter().map(|f| f.step)
     }
 
-    /// Least lengths of the plan's arrays.
-    pub fn shape(&self) -> PlanShape {
-        self.shape
+    /// What [`Core::plan`] writes, and where.
+    pub fn plan_schema(&self) -> &Schema {
+        &self.schema
     }
 
     /// Evicts up to `n` saved states. Returns how many went.

@@ -1,7 +1,7 @@
 //! The core of dsv4: which token is computed when, and where its state lies.
 //!
 //! ```text
-//!   submit ─▶ Core ─ plan ─▶ arrays for the device        commit ─▶ tokens, events
+//!   submit ─▶ Core ─ plan ─▶ a plan for the device        commit ─▶ tokens, events
 //!              │
 //!              ├── sched    request states, batching, chunks, preemption
 //!              └── cache    radix tree · page pool · snapshots

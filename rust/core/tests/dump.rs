@@ -12,9 +12,9 @@ use dsv4_core::event::{Event, What};
 use dsv4_core::explain::{Reason, ZeroHits};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::{LayoutSpec, presets};
+use dsv4_core::plan::{Field, Plan};
 use dsv4_core::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
-use dsv4_sim::arrays::Arrays;
 
 fn layout() -> LayoutSpec {
     presets::toy(4, 6, 3)
@@ -27,13 +27,14 @@ fn options(pages: u32) -> Options {
 
 /// Plans and commits a step; a sample depends on the request and its position only. False: nothing could run.
 fn step(core: &mut Core, events: &mut Vec<Event>) -> bool {
-    let mut arrays = Arrays::new(&core.shape());
-    let Some(header) = core.plan(&mut arrays.buffers()).unwrap() else { return false };
+    let mut plan = Plan::new(core.plan_schema());
+    let Some(header) = core.plan(plan.words()).unwrap() else { return false };
     let token = |&row: &i32| {
-        let (r, end) = (row as usize, arrays.row_start[row as usize] + arrays.row_len[row as usize]);
-        (arrays.row_req[r] as u32 * 7 + end as u32 * 13) % 3
+        let (r, end) =
+            (row as usize, plan[Field::row_start][row as usize] + plan[Field::row_len][row as usize]);
+        (plan.long(Field::row_req, r) as u32 * 7 + end as u32 * 13) % 3
     };
-    let samples: Vec<u32> = arrays.sample_rows[..header.samples as usize].iter().map(token).collect();
+    let samples: Vec<u32> = plan[Field::sample_rows][..header.samples as usize].iter().map(token).collect();
     core.commit(Step(header.step), &samples).unwrap();
     core.check().unwrap();
     events.extend(std::iter::from_fn(|| core.next_event()));
@@ -104,8 +105,8 @@ fn a_dump_of_another_layout_and_what_is_no_dump_are_refused() {
 fn expected_us(core: &mut Core, id: u64, us: f64) -> u64 {
     let submit = Submit { id: RequestId(id), prompt: vec![id as u32; 40], ..Submit::default() };
     core.submit(submit).unwrap();
-    let mut arrays = Arrays::new(&core.shape());
-    let header = core.plan(&mut arrays.buffers()).unwrap().unwrap();
+    let mut plan = Plan::new(core.plan_schema());
+    let header = core.plan(plan.words()).unwrap().unwrap();
     core.observe(Step(header.step), us);
     core.commit(Step(header.step), &vec![0; header.samples as usize]).unwrap();
     core.abort(RequestId(id)).unwrap();

@@ -20,8 +20,8 @@ fn order(rig: &mut Rig) -> Vec<u64> {
     let mut first = Vec::new();
     while rig.core.has_work() {
         for (id, ..) in rig.step(1) {
-            if !first.contains(&(id as u64)) {
-                first.push(id as u64);
+            if !first.contains(&id) {
+                first.push(id);
             }
         }
     }
@@ -132,7 +132,7 @@ fn whoever_waited_too_long_goes_ahead_of_all() {
     for id in 2..6 {
         submit(&mut rig.core, Submit { priority: 5, ..request(id, &[id as u32; 4], 1) });
     }
-    let mut first = vec![rig.step(1)[0].0 as u64];
+    let mut first = vec![rig.step(1)[0].0];
     rig.core.set_time(1000);
     first.extend(order(&mut rig));
     assert_eq!(first, [2, 1, 3, 4, 5]);

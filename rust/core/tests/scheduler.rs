@@ -7,7 +7,7 @@ use dsv4_core::error::CoreError;
 use dsv4_core::event::What;
 use dsv4_core::explain::Reason;
 use dsv4_core::ids::{RequestId, Step};
-use dsv4_core::plan::{ALL_LOGITS, DECODE, REPLAY, RESET, SAMPLE, StepHeader};
+use dsv4_core::plan::{ALL_LOGITS, CopyKind, DECODE, Field, REPLAY, RESET, SAMPLE, StepHeader};
 use dsv4_core::request::{Finish, Submit};
 use rig::{Rig, options, request, tokens};
 
@@ -31,15 +31,15 @@ fn chunks_end_where_a_state_is_saved() {
     let mut rig = Rig::new(Options { snapshots: "turns".parse().unwrap(), max_step_tokens: 64, ..options() });
     rig.core.submit(request(1, &tokens(10), 4)).unwrap();
     let h = rig.plan().unwrap();
-    assert_eq!((rig.rows(&h), h.saves), (vec![(1, 0, 8, RESET)], 1));
-    assert_eq!((rig.arrays.saves[0], rig.arrays.saves[1]), (0, 8));
+    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Save)), (vec![(1, 0, 8, RESET)], vec![8]));
+    assert_eq!((rig.out[Field::copy_from][0], rig.out[Field::copy_to][0]), (0, -1));
     rig.core.commit(Step(h.step), &[]).unwrap();
     assert_eq!(rig.step(1), [(1, 8, 2, SAMPLE)]);
     assert_eq!(rig.stat("snapshots"), 1);
     rig.step(1);
     // Position 12 is crossed in decode: kept aside, stored at the end of the output.
     let h = rig.plan().unwrap();
-    assert_eq!((h.saves, rig.arrays.saves[1]), (1, 12));
+    assert_eq!(rig.copied(CopyKind::Save), [12]);
     rig.core.commit(Step(h.step), &[1]).unwrap();
     assert_eq!(rig.stat("snapshots"), 1);
     rig.step(1);
@@ -54,7 +54,7 @@ fn a_conversation_resumes_at_the_end_of_its_output() {
     next.extend([1, 1, 1, 1, 3, 3]);
     rig.core.submit(request(2, &next, 1)).unwrap();
     let h = rig.plan().unwrap();
-    assert_eq!((rig.rows(&h), h.restores, rig.arrays.restores[1]), (vec![(2, 12, 4, SAMPLE)], 1, 12));
+    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Restore)), (vec![(2, 12, 4, SAMPLE)], vec![12]));
     let e = rig.core.explain(RequestId(2)).unwrap();
     assert_eq!((e.history_matched, e.resumed_at, e.cached_tokens(), e.reason), (12, 12, 12, Reason::None));
 }
@@ -65,10 +65,10 @@ fn a_replay_writes_no_history_and_ends_where_history_ends() {
     rig.run(request(1, &tokens(18), 1));
     rig.core.submit(request(2, &tokens(18), 1)).unwrap();
     assert_eq!(rig.step(1), [(2, 10, 4, RESET | REPLAY)]);
-    assert_eq!(rig.arrays.row_replay_end[0], 16);
+    assert_eq!(rig.out[Field::row_replay_end][0], 16);
     assert_eq!(rig.step(1), [(2, 14, 2, REPLAY)]);
     assert_eq!(rig.step(1), [(2, 16, 2, SAMPLE)]);
-    assert_eq!(rig.arrays.row_replay_end[0], 0);
+    assert_eq!(rig.out[Field::row_replay_end][0], 0);
     let e = rig.core.explain(RequestId(2)).unwrap();
     assert_eq!((e.resumed_at, e.replayed, e.cached_tokens(), e.reason), (16, 6, 10, Reason::None));
 }
@@ -82,7 +82,7 @@ fn nothing_is_saved_before_the_end_of_a_replay() {
     rig.core.submit(request(2, &tokens(18), 1)).unwrap();
     let mut saves = Vec::new();
     while let Some(h) = rig.plan() {
-        saves.push((rig.rows(&h)[0].1, h.saves));
+        saves.push((rig.rows(&h)[0].1, rig.copied(CopyKind::Save).len()));
         rig.core.commit(Step(h.step), &vec![1; h.samples as usize]).unwrap();
     }
     // The row at 10 ends at 12, a due boundary, but its state there is not exact.
@@ -100,7 +100,7 @@ fn a_fork_saves_where_the_prompt_left_known_history() {
     other.extend([9; 10]);
     rig.core.submit(request(3, &other, 1)).unwrap();
     let h = rig.plan().unwrap();
-    assert_eq!((h.restores, rig.arrays.restores[1]), (1, 12));
+    assert_eq!((h.rows, rig.copied(CopyKind::Restore)), (1, vec![12]));
 }
 
 #[test]
@@ -142,17 +142,14 @@ fn with_two_steps_in_flight_an_unknown_token_is_a_placeholder() {
     rig.core.submit(request(2, &tokens(4), 9)).unwrap();
     let first = rig.plan().unwrap();
     let second = rig.plan().unwrap();
-    assert_eq!(rig.arrays.token_ids[..2], [-1, -2]);
-    assert!(matches!(
-        rig.core.plan(&mut rig.arrays.buffers()),
-        Err(CoreError::WrongStep { action: "planned", .. })
-    ));
+    assert_eq!(rig.out[Field::token_ids][..2], [-1, -2]);
+    assert!(matches!(rig.core.plan(rig.out.words()), Err(CoreError::WrongStep { action: "planned", .. })));
     assert!(matches!(rig.core.commit(Step(second.step), &[1, 1]), Err(CoreError::WrongStep { .. })));
     rig.core.commit(Step(first.step), &[99, 5]).unwrap();
     // Request 1 is over; its row in flight is ignored, and its slab and pages wait for that step.
     assert_eq!((rig.stat("free_slabs"), rig.stat("running")), (0, 1));
     let third = rig.plan().unwrap();
-    assert_eq!((rig.rows(&third), rig.arrays.token_ids[0]), (vec![(2, 5, 1, DECODE | SAMPLE)], -2));
+    assert_eq!((rig.rows(&third), rig.out[Field::token_ids][0]), (vec![(2, 5, 1, DECODE | SAMPLE)], -2));
     rig.core.commit(Step(second.step), &[7, 6]).unwrap();
     assert_eq!(rig.stat("free_slabs"), 1);
     let outputs = rig.events().into_iter().filter_map(|(r, w)| match w {
@@ -225,7 +222,7 @@ fn a_rolled_back_step_never_happened() {
     rig.core.check().unwrap();
     // The first of the two had crossed position 4 in decode, and the state kept aside then went into the tree.
     let h = rig.plan().unwrap();
-    assert_eq!((rig.rows(&h), h.restores, rig.arrays.restores[1]), (vec![(1, 4, 1, SAMPLE)], 1, 4));
+    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Restore)), (vec![(1, 4, 1, SAMPLE)], vec![4]));
     rig.core.commit(Step(h.step), &[7]).unwrap();
     let outputs = rig.events().into_iter().filter_map(|(_, w)| match w {
         What::Token { token, index, .. } => Some((index, token)),
@@ -258,7 +255,7 @@ fn after_a_rollback_no_placeholder_refers_to_the_step_before_it() {
         let Some(failed) = rig.plan() else { continue };
         rig.core.rollback(Step(failed.step)).unwrap();
         if let Some(h) = rig.plan() {
-            let ids = &rig.arrays.token_ids[..h.tokens as usize];
+            let ids = &rig.out[Field::token_ids][..h.tokens as usize];
             assert!(ids.iter().all(|&id| id >= 0), "{pages} pages, turn {turns}, without {gone}: {ids:?}");
         }
     }

@@ -7,64 +7,20 @@ use dsv4_core::core::Tenant;
 use dsv4_core::cost::CostModel;
 use dsv4_core::event::EVENT_WIDTH;
 use dsv4_core::ids::{PinId, RequestId, Step};
-use dsv4_core::plan::{PlanBuffers, StepHeader};
 use dsv4_core::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
-use numpy::{PyArrayDyn, PyReadonlyArray1, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::buffers::{PyPlanBuffers, borrow};
-use crate::door::{config_error, enter, enter_locked};
+use crate::arrays::{tokens_of, writable};
+use crate::door::{enter, enter_locked};
 use crate::layout::PyLayoutSpec;
-
-/// The scalars of a planned step.
-#[pyclass(frozen, get_all, name = "StepHeader", module = "dsv4._core")]
-pub struct PyStepHeader {
-    step: u64,
-    rows: u32,
-    tokens: u32,
-    samples: u32,
-    deltas: u32,
-    saves: u32,
-    restores: u32,
-    forks: u32,
-    decode_rows: u32,
-    replay_tokens: u32,
-}
-
-#[pymethods]
-impl PyStepHeader {
-    fn __repr__(&self) -> String {
-        format!(
-            "StepHeader(step={}, rows={}, tokens={}, samples={}, decode_rows={}, replay_tokens={})",
-            self.step, self.rows, self.tokens, self.samples, self.decode_rows, self.replay_tokens
-        )
-    }
-}
-
-impl From<StepHeader> for PyStepHeader {
-    fn from(h: StepHeader) -> Self {
-        PyStepHeader {
-            step: h.step,
-            rows: h.rows,
-            tokens: h.tokens,
-            samples: h.samples,
-            deltas: h.deltas,
-            saves: h.saves,
-            restores: h.restores,
-            forks: h.forks,
-            decode_rows: h.decode_rows,
-            replay_tokens: h.replay_tokens,
-        }
-    }
-}
+use crate::plan::data_of;
 
 /// Scheduler and cache.
 #[pyclass(frozen, name = "Core", module = "dsv4._core")]
 pub struct PyCore {
     core: Mutex<Core>,
-    copy_width: usize,
 }
 
 #[pymethods]
@@ -142,7 +98,7 @@ max_wait_us=30000000, tenants=())")]
             };
             Core::new(&layout.0, options)
         })?;
-        Ok(PyCore { copy_width: 2 + core.shape().copy_pages, core: Mutex::new(core) })
+        Ok(PyCore { core: Mutex::new(core) })
     }
 
     #[pyo3(signature = (req, prompt, *, max_new = None, stop_ids = Vec::new(), salt = Vec::new(), priority = 0,
@@ -170,7 +126,7 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
     ) -> PyResult<()> {
         let submit = Submit {
             id: RequestId(req),
-            prompt: tokens_of(py, "prompt", prompt)?,
+            prompt: tokens_of("prompt", prompt)?,
             max_new,
             stop_ids,
             salt,
@@ -202,7 +158,7 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
 
     #[pyo3(signature = (salt, tokens))]
     fn pin(&self, py: Python<'_>, salt: Vec<u8>, tokens: &Bound<'_, PyAny>) -> PyResult<u64> {
-        let tokens = tokens_of(py, "tokens", tokens)?;
+        let tokens = tokens_of("tokens", tokens)?;
         enter_locked(py, &self.core, |core| Ok(core.pin(&salt, &tokens).0))
     }
 
@@ -234,41 +190,19 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
         enter_locked(py, &self.core, |core| Ok(core.stop(RequestId(req))?))
     }
 
-    fn plan(&self, py: Python<'_>, out: &PyPlanBuffers) -> PyResult<Option<PyStepHeader>> {
-        out.check_width(py, self.copy_width)?;
-        let mut token_ids = borrow(py, "token_ids", &out.token_ids)?;
-        let mut positions = borrow(py, "positions", &out.positions)?;
-        let mut row_req = borrow(py, "row_req", &out.row_req)?;
-        let mut row_slab = borrow(py, "row_slab", &out.row_slab)?;
-        let mut row_start = borrow(py, "row_start", &out.row_start)?;
-        let mut row_len = borrow(py, "row_len", &out.row_len)?;
-        let mut row_flags = borrow(py, "row_flags", &out.row_flags)?;
-        let mut row_replay_end = borrow(py, "row_replay_end", &out.row_replay_end)?;
-        let mut sample_rows = borrow(py, "sample_rows", &out.sample_rows)?;
-        let mut page_deltas = borrow(py, "page_deltas", &out.page_deltas)?;
-        let mut saves = borrow(py, "saves", &out.saves)?;
-        let mut restores = borrow(py, "restores", &out.restores)?;
-        let mut forks = borrow(py, "forks", &out.forks)?;
-        let mut buffers = PlanBuffers {
-            token_ids: token_ids.as_slice_mut()?,
-            positions: positions.as_slice_mut()?,
-            row_req: row_req.as_slice_mut()?,
-            row_slab: row_slab.as_slice_mut()?,
-            row_start: row_start.as_slice_mut()?,
-            row_len: row_len.as_slice_mut()?,
-            row_flags: row_flags.as_slice_mut()?,
-            row_replay_end: row_replay_end.as_slice_mut()?,
-            sample_rows: sample_rows.as_slice_mut()?,
-            page_deltas: page_deltas.as_slice_mut()?,
-            saves: saves.as_slice_mut()?,
-            restores: restores.as_slice_mut()?,
-            forks: forks.as_slice_mut()?,
-        };
-        Ok(enter_locked(py, &self.core, |core| Ok(core.plan(&mut buffers)?))?.map(PyStepHeader::from))
+    fn plan_schema<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let schema = enter_locked(py, &self.core, |core| Ok(core.plan_schema().clone()))?;
+        data_of(py, &schema)
+    }
+
+    fn plan(&self, py: Python<'_>, out: &Bound<'_, PyAny>) -> PyResult<bool> {
+        let mut out = writable::<i32>("plan", out, 1, None)?;
+        let words = out.as_slice_mut()?;
+        enter_locked(py, &self.core, |core| Ok(core.plan(words)?.is_some()))
     }
 
     fn commit(&self, py: Python<'_>, step: u64, tokens: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tokens = tokens_of(py, "tokens", tokens)?;
+        let tokens = tokens_of("tokens", tokens)?;
         enter_locked(py, &self.core, |core| Ok(core.commit(Step(step), &tokens)?))
     }
 
@@ -277,14 +211,8 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
     }
 
     fn events(&self, py: Python<'_>, out: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let array =
-            out.cast::<PyArrayDyn<i64>>().ok().filter(|a| a.ndim() == 2 && a.shape()[1] == EVENT_WIDTH);
-        let Some(array) = array else {
-            return Err(config_error(py, "out", out.get_type(), "it must be a numpy array int64 [N, 6]"));
-        };
-        let array = array.clone().unbind();
-        let mut rows = borrow(py, "out", &array)?;
-        let rows = rows.as_slice_mut()?;
+        let mut out = writable::<i64>("out", out, 2, Some(EVENT_WIDTH))?;
+        let rows = out.as_slice_mut()?;
         enter_locked(py, &self.core, |core| Ok(core.events_into(rows)))
     }
 
@@ -336,16 +264,4 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
     fn has_work(&self, py: Python<'_>) -> PyResult<bool> {
         enter_locked(py, &self.core, |core| Ok(core.has_work()))
     }
-}
-
-/// Copies token ids out of an int32 array.
-fn tokens_of(py: Python<'_>, name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
-    let Ok(array) = value.extract::<PyReadonlyArray1<'_, i32>>() else {
-        let is =
-            value.getattr("dtype").map_or_else(|_| value.get_type().to_string(), |d| format!("of dtype {d}"));
-        return Err(config_error(py, name, is, "it must be a one-dimensional numpy array of dtype int32"));
-    };
-    let tokens: Result<Vec<u32>, i32> =
-        array.as_array().iter().map(|&t| u32::try_from(t).map_err(|_| t)).collect();
-    tokens.map_err(|t| config_error(py, name, format!("with token {t}"), "token ids are at least 0"))
 }

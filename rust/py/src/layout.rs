@@ -188,11 +188,6 @@ impl PyLayoutSpec {
     }
 
     #[getter]
-    fn copy_pages(&self) -> u32 {
-        self.0.copy_pages()
-    }
-
-    #[getter]
     fn history_bytes_per_token(&self) -> f64 {
         self.0.history_bytes_per_token()
     }

@@ -4,14 +4,16 @@
 //! | --- | --- |
 //! | `door.rs` | the one way into the core: GIL detached, errors and panics mapped to Python classes |
 //! | `layout.rs` | `LayoutSpec`, `Component` |
-//! | `buffers.rs` | `PlanBuffers`: numpy arrays owned by Python, borrowed per call |
-//! | `engine.rs` | `Core`, `StepHeader` |
+//! | `arrays.rs` | numpy arrays owned by Python, borrowed for a call |
+//! | `engine.rs` | `Core` |
+//! | `plan.rs` | where the fields of a plan lie |
 //! | `simulate.rs` | `Trace`, `StepModel`, `Replay` |
 
-mod buffers;
+mod arrays;
 mod door;
 mod engine;
 mod layout;
+mod plan;
 mod simulate;
 
 use pyo3::prelude::*;
@@ -23,11 +25,10 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("build_info", if cfg!(debug_assertions) { "debug" } else { "release" })?;
     m.add_class::<layout::PyComponent>()?;
     m.add_class::<layout::PyLayoutSpec>()?;
-    m.add_class::<buffers::PyPlanBuffers>()?;
-    m.add_class::<engine::PyStepHeader>()?;
     m.add_class::<engine::PyCore>()?;
     m.add_class::<simulate::PyTrace>()?;
     m.add_class::<simulate::PyStepModel>()?;
     m.add_class::<simulate::PyReplay>()?;
+    plan::add_to(m)?;
     door::add_exceptions(m)
 }

@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use dsv4_core::plan::{ALL_LOGITS, DECODE, REPLAY, RESET, SAMPLE, StepHeader};
+use dsv4_core::plan::{ALL_LOGITS, CopyKind, DECODE, Field, Plan, REPLAY, RESET, SAMPLE};
 
-use crate::arrays::Arrays;
 use crate::fake::{EMPTY, Geometry, Memory, embed, forward, sample};
 use crate::oracle::Expected;
 
@@ -145,22 +144,17 @@ impl Device {
     }
 
     /// Runs a step and returns its samples. The error says what the plan got wrong.
-    pub fn run(
-        &mut self,
-        h: &StepHeader,
-        plan: &Arrays,
-        known: &HashMap<u64, Known>,
-    ) -> Result<Vec<u32>, String> {
-        self.apply_deltas(h, plan);
-        let rows = rows_of(h, plan);
-        self.check_conflicts(h, plan, &rows)?;
-        self.fork(h, plan)?;
-        self.restore(h, plan)?;
+    pub fn run(&mut self, plan: &Plan, known: &HashMap<u64, Known>) -> Result<Vec<u32>, String> {
+        self.apply_deltas(plan);
+        let rows = rows_of(plan);
+        self.check_conflicts(plan, &rows)?;
+        self.fork(plan)?;
+        self.restore(plan)?;
         let mut sampled = Vec::new();
         for (r, row) in rows.iter().enumerate() {
             let output = self.run_row(row, plan, known)?;
             if row.flags & SAMPLE != 0 {
-                if plan.sample_rows[sampled.len()] != r as i32 {
+                if plan[Field::sample_rows][sampled.len()] != r as i32 {
                     return Err(format!(
                         "row {r} is sampled, but sample {} is of another row",
                         sampled.len()
@@ -169,17 +163,17 @@ impl Device {
                 sampled.push(output.map_or(0, |x| sample(x, self.vocabulary)));
             }
         }
-        self.save(h, plan)?;
+        self.save(plan)?;
         self.sampled.clone_from(&sampled);
         Ok(sampled)
     }
 
     /// A step that fails on the way: its page-table changes are there or not, what it would have written is garbage.
-    pub fn crash(&mut self, h: &StepHeader, plan: &Arrays, with_deltas: bool) -> Result<(), String> {
+    pub fn crash(&mut self, plan: &Plan, with_deltas: bool) -> Result<(), String> {
         if with_deltas {
-            self.apply_deltas(h, plan);
+            self.apply_deltas(plan);
         }
-        let rows = rows_of(h, plan);
+        let rows = rows_of(plan);
         for row in &rows {
             let slab = &mut self.slabs[row.slab as usize];
             slab.window.iter_mut().flatten().for_each(|x| *x = GARBAGE);
@@ -194,15 +188,15 @@ impl Device {
                 }
             }
         }
-        for copy in plan.saves.chunks(plan.copy_width).take(h.saves as usize) {
-            for &page in pages_of(copy) {
+        for save in plan.copies(CopyKind::Save) {
+            for &page in save.pages {
                 self.pages[page as usize].part = None;
             }
         }
-        for fork in plan.forks.chunks(4).take(h.forks as usize) {
-            self.slabs[fork[1] as usize].pools.fill([GARBAGE; 2]);
+        for fork in plan.copies(CopyKind::Fork) {
+            self.slabs[fork.to as usize].pools.fill([GARBAGE; 2]);
         }
-        self.flying.push(self.footprint(h, plan, &rows));
+        self.flying.push(self.footprint(plan, &rows));
         Ok(())
     }
 
@@ -227,8 +221,8 @@ impl Device {
         self.flying.retain(|f| f.step < step);
     }
 
-    fn apply_deltas(&mut self, h: &StepHeader, plan: &Arrays) {
-        for delta in plan.page_deltas.chunks(3).take(h.deltas as usize) {
+    fn apply_deltas(&mut self, plan: &Plan) {
+        for delta in plan.used(Field::page_deltas) {
             self.tables[delta[0] as usize].insert(delta[1] as u32, delta[2] as u32);
         }
     }
@@ -238,25 +232,28 @@ impl Device {
         row.start / self.geometry.block..row.end.div_ceil(self.geometry.block)
     }
 
-    fn footprint(&self, h: &StepHeader, plan: &Arrays, rows: &[Row]) -> Footprint {
+    fn footprint(&self, plan: &Plan, rows: &[Row]) -> Footprint {
         let mut pages = HashMap::new();
         for row in rows {
             let table = &self.tables[row.slab as usize];
             let covered = (0..row.end.div_ceil(self.geometry.block)).filter_map(|b| table.get(&b));
             pages.extend(covered.map(|&p| (p, row.slab)));
         }
-        let copies = plan.saves.chunks(plan.copy_width).take(h.saves as usize);
-        for copy in copies.chain(plan.restores.chunks(plan.copy_width).take(h.restores as usize)) {
-            pages.extend(pages_of(copy).iter().map(|&p| (p as u32, copy[0] as u32)));
+        let (saves, forks) = (|| plan.copies(CopyKind::Save), plan.copies(CopyKind::Fork));
+        let owned = saves().map(|c| (c.from, c.pages));
+        for (slab, held) in owned.chain(plan.copies(CopyKind::Restore).map(|c| (c.to, c.pages))) {
+            pages.extend(held.iter().map(|&p| (p as u32, slab as u32)));
         }
-        let forks = plan.forks.chunks(4).take(h.forks as usize);
-        let saved = plan.saves.chunks(plan.copy_width).take(h.saves as usize).map(|c| c[0]);
-        let touched = forks.flat_map(|f| [f[0], f[1]]).chain(saved).map(|slab| slab as u32);
-        Footprint { step: h.step, pages, slabs: rows.iter().map(|r| r.slab).chain(touched).collect() }
+        let touched = forks.flat_map(|f| [f.from, f.to]).chain(saves().map(|c| c.from)).map(|s| s as u32);
+        Footprint {
+            step: plan.header().step,
+            pages,
+            slabs: rows.iter().map(|r| r.slab).chain(touched).collect(),
+        }
     }
 
     /// Nothing that this step writes may be in use by another row or by a step in flight of another request.
-    fn check_conflicts(&mut self, h: &StepHeader, plan: &Arrays, rows: &[Row]) -> Result<(), String> {
+    fn check_conflicts(&mut self, plan: &Plan, rows: &[Row]) -> Result<(), String> {
         let mut writes: HashMap<u32, u32> = HashMap::new();
         for row in rows.iter().filter(|r| r.flags & REPLAY == 0) {
             for block in self.blocks(row) {
@@ -268,20 +265,19 @@ impl Device {
                 }
             }
         }
-        for copy in plan.saves.chunks(plan.copy_width).take(h.saves as usize) {
-            for &page in pages_of(copy) {
-                if let Some(other) = writes.insert(page as u32, u32::MAX) {
-                    return Err(format!("page {page} takes a snapshot and is written by slab {other}"));
-                }
+        for &page in plan.copies(CopyKind::Save).flat_map(|save| save.pages) {
+            if let Some(other) = writes.insert(page as u32, u32::MAX) {
+                return Err(format!("page {page} takes a snapshot and is written by slab {other}"));
             }
         }
-        for fork in plan.forks.chunks(4).take(h.forks as usize).filter(|f| f[3] >= 0) {
+        for fork in plan.copies(CopyKind::Fork) {
+            let &[_, page] = fork.pages else { continue };
             // The copy's owner writes on in the same page.
-            if writes.insert(fork[3] as u32, fork[1] as u32).is_some_and(|other| other != fork[1] as u32) {
-                return Err(format!("page {} is a copy and is written by another", fork[3]));
+            if writes.insert(page as u32, fork.to as u32).is_some_and(|other| other != fork.to as u32) {
+                return Err(format!("page {page} is a copy and is written by another"));
             }
         }
-        let own = self.footprint(h, plan, rows);
+        let own = self.footprint(plan, rows);
         for (page, &writer) in &writes {
             let clash = own.pages.get(page).filter(|&&user| writer != user && writer != u32::MAX);
             if let Some(user) = clash {
@@ -296,8 +292,9 @@ impl Device {
                 }
             }
         }
-        let forked = |slab: u32| plan.forks.chunks(4).take(h.forks as usize).any(|f| f[1] as u32 == slab);
-        let begins = |r: &&Row| r.flags & RESET != 0 || self.restores_into(h, plan, r.slab) || forked(r.slab);
+        let begun = plan.copies(CopyKind::Restore).chain(plan.copies(CopyKind::Fork)).map(|c| c.to as u32);
+        let begun: Vec<u32> = begun.collect();
+        let begins = |r: &&Row| r.flags & RESET != 0 || begun.contains(&r.slab);
         for row in rows.iter().filter(begins) {
             if let Some(f) = self.flying.iter().find(|f| f.slabs.contains(&row.slab)) {
                 return Err(format!("slab {} is taken anew; step {} uses it", row.slab, f.step));
@@ -307,30 +304,27 @@ impl Device {
         Ok(())
     }
 
-    fn restores_into(&self, h: &StepHeader, plan: &Arrays, slab: u32) -> bool {
-        plan.restores.chunks(plan.copy_width).take(h.restores as usize).any(|c| c[0] as u32 == slab)
-    }
-
     /// Slabs and open pages copied from another.
-    fn fork(&mut self, h: &StepHeader, plan: &Arrays) -> Result<(), String> {
-        for fork in plan.forks.chunks(4).take(h.forks as usize) {
-            let [from, to, from_page, to_page] = [fork[0], fork[1], fork[2], fork[3]];
-            self.slabs[to as usize] = self.slabs[from as usize].clone();
-            if (from_page < 0) != (to_page < 0) {
-                return Err(format!("a copy from page {from_page} to {to_page}"));
+    fn fork(&mut self, plan: &Plan) -> Result<(), String> {
+        for fork in plan.copies(CopyKind::Fork) {
+            self.slabs[fork.to as usize] = self.slabs[fork.from as usize].clone();
+            match *fork.pages {
+                [from, to] => self.pages[to as usize] = self.pages[from as usize].clone(),
+                [] => {}
+                _ => return Err(format!("{fork:?} has other than two pages")),
             }
-            if to_page >= 0 {
-                self.pages[to_page as usize] = self.pages[from_page as usize].clone();
+            if self.slabs[fork.to as usize].pos != fork.position {
+                return Err(format!("{fork:?} is of a slab that is elsewhere"));
             }
         }
         Ok(())
     }
 
-    fn restore(&mut self, h: &StepHeader, plan: &Arrays) -> Result<(), String> {
-        for copy in plan.restores.chunks(plan.copy_width).take(h.restores as usize) {
-            let (slab, pos) = (copy[0] as usize, copy[1] as u32);
+    fn restore(&mut self, plan: &Plan) -> Result<(), String> {
+        for copy in plan.copies(CopyKind::Restore) {
+            let (slab, pos) = (copy.to as usize, copy.position);
             let mut whole: Option<Rc<Saved>> = None;
-            for (i, &page) in pages_of(copy).iter().enumerate() {
+            for (i, &page) in copy.pages.iter().enumerate() {
                 let Some((saved, part)) = &self.pages[page as usize].part else {
                     return Err(format!("page {page} holds no snapshot"));
                 };
@@ -356,13 +350,13 @@ impl Device {
         Ok(())
     }
 
-    fn save(&mut self, h: &StepHeader, plan: &Arrays) -> Result<(), String> {
-        for copy in plan.saves.chunks(plan.copy_width).take(h.saves as usize) {
-            let (slab, pos) = (&self.slabs[copy[0] as usize], copy[1] as u32);
+    fn save(&mut self, plan: &Plan) -> Result<(), String> {
+        for copy in plan.copies(CopyKind::Save) {
+            let (slab, pos) = (&self.slabs[copy.from as usize], copy.position);
             let boundary = pos.is_multiple_of(self.geometry.block);
             let whole = if boundary { self.geometry.snapshot_pages } else { self.geometry.slab_pages };
-            if slab.pos != pos || pages_of(copy).len() != whole as usize {
-                return Err(format!("slab {} is at {}: {copy:?} for {whole} pages", copy[0], slab.pos));
+            if slab.pos != pos || copy.pages.len() != whole as usize {
+                return Err(format!("the slab is at {}: {copy:?} for {whole} pages", slab.pos));
             }
             for (layer, pools) in slab.pools.iter().enumerate() {
                 let csa = matches!(self.geometry.layers[layer], crate::fake::Compress::Csa(_));
@@ -379,7 +373,7 @@ impl Device {
             let window = slab.window.iter().map(ring).collect();
             let pools = slab.pools.iter().map(|p| if boundary { [p[0], EMPTY] } else { *p }).collect();
             let saved = Rc::new(Saved { pos, window, pools });
-            for (i, &page) in pages_of(copy).iter().enumerate() {
+            for (i, &page) in copy.pages.iter().enumerate() {
                 let page = &mut self.pages[page as usize];
                 page.rows.fill(GARBAGE);
                 page.part = Some((saved.clone(), i));
@@ -391,7 +385,7 @@ impl Device {
     fn run_row(
         &mut self,
         row: &Row,
-        plan: &Arrays,
+        plan: &Plan,
         known: &HashMap<u64, Known>,
     ) -> Result<Option<u64>, String> {
         let request = known.get(&row.request).ok_or_else(|| format!("{row:?} is of nobody"))?;
@@ -416,10 +410,10 @@ impl Device {
         let mut last = None;
         for pos in row.start..row.end {
             let at = row.offset + (pos - row.start) as usize;
-            let id = plan.token_ids[at];
+            let id = plan[Field::token_ids][at];
             let token = if id < 0 { self.sampled[(-1 - id) as usize] } else { id as u32 };
-            if plan.positions[at] != pos as i32 {
-                return Err(format!("{row:?}: position {} at {pos}", plan.positions[at]));
+            if plan[Field::positions][at] != pos as i32 {
+                return Err(format!("{row:?}: position {} at {pos}", plan[Field::positions][at]));
             }
             last = forward(g, &mut view, embed(token, &request.salt), pos, row.replay_end);
             if !request.over && pos >= row.replay_end {
@@ -441,25 +435,19 @@ fn agree(expected: &Expected, pos: u32, token: u32, output: Option<u64>) -> Resu
     }
 }
 
-/// The pages of a row of a copy list.
-fn pages_of(copy: &[i32]) -> &[i32] {
-    let pages = &copy[2..];
-    &pages[..pages.iter().position(|&p| p < 0).unwrap_or(pages.len())]
-}
-
-fn rows_of(h: &StepHeader, plan: &Arrays) -> Vec<Row> {
+fn rows_of(plan: &Plan) -> Vec<Row> {
     let mut offset = 0;
-    (0..h.rows as usize)
+    (0..plan.header().rows as usize)
         .map(|r| {
-            let (start, len) = (plan.row_start[r] as u32, plan.row_len[r] as u32);
+            let (start, len) = (plan[Field::row_start][r] as u32, plan[Field::row_len][r] as u32);
             offset += len as usize;
             Row {
-                request: plan.row_req[r] as u64,
-                slab: plan.row_slab[r] as u32,
+                request: plan.long(Field::row_req, r),
+                slab: plan[Field::row_slab][r] as u32,
                 start,
                 end: start + len,
-                flags: plan.row_flags[r],
-                replay_end: plan.row_replay_end[r] as u32,
+                flags: plan[Field::row_flags][r],
+                replay_end: plan[Field::row_replay_end][r] as u32,
                 offset: offset - len as usize,
             }
         })

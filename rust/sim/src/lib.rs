@@ -4,14 +4,12 @@
 //! | --- | --- |
 //! | `fake.rs` | a model whose activations are hashes: any wrong, missing or stale row changes everything after it |
 //! | `oracle.rs` | the cold run of that model over plain vectors: what every position must give |
-//! | `arrays.rs` | the plan's arrays |
 //! | `device.rs` | pages, slabs and page tables; runs plans as a GPU would, and objects to conflicts |
 //! | `world/` | one seed = one run of requests, steps and faults, checked after every operation; `chance.rs` draws them |
 //!
 //! Equality with the oracle at every computed position is the whole statement of exactness: restored, replayed, chunked,
 //! preempted or rolled back, a token's activation is the cold one.
 
-pub mod arrays;
 pub mod device;
 pub mod fake;
 pub mod oracle;

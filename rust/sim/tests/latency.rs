@@ -5,9 +5,9 @@ use dsv4_core::budget::{LEAST_CHUNK, StepCost};
 use dsv4_core::cost::CostModel;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
+use dsv4_core::plan::{Field, Plan};
 use dsv4_core::request::Submit;
 use dsv4_core::{Core, Options};
-use dsv4_sim::arrays::Arrays;
 use dsv4_sim::rng::Rng;
 
 const PRIOR: CostModel =
@@ -29,12 +29,12 @@ struct Speed {
 }
 
 /// True time of the rows of a step: decodes and base, prompt.
-fn truth(arrays: &Arrays, rows: u32, copies: u32, speed: Speed) -> (f64, f64) {
+fn truth(plan: &Plan, rows: u32, copies: u32, speed: Speed) -> (f64, f64) {
     let (mut fixed, mut load) = (FIXED.base_us + f64::from(copies) * FIXED.copy_us, 0.0);
     for r in 0..rows as usize {
-        let (from, len) = (f64::from(arrays.row_start[r]), f64::from(arrays.row_len[r]));
+        let (from, len) = (f64::from(plan[Field::row_start][r]), f64::from(plan[Field::row_len][r]));
         let context = PRIOR.context_us_per_1k * (from + len / 2.0) / 1000.0 * len;
-        if arrays.row_flags[r] & dsv4_core::plan::DECODE != 0 {
+        if plan[Field::row_flags][r] & dsv4_core::plan::DECODE != 0 {
             fixed += FIXED.decode_us + context;
         } else {
             load += len * PRIOR.token_us + context;
@@ -57,7 +57,7 @@ fn run(budget_us: f64, speed_at: impl Fn(u32) -> Speed) -> (f64, u32, f64) {
         ..Options::default()
     };
     let mut core = Core::new(&presets::flash(), options).expect("the options are valid");
-    let mut arrays = Arrays::new(&core.shape());
+    let mut plan = Plan::new(core.plan_schema());
     let submit = |core: &mut Core, id: u64, n: u32, max_new| {
         let prompt = (0..n).map(|t| if t == 0 { id as u32 } else { t % 1000 }).collect();
         let submit = Submit { id: RequestId(id), prompt, max_new: Some(max_new), ..Submit::default() };
@@ -68,9 +68,9 @@ fn run(budget_us: f64, speed_at: impl Fn(u32) -> Speed) -> (f64, u32, f64) {
         (Rng::new(7), 0u32, 0u32, 0f64, 0, 0u64);
     let mut last = speed_at(0);
     loop {
-        let header = core.plan(&mut arrays.buffers()).expect("the arrays fit").expect("there is work");
+        let header = core.plan(plan.words()).expect("the buffer is long enough").expect("there is work");
         let speed = speed_at(n);
-        let (fixed, load) = truth(&arrays, header.rows, header.saves + header.restores, speed);
+        let (fixed, load) = truth(&plan, header.rows, header.copies, speed);
         let noise = 1.0 + speed.noise * (2.0 * (rng.bits() % 1000) as f64 / 1000.0 - 1.0);
         // A stutter once in a while, which is measured but is not the model's to foresee.
         let stutter = if n % 97 == 96 { 30.0 } else { 1.0 };
@@ -81,16 +81,16 @@ fn run(budget_us: f64, speed_at: impl Fn(u32) -> Speed) -> (f64, u32, f64) {
         if header.decode_rows == DECODES && load > 0.0 {
             since += 1;
             let r = header.rows as usize - 1;
-            let at = f64::from(arrays.row_start[r]);
+            let at = f64::from(plan[Field::row_start][r]);
             let least = f64::from(LEAST_CHUNK);
             let chunk = least * (PRIOR.token_us + PRIOR.context_us_per_1k * (at + least / 2.0) / 1000.0);
             let bound = budget_us.max(fixed + speed.load * chunk + speed.fixed * 2.0 * FIXED.copy_us);
             if since > LEARNT {
                 worst = worst.max((fixed + load) / ((1.0 + ERROR + speed.noise) * bound));
             }
-            (pieces, tokens) = (pieces + 1, tokens + u64::from(arrays.row_len[r] as u32));
+            (pieces, tokens) = (pieces + 1, tokens + u64::from(plan[Field::row_len][r] as u32));
             // A shorter piece ends where a state is saved.
-            let (len, end) = (arrays.row_len[r] as u32, at as u32 + arrays.row_len[r] as u32);
+            let (len, end) = (plan[Field::row_len][r] as u32, at as u32 + plan[Field::row_len][r] as u32);
             assert!(len >= LEAST_CHUNK || end.is_multiple_of(256) || end == PROMPT, "{len} tokens to {end}");
         }
         core.commit(Step(header.step), &vec![1; header.samples as usize]).expect("it is in flight");

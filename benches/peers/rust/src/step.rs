@@ -2,19 +2,19 @@
 
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::LayoutSpec;
+use dsv4_core::plan::Plan;
 use dsv4_core::request::Submit;
 use dsv4_core::{Core, Options};
-use dsv4_sim::arrays::Arrays;
 
 /// Tokens that a request may decode; pages for them are kept ready.
 pub const MOST_NEW: u32 = 1 << 14;
 /// A request apart from those in decode.
 const LONG_ID: RequestId = RequestId(u64::MAX >> 1);
 
-/// A core with requests in decode, and its arrays.
+/// A core with requests in decode, and its buffer.
 pub struct Steps {
     core: Core,
-    arrays: Arrays,
+    out: Plan,
     events: Vec<i64>,
     samples: Vec<u32>,
 }
@@ -38,8 +38,8 @@ impl Steps {
             ..Options::default()
         };
         let core = Core::new(layout, options).expect("the options are valid");
-        let arrays = Arrays::new(&core.shape());
-        Steps { core, arrays, events: vec![0; 6 * 4096], samples: vec![0; n as usize + 1] }
+        let out = Plan::new(core.plan_schema());
+        Steps { core, out, events: vec![0; 6 * 4096], samples: vec![0; n as usize + 1] }
     }
 
     /// Brings `n` requests into decode.
@@ -79,7 +79,7 @@ impl Steps {
 
     /// Plan, commit and events of one step; the requests that decoded.
     pub fn step(&mut self) -> u32 {
-        let header = self.core.plan(&mut self.arrays.buffers()).expect("the arrays are large enough");
+        let header = self.core.plan(self.out.words()).expect("the buffer is long enough");
         let header = header.expect("there is work");
         let samples = &self.samples[..header.samples as usize];
         self.core.commit(Step(header.step), samples).expect("it is in flight");

@@ -18,7 +18,7 @@ impl Core {
     }
 
     /// Gives a waiting request a slab, all pages of its known tokens, and the cheapest start. False: not now.
-    pub(super) fn admit(&mut self, slot: Slot, draft: &mut Draft<'_, '_, '_>) -> Result<bool, CoreError> {
+    pub(super) fn admit(&mut self, slot: Slot, draft: &mut Draft<'_, '_>) -> Result<bool, CoreError> {
         let request = self.table.get(slot);
         let (n, block) = (request.known(), self.shape_block());
         let blocks = n.div_ceil(block);
@@ -29,7 +29,7 @@ impl Core {
             request.blocked.is_some_and(|(available, running)| room.0 <= available && room.1 >= running);
         if (hopeless && !alone && self.parked.is_empty())
             || self.slabs.free() == 0
-            || blocks > draft.arrays.delta_room()
+            || blocks > draft.plan.delta_room()
         {
             return Ok(false);
         }
@@ -121,7 +121,7 @@ impl Core {
 
     /// Lets a parked request go on from its saved state, if its further pages can be had. Otherwise it may lose what it
     /// holds: when it is alone, or when others need it more.
-    fn unparks(&mut self, slot: Slot, alone: bool, draft: &mut Draft<'_, '_, '_>) -> Result<bool, CoreError> {
+    fn unparks(&mut self, slot: Slot, alone: bool, draft: &mut Draft<'_, '_>) -> Result<bool, CoreError> {
         let (block, spared) = (self.shape_block(), self.table.running.len() as u32);
         loop {
             let request = self.table.get(slot);

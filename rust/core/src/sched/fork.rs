@@ -53,7 +53,7 @@ impl Core {
     }
 
     /// Starts the children whose parents are where they part; tells the other parents how far they may go.
-    pub(super) fn plan_forks(&mut self, draft: &mut Draft<'_, '_, '_>) -> Result<(), CoreError> {
+    pub(super) fn plan_forks(&mut self, draft: &mut Draft<'_, '_>) -> Result<(), CoreError> {
         if self.forks.is_empty() {
             return Ok(());
         }
@@ -125,7 +125,7 @@ impl Core {
         slot: Slot,
         parent: Slot,
         at: u32,
-        draft: &mut Draft<'_, '_, '_>,
+        draft: &mut Draft<'_, '_>,
     ) -> Result<(), CoreError> {
         let block = self.shape_block();
         let full = at / block;
@@ -134,8 +134,7 @@ impl Core {
         let n = child.known();
         let needed = n.div_ceil(block) - full;
         let room = self.slabs.free() > 0
-            && n.div_ceil(block) <= draft.arrays.delta_room()
-            && draft.arrays.fork_room()
+            && n.div_ceil(block) <= draft.plan.delta_room()
             && of.seq.published_blocks() >= full
             && self.cache.available() >= needed + self.table.running.len() as u32;
         if !room {
@@ -148,10 +147,9 @@ impl Core {
         assert!(taken.is_ok(), "{needed} pages were available: {taken:?}");
         let slab = self.slabs.take().expect("a free slab was seen");
         let partial = !at.is_multiple_of(block);
-        let pages = from_page
-            .filter(|_| partial && !mutant::on(Mutant::ForkSharesTail))
-            .map(|from| (from, seq.pages()[full as usize]));
-        draft.arrays.fork(from_slab, slab, pages);
+        let open = from_page.filter(|_| partial && !mutant::on(Mutant::ForkSharesTail));
+        let pages = open.map(|from| [from, seq.pages()[full as usize]]);
+        draft.plan.fork(from_slab, slab, at, pages.as_ref().map_or(&[], |p| p));
         self.epochs += 1;
         draft.flight.forks.push((slot, self.epochs));
         let request = self.table.get_mut(slot);

@@ -18,11 +18,7 @@ pub(super) fn reserve_state(cache: &mut KvCache, run: &Run, pos: u32, least: u32
 impl Core {
     /// A page for the next token of a request in decode. False: it cannot run in this step, because pages that it will
     /// get are still in use by steps in flight, or because it had to give way itself.
-    pub(super) fn secure_page(
-        &mut self,
-        slot: Slot,
-        draft: &mut Draft<'_, '_, '_>,
-    ) -> Result<bool, CoreError> {
+    pub(super) fn secure_page(&mut self, slot: Slot, draft: &mut Draft<'_, '_>) -> Result<bool, CoreError> {
         loop {
             let run = self.table.get_mut(slot).run.as_mut().expect("a running request has a slab");
             if self.cache.extend(&mut run.seq, run.planned + 1).is_ok() {

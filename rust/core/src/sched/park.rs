@@ -36,11 +36,7 @@ pub struct Parked {
 impl Core {
     /// Pages of a saved state at `pos`.
     pub(super) fn state_pages(&self, pos: u32) -> u32 {
-        if pos.is_multiple_of(self.shape_block()) {
-            self.snapshot_pages
-        } else {
-            self.shape.copy_pages as u32
-        }
+        if pos.is_multiple_of(self.shape_block()) { self.snapshot_pages } else { self.slab_pages }
     }
 
     /// Whether the slab of a running request holds its state, and no step in flight has anything to do with it.
@@ -70,7 +66,7 @@ impl Core {
         slot: Slot,
         loss: Loss,
         spare: u32,
-        draft: &mut Draft<'_, '_, '_>,
+        draft: &mut Draft<'_, '_>,
     ) -> Result<Option<bool>, CoreError> {
         if !self.could_park(slot, spare) {
             return Ok(Some(false));
@@ -97,7 +93,7 @@ impl Core {
         let request = self.table.get_mut(slot);
         request.change(Change::Lose)?;
         let run = request.run.take().expect("a running request has a slab");
-        draft.arrays.save(run.slab, pos, state.pages());
+        draft.plan.save(run.slab, pos, state.pages());
         self.slabs.give_back(run.slab, draft.flight.step);
         draft.flight.parks.push(slot);
         request.explain.preemptions += 1;
@@ -149,7 +145,7 @@ impl Core {
 
     /// Gives the slab of the last running request to a waiting one of higher priority, when nobody else can go on with
     /// less: the state of the one that gives way must find room, and the one that comes must fit.
-    pub(super) fn make_way(&mut self, draft: &mut Draft<'_, '_, '_>) -> Result<(), CoreError> {
+    pub(super) fn make_way(&mut self, draft: &mut Draft<'_, '_>) -> Result<(), CoreError> {
         self.held = None;
         if self.slabs.free() > 0 || self.slabs.leaving() > 0 {
             return Ok(());

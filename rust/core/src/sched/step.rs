@@ -6,16 +6,16 @@ use crate::core::Core;
 use crate::error::CoreError;
 use crate::ids::Step;
 use crate::mutant::{self, Mutant};
-use crate::plan::{ALL_LOGITS, DECODE, PlanBuffers, PlanWriter, REPLAY, RESET, Row, SAMPLE, StepHeader};
+use crate::plan::{ALL_LOGITS, DECODE, PlanWriter, REPLAY, RESET, Row, SAMPLE, StepHeader};
 use crate::policy::Keep;
 use crate::request::{Change, Phase, Request, Run, Start};
 use crate::sched::flight::{Flight, FlightRow, Save};
 use crate::sched::memory::reserve_state;
 use crate::sched::table::Slot;
 
-/// A step being written: the arrays, and what is remembered of it.
-pub(super) struct Draft<'w, 'a, 'b> {
-    pub arrays: &'w mut PlanWriter<'a, 'b>,
+/// A step being written: its buffer, and what is remembered of it.
+pub(super) struct Draft<'w, 'a> {
+    pub plan: &'w mut PlanWriter<'a>,
     pub flight: Flight,
     /// Tokens before the rows in decode, in all.
     pub context: u64,
@@ -31,26 +31,19 @@ impl Core {
     /// Writes the next step into `out`. `None`: nothing can run now (finish the steps in flight, or submit something). A step
     /// may have no rows and only copy states.
     ///
-    /// Fails when `out` is too small, or when as many steps are in flight as allowed.
-    pub fn plan(&mut self, out: &mut PlanBuffers<'_>) -> Result<Option<StepHeader>, CoreError> {
-        out.check(&self.shape)?;
+    /// Fails when `out` is shorter than [`Core::plan_schema`] says, or when as many steps are in flight as allowed.
+    pub fn plan(&mut self, out: &mut [i32]) -> Result<Option<StepHeader>, CoreError> {
         let step = Step(self.last.0 + 1);
         if self.flights.len() == self.options.max_in_flight as usize {
             return Err(self.wrong_step(step.0, "planned"));
         }
-        let mut writer = PlanWriter::new(out, self.shape, step);
+        let mut writer = PlanWriter::new(&self.schema, out, step)?;
         let mut flight = self.spare_flights.pop().unwrap_or_default();
         flight.step = step;
         self.gave_way = false;
         self.keep_order();
-        let mut draft = Draft {
-            arrays: &mut writer,
-            flight,
-            context: 0,
-            left_us: f64::INFINITY,
-            load_us: 0.0,
-            pieces: 0,
-        };
+        let mut draft =
+            Draft { plan: &mut writer, flight, context: 0, left_us: f64::INFINITY, load_us: 0.0, pieces: 0 };
         let mut prefilling = std::mem::take(&mut self.prefilling);
         self.plan_forks(&mut draft)?;
         self.make_way(&mut draft)?;
@@ -61,32 +54,30 @@ impl Core {
         self.prefilling = prefilling;
         let Draft { mut flight, context, load_us, .. } = draft;
         let header = writer.header();
-        let copies = header.saves + header.restores + header.forks;
-        if header.rows + copies == 0 {
+        if header.rows + header.copies == 0 {
             self.spare_flights.push(flight);
             return Ok(None);
         }
-        let fixed_us = self.model.fixed_work(header.decode_rows, context, copies);
+        let fixed_us = self.model.fixed_work(header.decode_rows, context, header.copies);
         self.model.expect(step, Work { fixed_us, load_us });
         flight.samples = header.samples;
         self.flights.push_back(flight);
         self.last = step;
-        Ok(Some(header))
+        Ok(Some(writer.finish()))
     }
 
     /// What running decodes leave of the step's time.
-    fn set_budget(&mut self, draft: &mut Draft<'_, '_, '_>) {
-        let header = draft.arrays.header();
+    fn set_budget(&mut self, draft: &mut Draft<'_, '_>) {
+        let header = draft.plan.header();
         let Some(budget) = self.options.step_us.filter(|_| header.decode_rows > 0) else { return };
-        let fixed_us =
-            self.model.fixed_work(header.decode_rows, draft.context, header.saves + header.restores);
+        let fixed_us = self.model.fixed_work(header.decode_rows, draft.context, header.copies);
         draft.left_us = budget - self.model.predict(Work { fixed_us, load_us: 0.0 });
     }
 
     /// One row for each running request whose prompt is done; the others are put into `prefilling`, in order.
     fn plan_decodes(
         &mut self,
-        draft: &mut Draft<'_, '_, '_>,
+        draft: &mut Draft<'_, '_>,
         prefilling: &mut Vec<Slot>,
     ) -> Result<(), CoreError> {
         let (mut i, block) = (0, self.shape_block());
@@ -102,7 +93,7 @@ impl Core {
                 continue;
             }
             let run = request.run.as_ref().expect("a running request has a slab");
-            if request.outputs() + run.unknown >= request.max_new || draft.arrays.room() == 0 {
+            if request.outputs() + run.unknown >= request.max_new || draft.plan.room() == 0 {
                 continue;
             }
             // A placeholder means a sample of the step before. After a rollback the device's last step may be another one.
@@ -117,12 +108,12 @@ impl Core {
         Ok(())
     }
 
-    fn decode_row(&mut self, slot: Slot, draft: &mut Draft<'_, '_, '_>) {
+    fn decode_row(&mut self, slot: Slot, draft: &mut Draft<'_, '_>) {
         let least = self.pages_for_a_save();
         let request = self.table.get_mut(slot);
         let run = request.run.as_mut().expect("a running request has a slab");
         let news = run.told != run.seq.pages().len() as u32 || !run.adopted.is_empty();
-        if run.planned >= run.hold || (news && !tell_pages(draft.arrays, run)) {
+        if run.planned >= run.hold || (news && !tell_pages(draft.plan, run)) {
             return;
         }
         let (pos, end) = (run.planned, run.planned + 1);
@@ -138,7 +129,7 @@ impl Core {
         let known = request.tokens.get(pos);
         debug_assert!(known.is_some() || run.sampled_at.0 == self.last, "it comes from the step before");
         let token = known.map_or(-1 - run.sampled_at.1 as i32, |token| token as i32);
-        let index = draft.arrays.decode_row(row, token);
+        let index = draft.plan.decode_row(row, token);
         let pages = match keep {
             Keep::No => None,
             // While the token before is unknown the request may turn out to have ended there: then the older state is the
@@ -156,7 +147,7 @@ impl Core {
         run.sampled_at = (draft.flight.step, index);
         let epoch = run.epoch;
         if let Some(pages) = &pages {
-            draft.arrays.save(row.slab, end, pages.pages());
+            draft.plan.save(row.slab, end, pages.pages());
         }
         let saves = pages.is_some();
         draft.context += u64::from(pos);
@@ -166,9 +157,8 @@ impl Core {
 
     /// Whether there is room and time for one more piece of a prompt. The first one may always be there, so that prompts
     /// make progress.
-    fn takes_more(&self, draft: &Draft<'_, '_, '_>, from: u32) -> bool {
-        draft.arrays.room() > 0
-            && (draft.pieces == 0 || self.within(draft.left_us, from, false) >= LEAST_CHUNK)
+    fn takes_more(&self, draft: &Draft<'_, '_>, from: u32) -> bool {
+        draft.plan.room() > 0 && (draft.pieces == 0 || self.within(draft.left_us, from, false) >= LEAST_CHUNK)
     }
 
     /// Tokens from `from` on that fit into `us` together with a restore and a save.
@@ -184,13 +174,13 @@ impl Core {
     /// Pieces of prompts and admissions, whoever is next in fairness first (see `order.rs`).
     fn plan_prefills(
         &mut self,
-        draft: &mut Draft<'_, '_, '_>,
+        draft: &mut Draft<'_, '_>,
         prefilling: &mut Vec<Slot>,
     ) -> Result<(), CoreError> {
         let mut tried = std::mem::take(&mut self.tried);
         tried.clear();
         let mut open = self.may_admit();
-        while draft.arrays.room() > 0 {
+        while draft.plan.room() > 0 {
             let piece = self.next_piece(prefilling);
             let head = if open { self.next_waiting(&tried) } else { None };
             match (head, piece) {
@@ -217,14 +207,14 @@ impl Core {
 
     /// The next piece of a prompt: to the end of the replay, the next due boundary, the end, or as far as there is room and
     /// time.
-    fn prefill_row(&mut self, slot: Slot, draft: &mut Draft<'_, '_, '_>) -> Result<(), CoreError> {
+    fn prefill_row(&mut self, slot: Slot, draft: &mut Draft<'_, '_>) -> Result<(), CoreError> {
         let least = self.pages_for_a_save();
         let request = self.table.get(slot);
         let run = request.run.as_ref().expect("a running request has a slab");
         let (start, len) = (run.planned, request.tokens.len());
         let replaying = start < run.replay_end;
         let stop = if replaying { run.replay_end } else { run.due.next(start).unwrap_or(len).min(len) };
-        let stop = stop.min(run.hold).min(start + draft.arrays.room());
+        let stop = stop.min(run.hold).min(start + draft.plan.room());
         let begins = !matches!(run.start, Start::Running);
         let mut time = self.within(draft.left_us, start, replaying);
         if draft.pieces == 0 || begins {
@@ -235,7 +225,7 @@ impl Core {
         }
         let request = self.table.get_mut(slot);
         let run = request.run.as_mut().expect("a running request has a slab");
-        if !tell_pages(draft.arrays, run) {
+        if !tell_pages(draft.plan, run) {
             return Ok(());
         }
         let end = stop.min(start.saturating_add(time));
@@ -243,13 +233,13 @@ impl Core {
         let flags = flags_of(request, start, replaying, samples);
         let run = request.run.as_mut().expect("a running request has a slab");
         if let Start::Saved(pos, pages) = std::mem::replace(&mut run.start, Start::Running) {
-            draft.arrays.restore(run.slab, pos, &pages);
+            draft.plan.restore(run.slab, pos, &pages);
         }
         // Before the end of the replay the state is not exact.
         let keep = if end >= run.replay_end { run.due.keep(end, false) } else { Keep::No };
         let replay_end = if replaying { run.replay_end } else { 0 };
         let row = Row { request: request.id, slab: run.slab, start, end, flags, replay_end };
-        let index = draft.arrays.row(row, &request.tokens.all()[start as usize..end as usize]);
+        let index = draft.plan.row(row, &request.tokens.all()[start as usize..end as usize]);
         run.planned = end;
         if samples {
             run.unknown = 1;
@@ -258,7 +248,7 @@ impl Core {
         let epoch = run.epoch;
         let pages = if keep == Keep::No { None } else { reserve_state(&mut self.cache, run, end, least) };
         if let Some(pages) = &pages {
-            draft.arrays.save(row.slab, end, pages.pages());
+            draft.plan.save(row.slab, end, pages.pages());
         }
         let saves = pages.is_some();
         draft.flight.rows.push(FlightRow { slot, epoch, end, samples, prefill: true, saves });
@@ -272,7 +262,7 @@ impl Core {
     }
 
     /// Books a piece of a prompt: on the step's time and on its tenant.
-    fn charge(&mut self, draft: &mut Draft<'_, '_, '_>, tenant: u32, load_us: f64) {
+    fn charge(&mut self, draft: &mut Draft<'_, '_>, tenant: u32, load_us: f64) {
         draft.pieces += 1;
         draft.load_us += load_us;
         let us = self.model.predict(Work { fixed_us: 0.0, load_us });
@@ -291,17 +281,17 @@ fn flags_of(request: &Request, start: u32, replaying: bool, samples: bool) -> i3
 }
 
 /// Tells the device about pages that it does not know yet. False, and nothing told, when there is no room for them.
-fn tell_pages(arrays: &mut PlanWriter<'_, '_>, run: &mut Run) -> bool {
+fn tell_pages(plan: &mut PlanWriter<'_>, run: &mut Run) -> bool {
     let pages = run.seq.pages();
     let news = run.adopted.len() as u32 + pages.len() as u32 - run.told;
-    if news > arrays.delta_room() {
+    if news > plan.delta_room() {
         return false;
     }
     for (block, page) in run.adopted.drain(..) {
-        arrays.delta(run.slab, block, page);
+        plan.delta(run.slab, block, page);
     }
     for (block, &page) in (run.told..).zip(&pages[run.told as usize..]) {
-        arrays.delta(run.slab, block, page);
+        plan.delta(run.slab, block, page);
     }
     run.told = pages.len() as u32;
     true

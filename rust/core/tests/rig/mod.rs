@@ -7,10 +7,9 @@ use dsv4_core::cost::CostModel;
 use dsv4_core::event::What;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
-use dsv4_core::plan::StepHeader;
+use dsv4_core::plan::{CopyKind, Field, Plan, StepHeader};
 use dsv4_core::request::Submit;
 use dsv4_core::{Core, Options};
-use dsv4_sim::arrays::Arrays;
 
 pub fn options() -> Options {
     Options {
@@ -31,28 +30,42 @@ pub fn request(id: u64, prompt: &[u32], max_new: u32) -> Submit {
 }
 
 /// A row of a plan: request, first position, tokens, flags.
-pub type Row = (i64, i32, i32, i32);
+pub type Row = (u64, i32, i32, i32);
 
 pub struct Rig {
     pub core: Core,
-    pub arrays: Arrays,
+    pub out: Plan,
 }
 
 impl Rig {
     pub fn new(options: Options) -> Self {
         let core = Core::new(&presets::toy_v4(), options).unwrap();
-        Rig { arrays: Arrays::new(&core.shape()), core }
+        Rig { out: Plan::new(core.plan_schema()), core }
     }
 
     pub fn plan(&mut self) -> Option<StepHeader> {
-        let header = self.core.plan(&mut self.arrays.buffers()).unwrap();
+        let header = self.core.plan(self.out.words()).unwrap();
         self.core.check().unwrap();
         header
     }
 
     pub fn rows(&self, h: &StepHeader) -> Vec<Row> {
-        let a = &self.arrays;
-        (0..h.rows as usize).map(|r| (a.row_req[r], a.row_start[r], a.row_len[r], a.row_flags[r])).collect()
+        let a = &self.out;
+        (0..h.rows as usize)
+            .map(|r| {
+                (
+                    a.long(Field::row_req, r),
+                    a[Field::row_start][r],
+                    a[Field::row_len][r],
+                    a[Field::row_flags][r],
+                )
+            })
+            .collect()
+    }
+
+    /// Positions of the copies of one kind in the plan made last.
+    pub fn copied(&self, kind: CopyKind) -> Vec<u32> {
+        self.out.copies(kind).map(|copy| copy.position).collect()
     }
 
     /// Plans, samples `token` for every row, commits. Returns the rows.

@@ -1,7 +1,7 @@
 //! How long a step takes on a GPU: a roofline whose coefficients come from outside, all in microseconds.
 //!
 //! ```text
-//!   step     = overhead + collective + collective_token * tokens + copy * (saves + restores)
+//!   step     = overhead + collective + collective_token * tokens + copy * copies
 //!              + max(linear reads, linear arithmetic) + sum over rows of max(row's reads, row's arithmetic)
 //!   linear   reads dense + experts * (1 - (1 - k / E)^tokens)          arithmetic token * tokens
 //!   row      reads row_read + context_read * end + entry_read * min(selected, end / ratio)
@@ -14,10 +14,8 @@
 
 use dsv4_core::budget::StepCost;
 use dsv4_core::cost::CostModel;
-use dsv4_core::plan::REPLAY;
+use dsv4_core::plan::{Field, Plan, REPLAY};
 use serde::{Deserialize, Serialize};
-
-use crate::arrays::Arrays;
 
 /// Coefficients of one model on some GPUs. Times are us.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,7 +27,7 @@ pub struct StepModel {
     pub collective_us: f64,
     /// Their transfer per token.
     pub collective_token_us: f64,
-    /// Saving or restoring one state.
+    /// Saving, restoring or copying one state.
     pub copy_us: f64,
     /// Reading all weights besides routed experts.
     pub dense_read_us: f64,
@@ -110,7 +108,7 @@ impl StepModel {
         Ok(model)
     }
 
-    /// Where the time of a step with these rows and `copies` saves and restores goes.
+    /// Where the time of a step with these rows and `copies` of states goes.
     pub fn parts(&self, rows: impl Iterator<Item = Row>, copies: u32) -> Parts {
         let (mut tokens, mut pairs) = (0.0, vec![(0.0, 0.0)]);
         for row in rows {
@@ -128,13 +126,18 @@ impl StepModel {
     }
 
     /// The time of a planned step.
-    pub fn step_us(&self, plan: &Arrays, rows: u32, copies: u32) -> f64 {
+    pub fn step_us(&self, plan: &Plan) -> f64 {
+        let header = plan.header();
         let row = |r: usize| Row {
-            start: plan.row_start[r] as u32,
-            len: plan.row_len[r] as u32,
-            replay_end: if plan.row_flags[r] & REPLAY != 0 { plan.row_replay_end[r] as u32 } else { 0 },
+            start: plan[Field::row_start][r] as u32,
+            len: plan[Field::row_len][r] as u32,
+            replay_end: if plan[Field::row_flags][r] & REPLAY != 0 {
+                plan[Field::row_replay_end][r] as u32
+            } else {
+                0
+            },
         };
-        self.parts((0..rows as usize).map(row), copies).total_us()
+        self.parts((0..header.rows as usize).map(row), header.copies).total_us()
     }
 
     /// Share of the layers that run a row's tokens, on average: layer `l` skips the first `(window - 1) * l` of a replay.

@@ -14,11 +14,10 @@ use dsv4_core::error::{CoreError, Malformed};
 use dsv4_core::event::{Event, What};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::LayoutSpec;
-use dsv4_core::plan::StepHeader;
+use dsv4_core::plan::{Field, Plan, StepHeader};
 use dsv4_core::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
 
-use crate::arrays::Arrays;
 use crate::fake::mix;
 use crate::replay::best::Blocks;
 use crate::replay::clock::StepModel;
@@ -75,7 +74,7 @@ pub struct Replay {
     settings: Settings,
     pool: Pool,
     core: Core,
-    arrays: Arrays,
+    plan: Plan,
     samples: Vec<u32>,
     now_us: f64,
     /// Requests whose arrival is known: time (the bits of a number that is not negative keep its order) and index.
@@ -154,7 +153,6 @@ impl Replay {
     }
 
     fn of(core: Core, trace: Arc<Trace>, layout: &LayoutSpec, settings: Settings) -> Self {
-        let shape = core.shape();
         let pool = Pool {
             pages: settings.options.pages.into(),
             page_bytes: layout.page_bytes().into(),
@@ -170,8 +168,8 @@ impl Replay {
             (trace.requests().len() as f64 / moments).ceil()
         };
         let mut replay = Replay {
-            arrays: Arrays::new(&shape),
-            samples: Vec::with_capacity(shape.rows),
+            plan: Plan::new(core.plan_schema()),
+            samples: Vec::new(),
             now_us: trace.requests().first().map_or(0.0, |r| r.at_us),
             due,
             followers,
@@ -227,7 +225,7 @@ impl Replay {
         // Before requests come in, so that their waiting counts from now.
         self.core.set_time(self.now_us as u64);
         self.submit_outside()?;
-        if let Some(header) = self.core.plan(&mut self.arrays.buffers())? {
+        if let Some(header) = self.core.plan(self.plan.words())? {
             let us = self.pass(&header);
             self.draw(&header);
             self.core.commit(Step(header.step), &self.samples)?;
@@ -315,15 +313,15 @@ impl Replay {
     /// Time passes, and tenants are served. Returns the time of the step.
     fn pass(&mut self, header: &StepHeader) -> f64 {
         let model = self.settings.model.as_ref();
-        let us = model.map_or(0.0, |m| m.step_us(&self.arrays, header.rows, header.saves + header.restores));
+        let us = model.map_or(0.0, |m| m.step_us(&self.plan));
         self.now_us += us;
         let contended = self.accounts.iter().filter(|a| a.live > 0).count() > 1;
         if contended {
             self.accounts.iter_mut().filter(|a| a.live > 0).for_each(|a| a.contended_us += us);
         }
         for row in 0..header.rows as usize {
-            let index = self.index(self.arrays.row_req[row] as u64) as usize;
-            let len = self.arrays.row_len[row] as u64;
+            let index = self.index(self.plan.long(Field::row_req, row)) as usize;
+            let len = self.plan[Field::row_len][row] as u64;
             let account = &mut self.accounts[self.trace.requests()[index].tenant as usize];
             account.served += len;
             account.contended += if contended { len } else { 0 };
@@ -336,10 +334,10 @@ impl Replay {
     fn draw(&mut self, header: &StepHeader) {
         let mut samples = std::mem::take(&mut self.samples);
         samples.clear();
-        samples.extend(self.arrays.sample_rows[..header.samples as usize].iter().map(|&row| {
+        samples.extend(self.plan[Field::sample_rows][..header.samples as usize].iter().map(|&row| {
             let row = row as usize;
-            let pos = (self.arrays.row_start[row] + self.arrays.row_len[row]) as u32;
-            let index = self.index(self.arrays.row_req[row] as u64);
+            let pos = (self.plan[Field::row_start][row] + self.plan[Field::row_len][row]) as u32;
+            let index = self.index(self.plan.long(Field::row_req, row));
             self.trace.output_token(&self.trace.requests()[index as usize], pos)
         }));
         self.samples = samples;

@@ -8,11 +8,10 @@ use dsv4_core::error::CoreError;
 use dsv4_core::event::What;
 use dsv4_core::ids::{PinId, RequestId, Step};
 use dsv4_core::layout::LayoutSpec;
-use dsv4_core::plan::StepHeader;
+use dsv4_core::plan::{Plan, StepHeader};
 use dsv4_core::request::{Finish, Submit};
 use dsv4_core::{Core, Options};
 
-use crate::arrays::Arrays;
 use crate::device::{Device, Known};
 use crate::fake::Geometry;
 use crate::oracle::cold_run;
@@ -65,7 +64,7 @@ pub struct World {
     device: Device,
     geometry: Geometry,
     layout: LayoutSpec,
-    arrays: Arrays,
+    plan: Plan,
     flying: VecDeque<(StepHeader, Vec<u32>)>,
     /// The newest steps that were committed or rolled back, with their samples.
     gone: VecDeque<(u64, usize)>,
@@ -93,7 +92,7 @@ impl World {
             device: Device::new(geometry.clone(), options.pages, options.slabs, vocabulary),
             geometry,
             layout: layout.clone(),
-            arrays: Arrays::new(&core.shape()),
+            plan: Plan::new(core.plan_schema()),
             core,
             options,
             rng: Rng::new(0),
@@ -191,11 +190,10 @@ impl World {
     /// Plans and runs a step, which may crash. Returns whether there was one.
     pub fn plan(&mut self) -> Result<bool, String> {
         if self.flying.len() == self.options.max_in_flight as usize {
-            let refused =
-                matches!(self.core.plan(&mut self.arrays.buffers()), Err(CoreError::WrongStep { .. }));
+            let refused = matches!(self.core.plan(self.plan.words()), Err(CoreError::WrongStep { .. }));
             return if refused { Ok(false) } else { Err("planned one step too many".to_owned()) };
         }
-        let header = self.core.plan(&mut self.arrays.buffers()).map_err(|e| e.to_string())?;
+        let header = self.core.plan(self.plan.words()).map_err(|e| e.to_string())?;
         let Some(header) = header else {
             let stuck = self.flying.is_empty() && self.core.has_work();
             return if stuck {
@@ -206,7 +204,7 @@ impl World {
         };
         if !self.calm && header.rows > 0 && self.rng.chance(2) {
             let with_deltas = self.rng.chance(50);
-            self.device.crash(&header, &self.arrays, with_deltas)?;
+            self.device.crash(&self.plan, with_deltas)?;
             // The engine may commit the step before first, or not.
             if self.rng.chance(50) && !self.flying.is_empty() {
                 self.commit()?;
@@ -215,7 +213,7 @@ impl World {
             self.device.drop_from(header.step);
             return Ok(true);
         }
-        let samples = self.device.run(&header, &self.arrays, &self.known)?;
+        let samples = self.device.run(&self.plan, &self.known)?;
         self.report.micros += 10 * u64::from(header.tokens);
         self.flying.push_back((header, samples));
         Ok(true)

@@ -1,0 +1,50 @@
+//! numpy arrays that Python owns: read or written during a call, never kept.
+
+use numpy::{
+    Element, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadwriteArrayDyn, PyUntypedArrayMethods,
+};
+use pyo3::prelude::*;
+
+use crate::door::config_error;
+
+/// Borrows an array of dtype `T` for writing: contiguous, of `dims` dimensions, the last `last` long if that is said.
+pub fn writable<'py, T: Element>(
+    name: &str,
+    value: &Bound<'py, PyAny>,
+    dims: usize,
+    last: Option<usize>,
+) -> PyResult<PyReadwriteArrayDyn<'py, T>> {
+    let py = value.py();
+    let refused = |is: String, expected: String| Err(config_error(py, name, is, expected));
+    let Ok(array) = value.cast::<PyArrayDyn<T>>() else {
+        let dtype = numpy::dtype::<T>(py);
+        return refused(what_it_is(value), format!("it must be a numpy array of dtype {dtype}"));
+    };
+    let shape = array.shape();
+    if shape.len() != dims || last.is_some_and(|n| shape.last() != Some(&n)) {
+        let rows = last.map_or_else(String::new, |n| format!(", the last of {n} elements"));
+        return refused(format!("of shape {shape:?}"), format!("it needs {dims} dimension(s){rows}"));
+    }
+    if !array.is_c_contiguous() {
+        return refused("strided".to_owned(), "it must be contiguous".to_owned());
+    }
+    array
+        .try_readwrite()
+        .or_else(|e| refused(format!("not available ({e})"), "it must be writable".to_owned()))
+}
+
+/// Copies token ids out of an int32 array.
+pub fn tokens_of(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    let py = value.py();
+    let Ok(array) = value.extract::<PyReadonlyArray1<'_, i32>>() else {
+        let expected = "it must be a one-dimensional numpy array of dtype int32";
+        return Err(config_error(py, name, what_it_is(value), expected));
+    };
+    let tokens: Result<Vec<u32>, i32> =
+        array.as_array().iter().map(|&t| u32::try_from(t).map_err(|_| t)).collect();
+    tokens.map_err(|t| config_error(py, name, format!("with token {t}"), "token ids are at least 0"))
+}
+
+fn what_it_is(value: &Bound<'_, PyAny>) -> String {
+    value.getattr("dtype").map_or_else(|_| value.get_type().to_string(), |d| format!("of dtype {d}"))
+}
