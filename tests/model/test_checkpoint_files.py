@@ -185,8 +185,12 @@ def edit_header(file: Path, change: Callable[[Header], Any]) -> None:
 
 
 def edit_tensor(file: Path, name: str, value: Callable[[Tensor], Tensor]) -> None:
+    edit(file, lambda flat: flat.update({name: value(flat[name]).contiguous()}))
+
+
+def edit(file: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     flat = load_file(file)
-    flat[name] = value(flat[name]).contiguous()
+    change(flat)
     save_file(flat, file)
 
 
@@ -247,6 +251,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown expert": (
         lambda f: edit_tensor(f, HASH, lambda t: t + 8),
         "names experts 8 to 15; the model has 8",
+    ),
+    "a matrix of size zero": (
+        lambda f: edit_tensor(f, NORM, lambda t: t[:0]),
+        r"tensor norm.weight has shape \[0\]; expected is \[128\]",
+    ),
+    "a foreign tensor of size zero": (
+        lambda f: edit(f, lambda t: t.update({"model.layers.0.extra": torch.ones(0, 4)})),
+        "tensor layers.0.extra does not belong to this model",
+    ),
+    "a name that is nearly right": (
+        lambda f: edit(f, lambda t: t.update({"model.layers.1.self_attn.kv_projj.weight": torch.ones(4)})),
+        r"tensor layers.1.self_attn.kv_projj.weight does not belong to this model",
+    ),
+    "a scale of a matrix that needs none": (
+        lambda f: edit(f, lambda t: t.update({"layers.1.attn.wq_a.scale": torch.ones(1, 1)})),
+        "tensor layers.1.attn.wq_a.scale does not belong to this model; did you mean 'layers.1.attn.wq_a.weight'",
     ),
     "a second file": (
         lambda f: (f.parent / "other.safetensors").write_bytes(f.read_bytes()),

@@ -110,6 +110,29 @@ YARN = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "deepseek_v41"}, 'model_type is "deepseek_v41"; it must be "deepseek_v4"'),
     ({"model_type": None}, "config.json has no model_type"),
+    (
+        {"model_type": "deepseek_v3"},
+        'model_type is "deepseek_v3"; it must be "deepseek_v4": dsv4 serves DeepSeek-V4',
+    ),
+    (
+        {"model_type": "qwen3_moe"},
+        'model_type is "qwen3_moe"; .* dsv4 serves DeepSeek-V4 .* and no other model',
+    ),
+    ({"model_type": 4}, "model_type is 4; it must be"),
+    (
+        {"architectures": ["Qwen3MoeForCausalLM"]},
+        "architectures is .*Qwen3Moe.*DeepseekV4ForCausalLM: dsv4 serves",
+    ),
+    (
+        {"architectures": ["DeepseekV41ForCausalLM"]},
+        "architectures is .*V41.*; it must be DeepseekV4ForCausalLM",
+    ),
+    ({"architectures": ["DeepseekV4ForSequenceClassification"]}, "architectures is .*Classification"),
+    ({"architectures": "DeepseekV4ForCausalLM"}, "architectures is .*; it must be a list of names"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings is 0; it must be a whole number of at least 1"),
+    ({"max_position_embeddings": None}, "config.json has no max_position_embeddings"),
+    ({"max_position_embeddings": 1e6}, "max_position_embeddings is 1000000.0; it must be a whole number"),
+    ({"max_position_embeddings": "1M"}, 'max_position_embeddings is "1M"; it must be a whole number'),
     ({"scoring_func": "softmax"}, 'scoring_func is "softmax"; it must be "sqrtsoftplus"'),
     ({"topk_method": "greedy"}, 'topk_method is "greedy"; it must be "noaux_tc"'),
     ({"norm_topk_prob": False}, "norm_topk_prob is false; it must be true"),
@@ -179,13 +202,18 @@ def test_no_value_of_any_field_escapes_as_another_error(tmp_path: Path) -> None:
                     assert "\n" not in str(e)
 
 
+def test_what_says_nothing_of_its_architecture_or_is_a_drafters_is_read() -> None:
+    for names in (None, [], ["DeepseekV4ForCausalLM"], ["DeepseekV4DSparkForCausalLM"]):
+        ModelConfig.from_dict(random_config_dict(architectures=names))
+
+
 def test_unreadable_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: No such file"):
         ModelConfig.from_dir(tmp_path)
     file = tmp_path / "config.json"
     for text, message in [
         ("{", "is no JSON"),
-        ("[1]", "holds list, not an object"),
+        ("[1]", "holds a list, not an object"),
         ("[" * 10**5, "is no JSON"),
     ]:
         file.write_text(text)

@@ -16,7 +16,7 @@ from dsv4.model.survey import survey
 from dsv4.model.weights import load_weights
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Gated, Packed, dense
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.support.checkpoints import rewrite, set_config, write_base, write_nvfp4, write_release
@@ -331,6 +331,11 @@ def test_tables_of_rotations_are_left_out(tmp_path: Path) -> None:
     assert found.buffers == 3
     assert found.describe() == ["3 buffers (such as rotary_emb.inv_freq) are left out: they are computed"]
     load_weights(tmp_path, found.config, torch.bfloat16)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file(
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}, tmp_path / "again.safetensors"
+    )
+    assert survey(tmp_path, found.config).buffers == 3
 
 
 def test_kernels_leave_fp8_experts_to_the_reference_as_they_are(tmp_path: Path) -> None:

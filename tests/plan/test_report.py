@@ -80,7 +80,15 @@ def test_json_has_the_numbers_of_the_text(capsys: pytest.CaptureFixture[str]) ->
     [
         (["v4-por", "--gpu", "b200"], "model is 'v4-por'; .*did you mean 'v4-pro'"),
         (["v4-pro", "--gpu", "b20"], "gpu is 'b20'; .*did you mean 'b200'"),
-        (["v4-pro", "--gpu", "h100", "--num", "8"], "v4-pro does not fit on 8 x h100 as TP8: a GPU needs"),
+        (["v4-pro", "--gpu", "4090"], r"gpu is '4090'; known are [\w, ]+\n$"),
+        (
+            ["v4-pro", "--gpu", "b200", "--revision", "main"],
+            "revision is 'main', but v4-pro is a config that ships",
+        ),
+        (
+            ["v4-pro", "--gpu", "h100", "--num", "8"],
+            r"v4-pro does not fit on 8 x h100 as TP8: a GPU needs .*\(dsv4 serve runs on one GPU today\)",
+        ),
         (
             ["v4-pro", "--gpu", "b200", "--num", "8", "--max-len", "2000000"],
             "--max-len is 2000000; .* 1048576",
@@ -100,6 +108,14 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list
     assert main(["plan", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and re.search(said, err), err
+
+
+def test_a_plan_of_several_gpus_says_that_serve_takes_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for layout, servable in ((["--num", "2"], False), (["--num", "2", "--dp", "2"], False), ([], True)):
+        flags = ["v4-flash", "--gpu", "b300", *layout]
+        assert plan(capsys, *flags)["servable_today"] is servable
+        assert main(["plan", *flags]) == 0
+        assert ("dsv4 serve runs on one GPU today" in capsys.readouterr().out) is not servable
 
 
 def test_the_engine_has_the_planned_bytes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ Whatever is not supported is refused by name: a value that is ignored gives wron
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -28,7 +29,6 @@ LAYER_TYPES = {
 """transformers' names of the layer kinds."""
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("deepseek_v4",),
     "scoring_func": ("sqrtsoftplus",),
     "topk_method": ("noaux_tc",),
     "norm_topk_prob": (True,),
@@ -40,7 +40,10 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "n_shared_experts": (1,),
     "expert_dtype": ("fp4", "fp8", "bf16"),
 }
-"""Fields that name a choice of which V4 has one. Each may be absent, model_type apart."""
+"""Fields that name a choice of which V4 has one. Each may be absent."""
+
+SERVED = "dsv4 serves DeepSeek-V4 (Flash and Pro, their Base and DSpark weights) and no other model"
+_ARCHITECTURE = re.compile(r"DeepseekV4(?!\d)\w*ForCausalLM")
 
 SUPPORTED_QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
@@ -152,6 +155,10 @@ class ModelConfig:
         if path.is_file() and path.suffix == ".json":
             return cls.from_dict(read_json(path), name=path.resolve().parent.name), path.parent
         if model in RELEASED and not path.exists():
+            if revision is not None:
+                raise ConfigError(
+                    f"revision is {revision!r}, but {model} is a config that ships; it has none"
+                )
             return cls.preset(model), None
         if not path.exists() and "/" not in model:
             known = ", ".join(RELEASED)
@@ -206,8 +213,17 @@ class ModelConfig:
         )
 
 
+def _check_family(f: Fields) -> None:
+    """Another family of models is refused with what is served: its config has other fields, each of which would be missed."""
+    if f.value("model_type") != "deepseek_v4":
+        raise f.refuse("model_type", f'"deepseek_v4": {SERVED}')
+    for name in f.entries("architectures", str) if "architectures" in f else ():
+        if not _ARCHITECTURE.fullmatch(name):
+            raise f.refuse("architectures", f"DeepseekV4ForCausalLM: {SERVED}")
+
+
 def _check_choices(f: Fields) -> None:
-    f.value("model_type")
+    _check_family(f)
     for field, supported in SUPPORTED.items():
         f.check(field, supported)
     check_quantization(f)

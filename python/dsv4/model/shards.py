@@ -20,7 +20,7 @@ import numpy as np
 
 from dsv4.errors import CheckpointError
 from dsv4.model.json_fields import read_json
-from dsv4.model.names import DTYPE_BYTES, canonical_name, stacked_experts
+from dsv4.model.names import DTYPE_BYTES, canonical_name, is_buffer, stacked_experts
 
 MAX_HEADER = 100_000_000
 """Largest header that is read, as in safetensors itself. The whole of Pro in one file has 20 MB."""
@@ -45,7 +45,7 @@ def index_checkpoint(path: Path, experts: int) -> dict[str, Stored]:
         for file in _files(path):
             for name, place in read_header(file).items():
                 for canonical, part in _parts(canonical_name(name), place, experts):
-                    if canonical in stored:
+                    if canonical in stored and not is_buffer(canonical):
                         first = stored[canonical].file.name
                         raise CheckpointError(
                             f"tensor {canonical} is there twice: in {first} and in {file.name}"

@@ -10,6 +10,8 @@ from dsv4.plan.build import Alternative, Plan
 from dsv4.plan.cache import Capacity, window_bytes_per_token
 from dsv4.plan.weights import PUBLISHED
 
+NOT_YET = "dsv4 serve runs on one GPU today; a model over several, as planned here, it cannot start yet"
+
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Every number of the report under plain names; bytes are whole numbers."""
@@ -18,6 +20,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": q.config.name,
         "gpu": {**asdict(q.gpu), "num": q.num},
         "parallel": {**asdict(q.parallel), "name": str(q.parallel), "pools": q.parallel.pools},
+        "servable_today": q.parallel.ranks == 1,
         "limits": asdict(q.limits),
         "release": {
             "tensors": q.weights.files[0],
@@ -90,6 +93,7 @@ def _head(plan: Plan) -> list[str]:
         *([f"counted  from {q.counted_from}"] if q.counted_from else []),
         *(f"         {note}" for note in q.weights.notes),
         f"gpu      {q.num} x {q.gpu.name}, {_gb(q.gpu.memory_bytes)} each; {q.parallel} ({ranks})",
+        *([f"serve    {NOT_YET}"] if q.parallel.ranks > 1 else []),
         f"cache    rows {formats['window']}, index {formats.get('csa_index', 'none')}, {q.layout.block_tokens} tokens a page",
         f"limits   {q.limits.max_len:,} tokens a request, {q.limits.running:,} running, {q.limits.step_tokens:,} tokens a step",
     ]
