@@ -185,6 +185,8 @@ def test_a_repository_that_is_there_is_suggested(
         ),
         ("/no/such", "model is '/no/such'; it must be a directory with config.json"),
         ("./no", "model is './no'; it must be a directory"),
+        ("", "model is empty; give a directory or org/name"),
+        ("x" * 300, "model is 'xxx.*File name too long"),
         ("nowhere", "model is 'nowhere'; it must be a directory .* or org/name of the hub"),
         ("a/b/c", "model is 'a/b/c'; it must be a directory"),
         (

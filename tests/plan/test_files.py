@@ -14,6 +14,7 @@ import torch
 from dsv4.cli import main
 from dsv4.model.config import ModelConfig
 from dsv4.model.weights import load_weights
+from dsv4.plan.weights import Weights, find_weights
 from torch import Tensor
 
 from tests.support.checkpoints import (
@@ -133,6 +134,13 @@ def test_plan_and_serve_refuse_in_the_same_words_before_torch_is_imported(tmp_pa
     assert said("plan") == said("serve") and "GPTQ" in said("plan")
     rewrite(tmp_path, lambda flat: (flat.pop("layers.1.ffn.experts.0.w1.g_idx"), flat.pop("norm.weight")))
     assert said("plan") == said("serve") and "norm.weight" in said("plan")
+
+
+def test_the_simulator_reads_the_experts_of_the_files_too(tmp_path: Path) -> None:
+    write_base(tmp_path, lambda name, scale: scale, compress_ratios=[0, 4])
+    config, weights, source = find_weights(str(tmp_path / "config.json"))
+    assert config.expert_dtype == "fp8" and source == f"the headers of 1 files in {tmp_path}"
+    assert Weights.released(config).kinds == weights.kinds
 
 
 def test_the_engine_prints_what_differs(tmp_path: Path) -> None:

@@ -13,9 +13,7 @@ from dsv4.errors import ConfigError
 from dsv4.gpus import GPUS, gpu
 
 if TYPE_CHECKING:
-    from dsv4.model.config import ModelConfig
     from dsv4.plan.build import Question
-    from dsv4.plan.weights import Weights
 
 INDEX_FORMATS = {"fp4": "mxfp4", "fp8": "fp8", "bfloat16": "bfloat16", "float32": "float32"}
 WEIGHTS = ("released", "bfloat16", "float32")
@@ -123,6 +121,7 @@ def question(a: argparse.Namespace) -> Question:
     from dsv4.plan.cache import Traffic
     from dsv4.plan.graphs import steps_of
     from dsv4.plan.parallel import choose
+    from dsv4.plan.weights import find_weights
     from dsv4.plan.workspace import Limits
 
     model = model_of(a)
@@ -130,7 +129,7 @@ def question(a: argparse.Namespace) -> Question:
         raise ConfigError(f"MODEL is missing; it is one of {MODELS}")
     if a.gpu is None:
         raise ConfigError(f"--gpu is missing; known are {', '.join(GPUS)}")
-    config, weights, counted_from = _weights(model, a.revision, draft=a.draft)
+    config, weights, counted_from = find_weights(model, a.revision, draft=a.draft)
     for flag, value in (
         ("--max-num-seqs", a.max_num_seqs),
         ("--max-step-tokens", a.max_num_batched_tokens),
@@ -166,22 +165,6 @@ def question(a: argparse.Namespace) -> Question:
         held=a.weights,
         counted_from=counted_from,
     )
-
-
-def _weights(model: str, revision: str | None, *, draft: bool) -> tuple[ModelConfig, Weights, str]:
-    """The model and its weights, from the headers of the files where there are any. Raises ConfigError, CheckpointError."""
-    from dsv4.model.config import ModelConfig
-    from dsv4.model.source import has_weights
-    from dsv4.plan.weights import Weights
-
-    config, path = ModelConfig.find(model, revision)
-    if path is not None and has_weights(path):
-        from dsv4.model.survey import survey
-
-        found = survey(path, config, draft=draft)
-        return found.config, Weights.found(found), f"the headers of {found.files} files in {path}"
-    source = "" if path is None else "config.json; there are no weights beside it"
-    return config, Weights.released(config, draft=draft), source
 
 
 def _share(flag: str, value: float) -> None:

@@ -190,8 +190,8 @@ def _read_dump(path: str) -> str:
 
 def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     """The engine, and lines that tell what was chosen."""
-    from dsv4.model.config import ModelConfig
     from dsv4.plan import parallel
+    from dsv4.plan.weights import find_weights
     from dsv4.plan.workspace import Limits
     from dsv4.simulate.compare import Engine, pool_bytes, smallest_tp
 
@@ -203,7 +203,7 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
         raise ConfigError(
             f"--memory-fraction is {a.memory_fraction:g}; it takes a number above 0 and up to 1"
         )
-    (config, _), card = ModelConfig.find(a.model), gpu(a.gpu)
+    (config, _, _), card = find_weights(a.model), gpu(a.gpu)
     layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=a.block_size)
     tp = a.tp or smallest_tp(config, card)
     parallel.check(config, tp, 1, tp)

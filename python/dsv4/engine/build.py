@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from dsv4.engine.runner import Runner
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
-from dsv4.model.generation_config import Generation, read_generation
+from dsv4.model.generation_config import NO_END, Generation, read_generation
 from dsv4.model.source import Source, find_source
 from dsv4.model.survey import survey
 from dsv4.model.v4 import V4Model
@@ -34,6 +35,8 @@ from dsv4.plan.weights import Weights
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat_format import ChatFormat, choose_format
 from dsv4.text.tokenizer import Tokenizer
+
+log = logging.getLogger("dsv4.engine")
 
 Progress = Callable[[int, int, str], None]
 """Called while weights load: bytes done, bytes in all, tensor name."""
@@ -216,6 +219,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         override=config.override_generation_config,
         find_token=tokenizer.find if tokenizer else lambda text: None,
     )
+    if not generation.eos_ids:
+        log.warning(NO_END)
     free = usable_memory(config)
     packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
     held = "released" if packed else str(dtype).removeprefix("torch.")

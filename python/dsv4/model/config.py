@@ -48,7 +48,7 @@ _ARCHITECTURE = re.compile(r"DeepseekV4(?!\d)\w*ForCausalLM")
 SUPPORTED_QUANTIZATION: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3",),
-    "scale_fmt": ("ue8m0", "float"),
+    "scale_fmt": ("ue8m0", "float", "float32", "fp32"),
     "weight_block_size": ([128, 128],),
     "activation_scheme": ("dynamic",),
     "expert_dtype": ("fp4", "fp8", "bf16"),
@@ -152,8 +152,10 @@ class ModelConfig:
         """(config, its directory) of a released config by name (which has none), a directory with config.json, the file
         itself, or a repository in the hub's cache. Raises ConfigError, CheckpointError (see `find_source`)."""
         path = Path(model).expanduser()
+        if path.name == "config.json" and path.is_file():
+            model, path = str(path.parent), path.parent
         if path.is_file() and path.suffix == ".json":
-            return cls.from_dict(read_json(path), name=path.resolve().parent.name), path.parent
+            return cls.from_dict(read_json(path), name=path.stem), None
         if model in RELEASED and not path.exists():
             if revision is not None:
                 raise ConfigError(

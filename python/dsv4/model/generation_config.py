@@ -60,11 +60,7 @@ class Generation:
                 line,
                 f"end        token {' or '.join(map(str, self.eos_ids))} ends an answer ({self.eos_from})",
             ]
-        return [
-            line,
-            "end        WARNING: no file names an eos_token_id, so answers run to the end of the context unless max_tokens "
-            "or stop ends them",
-        ]
+        return [line, f"end        {NO_END}"]
 
 
 def read_generation(
@@ -148,5 +144,6 @@ def _ends(
     return (), ""
 
 
+NO_END = "no file names an eos_token_id, so answers run to the end of the context unless max_tokens or stop ends them"
 END_OF_TURN = "<｜end▁of▁sentence｜>"
 """What DeepSeek-V4's prompts end each answer with."""

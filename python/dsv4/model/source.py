@@ -60,24 +60,33 @@ def find_source(model: str | None, revision: str | None = None, *, weights: bool
 
     Raises ConfigError where there is nothing, CheckpointError where files are missing or are not what they should be.
     """
-    path = (
-        Path(model).expanduser()
-        if model is not None
-        else Path(str(resources.files("dsv4") / "data" / "nano"))
-    )
-    in_cache = path.is_dir() and path.name.startswith("models--") and (path / "snapshots").is_dir()
-    if model is not None and not path.is_dir():
+    if model is None:
+        model = str(resources.files("dsv4") / "data" / "nano")
+    if not model.strip():
+        raise ConfigError(
+            "model is empty; give a directory or org/name, or leave it out for the small one that ships"
+        )
+    try:
+        path = _directory(model, revision)
+        source = Source(path, model_name(path))
+        _check_whole(source, weights=weights)
+    except OSError as e:
+        raise ConfigError(f"model is {model!r:.80}: {e.strerror}: {e.filename!s:.200}") from None
+    return source
+
+
+def _directory(model: str, revision: str | None) -> Path:
+    path = Path(model).expanduser()
+    if not path.is_dir():
         _refuse_file(model, path)
-        path = _cached(model, revision)
-    elif in_cache:
-        path = _snapshot(path, revision)
-    elif revision is not None:
+        return _cached(model, revision)
+    if path.name.startswith("models--") and (path / "snapshots").is_dir():
+        return _snapshot(path, revision)
+    if revision is not None:
         raise ConfigError(
             f"revision is {revision!r}, but model is the directory {str(path)!r}; it chooses a snapshot of org/name only"
         )
-    source = Source(path, model_name(path))
-    _check_whole(source, weights=weights)
-    return source
+    return path
 
 
 def model_name(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import DTYPE_BYTES, TensorSpec, is_expert, release_totals, tensors
+from dsv4.model.source import RELEASED, has_weights
 from dsv4.plan.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -109,6 +110,21 @@ class Weights:
     def found(cls, survey: Survey) -> Weights:
         """As the files have them."""
         return cls(_count(survey.kept.items()), (survey.tensors, survey.size), tuple(survey.describe()))
+
+
+def find_weights(
+    model: str, revision: str | None = None, *, draft: bool = False
+) -> tuple[ModelConfig, Weights, str]:
+    """(config, weights, where they were counted) of MODEL as users write it: from the headers of its files where there are
+    any. The last is empty for a release. Raises ConfigError, CheckpointError."""
+    config, path = ModelConfig.find(model, revision)
+    if path is not None and has_weights(path):
+        from dsv4.model.survey import survey  # brings numpy
+
+        found = survey(path, config, draft=draft)
+        return found.config, Weights.found(found), f"the headers of {found.files} files in {path}"
+    source = "" if path is None and model in RELEASED else "config.json; there are no weights beside it"
+    return config, Weights.released(config, draft=draft), source
 
 
 def _count(specs: Iterable[tuple[str, TensorSpec]]) -> Counter[Kind]:

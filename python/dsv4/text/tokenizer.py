@@ -158,8 +158,7 @@ class Tokenizer:
 
     def find(self, token: str) -> int | None:
         """The id of a token, special or not, by its text."""
-        found: int | None = self._full.token_to_id(token)
-        return found
+        return self._special_ids.get(token, self._plain.token_to_id(token))
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token; nothing for ids that the vocabulary leaves out."""
