@@ -14,13 +14,13 @@ from typing import Any
 from dsv4.config import EngineConfig
 from dsv4.engine.loop import PLAIN
 from dsv4.engine.prompt import TokenIds, as_prompt
-from dsv4.engine.request import RequestOutput, Usage
+from dsv4.engine.request import RequestOutput, Started, Usage
 from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat_format import GA
-from dsv4.text.stop import StopStrings
+from dsv4.text.stream import Reading, TextStream
 from dsv4.text.tokenizer import Tokenizer
 
 Script = Callable[[Sequence[int]], str | Sequence[int]]
@@ -71,7 +71,7 @@ class FakeEngine:
         self.cached_tokens = 0
         """What every request reports as cached."""
         self.seen: list[SimpleNamespace] = []
-        """Every request taken: prompt, params, routing, fork_of."""
+        """Every request taken: prompt, params, routing, fork_of, reading."""
         self.pins: dict[int, tuple[list[int], str]] = {}
         self.ended: list[str] = []
         self.unwell: str | None = None
@@ -88,16 +88,19 @@ class FakeEngine:
         request_id: str | None = None,
         routing: Routing = PLAIN,
         fork_of: str | None = None,
+        reading: Reading | None = None,
     ) -> AsyncIterator[RequestOutput]:
         prompt = as_prompt(prompt).tolist()
         params = self._admit(prompt, params)
-        self.seen.append(SimpleNamespace(prompt=prompt, params=params, routing=routing, fork_of=fork_of))
+        self.seen.append(
+            SimpleNamespace(prompt=prompt, params=params, routing=routing, fork_of=fork_of, reading=reading)
+        )
         request_id = request_id or f"fake-{self.begun}"
         self.begun += 1
         self.live += 1
         finished = False
         try:
-            async for output in self._outputs(request_id, prompt, params):
+            async for output in self._outputs(request_id, prompt, params, reading):
                 finished = output.finished
                 yield output
         finally:
@@ -119,43 +122,39 @@ class FakeEngine:
         return params if fits else dataclasses.replace(params, max_tokens=room)
 
     async def _outputs(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, reading: Reading | None
     ) -> AsyncIterator[RequestOutput]:
+        yield RequestOutput(
+            request_id, started=Started(len(prompt), min(self.cached_tokens, len(prompt) - 1))
+        )
         for step in range(self.prefill_steps):
             await asyncio.sleep(self.step_seconds)
             yield RequestOutput(request_id, prefilled=len(prompt) * (step + 1) // self.prefill_steps)
         tokens, done = self._tokens(prompt, params), 0
-        stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
-        detokenizer = (
-            self.tokenizer.detokenizer(skip_special=params.skip_special_tokens) if self.tokenizer else None
-        )
+        stream = TextStream(self.tokenizer, params, reading) if self.tokenizer is not None else None
         while True:
             await asyncio.sleep(self.step_seconds)
             token = tokens[done % len(tokens)]
             done += 1
-            reason = self._reason(token, done, params)
-            text = ""
-            if detokenizer is not None and reason != "stop":
-                text = stops.push(detokenizer.push(token))
-                if stops.matched is not None:
-                    reason = "stop"
-                elif reason is not None:
-                    text += stops.push(detokenizer.flush()) + stops.flush()
-            elif detokenizer is not None:
-                text = stops.push(detokenizer.flush()) + stops.flush()
+            reason, pieces = self._reason(token, done, params), []
+            if stream is not None:
+                pieces = stream.push(token, ends=reason == "stop")
+                if reason is not None or stream.stop_string is not None:
+                    pieces += stream.finish(cut=reason != "stop")
+                reason = reason if stream.stop_string is None else "stop"
             yield RequestOutput(
                 request_id,
                 [token],
-                text,
+                pieces,
                 logprobs=[self._judge(token, done - 1, params.logprobs)]
                 if params.logprobs is not None
                 else None,
                 prompt_logprobs=self._prompt_logprobs(prompt, params) if reason else None,
                 finished=reason is not None,
                 finish_reason=reason,
-                stop_reason=stops.matched,
+                stop_reason=stream.stop_string if stream is not None else None,
                 error="the step failed: boom" if reason == "error" else None,
-                usage=self._usage(prompt, done) if reason else None,
+                usage=self._usage(prompt, done, stream) if reason else None,
             )
             if reason is not None:
                 return
@@ -185,7 +184,7 @@ class FakeEngine:
             return None
         return [None, *(self._judge(t, i, params.prompt_logprobs) for i, t in enumerate(prompt[1:]))]
 
-    def _usage(self, prompt: Sequence[int], done: int) -> Usage:
+    def _usage(self, prompt: Sequence[int], done: int, stream: TextStream | None) -> Usage:
         cached = min(self.cached_tokens, len(prompt) - 1)
         explanation = {
             "history_matched": cached,
@@ -193,7 +192,7 @@ class FakeEngine:
             "replayed": 0,
             "reason": "never_stored",
         }
-        return Usage(len(prompt), done, cached, explanation)
+        return Usage(len(prompt), done, cached, explanation, stream.reasoning_tokens if stream else 0)
 
     async def drain(self, timeout: float) -> bool:
         self._draining = True

@@ -10,6 +10,7 @@
 | `sse.py` | a stream: late headers, keep-alive comments, terminal events |
 | `fields.py`, `params.py` | reading a body: types and bounds, sampling parameters |
 | `conversation.py` | messages, tools and thinking of a chat, to a prompt |
+| `reply.py` | one choice of an answer: outputs put together, whole or as they come |
 | `generation.py` | choices of a request run against the engine and merged; token counts |
 | `openai_chat.py`, `openai_completions.py` | one file per dialect; `openai_usage.py` is common to both |
 | `routing.py` | tenant, urgency, session and retention of a request |

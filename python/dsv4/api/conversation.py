@@ -11,9 +11,9 @@ import numpy as np
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.http import Call
 from dsv4.errors import RequestError, show
-from dsv4.text.chat import TASKS, Ending, encode_chat, ending_of, starts_in_thought
+from dsv4.text.chat import TASKS, Ending, encode_chat, ending_of
 from dsv4.text.draft import Bound, Draft
-from dsv4.text.tools import shown_tools
+from dsv4.text.stream import Reading
 
 MAX_MESSAGES = 65536
 MAX_TOOLS = 1024
@@ -44,15 +44,18 @@ class Conversation:
     effort: str
     ending: Ending = "opened"
     drop_thinking: bool = True
-    calls_tools: bool = False
-    """Whether the model gets to see tools, so that it may call some."""
     parallel_calls: bool = True
     """False: of the answer's calls only the first comes back."""
 
-    @property
-    def starts_in_thought(self) -> bool:
-        """Whether the answer begins inside the thinking part; once `encode` has taken the messages."""
-        return starts_in_thought(self.messages, self.ending, thinking=self.thinking)
+    def reading(self) -> Reading:
+        """How the answer is to be read; once `encode` has taken the messages."""
+        return Reading.of_chat(
+            self.messages,
+            self.tools,
+            thinking=self.thinking,
+            ending=self.ending,
+            most_calls=None if self.parallel_calls else 1,
+        )
 
 
 def read_conversation(fields: Fields) -> Conversation:
@@ -82,9 +85,8 @@ def read_conversation(fields: Fields) -> Conversation:
     if fields.get("tool_choice") == "none":
         messages = [{k: v for k, v in m.items() if k != "tools"} for m in messages]
     drop = template.boolean("drop_thinking", True)
-    calls_tools = bool(shown_tools(messages, tools))
     parallel = fields.boolean("parallel_tool_calls", True)
-    return Conversation(messages, tools, thinking, effort, ending, drop, calls_tools, parallel)
+    return Conversation(messages, tools, thinking, effort, ending, drop, parallel)
 
 
 def _switch(fields: Fields, template: Fields, name: str) -> bool | None:

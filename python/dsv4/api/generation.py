@@ -19,6 +19,7 @@ from dsv4.engine.request import RequestOutput
 from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
+from dsv4.text.stream import Reading
 
 log = logging.getLogger("dsv4.api")
 
@@ -34,10 +35,16 @@ class Job:
     routing: Routing = PLAIN
     parent: int | None = None
     """The first choice of the same prompt, whose state this one takes over: a prompt is computed once."""
+    reading: Reading | None = None
+    """How the answer of a chat is to be read."""
 
 
 def jobs_for(
-    prompts: Sequence[np.ndarray], params: SamplingParams, n: int, routing: Routing = PLAIN
+    prompts: Sequence[np.ndarray],
+    params: SamplingParams,
+    n: int,
+    routing: Routing = PLAIN,
+    reading: Reading | None = None,
 ) -> list[Job]:
     """`n` choices per prompt, numbered prompt by prompt. With a seed, choice k takes `seed + k`, else all
     were equal."""
@@ -48,7 +55,7 @@ def jobs_for(
             own = (
                 params if k == 0 or params.seed is None else dataclasses.replace(params, seed=params.seed + k)
             )
-            jobs.append(Job(len(jobs), prompt, own, routing, first if k else None))
+            jobs.append(Job(len(jobs), prompt, own, routing, first if k else None, reading))
     return jobs
 
 
@@ -97,6 +104,7 @@ async def _one(call: Call, job: Job) -> AsyncGenerator[RequestOutput, None]:
         request_id=request_id,
         routing=job.routing,
         fork_of=None if job.parent is None else f"{call.request_id}-{job.parent}",
+        reading=job.reading,
     )
     async with contextlib.aclosing(stream) as outputs:
         async for output in outputs:
@@ -138,6 +146,7 @@ class UsageSum:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
     explanations: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, index: int, output: RequestOutput) -> None:
@@ -146,6 +155,7 @@ class UsageSum:
         if usage is None:
             return
         self.completion_tokens += usage.completion_tokens - self.hidden_tokens
+        self.reasoning_tokens += usage.reasoning_tokens
         if index % self.per_prompt == 0:
             self.prompt_tokens += usage.prompt_tokens
             self.cached_tokens += usage.cached_tokens

@@ -7,7 +7,6 @@ chunk with the `finish_reason` per choice, the usage with `choices: []` when ask
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from dsv4.api.conversation import Conversation, encode, read_conversation, reasoning_of
+from dsv4.api.conversation import encode, read_conversation, reasoning_of
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import Job, UsageSum, jobs_for, run
@@ -30,14 +29,13 @@ from dsv4.api.params import (
     max_tokens_of,
     sampling_params,
 )
+from dsv4.api.reply import Reply
 from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.sampler import Sampled
-from dsv4.text.chat import END_THINK
-from dsv4.text.output import Content, OutputParser, Piece, Reasoning, ToolArguments, ToolStart
-from dsv4.text.tools import schemas_of, shown_tools
+from dsv4.text.output import Content, Piece, Reasoning, ToolArguments
 
 MAX_TOP_LOGPROBS = 20
 
@@ -69,13 +67,11 @@ async def chat_completions(call: Call) -> None:
     options = _options(fields, service)
     chat = await call.aside(lambda: read_conversation(fields))
     check_response_format(fields)
-    # Markers must reach the parser, so special tokens are kept in the text whatever the request says.
     params = sampling_params(
         fields,
         max_tokens=max_tokens_of(fields, None),
         logprobs=options.logprobs,
         defaults=service.engine.sampling_defaults,
-        skip_special_tokens=False,
     )
     if params.max_tokens == 0:
         raise refuse(
@@ -86,13 +82,13 @@ async def chat_completions(call: Call) -> None:
         )
     routing = await call.aside(lambda: routing_of(call))
     prompt = await encode(call, chat, service.bound("messages"), salt=routing.salt)
-    jobs = jobs_for([prompt], params, options.n, routing)
-    answer = Answer(service, options, chat, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt)
+    jobs = jobs_for([prompt], params, options.n, routing, chat.reading())
+    answer = Answer(service, options, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt)
     if options.stream:
         await _stream(call, answer, jobs)
         return
     async for index, output in run(call, jobs):
-        answer.choices[index].read(output)
+        answer.replies[index].read(output)
         answer.usage.add(index, output)
     await call.respond(answer.whole())
 
@@ -119,68 +115,6 @@ def _options(fields: Fields, service: Service) -> Options:
     )
 
 
-class Choice:
-    """One choice: parses what comes and, for an answer that is not streamed, keeps it."""
-
-    def __init__(self, chat: Conversation, end_think: int) -> None:
-        self.parser = OutputParser(
-            thinking=chat.starts_in_thought,
-            tools=chat.calls_tools,
-            schemas=schemas_of(shown_tools(chat.messages, chat.tools)),
-            continues=chat.ending == "continued",
-        )
-        self.begun = False
-        self.content: list[str] = []
-        self.reasoning: list[str] = []
-        self.calls: list[dict[str, Any]] = []
-        self.logprobs: list[Sampled] = []
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None
-        self.stop_reason: str | int | None = None
-        self.reasoning_tokens = 0
-        self._end_think = end_think if chat.starts_in_thought else None
-        self._most_calls = None if chat.parallel_calls else 1
-
-    def read(self, output: RequestOutput) -> list[Piece]:
-        """What an output brings, in order."""
-        self.token_ids += output.token_ids
-        self.logprobs += output.logprobs or ()
-        self._count_reasoning(output.token_ids)
-        pieces = self.parser.push(output.text) if output.text else []
-        if output.finished:
-            pieces += self.parser.finish(cut=output.finish_reason != "stop")
-        if self._most_calls is not None:
-            pieces = [p for p in pieces if getattr(p, "index", 0) < self._most_calls]
-        for piece in pieces:
-            self._keep(piece)
-        if output.finished:
-            called = output.finish_reason == "stop" and self.calls
-            self.finish_reason = "tool_calls" if called else output.finish_reason
-            self.stop_reason = output.stop_reason
-        return pieces
-
-    def _keep(self, piece: Piece) -> None:
-        if isinstance(piece, Content):
-            self.content.append(piece.text)
-        elif isinstance(piece, Reasoning):
-            self.reasoning.append(piece.text)
-        elif isinstance(piece, ToolStart):
-            function = {"name": piece.name, "arguments": ""}
-            self.calls.append(
-                {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-            )
-        else:
-            self.calls[piece.index]["function"]["arguments"] += piece.text
-
-    def _count_reasoning(self, tokens: Sequence[int]) -> None:
-        """Tokens up to and with the one that closes the thinking part."""
-        for token in tokens if self._end_think is not None else ():
-            self.reasoning_tokens += 1
-            if token == self._end_think:
-                self._end_think = None
-                return
-
-
 class Answer:
     """Builds the JSON of an answer, whole or in chunks."""
 
@@ -188,55 +122,53 @@ class Answer:
         self,
         service: Service,
         options: Options,
-        chat: Conversation,
         id: str,
         created: int,
         prompt: np.ndarray,
     ) -> None:
-        self.service, self.options, self.chat, self.prompt = service, options, chat, prompt
+        self.service, self.options, self.prompt = service, options, prompt
         self.usage = UsageSum(per_prompt=options.n)
         self._begun = False
-        end_think = service.tokenizer("messages").special(END_THINK) if chat.thinking else -1
-        self.choices = [Choice(chat, end_think) for _ in range(options.n)]
+        self.replies = [Reply() for _ in range(options.n)]
+        self._openings: dict[int, str | None] = {}  # the content that a choice's stream began with
         self._head: dict[str, Any] = {"id": id, "created": created, "model": options.model}
 
     def whole(self) -> dict[str, Any]:
         """The answer of a request that was not streamed."""
         shown = []
-        for index, choice in enumerate(self.choices):
-            content = "".join(choice.content)
-            message: dict[str, Any] = {
-                "role": "assistant",
-                "content": content or (None if choice.calls else ""),
+        for index, reply in enumerate(self.replies):
+            body = {
+                "index": index,
+                "message": self._message(reply),
+                "logprobs": self._logprobs(reply.logprobs),
+                "finish_reason": reply.finish_reason,
+                "stop_reason": reply.stop_reason,
             }
-            if choice.reasoning and self.options.reasoning:
-                message["reasoning_content"] = "".join(choice.reasoning)
-            if choice.calls:
-                message["tool_calls"] = choice.calls
-            body = {"index": index, "message": message, "logprobs": self._logprobs(choice.logprobs)}
-            body |= {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
-            shown.append(body | ({"token_ids": choice.token_ids} if self.options.token_ids else {}))
+            shown.append(body | ({"token_ids": reply.token_ids} if self.options.token_ids else {}))
         body = {**self._head, "object": "chat.completion", "choices": shown, "usage": self._usage()}
         return body | ({"prompt_token_ids": self.prompt.tolist()} if self.options.prompt_token_ids else {})
 
     def chunks(self, index: int, output: RequestOutput) -> bytes:
         """Frames for what one output brought; nothing when it only reports progress or text is held back."""
-        choice = self.choices[index]
-        pieces = choice.read(output)
+        reply = self.replies[index]
+        pieces = [news.piece for news in reply.read(output)]
         if not self.options.reasoning:
             pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
-        deltas = [_delta(piece, choice) for piece in pieces]
+        deltas = [_delta(piece, reply) for piece in pieces]
         judged = self._logprobs(output.logprobs or []) if output.logprobs else None
         tokens = output.token_ids if self.options.token_ids else None
         if not deltas and (judged or tokens):  # text may be held back, probabilities never are
             deltas = [{}]
-        if not choice.begun and (deltas or output.finished):
-            choice.begun = True
-            deltas = [{"role": "assistant", "content": ""}, *deltas]
+        if index not in self._openings and (deltas or output.finished):
+            # As in a whole answer, content is null where there are calls alone.
+            self._openings[index] = None if pieces and not isinstance(pieces[0], Content) else ""
+            deltas = [{"role": "assistant", "content": self._openings[index]}, *deltas]
+        if output.finished and self._openings[index] is None and not (reply.call_ids or reply.blocks.content):
+            deltas.append({"content": ""})
         frames = [self._chunk(index, delta) for delta in deltas[:-1]]
         frames += [self._chunk(index, delta, judged, tokens) for delta in deltas[-1:]]
         if output.finished:
-            frames.append(self._chunk(index, {}, finished=choice))
+            frames.append(self._chunk(index, {}, finished=reply))
         return b"".join(frames)
 
     def end(self) -> bytes:
@@ -250,7 +182,7 @@ class Answer:
         delta: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
         token_ids: list[int] | None = None,
-        finished: Choice | None = None,
+        finished: Reply | None = None,
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         if finished is not None:
@@ -264,7 +196,7 @@ class Answer:
         if self.options.include_usage:
             body["usage"] = usage
         if self.options.usage_so_far and choices:
-            tokens = self.choices[choices[0]["index"]].token_ids
+            tokens = self.replies[choices[0]["index"]].token_ids
             body["usage"] = usage_so_far(len(self.prompt), len(tokens))
         if self.options.prompt_token_ids and not self._begun:
             body["prompt_token_ids"] = self.prompt.tolist()
@@ -272,7 +204,21 @@ class Answer:
         return b"data: " + orjson.dumps(body) + b"\n\n"
 
     def _usage(self) -> dict[str, Any]:
-        return usage_body(self.usage, sum(c.reasoning_tokens for c in self.choices))
+        return usage_body(self.usage, self.usage.reasoning_tokens)
+
+    def _message(self, reply: Reply) -> dict[str, Any]:
+        """A whole answer; content is null where there are calls alone."""
+        blocks = reply.blocks
+        content = blocks.content or (None if blocks.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if blocks.reasoning and self.options.reasoning:
+            message["reasoning_content"] = blocks.reasoning
+        if blocks.calls:
+            message["tool_calls"] = [
+                {"id": id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for id, call in zip(reply.call_ids, blocks.calls, strict=True)
+            ]
+        return message
 
     def _logprobs(self, judged: Sequence[Sampled]) -> dict[str, Any] | None:
         top = self.options.logprobs
@@ -291,7 +237,7 @@ class Answer:
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
-def _delta(piece: Piece, choice: Choice) -> dict[str, Any]:
+def _delta(piece: Piece, reply: Reply) -> dict[str, Any]:
     """A piece as the `delta` of a chunk; a call's id and name come first, then its arguments as fragments."""
     if isinstance(piece, Content):
         return {"content": piece.text}
@@ -299,7 +245,7 @@ def _delta(piece: Piece, choice: Choice) -> dict[str, Any]:
         return {"reasoning_content": piece.text}
     if isinstance(piece, ToolArguments):
         return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
-    call = {"index": piece.index, "id": choice.calls[piece.index]["id"], "type": "function"}
+    call = {"index": piece.index, "id": reply.call_ids[piece.index], "type": "function"}
     return {"tool_calls": [call | {"function": {"name": piece.name, "arguments": ""}}]}
 
 

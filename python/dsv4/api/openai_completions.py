@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from dsv4.api.params import (
     max_tokens_of,
     sampling_params,
 )
+from dsv4.api.reply import Reply
 from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
@@ -87,11 +88,11 @@ async def completions(call: Call) -> None:
     if options.stream:
         await _stream(call, answer, jobs)
         return
-    choices = [Choice(prompts[job.index // options.n]) for job in jobs]
+    replies = [Reply() for _ in jobs]
     async for index, output in run(call, jobs):
-        choices[index].add(output)
+        replies[index].read(output)
         answer.usage.add(index, output)
-    await call.respond(answer.whole(choices))
+    await call.respond(answer.whole(replies))
 
 
 def _options(fields: Fields, service: Service) -> Options:
@@ -151,26 +152,6 @@ async def _prompt_ids(call: Call, prompt: Any, i: int, salt: str) -> np.ndarray:
     return await call.aside(lambda: token_ids(f"prompt[{i}]", prompt, service.vocab_size))
 
 
-@dataclass(slots=True)
-class Choice:
-    """What one choice has brought so far."""
-
-    prompt: np.ndarray
-    text: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[Sampled] = field(default_factory=list)
-    prompt_logprobs: list[Sampled | None] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-    def add(self, output: RequestOutput) -> None:
-        self.text.append(output.text)
-        self.token_ids += output.token_ids
-        self.logprobs += output.logprobs or ()
-        self.prompt_logprobs += output.prompt_logprobs or ()
-        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-
-
 class Answer:
     """Builds the JSON of an answer, whole or in chunks."""
 
@@ -185,9 +166,9 @@ class Answer:
         self._offsets: dict[int, int] = {}
         self._counts = dict.fromkeys(range(len(prompts) * options.n), 0)
 
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def whole(self, replies: Sequence[Reply]) -> dict[str, Any]:
         """The answer of a request that was not streamed."""
-        shown = [self._choice(i, choice) for i, choice in enumerate(choices)]
+        shown = [self._choice(i, reply) for i, reply in enumerate(replies)]
         return {**self._head, "choices": shown, "usage": usage_body(self.usage)}
 
     def chunk(self, index: int, output: RequestOutput) -> bytes:
@@ -233,23 +214,20 @@ class Answer:
             body["usage"] = usage_so_far(len(self.prompts[index // self.options.n]), self._counts[index])
         return b"data: " + orjson.dumps(body) + b"\n\n"
 
-    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        shown_ids, text, judged = (
-            choice.token_ids,
-            "".join(choice.text),
-            list[Sampled | None](choice.logprobs),
-        )
+    def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+        shown_ids, text, prompt = reply.token_ids, reply.blocks.content, self.prompts[index // self.options.n]
+        judged = list[Sampled | None](reply.logprobs)
         if self.options.nothing:
             shown_ids, text, judged = [], "", []
         if self.options.echo:
-            shown_ids, text = choice.prompt.tolist() + shown_ids, self._text(choice.prompt) + text
-            judged = choice.prompt_logprobs + judged
+            shown_ids, text = prompt.tolist() + shown_ids, self._text(prompt) + text
+            judged = reply.prompt_logprobs + judged
         answer: dict[str, Any] = {"index": index, "text": text, "logprobs": None}
         if self.options.logprobs is not None:
             answer["logprobs"] = self._logprobs(shown_ids, judged, 0)
-        answer |= {"finish_reason": self._reason(choice.finish_reason), "stop_reason": choice.stop_reason}
+        answer |= {"finish_reason": self._reason(reply.finish_reason), "stop_reason": reply.stop_reason}
         if self.options.token_ids:
-            answer |= {"token_ids": shown_ids, "prompt_token_ids": choice.prompt.tolist()}
+            answer |= {"token_ids": shown_ids, "prompt_token_ids": prompt.tolist()}
         return answer
 
     def _reason(self, reason: str | None) -> str | None:

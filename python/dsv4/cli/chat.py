@@ -44,7 +44,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Reads lines until /exit or the end of input."""
     (config,) = read_settings(arguments, EngineConfig)
-    params = sampling_of(arguments, None, keep_markers=True)
+    params = sampling_of(arguments, None)
     tools = read_tools(arguments.tools) if arguments.tools else []
     from dsv4.cli.talking import load_model
 
@@ -173,10 +173,10 @@ class Session:
         before = len(self.turns)
         self.turns.append({"role": "user", "content": self.attached + text})
         while (reply := self._reply()) is not None:
-            said: dict[str, Any] = {"role": "assistant", "content": reply.content}
+            said: dict[str, Any] = {"role": "assistant", "content": reply.blocks.content}
             calls = [
                 {"id": f"call_{len(self.turns)}_{n}", "type": "function", "function": call}
-                for n, call in enumerate(reply.calls)
+                for n, call in enumerate(reply.calls())
             ]
             self.turns.append(said | ({"tool_calls": calls} if calls else {}))
             self.attached = ""
@@ -198,11 +198,14 @@ class Session:
     def _reply(self) -> Reply | None:
         """The next answer, shown as it comes; None when it was refused."""
         from dsv4.cli.talking import Printer, answer, write
+        from dsv4.text.stream import Reading
 
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
-            prompt = self.llm.chat_ids([*system, *self.turns], thinking=self.think, tools=self.tools or None)
-            reply = answer(self.llm, prompt, self.params, thinking=self.think, show=Printer().show)
+            messages = [*system, *self.turns]
+            prompt = self.llm.chat_ids(messages, thinking=self.think, tools=self.tools or None)
+            reading = Reading.of_chat(messages, self.tools, thinking=self.think)
+            reply = answer(self.llm, prompt, self.params, reading=reading, show=Printer().show)
         except RequestError as e:
             note(f"{e.message} (/reset starts anew)")
             return None

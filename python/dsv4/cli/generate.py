@@ -73,7 +73,7 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
     )
 
 
-def sampling_of(arguments: argparse.Namespace, max_tokens: int | None, *, keep_markers: bool) -> SamplingOf:
+def sampling_of(arguments: argparse.Namespace, max_tokens: int | None) -> SamplingOf:
     """What makes SamplingParams of the flags, once the model with its defaults is there. Raises ConfigError at once where a
     flag is wrong."""
     from dsv4.sampling import SamplingParams
@@ -83,7 +83,6 @@ def sampling_of(arguments: argparse.Namespace, max_tokens: int | None, *, keep_m
         "temperature": arguments.temperature,
         "top_p": arguments.top_p,
         "seed": arguments.seed and int(arguments.seed),
-        "skip_special_tokens": not keep_markers,
     }
     given = {k: v for k, v in given.items() if v is not None or k == "max_tokens"}
     try:
@@ -99,13 +98,16 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0 when the answer ended by itself or by length."""
     (config,) = read_settings(arguments, EngineConfig)
     text = _prompt_text(arguments)
-    params = sampling_of(arguments, 256, keep_markers=not arguments.raw)
+    params = sampling_of(arguments, 256)
     from dsv4.cli.talking import Printer, answer, load_model, write
+    from dsv4.text.stream import Reading
 
     llm = load_model(config)
     prompt = _prompt_ids(llm, text, arguments)
     show = (lambda piece: None) if arguments.json else Printer().show
-    reply = answer(llm, prompt, params(llm), thinking=arguments.think and not arguments.raw, show=show)
+    # Token ids may be the prompt of any chat, so calls are looked for in what follows them.
+    reading = None if arguments.raw else Reading(thinking=arguments.think, tools=arguments.token_ids)
+    reply = answer(llm, prompt, params(llm), reading=reading, show=show)
     if arguments.json:
         print(json.dumps(_as_json(reply), ensure_ascii=False))
     elif llm.tokenizer is None:
@@ -150,9 +152,9 @@ def _prompt_ids(llm: LLM, text: str, arguments: argparse.Namespace) -> list[int]
 def _as_json(reply: Reply) -> dict[str, Any]:
     usage = reply.usage
     return {
-        "text": reply.content,
-        "reasoning": reply.reasoning,
-        "tool_calls": reply.calls,
+        "text": reply.blocks.content,
+        "reasoning": reply.blocks.reasoning,
+        "tool_calls": reply.calls(),
         "token_ids": reply.token_ids,
         "finish_reason": reply.finish_reason,
         "usage": usage

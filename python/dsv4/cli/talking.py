@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import LoadProgress, PrefillProgress, check_model, dim
 from dsv4.config import EngineConfig
+from dsv4.text.blocks import Blocks
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dsv4.engine.llm import LLM
     from dsv4.engine.request import RequestOutput, Usage
     from dsv4.sampling import SamplingParams
+    from dsv4.text.stream import Reading
 
 
 def load_model(config: EngineConfig) -> LLM:
@@ -37,15 +39,17 @@ def load_model(config: EngineConfig) -> LLM:
 class Reply:
     """What came, and how fast."""
 
-    content: str = ""
-    reasoning: str = ""
-    calls: list[dict[str, str]] = field(default_factory=list)
+    blocks: Blocks = field(default_factory=Blocks)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "abort"
     usage: Usage | None = None
     began: float = field(default_factory=time.monotonic)
     first: float = 0.0
     last: float = 0.0
+
+    def calls(self) -> list[dict[str, str]]:
+        """The tool calls as OpenAI's clients write them."""
+        return [{"name": call.name, "arguments": call.arguments} for call in self.blocks.calls]
 
     def speed(self) -> str:
         """`12 prompt tokens (0 cached), first token after 0.31 s; 40 tokens, 21.3 tokens/s`."""
@@ -66,7 +70,7 @@ class Printer:
         self._in_reasoning = False
 
     def show(self, piece: Any) -> None:
-        """Prints one piece of an `OutputParser`."""
+        """Prints one piece of an answer."""
         from dsv4.text.output import Reasoning, ToolStart
 
         if isinstance(piece, Reasoning):
@@ -81,19 +85,23 @@ class Printer:
 
 
 def answer(
-    llm: LLM, prompt: list[int], params: SamplingParams, *, thinking: bool, show: Callable[[Any], None]
+    llm: LLM,
+    prompt: list[int],
+    params: SamplingParams,
+    *,
+    reading: Reading | None,
+    show: Callable[[Any], None],
 ) -> Reply:
-    """Generates and calls `show(piece)` for every piece of reasoning, content or tool call. Ctrl-C ends it
-    early.
+    """Generates and calls `show(piece)` for every piece of reasoning, content or tool call. `reading`: the prompt is a
+    chat's. Ctrl-C ends it early.
 
     Raises RequestError when the request is refused or fails.
     """
     from dsv4.errors import RequestError
-    from dsv4.text.output import OutputParser
 
     reply, progress = Reply(), PrefillProgress(len(prompt))
-    parser = OutputParser(thinking=thinking, tools=True)
-    with _interrupts() as interrupted, contextlib.closing(_stream(llm, prompt, params)) as outputs:
+    stream = _stream(llm, prompt, params, reading)
+    with _interrupts() as interrupted, contextlib.closing(stream) as outputs:
         for output in outputs:
             if output.error is not None:
                 raise RequestError(output.error, None, "generation_failed", 500)
@@ -104,11 +112,8 @@ def answer(
                 reply.last = time.monotonic()
                 reply.first = reply.first or reply.last
                 reply.token_ids += output.token_ids
-            pieces = parser.push(output.text)
-            if output.finished:
-                pieces += parser.finish(cut=output.finish_reason != "stop")
-            for piece in pieces:
-                _keep(reply, piece)
+            for piece in output.pieces:
+                reply.blocks.add(piece)
                 show(piece)
             if output.finished:
                 reply.finish_reason, reply.usage = output.finish_reason or "stop", output.usage
@@ -118,21 +123,10 @@ def answer(
     return reply
 
 
-def _stream(llm: LLM, prompt: list[int], params: SamplingParams) -> Generator[RequestOutput, None, None]:
-    yield from llm.stream(prompt, params)
-
-
-def _keep(reply: Reply, piece: Any) -> None:
-    from dsv4.text.output import Content, Reasoning, ToolStart
-
-    if isinstance(piece, Content):
-        reply.content += piece.text
-    elif isinstance(piece, Reasoning):
-        reply.reasoning += piece.text
-    elif isinstance(piece, ToolStart):
-        reply.calls.append({"name": piece.name, "arguments": ""})
-    else:
-        reply.calls[piece.index]["arguments"] += piece.text
+def _stream(
+    llm: LLM, prompt: list[int], params: SamplingParams, reading: Reading | None
+) -> Generator[RequestOutput, None, None]:
+    yield from llm.stream(prompt, params, reading=reading)
 
 
 @contextlib.contextmanager

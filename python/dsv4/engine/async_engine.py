@@ -29,6 +29,7 @@ from dsv4.engine.request import RequestOutput
 from dsv4.engine.routing import Routing, session_id
 from dsv4.errors import Dsv4Error, EngineDead, RequestError
 from dsv4.sampling import SamplingParams
+from dsv4.text.stream import Reading
 
 log = logging.getLogger("dsv4.engine")
 
@@ -102,18 +103,20 @@ class AsyncEngine:
         request_id: str | None = None,
         routing: Routing = PLAIN,
         fork_of: str | None = None,
+        reading: Reading | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Yields what each step brings until an output has `finished`. Closing the iterator aborts the request.
 
         `fork_of` names a live request with which this one shares a prefix: its state is taken over instead of computed
-        again, with equal tokens. When it is not live any more nothing is shared.
-        `prompt` is not copied where it is an int32 array. Raises RequestError when the request cannot be taken: empty or too long (400), queue full or draining (429, 503).
+        again, with equal tokens. When it is not live any more nothing is shared. `prompt` is not copied where it is an
+        int32 array. `reading`: it is a chat, and how its answer is to be read.
+        Raises RequestError when the request cannot be taken: empty or too long (400), queue full or draining (429, 503).
         """
         request_id = request_id or f"req-{next(self._ids)}"
         self._check_open()
         tokens = as_prompt(prompt)
         admitted = self.built.admissible(tokens, params)
-        stream = self._stream(request_id, tokens, admitted, routing, fork_of)
+        stream = self._stream(request_id, tokens, admitted, routing, fork_of, reading)
         async with contextlib.aclosing(stream) as outputs:
             async for output in outputs:
                 yield output
@@ -125,6 +128,7 @@ class AsyncEngine:
         params: SamplingParams,
         routing: Routing,
         fork_of: str | None,
+        reading: Reading | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Submits a request on the engine thread, and yields its outputs."""
         home = asyncio.get_running_loop()
@@ -137,7 +141,9 @@ class AsyncEngine:
 
         def submit() -> None:
             try:
-                key = self._loop.submit(request_id, tokens, params, deliver, routing=routing, fork_of=fork_of)
+                key = self._loop.submit(
+                    request_id, tokens, params, deliver, routing=routing, fork_of=fork_of, reading=reading
+                )
             except Exception as e:
                 raise as_request_error(e) from None
             keys.append(key)

@@ -17,8 +17,10 @@ from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
+from dsv4.text.blocks import Blocks, Call
 from dsv4.text.chat import encode_chat, ending_of
 from dsv4.text.draft import Bound
+from dsv4.text.stream import Reading
 
 Prompt = str | TokenIds
 
@@ -27,7 +29,8 @@ Prompt = str | TokenIds
 class Completion:
     """A finished request."""
 
-    text: str = ""
+    blocks: Blocks = field(default_factory=Blocks)
+    """The text; in a chat also thoughts and tool calls, in the order they came."""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -37,10 +40,26 @@ class Completion:
     error: str | None = None
     """Why it failed; `LLM` raises it."""
 
+    @property
+    def text(self) -> str:
+        """The text; of a chat the answer without thoughts and calls."""
+        return self.blocks.content
+
+    @property
+    def reasoning(self) -> str:
+        """The thoughts of a chat."""
+        return self.blocks.reasoning
+
+    @property
+    def calls(self) -> list[Call]:
+        """The tool calls of a chat."""
+        return self.blocks.calls
+
     def add(self, output: RequestOutput) -> None:
         """Appends what a step brought."""
         self.error = output.error
-        self.text += output.text
+        for piece in output.pieces:
+            self.blocks.add(piece)
         self.token_ids += output.token_ids
         if output.logprobs is not None:
             self.logprobs = (self.logprobs or []) + output.logprobs
@@ -83,16 +102,18 @@ class LLM:
         params: SamplingParams | None = None,
         *,
         cache_salt: str = "",
+        reading: Reading | None = None,
     ) -> list[Completion]:
-        """Completions in the order of the prompts. A prompt is text or token ids. Raises RequestError when one of them is
-        refused or fails, which ends the others of the call, and EngineDead when the device is lost."""
+        """Completions in the order of the prompts. A prompt is text or token ids; `reading`: they are chats, and how the
+        answers are to be read. Raises RequestError when one of them is refused or fails, which ends the others of the
+        call, and EngineDead when the device is lost."""
         params = params or self.get_default_sampling_params()
         many = [self._ids(p) for p in ([prompts] if _is_one(prompts) else prompts)]
         done = [Completion() for _ in many]
         keys: list[int] = []
         try:
             for completion, ids in zip(done, many, strict=True):
-                keys.append(self._submit(ids, params, completion.add, cache_salt))
+                keys.append(self._submit(ids, params, completion.add, cache_salt, reading))
             while self._loop.has_work() and any(c.finish_reason is None for c in done):
                 self._loop.step()
                 if failed := next((c.error for c in done if c.error is not None), None):
@@ -103,13 +124,17 @@ class LLM:
         return done
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = ""
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str = "",
+        reading: Reading | None = None,
     ) -> Iterator[RequestOutput]:
         """What each step brings for one prompt; the last output has `finished`. Closing the iterator aborts the request."""
         news: list[RequestOutput] = []
-        key = self._submit(
-            self._ids(prompt), params or self.get_default_sampling_params(), news.append, cache_salt
-        )
+        params = params or self.get_default_sampling_params()
+        key = self._submit(self._ids(prompt), params, news.append, cache_salt, reading)
         try:
             finished = False
             while not finished and self._loop.has_work():
@@ -130,8 +155,13 @@ class LLM:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
     ) -> Completion:
-        """One assistant turn for OpenAI-style messages, or the rest of the last message where that is to be continued;
-        the text is what the model wrote, markers and all."""
+        """One assistant turn for OpenAI-style messages, or the rest of the last message where that is to be continued:
+        text, `reasoning` and tool `calls`."""
+        ending = ending_of(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         ids = self._chat_prompt(
             messages,
             thinking=thinking,
@@ -139,7 +169,8 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        return self.generate([ids], params)[0]
+        reading = Reading.of_chat(messages, tools, thinking=thinking, ending=ending)
+        return self.generate([ids], params, reading=reading)[0]
 
     def chat_ids(
         self,
@@ -191,10 +222,13 @@ class LLM:
             )
         return self.tokenizer.draft_text(prompt, bound=Bound(self.max_model_len, "prompt")).finish()
 
-    def _submit(self, ids: np.ndarray, params: SamplingParams, deliver: Any, salt: str) -> int:
+    def _submit(
+        self, ids: np.ndarray, params: SamplingParams, deliver: Any, salt: str, reading: Reading | None
+    ) -> int:
         params = self._built.admissible(ids, params)
         try:
-            return self._loop.submit("llm", ids, params, deliver, routing=Routing(salt=salt))
+            routing = Routing(salt=salt)
+            return self._loop.submit("llm", ids, params, deliver, routing=routing, reading=reading)
         except Exception as e:
             raise as_request_error(e) from None
 

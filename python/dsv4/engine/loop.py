@@ -19,13 +19,14 @@ from dsv4.engine import device_errors
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.output import Delta, as_final, as_output, push_token
 from dsv4.engine.prompt import TokenIds, as_prompt
-from dsv4.engine.request import EngineRequest, RequestOutput
+from dsv4.engine.request import EngineRequest, RequestOutput, Started
 from dsv4.engine.routing import Routing, Tenants, now_us
 from dsv4.engine.runner import Runner, StepResult
 from dsv4.engine.sampler import PoisonedLogits, SamplingState
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import EngineDead
 from dsv4.sampling import SamplingParams
+from dsv4.text.stream import Reading, TextStream
 from dsv4.text.tokenizer import Tokenizer
 
 log = logging.getLogger("dsv4.engine")
@@ -39,7 +40,7 @@ PLAIN = Routing()
 DOUBTFUL = 3
 """Steps that fail in a row, with no token in between, after which it is the engine that is in doubt and not the requests."""
 
-TOKEN, FINISHED, PREFILL = 1, 2, 5
+TOKEN, FINISHED, RESUMED, PREFILL = 1, 2, 4, 5
 """Kinds of core events that are used here; a row is (kind, request, step, a, b, c)."""
 
 
@@ -86,11 +87,13 @@ class EngineLoop:
         *,
         routing: Routing = PLAIN,
         fork_of: str | None = None,
+        reading: Reading | None = None,
     ) -> int:
         """Queues a request and returns its key. Raises EngineDead and what `Core.submit` raises; nothing is kept then.
 
         `prompt` is not copied where it is an int32 array. `fork_of`: the id of a live request whose state this one starts
         from, which saves work and changes no token.
+        `reading`: it is a chat, and how its answer is to be read.
         """
         if self.dead is not None:
             raise self.dead
@@ -98,10 +101,8 @@ class EngineLoop:
         key = next(self._keys)
         seed = params.seed if params.seed is not None else self.seed + key
         state = SamplingState(params, prompt, eos_ids=self.eos_ids, seed=seed)
-        detokenizer = (
-            self.tokenizer.detokenizer(skip_special=params.skip_special_tokens) if self.tokenizer else None
-        )
-        request = EngineRequest(key, request_id, prompt, params, state, detokenizer, deliver)
+        stream = TextStream(self.tokenizer, params, reading) if self.tokenizer is not None else None
+        request = EngineRequest(key, request_id, prompt, params, state, stream, deliver)
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
         now = now_us()
         self.core.set_time(now)  # a request's age counts from here
@@ -235,10 +236,14 @@ class EngineLoop:
                         self.core.stop(key)
                 elif kind == FINISHED:
                     self._finish(request, deltas.pop(key), reason=a, stop_token=c)
+                elif kind == RESUMED and not request.started:
+                    request.started = True
+                    started = Started(len(request.prompt), a - c)
+                    request.deliver(RequestOutput(request.request_id, started=started))
                 elif kind == PREFILL:
                     delta.prefilled = a
         for key, delta in deltas.items():
-            if delta.token_ids or delta.text or delta.prefilled is not None:
+            if delta.token_ids or delta.prefilled is not None:
                 self.requests[key].deliver(as_output(self.requests[key], delta))
 
     def _finish(self, request: EngineRequest, delta: Delta, *, reason: int, stop_token: int) -> None:

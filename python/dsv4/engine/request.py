@@ -10,8 +10,8 @@ import numpy as np
 
 from dsv4.engine.sampler import Sampled, SamplingState
 from dsv4.sampling import SamplingParams
-from dsv4.text.detokenizer import Detokenizer
-from dsv4.text.stop import StopStrings
+from dsv4.text.output import Content, Piece
+from dsv4.text.stream import TextStream
 
 FINISH_REASONS = {1: "stop", 2: "length", 3: "abort", 4: "error"}
 
@@ -24,15 +24,25 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     explanation: dict[str, Any]
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request that begins to be computed: tokens of its prompt, and how many of them were cached."""
+
+    prompt_tokens: int
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """News of one request after one step: tokens and text are what came since the last output."""
+    """News of one request after one step: tokens and pieces are what came since the last output."""
 
     request_id: str
     token_ids: list[int] = field(default_factory=list)
-    text: str = ""
+    pieces: list[Piece] = field(default_factory=list)
+    """What the tokens say: content alone, or in a chat reasoning and tool calls too."""
     logprobs: list[Sampled] | None = None
     """One entry per token of `token_ids`, when the request asked for log-probabilities."""
     prompt_logprobs: list[Sampled | None] | None = None
@@ -45,6 +55,13 @@ class RequestOutput:
     usage: Usage | None = None
     prefilled: int | None = None
     """Prompt tokens computed so far, while the prompt is still being read."""
+    started: Started | None = None
+    """Once, in an output of its own before the first token."""
+
+    @property
+    def text(self) -> str:
+        """The content among the pieces."""
+        return "".join(piece.text for piece in self.pieces if isinstance(piece, Content))
 
 
 class EngineRequest:
@@ -57,20 +74,22 @@ class EngineRequest:
         prompt: np.ndarray,
         params: SamplingParams,
         sampling: SamplingState,
-        detokenizer: Detokenizer | None,
+        stream: TextStream | None,
         deliver: Callable[[RequestOutput], None],
     ) -> None:
         self.key, self.request_id = key, request_id
         self.prompt, self.params, self.sampling = prompt, params, sampling
-        self.detokenizer = detokenizer
-        self.stops = (
-            StopStrings(params.stop, include=params.include_stop_str_in_output) if params.stop else None
-        )
+        self.stream = stream
         self.deliver = deliver
         self.output: list[int] = []
         self.prompt_logprobs: list[Sampled | None] = [None]
-        self.stop_string: str | None = None
+        self.started = False
         self.error: str | None = None
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it."""
+        return self.stream.stop_string if self.stream is not None else None
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -5,6 +5,9 @@
 | `tokenizer.py` | text to ids and back, special tokens kept apart from user text |
 | `detokenizer.py` | ids to text one by one, never splitting a character |
 | `stop.py` | stop strings in a stream |
+| `stream.py` | tokens of one answer to pieces: detokenizer, parser and stop strings |
 | `chat.py` | messages to a V4 prompt |
 | `output.py` | generated text to reasoning, content and tool calls |
+| `tools.py` | which tools a chat shows, and the schemas of their parameters |
+| `blocks.py` | pieces put together to text, thoughts and calls |
 """

@@ -135,7 +135,7 @@ class OutputParser:
         """`thinking`: the text starts inside the thinking part. `tools`: calls are given, at most `most_calls` of them.
         `schemas`: what the tools' parameters are, for values that do not say it. `continues`: the text goes on with an
         answer that has begun, so newlines at its start belong to it."""
-        self.in_thoughts = thinking
+        self._thoughts = thinking
         self._most = 0 if not tools else most_calls
         self._schemas = schemas or {}
         self._buffer, self._at, self._final = "", 0, False
@@ -150,6 +150,11 @@ class OutputParser:
         self._body: list[str] = []  # what the call holds beside parameters
         self._json: list[str] | None = None  # the value so far of a parameter that claims to be JSON
         self._repeated = False
+
+    @property
+    def in_thoughts(self) -> bool:
+        """Whether the text stands in the thinking part."""
+        return self._thoughts and self._state == self._text
 
     def push(self, text: str) -> list[Piece]:
         """The pieces that became certain."""
@@ -200,12 +205,12 @@ class OutputParser:
         if mark[0] == _BAR:
             return self._markup(mark.start())
         before = self._take(mark.start())
-        self._show(before.rstrip("\n") if self.in_thoughts and mark[0] == _END_THINK else before)
+        self._show(before.rstrip("\n") if self._thoughts and mark[0] == _END_THINK else before)
         self._at = mark.end()
-        if mark[0] == _END_THINK and self.in_thoughts:
-            self.in_thoughts, self._leading = False, True
+        if mark[0] == _END_THINK and self._thoughts:
+            self._thoughts, self._leading = False, True
         elif mark[0] == _THINK and self._leading:
-            self.in_thoughts = True
+            self._thoughts = True
         return True
 
     def _markup(self, bar: int) -> bool:
@@ -248,7 +253,7 @@ class OutputParser:
         if self._leading:
             text = text.lstrip("\n")
             self._leading = not text
-        self._out.append(Reasoning(text) if self.in_thoughts else Content(text))
+        self._out.append(Reasoning(text) if self._thoughts else Content(text))
 
     # Calls
 
@@ -266,7 +271,7 @@ class OutputParser:
             if not self._calls:
                 self._state = self._text
                 if tag[0] == _END_THINK:
-                    self.in_thoughts, self._leading = False, True
+                    self._thoughts, self._leading = False, True
             return True
         if closing or word.startswith("param") or word.endswith("calls"):
             self._at = tag.end()
@@ -377,7 +382,7 @@ class OutputParser:
             return
         self._muted = self._most is not None and self._calls >= self._most
         if not self._muted:
-            self._given, self.in_thoughts = True, False
+            self._given, self._thoughts = True, False
             self._out.append(ToolStart(self._calls, self._name))
             self._calls += 1
 

@@ -63,8 +63,9 @@ class StopStrings:
         return complete
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """What was held back, once no more text comes or other things come in between."""
         text, self._held = self._held, ""
+        self._matched = [0] * len(self._stops)
         return text
 
 

