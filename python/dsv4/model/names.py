@@ -7,7 +7,6 @@ releases. The other namings are those of transformers: what it keeps in memory, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
@@ -58,12 +57,12 @@ def is_expert(name: str) -> bool:
     return ".ffn.experts." in name
 
 
-_BUFFER = re.compile(r"(^|[._])(inv_freq|cos_cached|sin_cached|freqs_cis)$")
+_BUFFERS = ("inv_freq", "cos_cached", "sin_cached", "freqs_cis")
 
 
 def is_buffer(name: str) -> bool:
     """Whether a tensor is a table of rotations, which some files hold and the model computes."""
-    return _BUFFER.search(name) is not None
+    return name.endswith(_BUFFERS)
 
 
 def tensors(c: ModelConfig, *, draft: bool = False) -> Iterator[tuple[str, TensorSpec]]:
