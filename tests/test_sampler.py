@@ -3,22 +3,69 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from dsv4.engine.sampler import PoisonedLogits, Sampled, SamplingState, adjust, judge, sample
+from dsv4.engine.sampler import Sampled, Sampler, judge
 from dsv4.ops.reference.sample import draws as draws_of
+from dsv4.ops.registry import Ops
 from dsv4.sampling import SamplingParams
+
+EOS = 1
+
+
+@dataclass
+class State:
+    """A request as the sampler is told of it."""
+
+    seed: int
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+    params: SamplingParams
+
+    @property
+    def position(self) -> int:
+        return len(self.prompt) + len(self.output) - 1
 
 
 def state(
-    seed: int = 0, prompt: tuple[int, ...] = (), output: tuple[int, ...] = (), **params: object
-) -> SamplingState:
-    s = SamplingState(SamplingParams(**params), prompt, frozenset({1}), seed)
-    for token in output:
-        s.append(token)
-    return s
+    seed: int = 0, prompt: tuple[int, ...] = (0,), output: tuple[int, ...] = (), **params: object
+) -> State:
+    return State(seed, prompt, output, SamplingParams(**params))
+
+
+def begun(states: list[State], vocab: int) -> Sampler:
+    """A sampler with each state at the slab of its number."""
+    sampler = Sampler(Ops.choose("reference"), len(states), vocab, "cpu")
+    for slab, s in enumerate(states):
+        ends = [EOS, *s.params.stop_token_ids]
+        prompt = np.array(s.prompt, np.int32)
+        sampler.begin(slab, s.params, prompt=prompt, output=s.output, seed=s.seed, ends=ends)
+    return sampler
+
+
+def sample(rows: torch.Tensor, states: list[State]) -> list[Sampled]:
+    """One token for each row; -2 where the logits are not finite."""
+    at = np.arange(len(states)), np.array([s.position for s in states])
+    drawn = begun(states, rows.shape[1]).draw(rows, *at)
+    judged = drawn.sampled()
+    return [judged.get(i) or Sampled(token) for i, token in enumerate(drawn.tokens.tolist())]
+
+
+def edited(rows: torch.Tensor, states: list[State]) -> torch.Tensor:
+    """The logits that are drawn from."""
+    seen = []
+    sampler = begun(states, rows.shape[1])
+    plain = sampler._ops.sample
+    sampler._ops = SimpleNamespace(
+        edit_logits=sampler._ops.edit_logits,
+        sample=lambda logits, *a: seen.append(logits) or plain(logits, *a),
+    )
+    sampler.draw(rows, np.arange(len(states)), np.array([s.position for s in states]))
+    return seen[0]
 
 
 def logits(n: int, vocab: int = 50, seed: int = 0) -> torch.Tensor:
@@ -115,39 +162,51 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
     assert together == alone
 
 
-def test_the_seed_and_the_place_decide_the_draw() -> None:
-    row, s = logits(1), state(7)
-    first = [sample(row, [s])[0].token for _ in range(8)]
-    s.truncate(3)
-    assert [sample(row, [s])[0].token for _ in range(5)] == first[3:]
+def test_the_seed_and_the_position_decide_the_draw() -> None:
+    row = logits(1)
+    outputs = [tuple(range(i)) for i in range(8)]
+    first = [sample(row, [state(7, output=o)])[0].token for o in outputs]
     assert len(set(first)) > 1
-    assert first == [sample(row, [state(7, output=tuple(first[:i]))])[0].token for i in range(8)]
+    assert first == [s.token for s in sample(row.expand(8, -1), [state(7, output=o) for o in outputs])]
+    assert first != [sample(row, [state(8, output=o)])[0].token for o in outputs]
 
 
 def test_penalties_bias_and_minimum_length() -> None:
     row = torch.tensor([[1.0, 5.0, 2.0, -1.0]])
-    assert adjust(row, [state(temperature=0)]) is row
+    plain = state(temperature=0)
+    assert edited(row, [plain]) is row
     states = [
         state(repetition_penalty=2.0, prompt=(3, 3), output=(1,)),
         state(presence_penalty=1.0, output=(2, 2)),
-        state(temperature=0),
+        plain,
         state(frequency_penalty=1.0, output=(2, 2)),
         state(logit_bias={0: 9, 99: 1}),
         state(logit_bias={1: 1}, repetition_penalty=2.0, presence_penalty=0.5, output=(1,), min_tokens=2),
         state(min_tokens=1, stop_token_ids=(2, 77)),
     ]
     expected = [
-        [1, 2.5, 2, -2], [1, 5, 1, -1], [1, 5, 2, -1], [1, 5, 0, -1], [10, 5, 2, -1], [1, -math.inf, 2, -1],
+        [1, 2.5, 2, -2], [1, 5, 1, -1], [1, 5, 2, -1], [1, 5, 0, -1], [10, 5, 2, -1], [0.5, -math.inf, 2, -1],
         [1, -math.inf, -math.inf, -1],
     ]  # fmt: skip
     before = row.expand(7, 4).clone()
-    assert adjust(before, states).tolist() == expected
+    assert edited(before, states).tolist() == expected
     assert torch.equal(before, row.expand(7, 4))
-    assert adjust(row, [states[5]])[0, 1] == -math.inf
-    states[5].append(1)
-    assert adjust(row, [states[5]])[0, 1] == (5 + 1) / 2 - 0.5
+    assert edited(row, [states[5]])[0, 1] == -math.inf
+    states[5].output += (1,)
+    assert edited(row, [states[5]])[0, 1] == (5 + 1) / 2 - 0.5
     assert sample(row, [state(temperature=0, min_tokens=2)])[0].token == 2  # 1 is the end token
     assert sample(row, [state(temperature=0, min_tokens=2, output=(0, 0))])[0].token == 1
+
+
+def test_what_is_written_counts_at_once_and_a_slab_forgets_who_was_there() -> None:
+    row = torch.tensor([[3.0, 0.0, 2.5, -9.0]])
+    one = state(temperature=0, frequency_penalty=1.0)
+    sampler, at = begun([one], 4), np.array([0])
+    tokens = [int(sampler.draw(row, at, at + i).tokens[0]) for i in range(5)]
+    assert tokens == [0, 2, 0, 2, 0]
+    for said, expected in (((), 0), ((0, 2, 0), 2)):
+        sampler.begin(0, one.params, prompt=np.array([5], np.int32), output=said, seed=0, ends=[])
+        assert int(sampler.draw(row, at, at).tokens[0]) == expected
 
 
 def test_logprobs_are_the_models_own() -> None:
@@ -157,14 +216,15 @@ def test_logprobs_are_the_models_own() -> None:
     assert got.logprob == pytest.approx(float(expected[got.token])) and len(got.top) == 5
     assert [t for t, _ in got.top] == expected.argsort(descending=True)[:5].tolist()
     assert got.rank == int((row > row[got.token]).sum()) + 1
-    assert [t for t, _ in judge(torch.zeros(9), 3, 4).top] == [0, 1, 2, 3]
+    tied = judge(torch.zeros((1, 9)), torch.tensor([3]), 4).sampled([3], [4])[0]
+    assert [t for t, _ in tied.top] == [0, 1, 2, 3]
 
 
 def test_a_poisoned_row_fails_alone() -> None:
     rows = logits(3)
     rows[1, 7] = math.nan
     got = sample(rows, [state(i) for i in range(3)])
-    assert isinstance(got[1], PoisonedLogits) and isinstance(got[0], Sampled) and isinstance(got[2], Sampled)
+    assert got[1].token == -2 and got[0].token >= 0 and got[2].token >= 0
 
 
 @pytest.mark.parametrize(

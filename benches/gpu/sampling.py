@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from dsv4.kernels.triton.sampling import draw
+from dsv4.kernels.triton.sampling import sample
 from torch import Tensor
 
 from benches.gpu.timing import Bench, Row
@@ -49,9 +49,8 @@ def rows(bench: Bench) -> Iterator[Row]:
             options = torch.tensor(
                 [temperature, top_k, top_p, min_p], device=bench.device, dtype=torch.float64
             )
-            options = options[:, None].expand(4, batch).contiguous()
-            draws = torch.arange(2 * batch, device=bench.device).view(2, batch)
-            run = partial(draw, logits, options, draws, filtered=bool(top_k or top_p < 1))
+            knobs, seed = options.expand(batch, 4).contiguous(), torch.arange(batch, device=bench.device)
+            run = partial(sample, logits, knobs, seed, 7 * seed, bool(top_k or top_p < 1))
             yield Row(
                 "sampling",
                 name,

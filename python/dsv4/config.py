@@ -161,7 +161,9 @@ class EngineConfig:
     )
     max_wait: float = setting(30.0, "seconds after which a waiting request goes ahead of all")
     enforce_eager: bool = setting(False, "on a GPU, launch a decode step kernel by kernel: no CUDA graphs")
-    async_scheduling: bool = setting(False, "plan step k+1 while step k runs (two steps in flight)")
+    async_scheduling: bool | None = setting(
+        None, "launch step k+1 while the device runs step k: two steps in flight (default: on a GPU)"
+    )
     record_steps: str | None = setting(
         None, "file to which every step's rows and time are appended, for dsv4 simulate --step-model"
     )

@@ -14,14 +14,14 @@ SERVE = """
 import itertools, sys
 import torch
 from dsv4.cli import main
-from dsv4.engine.runner import Runner
+from dsv4.engine.device import LocalDevice
 
-run, count = Runner.run, itertools.count()
+run, count = LocalDevice.launch, itertools.count()
 def breaks(self, *arguments):
     if next(count) == 20:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\\nmore of it")
     return run(self, *arguments)
-Runner.run = breaks
+LocalDevice.launch = breaks
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 

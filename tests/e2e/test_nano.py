@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dsv4 import LLM, SamplingParams
-from dsv4.engine import runner
+from dsv4.engine import device
 from dsv4.text.output import Content, OutputParser, Reasoning, ToolArguments, ToolStart
 
 from tests.record_golden import GOLDEN, NANO, PASSPHRASE, cases, prompt_ids
@@ -68,13 +68,13 @@ def test_prompt_logprobs_do_not_depend_on_how_many_are_made_at_once(
 ) -> None:
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
     prompt, told, most = list(range(40, 61)), {}, []
-    plain = llm._loop.runner.model.logits
+    plain = llm._loop.device.model.logits
     monkeypatch.setattr(
-        llm._loop.runner.model, "logits", lambda hidden: most.append(len(hidden)) or plain(hidden)
+        llm._loop.device.model, "logits", lambda hidden: most.append(len(hidden)) or plain(hidden)
     )
     for rows in (1, 3, 1000):
         most.clear()
-        monkeypatch.setattr(runner, "LOGIT_ROWS", rows)
+        monkeypatch.setattr(device, "LOGIT_ROWS", rows)
         told[rows] = llm.generate([prompt], params)[0].prompt_logprobs
         assert max(most) == min(rows, len(prompt) - 1)
     assert len(told[1]) == len(prompt)

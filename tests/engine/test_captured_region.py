@@ -82,6 +82,11 @@ def test_nothing_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         run()  # as before a capture: what outlives a step is allocated
         return again
 
-    graphs = DecodeGraphs(model, torch.arange(4, dtype=torch.int32)[:, None].repeat(1, 2), capture)
+    graphs = DecodeGraphs(
+        model,
+        torch.arange(4, dtype=torch.int32)[:, None].repeat(1, 2),
+        torch.zeros(4, dtype=torch.int64),
+        capture,
+    )
     hidden = graphs.hidden(np.array([3, 4, 5]), np.array([3, 130, 127]), np.array([0, 1, 2]))
     assert len(watched) == 1 and hidden.shape == (3, 4, 128) and hidden.isfinite().all()

@@ -12,7 +12,6 @@ import torch
 from dsv4 import LLM, AsyncEngine, SamplingParams
 from dsv4.engine import device_errors
 from dsv4.engine.loop import DOUBTFUL
-from dsv4.engine.sampler import PoisonedLogits
 from dsv4.errors import EngineDead, RequestError
 
 from tests.support.engines import answer, break_steps, tiny_engine, until, write_tiny
@@ -36,7 +35,7 @@ FAILED = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"),
     RuntimeError("an unknown error in a plug-in"),
-    PoisonedLogits("the model gave logits that are not finite"),
+    ValueError("the model gave logits that are not finite"),
 ]
 
 
@@ -156,8 +155,8 @@ def test_steps_that_always_fail_end_the_engine(model: Path) -> None:
 
 def test_logits_that_are_never_finite_end_the_engine(model: Path) -> None:
     async def check(engine: AsyncEngine) -> None:
-        logits = engine.built.loop.runner.model.logits
-        engine.built.loop.runner.model.logits = lambda hidden: logits(hidden) * float("nan")  # type: ignore[method-assign]
+        logits = engine.built.loop.device.model.logits
+        engine.built.loop.device.model.logits = lambda hidden: logits(hidden) * float("nan")  # type: ignore[method-assign]
         for _ in range(DOUBTFUL):
             assert "not finite" in ((await answer(engine)).error or "")
         await until(lambda: engine.died is not None)
@@ -202,7 +201,7 @@ def test_llm_says_that_the_device_is_gone_and_goes_on_saying_it(model: Path) -> 
     def gone(*_: Any) -> Any:
         raise GONE[0]
 
-    llm._loop.runner.run = gone  # type: ignore[method-assign]
+    llm._loop.device.launch = gone  # type: ignore[method-assign]
     for _ in range(2):
         with pytest.raises((EngineDead, RequestError), match="illegal memory access"):
             llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3))
@@ -210,14 +209,14 @@ def test_llm_says_that_the_device_is_gone_and_goes_on_saying_it(model: Path) -> 
 
 def test_llm_keeps_nothing_of_a_call_that_failed(model: Path) -> None:
     llm = LLM(str(model), num_pages=20, max_num_seqs=1, block_size=128, device="cpu")
-    run, errors = llm._loop.runner.run, iter([ValueError("boom")])
+    run, errors = llm._loop.device.launch, iter([ValueError("boom")])
 
     def once(*arguments: Any) -> Any:
         for e in errors:
             raise e
         return run(*arguments)
 
-    llm._loop.runner.run = once  # type: ignore[method-assign]
+    llm._loop.device.launch = once  # type: ignore[method-assign]
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     with pytest.raises(RequestError, match="boom"):
         llm.generate([[5, 6, 7], [8, 9]], params)

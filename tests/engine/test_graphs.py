@@ -92,7 +92,7 @@ def test_padded_steps_equal_the_ordinary_path(kind: str) -> None:
     config = random_config(kind, index_topk=32)
     weights = random_weights(config, 1)
     plain, padded = (Driver(config, weights, slabs=5, max_len=512) for _ in range(2))
-    graphs = DecodeGraphs(padded.model, padded.page_table, as_it_is)
+    graphs = DecodeGraphs(padded.model, padded.page_table, torch.zeros(9, dtype=torch.int64), as_it_is)
     ids = [random_tokens(config, 400, seed) for seed in range(4)]
     at = [125, 3, 254, 381]
     for driver in (plain, padded):
@@ -130,7 +130,7 @@ def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch
     capture(monkeypatch)
     got, llm = run()
     assert got == expected
-    used = llm._loop.runner.graphs._replays
+    used = llm._loop.device.graphs._replays
     assert {size for size, _ in used} >= {1, 4} and {end for _, end in used} == {2048, 4096}
 
 
@@ -141,7 +141,7 @@ def test_a_warm_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, captur
         capture(monkeypatch)
     params = SamplingParams(max_tokens=6, temperature=0)
     cold, warm = (LLM(device="cpu", max_num_seqs=1, max_model_len=1024, num_pages=8) for _ in range(2))
-    warm._loop.runner.warm_up(700)
+    warm._loop.device.warm_up(700)
     warm.core.check()
     prompt = list(range(300, 600))
     (expected,), (got,) = (llm.generate([prompt], params) for llm in (cold, warm))
@@ -171,5 +171,5 @@ def test_graphs_have_their_place_in_the_memory_plan() -> None:
 def test_what_keeps_it_eager_is_said() -> None:
     llm = LLM(device="cpu", max_model_len=1024)
     assert "graphs     off: the device is cpu" in llm._built.describe()
-    assert "sparse_attention" in llm._built.loop.runner.model.uncaptured()
-    assert "sample" not in llm._built.loop.runner.model.uncaptured()
+    assert "sparse_attention" in llm._built.loop.device.model.uncaptured()
+    assert "sample" not in llm._built.loop.device.model.uncaptured()

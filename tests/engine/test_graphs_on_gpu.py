@@ -89,7 +89,7 @@ def test_the_engine_on_the_model_that_ships() -> None:
         print([line for line in llm._built.describe() if line.startswith("graphs")])
         said[eager] = [o.token_ids for o in llm.generate(prompts, params)]
         llm.core.check()
-    held = set(llm._loop.runner.graphs._replays)
+    held = set(llm._loop.device.graphs._replays)
     print(f"captured {sorted(held)}")
     assert {end for _, end in held} == {2048, 4096} and 4 in {size for size, _ in held}
     pairs = [(a, b) for x, y in zip(said[True], said[False], strict=True) for a, b in zip(x, y, strict=True)]

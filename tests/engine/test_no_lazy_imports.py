@@ -46,7 +46,7 @@ loop.abort(loop.submit("cut", long, params, done.append))
 while loop.has_work():
     loop.step()
 broken = lambda *_: 1 / 0
-loop.runner.run, run = broken, loop.runner.run
+loop.device.launch, run = broken, loop.device.launch
 loop.submit("fails", long, params, done.append)
 loop.step()
 stats = llm.core.stats()

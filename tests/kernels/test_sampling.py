@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from dsv4.ops.reference import sample as reference
 from torch import Tensor
 
 from tests.kernels.device import DEVICE, on_gpu
-from tests.ops.cases import case
+from tests.ops.cases import case, moved
 
 pytest.importorskip("triton")
 
@@ -23,19 +25,23 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
         monkeypatch.setattr(sampling, "CANDIDATES", 64)
 
 
-def _both(args: dict[str, Tensor]) -> tuple[list[int], list[int]]:
-    ours = sampling.sample(**{k: v.to(DEVICE) if k == "logits" else v for k, v in args.items()})
-    return ours.tolist(), reference.sample(**args).tolist()
+def _both(args: dict[str, Any]) -> tuple[list[int], list[int]]:
+    return sampling.sample(**moved(args, DEVICE)).tolist(), reference.sample(**args).tolist()
 
 
-def _rows(logits: Tensor, seeds: range, **options: float) -> dict[str, Tensor]:
+def _rows(
+    logits: Tensor,
+    seeds: range,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> dict[str, Any]:
     """Arguments of the op: one row for every seed."""
     n = len(seeds)
-    given = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | options
-    columns = {k: torch.full((n,), v, dtype=torch.float64) for k, v in given.items()}
-    columns["top_k"] = columns["top_k"].long()
-    draws = {"seed": torch.tensor(list(seeds)), "position": torch.arange(n), "filtered": True}
-    return {"logits": logits.expand(n, -1).contiguous(), **columns, **draws}
+    knobs = torch.tensor([temperature, top_k, top_p, min_p], dtype=torch.float64).expand(n, 4).contiguous()
+    draws = {"seed": torch.tensor(list(seeds), dtype=torch.int64), "position": torch.arange(n)}
+    return {"logits": logits.expand(n, -1).contiguous(), "knobs": knobs, **draws, "filtered": True}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -84,10 +90,15 @@ def test_a_whole_vocabulary(rows: int) -> None:
     turn = torch.arange(rows)
     args = dict(
         logits=4 * torch.randn((rows, 129280), generator=g),
-        temperature=torch.where(turn % 7 == 6, 0.0, 0.7).double(),
-        top_k=torch.where(turn % 3 == 1, 50, 0),
-        top_p=torch.where(turn % 2 == 0, 0.8, 1.0).double(),
-        min_p=torch.where(turn % 5 == 2, 0.02, 0.0).double(),
+        knobs=torch.stack(
+            (
+                torch.where(turn % 7 == 6, 0.0, 0.7).double(),
+                torch.where(turn % 3 == 1, 50, 0).double(),
+                torch.where(turn % 2 == 0, 0.8, 1.0).double(),
+                torch.where(turn % 5 == 2, 0.02, 0.0).double(),
+            ),
+            dim=1,
+        ),
         seed=turn,
         position=3 * turn,
         filtered=True,

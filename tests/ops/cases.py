@@ -14,6 +14,7 @@ from dsv4.model.batch import Batch, Row
 from dsv4.model.step import Geometry, Step, build_step
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.spec import SPECS
+from dsv4.ops.tables import END, PROMPT
 from dsv4.ops.tables import moved as moved_table
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Gated, Weight
 from torch import Tensor
@@ -259,18 +260,40 @@ def each_weight(value: Weight | Gated, f: Callable[[Weight], Weight]) -> Weight 
     return Gated(*map(f, value)) if isinstance(value, Gated) else f(value)
 
 
+def _edit_logits(t: int, g: torch.Generator) -> dict[str, Any]:
+    """Four rows of tables: one that changes nothing, one with a bias, one with penalties, one with all and a minimum length."""
+    bias, penalties = torch.zeros((4, 300)), torch.tensor([[1.0, 0.0, 0.0]]).repeat(4, 1)
+    bias[1::2] = torch.randn((2, 300), generator=g) * (torch.rand((2, 300), generator=g) < 0.1)
+    penalties[2:] = torch.tensor([[1.3, 0.5, -0.25], [0.7, -1.0, 2.0]])
+    marks = torch.randint(0, 4, (4, 300), generator=g) * (torch.rand((4, 300), generator=g) < 0.2)
+    marks += PROMPT * (torch.rand((4, 300), generator=g) < 0.3)
+    marks[:, 7:9] += END
+    return dict(
+        logits=2 * torch.randn((t, 300), generator=g),
+        row=torch.arange(t) % 4,
+        bias=bias,
+        marks=marks.int(),
+        penalties=penalties,
+        until=torch.tensor([0, 0, 0, 40]),
+        position=torch.randint(0, 80, (t,), generator=g),
+    )
+
+
 def _sample(t: int, g: torch.Generator) -> dict[str, Any]:
     """Greedy, unfiltered, and each filter alone and with the others, in turn; a row with ties, one with an infinity."""
     logits = 2 * torch.randn((t, 300), generator=g)
     logits[3::7] = logits[3::7].round()
     logits[5::11, 7] = torch.inf
     turn = torch.arange(t)
+    knobs = (
+        torch.where(turn % 5 == 1, 0.0, 0.3 + torch.rand(t, generator=g).double()),
+        torch.where(turn % 3 == 0, 1 + turn % 40, 0).double(),
+        torch.where(turn % 4 == 0, 0.05 + 0.9 * torch.rand(t, generator=g).double(), 1.0),
+        torch.where(turn % 6 == 2, 0.05, 0.0).double(),
+    )
     return dict(
         logits=logits,
-        temperature=torch.where(turn % 5 == 1, 0.0, 0.3 + torch.rand(t, generator=g).double()),
-        top_k=torch.where(turn % 3 == 0, 1 + turn % 40, 0),
-        top_p=torch.where(turn % 4 == 0, 0.05 + 0.9 * torch.rand(t, generator=g).double(), 1.0),
-        min_p=torch.where(turn % 6 == 2, 0.05, 0.0).double(),
+        knobs=torch.stack(knobs, dim=1),
         seed=torch.randint(-(2**63), 2**63 - 1, (t,), generator=g),
         position=torch.randint(0, 2**34, (t,), generator=g),
         filtered=True,
@@ -300,6 +323,7 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "route": _route,
     "experts": _experts,
     "swiglu": _swiglu,
+    "edit_logits": _edit_logits,
     "sample": _sample,
 }
 

@@ -44,14 +44,14 @@ async def answer(engine: AsyncEngine, n: int = 3, **options: Any) -> RequestOutp
 
 def break_steps(engine: AsyncEngine, error: Callable[[], BaseException | None]) -> None:
     """Before each step `error` is asked; what it returns is raised in place of the step."""
-    run = engine.built.loop.runner.run
+    run = engine.built.loop.device.launch
 
     def broken(*args: Any) -> Any:
         if (e := error()) is not None:
             raise e
         return run(*args)
 
-    engine.built.loop.runner.run = broken  # type: ignore[method-assign]
+    engine.built.loop.device.launch = broken  # type: ignore[method-assign]
 
 
 async def until(holds: Callable[[], bool]) -> None:

@@ -23,6 +23,7 @@ from dsv4.cache.rows import Rows
 from dsv4.formats import RowFormat
 from dsv4.kernels.device import has_triton
 from dsv4.row_sizes import plane_bytes
+from dsv4.transfer import to_device
 
 if TYPE_CHECKING:
     from dsv4._core import Component, LayoutSpec
@@ -77,7 +78,7 @@ class PagedCache:
         if self._copies:
             self._copies.reset(slabs)
             return
-        at = torch.tensor(slabs, dtype=torch.int64, device=self.device)
+        at = self._at(slabs)
         if self._poison:
             self.slabs[at] = _POISON
         for component in self._state:
@@ -88,7 +89,7 @@ class PagedCache:
 
     def poison_pages(self, pages: Sequence[int]) -> None:
         """Overwrites pages with NaN. For tests: what was freed must not be read."""
-        self.pages[torch.tensor(pages, dtype=torch.int64, device=self.device)] = _POISON
+        self.pages[self._at(pages)] = _POISON
 
     def save(self, slab: int, position: int, pages: Sequence[int]) -> None:
         """Writes the state of a slab at a position into `layout.snapshot_pages` pages, or `layout.slab_pages`
@@ -101,7 +102,7 @@ class PagedCache:
             self._save(slab, position, pages)
 
     def _save(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        at = self._state_pages(position, pages)
+        at = self._at(pages)
         packed = torch.zeros(len(at) * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
         if position % self.layout.block_tokens:
             packed[: self.layout.slab_bytes] = self.slabs[slab]
@@ -121,7 +122,7 @@ class PagedCache:
             self._restore(slab, position, pages)
 
     def _restore(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        packed = self.pages[self._state_pages(position, pages)].flatten()
+        packed = self.pages[self._at(pages)].flatten()
         if position % self.layout.block_tokens:
             self.slabs[slab] = packed[: self.layout.slab_bytes]
             return
@@ -133,7 +134,7 @@ class PagedCache:
         """Copy jobs without the padding of a plan's lists, checked; `launch` takes the snapshots among them."""
         plain = [(slab, position, [p for p in pages if p >= 0]) for slab, position, *pages in jobs]
         for _, position, pages in plain:
-            self._state_pages(position, pages)
+            self._check_pages(position, pages)
         if not launch:
             return plain
         at_boundary = [j for j in plain if j[1] % self.layout.block_tokens == 0]
@@ -147,14 +148,16 @@ class PagedCache:
         if to_page >= 0:
             self.pages[to_page] = self.pages[from_page]
 
-    def _state_pages(self, position: int, pages: Sequence[int]) -> Tensor:
-        """The pages of a state."""
+    def _check_pages(self, position: int, pages: Sequence[int]) -> None:
+        """Raises ValueError where a state at this position does not take so many pages."""
         what, wanted = ("snapshot", self.layout.snapshot_pages)
         if position % self.layout.block_tokens:
             what, wanted = ("slab", self.layout.slab_pages)
         if len(pages) != wanted:
             raise ValueError(f"a {what} takes {wanted} pages, got {len(pages)}")
-        return torch.tensor(pages, dtype=torch.int64, device=self.device)
+
+    def _at(self, ids: Sequence[int]) -> Tensor:
+        return to_device(torch.tensor(ids, dtype=torch.int64), self.device)
 
     def _saved(self, slab: int, position: int, packed: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For all that a snapshot keeps: the live bytes [rows, n], which rows of them, and their place

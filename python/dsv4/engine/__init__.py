@@ -3,8 +3,8 @@
 | file | responsibility |
 | --- | --- |
 | `buffers.py` | the buffer that a plan is written into, read by field |
-| `runner.py` | one step on the device: page table, copies, forward, sample |
-| `loop.py` | plan, run, commit; the simple loop and the one with two steps in flight |
+| `device.py` | one step on the device: page table, copies, forward, sample; launched without waiting |
+| `loop.py` | plan, launch, commit; one step in flight or two |
 | `device_errors.py` | whether a step failed or the device is gone |
 | `liveness.py` | whether the engine thread is idle, at work or stuck |
 | `routing.py` | who asks, how urgent, what the prefix is worth: hints for the core |

@@ -14,11 +14,11 @@ from dsv4._core import Core, LayoutSpec
 from dsv4.cache.paged import PagedCache
 from dsv4.config import EngineConfig, default_step_tokens
 from dsv4.engine.buffers import StepPlan
+from dsv4.engine.device import LocalDevice
 from dsv4.engine.graphs import Recorder
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
 from dsv4.engine.routing import Tenants
-from dsv4.engine.runner import Runner
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
@@ -240,30 +240,29 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         weights = load_weights(
             source.path, model_config, dtype, progress, packed=packed, device=device, found=found
         )
-        runner, eager = _runner(config, layout, model_config, weights, ops, pages, max_len)
+        local, eager = _local_device(config, layout, model_config, weights, ops, pages, max_len)
         schema, steps = core.plan_schema(), 2 if config.async_scheduling else 1
-        buffers = tuple(StepPlan(schema, pinned=device == "cuda") for _ in range(steps))
+        plans = tuple(StepPlan(schema, pinned=device == "cuda") for _ in range(steps))
         if device == "cuda":
-            runner.warm_up(min(config.max_num_batched_tokens, max_len - 1))
+            local.warm_up(min(config.max_num_batched_tokens, max_len - 1))
     loop = EngineLoop(
         core,
-        runner,
-        buffers,
+        local,
+        plans,
         tokenizer=tokenizer,
         eos_ids=frozenset(generation.eos_ids),
         seed=config.seed,
         tenants=Tenants(config.tenants),
         record=record,
-        device=device,
     )
     memory = MemoryPlan(
-        weights=runner.model.weight_bytes,
+        weights=local.model.weight_bytes,
         packed=packed,
         pages=pages,
         pool=pages * layout.page_bytes,
-        slabs=len(runner.page_table) * layout.slab_bytes,
+        slabs=len(local.page_table) * layout.slab_bytes,
         notes=tuple(found.describe(dtype.itemsize, packed=packed)),
-        page_table=runner.page_table.numel() * 4,
+        page_table=local.page_table.numel() * 4,
         max_model_len=max_len,
     )
     return BuiltEngine(
@@ -283,7 +282,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     )
 
 
-def _runner(
+def _local_device(
     config: EngineConfig,
     layout: LayoutSpec,
     model_config: ModelConfig,
@@ -291,7 +290,7 @@ def _runner(
     ops: Ops,
     pages: int,
     max_len: int,
-) -> tuple[Runner, str | None]:
+) -> tuple[LocalDevice, str | None]:
     """The device's side, and what keeps its decode steps from being captured."""
     eager = _why_eager(config)
     slabs = config.max_num_seqs + (eager is None)  # the last one for padding
@@ -299,7 +298,7 @@ def _runner(
     model = V4Model(model_config, weights, cache, ops, consume=True)
     if eager is None and (ops_on_host := model.uncaptured()):
         eager = f"the reference runs {', '.join(ops_on_host)}"
-    runner = Runner(
+    local = LocalDevice(
         model,
         cache,
         slabs=slabs,
@@ -307,7 +306,7 @@ def _runner(
         replay_tokens=config.replay_tokens or layout.replay_tokens,
         capture=Recorder() if eager is None else None,
     )
-    return runner, eager
+    return local, eager
 
 
 def _why_eager(config: EngineConfig) -> str | None:
@@ -343,6 +342,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
     return dataclasses.replace(
         config,
         device=device,
+        async_scheduling=device == "cuda" if config.async_scheduling is None else config.async_scheduling,
         max_num_batched_tokens=config.max_num_batched_tokens
         or default_step_tokens(device, config.max_num_seqs),
         kv_cache_dtype=row if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,

@@ -1,7 +1,7 @@
 """Decode steps as CUDA graphs: one launch instead of some twenty from Python in every layer.
 
 A step of single tokens is padded to the next captured size (`dsv4.plan.graphs`) and replayed. Its input is three numbers a row (token, position,
-slab); the graph makes the index tables of them itself (`decode_step`). What a launch takes from the longest context (grids,
+slab), and the tokens of the step before, which lie on the device; the graph makes the index tables of them itself (`decode_step`). What a launch takes from the longest context (grids,
 scores, splits of attention) is that of the next power of two, of which a graph sees only the part that is there: a result
 may differ by the rounding of another split, as between batches.
 
@@ -26,6 +26,7 @@ from dsv4._core import ALL_LOGITS, REPLAY, RESET, SAMPLE
 from dsv4.engine.buffers import StepPlan
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import contexts_of, sizes_of
+from dsv4.transfer import to_device
 
 log = logging.getLogger("dsv4.engine")
 
@@ -53,10 +54,11 @@ class Recorder:
 
 class DecodeGraphs:
     """The captured steps of one model. `pages` int32 [slabs, blocks] is the page table on the model's device; its last slab
-    is the sink. `capture`: a `Recorder`; tests run the steps as they are."""
+    is the sink. `newest` int64 [slabs], there too: what an id -1 - i stands for (see `Batch`). `capture`: a `Recorder`; tests
+    run the steps as they are."""
 
-    def __init__(self, model: V4Model, pages: Tensor, capture: Capture) -> None:
-        self.model, self.pages, self._capture = model, pages, capture
+    def __init__(self, model: V4Model, pages: Tensor, newest: Tensor, capture: Capture) -> None:
+        self.model, self.pages, self.newest, self._capture = model, pages, newest, capture
         self.sink = len(pages) - 1
         self.sizes = sizes_of(self.sink)
         self.contexts = contexts_of(pages.shape[1] * model.geometry.block_tokens)
@@ -87,7 +89,9 @@ class DecodeGraphs:
 
     def _run(self, size: int, end: int) -> None:
         token_ids, positions, slabs = self._input[:, :size]
-        self._output[:size].copy_(self.model.decode(token_ids, positions, slabs, self.pages, end))
+        self._output[:size].copy_(
+            self.model.decode(token_ids, positions, slabs, self.pages, self.newest, end)
+        )
 
     def _captured(self, size: int, end: int) -> Step:
         begun, free = time.perf_counter(), self._free()
@@ -110,9 +114,7 @@ class DecodeGraphs:
         values[2] = self.sink
         for row, column in zip(values, columns, strict=False):
             row[: len(column)] = column
-        host = torch.from_numpy(values)
-        # A page-locked copy of its own: torch reuses it when the transfer is over.
-        self._input.copy_(host.pin_memory() if self._input.is_cuda else host, non_blocking=True)
+        self._input.copy_(to_device(torch.from_numpy(values), self._input.device))
 
     def _free(self) -> int:
         """Bytes of the GPU that are neither used nor kept by torch for later."""

@@ -1,16 +1,19 @@
-"""Plan, run, commit. Single-threaded; the asyncio engine and `LLM` both drive it.
+"""Plan, launch, commit. Single-threaded; the asyncio engine and `LLM` both drive it.
 
-`step_simple` is one step at a time and the reference. `step_overlap` plans and runs step k+1 before step k is committed;
-the rows of k+1 whose token the core does not know yet carry a placeholder that the runner fills in. As `Runner.run` waits
-for the tokens of its step, nothing runs beside anything else yet. Both give the same outputs (tests/e2e/test_fork_and_park.py).
+With one plan buffer each step is planned, run and committed before the next: the reference. With two, step k+1 is planned and launched
+while the device runs step k, and step k is committed then; rows of k+1 whose token nobody knows yet name a sample of step k, which the
+device fills in. Both give the same outputs (tests/e2e/test_reuse.py, test_fork_and_park.py). Nothing here knows torch or the
+device: it sees plans, and results when they are there (tests/engine/test_loop.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,13 +24,14 @@ from dsv4.engine.output import Delta, as_final, as_output, push_token
 from dsv4.engine.prompt import TokenIds, as_prompt
 from dsv4.engine.request import EngineRequest, RequestOutput, Started
 from dsv4.engine.routing import Routing, Tenants, now_us
-from dsv4.engine.runner import Runner, StepResult
-from dsv4.engine.sampler import PoisonedLogits, SamplingState
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import EngineDead
 from dsv4.sampling import SamplingParams
 from dsv4.text.stream import Reading, TextStream
 from dsv4.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsv4.engine.device import LocalDevice, Pending, StepResult
 
 log = logging.getLogger("dsv4.engine")
 
@@ -44,27 +48,37 @@ TOKEN, FINISHED, RESUMED, PREFILL = 1, 2, 4, 5
 """Kinds of core events that are used here; a row is (kind, request, step, a, b, c)."""
 
 
+POISONED = "the model gave logits that are not finite"
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A step that was launched and not yet committed."""
+
+    plan: StepPlan
+    pending: Pending
+
+
 class EngineLoop:
     """Requests in, outputs out. Not thread-safe: one thread owns it."""
 
     def __init__(
         self,
         core: Core,
-        runner: Runner,
-        buffers: tuple[StepPlan, ...],
+        device: LocalDevice,
+        plans: tuple[StepPlan, ...],
         *,
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
         seed: int,
         tenants: Tenants | None = None,
         record: StepRecord | None = None,
-        device: str = "cpu",
     ) -> None:
-        """`buffers`: one plan for the simple loop, two for the overlapped one. `device`: asked after a failed step."""
-        self.core, self.runner, self.buffers = core, runner, buffers
+        """`plans`: a buffer for each step that may be in flight."""
+        self.core, self.device, self.plans = core, device, plans
         self.tokenizer, self.eos_ids, self.seed = tokenizer, eos_ids, seed
         self.tenants = tenants or Tenants()
-        self._record, self.device = record, device
+        self._record = record
         self.dead: EngineDead | None = None
         self.failed_in_row = 0
         """Steps that failed since the last token, and why the last of them did."""
@@ -72,10 +86,9 @@ class EngineLoop:
         self.requests: dict[int, EngineRequest] = {}
         self._keys_by_name: dict[str, int] = {}
         self._warned, self._finished = False, 0
-        self.step = self.step_overlap if len(buffers) == 2 else self.step_simple
         self._keys = itertools.count(1)
         self._events = np.zeros((4096, 6), np.int64)
-        self._pending: StepResult | None = None
+        self._flights: deque[Flight] = deque()
         self._turn = 0
 
     def submit(
@@ -100,9 +113,10 @@ class EngineLoop:
         prompt = as_prompt(prompt)
         key = next(self._keys)
         seed = params.seed if params.seed is not None else self.seed + key
-        state = SamplingState(params, prompt, eos_ids=self.eos_ids, seed=seed)
         stream = TextStream(self.tokenizer, params, reading) if self.tokenizer is not None else None
-        request = EngineRequest(key, request_id, prompt, params, state, stream, deliver)
+        request = EngineRequest(
+            key, request_id, prompt, params, stream, deliver, seed=seed, eos_ids=self.eos_ids
+        )
         stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
         now = now_us()
         self.core.set_time(now)  # a request's age counts from here
@@ -126,70 +140,76 @@ class EngineLoop:
             self._drain_events(None)  # it may have been the last one: no step would follow that does this
 
     def has_work(self) -> bool:
-        return self._pending is not None or self.core.has_work()
+        return bool(self._flights) or self.core.has_work()
 
-    def step_simple(self) -> bool:
-        """One step from plan to outputs. False when there was nothing to run."""
+    def step(self) -> bool:
+        """Launches the next step, and commits the oldest one when no more may be in flight or nothing could be launched. False
+        when there was nothing to do."""
         self.core.set_time(now_us())
-        planned = self.core.plan(self.buffers[0].words)
-        result = self._launch(self.buffers[0]) if planned else None
-        if result is not None:
-            self._commit(result)
-        self._drain_events(result)
-        return planned
-
-    def step_overlap(self) -> bool:
-        """Launches the next step, then commits the one before it."""
-        self.core.set_time(now_us())
-        plan = self.buffers[self._turn]
+        plan, result = self.plans[self._turn], None
         planned = self.core.plan(plan.words)
-        self._turn ^= planned
-        before, self._pending = self._pending, None
-        launched = self._launch(plan, before) if planned else None
-        if planned and launched is None:
-            before = None  # the failed launch took the step before it along
-        if before is not None:
-            self._commit(before)
-        self._pending = launched
-        self._drain_events(before)
-        return planned or before is not None
+        if planned:
+            self._turn = (self._turn + 1) % len(self.plans)
+            self._launch(plan)
+        busy = bool(self._flights)
+        if busy and (len(self._flights) == len(self.plans) or not planned):
+            result = self._land()
+        self._drain_events(result)
+        return planned or busy
 
-    def _launch(self, plan: StepPlan, before: StepResult | None = None) -> StepResult | None:
-        """Runs a plan. A failure ends the requests of that step with an error and all others go on, unless the device is
-        gone (EngineDead)."""
-        begun = time.perf_counter()
+    def _launch(self, plan: StepPlan) -> None:
         try:
-            result = self.runner.run(plan, self.requests)
-            us = 1e6 * (time.perf_counter() - begun)
-            self.core.observe(plan.step, us)
-            if self._record is not None:
-                self._record(plan, us)
-            return result
+            self._flights.append(Flight(plan, self.device.launch(plan, self.requests)))
         except Exception as e:  # whatever the device or a kernel raises must not take the engine down
-            log.exception("step %d failed", plan.step)
-            if (gone := device_errors.lost(e, self.device)) is not None:
-                self.core.rollback(plan.step)
-                self.dead = EngineDead(f"{gone}; start it again")
-                raise self.dead from e
-            self._count_failure(f"{type(e).__name__}: {device_errors.first_line(e)}")
-            if before is not None:
-                self._commit(before)
-                self._drain_events(before)
-            keys = set(plan.row_req.tolist())
-            self.core.rollback(plan.step)
-            for key in keys & self.requests.keys():
-                self._fail(key, f"the step failed: {type(e).__name__}: {e}")
+            self._give_up([plan], e, before=self._flights)
+
+    def _land(self) -> StepResult | None:
+        """Waits for the oldest step and commits it. None when it failed, and those launched after it with it."""
+        flight = self._flights.popleft()
+        try:
+            result = flight.pending.result()
+        except Exception as e:
+            later, self._flights = self._flights, deque()
+            self._give_up([flight.plan, *(f.plan for f in later)], e)
             return None
+        self.core.observe(result.step, result.us)
+        if self._record is not None:
+            self._record(flight.plan, result.us)
+        self._commit(result)
+        return result
+
+    def _give_up(self, plans: list[StepPlan], error: Exception, before: deque[Flight] | None = None) -> None:
+        """After a failed step: ends the requests of these plans, the oldest first, with an error; all others go on. Steps
+        launched before them are committed first. Raises EngineDead when the device is gone."""
+        log.error("step %d failed", plans[0].step, exc_info=error)
+        if (gone := device_errors.lost(error, self.device.kind)) is not None:
+            for plan in reversed([*(f.plan for f in before or ()), *plans]):
+                self.core.rollback(plan.step)
+            self._flights.clear()
+            self.dead = EngineDead(f"{gone}; start it again")
+            raise self.dead from error
+        self._count_failure(f"{type(error).__name__}: {device_errors.first_line(error)}")
+        while before:
+            self._drain_events(self._land())
+        keys = {key for plan in plans for key in plan.row_req.tolist()}
+        for plan in reversed(plans):
+            self.core.rollback(plan.step)
+        for key in keys & self.requests.keys():
+            self._fail(key, f"the step failed: {type(error).__name__}: {error}")
 
     def _commit(self, result: StepResult) -> None:
-        poisoned = [s for s in result.sampled if isinstance(s, PoisonedLogits)]
-        if poisoned and len(poisoned) == len(result.sampled):
-            self._count_failure(str(poisoned[0]))
-        elif result.sampled:
+        if result.poisoned and len(result.poisoned) == len(result.keys):
+            self._count_failure(POISONED)
+        elif result.keys:
             self.failed_in_row = 0
-        for key, sampled in zip(result.keys, result.sampled, strict=True):
-            if isinstance(sampled, PoisonedLogits) and key in self.requests:
-                self._fail(key, str(sampled))
+        for key, start, judged in result.prompt_logprobs:
+            request = self.requests.get(key)
+            # After a preemption the prompt is computed again; what is known already stays.
+            if request is not None and start == len(request.prompt_logprobs):
+                request.prompt_logprobs += judged
+        for key in result.poisoned:
+            if key in self.requests:
+                self._fail(key, POISONED)
         self.core.commit(result.step, result.tokens)
 
     def _count_failure(self, why: str) -> None:
@@ -232,7 +252,7 @@ class EngineLoop:
                     continue
                 delta = deltas.setdefault(key, Delta())
                 if kind == TOKEN and result is not None and request.stop_string is None:
-                    if push_token(request, delta, result.sampled[c]):
+                    if push_token(request, delta, result.sample(c)):
                         self.core.stop(key)
                 elif kind == FINISHED:
                     self._finish(request, deltas.pop(key), reason=a, stop_token=c)

@@ -25,7 +25,7 @@ def push_token(request: EngineRequest, delta: Delta, sampled: Sampled) -> bool:
     delta.token_ids.append(sampled.token)
     if request.params.logprobs is not None:
         delta.logprobs.append(sampled)
-    ends = sampled.token in request.sampling.eos_ids and not request.params.ignore_eos
+    ends = sampled.token in request.eos_ids and not request.params.ignore_eos
     ends = ends or sampled.token in request.params.stop_token_ids
     if request.stream is None:
         return False
@@ -53,7 +53,7 @@ def as_final(
     stopped = (
         request.stop_string if request.stop_string is not None else stop_token if stop_token >= 0 else None
     )
-    eos = isinstance(stopped, int) and stopped in request.sampling.eos_ids
+    eos = isinstance(stopped, int) and stopped in request.eos_ids
     return RequestOutput(
         request.request_id,
         delta.token_ids,

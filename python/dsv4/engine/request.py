@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.engine.sampler import Sampled, SamplingState
+from dsv4.engine.sampler import Sampled
 from dsv4.sampling import SamplingParams
 from dsv4.text.output import Content, Piece
 from dsv4.text.stream import TextStream
@@ -73,12 +73,14 @@ class EngineRequest:
         request_id: str,
         prompt: np.ndarray,
         params: SamplingParams,
-        sampling: SamplingState,
         stream: TextStream | None,
         deliver: Callable[[RequestOutput], None],
+        *,
+        seed: int,
+        eos_ids: frozenset[int],
     ) -> None:
         self.key, self.request_id = key, request_id
-        self.prompt, self.params, self.sampling = prompt, params, sampling
+        self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
         self.stream = stream
         self.deliver = deliver
         self.output: list[int] = []

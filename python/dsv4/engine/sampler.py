@@ -1,27 +1,26 @@
-"""Logits to tokens. A row's token depends on its logits, its own request and its place in the output, never on the batch.
+"""Logits to tokens. A row's token depends on its logits, its own request and its position, never on the batch.
 
-Order: logit bias, penalties, min_tokens, temperature, min_p, top_k, top_p, then one draw (the op `sample`).
-Log-probabilities are those of the model's own logits, before any of that.
+Order: logit bias, penalties, min_tokens (the op `edit_logits`), then temperature, min_p, top_k, top_p and one draw (the op
+`sample`). Log-probabilities are those of the model's own logits, before any of that.
+
+What sampling needs of a request lies on the device in tables by slab, sent when the request starts there. So a step's tokens are
+drawn without asking the host, and stay on the device as the next step's input.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-
-# `np.unique` loads it when first used, which would be in a step, where an import may fail for want of a file.
-import numpy.ma
 import torch
 from torch import Tensor
 
-from dsv4.ops.reference import sample as reference
-from dsv4.ops.registry import Op
+from dsv4.ops.registry import Ops
+from dsv4.ops.tables import END, PROMPT
 from dsv4.sampling import SamplingParams
+from dsv4.transfer import to_device, to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,131 +33,149 @@ class Sampled:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class PoisonedLogits(Exception):
-    """The model gave logits that are not finite for a request; only this request fails."""
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Log-probabilities of N tokens and the best alternatives of each, on the device: float32 [N], int64 [N] (ranks from 1),
+    int64 [N, top] and float32 [N, top]."""
+
+    logprob: Tensor
+    rank: Tensor
+    ids: Tensor
+    values: Tensor
+
+    def to_host(self) -> Judged:
+        """On the host, once the device is so far (see `transfer.to_host`)."""
+        return Judged(*(to_host(x) for x in (self.logprob, self.rank, self.ids, self.values)))
+
+    def sampled(self, tokens: Sequence[int], tops: Sequence[int]) -> list[Sampled]:
+        """One by one, each with the number of alternatives that it asked for."""
+        columns = (x.tolist() for x in (self.logprob, self.rank, self.ids, self.values))
+        return [
+            Sampled(token, logprob, rank, tuple(zip(ids[:top], values[:top], strict=True)))
+            for token, top, logprob, rank, ids, values in zip(tokens, tops, *columns, strict=True)
+        ]
 
 
-Edits = tuple[np.ndarray, np.ndarray]
-"""Tokens int64 [n] and, for each, what happens to its logit, float32 [n, 3]: an addend, the factor of the repetition
-penalty, and a subtrahend, in this order."""
-
-
-@dataclass(slots=True)
-class SamplingState:
-    """What sampling needs to know of a request. `output` holds every sampled token, those not yet committed included."""
-
-    params: SamplingParams
-    prompt: np.ndarray
-    """int32 [tokens]."""
-    eos_ids: frozenset[int]
-    seed: int
-    output: list[int] = field(default_factory=list)
-    _counts: Counter[int] = field(default_factory=Counter)
-    _prompt: np.ndarray | None = None
-    """Distinct tokens of the prompt, once they are needed."""
-
-    def truncate(self, length: int) -> None:
-        """Forgets tokens from `length` on: they were sampled by a step that did not count."""
-        for token in self.output[length:]:
-            self._counts[token] -= 1
-        del self.output[length:]
-
-    def append(self, token: int) -> None:
-        self.output.append(token)
-        self._counts[token] += 1
-
-    @property
-    def position(self) -> int:
-        """Of the token that the next one follows."""
-        return len(self.prompt) + len(self.output) - 1
-
-    def edits(self, vocab: int) -> Edits | None:
-        """Bias, penalties and min_tokens as changes of single logits, or None; ids that a vocabulary of `vocab` lacks are
-        left out."""
-        p = self.params
-        early = len(self.output) < p.min_tokens
-        penal = p.presence_penalty or p.frequency_penalty
-        if not (p.logit_bias or penal or p.repetition_penalty != 1 or early):
-            return None
-        counts = (
-            {t: n for t, n in self._counts.items() if n > 0} if penal or p.repetition_penalty != 1 else {}
-        )
-        ends = [t for t in (*self.eos_ids, *p.stop_token_ids) if t < vocab] if early else []
-        seen = np.fromiter(counts, np.int64, len(counts))
-        if p.repetition_penalty != 1:
-            if self._prompt is None:
-                self._prompt = np.flatnonzero(np.bincount(self.prompt))
-            seen = np.union1d(seen, self._prompt)
-        biased = {t: b for t, b in p.logit_bias.items() if t < vocab}
-        tokens = np.unique(np.concatenate((seen, np.fromiter(chain(biased, ends), np.int64))))
-        change = np.zeros((len(tokens), 3), np.float32)
-        change[:, 1] = 1
-        at = lambda ids: np.searchsorted(tokens, np.fromiter(ids, np.int64))  # noqa: E731
-        change[at(biased), 0] = np.fromiter(biased.values(), np.float32)
-        change[np.searchsorted(tokens, seen), 1] = p.repetition_penalty
-        times = np.fromiter(counts.values(), np.float32)
-        change[at(counts), 2] = (p.presence_penalty + p.frequency_penalty * times) if penal else 0
-        change[at(ends), 2] = math.inf
-        return tokens, change
-
-
-def adjust(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
-    """float32 [S, V] with every row's edits applied; a copy where anything changes."""
-    edits = [(i, found) for i, s in enumerate(states) if (found := s.edits(logits.shape[1])) is not None]
-    if not edits:
-        return logits
-    rows = np.concatenate([np.full(len(tokens), i) for i, (tokens, _) in edits])
-    row = torch.from_numpy(rows).to(logits.device)
-    token = torch.from_numpy(np.concatenate([tokens for _, (tokens, _) in edits])).to(logits.device)
-    addend, factor, less = (
-        torch.from_numpy(np.concatenate([c for _, (_, c) in edits])).to(logits.device).unbind(1)
-    )
-    logits = logits.clone()
-    value = logits[row, token] + addend
-    value = torch.where(value > 0, value / factor, value * factor) - less
-    logits[row, token] = value
-    return logits
-
-
-def sample(
-    logits: Tensor, states: Sequence[SamplingState], op: Op = reference.sample
-) -> list[Sampled | PoisonedLogits]:
-    """One token for each row of float32 [S, V]. Each state takes its token in. `op`: a backend's `sample`."""
-    params = [s.params for s in states]
-    tokens = op(
-        adjust(logits, states),
-        torch.tensor([p.temperature for p in params], dtype=torch.float64),
-        torch.tensor([p.top_k for p in params], dtype=torch.int64),
-        torch.tensor([p.top_p for p in params], dtype=torch.float64),
-        torch.tensor([p.min_p for p in params], dtype=torch.float64),
-        torch.tensor([_signed(s.seed) for s in states], dtype=torch.int64),
-        torch.tensor([s.position for s in states], dtype=torch.int64),
-        any(p.top_k > 0 or p.top_p < 1 for p in params),
-    ).tolist()
-    sampled: list[Sampled | PoisonedLogits] = []
-    for i, (token, state) in enumerate(zip(tokens, states, strict=True)):
-        if token < 0:
-            sampled.append(PoisonedLogits("the model gave logits that are not finite"))
-            continue
-        state.append(token)
-        top = state.params.logprobs
-        sampled.append(Sampled(token) if top is None else judge(logits[i], token, top))
-    return sampled
-
-
-def _signed(seed: int) -> int:
-    """The lowest 64 bits of a seed as int64."""
-    return (seed + 2**63) % 2**64 - 2**63
-
-
-def judge(logits: Tensor, token: int, top: int) -> Sampled:
-    """Log-probability, rank and the `top` best alternatives of a token under float32 [V]; equals by lowest id."""
+def judge(logits: Tensor, tokens: Tensor, top: int) -> Judged:
+    """Log-probability and rank of int64 [N] under float32 [N, V], and the `top` best, equals by lowest id."""
     logprobs = torch.log_softmax(logits, dim=-1)
-    rank = int((logits > logits[token]).sum()) + 1
-    best: Iterable[int] = reference.largest(logprobs, top)[:top].tolist() if top else ()
-    return Sampled(token, float(logprobs[token]), rank, tuple((i, float(logprobs[i])) for i in best))
+    at = tokens.unsqueeze(1)
+    rank = (logits > logits.gather(1, at)).sum(1) + 1
+    # A key orders by logit and then by lowest id, so that the choice among equals is no accident.
+    bits = (logits + 0.0).view(torch.int32).long()
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32
+    order |= 0xFFFFFFFF - torch.arange(logits.shape[1], device=logits.device)
+    ids = order.topk(min(top, logits.shape[1])).indices
+    return Judged(logprobs.gather(1, at).squeeze(1), rank, ids, logprobs.gather(1, ids))
 
 
-def logprobs_of(logits: Tensor, targets: Sequence[int], top: int) -> list[Sampled]:
-    """`judge` for each row of [N, V] and its target: the log-probabilities of a given text."""
-    return [judge(row, target, top) for row, target in zip(logits.cpu(), targets, strict=True)]
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A step's tokens on the device, int64 [S], -2 where logits were not finite, and what is known of those whose requests
+    want log-probabilities: their places among the S and how many alternatives each wants."""
+
+    tokens: Tensor
+    judged: Judged | None = None
+    places: Sequence[int] = ()
+    tops: Sequence[int] = ()
+
+    def to_host(self) -> Drawn:
+        """On the host, once the device is so far (see `transfer.to_host`)."""
+        judged = self.judged and self.judged.to_host()
+        return Drawn(to_host(self.tokens), judged, self.places, self.tops)
+
+    def sampled(self) -> dict[int, Sampled]:
+        """By place, the log-probabilities that were asked for."""
+        if self.judged is None:
+            return {}
+        tokens = [int(self.tokens[i]) for i in self.places]
+        return dict(zip(self.places, self.judged.sampled(tokens, self.tops), strict=True))
+
+
+class Sampler:
+    """The tables of all slabs, on one device. Row `slabs` of the edit tables changes nothing; it serves requests without
+    edits."""
+
+    def __init__(self, ops: Ops, slabs: int, vocab: int, device: torch.device | str) -> None:
+        self._ops, self._vocab, self._plain = ops, vocab, slabs
+        make = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
+        self._knobs = make(slabs, 4, dtype=torch.float64)
+        self._seed = make(slabs, dtype=torch.int64)
+        self._row = torch.full((slabs,), slabs, device=device)
+        self._bias = make(slabs + 1, vocab, dtype=torch.float32)
+        self._marks = make(slabs + 1, vocab, dtype=torch.int32)
+        self._penalties = make(slabs + 1, 3, dtype=torch.float32)
+        self._penalties[:, 0] = 1
+        self._until = make(slabs + 1, dtype=torch.int64)
+        # What the host has to know beforehand, as it decides what is launched.
+        self._filtered, self._edited = np.zeros(slabs, bool), np.zeros(slabs, bool)
+        self._tops = np.full(slabs, -1)
+
+    def begin(
+        self,
+        slab: int,
+        params: SamplingParams,
+        *,
+        prompt: np.ndarray,
+        output: Sequence[int],
+        seed: int,
+        ends: Sequence[int],
+    ) -> None:
+        """A request goes on at this slab after `prompt` (int32) and `output`. `ends`: tokens that end it."""
+        p = params
+        self._knobs[slab] = self._sent([p.temperature, p.top_k, p.top_p, p.min_p], torch.float64)
+        self._seed[slab] = (seed + 2**63) % 2**64 - 2**63
+        self._filtered[slab] = p.top_k > 0 or p.top_p < 1
+        self._tops[slab] = -1 if p.logprobs is None else p.logprobs
+        penal = bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
+        edited = self._edited[slab] = penal or bool(p.logit_bias) or p.min_tokens > len(output)
+        self._row[slab] = slab if edited else self._plain
+        if not edited:
+            return
+        penalties = [p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
+        self._penalties[slab] = self._sent(penalties, torch.float32)
+        self._until[slab] = len(prompt) + p.min_tokens - 1
+        bias, marks = self._bias[slab].zero_(), self._marks[slab].zero_()
+        biased = {t: b for t, b in p.logit_bias.items() if t < self._vocab}
+        if biased:
+            bias[self._sent(list(biased), torch.int64)] = self._sent(list(biased.values()), torch.float32)
+        if penal and len(output):
+            said = self._sent(output, torch.int64)
+            marks.index_add_(0, said, torch.ones_like(said, dtype=torch.int32))
+        if p.repetition_penalty != 1:
+            prompt_ids = self._sent(prompt, torch.int64)
+            marks[prompt_ids] = (
+                marks[prompt_ids] | PROMPT
+            )  # of a token that comes twice both writes are equal
+        if p.min_tokens:
+            ended = self._sent(sorted({t for t in ends if t < self._vocab}), torch.int64)
+            marks[ended] += END
+
+    def _sent(self, values: Any, dtype: torch.dtype) -> Tensor:
+        return to_device(torch.as_tensor(values, dtype=dtype), self._knobs.device)
+
+    def draw(self, logits: Tensor, slabs: np.ndarray, positions: np.ndarray) -> Drawn:
+        """A token for each row of float32 [S, V]: of slab `slabs[s]`, after the token at `positions[s]`. Does not wait."""
+        at, position = self._sent(slabs, torch.int64), self._sent(positions, torch.int64)
+        edited, filtered = bool(self._edited[slabs].any()), bool(self._filtered[slabs].any())
+        tokens = self._tokens(logits, at, position, edited=edited, filtered=filtered)
+        places = np.flatnonzero(self._tops[slabs] >= 0)
+        if not len(places):
+            return Drawn(tokens)
+        tops = self._tops[slabs[places]]
+        rows = self._sent(places, torch.int64)
+        judged = judge(logits[rows], tokens[rows].clamp(min=0), int(tops.max()))
+        return Drawn(tokens, judged, places.tolist(), tops.tolist())
+
+    def _tokens(
+        self, logits: Tensor, at: Tensor, position: Tensor, *, edited: bool, filtered: bool
+    ) -> Tensor:
+        row = self._row[at]
+        if edited:
+            tables = self._bias, self._marks, self._penalties, self._until
+            logits = self._ops.edit_logits(logits, row, *tables, position)
+        tokens = self._ops.sample(logits, self._knobs[at], self._seed[at], position, filtered)
+        if edited:  # the plain row counts as well, to no effect
+            said = tokens.clamp(min=0)
+            self._marks[row, said] = self._marks[row, said] + 1
+        return tokens

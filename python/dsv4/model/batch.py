@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -37,9 +38,10 @@ class Row:
 class Batch:
     """Prefill chunks, decode tokens and replays of any number of requests, at most one row for each slab.
 
-    `token_ids`, `positions` int64 [T], row after row; `page_table` int32 [slabs, blocks] (page of each block
+    `token_ids`, `positions` int64 [T], row after row; an id -1 - i stands for `newest[i]`, which lies on the model's device
+    (int64 [N]; None where there are no such ids); `page_table` int32 [slabs, blocks] (page of each block
     of block_tokens tokens; entries that no row needs may hold anything); `logit_index` int64 [S], ascending:
-    tokens whose logits are wanted. All lie on the CPU; `device_pages` is the page table on the model's device, where
+    tokens whose logits are wanted. All others lie on the CPU; `device_pages` is the page table on the model's device, where
     that is another.
     """
 
@@ -48,4 +50,10 @@ class Batch:
     rows: tuple[Row, ...]
     page_table: Tensor
     logit_index: Tensor
+    newest: Tensor | None = None
     device_pages: Tensor | None = None
+
+
+def resolved(token_ids: Tensor, newest: Tensor) -> Tensor:
+    """Ids with those of `newest` in place of what stands for them (see `Batch`)."""
+    return torch.where(token_ids < 0, newest[(-1 - token_ids).clamp(min=0)], token_ids)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv4.model.batch import Batch, Row
 from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable, moved, runs, spread
+from dsv4.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Step:
             return self
 
         def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+            return to_device(x, device)
 
         return Step(
             rows=self.rows,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.model.attention import Attention, Codecs, Rope
-from dsv4.model.batch import Batch
+from dsv4.model.batch import Batch, resolved
 from dsv4.model.config import ModelConfig
 from dsv4.model.moe import MoE
 from dsv4.model.norm import SharedNorm
@@ -20,6 +21,7 @@ from dsv4.model.scope import Scope
 from dsv4.model.step import Geometry, Step, build_step, decode_step
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
+from dsv4.transfer import to_device
 
 _TILE_ROWS = 64
 """Query rows (tokens times heads) that share a block of window keys: enough to be worth a matrix product."""
@@ -157,18 +159,26 @@ class V4Model:
                 step = build_step(batch, self.geometry, i)
                 if step is None:
                     return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
-                kept = torch.searchsorted(alive, step.token).to(device)
+                kept = torch.searchsorted(alive, step.token)
                 alive, step = step.token, step.to(device, pages)
+                if batch.newest is not None:
+                    step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
                 ropes, scratch = self._ropes(step), self._scratch(step)
-                streams = self._embedded(step.token_ids) if streams is None else streams[kept]
+                if streams is None:
+                    streams = self._embedded(step.token_ids)
+                else:
+                    streams = streams[to_device(kept, device)]
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
-        return streams[torch.searchsorted(alive, batch.logit_index).to(device)]
+        return streams[to_device(torch.searchsorted(alive, batch.logit_index), device)]
 
     @torch.inference_mode()
-    def decode(self, token_ids: Tensor, positions: Tensor, slabs: Tensor, pages: Tensor, end: int) -> Tensor:
+    def decode(
+        self, token_ids: Tensor, positions: Tensor, slabs: Tensor, pages: Tensor, newest: Tensor, end: int
+    ) -> Tensor:
         """Streams [R, n, d] after the last layer of one token of each of R requests: `hidden` of such a batch, from int64
-        [R] each and the page table, all on the model's device. Nothing is read back, so a CUDA graph can hold it if no op
+        [R] each, the page table and the newest tokens, all on the model's device. Nothing is read back, so a CUDA graph can hold it if no op
         is in `uncaptured` and `reserve(end)` was called."""
+        token_ids = resolved(token_ids, newest)
         step = decode_step(token_ids, positions, slabs, pages, end, self.geometry)
         ropes, streams = self._ropes(step), self._embedded(token_ids)
         for layer in self.layers:

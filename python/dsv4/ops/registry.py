@@ -27,6 +27,7 @@ _REFERENCE_MODULES = {
     "index": ("index_select",),
     "attention": ("sparse_attention",),
     "moe": ("route", "experts", "swiglu"),
+    "edits": ("edit_logits",),
     "sample": ("sample",),
 }
 

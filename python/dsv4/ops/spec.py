@@ -213,12 +213,19 @@ SPECS: dict[str, OpSpec] = dict(
             "the shared expert: the same clamp, weight 1",
         ),
         _spec(
+            "edit_logits",
+            "logits float32[S,V]; row int64[S]; bias float32[E,V]; marks int32[E,V]; penalties float32[E,3]; "
+            "until int64[E]; position int64[S]",
+            "y float32[S,V]",
+            1e-5,
+            "vLLM's logit_bias, repetition, presence and frequency penalty and min_tokens; row s by the tables' row[s]",
+        ),
+        _spec(
             "sample",
-            "logits float32[S,V]; temperature float64[S]; top_k int64[S]; top_p float64[S]; min_p float64[S]; "
-            "seed int64[S]; position int64[S]; filtered value",
+            "logits float32[S,V]; knobs float64[S,4]; seed int64[S]; position int64[S]; filtered value",
             "token int64[S]",
             0.0,
-            "the order of filters is vLLM's; a draw depends on seed and position alone; -2 where a logit is not finite",
+            "knobs: temperature, top_k, top_p, min_p; the order of filters is vLLM's; a draw depends on seed and position alone; -2 where a logit is not finite",
         ),
     )
 )

@@ -16,6 +16,10 @@ from torch import Tensor
 
 Table = TypeVar("Table")
 
+COUNT, PROMPT, END = (1 << 24) - 1, 1 << 24, 1 << 25
+"""A mark int32 of a token says how often a request wrote it (the bits of COUNT), whether its prompt has it, and whether it ends
+the request's output."""
+
 
 class RowSource(Protocol):
     """Stored rows by physical row id (`dsv4.cache.rows.Rows`). Kernels read the bytes in place: row `id` is row

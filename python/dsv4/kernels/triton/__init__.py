@@ -24,6 +24,7 @@ OPS: dict[str, str] = {
     "swiglu": "linear",
     "route": "route",
     "experts": "moe",
+    "edit_logits": "edits",
     "sample": "sampling",
 }
 """Op -> module of this package that defines a function of the op's name. One line per op."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.row_sizes import plane_bytes
+from dsv4.transfer import to_device
 
 SAVE, RESTORE, RESET = 0, 1, 2
 """Kinds of jobs: (SAVE or RESTORE, slab, position, its pages ...) and (RESET, slab)."""
@@ -99,7 +100,7 @@ class Copies:
             self._pages.stride(0),
             self._spans,
             self._chunks,
-            table.to(self._pages.device, non_blocking=True),
+            to_device(table, self._pages.device),
             width,
             self._empty,
             BLOCK=_BLOCK,

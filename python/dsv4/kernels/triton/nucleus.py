@@ -61,13 +61,13 @@ def _cut(row, V, key1, id1, wanted, top, heat, floor, MASS: tl.constexpr, CHUNK:
 @triton.jit
 def nucleus_kernel(logits, best, knobs, uniform, token, V, stride, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):  # fmt: skip
     """Draws for the rows whose token is -1. Arguments as those of `sampling.pick_kernel`. Grid: rows."""
-    r, rows = tl.program_id(0), tl.num_programs(0)
+    r = tl.program_id(0)
     if tl.load(token + r) == -1:
         row = logits + r.to(tl.int64) * stride
         j = tl.arange(0, CHUNKS)
         top = tl.max(tl.load(best + r * chunks + j, mask=j < chunks, other=-float("inf")), 0)
-        heat, top_k = tl.load(knobs + r), tl.load(knobs + rows + r)
-        top_p, floor = tl.load(knobs + 2 * rows + r), tl.load(knobs + 3 * rows + r)
+        heat, top_k = tl.load(knobs + 4 * r), tl.load(knobs + 4 * r + 1)
+        top_p, floor = tl.load(knobs + 4 * r + 2), tl.load(knobs + 4 * r + 3)
         key1, id1 = tl.full((), LEAST_KEY, tl.int64), tl.zeros((), tl.int64) + V
         if (top_k > 0) & (top_k < V):
             key1, id1 = _cut(row, V, key1, id1, top_k, top, heat, floor, False, CHUNK)

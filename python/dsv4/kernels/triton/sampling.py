@@ -57,8 +57,7 @@ def _weights(logit, live, top, temperature, min_p):
 def mass_kernel(logits, best, mass, knobs, V, stride, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """Weight of each chunk's tokens, float64 [S, chunks]. Grid: chunks x rows. Greedy rows are left out."""
     row, c = tl.program_id(1), tl.program_id(0)
-    rows = tl.num_programs(1)
-    heat = tl.load(knobs + row)
+    heat = tl.load(knobs + 4 * row)
     if heat > 0:
         chunks, j = tl.num_programs(0), tl.arange(0, CHUNKS)
         top = tl.max(tl.load(best + row * chunks + j, mask=j < chunks, other=-float("inf")), 0)
@@ -67,7 +66,7 @@ def mass_kernel(logits, best, mass, knobs, V, stride, CHUNK: tl.constexpr, CHUNK
         v = tl.load(logits + row.to(tl.int64) * stride + at, mask=at < V, other=-float("inf"))
         tl.store(
             mass + row * chunks + c,
-            tl.sum(_weights(v, at < V, top, heat, tl.load(knobs + 3 * rows + row)), 0),
+            tl.sum(_weights(v, at < V, top, heat, tl.load(knobs + 4 * row + 3)), 0),
         )
 
 
@@ -158,13 +157,13 @@ def pick_kernel(
     logits, best, place, mass, values, ids, knobs, uniform, token,
     V, stride, chunks, n, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """One token a row. knobs float64 [4, S]: temperature, top_k, top_p, min_p. values, ids [S, n]: a row's largest, falling; n is 0 where no row filters. Grid: rows."""
-    row, rows = tl.program_id(0), tl.num_programs(0)
+    """One token a row. knobs float64 [S, 4]: temperature, top_k, top_p, min_p. values, ids [S, n]: a row's largest, falling; n is 0 where no row filters. Grid: rows."""
+    row = tl.program_id(0)
     j = tl.arange(0, CHUNKS)
     b = tl.load(best + row * chunks + j, mask=j < chunks, other=-float("inf"))
     p = tl.load(place + row * chunks + j, mask=j < chunks, other=V)
-    top, heat, k = tl.max(b, 0), tl.load(knobs + row), tl.load(knobs + rows + row).to(tl.int64)
-    part, floor = tl.load(knobs + 2 * rows + row), tl.load(knobs + 3 * rows + row)
+    top, heat, k = tl.max(b, 0), tl.load(knobs + 4 * row), tl.load(knobs + 4 * row + 1).to(tl.int64)
+    part, floor = tl.load(knobs + 4 * row + 2), tl.load(knobs + 4 * row + 3)
     u = tl.load(uniform + row)
     chosen = tl.min(tl.where(b == top, p, V), 0)
     if (tl.min(p, 0) < 0) | (top == -float("inf")):
@@ -183,27 +182,8 @@ def pick_kernel(
     tl.store(token + row, chosen.to(tl.int64))
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    filtered: bool,
-) -> Tensor:
-    """int64 [S] on the device: a token for each row of float32 [S, V], -2 where a logit is NaN or +inf. It does not wait for
-    the device, also where the other arguments are on the host."""
-    knobs = torch.stack([x.double() for x in (temperature, top_k, top_p, min_p)])
-    draws = torch.stack([seed, position])
-    if knobs.device != logits.device:
-        knobs, draws = (x.pin_memory().to(logits.device, non_blocking=True) for x in (knobs, draws))
-    return draw(logits, knobs, draws, filtered=filtered)
-
-
-def draw(logits: Tensor, knobs: Tensor, draws: Tensor, *, filtered: bool) -> Tensor:
-    """`sample` with its arguments on the device: knobs float64 [4, S], draws int64 [2, S] (seed, position)."""
+def sample(logits: Tensor, knobs: Tensor, seed: Tensor, position: Tensor, filtered: bool) -> Tensor:
+    """int64 [S]: a token for each row of float32 [S, V], -2 where a logit is NaN or +inf. See the reference."""
     rows, vocab = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if not rows:
@@ -215,7 +195,7 @@ def draw(logits: Tensor, knobs: Tensor, draws: Tensor, *, filtered: bool) -> Ten
     uniform = torch.empty(rows, dtype=torch.float64, device=logits.device)
     shape = dict(CHUNK=CHUNK, CHUNKS=next_pow2(chunks))
     grid, stride = (chunks, rows), logits.stride(0)
-    scan_kernel[grid](logits, best, place, *draws, uniform, vocab, stride, CHUNK=CHUNK, num_warps=8)
+    scan_kernel[grid](logits, best, place, seed, position, uniform, vocab, stride, CHUNK=CHUNK, num_warps=8)
     mass_kernel[grid](logits, best, mass, knobs, vocab, stride, **shape, num_warps=8)
     count = min(CANDIDATES, vocab)
     values, ids = torch.topk(logits, count, dim=1) if filtered else (logits, token)

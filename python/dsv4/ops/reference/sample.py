@@ -15,17 +15,9 @@ _FIRST = 256
 """Largest tokens that top_p looks at first; eight times as many each time that they do not suffice."""
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-    filtered: bool,
-) -> Tensor:
-    """int64 [S]: a token for each row of float32 [S, V]; the other arguments are [S], best on the host.
+def sample(logits: Tensor, knobs: Tensor, seed: Tensor, position: Tensor, filtered: bool) -> Tensor:
+    """int64 [S]: a token for each row of float32 [S, V]. knobs float64 [S, 4]: temperature, top_k, top_p, min_p; seed and
+    position int64 [S]; all but the logits best on the host.
 
     A token weighs exp((l - max) / temperature). Kept are those of at least min_p; of these the top_k largest (0 or less:
     all); of these, in falling order, as long as the ones before weigh less than top_p of all of these; equals by lowest
@@ -34,8 +26,10 @@ def sample(
     top_p; it is for backends.
     """
     uniform = draws(seed.cpu().numpy(), position.cpu().numpy())
-    options = zip(*(x.tolist() for x in (temperature, top_k, top_p, min_p, uniform)), strict=True)
-    tokens = [_row(row, *values) for row, values in zip(logits.cpu(), options, strict=True)]
+    tokens = [
+        _row(row, heat, int(top_k), top_p, min_p, u)
+        for row, (heat, top_k, top_p, min_p), u in zip(logits.cpu(), knobs.tolist(), uniform, strict=True)
+    ]
     return torch.tensor(tokens, dtype=torch.int64, device=logits.device)
 
 

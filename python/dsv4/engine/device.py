@@ -1,0 +1,305 @@
+"""The device: it launches plans and never waits for them; what a step gave is fetched from its `Pending`.
+
+Between two steps nothing comes back to the host: tokens stay on the device as the next step's input, what sampling needs of a
+request lies there by slab (`sampler.py`), and lists go over in page-locked memory. It decides nothing; the plan says it all.
+
+Only `Pending.result` waits. On a CPU a launch is the whole step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsv4._core import ALL_LOGITS, FORK, RESET, RESTORE, SAMPLE, SAVE
+from dsv4.cache.paged import PagedCache
+from dsv4.engine.buffers import StepPlan
+from dsv4.engine.graphs import Capture, DecodeGraphs
+from dsv4.engine.request import EngineRequest
+from dsv4.engine.sampler import Drawn, Judged, Sampled, Sampler, judge
+from dsv4.model.batch import Batch, Row
+from dsv4.model.v4 import V4Model
+from dsv4.plan.workspace import LOGIT_ROWS
+from dsv4.transfer import to_device
+
+log = logging.getLogger("dsv4.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave, on the host."""
+
+    step: int
+    keys: list[int]
+    """Request of each sample."""
+    tokens: np.ndarray
+    """int32 [samples] for `Core.commit`; 0 where the logits were not finite."""
+    judged: dict[int, Sampled]
+    """By sample, of those whose requests want log-probabilities."""
+    poisoned: list[int]
+    """Requests whose logits were not finite."""
+    prompt_logprobs: list[tuple[int, int, list[Sampled]]]
+    """(request, first position, log-probabilities of the prompt from there on)."""
+    us: float
+    """Microseconds that the device took."""
+
+    def sample(self, place: int) -> Sampled:
+        """A sample with what is known of it."""
+        return self.judged.get(place) or Sampled(int(self.tokens[place]))
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptPart:
+    """Log-probabilities of a part of a prompt, on the device."""
+
+    key: int
+    start: int
+    targets: list[int]
+    top: int
+    judged: Judged
+
+
+class _Watch:
+    """Time on the device between `__init__` and `stop`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._begun = self._mark()
+        self._ended: torch.cuda.Event | float = 0.0
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> None:
+        self._ended = self._mark()
+
+    def us(self) -> float:
+        """Waits until the device is there."""
+        if isinstance(self._ended, float) or isinstance(self._begun, float):
+            return 1e6 * (self._ended - self._begun)  # type: ignore[operator]
+        self._ended.synchronize()
+        return 1e3 * self._begun.elapsed_time(self._ended)
+
+
+class Pending:
+    """A launched step."""
+
+    def __init__(
+        self, step: int, keys: list[int], drawn: Drawn | None, prompts: list[_PromptPart], watch: _Watch
+    ) -> None:
+        self._step, self._keys, self._watch = step, keys, watch
+        self._drawn = drawn and drawn.to_host()
+        self._prompts = [replace(part, judged=part.judged.to_host()) for part in prompts]
+        watch.stop()
+
+    def result(self) -> StepResult:
+        """What the step gave. Waits for it; raises what it died of."""
+        us, drawn = self._watch.us(), self._drawn
+        tokens = np.empty(0, np.int64) if drawn is None else drawn.tokens.numpy()
+        return StepResult(
+            step=self._step,
+            keys=self._keys,
+            tokens=np.maximum(tokens, 0).astype(np.int32),
+            judged={} if drawn is None else drawn.sampled(),
+            poisoned=[self._keys[i] for i in np.flatnonzero(tokens < 0)],
+            prompt_logprobs=[
+                (p.key, p.start, p.judged.sampled(p.targets, [p.top] * len(p.targets))) for p in self._prompts
+            ],
+            us=us,
+        )
+
+
+class LocalDevice:
+    """One device of this process: model, cache and page table, on the host and on the device."""
+
+    def __init__(
+        self,
+        model: V4Model,
+        cache: PagedCache,
+        *,
+        slabs: int,
+        max_blocks: int,
+        replay_tokens: int,
+        capture: Capture | None = None,
+    ) -> None:
+        """`capture`: replay decode steps (see graphs.py); the last of `slabs` is theirs then."""
+        self.model, self.cache, self.replay_tokens = model, cache, replay_tokens
+        self.device, self.kind = cache.device, cache.device.type
+        self.page_table = torch.zeros((slabs, max_blocks), dtype=torch.int32)
+        on_host = self.device.type == "cpu"
+        self.device_pages = None if on_host else torch.zeros_like(self.page_table, device=self.device)
+        pages = self.page_table if on_host else self.device_pages
+        self._newest = torch.zeros(slabs, dtype=torch.int64, device=self.device)
+        self.sampler = Sampler(model.ops, slabs, model.config.vocab_size, self.device)
+        self.graphs = None if capture is None else DecodeGraphs(model, pages, self._newest, capture)
+        # Whose sampling tables a slab has, and the position that they go on from.
+        self._holder, self._next = np.zeros(slabs, np.int64), np.full(slabs, -1)
+
+    @torch.inference_mode()
+    def warm_up(self, tokens: int) -> None:
+        """A prompt of `tokens` tokens and the token after it, on the last slab: kernels are compiled before a request waits
+        for them, and a step that does not fit into memory fails at start. For an engine without requests: it writes pages,
+        which are all free, and state, which a request resets."""
+        begun, slab = time.perf_counter(), len(self.page_table) - 1
+        self._hidden_of(Row(slab=slab, start=0, length=tokens, offset=0, reset=True))
+        at, position = np.array([slab]), np.array([tokens])
+        if self.graphs is not None:
+            hidden = self.graphs.hidden(np.zeros(1, np.int64), position, at)
+        else:
+            hidden = self._hidden_of(Row(slab=slab, start=tokens, length=1, offset=0))
+        self.sampler.draw(self.model.logits(hidden), at, position).tokens.tolist()
+        self.cache.reset([slab])
+        log.info("warmed up with %d tokens in %.1f s", tokens, time.perf_counter() - begun)
+
+    def _hidden_of(self, row: Row) -> Tensor:
+        """Streams of the last token of a batch of one row of zeros."""
+        return self.model.hidden(
+            Batch(
+                token_ids=torch.zeros(row.length, dtype=torch.int64),
+                positions=torch.arange(row.start, row.start + row.length),
+                rows=(row,),
+                page_table=self.page_table,
+                logit_index=torch.tensor([row.length - 1]),
+                newest=self._newest,
+                device_pages=self.device_pages,
+            )
+        )
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, requests: Mapping[int, EngineRequest]) -> Pending:
+        """Starts a step. Raises what launching raises; the caller rolls the step back then."""
+        watch = _Watch(self.device)
+        self._change_pages(plan)
+        if plan.copies:
+            for source, slab, _, pages in _copies(plan, FORK):
+                self.cache.fork(source, slab, *pages[:2])
+            self.cache.restore_all([(slab, at, *pages) for _, slab, at, pages in _copies(plan, RESTORE)])
+        hidden, last = self._forward(plan)
+        if plan.copies:
+            self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
+        prompts = list(self._judged_prompts(plan, requests, hidden, last))
+        rows = plan.sample_rows
+        drawn = self._draw(plan, rows, requests, hidden, last) if len(rows) else None
+        return Pending(plan.step, plan.row_req[rows].tolist(), drawn, prompts, watch)
+
+    def _change_pages(self, plan: StepPlan) -> None:
+        if not plan.deltas:
+            return
+        slab, block, page = torch.from_numpy(plan.page_deltas).long().unbind(1)
+        for s, b, p in plan.page_deltas.tolist():
+            self.page_table[s, b] = p
+        if self.device_pages is not None:
+            # from the host's table, as a place may change twice
+            where = torch.stack((slab, block, self.page_table[slab, block].long()))
+            slab, block, page = to_device(where, self.device)
+            self.device_pages[slab, block] = page.int()
+
+    def _forward(self, plan: StepPlan) -> tuple[Tensor, np.ndarray]:
+        """Streams of the tokens with logits, and for each row that has any the index of its last one."""
+        if not plan.rows:
+            return torch.empty(0), np.empty(0, np.int64)
+        if self.graphs is not None and self.graphs.takes(plan):
+            return self.graphs.hidden(plan.token_ids, plan.positions, plan.row_slab), np.arange(plan.rows)
+        batch, last = self._batch(plan)
+        return self.model.hidden(batch), last
+
+    def _batch(self, plan: StepPlan) -> tuple[Batch, np.ndarray]:
+        """The forward's input, and for each row with logits the index of its last one."""
+        rows, logit_index, last, offset = [], [], np.full(plan.rows, -1), 0
+        columns = (plan.row_slab, plan.row_start, plan.row_len, plan.row_flags, plan.row_replay_end)
+        for r, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            slab, start, length, flags, end = row
+            rows.append(
+                Row(
+                    slab=slab,
+                    start=start,
+                    length=length,
+                    offset=offset,
+                    reset=bool(flags & RESET),
+                    replay_end=end,
+                    replay_start=end - self.replay_tokens if end else 0,
+                )
+            )
+            if flags & ALL_LOGITS:
+                logit_index += range(offset, offset + length)
+            elif flags & SAMPLE:
+                logit_index.append(offset + length - 1)
+            if flags & (ALL_LOGITS | SAMPLE):
+                last[r] = len(logit_index) - 1
+            offset += length
+        batch = Batch(
+            token_ids=torch.from_numpy(plan.token_ids.astype(np.int64)),
+            positions=torch.from_numpy(plan.positions.astype(np.int64)),
+            rows=tuple(rows),
+            page_table=self.page_table,
+            logit_index=torch.tensor(logit_index, dtype=torch.int64),
+            newest=self._newest,
+            device_pages=self.device_pages,
+        )
+        return batch, last
+
+    def _draw(
+        self,
+        plan: StepPlan,
+        rows: np.ndarray,
+        requests: Mapping[int, EngineRequest],
+        hidden: Tensor,
+        last: np.ndarray,
+    ) -> Drawn:
+        """Tokens of the sampled rows; they are the newest from here on."""
+        keys, slabs = plan.row_req[rows], plan.row_slab[rows]
+        ends = plan.row_start[rows] + plan.row_len[rows]
+        # A slab that was given away, or a request that went back, as after a preemption, begins anew.
+        for i in np.flatnonzero((self._holder[slabs] != keys) | (self._next[slabs] != ends - 1)):
+            self._begin(int(slabs[i]), requests[int(keys[i])], int(ends[i]))
+        self._holder[slabs], self._next[slabs] = keys, ends
+        picked = last[rows]
+        if not np.array_equal(picked, np.arange(len(hidden))):
+            hidden = hidden[to_device(torch.from_numpy(picked), self.device)]
+        drawn = self.sampler.draw(self.model.logits(hidden), slabs, ends - 1)
+        self._newest[: len(rows)] = drawn.tokens.clamp(min=0)
+        return drawn
+
+    def _begin(self, slab: int, request: EngineRequest, end: int) -> None:
+        self.sampler.begin(
+            slab,
+            request.params,
+            prompt=request.prompt,
+            output=request.output[: end - len(request.prompt)],
+            seed=request.seed,
+            ends=[*request.eos_ids, *request.params.stop_token_ids],
+        )
+
+    def _judged_prompts(
+        self, plan: StepPlan, requests: Mapping[int, EngineRequest], hidden: Tensor, last: np.ndarray
+    ) -> Iterator[_PromptPart]:
+        """Logits at prompt position j judge prompt token j + 1; LOGIT_ROWS of them are made at a time."""
+        for r in np.flatnonzero(plan.row_flags & ALL_LOGITS):
+            start, length, request = (
+                int(plan.row_start[r]),
+                int(plan.row_len[r]),
+                requests[int(plan.row_req[r])],
+            )
+            first, targets = int(last[r]) - length + 1, request.prompt[start + 1 : start + length + 1]
+            top = request.params.prompt_logprobs or 0
+            for at in range(0, len(targets), LOGIT_ROWS):
+                some = targets[at : at + LOGIT_ROWS]
+                logits = self.model.logits(hidden[first + at : first + at + len(some)])
+                judged = judge(logits, to_device(torch.as_tensor(some, dtype=torch.int64), self.device), top)
+                yield _PromptPart(request.key, start + 1 + at, list(some), top, judged)
+
+
+def _copies(plan: StepPlan, kind: int) -> Iterator[tuple[int, int, int, list[int]]]:
+    """Copies of a kind: from slab, to slab, position, pages."""
+    columns = (plan.copy_from, plan.copy_to, plan.copy_position, plan.copy_pages)
+    return zip(*(column[plan.copy_kind == kind].tolist() for column in columns), strict=True)
