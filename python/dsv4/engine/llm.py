@@ -29,7 +29,7 @@ Prompt = str | TokenIds
 class Completion:
     """A finished request."""
 
-    blocks: Blocks = field(default_factory=Blocks)
+    blocks: Blocks = field(default_factory=Blocks, compare=False)
     """The text; in a chat also thoughts and tool calls, in the order they came."""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
