@@ -100,7 +100,7 @@ def test_powers_of_two_stay_packed_and_others_are_expanded(tmp_path: Path) -> No
         "56 matrices (layers.0.attn.wq_a.weight, ...): scales are powers of two written as numbers; packed with E8M0 "
         "scales, exactly",
         "9 matrices (layers.1.attn.wo_b.weight, ...) cannot stay packed (scales that are no powers of two, or experts "
-        f"stored unlike each other): expanded, {bytes_more / 1e9:.2f} GB more than in the files",
+        f"stored unlike each other): expanded, {bytes_more / 1e6:.1f} MB more than in the files",
     ]
     assert sum(w.nbytes for w in weights.values()) == sum(
         s.numel() * s.element_size()
@@ -201,6 +201,29 @@ def test_scales_named_as_in_v3(tmp_path: Path) -> None:
     assert all(torch.equal(one(weights, name), value.float()) for name, value in wanted.items())
 
 
+def test_stacked_experts_with_scales_as_transformers_names_them(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 128, "compress_ratios": [0, 4]}
+    write_base(tmp_path, any_value, **sizes)
+    wanted = exact(tmp_path)
+
+    def stack(flat: dict[str, Tensor]) -> None:
+        for layer in range(2):
+            for ours, theirs in (("weight", ""), ("scale", "_scale_inv")):
+                head = f"layers.{layer}.ffn.experts"
+                w1, w3, w2 = (
+                    torch.stack([flat.pop(f"{head}.{e}.{part}.{ours}") for e in range(8)])
+                    for part in ("w1", "w3", "w2")
+                )
+                where = f"model.layers.{layer}.mlp.experts"
+                both = torch.cat((w1.view(torch.uint8), w3.view(torch.uint8)), 1).view(w1.dtype)
+                flat[f"{where}.gate_up_proj{theirs}"], flat[f"{where}.down_proj{theirs}"] = both, w2
+
+    rewrite(tmp_path, stack)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    weights = load_weights(tmp_path, ModelConfig.from_dir(tmp_path), torch.float32)
+    assert all(torch.equal(one(weights, name), value.float()) for name, value in wanted.items())
+
+
 INSTEAD = "is not supported; take the weights that DeepSeek releases"
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
@@ -283,6 +306,10 @@ def as_gpt_oss(flat: dict[str, Tensor]) -> None:
     flat["layers.1.mlp.experts.gate_up_proj_blocks"] = torch.zeros(8, 128, 4, 16, dtype=torch.uint8)
 
 
+def as_mxfp4(flat: dict[str, Tensor]) -> None:
+    flat[f"{W1}.weight_scale"] = torch.ones(64, 4, dtype=torch.uint8)
+
+
 def as_nvfp4(flat: dict[str, Tensor]) -> None:
     flat[f"{W1}.scale"] = torch.ones(64, 8).to(torch.float8_e4m3fn)
 
@@ -295,6 +322,7 @@ def as_nvfp4(flat: dict[str, Tensor]) -> None:
         (as_awq, f"tensor {W1}.qweight is of weights in AWQ or GPTQ"),
         (as_bitsandbytes, "is of weights in bitsandbytes"),
         (as_gpt_oss, "gate_up_proj_blocks is of weights in MXFP4 in gpt-oss"),
+        (as_mxfp4, "weight_scale is of weights in MXFP4 or MXFP8 in another layout"),
         (as_nvfp4, f"tensor {W1}.scale is of weights in NVFP4"),
     ],
 )

@@ -188,6 +188,10 @@ def test_a_repository_that_is_there_is_suggested(
         ("", "model is empty; give a directory or org/name"),
         ("x" * 300, "model is 'xxx.*File name too long"),
         ("nowhere", "model is 'nowhere'; it must be a directory .* or org/name of the hub"),
+        (
+            "https://huggingface.co/deepseek-ai/DeepSeek-V4-Flash/tree/main",
+            "mean 'deepseek-ai/DeepSeek-V4-Flash'",
+        ),
         ("a/b/c", "model is 'a/b/c'; it must be a directory"),
         (
             "x.gguf",

@@ -71,7 +71,7 @@ def test_what_is_planned_is_what_is_loaded(tmp_path: Path, capsys: Capture, name
     assert p["release"]["tensors"] == len(places)
     assert p["release"]["bytes"] == sum(end - start for start, end in places)
     count = len(headers)
-    assert p["counted_from"] == f"the headers of {count} files in {tmp_path}"
+    assert p["counted_from"] == f"the headers in {tmp_path} (files: {count})"
 
 
 def test_fp8_experts_that_the_config_does_not_mention(tmp_path: Path, capsys: Capture) -> None:
@@ -84,7 +84,7 @@ def test_fp8_experts_that_the_config_does_not_mention(tmp_path: Path, capsys: Ca
     assert experts(p)["fp8"] == 2 * fp4["fp4"] and "fp4" not in experts(p)
     assert main(["plan", str(tmp_path), "--gpu", "h100", "--max-len", "4096"]) == 0
     text = capsys.readouterr().out
-    assert "experts are fp8 in the files" in text and f"headers of 1 files in {tmp_path}" in text
+    assert "experts are fp8 in the files" in text and f"headers in {tmp_path} (files: 1)" in text
 
 
 def test_a_config_that_says_otherwise_than_the_files(tmp_path: Path, capsys: Capture) -> None:
@@ -139,7 +139,7 @@ def test_plan_and_serve_refuse_in_the_same_words_before_torch_is_imported(tmp_pa
 def test_the_simulator_reads_the_experts_of_the_files_too(tmp_path: Path) -> None:
     write_base(tmp_path, lambda name, scale: scale, compress_ratios=[0, 4])
     config, weights, source = find_weights(str(tmp_path / "config.json"))
-    assert config.expert_dtype == "fp8" and source == f"the headers of 1 files in {tmp_path}"
+    assert config.expert_dtype == "fp8" and source == f"the headers in {tmp_path} (files: 1)"
     assert Weights.released(config).kinds == weights.kinds
 
 

@@ -257,12 +257,13 @@ def stacked_experts(name: str, experts: int) -> list[str]:
     """Released names of the equal pieces of a stacked tensor in the order they lie in it, or nothing.
 
     gate_up_proj [E, 2 i, d] is expert 0's w1, its w3, expert 1's w1, ...; down_proj [E, d, i] is one w2 after
-    another.
+    another; so are their scales, `gate_up_proj_scale_inv` and `down_proj_scale_inv`.
     """
     layer, _, rest = name.partition(".mlp.experts.")
-    projections = _STACKED.get(rest, ())
+    leaf = "scale" if rest.endswith("_scale_inv") else "weight"
+    projections = _STACKED.get(rest.removesuffix("_scale_inv"), ())
     return [
-        f"{layer}.ffn.experts.{e}.{p}.weight"
+        f"{layer}.ffn.experts.{e}.{p}.{leaf}"
         for e in range(experts if projections else 0)
         for p in projections
     ]

@@ -128,6 +128,8 @@ def check_tensors(stored: Mapping[str, Stored]) -> None:
     kind, weight = _ENDS[end], stored.get(f"{name.rpartition('.')[0]}.weight")
     if end == "weight_scale" and place.dtype == "F8_E4M3":
         kind = "NVFP4"
+    elif end == "weight_scale" and place.dtype in ("U8", "F8_E8M0"):
+        kind = "MXFP4 or MXFP8 in another layout"
     elif end == "weight_scale" and weight is not None and weight.dtype == "I8":
         kind = "INT8 W8A8"
     raise foreign(name, kind)

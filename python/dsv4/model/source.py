@@ -124,8 +124,10 @@ def _cached(model: str, revision: str | None) -> Path:
             f"`hf download {RELEASED[model]}`"
         )
     if not _REPOSITORY.fullmatch(model):
+        named = _REPOSITORY.search(model.partition("://")[2].partition("/")[2])
         raise ConfigError(
             f"model is {model!r}; it must be a directory with config.json and safetensors files, or org/name of the hub"
+            f"{f'; did you mean {named[0]!r}?' if named else ''}"
         )
     caches = cache_directories()
     folder = f"models--{model.replace('/', '--')}"

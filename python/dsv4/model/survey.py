@@ -81,7 +81,7 @@ class Survey:
         if not packed and (self.rescaled or self.expanded):
             count = len(self.rescaled) + len(self.expanded)
             lines.append(
-                f"{count} matrices have scales in F32 or BF16, or are experts stored unlike each other"
+                f"{count} matrices have scales in F32 or BF16 (or are experts stored unlike each other); expanded as all are"
             )
         elif self.rescaled:
             lines.append(
@@ -91,7 +91,7 @@ class Survey:
             grown = sum(np.prod(self.kept[n].shape) * width - self.stored[n].size for n in self.expanded)
             lines.append(
                 f"{_some(self.expanded)} cannot stay packed (scales that are no powers of two, or experts stored unlike "
-                f"each other): expanded, {grown / 1e9:,.2f} GB more than in the files"
+                f"each other): expanded, {grown / 1e6:,.1f} MB more than in the files"
             )
         if self.buffers:
             lines.append(

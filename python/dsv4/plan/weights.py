@@ -122,7 +122,7 @@ def find_weights(
         from dsv4.model.survey import survey  # brings numpy
 
         found = survey(path, config, draft=draft)
-        return found.config, Weights.found(found), f"the headers of {found.files} files in {path}"
+        return found.config, Weights.found(found), f"the headers in {path} (files: {found.files})"
     source = "" if path is None and model in RELEASED else "config.json; there are no weights beside it"
     return config, Weights.released(config, draft=draft), source
 
