@@ -63,6 +63,19 @@ def test_a_tool_call_comes_back_as_dsml_with_typed_arguments(
     assert json.loads("".join(piece.text for piece in rest)) == arguments
 
 
+def test_a_chat_from_python_has_text_thoughts_and_calls(llm: LLM) -> None:
+    greedy = SamplingParams(temperature=0, max_tokens=64)
+    case = cases()["typed"]
+    called = llm.chat(case["messages"], greedy, tools=case["tools"])
+    assert [(c.name, json.loads(c.arguments)) for c in called.calls] == [
+        ("set_light", {"room": "kitchen", "on": False})
+    ]
+    assert called.text == "" and called.token_ids == EXPECTED["typed"]["ids"]
+    thought = llm.chat(cases()["thinking"]["messages"], greedy, thinking=True)
+    assert thought.reasoning and thought.text and thought.usage.reasoning_tokens > 0
+    assert "think>" not in thought.text + thought.reasoning
+
+
 def test_prompt_logprobs_do_not_depend_on_how_many_are_made_at_once(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
