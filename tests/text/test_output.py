@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -400,13 +399,14 @@ def test_text_without_marks_is_kept(text: str, thinking: bool) -> None:
     ids=lambda text: text[-20:],
 )
 def test_long_texts_cost_linear_time(text: str) -> None:
-    parser = OutputParser(thinking=False, tools=True)
-    start = time.perf_counter()
+    """What is held back, and so looked at again with the next token, is short."""
+    parser, most = OutputParser(thinking=False, tools=True), 0
     for i in range(0, len(text), 4):
         parser.push(text[i : i + 4])
+        most = max(most, len(parser._buffer) - parser._at)
     parser.finish()
     parse(text)
-    assert time.perf_counter() - start < 20  # takes about 1 s
+    assert most <= 1100
 
 
 def test_tools_of_messages_count_as_shown() -> None:
