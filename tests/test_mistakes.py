@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,20 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("generate Who are you", ["unexpected 'are'", "quote the prompt: dsv4 generate 'Who are you'"]),
     ("doctor please", ["unexpected 'please'"]),
     ("serve /a --model /b", ["model is given twice", "'/a'", "--model '/b'"]),
+    # paths and settings that take the model to check, before torch is imported
+    ("serve /nowhere/model", ["/nowhere/model", "directory"]),
+    ("generate --model /nowhere hi", ["/nowhere", "directory"]),
+    ("chat /nowhere", ["/nowhere", "directory"]),
+    ("serve tests", ["tests/config.json", "No such file"]),
+    ("serve --snapshot-policy turn", ["turn", "auto, forks, turns, every:N, none"]),
+    ("serve --block-size 100", ["block_size is 100", "multiple of 128", "nearest is 128"]),
+    ("plan v4-flash --gpu h200 --num 8 --block-size 300", ["block_size is 300", "nearest is 256"]),
+    ("serve --tenants a", ["'a'", "NAME:WEIGHT"]),
+    ("serve --cost-model token_us=x", ["cost_model", "token_us=x"]),
+    ("serve --replay-tokens=-1", ["replay_tokens is -1"]),
+    ("serve --max-wait 1e300", ["max_wait is 1e+300"]),
+    ("serve --step-ms 1e300", ["step_ms is 1e+300"]),
+    ("generate", ["the prompt is empty"]),
     # values
     ("serve --max-model-len 64q", ["max_model_len is '64q'", "64k"]),
     ("serve --max-model-len 1.5M", ["max_model_len is '1.5M'", "whole number"]),
@@ -75,8 +91,11 @@ def call(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize(("line", "words"), MISTAKES)
 def test_a_mistake_is_told_in_one_line(
-    capsys: pytest.CaptureFixture[str], line: str, words: list[str]
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: str, words: list[str]
 ) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for blocked in ("torch", "triton", "transformers"):  # as slow to import as the error is to be quick
+        monkeypatch.setitem(sys.modules, blocked, None)
     code, out, err = call(capsys, line)
     assert code == 2 and out == "" and err.count("\n") == 1, err
     assert all(w in err for w in words), err
@@ -143,8 +162,6 @@ def test_a_suggestion_begins_like_the_word_or_is_much_like_it(word: str, meant: 
 def test_the_picture_needs_a_package_that_there_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = call(capsys, f"simulate x.jsonl --plot {tmp_path / 'x.png'}")
     assert code == 2 and "pip install matplotlib" in err

@@ -199,8 +199,10 @@ class EngineConfig:
                 f"snapshot_budget is {self.snapshot_budget}; it must be a share from 0 to 1, the nearest is "
                 f"{min(max(self.snapshot_budget, 0), 1):g}"
             )
-        if self.step_ms is not None and not 0 < self.step_ms < float("inf"):
-            raise ConfigError(f"step_ms is {self.step_ms}; it must be above 0, or none for no limit")
+        if self.step_ms is not None and not 0 < self.step_ms <= 1e12:
+            raise ConfigError(
+                f"step_ms is {self.step_ms:g}; it must be above 0 and up to 1e12, or none for no limit"
+            )
         if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
             raise ConfigError(f"kv_cache_memory is {self.kv_cache_memory}; it takes a size such as 2GiB")
         if not 0 <= self.max_wait <= 1e9:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 
+from dsv4 import requirements
 from dsv4.host_memory import MACHINE, host_memory
 
 GIB = 2**30
@@ -96,6 +97,9 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             "packages", "missing", f"not importable: {', '.join(absent)}", f"pip install {' '.join(absent)}"
         )
+    for problem in requirements.unmet():
+        if problem.found is not None:
+            yield Finding("packages", "missing", str(problem), problem.fix)
 
 
 def _core() -> Iterator[Finding]:

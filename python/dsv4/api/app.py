@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import uuid
+from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import orjson
 from starlette.applications import Starlette
@@ -51,7 +53,10 @@ def create_app(service: Service) -> ASGIApp:
         exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
     )
     app.state.service = service
-    return Edge(app, service)
+    # By endpoint, as not every version of Starlette says which route it took.
+    return Edge(
+        app, service, {route.endpoint: route.path for route in app.routes if isinstance(route, Route)}
+    )
 
 
 def _post(path: str, handler: Handler, *, generates: bool = False) -> Route:
@@ -61,8 +66,8 @@ def _post(path: str, handler: Handler, *, generates: bool = False) -> Route:
 class Edge:
     """Request ids, the key, and the count of responses. Plain ASGI: one extra call per message."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
+    def __init__(self, app: ASGIApp, service: Service, paths: Mapping[Any, str]) -> None:
+        self.app, self.service, self._paths = app, service, paths
         self._key = None if service.config.api_key is None else _digest(service.config.api_key.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +85,7 @@ class Edge:
                     headers.append((b"connection", b"close"))
                 message["headers"] = headers
                 # Unknown paths share one label, or every scan would add a series.
-                path = getattr(scope.get("route"), "path", "other")
+                path = self._paths.get(scope.get("endpoint"), "other")
                 self.service.metrics.responses.labels(path, str(message["status"])).inc()
             await send(message)
 

@@ -54,17 +54,6 @@ def model_of(arguments: argparse.Namespace) -> str | None:
     return flag
 
 
-def check_model(config: EngineConfig) -> None:
-    """Before anything slow, such as importing torch: raises ConfigError or CheckpointError for a MODEL that is not there, not
-    whole, or not one that is served. Reads the headers of the files, about a second for Flash."""
-    from dsv4.model.config import ModelConfig
-    from dsv4.model.source import find_source
-    from dsv4.model.survey import survey
-
-    path = find_source(config.model, config.revision).path
-    survey(path, ModelConfig.from_dir(path))
-
-
 def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[str]]) -> None:
     """Settings of EngineConfig that are numbers, with its defaults and words, for commands that have no engine. `names`: of
     each setting, further names of its flag."""

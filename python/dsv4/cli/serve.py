@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
 from dsv4.api.loading import Loading
-from dsv4.cli.common import LoadProgress, add_settings, check_model, note, read_settings
+from dsv4.cli.common import LoadProgress, add_settings, note, read_settings
 from dsv4.cli.signals import ends_at_signal
 from dsv4.config import EngineConfig, ServerConfig
 from dsv4.errors import ConfigError
@@ -36,7 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_names(arguments.served_model_name, engine_config.model)
     set_up_logging(server_config.log_level)
     # Before the slow part, so that a wrong model and a taken port are known at once.
-    check_model(engine_config)
+    from dsv4.engine.checks import check
+
+    check(engine_config)
     check_file_limit(raise_file_limit(), server_config.max_connections)
     sockets = listen(server_config)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.common import LoadProgress, PrefillProgress, check_model, dim
+from dsv4.cli.common import LoadProgress, PrefillProgress, dim
 from dsv4.config import EngineConfig
 from dsv4.text.blocks import Blocks
 
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 def load_model(config: EngineConfig) -> LLM:
     """The model in this process, with progress."""
-    check_model(config)
+    from dsv4.engine.checks import check
+
+    check(config)  # before torch is imported
     from dsv4.engine.llm import LLM
 
     with LoadProgress() as progress:

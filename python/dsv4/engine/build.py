@@ -14,6 +14,8 @@ from dsv4._core import Core, LayoutSpec
 from dsv4.cache.paged import PagedCache
 from dsv4.config import EngineConfig, default_step_tokens
 from dsv4.engine.buffers import StepPlan
+from dsv4.engine.checks import check
+from dsv4.engine.costs import COST_MODELS, parse_costs
 from dsv4.engine.device import LocalDevice
 from dsv4.engine.graphs import Recorder
 from dsv4.engine.loop import EngineLoop
@@ -23,8 +25,7 @@ from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError, RequestError
 from dsv4.model.config import ModelConfig
 from dsv4.model.generation_config import NO_END, Generation, read_generation
-from dsv4.model.source import Source, find_source
-from dsv4.model.survey import survey
+from dsv4.model.source import Source
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
@@ -40,30 +41,6 @@ log = logging.getLogger("dsv4.engine")
 
 Progress = Callable[[int, int, str], None]
 """Called while weights load: bytes done, bytes in all, tensor name."""
-
-COST_MODELS = {
-    # Measured with the model that ships on two CPU cores; a GPU replays at some 10,000 tokens a second.
-    "cpu": {
-        "token_us": 800.0,
-        "context_us_per_1k": 5.0,
-        "replay_factor": 0.6,
-        "restore_us": 2000.0,
-        "base_us": 20_000.0,
-        "decode_us": 3000.0,
-        "copy_us": 2000.0,
-    },
-    "cuda": {
-        "token_us": 100.0,
-        "context_us_per_1k": 0.1,
-        "replay_factor": 0.6,
-        "restore_us": 200.0,
-        "base_us": 10_000.0,
-        "decode_us": 50.0,
-        "copy_us": 200.0,
-    },
-}
-"""What ways to resume cost, by device (see docs/architecture.md); replay is about half the work per token, as layer l
-needs only the last (window - 1) * (layers - l) tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +176,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     Raises ConfigError (settings, config.json) and CheckpointError (weights), each with one line, before any slow work
     where it can.
     """
-    source = find_source(config.model, config.revision)
-    found = survey(source.path, ModelConfig.from_dir(source.path))
+    source, found = check(config)
     model_config = found.config
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
@@ -338,7 +314,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
     # On a GPU in bf16 rows are stored in the formats that the release was trained for, which the kernels read.
     trained = device == "cuda" and dtype == torch.bfloat16
     row, index = ("fp8_ds_mla", "mxfp4") if trained else (plain, plain)
-    costs = COST_MODELS[device] | _parse_costs(config.cost_model)
+    costs = COST_MODELS[device] | parse_costs(config.cost_model)
     return dataclasses.replace(
         config,
         device=device,
@@ -349,22 +325,6 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
         index_cache_dtype=index if config.index_cache_dtype == "auto" else config.index_cache_dtype,
         cost_model=",".join(f"{k}={v:g}" for k, v in costs.items()),
     )
-
-
-def _parse_costs(text: str | None) -> dict[str, float]:
-    known = COST_MODELS["cpu"]
-    costs: dict[str, float] = {}
-    for part in (text or "").split(","):
-        key, _, value = part.strip().partition("=")
-        if not part.strip():
-            continue
-        try:
-            costs[key] = float(value)
-        except ValueError:
-            raise ConfigError(f"cost_model has {part!r}; write NAME=NUMBER") from None
-        if key not in known or costs[key] < 0:
-            raise ConfigError(f"cost_model has {part!r}; it takes {', '.join(known)}, each at least 0")
-    return costs
 
 
 def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) -> Core:
@@ -384,5 +344,5 @@ def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) ->
         prefix_cache=config.enable_prefix_caching,
         max_in_flight=2 if config.async_scheduling else 1,
         replay_tokens=config.replay_tokens,
-        **_parse_costs(config.cost_model),
+        **parse_costs(config.cost_model),
     )

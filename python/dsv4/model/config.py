@@ -6,6 +6,7 @@ Whatever is not supported is refused by name: a value that is ignored gives wron
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -199,6 +200,12 @@ class ModelConfig:
         from dsv4._core import LayoutSpec
         from dsv4.row_sizes import row_bytes
 
+        step = math.lcm(*(r for r in self.compress_ratios if r))
+        if block_tokens < 1 or block_tokens % step:
+            close = max(1, round(block_tokens / step)) * step
+            raise ConfigError(
+                f"block_size is {block_tokens}; it must be a multiple of {step}, the nearest is {close}"
+            )
         return LayoutSpec.v4(
             compress_ratios=list(self.compress_ratios),
             csa_ratio=self.csa_ratio,

@@ -1,0 +1,37 @@
+"""What can be known of the settings before anything slow: torch is not imported here, and of the weights only headers are
+read, in about a second for Flash."""
+
+from __future__ import annotations
+
+from dsv4 import requirements
+from dsv4._core import Core
+from dsv4.config import EngineConfig
+from dsv4.engine.costs import parse_costs
+from dsv4.engine.routing import Tenants
+from dsv4.model.config import ModelConfig
+from dsv4.model.source import Source, find_source
+from dsv4.model.survey import Survey, survey
+
+
+def check(config: EngineConfig) -> tuple[Source, Survey]:
+    """Where the model is and what its files hold. Raises ConfigError and CheckpointError for packages, settings and files with
+    which no engine can start."""
+    requirements.check()
+    parse_costs(config.cost_model)
+    Tenants(config.tenants)
+    source = find_source(config.model, config.revision)
+    found = survey(source.path, ModelConfig.from_dir(source.path))
+    # What `auto` means depends on the device; what is wrong with a block size or a policy does not.
+    rows, index = (
+        "bfloat16" if name == "auto" else name for name in (config.kv_cache_dtype, config.index_cache_dtype)
+    )
+    layout = found.config.layout(rows, index, block_tokens=config.block_size)
+    Core(
+        layout,
+        pages=1 + layout.snapshot_pages,
+        slabs=1,
+        max_step_tokens=1,
+        max_len=config.block_size,
+        snapshots=config.snapshot_policy,
+    )
+    return source, found
