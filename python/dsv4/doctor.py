@@ -28,13 +28,18 @@ NEEDED = (
     "uvloop",
     "httptools",
     "orjson",
+    "jsonschema_rs",
     "prometheus_client",
     "rich",
     "yaml",
 )
 """Modules without which nothing is served."""
 
-_DISTRIBUTIONS = {"prometheus_client": "prometheus-client", "yaml": "PyYAML"}
+_DISTRIBUTIONS = {
+    "jsonschema_rs": "jsonschema-rs",
+    "prometheus_client": "prometheus-client",
+    "yaml": "PyYAML",
+}
 
 OPEN_FILES = 4096
 """Fewer open files than this limit the streams at a time, as each is one socket."""

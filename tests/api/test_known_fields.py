@@ -176,6 +176,16 @@ def test_honoured_fields_are_read(server: RunningServer, endpoint: str, name: st
     assert response.status_code in (400, 404) and error["param"].startswith(name), response.text
 
 
+def test_tokenizing_refuses_what_generating_does(server: RunningServer) -> None:
+    for body, param in (
+        ({"messages": MESSAGES, "chat_template": "{{ messages }}"}, "chat_template"),
+        ({"prompt": "Hi", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+    ):
+        for path in ("/tokenize", "/v1/prefixes"):
+            error = server.http.post(path, json=body).json()["error"]
+            assert (error["param"], error["code"]) == (param, "unsupported_field")
+
+
 def test_unknown_fields_are_ignored_and_named_in_a_debug_line(
     server: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -320,8 +330,12 @@ def test_at_most_one_call_where_calls_are_not_to_be_parallel(
         openai.OpenAI(base_url=server.url + "/v1", api_key="none") as client,
     ):
         ask = {"model": "default", "messages": MESSAGES, "tools": [tool], "parallel_tool_calls": parallel}
-        choice = client.chat.completions.create(**ask).choices[0]
-        assert choice.finish_reason == "tool_calls"
+        answer = client.chat.completions.create(**ask)
+        choice = answer.choices[0]
+        assert (choice.finish_reason, (choice.model_extra or {})["stop_reason"]) == ("tool_calls", None)
+        assert answer.usage is not None  # the answer ends with its only call
+        tokens = len(server.engine.tokenizer.encode(TWO_CALLS)) + 1
+        assert (answer.usage.completion_tokens < 0.7 * tokens) == (parallel is False)
         calls = [json.loads(c.function.arguments)["n"] for c in choice.message.tool_calls or ()]
         assert calls == expected
         arguments: dict[int, str] = {}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from dsv4 import LLM, SamplingParams
 from dsv4.errors import RequestError
+from dsv4.text.stream import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +49,29 @@ def test_a_max_tokens_that_does_not_fit_is_refused_where_that_is_set() -> None:
         llm.generate([[3] * 253], SamplingParams(max_tokens=4))
     assert (e.value.param, e.value.code) == ("max_tokens", "context_length_exceeded")
     assert len(llm.generate([[3] * 253], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids) == 3
+
+
+def test_a_chat_is_opened_or_continued(llm: LLM) -> None:
+    asked, half = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "He"}
+    assert llm.tokenizer is not None
+
+    def prompt(*messages: dict, **more: bool) -> str:
+        return llm.tokenizer.decode(llm.chat_ids(messages, **more), skip_special=False)
+
+    opened = prompt(asked, half)
+    assert opened.endswith("He<｜end▁of▁sentence｜><｜Assistant｜></think>")
+    assert prompt(asked, half, add_generation_prompt=False) == opened.removesuffix("<｜Assistant｜></think>")
+    assert prompt(asked, {**half, "prefix": True}).endswith("<｜Assistant｜></think>He")
+    assert prompt(asked, half, continue_final_message=True).endswith("<｜Assistant｜></think>He")
+    assert prompt(asked, half, continue_final_message=True, thinking=True).endswith("<think></think>He")
+    with pytest.raises(RequestError, match="the last message's role is 'user'"):
+        llm.chat([asked], continue_final_message=True)
+
+
+def test_an_answer_that_is_whole_ends(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with the first call where calls are not to be parallel."""
+    monkeypatch.setattr(TextStream, "ended", property(lambda stream: stream._tokens >= 3))
+    completion = llm.generate("Who are you?", SamplingParams(max_tokens=30, ignore_eos=True))[0]
+    assert (len(completion.token_ids), completion.finish_reason, completion.stop_reason) == (3, "stop", None)
+    completion = llm.generate("Who are you?", SamplingParams(max_tokens=3, ignore_eos=True))[0]
+    assert completion.finish_reason == "stop"

@@ -139,9 +139,9 @@ class FakeEngine:
             reason, pieces = self._reason(token, done, params), []
             if stream is not None:
                 pieces = stream.push(token, ends=reason == "stop")
-                if reason is not None or stream.stop_string is not None:
-                    pieces += stream.finish(cut=reason != "stop")
-                reason = reason if stream.stop_string is None else "stop"
+                if reason is not None or stream.ended:
+                    pieces += stream.finish(cut=reason != "stop" and not stream.ended)
+                reason = "stop" if stream.ended else reason
             yield RequestOutput(
                 request_id,
                 [token],

@@ -164,3 +164,25 @@ def test_damaged_calls_come_out_the_same_with_stop_strings_that_are_not_there() 
     for text in draw.sample(shapes(), 150):
         stops = ("Let me see", "no such text", "It is late!")
         assert read(tokenizer, text, stop=stops)[0] == read(tokenizer, text)[0]
+
+
+@pytest.mark.parametrize("most", [1, 2, None])
+def test_an_answer_ends_with_the_last_call_that_may_come(tokenizer: Tokenizer, most: int | None) -> None:
+    invoke = CALL.partition("calls>\n")[2].rpartition("\n</")[0]
+    said = CALL.replace(invoke, "\n".join([invoke] * 3)) + "more"
+    reading = Reading(thinking=False, tools=True, most_calls=most)
+    stream = TextStream(tokenizer, SamplingParams(max_tokens=None), reading)
+    pieces: list[Piece] = []
+    ids = tokenizer.encode(said)
+    n = 0
+    while n < len(ids) and not stream.ended:
+        pieces += stream.push(ids[n])
+        n += 1
+    assert whole(pieces + stream.finish(cut=False))[2] == [SH] * (most or 3)
+    assert stream.stop_string is None and stream.ended == (most is not None)
+    read = tokenizer.decode(ids[:n], skip_special=False)
+    assert most is None or read.count("</｜DSML｜invoke") == most
+    off = TextStream(tokenizer, SamplingParams(max_tokens=None), Reading(tools=False, most_calls=most))
+    for token in ids:  # without tools nothing is waited for
+        off.push(token)
+    assert not off.ended

@@ -33,6 +33,7 @@ from dsv4.api.reply import Reply
 from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
+from dsv4.api.strict_tools import StrictTools
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.sampler import Sampled
 from dsv4.text.output import Content, Piece, Reasoning, ToolArguments
@@ -66,6 +67,7 @@ async def chat_completions(call: Call) -> None:
     check_known(fields, CHAT)
     options = _options(fields, service)
     chat = await call.aside(lambda: read_conversation(fields))
+    strict = await call.aside(lambda: StrictTools(chat.tools))
     check_response_format(fields)
     params = sampling_params(
         fields,
@@ -83,7 +85,7 @@ async def chat_completions(call: Call) -> None:
     routing = await call.aside(lambda: routing_of(call))
     prompt = await encode(call, chat, service.bound("messages"), salt=routing.salt)
     jobs = jobs_for([prompt], params, options.n, routing, chat.reading())
-    answer = Answer(service, options, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt)
+    answer = Answer(service, options, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt, strict)
     if options.stream:
         await _stream(call, answer, jobs)
         return
@@ -125,11 +127,12 @@ class Answer:
         id: str,
         created: int,
         prompt: np.ndarray,
+        strict: StrictTools,
     ) -> None:
         self.service, self.options, self.prompt = service, options, prompt
         self.usage = UsageSum(per_prompt=options.n)
         self._begun = False
-        self.replies = [Reply() for _ in range(options.n)]
+        self.replies = [Reply(strict) for _ in range(options.n)]
         self._openings: dict[int, str | None] = {}  # the content that a choice's stream began with
         self._head: dict[str, Any] = {"id": id, "created": created, "model": options.model}
 
@@ -141,8 +144,7 @@ class Answer:
                 "index": index,
                 "message": self._message(reply),
                 "logprobs": self._logprobs(reply.logprobs),
-                "finish_reason": reply.finish_reason,
-                "stop_reason": reply.stop_reason,
+                **_end(reply),
             }
             shown.append(body | ({"token_ids": reply.token_ids} if self.options.token_ids else {}))
         body = {**self._head, "object": "chat.completion", "choices": shown, "usage": self._usage()}
@@ -186,7 +188,7 @@ class Answer:
     ) -> bytes:
         choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         if finished is not None:
-            choice |= {"finish_reason": finished.finish_reason, "stop_reason": finished.stop_reason}
+            choice |= _end(finished)
         if token_ids is not None:
             choice["token_ids"] = token_ids
         return self._frame([choice], None)
@@ -235,6 +237,12 @@ class Answer:
         raw = self.service.tokenizer("messages").token_bytes(token)
         text = self.service.piece(token, as_id=self.options.tokens_as_ids)
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+def _end(reply: Reply) -> dict[str, Any]:
+    """How and why a choice ended."""
+    end = {"finish_reason": reply.finish_reason, "stop_reason": reply.stop_reason}
+    return end | ({"strict_error": reply.strict_error} if reply.strict_error else {})
 
 
 def _delta(piece: Piece, reply: Reply) -> dict[str, Any]:

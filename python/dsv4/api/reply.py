@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass
 
+from dsv4.api.strict_tools import StrictTools
 from dsv4.engine.request import RequestOutput, Started, Usage
 from dsv4.engine.sampler import Sampled
 from dsv4.text.blocks import Block, Blocks
@@ -25,7 +26,11 @@ class News:
 class Reply:
     """Reads outputs; what is known so far stands in its attributes."""
 
-    def __init__(self) -> None:
+    def __init__(self, strict: StrictTools | None = None) -> None:
+        """`strict`: the request's strict tools, whose calls are checked."""
+        self._strict = strict
+        self.strict_error: str | None = None
+        """What of the calls does not fit the schema of a strict tool. They are not called finished then."""
         self.blocks = Blocks()
         self.call_ids: list[str] = []
         """By number of the call."""
@@ -49,7 +54,10 @@ class Reply:
         news = [self._add(piece) for piece in output.pieces]
         if output.finished:
             ended = output.finish_reason == "stop"
-            self.finish_reason = "tool_calls" if ended and self.call_ids else output.finish_reason
+            called = ended and bool(self.call_ids)
+            if called and self._strict is not None:
+                self.strict_error = self._strict.fault((c.name, c.arguments) for c in self.blocks.calls)
+            self.finish_reason = "tool_calls" if called and not self.strict_error else output.finish_reason
             self.stop_reason, self.usage = output.stop_reason, output.usage
         return news
 

@@ -251,7 +251,7 @@ class EngineLoop:
                 if request is None:
                     continue
                 delta = deltas.setdefault(key, Delta())
-                if kind == TOKEN and result is not None and request.stop_string is None:
+                if kind == TOKEN and result is not None and not request.ended:
                     if push_token(request, delta, result.sample(c)):
                         self.core.stop(key)
                 elif kind == FINISHED:

@@ -20,7 +20,7 @@ class Delta:
 
 
 def push_token(request: EngineRequest, delta: Delta, sampled: Sampled) -> bool:
-    """Adds a token; returns True when a stop string is complete and the request should end."""
+    """Adds a token; returns True when the answer is whole with it and the request should end."""
     request.output.append(sampled.token)
     delta.token_ids.append(sampled.token)
     if request.params.logprobs is not None:
@@ -30,7 +30,7 @@ def push_token(request: EngineRequest, delta: Delta, sampled: Sampled) -> bool:
     if request.stream is None:
         return False
     delta.pieces += request.stream.push(sampled.token, ends=ends)
-    return request.stop_string is not None
+    return request.ended
 
 
 def as_output(request: EngineRequest, delta: Delta) -> RequestOutput:
@@ -49,7 +49,7 @@ def as_final(
 ) -> RequestOutput:
     """The last output. `reason` as in the FINISHED event; `stop_token` is -1 when no token ended it."""
     if request.stream is not None:
-        delta.pieces += request.stream.finish(cut=FINISH_REASONS[reason] != "stop")
+        delta.pieces += request.stream.finish(cut=FINISH_REASONS[reason] != "stop" and not request.ended)
     stopped = (
         request.stop_string if request.stop_string is not None else stop_token if stop_token >= 0 else None
     )
@@ -61,11 +61,7 @@ def as_final(
         logprobs=delta.logprobs if request.params.logprobs is not None else None,
         prompt_logprobs=request.prompt_logprobs if request.wants_prompt_logprobs else None,
         finished=True,
-        finish_reason="error"
-        if request.error
-        else "stop"
-        if request.stop_string is not None
-        else FINISH_REASONS[reason],
+        finish_reason="error" if request.error else "stop" if request.ended else FINISH_REASONS[reason],
         stop_reason=None if eos else stopped,
         error=request.error,
         usage=Usage(

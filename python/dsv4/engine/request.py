@@ -94,5 +94,10 @@ class EngineRequest:
         return self.stream.stop_string if self.stream is not None else None
 
     @property
+    def ended(self) -> bool:
+        """Whether what was read so far is the whole answer, though the model has not ended."""
+        return self.stream is not None and self.stream.ended
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         return self.params.prompt_logprobs is not None

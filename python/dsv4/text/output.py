@@ -144,6 +144,8 @@ class OutputParser:
         self._leading = not continues
         self._out: list[Piece] = []
         self._calls = 0  # calls given so far
+        self.full = False
+        """As many calls as there may be are whole: nothing more is given, so the answer can end."""
         self._name = ""
         self._given = self._muted = False  # the call at hand: it has begun for the caller; it is left out
         self._keys: set[str] = set()
@@ -396,6 +398,7 @@ class OutputParser:
         if arguments is not None:
             self._open_call()
             self._argue(arguments)
+        self.full = bool(self._most) and self._calls >= (self._most or 0)
         self._state = self._block
 
     # Reading

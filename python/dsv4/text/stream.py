@@ -3,7 +3,7 @@
     token ─▶ detokenizer ─▶ parser (chats) ─▶ stop strings (plain text, or a chat's content) ─▶ pieces
 
 It knows nothing of the engine, so it can run in another process than that: what the engine has to hear of is
-`stop_string`, upon which the owner ends the request, and what it has to say is which token ended it.
+`ended`, upon which the owner ends the request, and what it has to say is which token ended it.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ class TextStream:
         """Tokens up to and with the one that ended the thoughts."""
         self.stop_string: str | None = None
         """The stop string that was found; nothing more comes then."""
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more comes, though the model has not ended: a stop string was found, or the last call that may come is
+        whole."""
+        return self.stop_string is not None or (self._parser is not None and self._parser.full)
 
     def push(self, token: int, *, ends: bool = False) -> list[Piece]:
         """What became certain with this token. `ends`: it ended the answer and is no text."""
