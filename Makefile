@@ -1,6 +1,7 @@
 # Developer commands. Each works alone on a machine with Rust, Python 3.10+ and a package registry.
 #   make serve   the small model that ships, on http://127.0.0.1:8000   (ARGS="MODEL --port 9000 ...")
 #   make test    everything that CI runs
+#   make test-lowest  a part of the tests with the lowest versions of tests/lowest.txt (Python 3.10 to 3.12; 7 GB in .venv-lowest)
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
@@ -14,22 +15,46 @@ BIN := .venv/bin
 ARGS ?=
 SEEDS ?= 10000
 JOBS ?= 8
+# pip's own reader of TOML, as Python 3.10 has none.
+define NEEDS
+from pip._vendor import tomli
+project = tomli.load(open("pyproject.toml", "rb"))["project"]
+print("\n".join(project["dependencies"] + project["optional-dependencies"]["test"]))
+endef
+export NEEDS
+# What an old package would break: the command line, the server, the tokenizer, the model, the kernels in the interpreter.
+LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate tests/test_config.py tests/test_mistakes.py \
+  tests/test_requirements.py tests/test_core_border.py tests/test_formats.py tests/test_sampler.py tests/model/test_config.py \
+  tests/model/test_foreign_checkpoints.py tests/model/test_paged_cache.py tests/model/test_resume.py \
+  tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test test-gpu test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test test-gpu test-lowest test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
 .venv/bin/maturin:
+	@echo "setup: a virtual environment in .venv"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip maturin
+	$(BIN)/pip install --disable-pip-version-check --upgrade pip maturin
 
-.venv/built: .venv/bin/maturin $(RUST)
+# pip installs before maturin does, which would hide its bars. Where no terminal shows them, the size tells how far it is.
+.venv/needs: .venv/bin/maturin pyproject.toml
+	@echo "setup: Python packages, most of it torch with CUDA's libraries: about 6 GB on disk, 2 to 10 minutes"
+	$(BIN)/python -c "$$NEEDS" > $@.txt
+	@if [ -t 1 ]; then $(BIN)/pip install --disable-pip-version-check -r $@.txt; else \
+	  while sleep 20; do echo "setup: $$(du -sh .venv | cut -f1) of about 6G"; done & watch=$$!; \
+	  $(BIN)/pip install --disable-pip-version-check --progress-bar off -r $@.txt; done=$$?; kill $$watch; exit $$done; fi
+	mv $@.txt $@
+
+.venv/built: .venv/needs $(RUST)
+	@echo "setup: the Rust core, about 2 minutes the first time"
 	$(BIN)/maturin develop --release --extras test
 	touch $@
 
 serve: setup
-	$(BIN)/dsv4 serve $(ARGS)
+	@echo "serve: dsv4 serve $(ARGS); Ctrl-C stops it"
+	@$(BIN)/dsv4 serve $(ARGS)
 
 test: test-rust test-seeds test-python
 
@@ -43,6 +68,16 @@ test-seeds:
 
 test-python: setup
 	$(BIN)/python -m pytest -q tests $(ARGS)
+
+# pytest and the clients are the newest; of what dsv4 needs, each is the lowest that pyproject.toml allows.
+.venv-lowest/built: tests/lowest.txt
+	@echo "test-lowest: the lowest versions of all packages in .venv-lowest: 7 GB on disk, 2 to 15 minutes"
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install --disable-pip-version-check -r tests/lowest.txt pytest pytest-timeout hypothesis httpx openai
+	touch $@
+
+test-lowest: setup .venv-lowest/built
+	PYTHONPATH=python .venv-lowest/bin/python -m pytest -q $(LOWEST) $(ARGS)
 
 # Uses the machine's own torch and needs the built core and pytest-xdist. What tests ahead-of-time compiling and training runs
 # without a GPU; `make test` has it.
@@ -94,4 +129,4 @@ coverage:
 
 clean:
 	cargo clean
-	rm -rf .venv dist
+	rm -rf .venv .venv-lowest dist

@@ -25,6 +25,7 @@ from dsv4.ops.spec import SPECS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
+import tests.support.interpreter  # noqa: F401  (an old one is mended)
 from tests.support.models import random_config_dict, random_weights
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here")

@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
+import tests.support.interpreter  # noqa: F401  (an old one is mended)
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")

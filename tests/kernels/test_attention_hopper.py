@@ -76,8 +76,8 @@ class Shared(threads.Shared):
         return Shared(self.values.transpose(order))
 
     def reinterpret(self, kind: Any, shape: list[int], layout: Any) -> Shared:
-        flat = self.values.view()
-        flat.shape = (-1,)
+        flat = self.values.reshape(-1)
+        assert np.shares_memory(flat, self.values), "shared memory is looked at in another form, not copied"
         return Shared(flat.view(np.int16 if kind == "bfloat16" else kind).reshape(shape))
 
     def load(self, layout: Any) -> Tensor:

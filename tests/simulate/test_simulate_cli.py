@@ -36,6 +36,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
 
 
 def test_json_tells_everything_of_every_policy(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     picture = tmp_path / "x.png"
     code, out, err = call(
         capsys,
