@@ -258,6 +258,9 @@ class ServerConfig:
         5.0, "seconds between keep-alive comments in a stream that has no token yet"
     )
     log_level: str = setting("info", "what is logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting(
+        "text", "how it is logged: json has one object per line", choices=("text", "json")
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -123,26 +123,6 @@ def test_health_follows_the_engine(tokenizer: Tokenizer) -> None:
         assert sick.status_code == 503 and "boom" in sick.json()["status"] and "retry-after" in sick.headers
 
 
-def test_metrics(tokenizer: Tokenizer) -> None:
-    with running(FakeEngine(tokenizer=tokenizer), name="m") as server:
-        httpx.post(server.url + "/v1/completions", json=COMPLETION | {"max_tokens": 4})
-        httpx.post(server.url + "/v1/completions", json={"model": "other"})
-        httpx.get(server.url + "/secret-scan")
-        assert httpx.head(server.url + "/metrics").status_code == 200
-        text = httpx.get(server.url + "/metrics").text
-    value = lambda name: float(re.search(rf"^{re.escape(name)} (\S+)$", text, re.M)[1])  # noqa: E731
-    assert value("dsv4_generation_tokens_total") == 4
-    assert value('dsv4_requests_total{finish_reason="length"}') == 1
-    assert value('dsv4_http_responses_total{path="/v1/completions",status="404"}') == 1
-    assert (
-        value("dsv4_time_to_first_token_seconds_count") == 1 and value("dsv4_inter_token_seconds_count") == 3
-    )
-    assert value("dsv4_core_pages") == 100 and value("dsv4_core_steps_total") == 7
-    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
-        assert value(f'vllm:{name}{{model_name="m"}}') >= 0
-    assert "secret-scan" not in text
-
-
 def test_version_and_root(served: RunningServer) -> None:
     assert httpx.get(served.url + "/version").json()["version"]
     assert "POST /v1/chat/completions" in httpx.get(served.url + "/").json()["endpoints"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import stat
@@ -174,7 +175,8 @@ def test_the_ready_line_names_what_works(place: object, words: list[str]) -> Non
     assert all(w in text for w in words), text
 
 
-def test_requests_while_the_model_loads_are_answered() -> None:
+def test_requests_while_the_model_loads_are_answered(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dsv4.request")
     with bind("127.0.0.1", 0) as sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         with Loading([sock]):
@@ -183,6 +185,8 @@ def test_requests_while_the_model_loads_are_answered() -> None:
             big = httpx.post(url + "/v1/completions", content=b"x" * 100_000)
             assert big.status_code == 503 and big.headers["retry-after"] == "5"
             assert big.json()["error"]["code"] == "loading"
+        (line,) = (r.getMessage() for r in caplog.records if r.name == "dsv4.request")
+        assert " POST /v1/completions 503 reason=loading client=127.0.0.1:" in line
         waiting = socket.create_connection(sock.getsockname())  # this one gets the server's answer
         sock.setblocking(True)
         sock.settimeout(10)

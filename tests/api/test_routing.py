@@ -119,4 +119,4 @@ def test_a_session_ends(server: RunningServer) -> None:
 
 def test_tenants_are_in_the_metrics(server: RunningServer) -> None:
     text = httpx.get(f"{server.url}/metrics").text
-    assert 'dsv4_tenant_tokens_total{tenant=""} 5.0' in text
+    assert 'dsv4_tenant_tokens_total{model_name="tiny",tenant=""} 5.0' in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -64,6 +65,10 @@ def nano() -> Iterator[Serving]:
     assert code == 0 and "Traceback" not in out, out
     for word in ("weights", "pool", "capacity", "snapshots", "dtype"):
         assert word in out, f"the start-up plan says nothing of {word}"
+    assert re.search(
+        r"POST /v1/chat/completions 200 reason=stop client=\S+ prompt_tokens=\d+ .*tokens_per_s=", out
+    )
+    assert " 200 reason=client_gone " in out and "quick brown fox" not in out and " /health " not in out
 
 
 def ask(nano: Serving, text: str, **options: Any) -> Any:
@@ -128,6 +133,32 @@ def test_a_dump_of_the_server_runs_on_in_the_simulator(nano: Serving, tmp_path: 
     report = json.loads(ran.stdout)["policies"]["dump"]
     assert report["finished"] == report["requests"] == 1 and report["pool"]["pages"] == 200
     assert 0 < report["tokens"]["output"] < 400 and report["tokens"]["matched"] >= 512
+
+
+def test_pinned_pages_are_used_pages(nano: Serving) -> None:
+    usage = "vllm:kv_cache_usage_perc"
+    assert nano.gauge(usage) == nano.gauge("dsv4_core_pinned_pages") == 0
+    pin = httpx.post(f"{nano.url}/v1/prefixes", json={"prompt": [3 + i % 500 for i in range(600)]}).json()[
+        "id"
+    ]
+    pinned = nano.gauge("dsv4_core_pinned_pages")
+    assert pinned > 0 and nano.gauge(usage) == pytest.approx(pinned / 200)
+    httpx.delete(f"{nano.url}/v1/prefixes/{pin}")
+    assert nano.gauge(usage) == nano.gauge("dsv4_core_pinned_pages") == 0
+
+
+def test_the_times_of_a_request_add_up(nano: Serving) -> None:
+    def seconds(name: str) -> float:
+        return nano.gauge(f"vllm:{name}_seconds_sum")
+
+    names = ("request_queue_time", "request_prefill_time", "request_decode_time", "e2e_request_latency")
+    before = [seconds(name) for name in names]
+    began = time.monotonic()
+    ask(nano, "Who are you?", max_tokens=8)
+    took = time.monotonic() - began
+    queued, prefill, decode, whole = (seconds(n) - b for n, b in zip(names, before, strict=True))
+    assert queued >= 0 and prefill > 0 and decode > 0
+    assert queued + prefill + decode <= whole <= took
 
 
 def test_64_streams_with_a_third_cut_off_leave_nothing_behind(nano: Serving) -> None:

@@ -224,11 +224,16 @@ class FakeEngine:
     def stats(self) -> dict[str, Any]:
         return {
             "pages": 100,
-            "free_pages": 100 - self.live,
+            "free_pages": 100 - self.live - len(self.pins),
+            "available_pages": 100 - self.live - len(self.pins),
+            "pinned_pages": len(self.pins),
             "cached_pages": 0,
             "running": self.live,
             "waiting": 0,
             "steps": 7,
+            "prompt_tokens": sum(len(request.prompt) for request in self.seen),
+            "resumed_tokens": 0,
+            "preemptions": 0,
         }
 
     def describe(self) -> list[str]:

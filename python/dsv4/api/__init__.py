@@ -2,9 +2,11 @@
 
 | file | responsibility |
 | --- | --- |
-| `server.py` | uvicorn with deadlines on headers, draining at SIGTERM |
+| `server.py`, `protocol.py` | uvicorn with draining; one connection: headers, slow readers, refusals that arrive |
 | `listen.py`, `loading.py` | the listening sockets; answers while the model loads |
-| `app.py` | routes; request ids, the key |
+| `connections.py` | how many connections there may be, and taking them |
+| `app.py` | routes; the key; what every request passes through |
+| `request_log.py`, `logs.py` | a line for every request; logging as text or JSON on a thread |
 | `service.py` | what handlers share: engine, names, tokenizing off the event loop |
 | `http.py` | the door of POST endpoints: body limits, JSON, disconnects, errors |
 | `sse.py` | a stream: late headers, keep-alive comments, terminal events |
@@ -16,7 +18,8 @@
 | `routing.py` | tenant, urgency, session and retention of a request |
 | `prefixes.py` | pinned prefixes, ended sessions |
 | `info.py` | models, health, metrics, version, tokenize, detokenize |
-| `errors.py`, `metrics.py` | error bodies; Prometheus |
+| `errors.py` | error bodies |
+| `metrics.py`, `accounting.py` | Prometheus, as data; what is counted of a generation |
 
 A new dialect is one file with a handler and one line in `app.py`. Nothing here is imported by the engine.
 """

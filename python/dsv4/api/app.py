@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-import uuid
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -22,7 +22,8 @@ from dsv4.api.errors import error_body, internal_error
 from dsv4.api.http import Handler, PostEndpoint, header
 from dsv4.api.openai_chat import chat_completions
 from dsv4.api.openai_completions import completions
-from dsv4.api.protocol import PROBES, GuardedProtocol
+from dsv4.api.protocol import GuardedProtocol
+from dsv4.api.request_log import PROBES, Record, new_request_id
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
 
@@ -53,10 +54,10 @@ def create_app(service: Service) -> ASGIApp:
         exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
     )
     app.state.service = service
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    service.metrics.declare((route.path, sorted(route.methods or ())) for route in routes)
     # By endpoint, as not every version of Starlette says which route it took.
-    return Edge(
-        app, service, {route.endpoint: route.path for route in app.routes if isinstance(route, Route)}
-    )
+    return Edge(app, service, {route.endpoint: route.path for route in routes})
 
 
 def _post(path: str, handler: Handler, *, generates: bool = False) -> Route:
@@ -74,33 +75,48 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(header(scope, b"x-request-id"))
-        scope["dsv4_request_id"] = request_id
+        record = _record_of(scope)
+        scope["dsv4_record"] = record
+        try:
+            await self._pass_on(scope, receive, self._sending(scope, record, send), record)
+        except asyncio.CancelledError:
+            record.reason = "shutdown"
+            raise
+        except Exception:  # answered by the application, which raises it again for the log
+            record.reason = "internal_error"
+            raise
+        finally:
+            record.route = self._paths.get(scope.get("endpoint"), scope["path"])
+            record.end(self.service.metrics)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+        connection: GuardedProtocol | None = scope.get("dsv4_connection")
+        if connection is not None and connection.over and scope["path"] not in PROBES:
+            self.service.connections.refuse()
+            refused = _too_many(self.service.connections.most)
+            await _error(refused, record, {"retry-after": "1"})(scope, receive, send)
+        elif self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
+            text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
+            refused = RequestError(text, None, "invalid_api_key", 401)
+            await _error(refused, record, {"www-authenticate": "Bearer"})(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    @staticmethod
+    def _sending(scope: Scope, record: Record, send: Send) -> Send:
+        """Adds to the head of an answer. A request that is not read to its end costs the connection."""
         connection: GuardedProtocol | None = scope.get("dsv4_connection")
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                record.status = message["status"]
+                headers = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
                 if connection is not None and connection.has_unread:
                     headers.append((b"connection", b"close"))
                 message["headers"] = headers
-                # Unknown paths share one label, or every scan would add a series.
-                path = self._paths.get(scope.get("endpoint"), "other")
-                self.service.metrics.responses.labels(path, str(message["status"])).inc()
             await send(message)
 
-        if connection is not None and connection.over and scope["path"] not in PROBES:
-            self.service.connections.refuse()
-            await _error(_too_many(self.service.connections.most), {"retry-after": "1"})(
-                scope, receive, sending
-            )
-            return
-        if self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
-            text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
-            refused = _error(RequestError(text, None, "invalid_api_key", 401), {"www-authenticate": "Bearer"})
-            await refused(scope, receive, sending)
-            return
-        await self.app(scope, receive, sending)
+        return sending
 
     def _has_key(self, scope: Scope) -> bool:
         given = (_bearer(header(scope, b"authorization")), header(scope, b"x-api-key").strip(" \t"))
@@ -123,20 +139,31 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def _record_of(scope: Scope) -> Record:
+    client, path = scope.get("client"), scope.get("raw_path") or scope["path"].encode()
+    return Record(
+        _request_id(header(scope, b"x-request-id")),
+        scope["method"],
+        path.decode("latin-1"),
+        f"{client[0]}:{client[1]}" if client else "unix",
+    )
+
+
 def _request_id(given: str) -> str:
     """The client's id where it is harmless in logs and headers, else a new one."""
     if 0 < len(given) <= 128 and all(c.isalnum() or c in "-_.:" for c in given) and given.isascii():
         return given
-    return uuid.uuid4().hex
+    return new_request_id()
 
 
-def _error(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+def _error(error: RequestError, record: Record, headers: dict[str, str] | None = None) -> Response:
+    record.reason = error.code
     return Response(orjson.dumps(error_body(error)), error.status, headers, media_type="application/json")
 
 
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return _error(error)
+    return _error(error, request.scope["dsv4_record"])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -147,14 +174,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"there is nothing at {request.url.path}; GET / lists the endpoints",
         405: f"{request.url.path} does not take {request.method}; see the Allow header",
     }.get(status, HTTPStatus(status).phrase)
-    return _error(
-        RequestError(
-            text, None, {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error"), status
-        ),
-        dict(error.headers or {}),
-    )
+    code = {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error")
+    refused = RequestError(text, None, code, status)
+    return _error(refused, request.scope["dsv4_record"], dict(error.headers or {}))
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     """Starlette raises the error again after this, and the server logs it."""
-    return _error(internal_error(str(request.scope.get("dsv4_request_id"))))
+    record: Record = request.scope["dsv4_record"]
+    return _error(internal_error(record.request_id), record)

@@ -122,6 +122,10 @@ class Connections:
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return f"at most {self.most} connections, of {files} open files"
 
+    def counts(self) -> dict[str, float]:
+        """For the metrics."""
+        return {"open": self.served + self.over, "limit": self.most, "refused": self.refused}
+
     @property
     def full(self) -> bool:
         """Whether not even a refusal can be said."""

@@ -5,23 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dsv4.api.accounting import Generation
 from dsv4.api.http import Call
-from dsv4.api.metrics import GenerationTimer
 from dsv4.engine.loop import PLAIN
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 from dsv4.text.stream import Reading
-
-log = logging.getLogger("dsv4.api")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +93,9 @@ async def _pump(call: Call, job: Job, news: asyncio.Queue[tuple[int, RequestOutp
 
 
 async def _one(call: Call, job: Job) -> AsyncGenerator[RequestOutput, None]:
-    timer = GenerationTimer(call.service.metrics, call.arrived)
+    generation = Generation(
+        call.service.metrics, call.record, len(job.prompt), job.params, again=job.parent is not None
+    )
     request_id = f"{call.request_id}-{job.index}"
     stream = call.service.engine.generate(
         job.prompt,
@@ -106,13 +105,18 @@ async def _one(call: Call, job: Job) -> AsyncGenerator[RequestOutput, None]:
         fork_of=None if job.parent is None else f"{call.request_id}-{job.parent}",
         reading=job.reading,
     )
-    async with contextlib.aclosing(stream) as outputs:
-        async for output in outputs:
-            timer.step(output)
-            if output.finished:
-                _log_end(request_id, output)
-                _raise_if_cut(output)
-            yield output
+    try:
+        async with contextlib.aclosing(stream) as outputs:
+            async for output in outputs:
+                generation.step(output)
+                if output.finished:
+                    _raise_if_cut(output)
+                yield output
+    except RequestError:  # it was not taken
+        generation.done = True
+        raise
+    finally:
+        generation.close()
 
 
 def _raise_if_cut(output: RequestOutput) -> None:
@@ -120,19 +124,6 @@ def _raise_if_cut(output: RequestOutput) -> None:
         raise RequestError(output.error or "the generation failed", None, "generation_failed", 500)
     if output.finish_reason == "abort":
         raise RequestError("the generation was cut off: the server is shutting down", None, "aborted", 503)
-
-
-def _log_end(request_id: str, output: RequestOutput) -> None:
-    usage = output.usage
-    if usage is not None and log.isEnabledFor(logging.INFO):
-        log.info(
-            "%s %s: prompt %d, cached %d, output %d",
-            request_id,
-            output.finish_reason,
-            usage.prompt_tokens,
-            usage.cached_tokens,
-            usage.completion_tokens,
-        )
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from dsv4.api.fields import Fields
 from dsv4.errors import RequestError, kind
 
 if TYPE_CHECKING:
+    from dsv4.api.request_log import Record
     from dsv4.api.service import Service
 
 log = logging.getLogger("dsv4.api")
@@ -36,19 +37,23 @@ JSON_TYPE = (b"content-type", b"application/json")
 
 
 class ClientGone(Exception):
-    """The client closed the connection before its answer was complete."""
+    """The client closed the connection before its answer was complete, or was cut off for another `reason`."""
+
+    def __init__(self, reason: str = "client_gone") -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class Call:
     """One request as handlers see it."""
 
-    __slots__ = ("arrived", "fields", "receive", "request_id", "scope", "send", "service", "size", "started")
+    __slots__ = ("fields", "receive", "record", "request_id", "scope", "send", "service", "size", "started")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.receive, self.send = scope, receive, send
         self.service: Service = scope["app"].state.service
-        self.request_id: str = scope.get("dsv4_request_id", "")
-        self.arrived = time.monotonic()
+        self.record: Record = scope["dsv4_record"]
+        self.request_id = self.record.request_id
         self.fields, self.size = Fields({}), 0
         """The body, and its bytes."""
         self.started = False
@@ -94,13 +99,16 @@ class PostEndpoint:
                 call.service.refuse_while_draining()
             await self._read(call)
             await unless_gone(self.handler(call), receive)
-        except ClientGone:
+        except ClientGone as e:
+            call.record.reason = e.reason
             call.service.metrics.disconnects.inc()
         except RequestError as e:
+            call.record.reason = e.code
             if e.status >= 500:
                 log.warning("%s %s: %s", call.request_id, scope["path"], e.message)
             await call.refuse(e)
         except Exception:
+            call.record.reason = "internal_error"
             log.exception("%s %s failed", call.request_id, scope["path"])
             if call.started:
                 raise

@@ -11,6 +11,7 @@ from types import TracebackType
 import orjson
 
 from dsv4.api.errors import RETRY_AFTER, error_body
+from dsv4.api.request_log import Record, new_request_id
 from dsv4.errors import RequestError
 
 TICK = 0.5
@@ -67,7 +68,8 @@ def _answer(conn: socket.socket) -> None:
         request = conn.recv(65536)
     except BlockingIOError:
         request = b""
-    if request[:12].partition(b" ")[2].startswith(b"/health"):
+    record = _record_of(request, conn)
+    if record.path == "/health":
         body = orjson.dumps({"status": TEXT})
     else:
         body = orjson.dumps(error_body(RequestError(TEXT, None, "loading", 503)))
@@ -76,6 +78,15 @@ def _answer(conn: socket.socket) -> None:
         b"retry-after: %b\r\ncontent-length: %d\r\n\r\n%b" % (RETRY_AFTER[503], len(body), body)
     )
     conn.shutdown(socket.SHUT_WR)
+    record.status, record.reason = 503, "loading"
+    record.end(None)
+
+
+def _record_of(request: bytes, conn: socket.socket) -> Record:
+    words = request[:4096].partition(b"\r")[0].decode("latin-1").split(" ")
+    method, url = words[:2] if len(words) == 3 else ("-", "-")
+    peer = conn.getpeername() if conn.family != socket.AF_UNIX else None
+    return Record(new_request_id(), method, url.partition("?")[0], f"{peer[0]}:{peer[1]}" if peer else "unix")
 
 
 def _close(answered: list[socket.socket]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 import orjson
@@ -18,6 +19,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dsv4.api.connections import Connections
 from dsv4.api.errors import error_body
+from dsv4.api.metrics import Metrics
+from dsv4.api.request_log import Record, new_request_id
 from dsv4.errors import RequestError
 
 log = logging.getLogger("dsv4.api")
@@ -33,9 +36,6 @@ LINGER = 10.0
 
 MIN_TAKEN = 64 * 1024
 """Bytes of an answer that a client must take within `write_timeout`, if there are so many."""
-
-PROBES = frozenset({"/health", "/metrics"})
-"""Answered on connections over the limit as well."""
 
 
 class Outbox:
@@ -94,6 +94,7 @@ class GuardedProtocol(HttpToolsProtocol):
     """The clock of a header runs from the connection's start, or from a later request's first byte, to its end."""
 
     all_connections: Connections
+    metrics: Metrics
     header_timeout = 10.0
     write_timeout = 60.0
 
@@ -123,12 +124,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self._outbox = Outbox(transport, self)
         super().connection_made(self._outbox)  # type: ignore[arg-type]
         self._header_bytes = 0
-        self._in_header, self._lingers, self._refused = True, False, False
+        self._in_header, self._lingers, self._refused, self._begun = True, False, False, False
+        self._arrived = time.monotonic()
         self._patience = min(self.header_timeout, OVER_TIMEOUT) if self.over else self.header_timeout
         self._deadline = self.loop.call_later(self._patience, self._header_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()
+        if self._in_header and self._header_bytes and not self._refused:
+            self._account(new_request_id(), 0, "client_gone")
         self._outbox.lost()
         self.all_connections.idle.pop(self, None)
         # The descriptor is closed at the end of this turn of the loop, and may be taken after it.
@@ -150,7 +154,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_header, self._header_size = True, 0
+        self._in_header, self._header_size, self._begun = True, 0, True
+        self._arrived = time.monotonic()
         self._deadline.cancel()
         self._deadline = self.loop.call_later(self._patience, self._header_late)
 
@@ -227,8 +232,21 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         body = orjson.dumps(error_body(RequestError(text, None, code, status)))
+        request_id = new_request_id()
         head = (
             f"HTTP/1.1 {status} Refused\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
         )
-        self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.write(head.encode() + body)
         self.transport.close()
+        self._account(request_id, status, code)
+
+    def _account(self, request_id: str, status: int, reason: str) -> None:
+        """A request has ended that never reached the application."""
+        method, url = "-", self.url if self._begun else b""
+        if url:
+            method = self.parser.get_method().decode("latin-1")
+        path = url.partition(b"?")[0].decode("latin-1") or "-"
+        record = Record(request_id, method, path, self.peer, arrived=self._arrived)
+        record.status, record.reason = status, reason
+        record.end(self.metrics)

@@ -108,6 +108,7 @@ def make_server(service: Service, on_ready: Callable[[], None] = lambda: None) -
     config = service.config
     limits = {
         "all_connections": service.connections,
+        "metrics": service.metrics,
         "header_timeout": config.header_timeout,
         "write_timeout": config.write_timeout,
     }

@@ -11,7 +11,7 @@ import numpy as np
 from dsv4.api.connections import connections_for
 from dsv4.api.fields import Fields
 from dsv4.api.lanes import Lanes
-from dsv4.api.metrics import Metrics
+from dsv4.api.metrics import Metrics, describe_build
 from dsv4.config import LONGEST_NAME, ServerConfig
 from dsv4.errors import RequestError, show
 from dsv4.text.draft import Bound
@@ -34,7 +34,8 @@ class Service:
         self.name, self.names = names[0], tuple(dict.fromkeys((*names, DEFAULT_NAME)))
         queue = engine.config.max_num_seqs + engine.config.max_num_waiting
         self.connections = connections_for(config.max_connections, queue)
-        self.metrics = Metrics(engine.stats, self.name, engine.tenants)
+        info = describe_build(engine.config, engine.stats().get("pages"))
+        self.metrics = Metrics(engine.stats, self.name, engine.tenants, self.connections.counts, info)
         self.started = int(time.time())
         self.draining = False
         self.lanes = Lanes()

@@ -68,7 +68,7 @@ class EventStream:
         if self._held_bytes > MAX_HELD:
             assert self._connection is not None
             self._connection.abort(f"has not read {self._held_bytes} bytes of its stream")
-            raise ClientGone
+            raise ClientGone("slow_reader")
         self._sender = self._sender or asyncio.ensure_future(self._send_held())
 
     async def _send_held(self) -> None:
@@ -102,6 +102,7 @@ class EventStream:
         if self._sender is not None:
             await self._sender
         if error is not None:
+            self.call.record.reason = error.code if isinstance(error, RequestError) else "internal_error"
             if not isinstance(error, RequestError):
                 log.error("%s failed", self.call.request_id, exc_info=error)
                 error = internal_error(self.call.request_id)

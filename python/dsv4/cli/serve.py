@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsv4.api import logs
 from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
 from dsv4.api.loading import Loading
@@ -34,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Serves until SIGTERM or Ctrl-C has drained the engine."""
     engine_config, server_config = read_settings(arguments, EngineConfig, ServerConfig)
     check_names(arguments.served_model_name, engine_config.model)
-    set_up_logging(server_config.log_level)
+    logs.set_up(server_config.log_level, server_config.log_format)
     # Before the slow part, so that a wrong model and a taken port are known at once.
     from dsv4.engine.checks import check
 
@@ -120,15 +119,3 @@ def url_of(place: Any) -> str:
     host, port = place[0], place[1]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def set_up_logging(level: str) -> None:
-    """One line per event on standard error. Prompts and answers are never logged."""
-    logging.basicConfig(
-        level=level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)

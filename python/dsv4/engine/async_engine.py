@@ -301,9 +301,12 @@ class AsyncEngine:
 
     def tenants(self) -> dict[str, dict[str, float]]:
         """By name, what tenants were served (see `Core.tenants`); those that are not configured together as `other`."""
-        names, served = self._loop.tenants.names(), {}
+        names = self._loop.tenants.names()
+        served: dict[str, dict[str, float]] = {
+            name: {"live": 0, "tokens": 0, "prefill_us": 0} for name in (*names.values(), "other")
+        }
         for number, counts in self._loop.core.tenants().items():
-            into = served.setdefault(names.get(number, "other"), dict.fromkeys(counts, 0))
+            into = served[names.get(number, "other")]
             for name, value in counts.items():
                 into[name] += value
         return served

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class EngineLoop:
         self._keys = itertools.count(1)
         self._events = np.zeros((4096, 6), np.int64)
         self._flights: deque[Flight] = deque()
+        self._planned = 0.0
         self._turn = 0
 
     def submit(
@@ -146,6 +148,7 @@ class EngineLoop:
         """Launches the next step, and commits the oldest one when no more may be in flight or nothing could be launched. False
         when there was nothing to do."""
         self.core.set_time(now_us())
+        self._planned = time.monotonic()
         plan, result = self.plans[self._turn], None
         planned = self.core.plan(plan.words)
         if planned:
@@ -245,6 +248,7 @@ class EngineLoop:
     def _drain_events(self, result: StepResult | None) -> None:
         """Delivers one output per request that has news. Stopping a request makes further events, so until none is left."""
         deltas: dict[int, Delta] = {}
+        now = time.monotonic()
         while n := self.core.events(self._events):
             for kind, key, _step, a, _b, c in self._events[:n].tolist():
                 request = self.requests.get(key)
@@ -252,12 +256,13 @@ class EngineLoop:
                     continue
                 delta = deltas.setdefault(key, Delta())
                 if kind == TOKEN and result is not None and not request.ended:
+                    request.first = request.first or now
                     if push_token(request, delta, result.sample(c)):
                         self.core.stop(key)
                 elif kind == FINISHED:
                     self._finish(request, deltas.pop(key), reason=a, stop_token=c)
-                elif kind == RESUMED and not request.started:
-                    request.started = True
+                elif kind == RESUMED and not request.begun:
+                    request.begun = self._planned
                     started = Started(len(request.prompt), a - c)
                     request.deliver(RequestOutput(request.request_id, started=started))
                 elif kind == PREFILL:

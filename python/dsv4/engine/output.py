@@ -70,5 +70,6 @@ def as_final(
             explanation["cached_tokens"],
             explanation,
             request.stream.reasoning_tokens if request.stream is not None else 0,
+            request.timing(),
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,15 @@ FINISH_REASONS = {1: "stop", 2: "length", 3: "abort", 4: "error"}
 
 
 @dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of a request by what it did: waited for its first step, computed its prompt, generated."""
+
+    queued: float
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Token counts of a request. `explanation` says what of its prefix was reused and why not more (see `Core.explain`)."""
 
@@ -25,6 +35,7 @@ class Usage:
     cached_tokens: int
     explanation: dict[str, Any]
     reasoning_tokens: int = 0
+    timing: Timing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +96,17 @@ class EngineRequest:
         self.deliver = deliver
         self.output: list[int] = []
         self.prompt_logprobs: list[Sampled | None] = [None]
-        self.started = False
         self.error: str | None = None
+        self.submitted = time.monotonic()
+        self.begun = self.first = 0.0
+        """Times of the plan of its first step and of its first token; 0 before that."""
+
+    def timing(self) -> Timing:
+        """At its end."""
+        now = time.monotonic()
+        begun = self.begun or now
+        first = self.first or now
+        return Timing(begun - self.submitted, first - begun, now - first)
 
     @property
     def stop_string(self) -> str | None:

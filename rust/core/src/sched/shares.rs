@@ -11,6 +11,10 @@ use crate::core::Tenant;
 /// Idle tenants are forgotten when there are more than this: then all have had their turn.
 const KEPT: usize = 4096;
 
+/// The number under which everything that forgotten tenants were served is told, so that no sum ever falls. Between the
+/// numbers of configured tenants and those made from names.
+const FORGOTTEN: u32 = 1 << 30;
+
 /// What a tenant was served.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Share {
@@ -29,6 +33,8 @@ pub struct Share {
 pub struct Shares {
     by_id: HashMap<u32, Share>,
     weights: HashMap<u32, f64>,
+    /// What tenants were served that are not in `by_id` any more.
+    forgotten: Share,
     /// The turn of the tenant served last.
     now: u64,
 }
@@ -43,7 +49,15 @@ impl Shares {
     /// A request of a tenant is there. Returns the tenant's turn.
     pub fn enter(&mut self, tenant: u32) -> u64 {
         if self.by_id.len() >= KEPT && !self.by_id.contains_key(&tenant) {
-            self.by_id.retain(|_, s| s.live > 0);
+            let (weights, forgotten) = (&self.weights, &mut self.forgotten);
+            self.by_id.retain(|id, s| {
+                let kept = s.live > 0 || weights.contains_key(id);
+                if !kept {
+                    forgotten.tokens += s.tokens;
+                    forgotten.prefill_us += s.prefill_us;
+                }
+                kept
+            });
         }
         let now = self.now;
         let share = self.by_id.entry(tenant).or_default();
@@ -83,9 +97,12 @@ impl Shares {
         }
     }
 
-    /// Every tenant with what it was served, in order of ids.
+    /// Every tenant with what it was served, in order of ids; those forgotten together under one.
     pub fn all(&self) -> Vec<(u32, Share)> {
         let mut all: Vec<(u32, Share)> = self.by_id.iter().map(|(&id, &s)| (id, s)).collect();
+        if self.forgotten != Share::default() {
+            all.push((FORGOTTEN, self.forgotten));
+        }
         all.sort_unstable_by_key(|x| x.0);
         all
     }
@@ -110,6 +127,28 @@ mod tests {
         }
         assert!((served[1] / 3.0 - served[0]).abs() <= 2000.0, "{served:?}");
         assert!((served[2] - served[0]).abs() <= 2000.0, "{served:?}");
+    }
+
+    #[test]
+    fn what_was_served_never_falls() {
+        let mut shares = Shares::new(&[Tenant { id: 1, weight: 3.0, quota_pages: None }]);
+        let mut before = 0;
+        for t in 1..3 * KEPT as u32 {
+            shares.enter(t);
+            shares.charge(t, 2.0);
+            shares.served(t, 5);
+            shares.leave(t);
+            let tokens = shares.all().iter().map(|(_, s)| s.tokens).sum::<u64>();
+            assert_eq!(tokens, before + 5);
+            before = tokens;
+        }
+        let all = shares.all();
+        assert!(
+            all.len() <= KEPT + 1 && all[0].0 == 1 && all[0].1.tokens == 5,
+            "a configured tenant is kept"
+        );
+        let us: f64 = all.iter().map(|(_, s)| s.prefill_us).sum();
+        assert!((us - 2.0 * f64::from(3 * KEPT as u32 - 1)).abs() < 1e-6);
     }
 
     #[test]
