@@ -19,6 +19,6 @@ def to_host(x: Tensor) -> Tensor:
     """A tensor's copy on the host, in page-locked memory from a GPU: its numbers are there once the device has come so far,
     which an event recorded after this call tells."""
     if x.device.type == "cpu":
-        return x
+        return x.clone()
     host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return host.copy_(x, non_blocking=True)

@@ -87,6 +87,7 @@ def test_nothing_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         model,
         torch.arange(4, dtype=torch.int32)[:, None].repeat(1, 2),
         torch.zeros(4, dtype=torch.int64),
+        None,
         capture,
     )
     hidden = graphs.hidden(np.array([3, 4, 5]), np.array([3, 130, 127]), np.array([0, 1, 2]))

@@ -25,6 +25,7 @@ from dsv4.engine.request import EngineRequest
 from dsv4.engine.sampler import Drawn, Judged, Sampled, Sampler, judge
 from dsv4.model.batch import Batch, Row
 from dsv4.model.v4 import V4Model
+from dsv4.plan.graphs import sizes_of
 from dsv4.plan.workspace import LOGIT_ROWS
 from dsv4.transfer import to_device
 
@@ -139,9 +140,11 @@ class LocalDevice:
         on_host = self.device.type == "cpu"
         self.device_pages = None if on_host else torch.zeros_like(self.page_table, device=self.device)
         pages = self.page_table if on_host else self.device_pages
-        self._newest = torch.zeros(slabs, dtype=torch.int64, device=self.device)
+        self._newest = torch.zeros(max(slabs, *sizes_of(slabs)), dtype=torch.int64, device=self.device)
         self.sampler = Sampler(model.ops, slabs, model.config.vocab_size, self.device)
-        self.graphs = None if capture is None else DecodeGraphs(model, pages, self._newest, capture)
+        self.graphs = (
+            None if capture is None else DecodeGraphs(model, pages, self._newest, self.sampler, capture)
+        )
         # Whose sampling tables a slab has, and the position that they go on from.
         self._holder, self._next = np.zeros(slabs, np.int64), np.full(slabs, -1)
 
@@ -154,10 +157,11 @@ class LocalDevice:
         self._hidden_of(Row(slab=slab, start=0, length=tokens, offset=0, reset=True))
         at, position = np.array([slab]), np.array([tokens])
         if self.graphs is not None:
-            hidden = self.graphs.hidden(np.zeros(1, np.int64), position, at)
+            self.graphs.hidden(np.zeros(1, np.int64), position, at)
+            self.graphs.draw(1, self.sampler.kind(at)).tolist()
         else:
             hidden = self._hidden_of(Row(slab=slab, start=tokens, length=1, offset=0))
-        self.sampler.draw(self.model.logits(hidden), at, position).tokens.tolist()
+            self.sampler.draw(self.model.logits(hidden), at, position).tokens.tolist()
         self.cache.reset([slab])
         log.info("warmed up with %d tokens in %.1f s", tokens, time.perf_counter() - begun)
 
@@ -184,12 +188,15 @@ class LocalDevice:
             for source, slab, _, pages in _copies(plan, FORK):
                 self.cache.fork(source, slab, *pages[:2])
             self.cache.restore_all([(slab, at, *pages) for _, slab, at, pages in _copies(plan, RESTORE)])
-        hidden, last = self._forward(plan)
+        captured = self.graphs is not None and self.graphs.takes(plan)
+        hidden, last = self._forward(plan, captured=captured)
         if plan.copies:
             self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
         prompts = list(self._judged_prompts(plan, requests, hidden, last))
         rows = plan.sample_rows
-        drawn = self._draw(plan, rows, requests, hidden, last) if len(rows) else None
+        drawn = None
+        if len(rows):
+            drawn = self._draw(plan, rows, requests, hidden, last, captured=captured)
         return Pending(plan.step, plan.row_req[rows].tolist(), drawn, prompts, watch)
 
     def _change_pages(self, plan: StepPlan) -> None:
@@ -204,11 +211,11 @@ class LocalDevice:
             slab, block, page = to_device(where, self.device)
             self.device_pages[slab, block] = page.int()
 
-    def _forward(self, plan: StepPlan) -> tuple[Tensor, np.ndarray]:
+    def _forward(self, plan: StepPlan, *, captured: bool) -> tuple[Tensor, np.ndarray]:
         """Streams of the tokens with logits, and for each row that has any the index of its last one."""
         if not plan.rows:
             return torch.empty(0), np.empty(0, np.int64)
-        if self.graphs is not None and self.graphs.takes(plan):
+        if captured and self.graphs is not None:
             return self.graphs.hidden(plan.token_ids, plan.positions, plan.row_slab), np.arange(plan.rows)
         batch, last = self._batch(plan)
         return self.model.hidden(batch), last
@@ -255,14 +262,18 @@ class LocalDevice:
         requests: Mapping[int, EngineRequest],
         hidden: Tensor,
         last: np.ndarray,
+        *,
+        captured: bool,
     ) -> Drawn:
-        """Tokens of the sampled rows; they are the newest from here on."""
+        """Tokens of the sampled rows; they are the newest from here on. `captured`: `hidden` is what a graph just gave."""
         keys, slabs = plan.row_req[rows], plan.row_slab[rows]
         ends = plan.row_start[rows] + plan.row_len[rows]
         # A slab that was given away, or a request that went back, as after a preemption, begins anew.
         for i in np.flatnonzero((self._holder[slabs] != keys) | (self._next[slabs] != ends - 1)):
             self._begin(int(slabs[i]), requests[int(keys[i])], int(ends[i]))
         self._holder[slabs], self._next[slabs] = keys, ends
+        if captured and self.graphs is not None and not self.sampler.judges(slabs):
+            return Drawn(self.graphs.draw(len(rows), self.sampler.kind(slabs)))
         picked = last[rows]
         if not np.array_equal(picked, np.arange(len(hidden))):
             hidden = hidden[to_device(torch.from_numpy(picked), self.device)]

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: one launch instead of some twenty from Python in every layer.
+"""Decode steps as CUDA graphs: two launches, forward and draw, instead of some twenty from Python in every layer.
 
 A step of single tokens is padded to the next captured size (`dsv4.plan.graphs`) and replayed. Its input is three numbers a row (token, position,
 slab), and the tokens of the step before, which lie on the device; the graph makes the index tables of them itself (`decode_step`). What a launch takes from the longest context (grids,
@@ -6,6 +6,10 @@ scores, splits of attention) is that of the next power of two, of which a graph 
 may differ by the rounding of another split, as between batches.
 
 Padding rows sit at position 0 of a slab of their own, the *sink*: they write its state, which only they read, and no page.
+
+The draw (head and sampling) is a graph of its own behind the forward's, so that what a request needs from the host holds up its draw
+only. It comes in kinds: with and without edits of logits, with and without top_k or top_p. Steps whose requests want
+log-probabilities draw without a graph.
 
 A graph is captured when its size and context first come, not at start: there are many pairs, few are used, and the kernels
 are compiled then anyway. It takes about as long as three steps without graphs.
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from dsv4._core import ALL_LOGITS, REPLAY, RESET, SAMPLE
 from dsv4.engine.buffers import StepPlan
+from dsv4.engine.sampler import Kind, Sampler
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import contexts_of, sizes_of
 from dsv4.transfer import to_device
@@ -54,18 +59,23 @@ class Recorder:
 
 class DecodeGraphs:
     """The captured steps of one model. `pages` int32 [slabs, blocks] is the page table on the model's device; its last slab
-    is the sink. `newest` int64 [slabs], there too: what an id -1 - i stands for (see `Batch`). `capture`: a `Recorder`; tests
-    run the steps as they are."""
+    is the sink. `newest` int64 [at least the largest size], there too: what an id -1 - i stands for (see `Batch`). `capture`: a
+    `Recorder`; tests run the steps as they are."""
 
-    def __init__(self, model: V4Model, pages: Tensor, newest: Tensor, capture: Capture) -> None:
+    def __init__(
+        self, model: V4Model, pages: Tensor, newest: Tensor, sampler: Sampler, capture: Capture
+    ) -> None:
         self.model, self.pages, self.newest, self._capture = model, pages, newest, capture
+        self.sampler = sampler
         self.sink = len(pages) - 1
         self.sizes = sizes_of(self.sink)
         self.contexts = contexts_of(pages.shape[1] * model.geometry.block_tokens)
         self._input = torch.zeros((3, self.sizes[-1]), dtype=torch.int64, device=pages.device)
         shape = (self.sizes[-1], model.config.hc_mult, model.config.hidden_size)
         self._output = torch.zeros(shape, dtype=model.embed.dtype, device=pages.device)
+        self._tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=pages.device)
         self._replays: dict[tuple[int, int], Step] = {}
+        self._draws: dict[tuple[int, Kind], Step] = {}
         model.reserve(self.contexts[-1])  # graphs keep its address
         model.cache.reset([self.sink])
 
@@ -86,6 +96,21 @@ class DecodeGraphs:
         self._put(token_ids, positions, slabs)
         replay()
         return self._output[:rows]
+
+    def draw(self, rows: int, kind: Kind) -> Tensor:
+        """Tokens int64 [R] of the rows that `hidden` was just called with, -2 where logits are not finite; they are the newest from
+        here on. Valid until the next call."""
+        size = next(n for n in self.sizes if n >= rows)
+        if (replay := self._draws.get((size, kind))) is None:
+            replay = self._draws[size, kind] = self._capture(partial(self._run_draw, size, kind))
+        replay()
+        return self._tokens[:rows]
+
+    def _run_draw(self, size: int, kind: Kind) -> None:
+        _, positions, slabs = self._input[:, :size]
+        tokens = self.sampler.tokens(self.model.logits(self._output[:size]), slabs, positions, kind)
+        self._tokens[:size].copy_(tokens)
+        self.newest[:size].copy_(tokens.clamp(min=0))
 
     def _run(self, size: int, end: int) -> None:
         token_ids, positions, slabs = self._input[:, :size]

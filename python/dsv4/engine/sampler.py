@@ -92,6 +92,14 @@ class Drawn:
         return dict(zip(self.places, self.judged.sampled(tokens, self.tops), strict=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What has to be launched for a step's draw: edits of logits, and the selection of top_k and top_p."""
+
+    edited: bool
+    filtered: bool
+
+
 class Sampler:
     """The tables of all slabs, on one device. Row `slabs` of the edit tables changes nothing; it serves requests without
     edits."""
@@ -154,11 +162,18 @@ class Sampler:
     def _sent(self, values: Any, dtype: torch.dtype) -> Tensor:
         return to_device(torch.as_tensor(values, dtype=dtype), self._knobs.device)
 
+    def kind(self, slabs: np.ndarray) -> Kind:
+        """Of a draw for these slabs."""
+        return Kind(bool(self._edited[slabs].any()), bool(self._filtered[slabs].any()))
+
+    def judges(self, slabs: np.ndarray) -> bool:
+        """Whether one of them wants log-probabilities."""
+        return bool((self._tops[slabs] >= 0).any())
+
     def draw(self, logits: Tensor, slabs: np.ndarray, positions: np.ndarray) -> Drawn:
         """A token for each row of float32 [S, V]: of slab `slabs[s]`, after the token at `positions[s]`. Does not wait."""
         at, position = self._sent(slabs, torch.int64), self._sent(positions, torch.int64)
-        edited, filtered = bool(self._edited[slabs].any()), bool(self._filtered[slabs].any())
-        tokens = self._tokens(logits, at, position, edited=edited, filtered=filtered)
+        tokens = self.tokens(logits, at, position, self.kind(slabs))
         places = np.flatnonzero(self._tops[slabs] >= 0)
         if not len(places):
             return Drawn(tokens)
@@ -167,15 +182,15 @@ class Sampler:
         judged = judge(logits[rows], tokens[rows].clamp(min=0), int(tops.max()))
         return Drawn(tokens, judged, places.tolist(), tops.tolist())
 
-    def _tokens(
-        self, logits: Tensor, at: Tensor, position: Tensor, *, edited: bool, filtered: bool
-    ) -> Tensor:
+    def tokens(self, logits: Tensor, at: Tensor, position: Tensor, kind: Kind) -> Tensor:
+        """int64 [S] for float32 [S, V], slabs and positions int64 [S] on the device. A CUDA graph can hold it where no op is on
+        the reference."""
         row = self._row[at]
-        if edited:
+        if kind.edited:
             tables = self._bias, self._marks, self._penalties, self._until
             logits = self._ops.edit_logits(logits, row, *tables, position)
-        tokens = self._ops.sample(logits, self._knobs[at], self._seed[at], position, filtered)
-        if edited:  # the plain row counts as well, to no effect
+        tokens = self._ops.sample(logits, self._knobs[at], self._seed[at], position, kind.filtered)
+        if kind.edited:  # the plain row counts as well, to no effect
             said = tokens.clamp(min=0)
             self._marks[row, said] = self._marks[row, said] + 1
         return tokens

@@ -26,9 +26,6 @@ from dsv4.transfer import to_device
 _TILE_ROWS = 64
 """Query rows (tokens times heads) that share a block of window keys: enough to be worth a matrix product."""
 
-_ONCE = ("copy_rows", "hc_head", "logits", "sample")
-"""Ops that no layer of a decode step runs."""
-
 _SCRATCH_ROWS = 64
 """Rows of a page of the scratch region."""
 
@@ -191,9 +188,9 @@ class V4Model:
             table.grow(end)
 
     def uncaptured(self) -> list[str]:
-        """Ops of a layer that no CUDA graph can hold here: the reference runs them, which looks at values."""
+        """Ops of a decode step that no CUDA graph can hold here: the reference runs them, which looks at values."""
         packed = all(self.ops.quantises("experts", layer.moe.experts) for layer in self.layers)
-        others = [op for op in self.ops.on_reference() if op not in (*_ONCE, "experts")]
+        others = [op for op in self.ops.on_reference() if op not in ("copy_rows", "experts")]
         return others if packed else [*others, "experts"]
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
