@@ -21,6 +21,7 @@ import torch
 from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.engine.graphs import Capture, DecodeGraphs, Recorder
+from dsv4.engine.sampler import Sampler
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import TensorSpec, expert_shapes, tensors
@@ -124,7 +125,9 @@ class Decoder:
             rows.write(ids, torch.randn((len(ids), rows.codec.dim), device=ids.device))
 
     def graphs(self, capture: Capture) -> DecodeGraphs:
-        return DecodeGraphs(self.model, self.pages, capture)
+        newest = torch.zeros(len(self.pages) + 64, dtype=torch.int64, device=self.pages.device)
+        sampler = Sampler(self.model.ops, len(self.pages), self.model.config.vocab_size, self.pages.device)
+        return DecodeGraphs(self.model, self.pages, newest, sampler, capture)
 
     def eager(self, token_ids: np.ndarray, positions: np.ndarray, slabs: np.ndarray) -> Tensor:
         """As the engine's runner without graphs."""

@@ -24,6 +24,7 @@ from dsv4.engine import build
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import tensors
 from dsv4.model.survey import Survey
+from safetensors.torch import save_file
 
 from benches.decode_step import random_weights
 
@@ -40,6 +41,8 @@ def flash(layers: int) -> str:
     (path / "config.json").write_text(
         json.dumps({k: v for k, v in raw.items() if not k.startswith("dspark")})
     )
+
+    save_file({}, path / "model.safetensors")
 
     def surveyed(_: Path, config: ModelConfig) -> Survey:
         kept = dict(tensors(config))

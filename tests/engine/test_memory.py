@@ -83,7 +83,7 @@ def test_weights_that_do_not_fit_are_told_as_such() -> None:
         ["--kv-cache-memory", "200TiB"],
         ["--max-num-seqs", "100000000"],
         ["--num-pages", "2000000000"],
-        ["--max-num-batched-tokens", "2000000000"],
+        ["--max-num-batched-tokens", "1" + "0" * 15],
         ["--num-pages", "1" + "0" * 30],
         ["--kv-cache-memory", "1" + "0" * 40],
         ["--replay-tokens", "99999999999"],
