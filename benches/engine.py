@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from dsv4 import LLM, SamplingParams
-from dsv4.engine import build
+from dsv4.engine import build, checks
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import tensors
 from dsv4.model.survey import Survey
@@ -50,7 +50,7 @@ def flash(layers: int) -> str:
             config, stored={}, kept=kept, rescaled=(), expanded=(), buffers=0, asked=config.expert_dtype
         )
 
-    build.survey = surveyed
+    checks.survey = surveyed
     build.load_weights = lambda source, config, *_, device, **__: random_weights(config, device)
     return str(path)
 
@@ -64,6 +64,7 @@ def submit(llm: LLM, ids: list[int], n: int) -> list[float]:
         params,
         lambda o: times.extend([time.perf_counter()] * len(o.token_ids)),
         "",
+        None,
     )
     return times
 
@@ -72,6 +73,8 @@ def busy_ms(llm: LLM, steps: int) -> tuple[float, float]:
     """Milliseconds of a step in which the GPU works, and kernels and copies of a step."""
     from torch.profiler import ProfilerActivity, profile
 
+    if not torch.cuda.is_available():
+        return float("nan"), float("nan")
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(steps):
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 128, 256])
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--simple", action="store_true", help="one step in flight")
+    parser.add_argument("--pool", type=int, default=8, help="GiB of the page pool")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model = None if args.model == "nano" else flash(args.layers)
@@ -144,7 +148,7 @@ def main() -> None:
         model,
         max_num_seqs=max(args.rows),
         max_model_len=8 * args.context,
-        kv_cache_memory=8 << 30,
+        kv_cache_memory=args.pool << 30,
         async_scheduling=not args.simple,
     )
     print("steps until a lone request's first token:", lone(llm, 200), flush=True)
@@ -154,7 +158,7 @@ def main() -> None:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in found[-1].items()}, flush=True)
     if args.out:
         about = {
-            "device": torch.cuda.get_device_name(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "torch": torch.__version__,
             "in flight": 1 if args.simple else 2,
         }
