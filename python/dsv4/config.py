@@ -236,6 +236,11 @@ class ServerConfig:
     api_key: str | None = setting(
         None, "bearer token that requests must carry (default: none)", unit="secret"
     )
+    allow_origin: tuple[str, ...] = setting(
+        (),
+        "origins of web pages that may use the server from a browser, such as https://chat.example.com; * is any",
+        unit="list",
+    )
     allow_dump: bool = setting(
         False, "answer GET /dump with the core's state, which holds the prompts of all clients"
     )
@@ -267,6 +272,8 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; valid ports are 0 to 65535")
         _check_key(self.api_key)
+        for origin in self.allow_origin:
+            _check_origin(origin)
         if self.max_connections is not None and self.max_connections < 1:
             raise ConfigError(f"max_connections is {self.max_connections}; the smallest valid value is 1")
         for name in ("drain_timeout", "header_timeout", "body_timeout", "write_timeout", "ping_interval"):
@@ -283,6 +290,18 @@ class ServerConfig:
                 )
         if self.uds == "":
             raise ConfigError("uds is empty; it takes the path of a socket")
+
+
+def _check_origin(origin: str) -> None:
+    """Raises ConfigError for what no browser sends as `Origin`, and so would never be allowed."""
+    if origin in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@A-Z]+", origin):
+        return
+    scheme, _, rest = origin.rpartition("://")
+    host = rest.split("/")[0].lower()
+    near = f"; the nearest is {scheme.lower() or 'https'}://{host}" if host else ""
+    raise ConfigError(
+        f"allow_origin has {origin!r}; an origin is a scheme and a host, without a path, in lower case{near}"
+    )
 
 
 def _check_key(key: str | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -70,6 +71,16 @@ class Edge:
     def __init__(self, app: ASGIApp, service: Service, paths: Mapping[Any, str]) -> None:
         self.app, self.service, self._paths = app, service, paths
         self._key = None if service.config.api_key is None else _digest(service.config.api_key.encode())
+        self._inner: ASGIApp = self._guarded
+        if service.config.allow_origin:
+            # Around the key: a browser asks for leave without one, and reads a refusal only with these headers.
+            self._inner = CORSMiddleware(
+                self._guarded,
+                allow_origins=service.config.allow_origin,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=("x-request-id", "retry-after"),
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,7 +89,7 @@ class Edge:
         record = _record_of(scope)
         scope["dsv4_record"] = record
         try:
-            await self._pass_on(scope, receive, self._sending(scope, record, send), record)
+            await self._inner(scope, receive, self._sending(scope, record, send))
         except asyncio.CancelledError:
             record.reason = "shutdown"
             raise
@@ -89,7 +100,8 @@ class Edge:
             record.route = self._paths.get(scope.get("endpoint"), scope["path"])
             record.end(self.service.metrics)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record: Record = scope["dsv4_record"]
         connection: GuardedProtocol | None = scope.get("dsv4_connection")
         if connection is not None and connection.over and scope["path"] not in PROBES:
             self.service.connections.refuse()
