@@ -104,6 +104,13 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Paralle
         layout, slabs=limits.running, max_step_tokens=limits.step_tokens, max_len=limits.max_len
     )
     sheet.add("always", "plans, two steps", ("words", schema["words"]), ("bytes", 4), ("steps", 2))
+    sheet.add(
+        "always",
+        "sampling tables: bias, counts",
+        ("requests and one", limits.running + 1),
+        ("vocabulary", c.vocab_size),
+        ("bytes", 8),
+    )
     tables = len({bool(m) for m in c.compress_ratios})
     sheet.add(
         "always",
