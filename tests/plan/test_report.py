@@ -100,7 +100,10 @@ def test_json_has_the_numbers_of_the_text(capsys: pytest.CaptureFixture[str]) ->
         (["v4-pro", "--gpu", "b200", "--num", "8", "--pool-gb", "-1"], "--pool-gb is -1"),
         (["v4-pro", "--gpu", "b200", "--memory-fraction", "1.5"], "--memory-fraction is 1.5"),
         (["v4-pro", "--gpu", "b200", "--every", "2048,x"], "--every has 'x'"),
-        (["v4-pro", "--gpu", "b200", "--block-size", "100"], "block_tokens is 100"),
+        (
+            ["v4-pro", "--gpu", "b200", "--block-size", "100"],
+            "block_size is 100; it must be a multiple of 128",
+        ),
         (["v4-pro", "--gpu", "b200", "--max-num-seqs", "0"], "--max-num-seqs is 0"),
     ],
 )
@@ -124,7 +127,7 @@ def test_the_engine_has_the_planned_bytes(capsys: pytest.CaptureFixture[str]) ->
     flags = ["--rows", "float32", "--index", "float32", "--weights", "float32", "--pool-gb", "0.003"]
     flags += ["--max-num-seqs", "3", "--max-step-tokens", "64", "--max-len", str(built.max_model_len)]
     p = plan(capsys, NANO, "--gpu", "h100", *flags)
-    memory, words = built.memory, built.loop.buffers[0].words
+    memory, words = built.memory, built.loop.plans[0].words
     assert (p["memory"]["weights"], p["memory"]["slabs"]) == (memory.weights, memory.slabs)
     assert (p["memory"]["pages"], p["memory"]["pool"]) == (memory.pages, memory.pool)
     assert sum(b["size"] for b in p["workspace"] if b["name"] == "page table") == memory.page_table
