@@ -277,6 +277,7 @@ class Core:
         decode_us: float | None = None,
         copy_us: float | None = None,
         step_us: float | None = None,
+        step_auto: tuple[float, int] | None = None,
         max_wait_us: int = 30_000_000,
         tenants: Sequence[tuple[int, float, int | None]] = (),
     ) -> Core:
@@ -288,9 +289,10 @@ class Core:
         The cost model, in microseconds: token_us a prefill token, context_us_per_1k what 1,000 tokens of context
         add to it, replay_factor a replayed token relative to a computed one, restore_us restoring a saved state;
         of a step base_us, decode_us a row in decode, copy_us a state saved, restored or copied. It is corrected by
-        `observe`. step_us: time that a step with running decodes may take, None = no limit. max_wait_us: older
-        requests go ahead of all. tenants: (id, weight, pages that it keeps under pressure or None); others have
-        weight 1 and no quota. Raises ConfigError.
+        `observe`. step_us: time that a step with running decodes may take, None = no limit. step_auto: in place of
+        it, (times, floor): so many times as long as the decodes alone, or what `floor` tokens of prompts take.
+        max_wait_us: older requests go ahead of all. tenants: (id, weight, pages that it keeps under pressure or
+        None); others have weight 1 and no quota. Raises ConfigError.
         """
 
     def submit(
@@ -494,6 +496,7 @@ class Replay:
         model: StepModel | None = None,
         sequential: bool = False,
         step_us: float | None = None,
+        step_auto: tuple[float, int] | None = None,
         tenants: Sequence[tuple[int, float, int | None]] = (),
     ) -> Replay:
         """Settings as in `Core`. The scheduler's costs follow from `model`. `sequential`, or no `model`:

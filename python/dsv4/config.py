@@ -59,6 +59,14 @@ def setting(
     )
 
 
+def step_budget(step_ms: float | str | None, device: str) -> dict[str, Any]:
+    """`--step-ms` as arguments of `Core`. A GPU reads all experts for 64 tokens as for 1,024, and launching a step takes as
+    long, so prompts get those in any case (docs/scheduling.md)."""
+    if step_ms == "auto":
+        return {"step_auto": (4.0, {"cpu": 64, "cuda": 1024}[device])}
+    return {"step_us": None if step_ms is None else 1000 * float(step_ms)}
+
+
 def default_step_tokens(device: str, running: int) -> int:
     """Tokens of a step where none are given. A GPU reads all experts of Flash for 512 tokens as for 2,048, and launching a step
     takes as long; each running request needs its token."""
@@ -151,8 +159,11 @@ class EngineConfig:
         "prior costs: token_us=…,context_us_per_1k=…,replay_factor=…,restore_us=…,base_us=…,decode_us=…,copy_us=… "
         "(default: by device; corrected by measured steps)",
     )
-    step_ms: float | None = setting(
-        None, "time that a step with running decodes may take; prompts are cut to it (default: no limit)"
+    step_ms: float | str | None = setting(
+        "auto",
+        "milliseconds that a step with running decodes may take; prompts are cut to it. auto: four times as long as the "
+        "decodes alone take; none: no limit",
+        unit="auto",
     )
     tenants: str | None = setting(
         None,
@@ -199,9 +210,11 @@ class EngineConfig:
                 f"snapshot_budget is {self.snapshot_budget}; it must be a share from 0 to 1, the nearest is "
                 f"{min(max(self.snapshot_budget, 0), 1):g}"
             )
-        if self.step_ms is not None and not 0 < self.step_ms <= 1e12:
+        if isinstance(self.step_ms, str) and self.step_ms != "auto":
+            raise ConfigError(f"step_ms is {self.step_ms!r}; it takes a number, auto, or none for no limit")
+        if isinstance(self.step_ms, (int, float)) and not 0 < self.step_ms <= 1e12:
             raise ConfigError(
-                f"step_ms is {self.step_ms:g}; it must be above 0 and up to 1e12, or none for no limit"
+                f"step_ms is {self.step_ms:g}; it must be above 0 and up to 1e12, auto, or none for no limit"
             )
         if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
             raise ConfigError(f"kv_cache_memory is {self.kv_cache_memory}; it takes a size such as 2GiB")
@@ -355,6 +368,8 @@ def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
         texts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
         words = [word.strip() for text in texts for word in str(text).split(",")]
         return tuple(dict.fromkeys(words))
+    if unit == "auto" and str(value).lower() == "auto":
+        return "auto"
     unset = ("none", "null") if kind is str else ("none", "null", "auto")
     if kind is not hint and (value is None or str(value).lower() in unset):
         return None
@@ -368,6 +383,7 @@ def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
         return parse_count(str(value)) if kind is int else kind(value)
     except (KeyError, ValueError, TypeError):
         expected = {bool: "true or false", int: COUNT_EXAMPLES, float: "a number"}.get(kind, "text")
+        expected += ", auto or none" if unit == "auto" else ""
         shown = "empty" if value is None else repr(value)
         raise ConfigError(
             f"{name} is {shown}; it takes {'a size such as 2GiB' if unit == 'bytes' else expected}"

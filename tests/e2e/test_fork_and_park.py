@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,35 @@ def test_a_prompt_that_gives_way_for_a_page_goes_on_where_it_was(start: Any) -> 
     assert second.token_ids == alone.generate([long], sampled(2, 3))[0].token_ids
 
 
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "never hit the cache" in r.getMessage()]
+
+
 def test_prefixes_that_never_hit_are_told_once(start: Any, caplog: pytest.LogCaptureFixture) -> None:
-    llm = start(max_num_seqs=4)
-    for _ in range(3):
-        llm.generate([tokens(40, 5)] * 48, sampled(1, 1))
-    told = [r.getMessage() for r in caplog.records if "never hit the cache" in r.getMessage()]
-    assert len(told) == 1 and "shorter than a block" in told[0]
+    """Each request has a salt of its own."""
+    llm, ids = start(max_num_seqs=4), tokens(40, 130)
+    for k in range(100):
+        llm.generate([ids], sampled(1, 1), cache_salt=f"user {k}")
+    assert len(told(caplog)) == 1
+    assert re.search(r"tokens lost: salt \d+\. .* the same cache_salt", told(caplog)[0])
     assert llm.core.stats()["zero_hit_warnings"] > 1
+
+
+@pytest.mark.parametrize("n", [5, 128])
+def test_prompts_without_a_whole_block_to_hit_are_no_reason_to_warn(
+    start: Any, caplog: pytest.LogCaptureFixture, n: int
+) -> None:
+    """A block is 128 tokens, and the last token of a prompt is always computed."""
+    llm = start(max_num_seqs=4)
+    for k in range(2):
+        llm.generate([tokens(40, n)] * 48, sampled(1, 1), cache_salt=f"user {k}")
+    assert not told(caplog) and llm.core.stats()["zero_hit_warnings"] == 0
+
+
+def test_equal_prompts_that_come_at_once_are_no_reason_to_warn(
+    start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None of them could have hit what the others have not stored yet."""
+    llm = start(max_num_seqs=40, num_pages=256, max_num_batched_tokens=40 * 140)
+    llm.generate([tokens(40, 130)] * 40, sampled(1, 1))
+    assert not told(caplog) and llm.core.stats()["zero_hit_warnings"] == 0

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from dsv4 import AsyncEngine, SamplingParams
+from dsv4._core import UnknownRequest
 from dsv4.engine.liveness import Liveness
-from dsv4.errors import ConfigError, RequestError
+from dsv4.errors import ConfigError
 
 from tests.support.engines import answer, break_steps, tiny_engine, until, write_tiny
 
@@ -51,16 +52,13 @@ async def administration(engine: AsyncEngine) -> None:
     assert (await engine.dump()).startswith("{")
 
 
-async def a_refused_request(engine: AsyncEngine) -> None:
-    """Its prompt is longer than the context, so no step follows."""
-    with pytest.raises(RequestError):
-        async for _ in engine.generate([5] * 10**6, SamplingParams(max_tokens=1)):
-            pass
+async def a_refusal(engine: AsyncEngine) -> None:
+    """The core refuses something, so no step follows."""
+    with pytest.raises(UnknownRequest):
+        await engine.call(lambda core: core.explain(10**6))
 
 
-@pytest.mark.parametrize(
-    "what", [a_request, a_burst, an_abort, a_failed_step, administration, a_refused_request]
-)
+@pytest.mark.parametrize("what", [a_request, a_burst, an_abort, a_failed_step, administration, a_refusal])
 def test_an_idle_engine_is_well_whatever_came_before(model: Path, what: Callable) -> None:
     """However long it is: the clock is moved by a year."""
 

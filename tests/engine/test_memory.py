@@ -84,6 +84,7 @@ def test_weights_that_do_not_fit_are_told_as_such() -> None:
         ["--max-num-seqs", "100000000"],
         ["--num-pages", "2000000000"],
         ["--max-num-batched-tokens", "1" + "0" * 15],
+        ["--block-size", "1073741824"],
         ["--num-pages", "1" + "0" * 30],
         ["--kv-cache-memory", "1" + "0" * 40],
         ["--replay-tokens", "99999999999"],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import LINE_EVERY, note
 from dsv4.cli.words import count, number, one_of
-from dsv4.config import EngineConfig
+from dsv4.config import EngineConfig, step_budget
 from dsv4.errors import ConfigError
 from dsv4.gpus import gpu
 
@@ -98,9 +98,9 @@ def add(commands: Any) -> None:
     )
     engine.add_argument(
         "--step-ms",
-        type=number,
+        type=_step_ms,
         metavar="MS",
-        help="time budget of a step [none: only its tokens are bounded]",
+        help="time budget of a step with decodes, auto as `dsv4 serve` has it, or none: only its tokens are bounded [none]",
     )
     engine.add_argument(
         "--tenant", action="append", default=[], metavar="NAME=WEIGHT", help="a tenant's share [1]"
@@ -142,6 +142,11 @@ def add(commands: Any) -> None:
     out.add_argument("--json", action="store_true", help="print JSON with timelines instead of a table")
     out.add_argument("--plot", metavar="FILE.png", help="memory and hit rate over time (needs matplotlib)")
     parser.set_defaults(run=run)
+
+
+def _step_ms(text: str) -> float | str | None:
+    """Of a flag that takes a number, `auto` or `none`."""
+    return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else number(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -223,10 +228,9 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
         f"of {layout.block_tokens} tokens, {pages * layout.block_tokens / 1e6:.2f}M tokens",
         f"step model {about}",
     ]
-    step_us = None if a.step_ms is None else a.step_ms * 1000
     engine = Engine(
         config, layout, card, tp, pages, a.max_num_seqs, a.max_num_batched_tokens, a.max_num_waiting,
-        step_us, a.snapshot_budget, _weights(a.tenant), coefficients, a.sequential,
+        step_budget(a.step_ms, "cuda"), a.snapshot_budget, _weights(a.tenant), coefficients, a.sequential,
     )  # fmt: skip
     return engine, said
 

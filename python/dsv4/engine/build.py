@@ -12,7 +12,7 @@ import torch
 
 from dsv4._core import Core, LayoutSpec
 from dsv4.cache.paged import PagedCache
-from dsv4.config import EngineConfig, default_step_tokens
+from dsv4.config import EngineConfig, default_step_tokens, step_budget
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.checks import check
 from dsv4.engine.costs import COST_MODELS, parse_costs
@@ -138,6 +138,14 @@ class BuiltEngine:
             f"{', '.join(f'{n:,}' for n in contexts)} tokens, captured when they first come; one slab is for padding"
         )
 
+    def _step_time(self) -> str:
+        """What `--step-ms` means here."""
+        ms, budget = self.config.step_ms, step_budget(self.config.step_ms, self.config.device)
+        if "step_auto" in budget:
+            times, floor = budget["step_auto"]
+            return f"step time auto: {times:g} times that of the decodes alone, or of {floor} prompt tokens if longer"
+        return "step time open" if ms is None else f"step time {ms:g} ms while requests decode"
+
     def describe(self) -> list[str]:
         """The memory plan and every choice made, one line each."""
         c, m, layout = self.config, self.memory, self.layout
@@ -164,8 +172,8 @@ class BuiltEngine:
             f"graphs     {self._graphs()}",
             f"context    {m.max_model_len:,} tokens; a max_tokens beyond it is {'cut' if c.max_tokens_overflow == 'cut' else 'refused'}",
             f"scheduler  {c.max_num_seqs} running, {c.max_num_waiting} waiting, {c.max_num_batched_tokens} tokens a step, "
-            f"{2 if c.async_scheduling else 1} steps in flight; step time "
-            f"{'open' if c.step_ms is None else f'{c.step_ms:g} ms'}; tenants {c.tenants or 'equal'}; "
+            f"{2 if c.async_scheduling else 1} steps in flight; "
+            f"{self._step_time()}; tenants {c.tenants or 'equal'}; "
             f"first after {c.max_wait:g} s",
         ]
 
@@ -338,7 +346,7 @@ def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) ->
         snapshots=config.snapshot_policy,
         snapshot_budget=config.snapshot_budget,
         eviction=config.eviction,
-        step_us=None if config.step_ms is None else 1000 * config.step_ms,
+        **step_budget(config.step_ms, config.device),
         max_wait_us=int(1e6 * config.max_wait),
         tenants=Tenants(config.tenants).core(layout.page_bytes),
         prefix_cache=config.enable_prefix_caching,

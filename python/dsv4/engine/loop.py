@@ -42,6 +42,13 @@ WARN_EVERY = 16
 PLAIN = Routing()
 """No hints."""
 
+REMEDIES = {
+    "salt": "They carry different salts: requests that are to share a prefix need the same cache_salt.",
+    "history_evicted": "The pool is too small to keep them until they come again: raise --kv-cache-memory.",
+    "snapshot_evicted": "Their states do not stay: raise --kv-cache-memory or --snapshot-budget.",
+}
+"""What to do where tokens that could have been hit are lost, by reason (see `Core.stats`)."""
+
 DOUBTFUL = 3
 """Steps that fail in a row, with no token in between, after which it is the engine that is in doubt and not the requests."""
 
@@ -287,11 +294,11 @@ class EngineLoop:
         stats = self.core.stats()
         if not stats["zero_hit_warnings"]:
             return False
-        lost = {name.removeprefix("lost_"): n for name, n in stats.items() if name.startswith("lost_") and n}
+        lost = {name: stats[f"lost_{name}"] for name in REMEDIES}
+        worst = max(lost, key=lost.__getitem__)
         log.warning(
-            "prefixes are repeated and never hit the cache; prompt tokens lost by reason: %s. Is a salt, a time or an id at "
-            "the start of every prompt?",
-            ", ".join(f"{name} {n}" for name, n in sorted(lost.items(), key=lambda x: -x[1]))
-            or "none, they are shorter than a block",
+            "prefixes are repeated and never hit the cache; prompt tokens lost: %s. %s",
+            ", ".join(f"{name} {n}" for name, n in lost.items() if n) or "never stored",
+            REMEDIES[worst] if lost[worst] else "Do the requests that begin with them end as they should?",
         )
         return True

@@ -58,7 +58,8 @@ class Engine:
     max_num_seqs: int
     max_step_tokens: int
     max_waiting: int
-    step_us: float | None
+    step_budget: Mapping[str, Any]
+    """Arguments of `Core` (`config.step_budget`)."""
     snapshot_budget: float | None
     weights: Mapping[str, float]
     """Shares of tenants by name; others have 1."""
@@ -155,6 +156,6 @@ def _replay(trace: Trace, engine: Engine, policy: Policy) -> Any:
         snapshot_budget=engine.snapshot_budget,
         model=StepModel.from_json(as_json(engine.coefficients)),
         sequential=engine.sequential,
-        step_us=engine.step_us,
+        **engine.step_budget,
         tenants=[(ids[name], weight, None) for name, weight in engine.weights.items()],
     )

@@ -7,6 +7,7 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use dsv4_core::budget::StepBudget;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
 use dsv4_core::plan::{Plan, StepHeader};
@@ -40,7 +41,7 @@ impl Bench {
             max_step_tokens: n + chunk,
             max_len: 1 << 24,
             max_waiting: usize::MAX,
-            step_us: Some(1e9),
+            step_budget: StepBudget::Fixed(1e9),
             ..Options::default()
         };
         let core = Core::new(&presets::flash(), options).expect("the options are valid");

@@ -9,6 +9,9 @@
 //! logarithm, each by its share of the step: a device that is slower all over and one that is slower in prefill only are
 //! both learnt. A single odd step moves nothing, since the median of three ratios (of steps of its kind) counts; after the speed has changed by a
 //! factor f the error is at most |ln f| * (1 - GAIN)^(n - 1) after n steps (docs/scheduling.md).
+//!
+//! Steps of decodes and prompts say what both take together and little of either, so how long decodes take alone is
+//! learnt from steps without prompts.
 
 use std::collections::VecDeque;
 
@@ -28,6 +31,53 @@ const FARTHEST: f64 = 256.0;
 const LONGEST_US: f64 = 3.6e9;
 /// Predictions kept for steps that are not measured yet.
 const KEPT: usize = 8;
+
+/// Time that a step with running decodes may take. Without them only the limit of tokens bounds a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub enum StepBudget {
+    /// Any.
+    #[default]
+    Open,
+    /// Microseconds.
+    Fixed(f64),
+    /// So many times as long as the decodes alone are predicted to take, which may be exceeded for the sake of the first
+    /// `floor` tokens of prompts in a step: with fewer of them some devices are no faster.
+    Decodes {
+        /// Above 1.
+        times: f64,
+        /// Tokens.
+        floor: u32,
+    },
+}
+
+impl StepBudget {
+    /// Microseconds, where the decodes alone take `decodes_us`; `None`: any.
+    pub fn of(self, decodes_us: f64) -> Option<f64> {
+        match self {
+            StepBudget::Open => None,
+            StepBudget::Fixed(us) => Some(us),
+            StepBudget::Decodes { times, .. } => Some(times * decodes_us),
+        }
+    }
+
+    /// Tokens of prompts that a step may take whatever their time.
+    pub fn floor(self) -> u32 {
+        if let StepBudget::Decodes { floor, .. } = self { floor } else { 0 }
+    }
+
+    /// Refuses what no step could keep.
+    pub fn validate(&self) -> Result<(), CoreError> {
+        let (name, value, least) = match *self {
+            StepBudget::Open => return Ok(()),
+            StepBudget::Fixed(us) => ("step_us", us, 0.0),
+            StepBudget::Decodes { times, .. } => ("step_auto", times, 1.0),
+        };
+        if value.is_finite() && value > least {
+            return Ok(());
+        }
+        Err(CoreError::config(name, value, format!("it must be a number above {least}")))
+    }
+}
 
 /// What a step costs besides its prompt tokens, in microseconds, before anything is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -75,19 +125,44 @@ pub struct Learnt {
     ratios: [[f64; 3]; 2],
     /// Which of the three is the oldest.
     oldest: [u8; 2],
+    /// How much longer than predicted before correction decodes take alone; 0 until that was measured.
+    alone: f64,
+    /// The last three such ratios, the newest first; 0 is none.
+    alone_ratios: [f64; 3],
 }
 
 impl Default for Learnt {
     fn default() -> Self {
-        Learnt { fixed: 1.0, load: 1.0, ratios: [[1.0; 3]; 2], oldest: [0; 2] }
+        Learnt {
+            fixed: 1.0,
+            load: 1.0,
+            ratios: [[1.0; 3]; 2],
+            oldest: [0; 2],
+            alone: 0.0,
+            alone_ratios: [0.0; 3],
+        }
     }
 }
 
 impl Learnt {
+    /// A step of decodes took `ratio` times what was predicted before correction. The first three count as the least of
+    /// them: the first step of a kind may have to compile or capture something.
+    fn saw_decodes_alone(&mut self, ratio: f64) {
+        let [a, b, _] = self.alone_ratios;
+        self.alone_ratios = [ratio, a, b];
+        let [_, b, c] = self.alone_ratios;
+        self.alone = if b == 0.0 || c == 0.0 {
+            if self.alone == 0.0 { ratio } else { ratio.min(self.alone) }
+        } else {
+            self.alone * (median(self.alone_ratios) / self.alone).powf(GAIN)
+        };
+    }
+
     /// Whether it can have been learnt: what is read from a dump may be anything.
     pub fn is_sound(&self) -> bool {
         let factors = [self.fixed, self.load].iter().all(|f| (1.0 / FARTHEST..=FARTHEST).contains(f));
-        let ratios = self.ratios.iter().flatten().all(|r| r.is_finite() && *r >= 0.0);
+        let ratios = self.ratios.iter().flatten().chain(&self.alone_ratios).chain([&self.alone]);
+        let ratios = ratios.into_iter().all(|r| r.is_finite() && *r >= 0.0);
         factors && ratios && self.oldest.iter().all(|&at| at < 3)
     }
 }
@@ -98,7 +173,8 @@ pub struct StepModel {
     cost: CostModel,
     step: StepCost,
     learnt: Learnt,
-    pending: VecDeque<(Step, Work)>,
+    /// With it whether the step is of decodes alone.
+    pending: VecDeque<(Step, Work, bool)>,
     last_predicted: f64,
     last_measured: f64,
 }
@@ -134,6 +210,12 @@ impl StepModel {
         self.learnt.fixed * work.fixed_us + self.learnt.load * work.load_us
     }
 
+    /// Time of decodes without a prompt beside them, in microseconds: as steps of that kind took when they were last
+    /// measured, else as predicted.
+    pub fn decodes_us(&self, fixed_us: f64) -> f64 {
+        if self.learnt.alone > 0.0 { self.learnt.alone * fixed_us } else { self.learnt.fixed * fixed_us }
+    }
+
     /// Predicted time of positions `from..to` of a prompt.
     pub fn prefill_us(&self, from: u32, to: u32) -> f64 {
         self.learnt.load * self.cost.compute(from, to)
@@ -153,28 +235,31 @@ impl StepModel {
         if t.is_finite() { t.min(f64::from(u32::MAX)) as u32 } else { u32::MAX }
     }
 
-    /// Remembers what a planned step will take, until it is measured.
-    pub fn expect(&mut self, step: Step, work: Work) {
+    /// Remembers what a planned step will take, until it is measured. A step without decodes has `rows` 0.
+    pub fn expect(&mut self, step: Step, work: Work, rows: u32) {
         if self.pending.len() == KEPT {
             self.pending.pop_front();
         }
-        self.pending.push_back((step, work));
+        self.pending.push_back((step, work, rows > 0 && work.load_us == 0.0));
     }
 
     /// Forgets steps from `step` on: they were not run.
     pub fn forget_from(&mut self, step: Step) {
-        self.pending.retain(|(s, _)| *s < step);
+        self.pending.retain(|(s, ..)| *s < step);
     }
 
     /// A step took `us` microseconds. Steps that are not known, and times that cannot be, change nothing.
     pub fn observe(&mut self, step: Step, us: f64) {
-        let Some(at) = self.pending.iter().position(|(s, _)| *s == step) else { return };
-        let work = self.pending.remove(at).expect("it was found").1;
+        let Some(at) = self.pending.iter().position(|(s, ..)| *s == step) else { return };
+        let (_, work, alone) = self.pending.remove(at).expect("it was found");
         let predicted = self.predict(work);
         if !(us > 0.0 && us <= LONGEST_US && predicted > 0.0) {
             return;
         }
         (self.last_predicted, self.last_measured) = (predicted, us);
+        if alone {
+            self.learnt.saw_decodes_alone((us / work.fixed_us).min(f64::MAX));
+        }
         let learnt = &mut self.learnt;
         let (fixed, load) = (learnt.fixed * work.fixed_us, learnt.load * work.load_us);
         let kind = usize::from(load > fixed);
@@ -182,8 +267,7 @@ impl StepModel {
         // A prediction close to 0 would make it infinite, which no JSON can say.
         learnt.ratios[kind][usize::from(*oldest)] = (us / predicted).min(f64::MAX);
         *oldest = (*oldest + 1) % 3;
-        let [a, b, c] = learnt.ratios[kind];
-        let ratio = a.max(b).min(a.min(b).max(c));
+        let ratio = median(learnt.ratios[kind]);
         let most = fixed.max(load);
         let moved = |factor: f64, part: f64| {
             (factor * ratio.powf(GAIN * part / most)).clamp(1.0 / FARTHEST, FARTHEST)
@@ -212,6 +296,10 @@ impl StepModel {
     }
 }
 
+fn median([a, b, c]: [f64; 3]) -> f64 {
+    a.max(b).min(a.min(b).max(c))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,7 +312,7 @@ mod tests {
     }
 
     fn measure(m: &mut StepModel, step: u64, work: Work, us: f64) {
-        m.expect(Step(step), work);
+        m.expect(Step(step), work, 1);
         m.observe(Step(step), us);
     }
 
@@ -240,6 +328,21 @@ mod tests {
             }
         }
         assert_eq!(m.tokens_within(-1.0, 0, false), 0);
+    }
+
+    #[test]
+    fn a_budget_follows_the_decodes_or_stands_by_itself() {
+        let auto = StepBudget::Decodes { times: 4.0, floor: 512 };
+        assert_eq!((auto.of(50.0), auto.floor()), (Some(200.0), 512));
+        assert_eq!((StepBudget::Fixed(7.0).of(50.0), StepBudget::Fixed(7.0).floor()), (Some(7.0), 0));
+        assert_eq!((StepBudget::Open.of(50.0), StepBudget::Open.floor()), (None, 0));
+        for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+            let e = StepBudget::Fixed(bad).validate().unwrap_err().to_string();
+            assert!(e.starts_with("step_us is ") && e.ends_with("it must be a number above 0"), "{e}");
+        }
+        let e = StepBudget::Decodes { times: 1.0, floor: 0 }.validate().unwrap_err().to_string();
+        assert_eq!(e, "step_auto is 1; it must be a number above 1");
+        assert!(auto.validate().is_ok() && StepBudget::Open.validate().is_ok());
     }
 
     #[test]
@@ -264,6 +367,26 @@ mod tests {
         }
         let (fixed, load) = m.factors();
         assert!((fixed - 2.0).abs() < 0.2 && (load - 5.0).abs() < 0.5, "{fixed} {load}");
+    }
+
+    #[test]
+    fn how_long_decodes_take_alone_is_learnt_from_steps_without_prompts() {
+        let mut m = model();
+        assert_eq!(m.decodes_us(2000.0), 2000.0, "as predicted");
+        let (decodes, mixed) =
+            (Work { fixed_us: 2000.0, load_us: 0.0 }, Work { fixed_us: 2000.0, load_us: 8000.0 });
+        measure(&mut m, 1, decodes, 3e6);
+        measure(&mut m, 2, decodes, 6000.0);
+        assert_eq!(m.decodes_us(2000.0), 6000.0, "the first had something to compile");
+        (3..20).for_each(|n| measure(&mut m, n, decodes, 6000.0));
+        (20..60).for_each(|n| measure(&mut m, n, mixed, 6000.0 + 3.0 * 8000.0));
+        assert!((m.decodes_us(1000.0) - 3000.0).abs() < 1.0, "{}", m.decodes_us(1000.0));
+        m.expect(Step(70), Work { fixed_us: 2000.0, load_us: 0.0 }, 0);
+        m.observe(Step(70), 1e6);
+        assert!((m.decodes_us(1000.0) - 3000.0).abs() < 1.0, "a step of copies says nothing of decodes");
+        (80..100).for_each(|n| measure(&mut m, n, decodes, 2000.0));
+        assert!((m.decodes_us(2000.0) - 2000.0).abs() < 50.0, "{}", m.decodes_us(2000.0));
+        assert!(m.learnt().is_sound());
     }
 
     #[test]

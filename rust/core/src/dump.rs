@@ -16,7 +16,7 @@ use crate::layout::LayoutSpec;
 use crate::request::{Request, Submit};
 
 /// Raised when what is written changes.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 #[derive(Serialize, Deserialize)]
 struct Dump {

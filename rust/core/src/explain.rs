@@ -111,16 +111,19 @@ impl Explain {
 }
 
 /// Notices prefixes that come again and again and never hit: then something is set up wrongly, and nobody would see it.
+///
+/// Only what could have been hit counts: a whole block that a request before had stored when it ended.
 #[derive(Debug)]
 pub struct ZeroHits {
-    seen: Box<[u64]>,
+    /// Names of first blocks that were stored, by their last bits.
+    stored: Box<[u64]>,
     misses: u32,
     warnings: u64,
 }
 
 impl Default for ZeroHits {
     fn default() -> Self {
-        ZeroHits { seen: vec![0; 4096].into_boxed_slice(), misses: 0, warnings: 0 }
+        ZeroHits { stored: vec![0; 4096].into_boxed_slice(), misses: 0, warnings: 0 }
     }
 }
 
@@ -128,14 +131,23 @@ impl ZeroHits {
     /// Repeated prefixes in a row without one hit that make a warning.
     pub const LIMIT: u32 = 32;
 
-    /// A prompt was looked up. `start`: its first block, or all of it; `hit`: some of it was reused.
-    pub fn saw(&mut self, start: &[u32], hit: bool) {
+    /// A request has ended whose prompt began with the block `start`.
+    pub fn stored(&mut self, start: &[u32]) {
+        let (slot, name) = self.place(start);
+        self.stored[slot] = name;
+    }
+
+    fn place(&self, start: &[u32]) -> (usize, u64) {
         let name = hash_block(1, start).max(1);
-        let slot = name as usize % self.seen.len();
-        let again = std::mem::replace(&mut self.seen[slot], name) == name;
+        (name as usize % self.stored.len(), name)
+    }
+
+    /// A prompt that begins with the block `start` was looked up. `hit`: some of it was reused; `reason`: why not more.
+    pub fn saw(&mut self, start: &[u32], hit: bool, reason: Reason) {
+        let (slot, name) = self.place(start);
         if hit {
             self.misses = 0;
-        } else if again {
+        } else if self.stored[slot] == name && reason != Reason::DeclinedByCost {
             self.misses += 1;
             if self.misses == Self::LIMIT {
                 (self.misses, self.warnings) = (0, self.warnings + 1);
@@ -192,13 +204,22 @@ mod tests {
     #[test]
     fn repeated_prefixes_that_never_hit_make_one_warning_and_a_hit_ends_the_count() {
         let mut zero = ZeroHits::default();
-        (0..1000u32).for_each(|i| zero.saw(&[i], false));
+        let missed = |zero: &mut ZeroHits, n| (0..n).for_each(|_| zero.saw(&[5000], false, Reason::Salt));
+        (0..1000u32).for_each(|i| {
+            zero.saw(&[i], false, Reason::NeverStored);
+            zero.stored(&[i]);
+        });
         assert_eq!(zero.warnings(), 0, "nothing came twice");
-        (0..ZeroHits::LIMIT).for_each(|_| zero.saw(&[5000], false));
-        zero.saw(&[5000], true);
-        (0..ZeroHits::LIMIT - 1).for_each(|_| zero.saw(&[5000], false));
+        missed(&mut zero, 2 * ZeroHits::LIMIT);
+        assert_eq!(zero.warnings(), 0, "nobody has stored it: they came at the same time");
+        zero.stored(&[5000]);
+        (0..2 * ZeroHits::LIMIT).for_each(|_| zero.saw(&[5000], false, Reason::DeclinedByCost));
+        assert_eq!(zero.warnings(), 0, "starting anew was cheaper: nothing was lost");
+        missed(&mut zero, ZeroHits::LIMIT - 1);
+        zero.saw(&[5000], true, Reason::None);
+        missed(&mut zero, ZeroHits::LIMIT - 1);
         assert_eq!(zero.warnings(), 0);
-        zero.saw(&[5000], false);
+        missed(&mut zero, 1);
         assert_eq!(zero.warnings(), 1);
     }
 

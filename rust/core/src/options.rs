@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::budget::StepCost;
+use crate::budget::{StepBudget, StepCost};
 use crate::cache::Eviction;
 use crate::cost::CostModel;
 use crate::error::CoreError;
@@ -37,8 +37,8 @@ pub struct Options {
     pub replay_tokens: Option<u32>,
     /// What a step costs besides its prompt tokens.
     pub step_cost: StepCost,
-    /// Time that a step with running decodes may take; `None`: only `max_step_tokens` bounds it.
-    pub step_us: Option<f64>,
+    /// Time that a step with running decodes may take.
+    pub step_budget: StepBudget,
     /// A request that is older than this goes ahead of all, whatever its class.
     pub max_wait_us: u64,
     /// Tenants with a share or a quota of their own; others have weight 1 and no quota.
@@ -72,7 +72,7 @@ impl Default for Options {
             cost: CostModel::default(),
             replay_tokens: None,
             step_cost: StepCost::default(),
-            step_us: None,
+            step_budget: StepBudget::Open,
             max_wait_us: 30_000_000,
             tenants: Vec::new(),
         }
@@ -96,9 +96,7 @@ impl Options {
         }
         self.cost.validate()?;
         self.step_cost.validate()?;
-        if let Some(us) = self.step_us.filter(|us| !(us.is_finite() && *us > 0.0)) {
-            return Err(CoreError::config("step_us", us, "it must be a number above 0"));
-        }
+        self.step_budget.validate()?;
         for (i, tenant) in self.tenants.iter().enumerate() {
             let known = format!("tenants[{i}].weight");
             if !(tenant.weight.is_finite() && tenant.weight > 0.0) {

@@ -2,9 +2,10 @@
 
 use std::sync::Mutex;
 
-use dsv4_core::budget::StepCost;
+use dsv4_core::budget::{StepBudget, StepCost};
 use dsv4_core::core::Tenant;
 use dsv4_core::cost::CostModel;
+use dsv4_core::error::CoreError;
 use dsv4_core::event::EVENT_WIDTH;
 use dsv4_core::ids::{PinId, RequestId, Step};
 use dsv4_core::request::{Retention, Submit};
@@ -16,6 +17,20 @@ use crate::arrays::{tokens_of, writable};
 use crate::door::{enter, enter_locked};
 use crate::layout::PyLayoutSpec;
 use crate::plan::data_of;
+
+/// The budget of a step from Python's two arguments, of which one may be given.
+pub fn budget(us: Option<f64>, auto: Option<(f64, u32)>) -> Result<StepBudget, CoreError> {
+    match (us, auto) {
+        (None, None) => Ok(StepBudget::Open),
+        (Some(us), None) => Ok(StepBudget::Fixed(us)),
+        (None, Some((times, floor))) => Ok(StepBudget::Decodes { times, floor }),
+        (Some(us), Some(_)) => Err(CoreError::Config {
+            field: "step_us".to_owned(),
+            value: us.to_string(),
+            expected: "it must be None where step_auto is given".to_owned(),
+        }),
+    }
+}
 
 /// Scheduler and cache.
 #[pyclass(frozen, name = "Core", module = "dsv4._core")]
@@ -30,11 +45,11 @@ impl PyCore {
                         snapshot_budget = 0.1, eviction = "value", prefix_cache = true, max_in_flight = 1,
                         replay_tokens = None, token_us = None, context_us_per_1k = None, replay_factor = None,
                         restore_us = None, base_us = None, decode_us = None, copy_us = None, step_us = None,
-                        max_wait_us = 30_000_000, tenants = Vec::new()),
+                        step_auto = None, max_wait_us = 30_000_000, tenants = Vec::new()),
            text_signature = "(layout, *, pages, slabs, max_step_tokens, max_len, max_waiting=1024, snapshots='auto', \
 snapshot_budget=0.1, eviction='value', prefix_cache=True, max_in_flight=1, replay_tokens=None, token_us=None, \
 context_us_per_1k=None, replay_factor=None, restore_us=None, base_us=None, decode_us=None, copy_us=None, step_us=None, \
-max_wait_us=30000000, tenants=())")]
+step_auto=None, max_wait_us=30000000, tenants=())")]
     #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
     fn new(
         py: Python<'_>,
@@ -58,6 +73,7 @@ max_wait_us=30000000, tenants=())")]
         decode_us: Option<f64>,
         copy_us: Option<f64>,
         step_us: Option<f64>,
+        step_auto: Option<(f64, u32)>,
         max_wait_us: u64,
         tenants: Vec<(u32, f64, Option<u32>)>,
     ) -> PyResult<Self> {
@@ -92,7 +108,7 @@ max_wait_us=30000000, tenants=())")]
                 cost,
                 replay_tokens,
                 step_cost,
-                step_us,
+                step_budget: budget(step_us, step_auto)?,
                 max_wait_us,
                 tenants,
             };

@@ -13,6 +13,7 @@ use dsv4_sim::replay::trace::{TimeUnit, Trace, TraceError};
 use pyo3::prelude::*;
 
 use crate::door::{Failure, enter, enter_locked};
+use crate::engine::budget;
 use crate::layout::PyLayoutSpec;
 
 /// A request trace.
@@ -149,9 +150,10 @@ pub struct PyReplay {
 impl PyReplay {
     #[new]
     #[pyo3(signature = (trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction,
-                        snapshot_budget = None, model = None, sequential = false, step_us = None, tenants = Vec::new()),
+                        snapshot_budget = None, model = None, sequential = false, step_us = None, step_auto = None,
+                        tenants = Vec::new()),
            text_signature = "(trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction, \
-                             snapshot_budget=None, model=None, sequential=False, step_us=None, tenants=())")]
+                             snapshot_budget=None, model=None, sequential=False, step_us=None, step_auto=None, tenants=())")]
     #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
     fn new(
         py: Python<'_>,
@@ -168,6 +170,7 @@ impl PyReplay {
         model: Option<&PyStepModel>,
         sequential: bool,
         step_us: Option<f64>,
+        step_auto: Option<(f64, u32)>,
         tenants: Vec<(u32, f64, Option<u32>)>,
     ) -> PyResult<Self> {
         let shared = trace.get().trace.clone();
@@ -181,7 +184,7 @@ impl PyReplay {
                 max_waiting,
                 snapshots: snapshots.parse()?,
                 eviction: eviction.parse()?,
-                step_us,
+                step_budget: budget(step_us, step_auto)?,
                 tenants: tenants
                     .into_iter()
                     .map(|(id, weight, quota_pages)| Tenant { id, weight, quota_pages })

@@ -1,7 +1,7 @@
 //! The bound on inter-token latency of docs/scheduling.md: 64 requests decode while a prompt of a million tokens is read,
 //! on devices whose speed the core does not know.
 
-use dsv4_core::budget::{LEAST_CHUNK, StepCost};
+use dsv4_core::budget::{LEAST_CHUNK, StepBudget, StepCost};
 use dsv4_core::cost::CostModel;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
@@ -13,7 +13,7 @@ use dsv4_sim::rng::Rng;
 const PRIOR: CostModel =
     CostModel { token_us: 40.0, context_us_per_1k: 0.05, replay_factor: 0.6, restore_us: 200.0 };
 const FIXED: StepCost = StepCost { base_us: 8_000.0, decode_us: 40.0, copy_us: 200.0 };
-const BUDGET_US: f64 = 50_000.0;
+const FIXED_BUDGET: StepBudget = StepBudget::Fixed(50_000.0);
 const DECODES: u32 = 64;
 const PROMPT: u32 = 1 << 20;
 /// Steps with decodes and a prompt until the model has learnt a speed, and how far off it may be then (docs/scheduling.md).
@@ -44,13 +44,13 @@ fn truth(plan: &Plan, rows: u32, copies: u32, speed: Speed) -> (f64, f64) {
 }
 
 /// Most time over the bound in a step once the speed was learnt, steps of the prompt, and their mean tokens.
-fn run(budget_us: f64, speed_at: impl Fn(u32) -> Speed) -> (f64, u32, f64) {
+fn run(step_budget: StepBudget, speed_at: impl Fn(u32) -> Speed) -> (f64, u32, f64) {
     let options = Options {
         pages: 1 << 14,
         slabs: DECODES + 1,
         max_step_tokens: 8192,
         max_len: 1 << 21,
-        step_us: Some(budget_us),
+        step_budget,
         step_cost: FIXED,
         cost: PRIOR,
         snapshots: "turns".parse().expect("it is a policy"),
@@ -82,8 +82,9 @@ fn run(budget_us: f64, speed_at: impl Fn(u32) -> Speed) -> (f64, u32, f64) {
             since += 1;
             let r = header.rows as usize - 1;
             let at = f64::from(plan[Field::row_start][r]);
-            let least = f64::from(LEAST_CHUNK);
+            let least = f64::from(LEAST_CHUNK.max(step_budget.floor()));
             let chunk = least * (PRIOR.token_us + PRIOR.context_us_per_1k * (at + least / 2.0) / 1000.0);
+            let budget_us = step_budget.of(fixed).expect("there is a budget");
             let bound = budget_us.max(fixed + speed.load * chunk + speed.fixed * 2.0 * FIXED.copy_us);
             if since > LEARNT {
                 worst = worst.max((fixed + load) / ((1.0 + ERROR + speed.noise) * bound));
@@ -117,12 +118,12 @@ fn assert_bound(name: &str, result: (f64, u32, f64)) {
 
 #[test]
 fn a_device_as_expected_keeps_the_bound() {
-    assert_bound("as expected", run(BUDGET_US, |_| Speed { fixed: 1.0, load: 1.0, noise: 0.0 }));
+    assert_bound("as expected", run(FIXED_BUDGET, |_| Speed { fixed: 1.0, load: 1.0, noise: 0.0 }));
 }
 
 #[test]
 fn a_device_three_times_slower_keeps_the_bound_once_it_is_learnt() {
-    assert_bound("3x slower", run(BUDGET_US, |_| Speed { fixed: 3.0, load: 3.0, noise: 0.05 }));
+    assert_bound("3x slower", run(FIXED_BUDGET, |_| Speed { fixed: 3.0, load: 3.0, noise: 0.05 }));
 }
 
 #[test]
@@ -132,11 +133,37 @@ fn a_device_whose_speed_jumps_keeps_the_bound_between_the_jumps() {
         1 => Speed { fixed: 3.0, load: 3.0, noise: 0.05 },
         _ => Speed { fixed: 0.5, load: 2.0, noise: 0.05 },
     };
-    assert_bound("jumps", run(BUDGET_US, jumps));
+    assert_bound("jumps", run(FIXED_BUDGET, jumps));
 }
 
 #[test]
 fn decodes_that_fill_the_budget_alone_leave_the_least_piece() {
-    let (worst, _, mean) = run(9_000.0, |_| Speed { fixed: 1.0, load: 1.0, noise: 0.0 });
+    let (worst, _, mean) = run(StepBudget::Fixed(9_000.0), |_| Speed { fixed: 1.0, load: 1.0, noise: 0.0 });
     assert!(worst <= 1.0 && mean < 1.1 * f64::from(LEAST_CHUNK), "{worst:.3}, {mean:.0}");
+}
+
+/// The decodes alone take 10.7 ms at first, so a prompt has some 32 ms of each step; what that is in tokens is the device's to say.
+#[test]
+fn a_budget_of_four_times_the_decodes_is_kept_on_devices_of_any_speed() {
+    let auto = StepBudget::Decodes { times: 4.0, floor: 64 };
+    for (fixed, load) in [(1.0, 1.0), (3.0, 3.0), (0.3, 0.3), (3.0, 0.5)] {
+        let name = format!("fixed {fixed}, load {load}");
+        let result = run(auto, |_| Speed { fixed, load, noise: 0.05 });
+        assert_bound(&name, result);
+        let expected = 3.0 * fixed * 10_700.0 / (load * PRIOR.token_us);
+        assert!(
+            result.2 > 0.5 * expected,
+            "{name}: pieces of {:.0} tokens, about {expected:.0} were expected",
+            result.2
+        );
+    }
+}
+
+#[test]
+fn prompts_get_the_floor_of_tokens_whatever_the_decodes_take() {
+    let auto = StepBudget::Decodes { times: 1.001, floor: 512 };
+    let (worst, _, mean) = run(auto, |_| Speed { fixed: 1.0, load: 1.0, noise: 0.0 });
+    assert!(worst <= 1.0, "{worst:.3} times the bound");
+    // A piece ends where a state is saved, so not every one is whole.
+    assert!((400.0..520.0).contains(&mean), "pieces of {mean:.0} tokens");
 }

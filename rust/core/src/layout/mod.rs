@@ -224,7 +224,38 @@ impl LayoutSpec {
                 "at least one must be of kind Stride",
             ));
         }
+        let most = f64::from(u32::MAX - PAGE_ALIGN);
+        let (page, slab) = (self.rough_bytes(true), self.rough_bytes(false));
+        if page > most {
+            let ratios = self.components.iter().filter_map(|x| match x.kind {
+                Kind::Stride { ratio } => Some(ratio),
+                _ => None,
+            });
+            let (step, fits) = (ratios.max().unwrap_or(1), f64::from(self.block_tokens) * most / page);
+            let expected =
+                format!("a page of that many is over 4 GiB, the most is {}", fits as u32 / step * step);
+            return Err(CoreError::config("block_tokens", self.block_tokens, expected));
+        }
+        if slab > most {
+            return Err(CoreError::config(
+                "components",
+                format!("of {slab:.0} B of state"),
+                "the most is 4 GiB",
+            ));
+        }
         Ok(())
+    }
+
+    /// At least the bytes of a page or of a slab, whatever the numbers are.
+    fn rough_bytes(&self, history: bool) -> f64 {
+        let of = |x: &Component| {
+            let rows = match x.kind {
+                Kind::Stride { ratio } => f64::from(self.block_tokens) / f64::from(ratio),
+                _ => f64::from(x.rows(self.block_tokens)),
+            };
+            x.layers.len() as f64 * (rows * f64::from(x.row_bytes) + f64::from(REGION_ALIGN))
+        };
+        self.components.iter().filter(|x| x.is_history() == history).map(of).sum()
     }
 
     /// Where each component lies, in the order of `components`.
@@ -368,6 +399,18 @@ mod tests {
             LayoutSpec::v4(&g).unwrap_err().to_string(),
             "block_tokens is 192; it must be a multiple of the ratio 128 of component hca"
         );
+        let mut g = presets::flash_geometry();
+        g.block_tokens = 1 << 30;
+        let said = LayoutSpec::v4(&g).unwrap_err().to_string();
+        let most = said.rsplit(' ').next().unwrap().parse().unwrap();
+        assert_eq!(
+            said,
+            format!("block_tokens is 1073741824; a page of that many is over 4 GiB, the most is {most}")
+        );
+        g.block_tokens = most;
+        assert!(LayoutSpec::v4(&g).unwrap().page_bytes() > 1 << 31);
+        g.block_tokens += 128;
+        assert!(LayoutSpec::v4(&g).is_err());
         let mut g = presets::flash_geometry();
         g.compress_ratios[5] = 7;
         assert_eq!(

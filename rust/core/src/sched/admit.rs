@@ -186,12 +186,10 @@ impl Core {
         if request.explain.preemptions > 0 {
             return;
         }
-        if reusable {
-            let tokens = request.tokens.all();
-            let first = tokens.len().min(self.block as usize);
-            self.zero_hits.saw(&tokens[..first], way.first() > 0);
-        }
         let reason = if reusable { Reason::of(found, way, limit) } else { Reason::Disabled };
+        if reusable && limit > 0 {
+            self.zero_hits.saw(&request.tokens.all()[..self.block as usize], at > 0, reason);
+        }
         let prompt_tokens = request.prompt;
         request.explain = Explain {
             prompt_tokens,

@@ -174,7 +174,11 @@ impl Core {
         if let Some(run) = request.run.take() {
             let tenant = request.place.tenant;
             self.table.shares.served(tenant, u64::from(run.computed.saturating_sub(run.begun)));
-            self.let_go(run, matches!(reason, Finish::Stop | Finish::Length));
+            let whole = matches!(reason, Finish::Stop | Finish::Length);
+            self.let_go(run, whole);
+            if whole && self.options.prefix_cache && request.prompt > self.block {
+                self.zero_hits.stored(&request.tokens.all()[..self.block as usize]);
+            }
         }
         self.counters.finished += 1;
         self.counters.aborts += u64::from(reason == Finish::Abort);

@@ -21,6 +21,8 @@ pub(super) struct Draft<'w, 'a> {
     pub context: u64,
     /// Predicted time that is left for prompts.
     pub left_us: f64,
+    /// Tokens of prompts that it may take in any case.
+    pub floor: u32,
     /// Predicted time of the pieces of prompts, before correction.
     pub load_us: f64,
     /// Pieces of prompts.
@@ -42,8 +44,15 @@ impl Core {
         flight.step = step;
         self.gave_way = false;
         self.keep_order();
-        let mut draft =
-            Draft { plan: &mut writer, flight, context: 0, left_us: f64::INFINITY, load_us: 0.0, pieces: 0 };
+        let mut draft = Draft {
+            plan: &mut writer,
+            flight,
+            context: 0,
+            left_us: f64::INFINITY,
+            floor: 0,
+            load_us: 0.0,
+            pieces: 0,
+        };
         let mut prefilling = std::mem::take(&mut self.prefilling);
         self.plan_forks(&mut draft)?;
         self.make_way(&mut draft)?;
@@ -59,7 +68,7 @@ impl Core {
             return Ok(None);
         }
         let fixed_us = self.model.fixed_work(header.decode_rows, context, header.copies);
-        self.model.expect(step, Work { fixed_us, load_us });
+        self.model.expect(step, Work { fixed_us, load_us }, header.decode_rows);
         flight.samples = header.samples;
         self.flights.push_back(flight);
         self.last = step;
@@ -69,9 +78,16 @@ impl Core {
     /// What running decodes leave of the step's time.
     fn set_budget(&mut self, draft: &mut Draft<'_, '_>) {
         let header = draft.plan.header();
-        let Some(budget) = self.options.step_us.filter(|_| header.decode_rows > 0) else { return };
-        let fixed_us = self.model.fixed_work(header.decode_rows, draft.context, header.copies);
-        draft.left_us = budget - self.model.predict(Work { fixed_us, load_us: 0.0 });
+        let rows = header.decode_rows;
+        if rows == 0 {
+            return;
+        }
+        let alone = self.model.decodes_us(self.model.fixed_work(rows, draft.context, 0));
+        if let Some(budget) = self.options.step_budget.of(alone) {
+            let fixed_us = self.model.fixed_work(rows, draft.context, header.copies);
+            draft.left_us = budget - self.model.predict(Work { fixed_us, load_us: 0.0 });
+            draft.floor = self.options.step_budget.floor();
+        }
     }
 
     /// One row for each running request whose prompt is done; the others are put into `prefilling`, in order.
@@ -158,7 +174,8 @@ impl Core {
     /// Whether there is room and time for one more piece of a prompt. The first one may always be there, so that prompts
     /// make progress.
     fn takes_more(&self, draft: &Draft<'_, '_>, from: u32) -> bool {
-        draft.plan.room() > 0 && (draft.pieces == 0 || self.within(draft.left_us, from, false) >= LEAST_CHUNK)
+        let time = || self.within(draft.left_us, from, false).max(draft.floor) >= LEAST_CHUNK;
+        draft.plan.room() > 0 && (draft.pieces == 0 || time())
     }
 
     /// Tokens from `from` on that fit into `us` together with a restore and a save.
@@ -216,7 +233,7 @@ impl Core {
         let stop = if replaying { run.replay_end } else { run.due.next(start).unwrap_or(len).min(len) };
         let stop = stop.min(run.hold).min(start + draft.plan.room());
         let begins = !matches!(run.start, Start::Running);
-        let mut time = self.within(draft.left_us, start, replaying);
+        let mut time = self.within(draft.left_us, start, replaying).max(draft.floor);
         if draft.pieces == 0 || begins {
             time = time.max(LEAST_CHUNK);
         }
@@ -257,6 +274,7 @@ impl Core {
         if end == len {
             request.change(Change::PromptPlanned)?;
         }
+        draft.floor = draft.floor.saturating_sub(end - start);
         self.charge(draft, tenant, self.model.load_work(start, end, replaying));
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use dsv4_core::budget::StepCost;
+use dsv4_core::budget::{StepBudget, StepCost};
 use dsv4_core::cache::Eviction;
 use dsv4_core::core::Tenant;
 use dsv4_core::cost::CostModel;
@@ -39,7 +39,13 @@ impl World {
         let slabs = rng.range(1, 4);
         let in_flight = rng.range(1, 2);
         let policies = ["none", "every:4", "every:12", "turns", "forks", "auto"];
-        let budgets = [None, None, Some(15.0), Some(120.0)];
+        let floor = 3;
+        let budgets = [
+            StepBudget::Open,
+            StepBudget::Decodes { times: 4.0, floor },
+            StepBudget::Fixed(15.0),
+            StepBudget::Fixed(120.0),
+        ];
         let options = Options {
             pages,
             slabs,
@@ -49,7 +55,7 @@ impl World {
             snapshots: rng.pick(&policies).parse().expect("the policies are valid"),
             snapshot_budget: rng.pick(&[0.0, 0.1, 0.5, 1.0]),
             eviction: rng.pick(&Eviction::ALL),
-            step_us: rng.pick(&budgets),
+            step_budget: rng.pick(&budgets),
             step_cost: StepCost { base_us: 10.0, decode_us: 5.0, copy_us: rng.pick(&[0.0, 20.0]) },
             max_wait_us: rng.pick(&[0, 500, 5000, 1 << 40]),
             tenants: vec![
