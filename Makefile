@@ -15,6 +15,7 @@ BIN := .venv/bin
 ARGS ?=
 SEEDS ?= 10000
 JOBS ?= 8
+WORKERS ?= 3
 # pip's own reader of TOML, as Python 3.10 has none.
 define NEEDS
 from pip._vendor import tomli
@@ -66,8 +67,9 @@ test-rust:
 test-seeds:
 	cargo run --release --quiet -p dsv4-sim -- --seconds 120 --from fresh
 
+# Whole files at a time on each processor; many tests wait for servers, and torch has one thread in each process then.
 test-python: setup
-	$(BIN)/python -m pytest -q tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests $(ARGS)
 
 # pytest and the clients are the newest; of what dsv4 needs, each is the lowest that pyproject.toml allows.
 .venv-lowest/built: tests/lowest.txt
