@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import multiprocessing
 import threading
@@ -67,7 +68,7 @@ class Stream:
         while self.times[-1] < end:
             time.sleep(0.02)
         times = list(self.times)
-        pauses = [b - a for a, b in zip(times, times[1:], strict=False) if b > begin and a < end]
+        pauses = [b - a for a, b in itertools.pairwise(times) if b > begin and a < end]
         return max(pauses), sum(begin < t < end for t in times)
 
 
@@ -94,10 +95,15 @@ def prompt(value: Any) -> bytes:
 def tools(count: int, size: int) -> bytes:
     text = prose(size)
     every = [
-        {"type": "function", "function": {"name": f"f{i}", "description": text[i * size // count :][: size // count]}}
+        {
+            "type": "function",
+            "function": {"name": f"f{i}", "description": text[i * size // count :][: size // count]},
+        }
         for i in range(count)
     ]
-    return json.dumps({"messages": [{"role": "user", "content": "x"}], "tools": every, "max_tokens": 1}).encode()
+    return json.dumps(
+        {"messages": [{"role": "user", "content": "x"}], "tools": every, "max_tokens": 1}
+    ).encode()
 
 
 def messages(count: int, size: int) -> bytes:
@@ -108,7 +114,9 @@ def messages(count: int, size: int) -> bytes:
     return json.dumps({"messages": many, "max_tokens": 1}).encode()
 
 
-def filled(piece: bytes, size: int, head: bytes = b'{"prompt":"x","max_tokens":1,"pad":[', tail: bytes = b"]}") -> bytes:
+def filled(
+    piece: bytes, size: int, head: bytes = b'{"prompt":"x","max_tokens":1,"pad":[', tail: bytes = b"]}"
+) -> bytes:
     """A body of `size` bytes that repeats a piece with commas between."""
     return head + b",".join([piece] * (size // (len(piece) + 1))) + tail
 
@@ -137,11 +145,18 @@ CASES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "unknown key 20 MB": ("/v1/completions", lambda: filled(b'"' + b"x" * (20 * MB) + b'"', 21 * MB)),
     "unknown keys 20 MB": (
         "/v1/completions",
-        lambda: b'{"prompt":"x","max_tokens":1,' + b",".join(b'"key%d":1' % i for i in range(20 * MB // 14)) + b"}",
+        lambda: (
+            b'{"prompt":"x","max_tokens":1,'
+            + b",".join(b'"key%d":1' % i for i in range(20 * MB // 14))
+            + b"}"
+        ),
     ),
     "62,500 messages 2 MB": ("/v1/chat/completions", lambda: messages(62_500, 2 * MB)),
     "900 tools 10 MB": ("/v1/chat/completions", lambda: tools(900, 10 * MB)),
-    "detokenize 1M": ("/detokenize", lambda: json.dumps({"tokens": [i % 8000 for i in range(1_000_000)]}).encode()),
+    "detokenize 1M": (
+        "/detokenize",
+        lambda: json.dumps({"tokens": [i % 8000 for i in range(1_000_000)]}).encode(),
+    ),
 }
 
 
@@ -167,7 +182,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2**20, help="tokens of context")
     parser.add_argument("--small", action="store_true", help="the tokenizer of the model that ships")
     arguments = parser.parse_args()
-    print(f"{'request':26} {'gap ms':>7} {'tokens':>6} {'took s':>7} {'status':>6} {'RSS before':>10} {'peak MB':>8}")
+    print(
+        f"{'request':26} {'gap ms':>7} {'tokens':>6} {'took s':>7} {'status':>6} {'RSS before':>10} {'peak MB':>8}"
+    )
     for name, (path, make) in CASES.items():
         if arguments.only not in name:
             continue
@@ -185,7 +202,13 @@ def main() -> None:
                 status, answer = 0, repr(e).encode()
             end = time.monotonic()
             gap, tokens = stream.gap(begin - STEP, end)
-            why = "" if status == 200 else json.loads(answer)["error"]["message"][:100] if status else answer.decode()[:80]
+            why = (
+                ""
+                if status == 200
+                else json.loads(answer)["error"]["message"][:100]
+                if status
+                else answer.decode()[:80]
+            )
             print(
                 f"{name:26} {1e3 * gap:7.0f} {tokens:6} {end - begin:7.2f} {status:6} {before:10.0f} "
                 f"{memory(pid, 'VmHWM'):8.0f}  {why}",

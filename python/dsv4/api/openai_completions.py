@@ -79,7 +79,7 @@ async def completions(call: Call) -> None:
     async for index, output in run(call, jobs):
         replies[index].read(output)
         answer.usage.add(index, output)
-    await call.respond(answer.whole(replies))
+    await call.respond(await call.aside(lambda: answer.whole(replies)))
 
 
 def _read(call: Call) -> tuple[Options, list[Any], SamplingParams, Routing]:
@@ -278,7 +278,7 @@ async def _stream(call: Call, answer: Answer, jobs: Sequence[Any]) -> None:
             frame = answer.chunk(index, output)
             if frame and answer.options.echo and index not in shown:
                 shown.add(index)
-                frame = answer.echo(index) + frame
+                frame = await call.aside(functools.partial(answer.echo, index)) + frame
             if frame:
                 await stream.send(frame)
         await stream.send(answer.end())

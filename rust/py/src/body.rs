@@ -157,7 +157,6 @@ fn number_at(body: &[u8], at: usize) -> Option<(i32, usize)> {
 /// `(values, depth, ids by name, rest)`: see `_core.pyi`.
 #[pyfunction]
 #[pyo3(signature = (body, names))]
-#[expect(clippy::type_complexity, reason = "a tuple for Python")]
 pub fn scan_json<'py>(
     py: Python<'py>,
     body: &Bound<'py, PyBytes>,
