@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     parser = commands.add_parser(
-        "serve", help="the HTTP server", description="Serves a model over HTTP (OpenAI's dialect)."
+        "serve",
+        help="the HTTP server",
+        usage="%(prog)s [MODEL] [flags]",
+        description="Serves a model over HTTP (OpenAI's dialect).",
+        epilog="examples:\n  dsv4 serve\n  dsv4 serve /models/DeepSeek-V4-Flash --max-model-len 256k --port 9000\n"
+        "  dsv4 serve deepseek-ai/DeepSeek-V4-Flash --config dsv4.yaml",
     )
     add_settings(parser, EngineConfig, ServerConfig)
     parser.set_defaults(run=run)
