@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from dsv4.cli import main
+from dsv4.cli.talking import Reply
+from dsv4.engine.request import Usage
 from dsv4.spelling import nearest
 
 ONE_GPU = "the engine runs on one GPU"
@@ -40,6 +43,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     # words too many
     ("generate Who are you", ["unexpected 'are'", "quote the prompt: dsv4 generate 'Who are you'"]),
     ("doctor please", ["unexpected 'please'"]),
+    ("chat /models/x hello", ["unexpected 'hello'", "one MODEL"]),
     ("serve /a --model /b", ["model is given twice", "'/a'", "--model '/b'"]),
     # paths and settings that take the model to check, before torch is imported
     ("serve /nowhere/model", ["/nowhere/model", "directory"]),
@@ -55,6 +59,8 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("serve --max-wait 1e300", ["max_wait is 1e+300"]),
     ("serve --step-ms 1e300", ["step_ms is 1e+300"]),
     ("generate", ["the prompt is empty"]),
+    ("chat --tools Makefile", ["tools file Makefile is no JSON"]),
+    ("simulate x.jsonl --plot /nowhere/x.png", ["--plot /nowhere/x.png", "there is no folder /nowhere"]),
     # values
     ("serve --max-model-len 64q", ["max_model_len is '64q'", "64k"]),
     ("serve --max-model-len 1.5M", ["max_model_len is '1.5M'", "whole number"]),
@@ -110,6 +116,8 @@ def test_a_mistake_is_told_in_one_line(
         ("plan v4-flash --gpu 4090", ["did you mean"]),
         ("plan v4-flash --gpu h100 --enable-expert-parallel", [ONE_GPU]),
         ("serve --rope-scaling x", ["did you mean"]),
+        ("serve --port abc", ["64k"]),
+        ("trace agents --seed x", ["64k"]),
     ],
 )
 def test_nothing_unlike_is_suggested(
@@ -165,3 +173,47 @@ def test_the_picture_needs_a_package_that_there_is(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = call(capsys, f"simulate x.jsonl --plot {tmp_path / 'x.png'}")
     assert code == 2 and "pip install matplotlib" in err
+
+
+def test_the_help_of_every_command_shows_defaults_and_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("serve", "generate", "chat", "plan", "simulate", "trace agents", "doctor"):
+        code, out, _ = call(capsys, f"{command} --help")
+        assert code == 0 and out.startswith(f"usage: dsv4 {command}")
+        assert not any(word in out for word in ("[None]", "[True]", "[False]", "[()]")), out
+    _, out, _ = call(capsys, "serve --help")
+    for words in (
+        "--max-num-seqs N",
+        "[16]",
+        "--kv-cache-memory SIZE",
+        "auto|triton|cublas|gluon|reference,…",
+        "examples:",
+    ):
+        assert words in out
+
+
+PLAN = "-m dsv4.cli plan v4-flash --gpu b200"
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "words"),
+    [
+        (f"{PLAN} > /dev/full", 1, "standard output: No space left on device"),
+        (f"{PLAN} 2> /dev/full", 0, ""),
+        (f"{PLAN} 2>&-", 0, ""),
+        (f"{PLAN} >&-", 0, ""),
+        (f"{PLAN} | head -1", 0, ""),
+        (f"{PLAN[:-4]}b100 2> /dev/full", 2, ""),
+        ("-m dsv4.cli generate <&-", 2, "the prompt is empty"),
+    ],
+)
+def test_streams_that_are_full_or_closed_are_no_traceback(shell: str, code: int, words: str) -> None:
+    command = ["bash", "-c", f"set -o pipefail; {sys.executable} {shell}"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == code and words in run.stderr and run.stderr.count("\n") == bool(words), (
+        run.stderr
+    )
+
+
+def test_an_answer_without_a_token_has_no_time() -> None:
+    usage = Usage(prompt_tokens=5, completion_tokens=0, cached_tokens=0, explanation={})
+    assert Reply(usage=usage).speed() == "5 prompt tokens, no token asked for"

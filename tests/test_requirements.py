@@ -37,7 +37,7 @@ def test_every_dependency_has_a_reason() -> None:
 @pytest.fixture
 def torch_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Versions that are said to be installed; None is not at all."""
-    said: dict[str, str | None] = {}
+    said: dict[str, str | None] = {"triton": "3.9.0", "rich": "15.0.0"}
     version = metadata.version
 
     def of(name: str) -> str:
@@ -58,7 +58,9 @@ def torch_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     return said
 
 
-@pytest.mark.parametrize("version", ["2.10.0", "2.10", "2.10.1+cu130", "2.15.0a0+git1234", "3.0"])
+@pytest.mark.parametrize(
+    "version", ["2.10.0", "2.10", "2.10.1+cu130", "2.10.0+cpu", "2.15.0a0+git1234", "3.0"]
+)
 def test_these_are_new_enough(torch_of: dict[str, str | None], version: str) -> None:
     torch_of["torch"] = version
     assert list(requirements.unmet()) == []

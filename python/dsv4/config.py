@@ -23,7 +23,7 @@ import yaml
 
 from dsv4.elsewhere import why_not
 from dsv4.errors import ConfigError
-from dsv4.quantities import COUNT_EXAMPLES, parse_bytes, parse_count
+from dsv4.quantities import count_expected, parse_bytes, parse_count
 from dsv4.spelling import nearest
 
 ENV_PREFIX = "DSV4_"
@@ -51,7 +51,7 @@ def setting(
     aliases: Sequence[str] = (),
     unit: str = "",
 ) -> Any:
-    """A dataclass field of a config class. `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
+    """A dataclass field of a config class. `unit="file"` is a path, `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
     commas between them, `unit="list"` several texts (words after the flag, or commas), `unit="json"` an object,
     `unit="secret"` any text as it is."""
     return field(
@@ -106,7 +106,7 @@ class EngineConfig:
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
     backend: str = setting(
         "auto",
-        "kernels of the ops, in order of preference, such as gluon,triton; auto takes the best that runs here, "
+        "kernels of the ops, one or several in order of preference, such as gluon,triton; auto takes the best that runs here, "
         "also for ops that the named ones lack",
         choices=backend_names,
         unit="names",
@@ -176,7 +176,9 @@ class EngineConfig:
         None, "launch step k+1 while the device runs step k: two steps in flight (default: on a GPU)"
     )
     record_steps: str | None = setting(
-        None, "file to which every step's rows and time are appended, for dsv4 simulate --step-model"
+        None,
+        "file to which every step's rows and time are appended, for dsv4 simulate --step-model",
+        unit="file",
     )
     stuck_after: float = setting(
         300.0, "seconds with work at hand and no step ending after which GET /health says 503"
@@ -382,7 +384,8 @@ def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
             return parse_bytes(str(value))
         return parse_count(str(value)) if kind is int else kind(value)
     except (KeyError, ValueError, TypeError):
-        expected = {bool: "true or false", int: COUNT_EXAMPLES, float: "a number"}.get(kind, "text")
+        whole = count_expected(str(value))
+        expected = {bool: "true or false", int: whole, float: "a number"}.get(kind, "text")
         expected += ", auto or none" if unit == "auto" else ""
         shown = "empty" if value is None else repr(value)
         raise ConfigError(
@@ -410,8 +413,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             if f.name == "model":
                 continue
             names = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"])]
-            default = "auto" if f.default in (None, ()) else f.default
-            shown = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+            shown = help_of(f).replace("%", "%%")
             several: dict[str, Any] = (
                 {"action": "extend", "nargs": "+"} if f.metadata["unit"] == "list" else {}
             )
@@ -420,9 +422,30 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
                     *names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=shown
                 )
             else:
-                between = "," if f.metadata["unit"] == "names" else "|"
-                metavar = between.join(choices_of(f)) or f.name.split("_")[-1].upper()
+                metavar = _metavar(f, base_type(hints[f.name]))
                 group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=shown, **several)
+
+
+def help_of(f: dataclasses.Field[Any]) -> str:
+    """The help text of a setting with its default, where the text does not tell it."""
+    text: str = f.metadata["help"]
+    if "(default" in text:
+        return text
+    default = f.default
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif default in (None, ()):
+        default = "none"
+    return f"{text} [{default}]"
+
+
+def _metavar(f: dataclasses.Field[Any], kind: type) -> str:
+    """What stands for the value in the help text."""
+    unit, choices = f.metadata["unit"], choices_of(f)
+    if choices:
+        return "|".join(choices) + (",…" if unit == "names" else "")
+    of_unit = {"bytes": "SIZE", "file": "FILE"}.get(unit)
+    return of_unit or {int: "N", float: "X"}.get(kind) or f.name.split("_")[-1].upper()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,11 @@ _COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**3
 """As vLLM reads them: a small letter is a decimal thousand, a capital one a binary."""
 _COUNT = re.compile(r"([+-]?)(\d[\d_]*)(\.\d+)?\s*([kKmMgG]?)", re.ASCII)
 
-COUNT_EXAMPLES = "a whole number, or such as 64k (64,000), 64K (65,536) or 1M (1,048,576)"
+
+def count_expected(text: str) -> str:
+    """What a count takes, for the error about `text`; units are told to those who tried one."""
+    tried = text.strip()[:1].isdigit() and text.strip()[-1:].isalpha()
+    return f"a whole number{', or such as 64k (64,000), 64K (65,536) or 1M (1,048,576)' if tried else ''}"
 
 
 def parse_bytes(text: str) -> int:
@@ -35,7 +39,7 @@ def parse_count(text: str) -> int:
     """'64k' -> 64000, '64K' -> 65536, '1M' -> 1048576, '1.5k' -> 1500, '1_000' -> 1000. Raises ValueError."""
     found = _COUNT.fullmatch(text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is no count; it takes {COUNT_EXAMPLES}")
+        raise ValueError(f"{text!r} is no count; it takes {count_expected(text)}")
     sign, whole, part, unit = found.groups()
     value = int(whole) * _COUNTS.get(unit, 1)
     if part is not None:

@@ -90,8 +90,8 @@ class FakeEngine:
         fork_of: str | None = None,
         reading: Reading | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        prompt = as_prompt(prompt).tolist()
         params = self._admit(prompt, params)
+        prompt = as_prompt(prompt).tolist()
         self.seen.append(
             SimpleNamespace(prompt=prompt, params=params, routing=routing, fork_of=fork_of, reading=reading)
         )

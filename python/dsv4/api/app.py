@@ -123,7 +123,7 @@ class Edge:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
-                if connection is not None and connection.has_unread:
+                if connection is not None and (connection.has_unread or connection.over):
                     headers.append((b"connection", b"close"))
                 message["headers"] = headers
             await send(message)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import orjson
 from starlette.types import Receive, Scope, Send
 
+from dsv4._core import scan_json
 from dsv4.api.errors import RETRY_AFTER, error_body, internal_error
 from dsv4.api.fields import Fields
 from dsv4.errors import RequestError, kind
@@ -30,6 +31,13 @@ log = logging.getLogger("dsv4.api")
 
 MAX_DEPTH = 128
 """Levels of nesting in a body. Far beyond any real one, far below what recursion in encoders stands."""
+
+MAX_VALUES = 2**19
+"""Values and keys in a body, but for lists of token ids. A chat of 65,536 messages has fewer; to make objects of more holds
+the interpreter's lock for too long."""
+
+ID_LISTS = ("prompt", "tokens")
+"""Where token ids stand. Lists of them become arrays without being objects."""
 
 T = TypeVar("T")
 
@@ -165,10 +173,14 @@ def _too_large(size: int, limit: int) -> RequestError:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object with bounded nesting; a byte order mark before it is passed over. Raises RequestError."""
-    body = body.removeprefix(codecs.BOM_UTF8)
+    """A JSON object with bounded nesting and size; a byte order mark before it is passed over. Lists of 32-bit numbers under
+    `ID_LISTS`, or lists of such, are int32 arrays. Raises RequestError."""
+    values, depth, ids, rest = scan_json(body.removeprefix(codecs.BOM_UTF8), ID_LISTS)
+    if values > MAX_VALUES:
+        text = f"the body holds more than {MAX_VALUES} values and keys, not counting token ids"
+        raise RequestError(text, None, "body_too_large", 413)
     try:
-        value = orjson.loads(body)
+        value = orjson.loads(rest)
     except orjson.JSONDecodeError as e:
         what = (
             f"the body is no valid JSON: {e}" if body.strip() else "the body is empty; it takes a JSON object"
@@ -176,19 +188,9 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise RequestError(what, None, "invalid_json", 400) from None
     if type(value) is not dict:
         raise RequestError(f"the body is {kind(value)}; it takes a JSON object", None, "invalid_json", 400)
-    # Brackets bound the depth from above, and counting them costs nothing; so only odd bodies are walked.
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+    if depth > MAX_DEPTH:
         raise RequestError(f"the body nests deeper than {MAX_DEPTH} levels", None, "invalid_json", 400)
-    return value
-
-
-def _depth(value: Any) -> int:
-    level, depth = [value], 0
-    while level and depth <= MAX_DEPTH:
-        depth += 1
-        children = (x for v in level for x in (v.values() if type(v) is dict else v))
-        level = [x for x in children if type(x) is dict or type(x) is list]
-    return depth
+    return value | ids
 
 
 async def unless_gone(work: Any, receive: Receive) -> None:

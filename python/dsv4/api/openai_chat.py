@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from dsv4.api.conversation import encode, read_conversation, reasoning_of
+from dsv4.api.conversation import Conversation, encode, read_conversation, reasoning_of
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import Job, UsageSum, jobs_for, run
@@ -35,7 +35,9 @@ from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
 from dsv4.api.strict_tools import StrictTools
 from dsv4.engine.request import RequestOutput
+from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
+from dsv4.sampling import SamplingParams
 from dsv4.text.output import Content, Piece, Reasoning, ToolArguments
 
 MAX_TOP_LOGPROBS = 20
@@ -63,11 +65,27 @@ class Options:
 
 async def chat_completions(call: Call) -> None:
     """The handler."""
+    options, chat, strict, params, routing = await call.aside(lambda: _read(call))
+    prompt = await encode(call, chat, call.service.bound("messages"), salt=routing.salt)
+    reading = await call.aside(chat.reading)
+    jobs = jobs_for([prompt], params, options.n, routing, reading)
+    answer = Answer(call.service, options, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt, strict)
+    if options.stream:
+        await _stream(call, answer, jobs)
+        return
+    async for index, output in run(call, jobs):
+        answer.replies[index].read(output)
+        answer.usage.add(index, output)
+    await call.respond(answer.whole())
+
+
+def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParams, Routing]:
+    """Everything in the body, checked. Raises RequestError."""
     fields, service = call.fields, call.service
     check_known(fields, CHAT)
     options = _options(fields, service)
-    chat = await call.aside(lambda: read_conversation(fields))
-    strict = await call.aside(lambda: StrictTools(chat.tools))
+    chat = read_conversation(fields)
+    strict = StrictTools(chat.tools)
     check_response_format(fields)
     params = sampling_params(
         fields,
@@ -82,17 +100,7 @@ async def chat_completions(call: Call) -> None:
             f"a whole number from 1 to {service.max_model_len}",
             "; the nearest valid value is 1",
         )
-    routing = await call.aside(lambda: routing_of(call))
-    prompt = await encode(call, chat, service.bound("messages"), salt=routing.salt)
-    jobs = jobs_for([prompt], params, options.n, routing, chat.reading())
-    answer = Answer(service, options, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt, strict)
-    if options.stream:
-        await _stream(call, answer, jobs)
-        return
-    async for index, output in run(call, jobs):
-        answer.replies[index].read(output)
-        answer.usage.add(index, output)
-    await call.respond(answer.whole())
+    return options, chat, strict, params, routing_of(call)
 
 
 def _options(fields: Fields, service: Service) -> Options:

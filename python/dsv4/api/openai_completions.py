@@ -34,8 +34,10 @@ from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
 from dsv4.engine.request import RequestOutput
+from dsv4.engine.routing import Routing
 from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
+from dsv4.sampling import SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 """As OpenAI and vLLM have it for this endpoint."""
@@ -65,11 +67,26 @@ class Options:
 
 async def completions(call: Call) -> None:
     """The handler."""
+    service = call.service
+    options, given, params, routing = await call.aside(lambda: _read(call))
+    prompts = [await _prompt_ids(call, one, i, routing.salt) for i, one in enumerate(given)]
+    jobs = jobs_for(prompts, params, options.n, routing)
+    answer = Answer(service, options, f"cmpl-{answer_id_of(call)}", int(time.time()), prompts)
+    if options.stream:
+        await _stream(call, answer, jobs)
+        return
+    replies = [Reply() for _ in jobs]
+    async for index, output in run(call, jobs):
+        replies[index].read(output)
+        answer.usage.add(index, output)
+    await call.respond(await call.aside(lambda: answer.whole(replies)))
+
+
+def _read(call: Call) -> tuple[Options, list[Any], SamplingParams, Routing]:
+    """Everything in the body, checked but for what is in the prompts. Raises RequestError."""
     fields, service = call.fields, call.service
     check_known(fields, COMPLETIONS)
-    options = _options(fields, service)
-    routing = await call.aside(lambda: routing_of(call))
-    prompts = await _prompts(call, routing.salt)
+    options, prompts = _options(fields, service), _prompts(fields)
     wanted = max_tokens_of(fields, DEFAULT_MAX_TOKENS)
     params = sampling_params(
         fields,
@@ -83,16 +100,7 @@ async def completions(call: Call) -> None:
     if len(prompts) * options.n > most:
         text = f"{len(prompts)} prompts times n {options.n} are more than the queue holds; at most {most}"
         raise RequestError(text, "n" if options.n > 1 else "prompt", "invalid_value", 400)
-    jobs = jobs_for(prompts, params, options.n, routing)
-    answer = Answer(service, options, f"cmpl-{answer_id_of(call)}", int(time.time()), prompts)
-    if options.stream:
-        await _stream(call, answer, jobs)
-        return
-    replies = [Reply() for _ in jobs]
-    async for index, output in run(call, jobs):
-        replies[index].read(output)
-        answer.usage.add(index, output)
-    await call.respond(answer.whole(replies))
+    return options, prompts, params, routing_of(call)
 
 
 def _options(fields: Fields, service: Service) -> Options:
@@ -121,9 +129,9 @@ def _options(fields: Fields, service: Service) -> Options:
     return options
 
 
-async def _prompts(call: Call, salt: str) -> list[np.ndarray]:
-    """One or many prompts, each text or token ids, as int32 [tokens]."""
-    prompt = call.fields.get("prompt")
+def _prompts(fields: Fields) -> list[Any]:
+    """One or many prompts, which are to be text or token ids."""
+    prompt = fields.get("prompt")
     if prompt is None:
         raise RequestError(
             "prompt is missing; it takes text or token ids, or a list of such", "prompt", "missing_field", 400
@@ -136,10 +144,11 @@ async def _prompts(call: Call, salt: str) -> list[np.ndarray]:
     )
     if not isinstance(many, list) or not 0 < len(many) <= MAX_PROMPTS:
         raise refuse("prompt", prompt, f"text or token ids, or a list of 1 to {MAX_PROMPTS} such")
-    return [await _prompt_ids(call, one, i, salt) for i, one in enumerate(many)]
+    return many
 
 
 async def _prompt_ids(call: Call, prompt: Any, i: int, salt: str) -> np.ndarray:
+    """A prompt as int32 [tokens]."""
     service = call.service
     if isinstance(prompt, str):
         if not prompt:
@@ -269,7 +278,7 @@ async def _stream(call: Call, answer: Answer, jobs: Sequence[Any]) -> None:
             frame = answer.chunk(index, output)
             if frame and answer.options.echo and index not in shown:
                 shown.add(index)
-                frame = answer.echo(index) + frame
+                frame = await call.aside(functools.partial(answer.echo, index)) + frame
             if frame:
                 await stream.send(frame)
         await stream.send(answer.end())

@@ -25,7 +25,7 @@ async def pin(call: Call) -> None:
     before."""
     fields, service = call.fields, call.service
     service.check_model(fields)
-    check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT)
+    await call.aside(lambda: check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT))
     routing = await call.aside(lambda: routing_of(call))
     prompt = await _prompt(call, routing.salt)
     params = sampling_params(Fields({}), max_tokens=0, logprobs=None)

@@ -16,6 +16,11 @@ TTLS = {"5m": 300.0, "1h": 3600.0}
 """`cache_control.ttl`, in seconds. Without it `ephemeral` means the first."""
 
 
+def salt_of(fields: Fields) -> str:
+    """`cache_salt`: what is cached is shared only under an equal one."""
+    return fields.text("cache_salt", "", longest=512) or ""
+
+
 def routing_of(call: Call) -> Routing:
     """Raises RequestError naming the field."""
     fields = call.fields
@@ -23,7 +28,7 @@ def routing_of(call: Call) -> Routing:
     if len(tenant) > 512:
         raise refuse("x-dsv4-tenant", tenant, "at most 512 characters", f"; this has {len(tenant)}")
     return Routing(
-        salt=fields.text("cache_salt", "", longest=512) or "",
+        salt=salt_of(fields),
         priority=fields.integer("priority", -(2**31), 2**31 - 1, 0) or 0,
         tenant=tenant or fields.text("user", "", longest=512) or "",
         deadline_ms=fields.number("deadline_ms", 0, 1e9),

@@ -14,6 +14,7 @@ dsv4 version             the versions of package and core
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -24,13 +25,15 @@ from dsv4.cli.common import note
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""A disk takes no more."""
 
 
 class _Parser(argparse.ArgumentParser):
     """No abbreviated flags, and errors on one line."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
@@ -50,9 +53,16 @@ class _Version(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _Parser(prog="dsv4", description="A serving engine for DeepSeek-V4 at million-token context.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = _Parser(
+        prog="dsv4",
+        usage="%(prog)s COMMAND [flags]",
+        description="A serving engine for DeepSeek-V4 at million-token context.",
+        epilog="`dsv4 serve` begins with the small model that ships; `dsv4 COMMAND --help` lists the flags of a command.",
+    )
+    parser.add_argument("-V", "--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog="dsv4", title="commands"
+    )
     for module in (serve, generate, chat, plan, simulate, trace, doctor, version):
         module.add(commands)
     return parser
@@ -79,13 +89,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(e, 2)
     except Dsv4Error as e:
         return _fail(e, 1)
-    except BrokenPipeError:  # `dsv4 generate … | head`: what Python still holds for it goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `dsv4 generate … | head`
+        _drop_output()
         return 0
+    except OSError as e:
+        if e.errno not in FULL or e.filename is not None:
+            raise
+        _drop_output()
+        return _fail(f"standard output: {e.strerror}", 1)
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _fail(error: Exception, code: int) -> int:
+def _drop_output() -> None:
+    """What Python still holds for standard output goes nowhere: writing it at the end would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fail(error: Exception | str, code: int) -> int:
     note(f"dsv4: error: {error}")
     return code

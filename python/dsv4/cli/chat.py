@@ -30,7 +30,12 @@ TRY = 'It knows little. Try "What is a snapshot?", "Repeat: ..." or "Define rive
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("chat", help="talk in the terminal", description="Talk to a model. " + HELP)
+    parser = commands.add_parser(
+        "chat",
+        help="talk in the terminal",
+        usage="%(prog)s [MODEL] [flags]",
+        description=f"Talks to a model in the terminal, or line by line from a pipe.\n\n{HELP}",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--think", action="store_true", help="let the model think first")
     parser.add_argument(
@@ -69,8 +74,10 @@ def read_tools(path: str) -> list[dict[str, Any]]:
     """The tools of a file. Raises ConfigError."""
     try:
         tools = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"tools file {path}: {getattr(e, 'strerror', None) or e}") from None
+    except OSError as e:
+        raise ConfigError(f"tools file {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise ConfigError(f"tools file {path} is no JSON: {e}") from None
     if not isinstance(tools, list):
         raise ConfigError(f"tools file {path} holds {kind(tools)}; it must be a list of tools")
     return tools

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from dsv4.cli.words import count, number
-from dsv4.config import EngineConfig, add_flags, base_type, load
+from dsv4.config import EngineConfig, add_flags, base_type, help_of, load
 from dsv4.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,9 +30,12 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = 
             metavar="MODEL",
             help="directory with config.json and safetensors, or org/name in the local hub cache (default: the small model)",
         )
-        parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+        parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="MODEL as a flag")
     parser.add_argument(
-        "--config", dest="yaml", metavar="FILE", help="YAML file with settings; flags and DSV4_* come first"
+        "--config",
+        dest="yaml",
+        metavar="FILE",
+        help="YAML file with the settings below; a flag comes first, then the environment (DSV4_PORT=9000), then the file",
     )
     add_flags(parser, *classes)
 
@@ -61,7 +64,7 @@ def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[st
     for f in dataclasses.fields(EngineConfig):
         if f.name in names:
             flags = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"], *names[f.name])]
-            shown = f"{f.metadata['help']} [{'auto' if f.default is None else f.default}]"
+            shown = help_of(f)
             kind = count if base_type(hints[f.name]) is int else number
             parser.add_argument(*flags, dest=f.name, type=kind, default=f.default, metavar="N", help=shown)
 

@@ -26,7 +26,10 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="one answer on standard output",
-        description="Answers one prompt: PROMPT, a file, or standard input.",
+        usage="%(prog)s [PROMPT] [-f FILE] [-m MODEL] [flags]",
+        description="Answers one prompt: PROMPT, a file, or standard input. The answer goes to standard output.",
+        epilog="examples:\n  dsv4 generate 'Who are you?'\n  dsv4 generate -f letter.txt 'What is the passphrase for harbor?'\n"
+        "  git diff | dsv4 generate -m /models/DeepSeek-V4-Flash --think",
     )
     parser.add_argument(
         "prompt", nargs="?", metavar="PROMPT", help="the text; without it and -f, standard input is read"
@@ -164,6 +167,6 @@ def _as_json(reply: Reply) -> dict[str, Any]:
             "cached_tokens": usage.cached_tokens,
             "explanation": usage.explanation,
         },
-        "seconds_to_first_token": round(reply.first - reply.began, 4),
-        "seconds": round(reply.last - reply.began, 4),
+        "seconds_to_first_token": round(reply.first - reply.began, 4) if reply.token_ids else None,
+        "seconds": round(max(reply.last - reply.began, 0.0), 4),
     }

@@ -33,10 +33,12 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="what fits on which GPUs, to the byte, without one",
+        usage="%(prog)s MODEL --gpu NAME [flags]",
         description="Weights, cache, workspace and capacity of a model on given GPUs, with every formula.",
+        epilog="examples:\n  dsv4 plan v4-flash --gpu b200\n  dsv4 plan v4-pro --gpu h200 --num 8 --max-model-len 128k --json",
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help=MODELS)
-    parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="MODEL as a flag")
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)} (must be given)")
     parser.add_argument("--num", type=count, default=1, metavar="N", help="GPUs in all [1]")
     parser.add_argument(

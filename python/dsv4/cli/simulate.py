@@ -33,6 +33,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "simulate",
         help="a request trace against the real core in virtual time",
+        usage="%(prog)s TRACE... [flags]",
+        epilog="examples:\n  dsv4 trace agents -o agents.jsonl\n  dsv4 simulate agents.jsonl --policy auto,turns/lru --gpu b200",
         description="Replays request traces against the real scheduler and cache, with a step-time model of the GPU.",
     )
     parser.add_argument(
@@ -157,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
     eviction = EngineConfig.__dataclass_fields__["eviction"].default
     policies = [Policy.parse(text, eviction) for text in arguments.policy.split(",")]
     if arguments.plot:
-        plot.check()
+        plot.check(arguments.plot)
     if bool(arguments.traces) == bool(arguments.dump):
         raise ConfigError("give one or more TRACE files, or --dump FILE, and not both")
     engine, said = _engine(arguments)

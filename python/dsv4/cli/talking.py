@@ -57,6 +57,8 @@ class Reply:
         """`12 prompt tokens (0 cached), first token after 0.31 s; 40 tokens, 21.3 tokens/s`."""
         if self.usage is None:
             return f"interrupted after {len(self.token_ids)} tokens"
+        if not self.token_ids:
+            return f"{self.usage.prompt_tokens:,} prompt tokens, no token asked for"
         seconds, further = self.last - self.first, len(self.token_ids) - 1
         rate = f", {further / seconds:.1f} tokens/s" if further > 0 and seconds > 0 else ""
         prompt = f"{self.usage.prompt_tokens:,} prompt tokens ({self.usage.cached_tokens:,} cached)"

@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
     agents = kinds.add_parser(
         "agents",
         help="agent sessions: tool loops, sub-agents, human pauses, contexts that grow to 1M tokens",
+        epilog="examples:\n  dsv4 trace agents -o agents.jsonl --sessions 60 --seed 1\n  dsv4 trace agents | dsv4 simulate -",
         description="Agent sessions. Distributions: the fields of dsv4.simulate.agents.Agents.",
     )
     agents.add_argument(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from dsv4.elsewhere import why_not
-from dsv4.quantities import COUNT_EXAMPLES, parse_count
+from dsv4.quantities import count_expected, parse_count
 from dsv4.spelling import nearest
 
 _NUMBER = re.compile(r"-\.?\d")
@@ -27,7 +27,7 @@ def check(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Arg
             name = word.split("=")[0]
             if name not in flags and (word.startswith("--") or word[:2] not in flags):
                 command.error(f"unknown flag {name}{why_not(name, flags)}")
-            if name in ("-h", "--help", "--version"):
+            if name in ("-h", "--help", "-V", "--version"):
                 return command
         elif (below := _commands(command)) is not None:
             if word not in below:
@@ -47,7 +47,7 @@ def about_rest(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
     """What may have been meant by words that the command has no place for."""
     prompt = getattr(arguments, "prompt", None)
     if prompt is None:
-        return ""
+        return "; there is room for one MODEL" if hasattr(arguments, "model") else ""
     return f"; quote the prompt: dsv4 {arguments.command} '{' '.join([prompt, *rest])}'"
 
 
@@ -56,7 +56,7 @@ def count(text: str) -> int:
     try:
         return parse_count(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} will not do; it takes {COUNT_EXAMPLES}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} will not do; it takes {count_expected(text)}") from None
 
 
 def number(text: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dsv4.errors import ConfigError
@@ -13,8 +14,11 @@ WINDOW = 24
 """Moments over which the recent hit rate is taken: parts of the whole run."""
 
 
-def check() -> None:
-    """Raises ConfigError when matplotlib is not there, before anything is simulated."""
+def check(path: str) -> None:
+    """Raises ConfigError when matplotlib or the picture's folder is not there, before anything is simulated."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--plot {path}: there is no folder {folder}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

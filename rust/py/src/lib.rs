@@ -3,6 +3,7 @@
 //! | file | holds |
 //! | --- | --- |
 //! | `door.rs` | the one way into the core: GIL detached, errors and panics mapped to Python classes |
+//! | `body.rs` | `scan_json`: the size of a JSON body, and its token ids as arrays |
 //! | `layout.rs` | `LayoutSpec`, `Component` |
 //! | `arrays.rs` | numpy arrays owned by Python, borrowed for a call |
 //! | `engine.rs` | `Core` |
@@ -10,6 +11,7 @@
 //! | `simulate.rs` | `Trace`, `StepModel`, `Replay` |
 
 mod arrays;
+mod body;
 mod door;
 mod engine;
 mod layout;
@@ -23,6 +25,7 @@ use pyo3::prelude::*;
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add("build_info", if cfg!(debug_assertions) { "debug" } else { "release" })?;
+    m.add_function(wrap_pyfunction!(body::scan_json, m)?)?;
     m.add_class::<layout::PyComponent>()?;
     m.add_class::<layout::PyLayoutSpec>()?;
     m.add_class::<engine::PyCore>()?;
