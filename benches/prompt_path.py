@@ -1,0 +1,159 @@
+"""The host's part of a request whose million tokens were seen before, all but one message: from the bytes of the body to the
+first plan, stage by stage, median and best of several rounds.
+
+    python -m benches.prompt_path [--messages 200] [--tokens 1000000] [--rounds 9] [--small]
+
+The last block is the same prompt as token ids to /v1/completions. Tokenizer (of the released model; `--small`: that of the
+model that ships), checks, template and core are the real ones; no model runs. Not in it: the network, the joining of a body's
+parts, and the hops between threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from dsv4._core import Core, LayoutSpec
+from dsv4.api.fields import Fields, token_ids
+from dsv4.api.http import parse_object
+from dsv4.api.openai_chat import _read
+from dsv4.api.service import Service
+from dsv4.config import ServerConfig
+from dsv4.engine.buffers import StepPlan
+from dsv4.engine.build import BuiltEngine
+from dsv4.engine.prompt import as_prompt
+from dsv4.sampling import SamplingParams
+from dsv4.text.chat import encode_chat
+from dsv4.text.draft import Bound
+from dsv4.text.tokenizer import Tokenizer
+
+from benches.stream_gaps import prose
+from tests.support.fake_engine import FakeEngine, small_tokenizer
+
+BLOCK = 256
+
+
+class Stages:
+    """Times by stage over the rounds."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}
+
+    def run(self, name: str, work: Callable[[], Any]) -> Any:
+        begun = time.perf_counter()
+        value = work()
+        self.times.setdefault(name, []).append(1e3 * (time.perf_counter() - begun))
+        return value
+
+    def print(self, title: str) -> None:
+        print(f"{title:52} {'median ms':>9} {'best ms':>8}")
+        for name, times in self.times.items():
+            print(f"  {name:50} {statistics.median(times):9.2f} {min(times):8.2f}")
+        rounds = [sum(r) for r in zip(*self.times.values(), strict=True)]
+        print(f"  {'all':50} {statistics.median(rounds):9.2f} {min(rounds):8.2f}")
+
+
+class Planner:
+    """A real core of Flash's layout with room for the prompt and its steps."""
+
+    def __init__(self, tokens: int) -> None:
+        layout = LayoutSpec.v4(
+            compress_ratios=[0, 0] + [4, 128] * 20 + [4],
+            head_dim=512,
+            index_head_dim=128,
+            row_bytes=584,
+            row_format="fp8_ds_mla",
+            index_row_bytes=68,
+            index_format="mxfp4",
+            block_tokens=BLOCK,
+        )
+        room = tokens + 65536
+        self.core = Core(layout, pages=3 * room // BLOCK, slabs=4, max_step_tokens=room, max_len=room)
+        self.plan = StepPlan(self.core.plan_schema())
+        self._id = 0
+
+    def submit(self, prompt: np.ndarray) -> None:
+        self._id += 1
+        self.core.submit(self._id, prompt, max_new=1)
+
+    def first_plan(self) -> None:
+        assert self.core.plan(self.plan.words)
+
+    def finish(self) -> int:
+        """Runs what is planned to its end; tokens of the prompt that were cached."""
+        while True:
+            self.core.commit(self.plan.step, np.full(self.plan.samples, 9, np.int32))
+            if not self.core.plan(self.plan.words):
+                cached = self.core.explain(self._id)["cached_tokens"]
+                self.core.forget(self._id)
+                return cached
+
+
+def chat_of(tokenizer: Tokenizer, messages: int, tokens: int) -> list[dict[str, str]]:
+    """A conversation of about so many tokens."""
+    text = prose(6 * tokens)
+    per_token = len(text[:400_000]) / len(tokenizer.encode(text[:400_000]))
+    each = int(tokens * per_token / messages)
+    return [
+        {"role": "assistant" if i % 2 else "user", "content": text[i * each :][:each]}
+        for i in range(messages)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--messages", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--small", action="store_true", help="the tokenizer of the model that ships")
+    arguments = parser.parse_args()
+    tokenizer = small_tokenizer() if arguments.small else Tokenizer.v4()
+    room = 2 * arguments.tokens
+    engine = FakeEngine(tokenizer=tokenizer, max_model_len=room)
+    vocab = engine.model_config.vocab_size = 8192 if arguments.small else 129280
+    service = Service(engine, ServerConfig(), "bench")
+    limits = SimpleNamespace(model_config=engine.model_config, max_model_len=room)
+    bound = Bound(room, "messages")
+    chat, planner = chat_of(tokenizer, arguments.messages, arguments.tokens), Planner(arguments.tokens)
+    stages, by_ids, cached = Stages(), Stages(), 0
+    for turn in range(arguments.rounds + 1):  # the first one fills the caches
+        text = f"And message number {turn}: " + prose(2000)[turn:]
+        body = json.dumps({"messages": [*chat, {"role": "user", "content": text}], "max_tokens": 1}).encode()
+        fields = Fields(stages.run("scan and parse the body", lambda body=body: parse_object(body)))
+        call = SimpleNamespace(fields=fields, service=service, scope={"headers": []})
+        read = stages.run("check messages and fields", lambda call=call: _read(call))
+        segments = stages.run(
+            "template", lambda read=read: encode_chat(read[1].messages, format=engine.chat_format)
+        )
+        draft = stages.run("look up known pieces", lambda s=segments: tokenizer.draft(s, bound=bound))
+        ids = stages.run("encode the rest, join", draft.finish)
+        stages.run(
+            "event loop: check ids",
+            lambda ids=ids: BuiltEngine.admissible(limits, as_prompt(ids), SamplingParams(max_tokens=1)),
+        )
+        stages.run("engine thread: Core.submit", lambda ids=ids: planner.submit(ids))
+        stages.run("engine thread: first plan (prefix match, 1 row)", planner.first_plan)
+        cached = planner.finish()
+        if turn:
+            raw = json.dumps({"prompt": ids.tolist(), "max_tokens": 1}).encode()
+            value = by_ids.run("scan and parse the body", lambda raw=raw: parse_object(raw))
+            known = by_ids.run("check ids", lambda v=value: token_ids("prompt", v["prompt"], vocab))
+            assert np.array_equal(known, ids)
+        else:
+            stages = Stages()
+    print(
+        f"{len(chat) + 1} messages, {len(body) / 1e6:.1f} MB of body, {len(ids)} tokens, {cached} of them cached in the core"
+    )
+    stages.print("chat")
+    by_ids.print(f"the same as ids, {len(raw) / 1e6:.1f} MB of body")
+    service.close()
+
+
+if __name__ == "__main__":
+    main()
