@@ -33,16 +33,24 @@ pub fn writable<'py, T: Element>(
         .or_else(|e| refused(format!("not available ({e})"), "it must be writable".to_owned()))
 }
 
+/// Copies an int32 array.
+pub fn counts_of(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
+    Ok(readable(name, value)?.as_array().to_vec())
+}
+
 /// Copies token ids out of an int32 array.
 pub fn tokens_of(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
-    let py = value.py();
-    let Ok(array) = value.extract::<PyReadonlyArray1<'_, i32>>() else {
-        let expected = "it must be a one-dimensional numpy array of dtype int32";
-        return Err(config_error(py, name, what_it_is(value), expected));
-    };
+    let array = readable(name, value)?;
     let tokens: Result<Vec<u32>, i32> =
         array.as_array().iter().map(|&t| u32::try_from(t).map_err(|_| t)).collect();
-    tokens.map_err(|t| config_error(py, name, format!("with token {t}"), "token ids are at least 0"))
+    tokens.map_err(|t| config_error(value.py(), name, format!("with token {t}"), "token ids are at least 0"))
+}
+
+fn readable<'py>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArray1<'py, i32>> {
+    value.extract().map_err(|_| {
+        let expected = "it must be a one-dimensional numpy array of dtype int32";
+        config_error(value.py(), name, what_it_is(value), expected)
+    })
 }
 
 fn what_it_is(value: &Bound<'_, PyAny>) -> String {
