@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from dsv4 import _core
-from dsv4._core import RESET, SAMPLE, Core, LayoutSpec, plan_schema
+from dsv4._core import RESET, Core, LayoutSpec, plan_schema
 from dsv4.engine.buffers import StepPlan
 
 FLASH = [0, 0] + [4, 128] * 20 + [4]
@@ -113,7 +113,7 @@ def test_errors_have_their_class_and_say_what_to_do() -> None:
     with pytest.raises(KeyError, match="request 9 is not known"):
         core.explain(9)
     with pytest.raises(_core.Dsv4Error, match=r"step 5 cannot be committed; in flight are \[\]"):
-        core.commit(5, prompt())
+        core.commit(5, prompt(), prompt())
     assert issubclass(_core.CorruptState, _core.Dsv4Error) and not issubclass(_core.CorruptState, ValueError)
 
 
@@ -165,13 +165,13 @@ def test_a_plan_is_written_into_the_callers_buffer() -> None:
     assert core.plan(plan.words)
     assert (plan.step, plan.rows, plan.tokens, plan.samples, plan.deltas) == (1, 1, 3, 1, 1)
     assert plan.token_ids.tolist() == [5, 6, 7] and plan.positions.tolist() == [0, 1, 2]
-    row = [plan.row_req, plan.row_start, plan.row_len, plan.row_flags]
-    assert [c.tolist() for c in row] == [[request], [0], [3], [RESET | SAMPLE]]
+    row = [plan.row_req, plan.row_start, plan.row_len, plan.row_flags, plan.row_samples]
+    assert [c.tolist() for c in row] == [[request], [0], [3], [RESET], [1]]
     assert plan.page_deltas.shape == (1, 3) and plan.copy_pages.shape[0] == plan.copies == 0
     assert np.shares_memory(plan.token_ids, plan.words) and np.shares_memory(plan.row_req, plan.words)
     with pytest.raises(AttributeError, match="a plan has no field 'row_request'"):
         _ = plan.row_request
-    core.commit(plan.step, prompt(9))
+    core.commit(plan.step, prompt(9), prompt(1))
     events = np.zeros((8, 6), np.int64)
     assert [events[i, [0, 1, 3]].tolist() for i in range(core.events(events))] == [
         [4, request, 0],
@@ -180,6 +180,41 @@ def test_a_plan_is_written_into_the_callers_buffer() -> None:
     ]
     assert core.stop(request) and not core.stop(request)
     assert core.events(events) == 1 and events[0, [0, 1, 3, 4, 5]].tolist() == [2, request, 1, 1, -1]
+
+
+def test_accepted_counts_are_0_to_what_a_row_sampled() -> None:
+    core = make_core()
+    plan = buffer(core)
+    for request in (1, 2):
+        core.submit(request, prompt(5, 6, request), max_new=3)
+    assert core.plan(plan.words) and plan.row_samples.tolist() == [1, 1]
+    wrong = [
+        (prompt(9), prompt(1), "step 1 samples 2 tokens, but 1 were committed"),
+        (prompt(9, 9), prompt(1), "step 1 samples in 2 rows, but accepted has 1 counts"),
+        (prompt(9, 9), prompt(1, 1, 1), "step 1 samples in 2 rows, but accepted has 3 counts"),
+        (
+            prompt(9, 9),
+            prompt(1, 2),
+            "step 1, row 1: 2 tokens are accepted; it sampled 1, so it must be 0 to 1",
+        ),
+        (prompt(9, 9), prompt(-1, 1), "step 1, row 0: -1 tokens are accepted; it sampled 1"),
+    ]
+    for tokens, accepted, message in wrong:
+        with pytest.raises(_core.Dsv4Error, match=message):
+            core.commit(plan.step, tokens, accepted)
+    with pytest.raises(_core.ConfigError, match=r"accepted is of dtype int64; it must be .* of dtype int32"):
+        core.commit(plan.step, prompt(9, 9), np.ones(2, np.int64))  # type: ignore[arg-type]
+    # Nothing of request 2's row counts: it runs again, and its first token is still to come.
+    core.commit(plan.step, prompt(9, 8), prompt(1, 0))
+    core.check()
+    assert core.stats()["rows_refused"] == 1 and core.stats()["waiting"] == 1
+    assert core.plan(plan.words)
+    assert plan.row_req.tolist() == [1, 2] and plan.row_start.tolist() == [3, 0]
+    core.commit(plan.step, prompt(9, 7), prompt(1, 1))
+    events = np.zeros((20, 6), np.int64)
+    rows = events[: core.events(events)].tolist()
+    said = [(request, token, index) for kind, request, _, token, index, _ in rows if kind == 1]
+    assert said == [(1, 9, 0), (1, 9, 1), (2, 7, 0)]
 
 
 def test_any_number_of_buffers_may_take_turns() -> None:
@@ -193,7 +228,7 @@ def test_any_number_of_buffers_may_take_turns() -> None:
         unchanged = [np.array_equal(p.words, b) for p, b in zip(ring, before, strict=True)]
         assert unchanged == [i != turn % 3 for i in range(3)]
         if turn > 0:
-            core.commit(turn, np.full(1, 9, np.int32))
+            core.commit(turn, prompt(9), prompt(1))
 
 
 @dataclass
@@ -220,7 +255,8 @@ class FakeEngine:
                 pending.append((plans[turn].step, self._forward(plans[turn])))
                 turn = (turn + 1) % self.in_flight
             if len(pending) == self.in_flight or not planned:
-                self.core.commit(*pending.pop(0))
+                step, tokens = pending.pop(0)
+                self.core.commit(step, tokens, np.ones_like(tokens))
             self.core.check()
             self._drain()
 
@@ -228,7 +264,7 @@ class FakeEngine:
         ids = plan.token_ids.copy()
         unknown = np.flatnonzero(ids < 0)
         ids[unknown] = [self._before[-1 - i] for i in ids[unknown]]
-        ends = np.cumsum(plan.row_len)[plan.sample_rows] - 1
+        ends = np.cumsum(plan.row_len)[plan.row_samples > 0] - 1
         sampled = (ids[ends] * 31 + plan.positions[ends] * 7 + 1) % 101
         self._before = sampled.tolist()
         return sampled.astype(np.int32)
@@ -331,6 +367,6 @@ def test_threads_may_submit_and_abort_while_another_one_plans() -> None:
     plan = buffer(core)
     while any(t.is_alive() for t in threads) or core.has_work():
         if core.plan(plan.words):
-            core.commit(plan.step, np.zeros(plan.samples, np.int32))
+            core.commit(plan.step, np.zeros(plan.samples, np.int32), np.ones(plan.samples, np.int32))
     core.check()
     assert core.stats()["finished"] == 800

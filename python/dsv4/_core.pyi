@@ -17,7 +17,6 @@ __all__ = [
     "REPLAY",
     "RESET",
     "RESTORE",
-    "SAMPLE",
     "SAVE",
     "Component",
     "ConfigError",
@@ -220,8 +219,6 @@ class LayoutSpec:
 
 RESET: Final[int]
 """Bit of `row_flags`: the state starts empty."""
-SAMPLE: Final[int]
-"""Bit of `row_flags`: the last token is sampled."""
 ALL_LOGITS: Final[int]
 """Bit of `row_flags`: logits of every token are wanted."""
 REPLAY: Final[int]
@@ -229,7 +226,7 @@ REPLAY: Final[int]
 DECODE: Final[int]
 """Bit of `row_flags`: one token after the prompt."""
 FORK: Final[int]
-"""A `copy_kind`: a slab and its open page to another slab and page, before restores and the forward."""
+"""A `copy_kind`: a slab and its open page to another slab and page, before the forward."""
 RESTORE: Final[int]
 """A `copy_kind`: saved pages into a slab, before the forward."""
 SAVE: Final[int]
@@ -241,7 +238,7 @@ class PlanField(TypedDict):
     """Where a field of a plan lies. What each means is said in `rust/core/src/plan/schema.rs`."""
 
     name: str
-    section: Literal["header", "rows", "tokens", "samples", "deltas", "copies"]
+    section: Literal["header", "rows", "tokens", "deltas", "copies"]
     """Numbers of the header stand alone; of another section as many elements are used as the header's
     number of the section's name says."""
     dtype: Literal["int32", "int64"]
@@ -369,11 +366,14 @@ class Core:
         Raises ConfigError for a buffer that does not do, Dsv4Error when `max_in_flight` steps are in flight.
         """
 
-    def commit(self, step: int, tokens: npt.NDArray[np.int32]) -> None:
-        """The result of the oldest step in flight: one token per sample row. Rows of requests that ended are
-        ignored.
+    def commit(self, step: int, tokens: npt.NDArray[np.int32], accepted: npt.NDArray[np.int32]) -> None:
+        """The result of the oldest step in flight: what its rows sampled, one after the other (`row_samples` of each), and
+        for each row that samples how many of its tokens are accepted, from the first on. Of a row with none accepted
+        nothing counts: its request waits again and resumes with the tokens that it had. Rows of requests that ended
+        are ignored.
 
-        Raises Dsv4Error for another step or a wrong number of tokens; nothing has changed then.
+        Raises Dsv4Error for another step, a wrong number of tokens or counts, and a count below 0 or above what its row
+        sampled; nothing has changed then.
         """
 
     def rollback(self, step: int) -> None:

@@ -236,7 +236,8 @@ def test_a_dump_of_the_core_runs_on(capsys: pytest.CaptureFixture[str], tmp_path
 
     def step() -> None:
         assert core.plan(plan.words)
-        core.commit(plan.step, np.arange(plan.samples, dtype=np.int32))
+        tokens = np.arange(plan.samples, dtype=np.int32)
+        core.commit(plan.step, tokens, np.ones_like(tokens))
         while n := core.events(events):
             said.extend(request for kind, request, *_ in events[:n].tolist() if kind == 1)
 

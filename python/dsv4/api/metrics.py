@@ -161,6 +161,7 @@ CORE = {
     "deadline_misses": (COUNTER, "First tokens that came after their deadline"),
     "deadlines_hopeless": (COUNTER, "Deadlines that could not be met any more"),
     "rollbacks": (COUNTER, "Steps rolled back"),
+    "rows_refused": (COUNTER, "Rows of steps of which no token was accepted; their requests start over"),
     "steps": (COUNTER, "Steps committed"),
     "aborts": (COUNTER, "Requests aborted"),
     "finished": (COUNTER, "Requests that ended, aborted ones included"),

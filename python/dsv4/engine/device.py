@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4._core import ALL_LOGITS, FORK, RESET, RESTORE, SAMPLE, SAVE
+from dsv4._core import ALL_LOGITS, FORK, RESET, RESTORE, SAVE
 from dsv4.cache.paged import PagedCache
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.graphs import Capture, DecodeGraphs
@@ -41,6 +41,8 @@ class StepResult:
     """Request of each sample."""
     tokens: np.ndarray
     """int32 [samples] for `Core.commit`; 0 where the logits were not finite."""
+    accepted: np.ndarray
+    """int32 [rows that sample] for `Core.commit`: 1, or 0 where the logits were not finite."""
     judged: dict[int, Sampled]
     """By sample, of those whose requests want log-probabilities."""
     poisoned: list[int]
@@ -111,6 +113,7 @@ class Pending:
             step=self._step,
             keys=self._keys,
             tokens=np.maximum(tokens, 0).astype(np.int32),
+            accepted=(tokens >= 0).astype(np.int32),
             judged={} if drawn is None else drawn.sampled(),
             poisoned=[self._keys[i] for i in np.flatnonzero(tokens < 0)],
             prompt_logprobs=[
@@ -193,7 +196,7 @@ class LocalDevice:
         if plan.copies:
             self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
         prompts = list(self._judged_prompts(plan, requests, hidden, last))
-        rows = plan.sample_rows
+        rows = np.flatnonzero(plan.row_samples)
         drawn = None
         if len(rows):
             drawn = self._draw(plan, rows, requests, hidden, last, captured=captured)
@@ -223,9 +226,16 @@ class LocalDevice:
     def _batch(self, plan: StepPlan) -> tuple[Batch, np.ndarray]:
         """The forward's input, and for each row with logits the index of its last one."""
         rows, logit_index, last, offset = [], [], np.full(plan.rows, -1), 0
-        columns = (plan.row_slab, plan.row_start, plan.row_len, plan.row_flags, plan.row_replay_end)
+        columns = (
+            plan.row_slab,
+            plan.row_start,
+            plan.row_len,
+            plan.row_flags,
+            plan.row_samples,
+            plan.row_replay_end,
+        )
         for r, row in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            slab, start, length, flags, end = row
+            slab, start, length, flags, samples, end = row
             rows.append(
                 Row(
                     slab=slab,
@@ -239,9 +249,9 @@ class LocalDevice:
             )
             if flags & ALL_LOGITS:
                 logit_index += range(offset, offset + length)
-            elif flags & SAMPLE:
+            elif samples:
                 logit_index.append(offset + length - 1)
-            if flags & (ALL_LOGITS | SAMPLE):
+            if samples or flags & ALL_LOGITS:
                 last[r] = len(logit_index) - 1
             offset += length
         batch = Batch(

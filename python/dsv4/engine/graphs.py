@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4._core import ALL_LOGITS, REPLAY, RESET, SAMPLE
+from dsv4._core import ALL_LOGITS, REPLAY, RESET
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.sampler import Kind, Sampler
 from dsv4.model.v4 import V4Model
@@ -84,8 +84,8 @@ class DecodeGraphs:
         rows = plan.rows
         if not 0 < rows == plan.tokens or rows > self.sizes[-1]:
             return False
-        plain = plan.row_flags & (RESET | ALL_LOGITS | REPLAY | SAMPLE) == SAMPLE
-        return bool(plain.all())
+        begins = plan.row_flags & (RESET | ALL_LOGITS | REPLAY)
+        return not begins.any() and bool((plan.row_samples == 1).all())
 
     def hidden(self, token_ids: np.ndarray, positions: np.ndarray, slabs: np.ndarray) -> Tensor:
         """Streams [R, n, d] after the last layer, one token [R] of each slab. Valid until the next call."""

@@ -220,7 +220,7 @@ class EngineLoop:
         for key in result.poisoned:
             if key in self.requests:
                 self._fail(key, POISONED)
-        self.core.commit(result.step, result.tokens)
+        self.core.commit(result.step, result.tokens, result.accepted)
 
     def _count_failure(self, why: str) -> None:
         self.failed_in_row += 1

@@ -27,6 +27,7 @@ struct Bench {
     out: Plan,
     events: Vec<i64>,
     samples: Vec<u32>,
+    accepted: Vec<i32>,
     left: u32,
 }
 
@@ -46,8 +47,9 @@ impl Bench {
         };
         let core = Core::new(&presets::flash(), options).expect("the options are valid");
         let out = Plan::new(core.plan_schema());
-        let (events, samples) = (vec![0; 6 * 4096], vec![0; n as usize + 1]);
-        let mut bench = Bench { core, out, events, samples, left: STEPS };
+        let (events, samples, accepted) =
+            (vec![0; 6 * 4096], vec![0; n as usize + 1], vec![1; n as usize + 1]);
+        let mut bench = Bench { core, out, events, samples, accepted, left: STEPS };
         for i in 0..n {
             bench.submit(RequestId(u64::from(i)), CONTEXT, i, 1 << 22);
         }
@@ -69,7 +71,9 @@ impl Bench {
 
     fn commit(&mut self, header: StepHeader) {
         let samples = &self.samples[..header.samples as usize];
-        self.core.commit(Step(header.step), samples).expect("it is in flight");
+        self.core
+            .commit(Step(header.step), samples, &self.accepted[..samples.len()])
+            .expect("it is in flight");
         self.core.observe(Step(header.step), 20_000.0);
         while self.core.events_into(&mut self.events) > 0 {}
     }

@@ -34,10 +34,10 @@ fn steps(times: usize) {
         core.submit(submit).expect("there is room");
     }
     let mut plan = Plan::new(core.plan_schema());
-    let (samples, mut events) = (vec![0; n as usize], vec![0; 6 * 4096]);
+    let (samples, accepted, mut events) = (vec![0; n as usize], vec![1; n as usize], vec![0; 6 * 4096]);
     for _ in 0..=times {
         let header = core.plan(plan.words()).expect("the buffer is long enough").expect("there is work");
-        core.commit(Step(header.step), &samples).expect("it is in flight");
+        core.commit(Step(header.step), &samples, &accepted).expect("it is in flight");
         while core.events_into(&mut events) > 0 {}
     }
 }

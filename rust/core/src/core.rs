@@ -15,6 +15,7 @@ use crate::cache::{CacheOptions, KvCache};
 use crate::error::CoreError;
 use crate::event::{Event, Events};
 use crate::explain::{Archive, Explain, ZeroHits};
+use crate::fence::Tickets;
 use crate::ids::{PinId, RequestId, Step};
 use crate::layout::LayoutSpec;
 use crate::mutant::{self, Mutant};
@@ -48,10 +49,8 @@ pub struct Core {
     pub(crate) zero_hits: ZeroHits,
     /// The last step planned.
     pub(crate) last: Step,
-    /// All steps up to this one are over.
-    pub(crate) done: Step,
-    /// Pages are on their way back, at the latest when this step is over.
-    pub(crate) coming: Step,
+    /// Copies that have not ended.
+    pub(crate) tickets: Tickets,
     /// A request had to give way in the plan being made.
     pub(crate) gave_way: bool,
     /// A running request that gets no row in the plan being made, so that it can be parked in the next one.
@@ -105,8 +104,7 @@ impl Core {
             counters: Counters::default(),
             zero_hits: ZeroHits::default(),
             last: Step(0),
-            done: Step(0),
-            coming: Step(0),
+            tickets: Tickets::default(),
             gave_way: false,
             held: None,
             parked: BTreeSet::new(),

@@ -73,6 +73,32 @@ pub enum CoreError {
         /// Tokens given.
         got: usize,
     },
+    /// `commit` got another number of accepted counts than rows sample.
+    #[error(
+        "step {step} samples in {expected} rows, but accepted has {got} counts; it needs one for each of them"
+    )]
+    WrongAcceptedCount {
+        /// The step.
+        step: u64,
+        /// Its rows that sample.
+        expected: usize,
+        /// Counts given.
+        got: usize,
+    },
+    /// `commit` got a count of accepted tokens that the row cannot have.
+    #[error(
+        "step {step}, row {row}: {accepted} tokens are accepted; it sampled {sampled}, so it must be 0 to {sampled}"
+    )]
+    WrongAccepted {
+        /// The step.
+        step: u64,
+        /// The row.
+        row: usize,
+        /// Tokens that it sampled.
+        sampled: u32,
+        /// The count given.
+        accepted: i32,
+    },
     /// A state machine was asked for something that its state does not allow.
     #[error("request {request} is {state}, which does not allow {event}")]
     Illegal {

@@ -20,6 +20,7 @@ pub mod error;
 pub mod event;
 pub mod eviction;
 pub mod explain;
+pub mod fence;
 mod ghosts;
 pub mod ids;
 pub mod layout;

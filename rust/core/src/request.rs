@@ -17,7 +17,7 @@ use smallvec::SmallVec;
 use crate::cache::Sequence;
 use crate::error::CoreError;
 use crate::explain::Explain;
-use crate::ids::{PageId, RequestId, SlabId, Step};
+use crate::ids::{PageId, RequestId, SlabId, Step, Ticket};
 use crate::policy::Due;
 pub use crate::retention::{Hint, Retention};
 pub use crate::sched::park::Parked;
@@ -294,8 +294,8 @@ impl Run {
 pub enum Start {
     /// Nothing: the row says RESET.
     Empty,
-    /// A saved state at this position, restored from these pages.
-    Saved(u32, Vec<PageId>),
+    /// A saved state at this position, restored from these pages by this copy.
+    Saved(u32, Vec<PageId>, Ticket),
     /// The rows before.
     Running,
 }

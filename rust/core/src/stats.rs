@@ -43,6 +43,8 @@ pub struct Counters {
     pub passed: u64,
     /// Steps rolled back.
     pub rollbacks: u64,
+    /// Rows of which `commit` accepted nothing.
+    pub rows_refused: u64,
     /// Requests that ended, aborted ones included.
     pub finished: u64,
     /// Requests aborted.
@@ -101,6 +103,7 @@ impl Core {
             ("step_predicted_us", predicted as u64),
             ("step_measured_us", measured as u64),
             ("rollbacks", c.rollbacks),
+            ("rows_refused", c.rows_refused),
             ("steps", c.steps),
             ("aborts", c.aborts),
             ("finished", c.finished),

@@ -15,7 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::{Rng, for_seeds};
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache, Lost, Sequence};
-use dsv4_core::ids::{PageId, PinId, Step};
+use dsv4_core::fence::Tickets;
+use dsv4_core::ids::{PageId, PinId, Step, Ticket};
 use dsv4_core::layout::{LayoutSpec, presets};
 use dsv4_core::retention::{Hint, Retention};
 
@@ -58,6 +59,10 @@ struct World {
     states: BTreeMap<Prefix, Facts>,
     live: Vec<Live>,
     leaving: Vec<(u64, Live)>,
+    tickets: Tickets,
+    copies: Vec<Ticket>,
+    /// What copies that have not ended read.
+    leased: Vec<(Ticket, Vec<PageId>)>,
     /// What each pin keeps: a prefix, and the states that were saved on it.
     pins: BTreeMap<PinId, (Prefix, Vec<Prefix>)>,
     /// What the device would hold: the prefix whose last block a page stores.
@@ -107,6 +112,9 @@ impl World {
             states: BTreeMap::new(),
             live: Vec::new(),
             leaving: Vec::new(),
+            tickets: Tickets::default(),
+            copies: Vec::new(),
+            leased: Vec::new(),
             pins: BTreeMap::new(),
             now: 0,
             now_us: 0,
@@ -282,7 +290,12 @@ impl World {
         }
         if let Some(&(pos, id)) = found.snapshots.last() {
             self.now += 1;
-            self.cache.lease_snapshot(id, Step(self.step));
+            if self.rng.below(2) == 0 {
+                self.cache.lease_snapshot(id, Step(self.step));
+            } else {
+                let ticket = self.tickets.open(&mut self.copies);
+                self.leased.push((ticket, self.cache.lease_snapshot(id, ticket)));
+            }
             let at = (salt, tokens[..pos as usize].to_vec());
             let (block, state) = (self.blocks[&at], self.states.get_mut(&at).unwrap());
             state.level =
@@ -430,7 +443,7 @@ impl World {
 
     fn retire(&mut self) {
         self.done = self.step;
-        self.cache.retire(Step(self.done));
+        self.cache.retire(Step(self.done), &[]);
         for (_, live) in &self.leaving {
             let published = live.seq.published_blocks() as usize * BLOCK;
             self.now += 1;
@@ -443,6 +456,17 @@ impl World {
             let published = live.seq.published_blocks() as usize * BLOCK;
             self.cache.release(live.seq, Step(self.done));
             self.let_go(live.salt, &live.tokens[..published], &live.hint);
+        }
+    }
+
+    /// A copy ends, whichever it is.
+    fn end_copy(&mut self) {
+        if !self.copies.is_empty() {
+            let i = self.rng.below(self.copies.len() as u64) as usize;
+            let ended = [self.copies.swap_remove(i)];
+            self.tickets.end(&ended);
+            self.leased.retain(|(ticket, _)| self.tickets.is_open(*ticket));
+            self.cache.retire(Step(self.done), &ended);
         }
     }
 
@@ -478,6 +502,7 @@ impl World {
         let i = if self.live.is_empty() { 0 } else { self.rng.below(self.live.len() as u64) as usize };
         match self.rng.below(if self.live.is_empty() { 9 } else { 20 }) {
             0 | 1 if self.live.len() < 5 => self.begin(),
+            2 if self.rng.below(3) == 0 => self.end_copy(),
             2 => self.step += 1,
             3 => self.retire(),
             4 => self.evict(),
@@ -501,6 +526,14 @@ impl World {
         let (blocks, states) = self.cached();
         self.compare("blocks", &blocks, &self.blocks);
         self.compare("states", &states, &self.states);
+        let own = self.live.iter().flat_map(|l| &l.seq.pages()[l.seq.published_blocks() as usize..]);
+        let own: BTreeSet<PageId> = own.copied().collect();
+        for (ticket, pages) in &self.leased {
+            assert!(
+                pages.iter().all(|p| !own.contains(p)),
+                "{ticket:?} reads {pages:?}, which were given away"
+            );
+        }
         for l in &self.live {
             for (b, &PageId(page)) in l.seq.pages().iter().enumerate().take(l.computed / BLOCK) {
                 let should = Some((l.salt, l.tokens[..(b + 1) * BLOCK].to_vec()));
@@ -538,6 +571,8 @@ impl World {
         let exact = self.live.is_empty();
         self.live.clear();
         self.leaving.clear();
+        self.leased.clear();
+        self.copies.clear();
         self.check();
         loop {
             let evict = |w: &mut Self| w.cache.evict_history(1);

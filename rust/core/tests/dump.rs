@@ -29,13 +29,13 @@ fn options(pages: u32) -> Options {
 fn step(core: &mut Core, events: &mut Vec<Event>) -> bool {
     let mut plan = Plan::new(core.plan_schema());
     let Some(header) = core.plan(plan.words()).unwrap() else { return false };
-    let token = |&row: &i32| {
-        let (r, end) =
-            (row as usize, plan[Field::row_start][row as usize] + plan[Field::row_len][row as usize]);
+    let token = |r: usize| {
+        let end = plan[Field::row_start][r] + plan[Field::row_len][r];
         (plan.long(Field::row_req, r) as u32 * 7 + end as u32 * 13) % 3
     };
-    let samples: Vec<u32> = plan[Field::sample_rows][..header.samples as usize].iter().map(token).collect();
-    core.commit(Step(header.step), &samples).unwrap();
+    let samples: Vec<u32> =
+        (0..header.rows as usize).filter(|&r| plan[Field::row_samples][r] > 0).map(token).collect();
+    core.commit(Step(header.step), &samples, &vec![1; samples.len()]).unwrap();
     core.check().unwrap();
     events.extend(std::iter::from_fn(|| core.next_event()));
     true
@@ -108,7 +108,8 @@ fn expected_us(core: &mut Core, id: u64, us: f64) -> u64 {
     let mut plan = Plan::new(core.plan_schema());
     let header = core.plan(plan.words()).unwrap().unwrap();
     core.observe(Step(header.step), us);
-    core.commit(Step(header.step), &vec![0; header.samples as usize]).unwrap();
+    let samples = header.samples as usize;
+    core.commit(Step(header.step), &vec![0; samples], &vec![1; samples]).unwrap();
     core.abort(RequestId(id)).unwrap();
     core.stats().into_iter().find(|s| s.0 == "step_predicted_us").unwrap().1
 }

@@ -110,7 +110,7 @@ fn a_first_token_after_its_deadline_is_counted() {
     submit(&mut rig.core, Submit { deadline_us: Some(100), ..request(1, &tokens(4), 2) });
     let h = rig.plan().unwrap();
     rig.core.set_time(101);
-    rig.core.commit(dsv4_core::ids::Step(h.step), &[1]).unwrap();
+    rig.commit(&h, 1);
     rig.step(1);
     assert_eq!(rig.stat("deadline_misses"), 1);
 }
@@ -153,7 +153,7 @@ fn tenants_get_prefill_by_weight_whatever_they_ask_for() {
     }
     let mut tokens = [0u32; 3];
     for _ in 0..90 {
-        for (id, _, len, _) in rig.step(1) {
+        for (id, _, len, ..) in rig.step(1) {
             tokens[id as usize / 100] += len as u32;
         }
     }

@@ -8,7 +8,7 @@ use dsv4_core::Options;
 use dsv4_core::error::CoreError;
 use dsv4_core::event::{Loss, What};
 use dsv4_core::ids::{RequestId, Step};
-use dsv4_core::plan::{CopyKind, DECODE, Field, RESET, SAMPLE, StateCopy};
+use dsv4_core::plan::{CopyKind, DECODE, Field, RESET, StateCopy};
 use dsv4_core::request::Submit;
 use rig::{Rig, request, tokens};
 
@@ -27,11 +27,11 @@ fn a_higher_priority_takes_the_slab_and_the_state_comes_back() {
     // A step that only saves: position 7 is no block boundary, so the whole slab goes.
     let h = rig.plan().unwrap();
     assert_eq!((h.rows, rig.copied(CopyKind::Save)), (0, vec![7]));
-    rig.core.commit(Step(h.step), &[]).unwrap();
-    assert_eq!(rig.step(5), [(2, 0, 3, RESET | SAMPLE)]);
+    rig.commit(&h, 1);
+    assert_eq!(rig.step(5), [(2, 0, 3, RESET, 1)]);
     let h = rig.plan().unwrap();
-    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Restore)), (vec![(1, 7, 1, SAMPLE)], vec![7]));
-    rig.core.commit(Step(h.step), &[5]).unwrap();
+    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Restore)), (vec![(1, 7, 1, 0, 1)], vec![7]));
+    rig.core.commit(Step(h.step), &[5], &[1; 1]).unwrap();
     assert!(rig.events().contains(&(1, What::Preempted { loss: Loss::Priority })));
     let of = |name: &str| rig.stat(name);
     assert_eq!((of("preempted_with_state"), of("unparked"), of("recomputed_tokens")), (1, 1, 0));
@@ -43,7 +43,7 @@ fn equal_priority_takes_no_slab() {
     rig.core.submit(request(1, &tokens(6), 4)).unwrap();
     rig.step(5);
     rig.core.submit(request(2, &[3; 3], 1)).unwrap();
-    assert_eq!(rig.step(5), [(1, 6, 1, DECODE | SAMPLE)]);
+    assert_eq!(rig.step(5), [(1, 6, 1, DECODE, 1)]);
 }
 
 #[test]
@@ -86,17 +86,17 @@ fn choices_of_one_prompt_compute_it_once() {
         rig.core.fork(RequestId(1), request(id, &tokens(7), 3)).unwrap();
     }
     // The parent stops before its last token, where its children part from it.
-    assert_eq!(rig.step(5), [(1, 0, 6, RESET)]);
+    assert_eq!(rig.step(5), [(1, 0, 6, RESET, 0)]);
     let h = rig.plan().unwrap();
     assert_eq!(rig.copied(CopyKind::Fork), [6, 6, 6]);
     let mut rows = rig.rows(&h);
     rows.sort_unstable();
-    assert_eq!(rows, [(1, 6, 1, SAMPLE), (2, 6, 1, SAMPLE), (3, 6, 1, SAMPLE), (4, 6, 1, SAMPLE)]);
+    assert_eq!(rows, [(1, 6, 1, 0, 1), (2, 6, 1, 0, 1), (3, 6, 1, 0, 1), (4, 6, 1, 0, 1)]);
     // Slab and open page are copied: block 1 holds positions 4 to 7.
     let forks: Vec<StateCopy<'_>> = rig.out.copies(CopyKind::Fork).collect();
     let same = |f: &StateCopy<'_>| f.from == forks[0].from && f.pages[0] == forks[0].pages[0];
     assert!(forks.iter().all(|f| same(f) && f.pages[0] != f.pages[1]), "{forks:?}");
-    rig.core.commit(Step(h.step), &[5, 6, 7, 8]).unwrap();
+    rig.core.commit(Step(h.step), &[5, 6, 7, 8], &[1; 4]).unwrap();
     rig.core.check().unwrap();
     assert_eq!(rig.core.explain(RequestId(3)).unwrap().resumed_at, 6);
     while rig.core.has_work() {
@@ -113,7 +113,7 @@ fn a_running_decode_is_forked_with_all_that_it_said() {
     rig.step(5);
     rig.core.fork(RequestId(1), request(2, &[], 4)).unwrap();
     let h = rig.plan().unwrap();
-    assert_eq!((h.copies, rig.rows(&h)), (1, vec![(1, 6, 1, DECODE | SAMPLE), (2, 6, 1, SAMPLE)]));
+    assert_eq!((h.copies, rig.rows(&h)), (1, vec![(1, 6, 1, DECODE, 1), (2, 6, 1, 0, 1)]));
     assert_eq!(rig.out[Field::token_ids][..2], [5, 5]);
 }
 

@@ -4,10 +4,10 @@ mod rig;
 
 use dsv4_core::Options;
 use dsv4_core::error::CoreError;
-use dsv4_core::event::What;
+use dsv4_core::event::{Loss, What};
 use dsv4_core::explain::Reason;
 use dsv4_core::ids::{RequestId, Step};
-use dsv4_core::plan::{ALL_LOGITS, CopyKind, DECODE, Field, REPLAY, RESET, SAMPLE, StepHeader};
+use dsv4_core::plan::{ALL_LOGITS, CopyKind, DECODE, Field, REPLAY, RESET, StepHeader};
 use dsv4_core::request::{Finish, Submit};
 use rig::{Rig, options, request, tokens};
 
@@ -17,8 +17,8 @@ fn decode_comes_first_and_prompts_fill_the_rest_in_order() {
     rig.core.submit(request(1, &tokens(3), 9)).unwrap();
     rig.core.submit(request(2, &tokens(10), 9)).unwrap();
     rig.core.submit(Submit { priority: 1, ..request(3, &tokens(2), 9) }).unwrap();
-    assert_eq!(rig.step(5), [(3, 0, 2, RESET | SAMPLE), (1, 0, 3, RESET | SAMPLE), (2, 0, 3, RESET)]);
-    assert_eq!(rig.step(5), [(3, 2, 1, DECODE | SAMPLE), (1, 3, 1, DECODE | SAMPLE), (2, 3, 5, 0)]);
+    assert_eq!(rig.step(5), [(3, 0, 2, RESET, 1), (1, 0, 3, RESET, 1), (2, 0, 3, RESET, 0)]);
+    assert_eq!(rig.step(5), [(3, 2, 1, DECODE, 1), (1, 3, 1, DECODE, 1), (2, 3, 5, 0, 0)]);
     let samples = rig.events().into_iter().filter_map(|(r, w)| match w {
         What::Token { index, sample, .. } => Some((r, index, sample)),
         _ => None,
@@ -31,16 +31,16 @@ fn chunks_end_where_a_state_is_saved() {
     let mut rig = Rig::new(Options { snapshots: "turns".parse().unwrap(), max_step_tokens: 64, ..options() });
     rig.core.submit(request(1, &tokens(10), 4)).unwrap();
     let h = rig.plan().unwrap();
-    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Save)), (vec![(1, 0, 8, RESET)], vec![8]));
+    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Save)), (vec![(1, 0, 8, RESET, 0)], vec![8]));
     assert_eq!((rig.out[Field::copy_from][0], rig.out[Field::copy_to][0]), (0, -1));
-    rig.core.commit(Step(h.step), &[]).unwrap();
-    assert_eq!(rig.step(1), [(1, 8, 2, SAMPLE)]);
+    rig.commit(&h, 1);
+    assert_eq!(rig.step(1), [(1, 8, 2, 0, 1)]);
     assert_eq!(rig.stat("snapshots"), 1);
     rig.step(1);
     // Position 12 is crossed in decode: kept aside, stored at the end of the output.
     let h = rig.plan().unwrap();
     assert_eq!(rig.copied(CopyKind::Save), [12]);
-    rig.core.commit(Step(h.step), &[1]).unwrap();
+    rig.core.commit(Step(h.step), &[1], &[1; 1]).unwrap();
     assert_eq!(rig.stat("snapshots"), 1);
     rig.step(1);
     assert_eq!((rig.stat("snapshots"), rig.stat("running")), (2, 0));
@@ -54,7 +54,7 @@ fn a_conversation_resumes_at_the_end_of_its_output() {
     next.extend([1, 1, 1, 1, 3, 3]);
     rig.core.submit(request(2, &next, 1)).unwrap();
     let h = rig.plan().unwrap();
-    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Restore)), (vec![(2, 12, 4, SAMPLE)], vec![12]));
+    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Restore)), (vec![(2, 12, 4, 0, 1)], vec![12]));
     let e = rig.core.explain(RequestId(2)).unwrap();
     assert_eq!((e.history_matched, e.resumed_at, e.cached_tokens(), e.reason), (12, 12, 12, Reason::None));
 }
@@ -64,10 +64,10 @@ fn a_replay_writes_no_history_and_ends_where_history_ends() {
     let mut rig = Rig::new(Options { snapshots: "none".parse().unwrap(), max_step_tokens: 4, ..options() });
     rig.run(request(1, &tokens(18), 1));
     rig.core.submit(request(2, &tokens(18), 1)).unwrap();
-    assert_eq!(rig.step(1), [(2, 10, 4, RESET | REPLAY)]);
+    assert_eq!(rig.step(1), [(2, 10, 4, RESET | REPLAY, 0)]);
     assert_eq!(rig.out[Field::row_replay_end][0], 16);
-    assert_eq!(rig.step(1), [(2, 14, 2, REPLAY)]);
-    assert_eq!(rig.step(1), [(2, 16, 2, SAMPLE)]);
+    assert_eq!(rig.step(1), [(2, 14, 2, REPLAY, 0)]);
+    assert_eq!(rig.step(1), [(2, 16, 2, 0, 1)]);
     assert_eq!(rig.out[Field::row_replay_end][0], 0);
     let e = rig.core.explain(RequestId(2)).unwrap();
     assert_eq!((e.resumed_at, e.replayed, e.cached_tokens(), e.reason), (16, 6, 10, Reason::None));
@@ -83,7 +83,7 @@ fn nothing_is_saved_before_the_end_of_a_replay() {
     let mut saves = Vec::new();
     while let Some(h) = rig.plan() {
         saves.push((rig.rows(&h)[0].1, rig.copied(CopyKind::Save).len()));
-        rig.core.commit(Step(h.step), &vec![1; h.samples as usize]).unwrap();
+        rig.commit(&h, 1);
     }
     // The row at 10 ends at 12, a due boundary, but its state there is not exact.
     assert_eq!(saves, [(10, 0), (12, 0), (14, 1), (16, 0)]);
@@ -108,9 +108,9 @@ fn all_logits_start_at_the_first_token() {
     let mut rig = Rig::new(options());
     rig.run(request(1, &tokens(9), 1));
     rig.core.submit(Submit { all_logits: true, ..request(2, &tokens(9), 2) }).unwrap();
-    assert_eq!(rig.step(1), [(2, 0, 8, RESET | ALL_LOGITS)]);
-    assert_eq!(rig.step(1), [(2, 8, 1, ALL_LOGITS | SAMPLE)]);
-    assert_eq!(rig.step(1), [(2, 9, 1, DECODE | SAMPLE)]);
+    assert_eq!(rig.step(1), [(2, 0, 8, RESET | ALL_LOGITS, 0)]);
+    assert_eq!(rig.step(1), [(2, 8, 1, ALL_LOGITS, 1)]);
+    assert_eq!(rig.step(1), [(2, 9, 1, DECODE, 1)]);
     assert_eq!(rig.core.explain(RequestId(2)).unwrap().reason, Reason::Disabled);
 }
 
@@ -118,8 +118,8 @@ fn all_logits_start_at_the_first_token() {
 fn a_prompt_alone_is_computed_and_ends_without_a_token() {
     let mut rig = Rig::new(options());
     rig.core.submit(request(1, &tokens(6), 0)).unwrap();
-    assert_eq!(rig.step(1), [(1, 0, 4, RESET)]);
-    assert_eq!(rig.step(1), [(1, 4, 2, 0)]);
+    assert_eq!(rig.step(1), [(1, 0, 4, RESET, 0)]);
+    assert_eq!(rig.step(1), [(1, 4, 2, 0, 0)]);
     let end = What::Finished { reason: Finish::Length, outputs: 0, stop: None };
     assert_eq!(rig.events().last(), Some(&(1, end)));
 }
@@ -144,13 +144,13 @@ fn with_two_steps_in_flight_an_unknown_token_is_a_placeholder() {
     let second = rig.plan().unwrap();
     assert_eq!(rig.out[Field::token_ids][..2], [-1, -2]);
     assert!(matches!(rig.core.plan(rig.out.words()), Err(CoreError::WrongStep { action: "planned", .. })));
-    assert!(matches!(rig.core.commit(Step(second.step), &[1, 1]), Err(CoreError::WrongStep { .. })));
-    rig.core.commit(Step(first.step), &[99, 5]).unwrap();
+    assert!(matches!(rig.core.commit(Step(second.step), &[1, 1], &[1, 1]), Err(CoreError::WrongStep { .. })));
+    rig.core.commit(Step(first.step), &[99, 5], &[1; 2]).unwrap();
     // Request 1 is over; its row in flight is ignored, and its slab and pages wait for that step.
     assert_eq!((rig.stat("free_slabs"), rig.stat("running")), (0, 1));
     let third = rig.plan().unwrap();
-    assert_eq!((rig.rows(&third), rig.out[Field::token_ids][0]), (vec![(2, 5, 1, DECODE | SAMPLE)], -2));
-    rig.core.commit(Step(second.step), &[7, 6]).unwrap();
+    assert_eq!((rig.rows(&third), rig.out[Field::token_ids][0]), (vec![(2, 5, 1, DECODE, 1)], -2));
+    rig.core.commit(Step(second.step), &[7, 6], &[1; 2]).unwrap();
     assert_eq!(rig.stat("free_slabs"), 1);
     let outputs = rig.events().into_iter().filter_map(|(r, w)| match w {
         What::Token { token, .. } => Some((r, token)),
@@ -168,7 +168,7 @@ fn a_request_can_be_aborted_in_every_state_and_twice() {
         for _ in 0..steps {
             if flying.len() == 2 {
                 let h: StepHeader = flying.remove(0);
-                rig.core.commit(Step(h.step), &vec![1; h.samples as usize]).unwrap();
+                rig.commit(&h, 1);
             }
             flying.extend(rig.plan());
         }
@@ -176,7 +176,7 @@ fn a_request_can_be_aborted_in_every_state_and_twice() {
         assert_eq!(rig.core.abort(RequestId(id)), Ok(false));
         rig.core.check().unwrap();
         for h in flying {
-            rig.core.commit(Step(h.step), &vec![1; h.samples as usize]).unwrap();
+            rig.commit(&h, 1);
         }
         rig.core.check().unwrap();
         assert!(matches!(rig.events().last(), Some((_, What::Finished { reason: Finish::Abort, .. }))));
@@ -217,18 +217,49 @@ fn a_rolled_back_step_never_happened() {
     rig.core.submit(request(1, &tokens(3), 4)).unwrap();
     rig.step(5);
     let (a, b) = (rig.plan().unwrap(), rig.plan().unwrap());
-    rig.core.commit(Step(a.step), &[6]).unwrap();
+    rig.core.commit(Step(a.step), &[6], &[1; 1]).unwrap();
     rig.core.rollback(Step(b.step)).unwrap();
     rig.core.check().unwrap();
     // The first of the two had crossed position 4 in decode, and the state kept aside then went into the tree.
     let h = rig.plan().unwrap();
-    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Restore)), (vec![(1, 4, 1, SAMPLE)], vec![4]));
-    rig.core.commit(Step(h.step), &[7]).unwrap();
+    assert_eq!((rig.rows(&h), rig.copied(CopyKind::Restore)), (vec![(1, 4, 1, 0, 1)], vec![4]));
+    rig.core.commit(Step(h.step), &[7], &[1; 1]).unwrap();
     let outputs = rig.events().into_iter().filter_map(|(_, w)| match w {
         What::Token { token, index, .. } => Some((index, token)),
         _ => None,
     });
     assert_eq!(outputs.collect::<Vec<_>>(), [(0, 5), (1, 6), (2, 7)]);
+}
+
+#[test]
+fn a_row_of_which_nothing_is_accepted_never_happened() {
+    let mut rig = Rig::new(Options { slabs: 3, max_in_flight: 2, ..options() });
+    rig.core.submit(request(1, &tokens(3), 9)).unwrap();
+    rig.core.submit(request(2, &tokens(4), 9)).unwrap();
+    let (first, second) = (rig.plan().unwrap(), rig.plan().unwrap());
+    assert_eq!((first.samples, first.sampled_rows), (2, 2));
+    for accepted in [&[0, 2], &[-1, 1], &[1, i32::MAX]] {
+        let refused = rig.core.commit(Step(first.step), &[6, 5], accepted);
+        assert!(matches!(refused, Err(CoreError::WrongAccepted { step: 1, sampled: 1, .. })), "{refused:?}");
+    }
+    let refused = rig.core.commit(Step(first.step), &[6, 5], &[1]);
+    assert_eq!(refused, Err(CoreError::WrongAcceptedCount { step: 1, expected: 2, got: 1 }));
+    rig.core.commit(Step(first.step), &[6, 5], &[0, 1]).unwrap();
+    rig.core.check().unwrap();
+    // What request 1 has in the second step came from a token that does not count.
+    let third = rig.plan().unwrap();
+    assert_eq!(rig.rows(&third), [(2, 5, 1, DECODE, 1), (1, 0, 3, RESET, 1)]);
+    rig.core.commit(Step(second.step), &[7, 8], &[1, 1]).unwrap();
+    rig.core.commit(Step(third.step), &[4, 6], &[1, 1]).unwrap();
+    rig.core.check().unwrap();
+    let events = rig.events();
+    assert!(events.contains(&(1, What::Preempted { loss: Loss::Rollback })));
+    let said = events.into_iter().filter_map(|(r, w)| match w {
+        What::Token { token, index, .. } => Some((r, index, token)),
+        _ => None,
+    });
+    assert_eq!(said.collect::<Vec<_>>(), [(2, 0, 5), (2, 1, 8), (2, 2, 4), (1, 0, 6)]);
+    assert_eq!((rig.stat("rows_refused"), rig.stat("rollbacks")), (1, 0));
 }
 
 #[test]
@@ -245,7 +276,7 @@ fn after_a_rollback_no_placeholder_refers_to_the_step_before_it() {
         let mut before = rig.plan().unwrap();
         for _ in 0..turns {
             let next = rig.plan();
-            rig.core.commit(Step(before.step), &vec![1; before.samples as usize]).unwrap();
+            rig.commit(&before, 1);
             match next.or_else(|| rig.plan()) {
                 Some(h) => before = h,
                 None => break,

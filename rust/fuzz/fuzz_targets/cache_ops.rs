@@ -5,6 +5,7 @@
 
 use arbitrary::Arbitrary;
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache, Sequence};
+use dsv4_core::fence::Tickets;
 use dsv4_core::ids::Step;
 use dsv4_core::retention::Hint;
 use dsv4_core::layout::presets;
@@ -20,6 +21,8 @@ enum Op {
     Lease { salt: bool, length: u8, bits: u64 },
     Release { which: u8 },
     Launch,
+    /// Ends one of the copies that hold a state, in any order.
+    EndCopy { which: u8 },
     Retire,
     EvictSnapshots(u8),
     EvictHistory(u8),
@@ -39,6 +42,7 @@ fuzz_target!(|ops: Vec<Op>| {
     let options = CacheOptions { pages: 24, eviction: Eviction::Lru, ..CacheOptions::default() };
     let mut cache = KvCache::new(&presets::toy(4, 6, 3), &options).expect("the options are valid");
     let (mut running, mut step): (Vec<Running>, u64) = (Vec::new(), 0);
+    let (mut tickets, mut copies) = (Tickets::default(), Vec::new());
     for op in ops {
         let pick = |which: u8, n: usize| (n > 0).then(|| usize::from(which) % n);
         match op {
@@ -69,7 +73,7 @@ fuzz_target!(|ops: Vec<Op>| {
                 let tokens = prompt(length, bits);
                 let found = cache.lookup(&[u8::from(salt)], &tokens, tokens.len() as u32);
                 if let Some(&(_, id)) = found.snapshots.last() {
-                    cache.lease_snapshot(id, Step(step));
+                    cache.lease_snapshot(id, tickets.open(&mut copies));
                 }
             }
             Op::Release { which } => {
@@ -77,7 +81,13 @@ fuzz_target!(|ops: Vec<Op>| {
                 cache.release(running.swap_remove(i).seq, Step(step));
             }
             Op::Launch => step += 1,
-            Op::Retire => cache.retire(Step(step)),
+            Op::Retire => cache.retire(Step(step), &[]),
+            Op::EndCopy { which } => {
+                let Some(i) = pick(which, copies.len()) else { continue };
+                let ended = [copies.swap_remove(i)];
+                tickets.end(&ended);
+                cache.retire(Step(0), &ended);
+            }
             Op::EvictSnapshots(n) => drop(cache.evict_snapshots(u32::from(n % 4))),
             Op::EvictHistory(n) => drop(cache.evict_history(u32::from(n % 4))),
             Op::Attach { .. } => {}

@@ -40,7 +40,10 @@ enum Op {
         outputs: u8,
     },
     Plan,
-    Commit,
+    /// Rows by the bits of `refused` do not count.
+    Commit {
+        refused: u8,
+    },
     End {
         which: u8,
         abort: bool,
@@ -53,6 +56,7 @@ enum Op {
     Misuse {
         step: u64,
         tokens: u8,
+        accepted: Vec<i8>,
         request: u64,
     },
 }
@@ -77,7 +81,7 @@ fn apply(world: &mut World, op: &Op) -> Result<(), String> {
             world.enter(Submit { prompt, max_new: Some(u32::from(outputs % 20)), ..Submit::default() })
         }
         Op::Plan => world.plan().map(drop),
-        Op::Commit => world.commit(),
+        Op::Commit { refused } => world.commit_without(|row| refused >> (row % 8) & 1 == 1),
         Op::End { which, abort } if world.last_id() > 0 => {
             let id = u64::from(which) % world.last_id() + 1;
             if world.is_live(id) { world.end(id, abort) } else { Ok(()) }
@@ -86,9 +90,10 @@ fn apply(world: &mut World, op: &Op) -> Result<(), String> {
         Op::EvictSnapshots(n) => Ok(_ = world.core().evict_snapshots(n.into())),
         Op::EvictHistory(n) => Ok(_ = world.core().evict_history(n.into())),
         Op::ClearPrefix => Ok(_ = world.core().clear_prefix()),
-        Op::Misuse { step, tokens, request } => {
+        Op::Misuse { step, tokens, ref accepted, request } => {
             let (step, core) = (Step(step.saturating_add(1 << 40)), world.core());
-            let taken = core.commit(step, &vec![0; tokens.into()]).is_ok()
+            let accepted: Vec<i32> = accepted.iter().map(|&n| n.into()).collect();
+            let taken = core.commit(step, &vec![0; tokens.into()], &accepted).is_ok()
                 || core.rollback(step).is_ok()
                 || core.abort(RequestId(request.saturating_add(1 << 40))) != Ok(false);
             if taken { Err("misuse was taken".to_owned()) } else { Ok(()) }

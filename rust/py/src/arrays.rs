@@ -33,20 +33,29 @@ pub fn writable<'py, T: Element>(
         .or_else(|e| refused(format!("not available ({e})"), "it must be writable".to_owned()))
 }
 
+/// Copies an int32 array.
+pub fn counts_of(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
+    Ok(readable(name, value)?.as_array().to_vec())
+}
+
 /// Copies token ids out of an int32 array.
 pub fn tokens_of(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
-    let py = value.py();
-    let Ok(array) = value.extract::<PyReadonlyArray1<'_, i32>>() else {
-        let expected = "it must be a one-dimensional numpy array of dtype int32";
-        return Err(config_error(py, name, what_it_is(value), expected));
-    };
+    let array = readable(name, value)?;
     let ids = array.as_array();
     // One pass that looks for signs and one that copies: each is a few instructions for many ids.
     if ids.fold(0, |signs, &t| signs | t) < 0 {
         let bad = ids.iter().find(|&&t| t < 0).copied().unwrap_or_default();
-        return Err(config_error(py, name, format!("with token {bad}"), "token ids are at least 0"));
+        let found = format!("with token {bad}");
+        return Err(config_error(value.py(), name, found, "token ids are at least 0"));
     }
     Ok(ids.iter().map(|&t| t as u32).collect())
+}
+
+fn readable<'py>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArray1<'py, i32>> {
+    value.extract().map_err(|_| {
+        let expected = "it must be a one-dimensional numpy array of dtype int32";
+        config_error(value.py(), name, what_it_is(value), expected)
+    })
 }
 
 fn what_it_is(value: &Bound<'_, PyAny>) -> String {

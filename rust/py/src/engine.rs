@@ -13,7 +13,7 @@ use dsv4_core::{Core, Options};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arrays::{tokens_of, writable};
+use crate::arrays::{counts_of, tokens_of, writable};
 use crate::door::{enter, enter_locked};
 use crate::layout::PyLayoutSpec;
 use crate::plan::data_of;
@@ -217,9 +217,15 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
         enter_locked(py, &self.core, |core| Ok(core.plan(words)?.is_some()))
     }
 
-    fn commit(&self, py: Python<'_>, step: u64, tokens: &Bound<'_, PyAny>) -> PyResult<()> {
-        let tokens = tokens_of("tokens", tokens)?;
-        enter_locked(py, &self.core, |core| Ok(core.commit(Step(step), &tokens)?))
+    fn commit(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        tokens: &Bound<'_, PyAny>,
+        accepted: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (tokens, accepted) = (tokens_of("tokens", tokens)?, counts_of("accepted", accepted)?);
+        enter_locked(py, &self.core, |core| Ok(core.commit(Step(step), &tokens, &accepted)?))
     }
 
     fn rollback(&self, py: Python<'_>, step: u64) -> PyResult<()> {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::rc::Rc;
 
-use dsv4_core::plan::{ALL_LOGITS, CopyKind, DECODE, Field, Plan, REPLAY, RESET, SAMPLE};
+use dsv4_core::plan::{ALL_LOGITS, CopyKind, DECODE, Field, Plan, REPLAY, RESET};
 
 use crate::fake::{EMPTY, Geometry, Memory, embed, forward, sample};
 use crate::oracle::Expected;
@@ -153,15 +153,14 @@ impl Device {
         let mut sampled = Vec::new();
         for (r, row) in rows.iter().enumerate() {
             let output = self.run_row(row, plan, known)?;
-            if row.flags & SAMPLE != 0 {
-                if plan[Field::sample_rows][sampled.len()] != r as i32 {
-                    return Err(format!(
-                        "row {r} is sampled, but sample {} is of another row",
-                        sampled.len()
-                    ));
-                }
-                sampled.push(output.map_or(0, |x| sample(x, self.vocabulary)));
+            match plan[Field::row_samples][r] {
+                0 => {}
+                1 => sampled.push(output.map_or(0, |x| sample(x, self.vocabulary))),
+                n => return Err(format!("row {r} samples {n} tokens; the core plans one at most")),
             }
+        }
+        if sampled.len() != plan.header().samples as usize {
+            return Err(format!("{} rows sample, the header says {}", sampled.len(), plan.header().samples));
         }
         self.save(plan)?;
         self.sampled.clone_from(&sampled);

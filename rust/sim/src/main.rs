@@ -11,7 +11,7 @@ use dsv4_sim::world::{Overrides, World};
 const USAGE: &str = "usage: dsv4-sim [--seeds N | --seconds S] [--from SEED | --from fresh] [--ops N]";
 
 /// What shows that a run went everywhere.
-const REPORTED: [&str; 23] = [
+const REPORTED: [&str; 24] = [
     "requests",
     "steps",
     "finished",
@@ -26,6 +26,7 @@ const REPORTED: [&str; 23] = [
     "deadline_misses",
     "pins_broken",
     "rollbacks",
+    "rows_refused",
     "prompt_tokens",
     "resumed_tokens",
     "replayed_tokens",

@@ -94,7 +94,8 @@ fn run(step_budget: StepBudget, speed_at: impl Fn(u32) -> Speed) -> (f64, u32, f
             let (len, end) = (plan[Field::row_len][r] as u32, at as u32 + plan[Field::row_len][r] as u32);
             assert!(len >= LEAST_CHUNK || end.is_multiple_of(256) || end == PROMPT, "{len} tokens to {end}");
         }
-        core.commit(Step(header.step), &vec![1; header.samples as usize]).expect("it is in flight");
+        let samples = header.samples as usize;
+        core.commit(Step(header.step), &vec![1; samples], &vec![1; samples]).expect("it is in flight");
         let mut over = false;
         while let Some(event) = core.next_event() {
             over |= event.request.0 == 1000 && matches!(event.what, dsv4_core::event::What::Token { .. });

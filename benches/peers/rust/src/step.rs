@@ -17,6 +17,7 @@ pub struct Steps {
     out: Plan,
     events: Vec<i64>,
     samples: Vec<u32>,
+    accepted: Vec<i32>,
 }
 
 impl Steps {
@@ -39,7 +40,8 @@ impl Steps {
         };
         let core = Core::new(layout, options).expect("the options are valid");
         let out = Plan::new(core.plan_schema());
-        Steps { core, out, events: vec![0; 6 * 4096], samples: vec![0; n as usize + 1] }
+        let most = n as usize + 1;
+        Steps { core, out, events: vec![0; 6 * 4096], samples: vec![0; most], accepted: vec![1; most] }
     }
 
     /// Brings `n` requests into decode.
@@ -82,7 +84,7 @@ impl Steps {
         let header = self.core.plan(self.out.words()).expect("the buffer is long enough");
         let header = header.expect("there is work");
         let samples = &self.samples[..header.samples as usize];
-        self.core.commit(Step(header.step), samples).expect("it is in flight");
+        self.core.commit(Step(header.step), samples, &self.accepted[..samples.len()]).expect("it is in flight");
         while self.core.events_into(&mut self.events) > 0 {}
         header.decode_rows
     }

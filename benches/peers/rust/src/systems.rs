@@ -90,7 +90,7 @@ impl PrefixCache for Ours {
             self.cache.publish(&mut seq, prompt, Step(0));
         }
         self.cache.release(seq, Step(0));
-        self.cache.retire(Step(0));
+        self.cache.retire(Step(0), &[]);
         fits.then_some(known as usize / self.block)
     }
 

@@ -16,7 +16,7 @@ impl KvCache {
         held: impl Iterator<Item = &'a SnapshotPages>,
     ) -> Result<(), Malformed> {
         let (mut cursors, mut holders): (Vec<&Sequence>, Vec<PageId>) = (live.collect(), Vec::new());
-        for (_, l) in &self.leaving {
+        for l in self.leaving.iter() {
             match l {
                 Leaving::Sequence(s) => cursors.push(s),
                 Leaving::Pages(p) => holders.extend(p),

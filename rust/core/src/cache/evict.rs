@@ -13,9 +13,9 @@ impl KvCache {
     }
 
     fn evictable_snapshot_pages(&self) -> u32 {
-        // A leased snapshot's pages stay with the lease; leases end with their step and are few.
+        // A leased snapshot's pages stay with the lease; leases end with their copy and are few.
         let pages = |l: &Leaving| if let Leaving::Pages(p) = l { p.len() as u32 } else { 0 };
-        let leased: u32 = self.leaving.iter().map(|(_, l)| pages(l)).sum();
+        let leased: u32 = self.leaving.iter().map(pages).sum();
         ((self.snapshots.count() - self.held_snapshots) * self.snapshot_pages).saturating_sub(leased)
     }
 

@@ -15,8 +15,8 @@
 //! | `image.rs` | the cache as data, for a dump |
 //! | `check.rs` | every count from scratch |
 //!
-//! **Fences.** What a step in flight may still read or write is given back *behind* that step: it waits in `leaving` until
-//! [`KvCache::retire`] says that the step is done. Nothing else frees a page that was in use.
+//! **Fences.** What a step or a copy in flight may still read or write is given back *behind* it: it waits in `leaving` until
+//! [`KvCache::retire`] says that the step or copy is over. Nothing else frees a page that was in use.
 //!
 //! **Who holds a page.** The tree (a block or a snapshot), each sequence whose table names it, private snapshots, leases.
 //! A request that publishes a block which the tree already has adopts the tree's page, so a running request's published
@@ -34,8 +34,9 @@ use self::keep::Pin;
 use crate::cost::CostModel;
 use crate::error::CoreError;
 pub use crate::eviction::Eviction;
+use crate::fence::{Fence, Until};
 use crate::ghosts::{Ghosts, name_of};
-use crate::ids::{PageId, PinId, SnapshotId, Step};
+use crate::ids::{PageId, PinId, SnapshotId, Step, Ticket};
 use crate::layout::LayoutSpec;
 use crate::mutant::{self, Mutant};
 use crate::order::Order;
@@ -193,8 +194,7 @@ pub struct KvCache {
     roots: HashMap<Box<[u8]>, u32>,
     /// Salt and hash seed by root.
     salts: HashMap<u32, (Box<[u8]>, u64)>,
-    leaving: Vec<(Step, Leaving)>,
-    done: Step,
+    leaving: Fence<Leaving>,
     /// Operations so far: what is used later has a higher number.
     now: u64,
     now_us: u64,
@@ -226,8 +226,7 @@ impl KvCache {
             held_snapshots: 0,
             roots: HashMap::new(),
             salts: HashMap::new(),
-            leaving: Vec::new(),
-            done: Step(0),
+            leaving: Fence::default(),
             now: 0,
             now_us: 0,
             popped: Vec::new(),
@@ -380,8 +379,13 @@ impl KvCache {
     }
 
     /// Puts the full blocks of `tokens` (all that is computed) into the tree. Where the tree has an equal block, the
-    /// sequence adopts its page: these (block, page) pairs are returned, and the own page is given back behind `at`.
-    pub fn publish(&mut self, seq: &mut Sequence, tokens: &[u32], at: Step) -> Vec<(u32, PageId)> {
+    /// sequence adopts its page: these (block, page) pairs are returned, and the own page is given back, in use until `until`.
+    pub fn publish(
+        &mut self,
+        seq: &mut Sequence,
+        tokens: &[u32],
+        until: impl Into<Until>,
+    ) -> Vec<(u32, PageId)> {
         let full = tokens.len() as u32 / self.block;
         let (mut adopted, mut spare) = (Vec::new(), Vec::new());
         if !self.options.prefix_cache || full <= seq.published {
@@ -411,7 +415,9 @@ impl KvCache {
             self.store(seq, tokens, full);
         }
         self.counters.adopted_blocks += adopted.len() as u64;
-        self.leave(Leaving::Pages(spare), at);
+        if !spare.is_empty() {
+            self.leave(Leaving::Pages(spare), until.into());
+        }
         if mutant::on(Mutant::AdoptionUntold) { Vec::new() } else { adopted }
     }
 
@@ -446,16 +452,15 @@ impl KvCache {
         seq.published = full;
     }
 
-    /// Ends a sequence behind `at`: unpins its path, frees what was not published.
-    pub fn release(&mut self, seq: Sequence, at: Step) {
-        self.leave(Leaving::Sequence(seq), at);
+    /// Ends a sequence that is in use until then: unpins its path, frees what was not published.
+    pub fn release(&mut self, seq: Sequence, until: impl Into<Until>) {
+        self.leave(Leaving::Sequence(seq), until.into());
     }
 
-    fn leave(&mut self, what: Leaving, at: Step) {
-        if at <= self.done || mutant::on(Mutant::FreeAtAbort) {
+    fn leave(&mut self, what: Leaving, until: Until) {
+        let until = if mutant::on(Mutant::FreeAtAbort) { Until::NOW } else { until };
+        if let Some(what) = self.leaving.put(what, until) {
             self.let_go(what);
-        } else {
-            self.leaving.push((at, what));
         }
     }
 
@@ -493,13 +498,14 @@ impl KvCache {
         }
     }
 
-    /// All steps up to `done` are over: what waited behind them is free.
-    pub fn retire(&mut self, done: Step) {
-        self.done = self.done.max(done);
-        let (over, waiting): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.leaving).into_iter().partition(|(at, _)| *at <= self.done);
-        self.leaving = waiting;
-        over.into_iter().for_each(|(_, what)| self.let_go(what));
+    /// All steps up to `done` are over, and these copies have ended: what waited behind them is free.
+    pub fn retire(&mut self, done: Step, ended: &[Ticket]) {
+        self.leaving.retire(done, ended).into_iter().for_each(|what| self.let_go(what));
+    }
+
+    /// Whether something waits for a step or copy to end, so that there will be more pages soon.
+    pub fn has_leaving(&self) -> bool {
+        !self.leaving.is_empty()
     }
 
     /// Pages in all.
@@ -527,13 +533,13 @@ impl KvCache {
         self.quotas.held()
     }
 
-    /// Pages that wait for a step to end (an upper bound: shared ones count too).
+    /// Pages that wait for a step or copy to end (an upper bound: shared ones count too).
     pub fn leaving_pages(&self) -> u32 {
         let size = |l: &Leaving| match l {
             Leaving::Pages(p) => p.len() as u32,
             Leaving::Sequence(s) => s.pages.len() as u32 - s.published,
         };
-        self.leaving.iter().map(|(_, l)| size(l)).sum()
+        self.leaving.iter().map(size).sum()
     }
 
     /// The layout whose pages these are.

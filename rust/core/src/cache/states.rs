@@ -1,7 +1,8 @@
 //! Saved states: whether one is worth its pages, where it lies, and what it replaces.
 
 use super::{KvCache, Leaving, Sequence};
-use crate::ids::{PageId, SnapshotId, Step};
+use crate::fence::Until;
+use crate::ids::{PageId, SnapshotId};
 use crate::mutant::{self, Mutant};
 use crate::order::Queue;
 use crate::reuse::class_of_snapshot;
@@ -167,13 +168,13 @@ impl KvCache {
         }
     }
 
-    /// Gives pages of a state that will not be stored back, behind `at`.
-    pub fn drop_snapshot(&mut self, pages: SnapshotPages, at: Step) {
-        self.leave(Leaving::Pages(pages.0), at);
+    /// Gives back pages of a state that will not be stored, in use until then.
+    pub fn drop_snapshot(&mut self, pages: SnapshotPages, until: impl Into<Until>) {
+        self.leave(Leaving::Pages(pages.0), until.into());
     }
 
-    /// The pages of a saved state, held until step `at` is done, whatever happens to the snapshot meanwhile.
-    pub fn lease_snapshot(&mut self, id: SnapshotId, at: Step) -> Vec<PageId> {
+    /// The pages of a saved state, held until then whatever happens to the snapshot meanwhile.
+    pub fn lease_snapshot(&mut self, id: SnapshotId, until: impl Into<Until>) -> Vec<PageId> {
         self.now += 1;
         self.unlist_snapshot(id);
         let (now, now_us) = (self.now, self.now_us);
@@ -189,7 +190,7 @@ impl KvCache {
         self.counters.snapshots_used += 1;
         if !mutant::on(Mutant::LeaseForgotten) {
             pages.iter().for_each(|&p| self.pool.retain(p));
-            self.leave(Leaving::Pages(pages.clone()), at);
+            self.leave(Leaving::Pages(pages.clone()), until.into());
         }
         pages
     }

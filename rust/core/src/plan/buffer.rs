@@ -37,12 +37,14 @@ impl<'a> Views<'a> {
 impl Index<Field> for Views<'_> {
     type Output = [i32];
 
+    #[inline]
     fn index(&self, field: Field) -> &[i32] {
         self.fields[field as usize]
     }
 }
 
 impl IndexMut<Field> for Views<'_> {
+    #[inline]
     fn index_mut(&mut self, field: Field) -> &mut [i32] {
         self.fields[field as usize]
     }
@@ -93,6 +95,8 @@ pub struct StateCopy<'a> {
     pub from: i32,
     /// The slab that is written, or -1.
     pub to: i32,
+    /// Its name.
+    pub ticket: u64,
     /// Position of the state.
     pub position: u32,
     /// Without the padding.
@@ -106,6 +110,7 @@ impl Plan {
             kind: self[Field::copy_kind][i],
             from: self[Field::copy_from][i],
             to: self[Field::copy_to][i],
+            ticket: self.long(Field::copy_ticket, i),
             position: self[Field::copy_position][i] as u32,
             pages: &pages[..pages.iter().position(|&p| p < 0).unwrap_or(pages.len())],
         });

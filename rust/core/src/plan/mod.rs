@@ -21,8 +21,6 @@ pub use writer::{PlanWriter, Row};
 
 /// The state starts empty: clear the slab's pools before the row runs.
 pub const RESET: i32 = 1;
-/// The row's last token is sampled.
-pub const SAMPLE: i32 = 2;
 /// Logits of every token of the row are wanted.
 pub const ALL_LOGITS: i32 = 4;
 /// The row rebuilds state and writes no history.
@@ -43,9 +41,8 @@ pub enum CopyKind {
 }
 
 /// Numbers that a plan is written in, by name.
-pub const CONSTANTS: [(&str, i32); 8] = [
+pub const CONSTANTS: [(&str, i32); 7] = [
     ("RESET", RESET),
-    ("SAMPLE", SAMPLE),
     ("ALL_LOGITS", ALL_LOGITS),
     ("REPLAY", REPLAY),
     ("DECODE", DECODE),

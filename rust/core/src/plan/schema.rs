@@ -21,8 +21,6 @@ pub enum Section {
     Rows,
     /// By token of all rows.
     Tokens,
-    /// By sample.
-    Samples,
     /// By change of a page table.
     Deltas,
     /// By copy between slabs and pages.
@@ -63,7 +61,7 @@ impl Limits {
             Section::Tokens => self.tokens,
             Section::Deltas => self.deltas,
             Section::Copies => self.copies,
-            Section::Rows | Section::Samples => self.rows,
+            Section::Rows => self.rows,
         }
     }
 }
@@ -207,7 +205,9 @@ plan! {
         rows: u32,
         /// Tokens of all rows.
         tokens: u32,
-        /// Rows that are sampled: `commit` wants as many tokens.
+        /// Rows that sample: `commit` wants as many counts of accepted tokens.
+        sampled_rows: u32,
+        /// Tokens that they sample: `commit` wants as many.
         samples: u32,
         /// Page table changes.
         deltas: u32,
@@ -228,16 +228,18 @@ plan! {
     row_len: Rows, i32, Width::Fixed(1);
     /// Bits, see the constants of [`crate::plan`].
     row_flags: Rows, i32, Width::Fixed(1);
+    /// Tokens to sample at its end, in the order of rows: the last one of them after its last token. None or one.
+    row_samples: Rows, i32, Width::Fixed(1);
     /// End of the replay, 0 without one. Positions below write no history.
     row_replay_end: Rows, i32, Width::Fixed(1);
     /// Input ids; `-(1 + i)` stands for sample `i` of the step before.
     token_ids: Tokens, i32, Width::Fixed(1);
     /// Positions.
     positions: Tokens, i32, Width::Fixed(1);
-    /// Rows that are sampled, in the order of `commit`'s tokens.
-    sample_rows: Samples, i32, Width::Fixed(1);
     /// Slab, block, page: applied in order before the forward.
     page_deltas: Deltas, i32, Width::Fixed(3);
+    /// The copy's name. Until it has ended nothing that it touches is given to others; today it ends with its step.
+    copy_ticket: Copies, u64, Width::Fixed(1);
     /// What is copied, see [`CopyKind`](super::CopyKind). Forks and restores come before the forward, saves after it.
     copy_kind: Copies, i32, Width::Fixed(1);
     /// The slab that is copied, -1 in a restore.
@@ -258,7 +260,6 @@ impl StepHeader {
             Section::Header => 1,
             Section::Rows => self.rows,
             Section::Tokens => self.tokens,
-            Section::Samples => self.samples,
             Section::Deltas => self.deltas,
             Section::Copies => self.copies,
         }

@@ -2,9 +2,9 @@
 
 use super::buffer::Views;
 use super::schema::{Field, Limits, Schema, StepHeader, in_words};
-use super::{CopyKind, DECODE, REPLAY, SAMPLE};
+use super::{CopyKind, DECODE, REPLAY};
 use crate::error::CoreError;
-use crate::ids::{PageId, RequestId, SlabId, Step};
+use crate::ids::{PageId, RequestId, SlabId, Step, Ticket};
 use crate::mutant::{self, Mutant};
 
 /// A row as the scheduler decides it.
@@ -22,6 +22,8 @@ pub struct Row {
     pub flags: i32,
     /// End of the replay, 0 without one.
     pub replay_end: u32,
+    /// Tokens to sample.
+    pub samples: u32,
 }
 
 /// Fills the buffer of one step.
@@ -76,28 +78,36 @@ impl<'a> PlanWriter<'a> {
     }
 
     /// A state to save after the forward.
-    pub fn save(&mut self, slab: SlabId, pos: u32, pages: &[PageId]) {
-        self.copy(CopyKind::Save, Some(slab), None, pos, pages);
+    pub fn save(&mut self, slab: SlabId, pos: u32, pages: &[PageId], ticket: Ticket) {
+        self.copy(CopyKind::Save, [Some(slab), None], pos, pages, ticket);
     }
 
     /// A state to restore before the forward.
-    pub fn restore(&mut self, slab: SlabId, pos: u32, pages: &[PageId]) {
+    pub fn restore(&mut self, slab: SlabId, pos: u32, pages: &[PageId], ticket: Ticket) {
         if !mutant::on(Mutant::HitWithoutState) {
-            self.copy(CopyKind::Restore, None, Some(slab), pos, pages);
+            self.copy(CopyKind::Restore, [None, Some(slab)], pos, pages, ticket);
         }
     }
 
     /// A slab to copy from another before the forward, at this position, and a page with it: from one, to the other.
-    pub fn fork(&mut self, from: SlabId, to: SlabId, pos: u32, pages: &[PageId]) {
-        self.copy(CopyKind::Fork, Some(from), Some(to), pos, pages);
+    pub fn fork(&mut self, from: SlabId, to: SlabId, pos: u32, pages: &[PageId], ticket: Ticket) {
+        self.copy(CopyKind::Fork, [Some(from), Some(to)], pos, pages, ticket);
     }
 
-    fn copy(&mut self, kind: CopyKind, from: Option<SlabId>, to: Option<SlabId>, pos: u32, pages: &[PageId]) {
+    fn copy(
+        &mut self,
+        kind: CopyKind,
+        slabs: [Option<SlabId>; 2],
+        pos: u32,
+        pages: &[PageId],
+        ticket: Ticket,
+    ) {
         let (out, at) = (&mut self.out, self.header.copies as usize);
-        let slab = |slab: Option<SlabId>| slab.map_or(-1, |s| s.0 as i32);
+        let [from, to] = slabs.map(|slab| slab.map_or(-1, |s| s.0 as i32));
+        out[Field::copy_ticket].as_chunks_mut().0[at] = in_words(ticket.0);
         out[Field::copy_kind][at] = kind as i32;
-        out[Field::copy_from][at] = slab(from);
-        out[Field::copy_to][at] = slab(to);
+        out[Field::copy_from][at] = from;
+        out[Field::copy_to][at] = to;
         out[Field::copy_position][at] = pos as i32;
         let most = self.limits.copy_pages;
         let list = &mut out[Field::copy_pages][at * most..][..most];
@@ -116,9 +126,10 @@ impl<'a> PlanWriter<'a> {
     }
 
     /// A row in decode: one token, which is sampled. `token` is its id, or `-1 - i` for sample `i` of the step before.
+    #[inline]
     pub fn decode_row(&mut self, row: Row, token: i32) -> u32 {
         let (out, h) = (&mut self.out, &mut self.header);
-        let (r, at, sample) = (h.rows as usize, h.tokens as usize, h.samples as usize);
+        let (r, at, sample) = (h.rows as usize, h.tokens as usize, h.samples);
         out[Field::token_ids][at] = token;
         out[Field::positions][at] = row.start as i32;
         out[Field::row_req].as_chunks_mut().0[r] = in_words(row.request.0);
@@ -127,12 +138,13 @@ impl<'a> PlanWriter<'a> {
         out[Field::row_len][r] = 1;
         out[Field::row_flags][r] = row.flags;
         out[Field::row_replay_end][r] = 0;
-        out[Field::sample_rows][sample] = r as i32;
+        out[Field::row_samples][r] = 1;
         h.rows += 1;
         h.tokens += 1;
         h.decode_rows += 1;
         h.samples += 1;
-        sample as u32
+        h.sampled_rows += 1;
+        sample
     }
 
     fn put(&mut self, row: Row) -> u32 {
@@ -147,16 +159,15 @@ impl<'a> PlanWriter<'a> {
         self.out[Field::row_start][r] = row.start as i32;
         self.out[Field::row_len][r] = len as i32;
         self.out[Field::row_flags][r] = row.flags;
+        self.out[Field::row_samples][r] = row.samples as i32;
         self.out[Field::row_replay_end][r] = row.replay_end as i32;
         h.rows += 1;
         h.tokens += len;
         h.decode_rows += u32::from(row.flags & DECODE != 0);
         h.replay_tokens += if row.flags & REPLAY != 0 { len } else { 0 };
         let sample = h.samples;
-        if row.flags & SAMPLE != 0 {
-            self.out[Field::sample_rows][sample as usize] = r as i32;
-            h.samples += 1;
-        }
+        h.samples += row.samples;
+        h.sampled_rows += u32::from(row.samples > 0);
         sample
     }
 }

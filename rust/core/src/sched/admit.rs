@@ -6,7 +6,7 @@ use crate::cost::Way;
 use crate::error::CoreError;
 use crate::event::What;
 use crate::explain::{Explain, Reason};
-use crate::ids::Step;
+use crate::fence::Until;
 use crate::request::{Change, Run, Start};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
@@ -47,9 +47,9 @@ impl Core {
         } else {
             Match { history: 0, snapshots: Vec::new(), lost: Lost::NeverStored, snapshot_evicted: None }
         };
-        let mut started = self.start_of(slot, &found, alone, draft.flight.step);
+        let mut started = self.start_of(slot, &found, alone, draft);
         while started.is_none() && alone && self.break_pin() {
-            started = self.start_of(slot, &found, alone, draft.flight.step);
+            started = self.start_of(slot, &found, alone, draft);
         }
         let Some((way, seq, start)) = started else {
             assert!(
@@ -85,7 +85,7 @@ impl Core {
         slot: Slot,
         found: &Match,
         alone: bool,
-        step: Step,
+        draft: &mut Draft<'_, '_>,
     ) -> Option<(Way, Sequence, Start)> {
         let n = self.table.get(slot).known();
         let spared = self.table.running.len() as u32;
@@ -102,13 +102,13 @@ impl Core {
             let needed = n.div_ceil(self.shape_block()) - seq.pages().len() as u32;
             while self.cache.available() < needed + leased + spared && self.reclaim_juniors(slot, alone) {}
             if self.cache.available() < needed + leased + spared {
-                self.cache.release(seq, Step(0));
+                self.cache.release(seq, Until::NOW);
                 continue;
             }
             let start = match way {
                 Way::Snapshot { pos, id } => {
-                    self.coming = self.coming.max(step);
-                    Start::Saved(pos, self.cache.lease_snapshot(id, step))
+                    let ticket = self.tickets.open(&mut draft.flight.tickets);
+                    Start::Saved(pos, self.cache.lease_snapshot(id, ticket), ticket)
                 }
                 _ => Start::Empty,
             };
@@ -127,11 +127,12 @@ impl Core {
             let request = self.table.get(slot);
             let parked = request.parked.as_ref().expect("it is parked");
             let needed = request.known().div_ceil(block).saturating_sub(parked.seq.pages().len() as u32);
-            if parked.saved <= self.last && self.cache.available() >= needed + spared {
-                break;
-            }
-            if parked.saved > self.last {
+            // Copies on the device keep the order of steps, so the state need not be there yet.
+            if draft.flight.tickets.contains(&parked.saved) {
                 return Ok(false);
+            }
+            if self.cache.available() >= needed + spared {
+                break;
             }
             if !self.reclaim_juniors(slot, alone) {
                 if alone {
@@ -149,13 +150,13 @@ impl Core {
         let (pos, mut seq, pages) = (parked.pos, parked.seq, parked.state.pages().to_vec());
         let taken = self.cache.extend(&mut seq, n);
         assert!(taken.is_ok(), "pages were available: {taken:?}");
-        self.cache.drop_snapshot(parked.state, draft.flight.step);
-        self.coming = self.coming.max(draft.flight.step);
+        let ticket = self.tickets.open(&mut draft.flight.tickets);
+        self.cache.drop_snapshot(parked.state, ticket);
         let hold = self.hold_of(self.table.get(slot).id, pos);
         let request = self.table.get_mut(slot);
         request.change(Change::Admit)?;
         request.blocked = None;
-        let start = Start::Saved(pos, pages);
+        let start = Start::Saved(pos, pages, ticket);
         request.run = Some(Run {
             hold,
             spare: parked.spare,

@@ -18,6 +18,10 @@ impl Core {
         let sequences = || runs().map(|r| &r.seq).chain(parked().map(|p| &p.seq));
         self.cache.check(sequences(), held)?;
         self.slabs.check(runs().map(|r| r.slab))?;
+        let copies = self.flights.iter().map(|f| f.tickets.len()).sum::<usize>();
+        Malformed::unless(copies == self.tickets.open_count(), "copies end with their step", || {
+            format!("{copies} in flight, {} open", self.tickets.open_count())
+        })?;
         let ranks: Vec<_> = self.table.iter_running().map(|r| r.rank()).collect();
         Malformed::unless(ranks.is_sorted(), "running order", || format!("{ranks:?}"))?;
         for request in self.table.iter() {

@@ -3,7 +3,7 @@
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::event::{Loss, What};
-use crate::ids::Step;
+use crate::ids::{Step, Ticket};
 use crate::mutant::{self, Mutant};
 use crate::policy::Keep;
 use crate::request::{Change, Finish, Phase};
@@ -11,24 +11,32 @@ use crate::sched::flight::{Flight, FlightRow, Save};
 use crate::sched::table::Slot;
 
 impl Core {
-    /// The result of the oldest step in flight: one token per sample row. Rows whose request is gone are ignored.
-    pub fn commit(&mut self, step: Step, tokens: &[u32]) -> Result<(), CoreError> {
+    /// The result of the oldest step in flight: what its rows sampled, one after the other, and for each row that samples
+    /// how many of its tokens are accepted, from the first on. Of a row with none accepted nothing counts: its request waits
+    /// again and resumes with the tokens that it had. Rows whose request is gone are ignored.
+    ///
+    /// Fails, and changes nothing, for another step, another number of tokens or counts, and a count that is negative or
+    /// above what the row sampled.
+    pub fn commit(&mut self, step: Step, tokens: &[u32], accepted: &[i32]) -> Result<(), CoreError> {
         let Some(flight) = self.flights.front().filter(|f| f.step == step) else {
             return Err(self.wrong_step(step.0, "committed"));
         };
-        if flight.samples as usize != tokens.len() {
-            let (expected, got) = (flight.samples as usize, tokens.len());
-            return Err(CoreError::WrongTokenCount { step: step.0, expected, got });
-        }
+        let whole = flight.check_result(tokens, accepted)?;
         let mut flight = self.flights.pop_front().expect("it was seen");
-        self.retire();
+        self.retire(&flight.tickets);
         self.counters.steps += 1;
-        let mut saves = flight.saves.drain(..);
-        let mut sample = 0;
+        let (mut saves, mut at) = (flight.saves.drain(..), 0);
         for &row in &flight.rows {
             let save = if row.saves { saves.next() } else { None };
-            let token = row.samples.then(|| (tokens[sample as usize], sample));
-            sample += u32::from(row.samples);
+            // A row samples one token at most (see `FlightRow`), so tokens and counts go together.
+            let sample = at;
+            at += row.samples as usize;
+            let live = self.is_live(row.slot, row.epoch);
+            if !live || (!whole && row.samples > 0 && accepted[sample] == 0) {
+                self.forget_row(row.slot, save, live)?;
+                continue;
+            }
+            let token = (row.samples > 0).then(|| (tokens[sample], sample as u32));
             self.commit_row(step, row, save, token)?;
         }
         drop(saves);
@@ -43,9 +51,9 @@ impl Core {
             return Err(self.wrong_step(step.0, "rolled back"));
         }
         self.model.forget_from(step);
+        let mut ended = Vec::new();
         while self.flights.back().is_some_and(|f| f.step >= step) {
             let mut flight = self.flights.pop_back().expect("it was seen");
-            let at = flight.step;
             self.counters.rollbacks += 1;
             for save in flight.saves.drain(..) {
                 let at = self.fence();
@@ -61,15 +69,18 @@ impl Core {
                     self.lose(slot, Loss::Rollback)?;
                 }
             }
-            for slot in flight.parks.drain(..) {
+            for (slot, saved) in flight.parks.drain(..) {
                 let here = self.table.try_get_mut(slot).and_then(|r| r.parked.as_ref());
-                if here.is_some_and(|parked| parked.saved == at) {
+                if here.is_some_and(|parked| parked.saved == saved) {
                     self.unpark(slot);
                 }
             }
+            // What its copies would have touched may still be in use by the step before it.
+            let heir = self.flights.back_mut().map_or(&mut ended, |before| &mut before.tickets);
+            heir.append(&mut flight.tickets);
             self.recycle(flight);
         }
-        self.retire();
+        self.retire(&ended);
         Ok(())
     }
 
@@ -77,14 +88,16 @@ impl Core {
         flight.rows.clear();
         flight.parks.clear();
         flight.forks.clear();
+        flight.tickets.clear();
         self.spare_flights.push(flight);
     }
 
-    /// Everything before the oldest step in flight is over.
-    fn retire(&mut self) {
-        self.done = self.flights.front().map_or(self.last, |f| Step(f.step.0 - 1));
-        self.cache.retire(self.done);
-        self.slabs.retire(self.done);
+    /// Everything before the oldest step in flight is over, and these copies have ended.
+    fn retire(&mut self, ended: &[Ticket]) {
+        let done = self.flights.front().map_or(self.last, |f| Step(f.step.0 - 1));
+        self.tickets.end(ended);
+        self.cache.retire(done, ended);
+        self.slabs.retire(done, ended);
     }
 
     /// Whether a row's result still counts.
@@ -93,6 +106,7 @@ impl Core {
         run.is_some_and(|run| run.epoch == epoch || mutant::on(Mutant::LateResultCounts))
     }
 
+    /// A row that counts. `token` comes with its place among the samples.
     fn commit_row(
         &mut self,
         step: Step,
@@ -100,13 +114,6 @@ impl Core {
         save: Option<Save>,
         token: Option<(u32, u32)>,
     ) -> Result<(), CoreError> {
-        if !self.is_live(row.slot, row.epoch) {
-            if let Some(save) = save {
-                let at = self.fence();
-                self.cache.drop_snapshot(save.pages, at);
-            }
-            return Ok(());
-        }
         self.publish(&row);
         if let Some(save) = save {
             self.keep_state(&row, save);
@@ -137,9 +144,18 @@ impl Core {
         }
     }
 
+    /// Nothing of a row counts: its request is gone, or its token was not accepted.
+    #[cold]
+    fn forget_row(&mut self, slot: Slot, save: Option<Save>, live: bool) -> Result<(), CoreError> {
+        let at = self.fence();
+        save.into_iter().for_each(|save| self.cache.drop_snapshot(save.pages, at));
+        self.counters.rows_refused += u64::from(live);
+        if live { self.lose(slot, Loss::Rollback) } else { Ok(()) }
+    }
+
     /// Full blocks enter the tree.
     fn publish(&mut self, row: &FlightRow) {
-        let (block, at) = (self.shape_block(), self.last);
+        let (block, at) = (self.shape_block(), self.fence());
         let request = self.table.get_mut(row.slot);
         let run = request.run.as_mut().expect("a live row has a slab");
         run.computed = row.end;
@@ -147,10 +163,7 @@ impl Core {
             return;
         }
         let adopted = self.cache.publish(&mut run.seq, &request.tokens.all()[..row.end as usize], at);
-        if !adopted.is_empty() {
-            self.coming = self.coming.max(at);
-            run.adopted.extend(adopted);
-        }
+        run.adopted.extend(adopted);
     }
 
     fn keep_state(&mut self, row: &FlightRow, save: Save) {

@@ -149,7 +149,8 @@ impl Core {
         let partial = !at.is_multiple_of(block);
         let open = from_page.filter(|_| partial && !mutant::on(Mutant::ForkSharesTail));
         let pages = open.map(|from| [from, seq.pages()[full as usize]]);
-        draft.plan.fork(from_slab, slab, at, pages.as_ref().map_or(&[], |p| p));
+        let ticket = self.tickets.open(&mut draft.flight.tickets);
+        draft.plan.fork(from_slab, slab, at, pages.as_ref().map_or(&[], |p| p), ticket);
         self.epochs += 1;
         draft.flight.forks.push((slot, self.epochs));
         let request = self.table.get_mut(slot);

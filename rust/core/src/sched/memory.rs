@@ -4,7 +4,7 @@ use crate::cache::KvCache;
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::event::{Loss, What};
-use crate::ids::Step;
+use crate::fence::Until;
 use crate::request::{Change, Run};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
@@ -26,7 +26,7 @@ impl Core {
             }
             let saving = self.flights.iter().chain([&draft.flight]).any(|f| !f.saves.is_empty());
             let parking = self.flights.iter().any(|f| !f.parks.is_empty());
-            if saving || parking || self.coming > self.done {
+            if saving || parking || self.cache.has_leaving() {
                 return Ok(false);
             }
             if self.reclaim_parked(None) || self.drop_a_spare() {
@@ -108,9 +108,8 @@ impl Core {
         self.slabs.give_back(run.slab, at);
     }
 
-    /// The last step planned: what is given back now may be in use until it is over.
-    pub(super) fn fence(&mut self) -> Step {
-        self.coming = self.coming.max(self.last);
-        self.last
+    /// What is given back now may be in use until the last step planned is over.
+    pub(super) fn fence(&self) -> Until {
+        Until::Step(self.last)
     }
 }

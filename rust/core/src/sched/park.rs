@@ -9,7 +9,7 @@ use crate::cache::Sequence;
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::event::{Loss, What};
-use crate::ids::Step;
+use crate::ids::Ticket;
 use crate::policy::Due;
 use crate::request::{Change, Order, Phase, Run, Start};
 use crate::sched::step::Draft;
@@ -25,8 +25,8 @@ pub struct Parked {
     pub seq: Sequence,
     /// Where the state lies.
     pub state: SnapshotPages,
-    /// The step that saves it.
-    pub saved: Step,
+    /// The copy that saves it.
+    pub saved: Ticket,
     /// Boundaries at which its state is saved for others.
     pub due: Due,
     /// A state kept aside in decode.
@@ -93,12 +93,13 @@ impl Core {
         let request = self.table.get_mut(slot);
         request.change(Change::Lose)?;
         let run = request.run.take().expect("a running request has a slab");
-        draft.plan.save(run.slab, pos, state.pages());
-        self.slabs.give_back(run.slab, draft.flight.step);
-        draft.flight.parks.push(slot);
+        let saved = self.tickets.open(&mut draft.flight.tickets);
+        draft.plan.save(run.slab, pos, state.pages(), saved);
+        self.slabs.give_back(run.slab, saved.into());
+        draft.flight.parks.push((slot, saved));
         request.explain.preemptions += 1;
         request.computed_before = pos;
-        let (saved, Run { seq, due, spare, begun, .. }) = (draft.flight.step, run);
+        let Run { seq, due, spare, begun, .. } = run;
         request.parked = Some(Box::new(Parked { pos, seq, state, saved, due, spare }));
         let (id, rank, tenant) = (request.id, request.rank(), request.place.tenant);
         self.table.shares.served(tenant, u64::from(pos.saturating_sub(begun)));
@@ -114,7 +115,8 @@ impl Core {
     /// there is none.
     pub(super) fn reclaim_parked(&mut self, keep: Option<Slot>) -> bool {
         let of = |slot: Slot| self.table.get(slot).parked.as_ref();
-        let free = |slot: Slot| Some(slot) != keep && of(slot).is_some_and(|p| p.saved <= self.done);
+        let free =
+            |slot: Slot| Some(slot) != keep && of(slot).is_some_and(|p| !self.tickets.is_open(p.saved));
         let Some(&(_, slot)) = self.parked.iter().rev().find(|&&(_, slot)| free(slot)) else { return false };
         self.counters.parked_lost += 1;
         self.unpark(slot);
@@ -131,10 +133,10 @@ impl Core {
         let Parked { pos, mut seq, state, spare, saved, .. } = *parked;
         let at = self.fence();
         // At a boundary of published history the state is a snapshot like any other.
-        let state = if saved <= self.done {
-            self.cache.publish_snapshot(&mut seq, pos, state).err()
-        } else {
+        let state = if self.tickets.is_open(saved) {
             Some(state)
+        } else {
+            self.cache.publish_snapshot(&mut seq, pos, state).err()
         };
         let spare = spare.and_then(|(pos, pages)| self.cache.publish_snapshot(&mut seq, pos, pages).err());
         for pages in state.into_iter().chain(spare) {
@@ -147,7 +149,7 @@ impl Core {
     /// less: the state of the one that gives way must find room, and the one that comes must fit.
     pub(super) fn make_way(&mut self, draft: &mut Draft<'_, '_>) -> Result<(), CoreError> {
         self.held = None;
-        if self.slabs.free() > 0 || self.slabs.leaving() > 0 {
+        if self.slabs.free() > 0 || self.slabs.has_leaving() {
             return Ok(());
         }
         let (Some(head), Some(&last)) = (self.table.queue.next(&[]), self.table.running.last()) else {

@@ -6,7 +6,7 @@ use crate::core::Core;
 use crate::error::CoreError;
 use crate::ids::Step;
 use crate::mutant::{self, Mutant};
-use crate::plan::{ALL_LOGITS, DECODE, PlanWriter, REPLAY, RESET, Row, SAMPLE, StepHeader};
+use crate::plan::{ALL_LOGITS, DECODE, PlanWriter, REPLAY, RESET, Row, StepHeader};
 use crate::policy::Keep;
 use crate::request::{Change, Phase, Request, Run, Start};
 use crate::sched::flight::{Flight, FlightRow, Save};
@@ -69,7 +69,7 @@ impl Core {
         }
         let fixed_us = self.model.fixed_work(header.decode_rows, context, header.copies);
         self.model.expect(step, Work { fixed_us, load_us }, header.decode_rows);
-        flight.samples = header.samples;
+        (flight.samples, flight.sampled_rows) = (header.samples, header.sampled_rows);
         self.flights.push_back(flight);
         self.last = step;
         Ok(Some(writer.finish()))
@@ -139,8 +139,9 @@ impl Core {
             slab: run.slab,
             start: pos,
             end,
-            flags: DECODE | SAMPLE,
+            flags: DECODE,
             replay_end: 0,
+            samples: 1,
         };
         let known = request.tokens.get(pos);
         debug_assert!(known.is_some() || run.sampled_at.0 == self.last, "it comes from the step before");
@@ -163,11 +164,12 @@ impl Core {
         run.sampled_at = (draft.flight.step, index);
         let epoch = run.epoch;
         if let Some(pages) = &pages {
-            draft.plan.save(row.slab, end, pages.pages());
+            let ticket = self.tickets.open(&mut draft.flight.tickets);
+            draft.plan.save(row.slab, end, pages.pages(), ticket);
         }
         let saves = pages.is_some();
         draft.context += u64::from(pos);
-        draft.flight.rows.push(FlightRow { slot, epoch, end, samples: true, prefill: false, saves });
+        draft.flight.rows.push(FlightRow { slot, epoch, end, samples: 1, prefill: false, saves });
         draft.flight.saves.extend(pages.map(|pages| Save { keep, pages }));
     }
 
@@ -247,25 +249,27 @@ impl Core {
         }
         let end = stop.min(start.saturating_add(time));
         let samples = end == len && len - request.prompt < request.max_new;
-        let flags = flags_of(request, start, replaying, samples);
+        let flags = flags_of(request, start, replaying);
         let run = request.run.as_mut().expect("a running request has a slab");
-        if let Start::Saved(pos, pages) = std::mem::replace(&mut run.start, Start::Running) {
-            draft.plan.restore(run.slab, pos, &pages);
+        if let Start::Saved(pos, pages, ticket) = std::mem::replace(&mut run.start, Start::Running) {
+            draft.plan.restore(run.slab, pos, &pages, ticket);
         }
         // Before the end of the replay the state is not exact.
         let keep = if end >= run.replay_end { run.due.keep(end, false) } else { Keep::No };
         let replay_end = if replaying { run.replay_end } else { 0 };
-        let row = Row { request: request.id, slab: run.slab, start, end, flags, replay_end };
+        let samples = u32::from(samples);
+        let row = Row { request: request.id, slab: run.slab, start, end, flags, replay_end, samples };
         let index = draft.plan.row(row, &request.tokens.all()[start as usize..end as usize]);
         run.planned = end;
-        if samples {
+        if samples > 0 {
             run.unknown = 1;
             run.sampled_at = (draft.flight.step, index);
         }
         let epoch = run.epoch;
         let pages = if keep == Keep::No { None } else { reserve_state(&mut self.cache, run, end, least) };
         if let Some(pages) = &pages {
-            draft.plan.save(row.slab, end, pages.pages());
+            let ticket = self.tickets.open(&mut draft.flight.tickets);
+            draft.plan.save(row.slab, end, pages.pages(), ticket);
         }
         let saves = pages.is_some();
         draft.flight.rows.push(FlightRow { slot, epoch, end, samples, prefill: true, saves });
@@ -289,11 +293,10 @@ impl Core {
     }
 }
 
-fn flags_of(request: &Request, start: u32, replaying: bool, samples: bool) -> i32 {
+fn flags_of(request: &Request, start: u32, replaying: bool) -> i32 {
     let empty = matches!(request.run, Some(Run { start: Start::Empty, .. }));
     let bit = |on: bool, flag: i32| if on { flag } else { 0 };
     bit(empty, RESET)
-        | bit(samples, SAMPLE)
         | bit(request.all_logits && start < request.prompt, ALL_LOGITS)
         | bit(replaying && !mutant::on(Mutant::ReplayWrites), REPLAY)
 }

@@ -29,8 +29,8 @@ pub fn request(id: u64, prompt: &[u32], max_new: u32) -> Submit {
     Submit { id, prompt, max_new, stop_ids: vec![99], ..Submit::default() }
 }
 
-/// A row of a plan: request, first position, tokens, flags.
-pub type Row = (u64, i32, i32, i32);
+/// A row of a plan: request, first position, tokens, flags, samples.
+pub type Row = (u64, i32, i32, i32, i32);
 
 pub struct Rig {
     pub core: Core,
@@ -50,17 +50,12 @@ impl Rig {
     }
 
     pub fn rows(&self, h: &StepHeader) -> Vec<Row> {
-        let a = &self.out;
-        (0..h.rows as usize)
-            .map(|r| {
-                (
-                    a.long(Field::row_req, r),
-                    a[Field::row_start][r],
-                    a[Field::row_len][r],
-                    a[Field::row_flags][r],
-                )
-            })
-            .collect()
+        let columns = [Field::row_start, Field::row_len, Field::row_flags, Field::row_samples];
+        let row = |r| {
+            let [start, len, flags, samples] = columns.map(|c| self.out[c][r]);
+            (self.out.long(Field::row_req, r), start, len, flags, samples)
+        };
+        (0..h.rows as usize).map(row).collect()
     }
 
     /// Positions of the copies of one kind in the plan made last.
@@ -72,9 +67,15 @@ impl Rig {
     pub fn step(&mut self, token: u32) -> Vec<Row> {
         let h = self.plan().expect("there is something to run");
         let rows = self.rows(&h);
-        self.core.commit(Step(h.step), &vec![token; h.samples as usize]).unwrap();
-        self.core.check().unwrap();
+        self.commit(&h, token);
         rows
+    }
+
+    /// The same token for every row, all accepted.
+    pub fn commit(&mut self, h: &StepHeader, token: u32) {
+        let samples = h.samples as usize;
+        self.core.commit(Step(h.step), &vec![token; samples], &vec![1; samples]).unwrap();
+        self.core.check().unwrap();
     }
 
     pub fn run(&mut self, submit: Submit) {

@@ -76,6 +76,7 @@ pub struct Replay {
     core: Core,
     plan: Plan,
     samples: Vec<u32>,
+    accepted: Vec<i32>,
     now_us: f64,
     /// Requests whose arrival is known: time (the bits of a number that is not negative keep its order) and index.
     due: BinaryHeap<Reverse<(u64, u32)>>,
@@ -170,6 +171,7 @@ impl Replay {
         let mut replay = Replay {
             plan: Plan::new(core.plan_schema()),
             samples: Vec::new(),
+            accepted: Vec::new(),
             now_us: trace.requests().first().map_or(0.0, |r| r.at_us),
             due,
             followers,
@@ -228,7 +230,7 @@ impl Replay {
         if let Some(header) = self.core.plan(self.plan.words())? {
             let us = self.pass(&header);
             self.draw(&header);
-            self.core.commit(Step(header.step), &self.samples)?;
+            self.core.commit(Step(header.step), &self.samples, &self.accepted)?;
             if self.settings.model.is_some() {
                 self.core.observe(Step(header.step), us);
             }
@@ -334,12 +336,13 @@ impl Replay {
     fn draw(&mut self, header: &StepHeader) {
         let mut samples = std::mem::take(&mut self.samples);
         samples.clear();
-        samples.extend(self.plan[Field::sample_rows][..header.samples as usize].iter().map(|&row| {
-            let row = row as usize;
+        let sampled = (0..header.rows as usize).filter(|&row| self.plan[Field::row_samples][row] > 0);
+        samples.extend(sampled.map(|row| {
             let pos = (self.plan[Field::row_start][row] + self.plan[Field::row_len][row]) as u32;
             let index = self.index(self.plan.long(Field::row_req, row));
             self.trace.output_token(&self.trace.requests()[index as usize], pos)
         }));
+        self.accepted.resize(samples.len(), 1);
         self.samples = samples;
     }
 

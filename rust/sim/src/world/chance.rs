@@ -74,7 +74,8 @@ impl World {
                 .then(|| layout.replay_tokens() - overrides.replay_short_by),
         };
         let vocabulary = rng.pick(&[2, 2, 3]);
-        World { rng, calm: overrides.calm, ..World::scripted(&layout, options, vocabulary) }
+        let refuses = !overrides.calm && !overrides.accept_all;
+        World { rng, calm: overrides.calm, refuses, ..World::scripted(&layout, options, vocabulary) }
     }
 
     pub(super) fn operation(&mut self) -> Result<(), String> {
@@ -240,21 +241,28 @@ impl World {
     /// Calls that must be refused and change nothing, late and duplicate completions among them.
     fn misuse(&mut self) -> Result<(), String> {
         for &(step, samples) in &self.gone {
-            if self.core.commit(Step(step), &vec![0; samples]).is_ok() {
+            if self.core.commit(Step(step), &vec![0; samples], &vec![1; samples]).is_ok() {
                 return Err(format!("step {step} was committed after it was over"));
             }
         }
         let beyond = Step(self.flying.back().map_or(0, |f| f.0.step) + 100);
         let refused = [
-            self.core.commit(beyond, &[]).is_err(),
+            self.core.commit(beyond, &[], &[]).is_err(),
             self.core.rollback(beyond).is_err(),
             self.core.explain(RequestId(u64::MAX)).is_err(),
             self.core.abort(RequestId(u64::MAX)) == Ok(false),
         ];
         if let Some((header, samples)) = self.flying.front() {
-            let wrong = vec![0; samples.len() + 1];
-            if self.core.commit(Step(header.step), &wrong).is_ok() {
-                return Err("a commit with one token too many was taken".to_owned());
+            let (n, step) = (samples.len(), Step(header.step));
+            let mut bad = vec![(vec![0; n + 1], vec![1; n]), (vec![0; n], vec![1; n + 1])];
+            if n > 0 {
+                let counts = |first: i32| [vec![first], vec![1; n - 1]].concat();
+                bad.extend([(vec![0; n], counts(2)), (vec![0; n], counts(-1)), (vec![0; n], vec![1; n - 1])]);
+            }
+            for (tokens, accepted) in bad {
+                if self.core.commit(step, &tokens, &accepted).is_ok() {
+                    return Err(format!("{n} samples were committed as {tokens:?}, accepted {accepted:?}"));
+                }
             }
         }
         if refused == [true; 4] { Ok(()) } else { Err(format!("misuse was taken: {refused:?}")) }

@@ -24,6 +24,8 @@ pub struct Overrides {
     pub max_in_flight: Option<u32>,
     /// A replay this much shorter than exactness needs.
     pub replay_short_by: u32,
+    /// All results count.
+    pub accept_all: bool,
     /// One priority, and room for everyone to wait: for runs of [`World::run_batch`].
     pub calm: bool,
 }
@@ -60,6 +62,7 @@ pub struct World {
     block: u32,
     vocabulary: u32,
     calm: bool,
+    refuses: bool,
     core: Core,
     device: Device,
     geometry: Geometry,
@@ -89,6 +92,7 @@ impl World {
             block: layout.block_tokens,
             vocabulary,
             calm: true,
+            refuses: false,
             device: Device::new(geometry.clone(), options.pages, options.slabs, vocabulary),
             geometry,
             layout: layout.clone(),
@@ -219,10 +223,18 @@ impl World {
         Ok(true)
     }
 
-    /// Commits the oldest step in flight, if there is one, and compares what it gave.
+    /// Commits the oldest step in flight, if there is one, and compares what it gave. Now and then a row's result does not
+    /// count, which is not drawn like the rest, so that seeds keep their meaning.
     pub fn commit(&mut self) -> Result<(), String> {
+        let (refuses, seed) = (self.refuses, self.report.events);
+        self.commit_without(|row| refuses && scramble(seed ^ row as u64).is_multiple_of(40))
+    }
+
+    /// As [`World::commit`], but for these of the rows that sample nothing is accepted.
+    pub fn commit_without(&mut self, refused: impl Fn(usize) -> bool) -> Result<(), String> {
         let Some((header, samples)) = self.flying.pop_front() else { return Ok(()) };
-        self.core.commit(Step(header.step), &samples).map_err(|e| e.to_string())?;
+        let accepted: Vec<i32> = (0..samples.len()).map(|row| i32::from(!refused(row))).collect();
+        self.core.commit(Step(header.step), &samples, &accepted).map_err(|e| e.to_string())?;
         self.device.retire(header.step);
         self.is_gone(header.step, samples.len());
         self.events()
