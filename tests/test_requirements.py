@@ -37,7 +37,7 @@ def test_every_dependency_has_a_reason() -> None:
 @pytest.fixture
 def torch_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Versions that are said to be installed; None is not at all."""
-    said: dict[str, str | None] = {"triton": "3.9.0", "rich": "15.0.0"}
+    said: dict[str, str | None] = {"torch": "2.15.0", "triton": "3.9.0", "rich": "15.0.0"}
     version = metadata.version
 
     def of(name: str) -> str:

@@ -71,6 +71,8 @@ class Edge:
     def __init__(self, app: ASGIApp, service: Service, paths: Mapping[Any, str]) -> None:
         self.app, self.service, self._paths = app, service, paths
         self._key = None if service.config.api_key is None else _digest(service.config.api_key.encode())
+        # What a cache keeps for one origin is not for another; Starlette says so in every answer from 1.8 on only.
+        self._varies = bool(service.config.allow_origin) and "*" not in service.config.allow_origin
         self._inner: ASGIApp = self._guarded
         if service.config.allow_origin:
             # Around the key: a browser asks for leave without one, and reads a refusal only with these headers.
@@ -114,8 +116,7 @@ class Edge:
         else:
             await self.app(scope, receive, send)
 
-    @staticmethod
-    def _sending(scope: Scope, record: Record, send: Send) -> Send:
+    def _sending(self, scope: Scope, record: Record, send: Send) -> Send:
         """Adds to the head of an answer. A request that is not read to its end costs the connection."""
         connection: GuardedProtocol | None = scope.get("dsv4_connection")
 
@@ -125,6 +126,8 @@ class Edge:
                 headers = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
                 if connection is not None and (connection.has_unread or connection.over):
                     headers.append((b"connection", b"close"))
+                if self._varies and not any(name.lower() == b"vary" for name, _ in headers):
+                    headers.append((b"vary", b"Origin"))
                 message["headers"] = headers
             await send(message)
 
