@@ -51,10 +51,10 @@ class Exchange:
         torch.cuda.synchronize()
         dist.barrier()
 
-    def run(self, kernel: Any, x: Tensor, out: Tensor, n: int) -> None:
+    def run(self, kernel: Any, x: Tensor, out: Tensor, n: int, **flags: bool) -> None:
         kernel[(cdiv(n, self.block),)](
             x.view(torch.int32), out.view(torch.int32), self._buffers, self._epochs, self.failed, n, self.capacity,
-            RANK=self.rank, RANKS=self.ranks, BLOCK=self.block, SPINS=exchange.SPINS, num_warps=self.block // 128,
+            RANK=self.rank, RANKS=self.ranks, BLOCK=self.block, SPINS=exchange.SPINS, num_warps=self.block // 128, **flags,
         )  # fmt: skip
 
 
@@ -108,23 +108,28 @@ def measure(kind: str, kib: int, block: int) -> dict[str, Any]:
     inputs = [message(r, words) for r in range(ranks)]
     x, per = inputs[rank], words // ranks
     if kind == "all_reduce":
-        kernel, n, out, theirs = exchange.all_reduce_kernel, words, torch.empty_like(x), x.clone()
+        kernel, flags, n, out, theirs = exchange.all_reduce_kernel, {}, words, torch.empty_like(x), x.clone()
         expected = torch.zeros(2 * words, device="cuda")
         for other in inputs:
             expected += other.float()
         expected = expected.bfloat16()
         nccl = lambda: dist.all_reduce(theirs)  # noqa: E731
     elif kind == "all_gather":
-        kernel, n, out = exchange.all_gather_kernel, words, x.new_empty(ranks * 2 * words)
+        kernel, flags, n, out = (
+            exchange.gather_kernel,
+            {"SPREAD": False},
+            words,
+            x.new_empty(ranks * 2 * words),
+        )
         expected, theirs = torch.cat(inputs), torch.empty_like(out)
         nccl = lambda: dist.all_gather_into_tensor(theirs, x)  # noqa: E731
     else:
-        kernel, n, out = exchange.all_to_all_kernel, per, torch.empty_like(x)
+        kernel, flags, n, out = exchange.gather_kernel, {"SPREAD": True}, per, torch.empty_like(x)
         expected = torch.cat([i.view(ranks, -1)[rank] for i in inputs])
         theirs = torch.empty_like(out)
         nccl = lambda: dist.all_to_all_single(theirs, x)  # noqa: E731
     ours = Exchange(words, block)
-    us = timed(lambda: ours.run(kernel, x, out, n))
+    us = timed(lambda: ours.run(kernel, x, out, n, **flags))
     right = torch.equal(out.view(torch.int16), expected.view(torch.int16)) and int(ours.failed) == 0
     if kind == "all_reduce":
         right = right and same_everywhere(out)

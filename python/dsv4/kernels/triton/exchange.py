@@ -93,47 +93,29 @@ def all_reduce_kernel(
 
 
 @triton.jit
-def all_gather_kernel(
+def gather_kernel(
     x, out, buffers, epochs, failed, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    SPINS: tl.constexpr,
+    SPINS: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """out[r, i] = rank r's x[i], int32 words [N]. Arguments as those of `all_reduce_kernel`."""
+    """out[r, i] = what rank r has for this one, int32 words: its x[i] [N], the same for all (all-gather), or with SPREAD its
+    x[own rank, i] [RANKS, N] (all-to-all). Other arguments as those of `all_reduce_kernel`."""
     p = tl.program_id(0)
     epoch = tl.load(epochs + p) + 1
     at = p * BLOCK + tl.arange(0, BLOCK)
     live = at < N
-    words = tl.load(x + at, mask=live, other=0)
+    if not SPREAD:
+        words = tl.load(x + at, mask=live, other=0)
     turn = (epoch % 2) * RANKS
     for k in tl.static_range(1, RANKS):
         peer = (RANK + k) % RANKS
         slot = tl.load(buffers + peer).to(tl.pointer_type(tl.int64)) + (turn + RANK) * capacity
+        if SPREAD:
+            words = tl.load(x + peer * N + at, mask=live, other=0)
         _send(slot, at, live, words, epoch)
     mine = tl.load(buffers + RANK).to(tl.pointer_type(tl.int64))
+    if SPREAD:
+        words = tl.load(x + RANK * N + at, mask=live, other=0)
     tl.store(out + RANK * N + at, words, mask=live)
-    for k in tl.static_range(1, RANKS):
-        r = (RANK + k) % RANKS
-        got = _receive(mine + (turn + r) * capacity, at, live, epoch, failed, SPINS)
-        tl.store(out + r * N + at, got, mask=live)
-    tl.store(epochs + p, epoch)
-
-
-@triton.jit
-def all_to_all_kernel(
-    x, out, buffers, epochs, failed, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    SPINS: tl.constexpr,
-):  # fmt: skip
-    """out[r, i] = rank r's x[own rank, i], int32 words [RANKS, N]. Arguments as those of `all_reduce_kernel`."""
-    p = tl.program_id(0)
-    epoch = tl.load(epochs + p) + 1
-    at = p * BLOCK + tl.arange(0, BLOCK)
-    live = at < N
-    turn = (epoch % 2) * RANKS
-    for k in tl.static_range(1, RANKS):
-        peer = (RANK + k) % RANKS
-        slot = tl.load(buffers + peer).to(tl.pointer_type(tl.int64)) + (turn + RANK) * capacity
-        _send(slot, at, live, tl.load(x + peer * N + at, mask=live, other=0), epoch)
-    mine = tl.load(buffers + RANK).to(tl.pointer_type(tl.int64))
-    tl.store(out + RANK * N + at, tl.load(x + RANK * N + at, mask=live, other=0), mask=live)
     for k in tl.static_range(1, RANKS):
         r = (RANK + k) % RANKS
         got = _receive(mine + (turn + r) * capacity, at, live, epoch, failed, SPINS)
@@ -145,8 +127,11 @@ _TYPES = {"x": "*i32", "out": "*i32", "buffers": "*i64", "epochs": "*i32", "fail
 _TYPES |= {"N": "i32", "capacity": "i32"}
 
 
-def _aot(kernel: Any, ranks: int) -> Aot:
-    return Aot(kernel, _TYPES, {"RANK": 0, "RANKS": ranks, "BLOCK": 512, "SPINS": SPINS})
+def _aot(kernel: Any, ranks: int, **flags: bool) -> Aot:
+    return Aot(kernel, _TYPES, {"RANK": 0, "RANKS": ranks, "BLOCK": 512, "SPINS": SPINS, **flags})
 
 
-AOT = [_aot(k, n) for k in (all_reduce_kernel, all_gather_kernel, all_to_all_kernel) for n in (2, 8)]
+AOT = [
+    *(_aot(all_reduce_kernel, n) for n in (2, 8)),
+    *(_aot(gather_kernel, n, SPREAD=spread) for spread in (False, True) for n in (2, 8)),
+]
