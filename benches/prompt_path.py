@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from dsv4._core import Core, LayoutSpec
+from dsv4._core import Core
 from dsv4.api.fields import Fields, token_ids
 from dsv4.api.http import parse_object
 from dsv4.api.openai_chat import _read
@@ -28,6 +28,7 @@ from dsv4.config import ServerConfig
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.build import BuiltEngine
 from dsv4.engine.prompt import as_prompt
+from dsv4.model.config import ModelConfig
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat import encode_chat
 from dsv4.text.draft import Bound
@@ -63,16 +64,7 @@ class Planner:
     """A real core of Flash's layout with room for the prompt and its steps."""
 
     def __init__(self, tokens: int) -> None:
-        layout = LayoutSpec.v4(
-            compress_ratios=[0, 0] + [4, 128] * 20 + [4],
-            head_dim=512,
-            index_head_dim=128,
-            row_bytes=584,
-            row_format="fp8_ds_mla",
-            index_row_bytes=68,
-            index_format="mxfp4",
-            block_tokens=BLOCK,
-        )
+        layout = ModelConfig.preset("v4-flash").layout("fp8_ds_mla", "mxfp4", block_tokens=BLOCK)
         room = tokens + 65536
         self.core = Core(layout, pages=3 * room // BLOCK, slabs=4, max_step_tokens=room, max_len=room)
         self.plan = StepPlan(self.core.plan_schema())

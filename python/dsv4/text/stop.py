@@ -5,15 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def held_back(text: str, patterns: Sequence[str]) -> int:
-    """Length of the longest end of `text` that may be the start of a pattern."""
-    longest = max((len(p) for p in patterns), default=1) - 1
-    for n in range(min(longest, len(text)), 0, -1):
-        if any(len(p) > n and p.startswith(text[-n:]) for p in patterns):
-            return n
-    return 0
-
-
 class StopStrings:
     """Passes text on until one of the strings appears; holds back what may still become one.
 
