@@ -312,6 +312,8 @@ class LocalDevice:
                 requests[int(plan.row_req[r])],
             )
             first, targets = int(last[r]) - length + 1, request.prompt[start + 1 : start + length + 1]
+            if start + len(targets) < len(request.prompt_logprobs):
+                continue  # all are known: the prompt is computed again after a preemption
             top = request.params.prompt_logprobs or 0
             for at in range(0, len(targets), LOGIT_ROWS):
                 some = targets[at : at + LOGIT_ROWS]
