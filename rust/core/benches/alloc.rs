@@ -4,7 +4,7 @@
 #![allow(missing_docs)]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use dsv4_core::pool::PagePool;
+use dsv4_core::cache::pool::PagePool;
 
 fn alloc_churn(c: &mut Criterion) {
     let mut group = c.benchmark_group("alloc_churn");

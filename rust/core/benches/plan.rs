@@ -7,11 +7,11 @@ use std::hint::black_box;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use dsv4_core::budget::StepBudget;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
 use dsv4_core::plan::{Plan, StepHeader};
-use dsv4_core::request::Submit;
+use dsv4_core::sched::budget::StepBudget;
+use dsv4_core::sched::request::Submit;
 use dsv4_core::{Core, Options};
 
 const CONTEXT: usize = 8192;

@@ -18,10 +18,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use dsv4_core::cache::retention::Hint;
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
 use dsv4_core::ids::Step;
 use dsv4_core::layout::presets;
-use dsv4_core::retention::Hint;
 
 /// Bytes that live on the heap.
 static LIVE: AtomicUsize = AtomicUsize::new(0);

@@ -1,13 +1,13 @@
 //! Runs one hot path a given number of times, for `benches/counts.sh`: `counts
 //! match|insert|evict|alloc|step REPETITIONS`.
 
+use dsv4_core::cache::pool::PagePool;
+use dsv4_core::cache::retention::Hint;
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
 use dsv4_core::plan::Plan;
-use dsv4_core::pool::PagePool;
-use dsv4_core::request::Submit;
-use dsv4_core::retention::Hint;
+use dsv4_core::sched::request::Submit;
 use dsv4_core::{Core, Options};
 
 const TOKENS: u32 = 1 << 18;

@@ -6,10 +6,10 @@
 
 use std::collections::BinaryHeap;
 
+use dsv4_core::cache::retention::Hint;
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
 use dsv4_core::ids::Step;
 use dsv4_core::layout::presets;
-use dsv4_core::retention::Hint;
 
 const BLOCK: usize = 256;
 

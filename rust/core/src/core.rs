@@ -10,20 +10,20 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, VecDeque};
 
-use crate::budget::StepModel;
 use crate::cache::{CacheOptions, KvCache};
 use crate::error::CoreError;
 use crate::event::{Event, Events};
-use crate::explain::{Archive, Explain, ZeroHits};
 use crate::fence::Tickets;
 use crate::ids::{PinId, RequestId, Step};
 use crate::layout::LayoutSpec;
 use crate::mutant::{self, Mutant};
 pub use crate::options::{Options, Tenant};
 use crate::plan::{Limits, Schema};
-use crate::policy::SnapshotPolicy;
-use crate::request::{Finish, Hint, Order, Phase, Place, Rank, Request, Submit};
+use crate::sched::budget::StepModel;
+use crate::sched::explain::{Archive, Explain, ZeroHits};
 use crate::sched::flight::Flight;
+use crate::sched::policy::SnapshotPolicy;
+use crate::sched::request::{Finish, Hint, Order, Phase, Place, Rank, Request, Submit};
 use crate::sched::slabs::Slabs;
 use crate::sched::table::{Slot, Table};
 use crate::stats::Counters;

@@ -6,14 +6,14 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::budget::Learnt;
 use crate::cache::CacheImage;
 use crate::core::{Core, Options};
 use crate::error::CoreError;
-use crate::explain::Explain;
 use crate::ids::RequestId;
 use crate::layout::LayoutSpec;
-use crate::request::{Request, Submit};
+use crate::sched::budget::Learnt;
+use crate::sched::explain::Explain;
+use crate::sched::request::{Request, Submit};
 
 /// Raised when what is written changes.
 const VERSION: u32 = 3;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::ids::{RequestId, Step};
-use crate::request::Finish;
+use crate::sched::request::Finish;
 
 /// Integers of one event at the border: kind, request, step, a, b, c.
 pub const EVENT_WIDTH: usize = 6;

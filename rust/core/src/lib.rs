@@ -11,32 +11,19 @@
 //! It knows no Python, no torch, no clock, no randomness and no I/O: the same calls give the same plans.
 #![forbid(unsafe_code)]
 
-pub mod budget;
 pub mod cache;
 pub mod core;
 pub mod cost;
 mod dump;
 pub mod error;
 pub mod event;
-pub mod eviction;
-pub mod explain;
 pub mod fence;
-mod ghosts;
 pub mod ids;
 pub mod layout;
 pub mod mutant;
 mod options;
-mod order;
 pub mod plan;
-pub mod policy;
-pub mod pool;
-pub mod request;
-pub mod retention;
-mod reuse;
-mod sched;
-pub mod snapshot;
+pub mod sched;
 pub mod stats;
-mod tokens;
-mod tree;
 
 pub use crate::core::{Core, Options};

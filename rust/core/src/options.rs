@@ -2,11 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::budget::{StepBudget, StepCost};
 use crate::cache::Eviction;
 use crate::cost::CostModel;
 use crate::error::CoreError;
-use crate::policy::SnapshotPolicy;
+use crate::sched::budget::{StepBudget, StepCost};
+use crate::sched::policy::SnapshotPolicy;
 
 /// Limits and policies.
 #[derive(Clone, Debug, Serialize, Deserialize)]

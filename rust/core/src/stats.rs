@@ -1,7 +1,7 @@
 //! Counters and gauges, taken at one moment.
 
 use crate::core::Core;
-use crate::explain::Reason;
+use crate::sched::explain::Reason;
 pub use crate::sched::shares::Share;
 
 /// Counters of the scheduler; they only grow.

@@ -14,11 +14,11 @@ mod common;
 use std::collections::{BTreeMap, BTreeSet};
 
 use common::{Rng, for_seeds};
+use dsv4_core::cache::retention::{Hint, Retention};
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache, Lost, Sequence};
 use dsv4_core::fence::Tickets;
 use dsv4_core::ids::{PageId, PinId, Step, Ticket};
 use dsv4_core::layout::{LayoutSpec, presets};
-use dsv4_core::retention::{Hint, Retention};
 
 const BLOCK: usize = 4;
 const QUOTAS: [(u32, u32); 2] = [(1, 4), (2, 7)];

@@ -9,11 +9,11 @@ use std::collections::BTreeMap;
 use common::{Rng, for_seeds};
 use dsv4_core::cost::CostModel;
 use dsv4_core::event::{Event, What};
-use dsv4_core::explain::{Reason, ZeroHits};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::{LayoutSpec, presets};
 use dsv4_core::plan::{Field, Plan};
-use dsv4_core::request::{Retention, Submit};
+use dsv4_core::sched::explain::{Reason, ZeroHits};
+use dsv4_core::sched::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
 
 fn layout() -> LayoutSpec {

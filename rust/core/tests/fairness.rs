@@ -6,7 +6,7 @@ mod rig;
 
 use dsv4_core::core::Tenant;
 use dsv4_core::layout::presets;
-use dsv4_core::request::Submit;
+use dsv4_core::sched::request::Submit;
 use dsv4_core::{Core, Options};
 use rig::{Rig, options, request, tokens};
 

@@ -9,7 +9,7 @@ use dsv4_core::error::CoreError;
 use dsv4_core::event::{Loss, What};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::plan::{CopyKind, DECODE, Field, RESET, StateCopy};
-use dsv4_core::request::Submit;
+use dsv4_core::sched::request::Submit;
 use rig::{Rig, request, tokens};
 
 /// No boundary where a piece of a prompt would end for a snapshot.

@@ -2,10 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+use dsv4_core::cache::retention::{Hint, Retention};
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache, Sequence};
 use dsv4_core::ids::Step;
 use dsv4_core::layout::presets;
-use dsv4_core::retention::{Hint, Retention};
 
 const BLOCK: u32 = 4;
 

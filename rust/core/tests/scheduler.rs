@@ -5,10 +5,10 @@ mod rig;
 use dsv4_core::Options;
 use dsv4_core::error::CoreError;
 use dsv4_core::event::{Loss, What};
-use dsv4_core::explain::Reason;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::plan::{ALL_LOGITS, CopyKind, DECODE, Field, REPLAY, RESET, StepHeader};
-use dsv4_core::request::{Finish, Submit};
+use dsv4_core::sched::explain::Reason;
+use dsv4_core::sched::request::{Finish, Submit};
 use rig::{Rig, options, request, tokens};
 
 #[test]

@@ -7,7 +7,7 @@ use arbitrary::Arbitrary;
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache, Sequence};
 use dsv4_core::fence::Tickets;
 use dsv4_core::ids::Step;
-use dsv4_core::retention::Hint;
+use dsv4_core::cache::retention::Hint;
 use dsv4_core::layout::presets;
 use libfuzzer_sys::fuzz_target;
 

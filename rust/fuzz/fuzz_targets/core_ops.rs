@@ -7,7 +7,7 @@ use arbitrary::Arbitrary;
 use dsv4_core::Options;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
-use dsv4_core::request::Submit;
+use dsv4_core::sched::request::Submit;
 use dsv4_sim::world::World;
 use libfuzzer_sys::fuzz_target;
 

@@ -2,13 +2,13 @@
 
 use std::sync::Mutex;
 
-use dsv4_core::budget::{StepBudget, StepCost};
 use dsv4_core::core::Tenant;
 use dsv4_core::cost::CostModel;
 use dsv4_core::error::CoreError;
 use dsv4_core::event::EVENT_WIDTH;
 use dsv4_core::ids::{PinId, RequestId, Step};
-use dsv4_core::request::{Retention, Submit};
+use dsv4_core::sched::budget::{StepBudget, StepCost};
+use dsv4_core::sched::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;

@@ -7,10 +7,10 @@
 use std::collections::HashMap;
 
 use dsv4_core::Options;
-use dsv4_core::explain::Reason;
 use dsv4_core::ids::RequestId;
 use dsv4_core::layout::{LayoutSpec, V4Geometry, presets};
-use dsv4_core::request::Submit;
+use dsv4_core::sched::explain::Reason;
+use dsv4_core::sched::request::Submit;
 use dsv4_sim::world::World;
 
 fn geometry(csa_ratio: u32, hca_ratio: u32, window: u32, block_tokens: u32) -> LayoutSpec {

@@ -1,12 +1,12 @@
 //! The bound on inter-token latency of docs/scheduling.md: 64 requests decode while a prompt of a million tokens is read,
 //! on devices whose speed the core does not know.
 
-use dsv4_core::budget::{LEAST_CHUNK, StepBudget, StepCost};
 use dsv4_core::cost::CostModel;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
 use dsv4_core::plan::{Field, Plan};
-use dsv4_core::request::Submit;
+use dsv4_core::sched::budget::{LEAST_CHUNK, StepBudget, StepCost};
+use dsv4_core::sched::request::Submit;
 use dsv4_core::{Core, Options};
 use dsv4_sim::rng::Rng;
 

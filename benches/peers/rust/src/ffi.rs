@@ -4,7 +4,7 @@
 
 use dsv4_core::cache::Eviction;
 use dsv4_core::layout::presets;
-use dsv4_core::pool::PagePool;
+use dsv4_core::cache::pool::PagePool;
 
 use crate::step::{MOST_NEW, Steps};
 use crate::systems::{Ours, PrefixCache};

@@ -3,7 +3,7 @@
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::LayoutSpec;
 use dsv4_core::plan::Plan;
-use dsv4_core::request::Submit;
+use dsv4_core::sched::request::Submit;
 use dsv4_core::{Core, Options};
 
 /// Tokens that a request may decode; pages for them are kept ready.

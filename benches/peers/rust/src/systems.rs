@@ -3,7 +3,7 @@
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
 use dsv4_core::ids::Step;
 use dsv4_core::layout::{LayoutSpec, presets};
-use dsv4_core::retention::Hint;
+use dsv4_core::cache::retention::Hint;
 use rustc_hash::FxHashMap;
 
 use crate::workload::chain;

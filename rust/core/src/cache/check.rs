@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use super::{KvCache, Leaving, Sequence};
+use crate::cache::snapshot::SnapshotPages;
+use crate::cache::worth::Item;
 use crate::error::Malformed;
 use crate::ids::PageId;
-use crate::order::Item;
-use crate::snapshot::SnapshotPages;
 
 impl KvCache {
     /// Recomputes every count from scratch. `live` are the sequences and `held` the private snapshots outside the cache.
@@ -110,7 +110,7 @@ impl KvCache {
             })?;
             if let Some(place) = n.place {
                 listed += 1;
-                self.order.check(Item::Blocks(id), place)?;
+                self.worth.check(Item::Blocks(id), place)?;
             }
         }
         for (id, e) in self.snapshots.iter() {
@@ -118,11 +118,11 @@ impl KvCache {
             Malformed::unless(loose == e.place.is_some(), "listed snapshots", || format!("{id:?}"))?;
             if let Some(place) = e.place {
                 listed += 1;
-                self.order.check(Item::Snapshot(id.0), place)?;
+                self.worth.check(Item::Snapshot(id.0), place)?;
             }
         }
-        Malformed::unless(listed == self.order.len(), "order", || {
-            format!("{listed} can go, {} are listed", self.order.len())
+        Malformed::unless(listed == self.worth.len(), "order", || {
+            format!("{listed} can go, {} are listed", self.worth.len())
         })
     }
 

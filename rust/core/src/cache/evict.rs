@@ -1,10 +1,10 @@
 //! Room for what is needed: who goes, and what is remembered of it.
 
 use super::{Eviction, KvCache, Leaving, Shortage};
-use crate::ghosts::name_of;
+use crate::cache::ghosts::name_of;
+use crate::cache::reuse::{class_of_blocks, class_of_snapshot};
+use crate::cache::worth::{Item, Shelf, Spot, Standing};
 use crate::ids::SnapshotId;
-use crate::order::{Item, Place, Queue, Standing};
-use crate::reuse::{class_of_blocks, class_of_snapshot};
 
 impl KvCache {
     /// Pages free or evictable now.
@@ -51,16 +51,16 @@ impl KvCache {
 
     /// Tenants beyond their quota go first, then snapshots beyond their budget, then what is worth least.
     fn worst(&self) -> Option<(Item, u32)> {
-        let over = self.quotas.over().find_map(|(t, by)| self.order.of_tenant(t).map(|item| (item, by)));
+        let over = self.quotas.over().find_map(|(t, by)| self.worth.of_tenant(t).map(|item| (item, by)));
         if over.is_some() {
             return over;
         }
-        let beyond = self.beyond_budget().then(|| self.order.victim(Some(true), &self.reuse, self.now));
-        let worst = beyond.flatten().or_else(|| self.order.victim(None, &self.reuse, self.now));
+        let beyond = self.beyond_budget().then(|| self.worth.victim(Some(true), &self.reuse, self.now));
+        let worst = beyond.flatten().or_else(|| self.worth.victim(None, &self.reuse, self.now));
         worst.map(|item| (item, u32::MAX))
     }
 
-    pub(super) fn place_of(&self, item: Item) -> Option<Place> {
+    pub(super) fn place_of(&self, item: Item) -> Option<Spot> {
         match item {
             Item::Blocks(id) => self.tree.node(id).place,
             Item::Snapshot(id) => self.snapshots.get(SnapshotId(id)).place,
@@ -68,7 +68,7 @@ impl KvCache {
     }
 
     fn is_kept(&self, item: Item) -> bool {
-        self.place_of(item).is_some_and(|p| p.queue == Queue::Kept)
+        self.place_of(item).is_some_and(|p| p.shelf == Shelf::Kept)
     }
 
     /// Whether snapshots fill more than their share of the pool.
@@ -167,7 +167,7 @@ impl KvCache {
     pub(super) fn list_blocks(&mut self, id: u32) {
         if self.tree.node(id).is_free_leaf() && self.tree.node(id).place.is_none() {
             let standing = self.standing_of_blocks(id);
-            let place = self.order.insert(Item::Blocks(id), &standing, self.now_us);
+            let place = self.worth.insert(Item::Blocks(id), &standing, self.now_us);
             self.tree.node_mut(id).place = Some(place);
         }
     }
@@ -176,7 +176,7 @@ impl KvCache {
     pub(super) fn unlist_blocks(&mut self, id: u32) {
         if let Some(place) = self.tree.node_mut(id).place.take() {
             let standing = self.standing_of_blocks(id);
-            self.order.remove(Item::Blocks(id), place, &standing);
+            self.worth.remove(Item::Blocks(id), place, &standing);
         }
     }
 
@@ -185,7 +185,7 @@ impl KvCache {
         let e = self.snapshots.get(id);
         if e.holds == 0 && e.place.is_none() {
             let standing = self.standing_of_snapshot(id);
-            let place = self.order.insert(Item::Snapshot(id.0), &standing, self.now_us);
+            let place = self.worth.insert(Item::Snapshot(id.0), &standing, self.now_us);
             self.snapshots.get_mut(id).place = Some(place);
         }
     }
@@ -193,13 +193,13 @@ impl KvCache {
     pub(super) fn unlist_snapshot(&mut self, id: SnapshotId) {
         if let Some(place) = self.snapshots.get_mut(id).place.take() {
             let standing = self.standing_of_snapshot(id);
-            self.order.remove(Item::Snapshot(id.0), place, &standing);
+            self.worth.remove(Item::Snapshot(id.0), place, &standing);
         }
     }
 
     /// What was to be kept until now takes its ordinary place.
     fn relist_expired(&mut self) {
-        while let Some(item) = self.order.expired(self.now_us) {
+        while let Some(item) = self.worth.expired(self.now_us) {
             match item {
                 Item::Blocks(id) => {
                     self.unlist_blocks(id);
@@ -218,7 +218,7 @@ impl KvCache {
         self.relist_expired();
         let mut gone = 0;
         while gone < n
-            && let Some(item) = self.order.victim(Some(true), &self.reuse, self.now)
+            && let Some(item) = self.worth.victim(Some(true), &self.reuse, self.now)
         {
             self.evict(item, 1);
             gone += 1;
@@ -232,7 +232,7 @@ impl KvCache {
         let before = self.counters.evicted_blocks;
         let gone = |cache: &Self| (cache.counters.evicted_blocks - before) as u32;
         while gone(self) < n
-            && let Some(item) = self.order.victim(Some(false), &self.reuse, self.now)
+            && let Some(item) = self.worth.victim(Some(false), &self.reuse, self.now)
         {
             self.evict(item, n - gone(self));
         }
@@ -251,7 +251,7 @@ impl KvCache {
     /// Bytes of bookkeeping: tree, order, snapshots, ghosts and pool; the tokens themselves are left out.
     pub fn metadata_bytes(&self) -> usize {
         let fixed = self.ghosts.bytes() + self.pool.bytes();
-        self.tree.metadata_bytes() + self.order.bytes() + self.snapshots.bytes() + fixed
+        self.tree.metadata_bytes() + self.worth.bytes() + self.snapshots.bytes() + fixed
     }
 
     /// The policy in force.

@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 
 use super::KvCache;
 use super::keep::Pin;
+use crate::cache::reuse::Reuse;
+use crate::cache::snapshot::{Entry, SnapshotPages};
+use crate::cache::tree::Facts;
 use crate::error::CoreError;
 use crate::ids::{PinId, SnapshotId};
-use crate::reuse::Reuse;
-use crate::snapshot::{Entry, SnapshotPages};
-use crate::tree::Facts;
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 enum Above {

@@ -1,8 +1,8 @@
 //! What is kept because someone said so: pins, sessions, and the time that hints are measured against.
 
 use super::{KvCache, Sequence};
+use crate::cache::retention::Session;
 use crate::ids::{PinId, SnapshotId};
-use crate::retention::Session;
 
 /// A prefix that is kept: the node at its end, and the states on it.
 #[derive(Debug)]
@@ -147,7 +147,7 @@ impl KvCache {
     }
 }
 
-fn is_node(tree: &crate::tree::Tree, id: u32, born: u64) -> bool {
+fn is_node(tree: &crate::cache::tree::Tree, id: u32, born: u64) -> bool {
     let n = tree.node(id);
     !n.pages.is_empty() && n.facts.born == born
 }

@@ -14,6 +14,9 @@
 //! | `keep.rs` | pins, sessions, time |
 //! | `image.rs` | the cache as data, for a dump |
 //! | `check.rs` | every count from scratch |
+//! | `pool.rs`, `tree.rs`, `snapshot.rs` | what is cached: pages, prefixes, saved states |
+//! | `worth.rs` | the order in which they go; `eviction.rs` its policies, `reuse.rs` rates of reuse, `ghosts.rs` what went |
+//! | `retention.rs` | what clients ask for: priorities, times to live, sessions, quotas |
 //!
 //! **Fences.** What a step or a copy in flight may still read or write is given back *behind* it: it waits in `leaving` until
 //! [`KvCache::retire`] says that the step or copy is over. Nothing else frees a page that was in use.
@@ -24,27 +27,35 @@
 
 mod check;
 mod evict;
+pub mod eviction;
+mod ghosts;
 mod image;
 mod keep;
+pub mod pool;
+pub mod retention;
+mod reuse;
+pub mod snapshot;
 mod states;
+pub(crate) mod tree;
+mod worth;
 
 use std::collections::{BTreeMap, HashMap};
 
 use self::keep::Pin;
+pub use crate::cache::eviction::Eviction;
+use crate::cache::ghosts::{Ghosts, name_of};
+use crate::cache::pool::PagePool;
+use crate::cache::retention::{Hint, Quotas, Sessions};
+use crate::cache::reuse::{Reuse, class_of_blocks};
+use crate::cache::snapshot::Snapshots;
+use crate::cache::tree::{Facts, NIL, Tree, hash_block};
+use crate::cache::worth::Worth;
 use crate::cost::CostModel;
 use crate::error::CoreError;
-pub use crate::eviction::Eviction;
 use crate::fence::{Fence, Until};
-use crate::ghosts::{Ghosts, name_of};
 use crate::ids::{PageId, PinId, SnapshotId, Step, Ticket};
 use crate::layout::LayoutSpec;
 use crate::mutant::{self, Mutant};
-use crate::order::Order;
-use crate::pool::PagePool;
-use crate::retention::{Hint, Quotas, Sessions};
-use crate::reuse::{Reuse, class_of_blocks};
-use crate::snapshot::Snapshots;
-use crate::tree::{Facts, NIL, Tree, hash_block};
 pub use image::CacheImage;
 
 /// How much memory there is and how it is used.
@@ -181,7 +192,7 @@ pub struct KvCache {
     pool: PagePool,
     tree: Tree,
     snapshots: Snapshots,
-    order: Order,
+    worth: Worth,
     reuse: Reuse,
     ghosts: Ghosts,
     quotas: Quotas,
@@ -215,7 +226,7 @@ impl KvCache {
             pool: PagePool::new(options.pages),
             tree: Tree::new(layout.block_tokens, options.pages),
             snapshots: Snapshots::default(),
-            order: Order::new(options.eviction, options.quotas.iter().map(|q| q.0)),
+            worth: Worth::new(options.eviction, options.quotas.iter().map(|q| q.0)),
             reuse: Reuse::new(),
             ghosts: Ghosts::new(options.pages),
             quotas: Quotas::new(&options.quotas),

@@ -1,12 +1,12 @@
 //! Saved states: whether one is worth its pages, where it lies, and what it replaces.
 
 use super::{KvCache, Leaving, Sequence};
+use crate::cache::reuse::class_of_snapshot;
+use crate::cache::snapshot::{Entry, SnapshotPages};
+use crate::cache::worth::Shelf;
 use crate::fence::Until;
 use crate::ids::{PageId, SnapshotId};
 use crate::mutant::{self, Mutant};
-use crate::order::Queue;
-use crate::reuse::class_of_snapshot;
-use crate::snapshot::{Entry, SnapshotPages};
 
 /// A state that was used more than once is wanted by more than the one who continues it.
 const SHARED: u8 = 2;
@@ -78,8 +78,8 @@ impl KvCache {
         let Some(place) = self.place_of(item) else { return false };
         let age = self.now - place.key.min(self.now);
         let octave = self.octave(saved, self.snapshot_pages);
-        let mine = Queue::Live { level: seq.hint.level(), class: class_of_snapshot(0), octave };
-        LENIENCY * self.order.value(mine, age, &self.reuse) >= self.order.value(place.queue, age, &self.reuse)
+        let mine = Shelf::Live { level: seq.hint.level(), class: class_of_snapshot(0), octave };
+        LENIENCY * self.worth.value(mine, age, &self.reuse) >= self.worth.value(place.shelf, age, &self.reuse)
     }
 
     /// Stores a saved state at position `pos` of the sequence's published path. Hands the pages back when the path is not

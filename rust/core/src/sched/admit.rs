@@ -5,9 +5,9 @@ use crate::core::Core;
 use crate::cost::Way;
 use crate::error::CoreError;
 use crate::event::What;
-use crate::explain::{Explain, Reason};
 use crate::fence::Until;
-use crate::request::{Change, Run, Start};
+use crate::sched::explain::{Explain, Reason};
+use crate::sched::request::{Change, Run, Start};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
 

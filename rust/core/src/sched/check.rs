@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use crate::core::Core;
 use crate::error::Malformed;
 use crate::ids::PageId;
-use crate::request::{Phase, Request};
+use crate::sched::request::{Phase, Request};
 
 impl Core {
     /// Recomputes every invariant from scratch.

@@ -5,9 +5,9 @@ use crate::error::CoreError;
 use crate::event::{Loss, What};
 use crate::ids::{Step, Ticket};
 use crate::mutant::{self, Mutant};
-use crate::policy::Keep;
-use crate::request::{Change, Finish, Phase};
 use crate::sched::flight::{Flight, FlightRow, Save};
+use crate::sched::policy::Keep;
+use crate::sched::request::{Change, Finish, Phase};
 use crate::sched::table::Slot;
 
 impl Core {

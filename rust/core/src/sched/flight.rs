@@ -1,10 +1,10 @@
 //! What the core remembers of a step until it is committed or rolled back.
 
+use crate::cache::snapshot::SnapshotPages;
 use crate::error::CoreError;
 use crate::ids::{Step, Ticket};
-use crate::policy::Keep;
+use crate::sched::policy::Keep;
 use crate::sched::table::Slot;
-use crate::snapshot::SnapshotPages;
 
 /// One row of a step in flight.
 #[derive(Clone, Copy, Debug)]

@@ -10,7 +10,7 @@ use crate::error::CoreError;
 use crate::event::What;
 use crate::ids::RequestId;
 use crate::mutant::{self, Mutant};
-use crate::request::{Change, Forked, Phase, Run, Start, Submit};
+use crate::sched::request::{Change, Forked, Phase, Run, Start, Submit};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
 

@@ -1,14 +1,14 @@
 //! Pages for the next token, and who gives way when there are none.
 
 use crate::cache::KvCache;
+use crate::cache::snapshot::SnapshotPages;
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::event::{Loss, What};
 use crate::fence::Until;
-use crate::request::{Change, Run};
+use crate::sched::request::{Change, Run};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
-use crate::snapshot::SnapshotPages;
 
 /// Pages for a state that is worth saving, if at least `least` can be had: a save must not make a request give way.
 pub(super) fn reserve_state(cache: &mut KvCache, run: &Run, pos: u32, least: u32) -> Option<SnapshotPages> {

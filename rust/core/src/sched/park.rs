@@ -6,15 +6,15 @@
 //! first: then it resumes through the tree like any other.
 
 use crate::cache::Sequence;
+use crate::cache::snapshot::SnapshotPages;
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::event::{Loss, What};
 use crate::ids::Ticket;
-use crate::policy::Due;
-use crate::request::{Change, Order, Phase, Run, Start};
+use crate::sched::policy::Due;
+use crate::sched::request::{Change, Order, Phase, Run, Start};
 use crate::sched::step::Draft;
 use crate::sched::table::Slot;
-use crate::snapshot::SnapshotPages;
 
 /// What a waiting request holds so that nothing of it has to be run again.
 #[derive(Debug)]

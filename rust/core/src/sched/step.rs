@@ -1,16 +1,16 @@
 //! One plan: who takes over or gives way first, then decode rows, then pieces of prompts until the step is full or its time
 //! is spent.
 
-use crate::budget::{LEAST_CHUNK, Work};
 use crate::core::Core;
 use crate::error::CoreError;
 use crate::ids::Step;
 use crate::mutant::{self, Mutant};
 use crate::plan::{ALL_LOGITS, DECODE, PlanWriter, REPLAY, RESET, Row, StepHeader};
-use crate::policy::Keep;
-use crate::request::{Change, Phase, Request, Run, Start};
+use crate::sched::budget::{LEAST_CHUNK, Work};
 use crate::sched::flight::{Flight, FlightRow, Save};
 use crate::sched::memory::reserve_state;
+use crate::sched::policy::Keep;
+use crate::sched::request::{Change, Phase, Request, Run, Start};
 use crate::sched::table::Slot;
 
 /// A step being written: its buffer, and what is remembered of it.
@@ -190,7 +190,7 @@ impl Core {
         self.model.tokens_within(us - self.model.predict(copies), from, replay)
     }
 
-    /// Pieces of prompts and admissions, whoever is next in fairness first (see `order.rs`).
+    /// Pieces of prompts and admissions, whoever is next in fairness first (see `fairness.rs`).
     fn plan_prefills(
         &mut self,
         draft: &mut Draft<'_, '_>,

@@ -4,8 +4,8 @@ use hashbrown::HashMap;
 
 use crate::core::Tenant;
 use crate::ids::RequestId;
-use crate::request::{Rank, Request};
 use crate::sched::queue::{Order, Queue};
+use crate::sched::request::{Rank, Request};
 use crate::sched::shares::Shares;
 
 /// A slot of the table; reused after the request has ended.

@@ -8,7 +8,7 @@ use dsv4_core::event::What;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
 use dsv4_core::plan::{CopyKind, Field, Plan, StepHeader};
-use dsv4_core::request::Submit;
+use dsv4_core::sched::request::Submit;
 use dsv4_core::{Core, Options};
 
 pub fn options() -> Options {

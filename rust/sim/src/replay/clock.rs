@@ -12,9 +12,9 @@
 //! A row is a token in decode or a piece of a prompt: its tokens share what they read, not what they compute. A replayed
 //! token counts by the share of layers that run it.
 
-use dsv4_core::budget::StepCost;
 use dsv4_core::cost::CostModel;
 use dsv4_core::plan::{Field, Plan, REPLAY};
+use dsv4_core::sched::budget::StepCost;
 use serde::{Deserialize, Serialize};
 
 /// Coefficients of one model on some GPUs. Times are us.

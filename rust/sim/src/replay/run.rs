@@ -15,7 +15,7 @@ use dsv4_core::event::{Event, What};
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::LayoutSpec;
 use dsv4_core::plan::{Field, Plan, StepHeader};
-use dsv4_core::request::{Retention, Submit};
+use dsv4_core::sched::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
 
 use crate::fake::mix;

@@ -3,13 +3,13 @@
 
 use std::collections::BTreeSet;
 
-use dsv4_core::budget::{StepBudget, StepCost};
 use dsv4_core::cache::Eviction;
 use dsv4_core::core::Tenant;
 use dsv4_core::cost::CostModel;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::{LayoutSpec, V4Geometry, presets};
-use dsv4_core::request::{Retention, Submit};
+use dsv4_core::sched::budget::{StepBudget, StepCost};
+use dsv4_core::sched::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
 
 use super::{Overrides, World};

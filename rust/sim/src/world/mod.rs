@@ -9,7 +9,7 @@ use dsv4_core::event::What;
 use dsv4_core::ids::{PinId, RequestId, Step};
 use dsv4_core::layout::LayoutSpec;
 use dsv4_core::plan::{Plan, StepHeader};
-use dsv4_core::request::{Finish, Submit};
+use dsv4_core::sched::request::{Finish, Submit};
 use dsv4_core::{Core, Options};
 
 use crate::device::{Device, Known};

@@ -3,7 +3,7 @@
 //! A block is named by a hash of its salt, its place, its tokens and those of the block before. Equal hashes of different
 //! prefixes only make an explanation wrong. The table has a fixed size; a later entry overwrites.
 
-use crate::tree::hash_block;
+use crate::cache::tree::hash_block;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Ghost {

@@ -1,8 +1,8 @@
 //! Saved states: which pages hold them, which node they belong to, and what decides how long they stay.
 
+use crate::cache::worth::Spot;
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
-use crate::order::Place;
 
 /// Pages that hold, or will hold, one saved state. They belong to whoever has this value; give it back to the cache.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,13 +26,13 @@ pub(crate) struct Entry {
     pub tenant: u32,
     pub uses: u8,
     pub level: i8,
-    /// What it saves, see `order.rs`.
+    /// What it saves, see `worth.rs`.
     pub octave: i8,
     /// A deeper state of the same path or session has replaced it: first to go.
     pub superseded: bool,
     /// Pins that keep it.
     pub holds: u32,
-    pub place: Option<Place>,
+    pub place: Option<Spot>,
 }
 
 /// All snapshots of the tree.

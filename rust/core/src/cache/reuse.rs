@@ -10,7 +10,7 @@
 //!   factor(class)    = uses / exposure,    exposure = sum over pages of ln(1 + age / YOUNG), until use or eviction
 //! ```
 //!
-//! Both sums start from a prior and halve now and then, so that the estimate follows the traffic. `Order` takes the factor
+//! Both sums start from a prior and halve now and then, so that the estimate follows the traffic. `Worth` takes the factor
 //! to the power of `TRUST`, since a class is not all there is to know (docs/decisions/0006 has the trials).
 
 /// Classes of history by uses, then of snapshots.

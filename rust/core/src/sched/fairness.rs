@@ -2,7 +2,7 @@
 //! not fit passed over for a while.
 
 use crate::core::Core;
-use crate::request::{Order, Request};
+use crate::sched::request::{Order, Request};
 use crate::sched::table::Slot;
 use std::cmp::Reverse;
 

@@ -14,10 +14,10 @@
 use hashbrown::HashTable;
 use serde::{Deserialize, Serialize};
 
+use crate::cache::worth::Spot;
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
 use crate::mutant::{self, Mutant};
-use crate::order::Place;
 
 /// "No node": parent of roots.
 pub(crate) const NIL: u32 = u32::MAX;
@@ -60,8 +60,8 @@ pub(crate) struct Node {
     pub holds: u32,
     pub snapshot: Option<SnapshotId>,
     pub facts: Facts,
-    /// Its place in the order of eviction.
-    pub place: Option<Place>,
+    /// Its place among what may go.
+    pub place: Option<Spot>,
 }
 
 impl Node {

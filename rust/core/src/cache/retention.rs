@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 
+use crate::cache::worth::LEVELS;
 use crate::ids::SnapshotId;
-use crate::order::LEVELS;
 
 /// A hint of a request's owner: how its prefix will be used again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]

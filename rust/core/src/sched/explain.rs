@@ -4,10 +4,10 @@ use std::collections::{HashMap, VecDeque};
 
 use serde::{Deserialize, Serialize};
 
+use crate::cache::tree::hash_block;
 use crate::cache::{Lost, Match};
 use crate::cost::Way;
 use crate::ids::RequestId;
-use crate::tree::hash_block;
 
 /// Why less was reused than the prompt's whole blocks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]

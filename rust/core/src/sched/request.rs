@@ -15,15 +15,15 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::cache::Sequence;
+pub use crate::cache::retention::{Hint, Retention};
+use crate::cache::snapshot::SnapshotPages;
 use crate::error::CoreError;
-use crate::explain::Explain;
 use crate::ids::{PageId, RequestId, SlabId, Step, Ticket};
-use crate::policy::Due;
-pub use crate::retention::{Hint, Retention};
+use crate::sched::explain::Explain;
 pub use crate::sched::park::Parked;
+use crate::sched::policy::Due;
 pub use crate::sched::queue::{Order, Place};
-use crate::snapshot::SnapshotPages;
-use crate::tokens::Tokens;
+use crate::sched::tokens::Tokens;
 
 /// Why a request ended; the numbers are those of the FINISHED event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

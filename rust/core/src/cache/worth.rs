@@ -1,7 +1,7 @@
 //! The order in which blocks and snapshots that nobody uses go.
 //!
-//! Each of them lies in one **queue**, sorted by age; a queue holds what is worth equally much at equal age. The victim is
-//! the head of the queue whose head is worth least, so finding it costs a look at each queue that is not empty (some
+//! Each of them lies in one **shelf**, sorted by age; a shelf holds what is worth equally much at equal age. The victim is
+//! the head of the shelf whose head is worth least, so finding it costs a look at each shelf that is not empty (some
 //! twenty) and O(log n) to keep them sorted:
 //!
 //! ```text
@@ -14,9 +14,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::cache::eviction::Eviction;
+use crate::cache::reuse::Reuse;
 use crate::error::Malformed;
-use crate::eviction::Eviction;
-use crate::reuse::Reuse;
 
 /// What can go.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -33,9 +33,9 @@ impl Item {
     }
 }
 
-/// Which queue.
+/// Which shelf.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) enum Queue {
+pub(crate) enum Shelf {
     /// Superseded states and ended sessions.
     Dead,
     /// Sorted by value.
@@ -51,10 +51,10 @@ pub(crate) enum Queue {
     Kept,
 }
 
-/// Where an item lies: its queue, and its key there (an age, or an expiry).
+/// Where an item lies: its shelf, and its key there (an age, or an expiry).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Place {
-    pub queue: Queue,
+pub(crate) struct Spot {
+    pub shelf: Shelf,
     pub key: u64,
 }
 
@@ -71,14 +71,14 @@ pub(crate) struct Standing {
     pub tenant: u32,
 }
 
-/// One queue by kind, for victims of one kind only.
+/// One shelf by kind, for victims of one kind only.
 type Sorted = BTreeSet<(u64, Item)>;
 
 /// All items that can go.
 #[derive(Debug)]
-pub(crate) struct Order {
+pub(crate) struct Worth {
     eviction: Eviction,
-    queues: BTreeMap<(Queue, bool), Sorted>,
+    shelves: BTreeMap<(Shelf, bool), Sorted>,
     /// Items of tenants that have a quota, least recently used first.
     tenants: BTreeMap<u32, Sorted>,
 }
@@ -86,25 +86,25 @@ pub(crate) struct Order {
 /// Limits of a priority; beyond them it counts as the limit.
 pub(crate) const LEVELS: i8 = 8;
 
-impl Order {
+impl Worth {
     /// Empty; `tenants` are those with a quota.
     pub fn new(eviction: Eviction, tenants: impl Iterator<Item = u32>) -> Self {
-        Order { eviction, queues: BTreeMap::new(), tenants: tenants.map(|t| (t, Sorted::new())).collect() }
+        Worth { eviction, shelves: BTreeMap::new(), tenants: tenants.map(|t| (t, Sorted::new())).collect() }
     }
 
     /// Lists an item and returns its place.
-    pub fn insert(&mut self, item: Item, s: &Standing, now_us: u64) -> Place {
+    pub fn insert(&mut self, item: Item, s: &Standing, now_us: u64) -> Spot {
         let age = if self.eviction == Eviction::Fifo { s.born } else { s.used };
         let place = if s.dead {
-            Place { queue: Queue::Dead, key: age }
+            Spot { shelf: Shelf::Dead, key: age }
         } else if s.expiry > now_us {
-            Place { queue: Queue::Kept, key: s.expiry }
+            Spot { shelf: Shelf::Kept, key: s.expiry }
         } else {
             let by_value = self.eviction == Eviction::Value;
             let (class, octave) = if by_value { (s.class, s.octave) } else { (0, 0) };
-            Place { queue: Queue::Live { level: s.level, class, octave }, key: age }
+            Spot { shelf: Shelf::Live { level: s.level, class, octave }, key: age }
         };
-        self.queues.entry((place.queue, item.is_snapshot())).or_default().insert((place.key, item));
+        self.shelves.entry((place.shelf, item.is_snapshot())).or_default().insert((place.key, item));
         if let Some(sorted) = self.tenants.get_mut(&s.tenant) {
             sorted.insert((age, item));
         }
@@ -112,12 +112,12 @@ impl Order {
     }
 
     /// Takes an item out of its place.
-    pub fn remove(&mut self, item: Item, place: Place, s: &Standing) {
-        let queue = (place.queue, item.is_snapshot());
-        if let Some(sorted) = self.queues.get_mut(&queue) {
+    pub fn remove(&mut self, item: Item, place: Spot, s: &Standing) {
+        let shelf = (place.shelf, item.is_snapshot());
+        if let Some(sorted) = self.shelves.get_mut(&shelf) {
             sorted.remove(&(place.key, item));
             if sorted.is_empty() {
-                self.queues.remove(&queue);
+                self.shelves.remove(&shelf);
             }
         }
         if let Some(sorted) = self.tenants.get_mut(&s.tenant) {
@@ -127,7 +127,7 @@ impl Order {
 
     /// One item whose time to be kept is over.
     pub fn expired(&self, now_us: u64) -> Option<Item> {
-        let heads = [false, true].map(|kind| self.queues.get(&(Queue::Kept, kind)).and_then(Sorted::first));
+        let heads = [false, true].map(|kind| self.shelves.get(&(Shelf::Kept, kind)).and_then(Sorted::first));
         heads.into_iter().flatten().find(|(expiry, _)| *expiry <= now_us).map(|(_, item)| *item)
     }
 
@@ -139,15 +139,15 @@ impl Order {
     /// The first to go: of snapshots (`Some(true)`), of blocks (`Some(false)`), or of both. `clock` is the newest age.
     pub fn victim(&self, snapshots: Option<bool>, reuse: &Reuse, clock: u64) -> Option<Item> {
         let mut best: Option<(u8, f64, (u64, Item))> = None;
-        for ((queue, kind), sorted) in &self.queues {
+        for ((shelf, kind), sorted) in &self.shelves {
             if snapshots.is_some_and(|wanted| wanted != *kind) {
                 continue;
             }
             let Some(&head) = sorted.first() else { continue };
-            let (rank, value) = match *queue {
-                Queue::Dead => (0, 0.0),
-                Queue::Live { .. } => (1, self.value(*queue, clock.saturating_sub(head.0), reuse)),
-                Queue::Kept => (2, 0.0),
+            let (rank, value) = match *shelf {
+                Shelf::Dead => (0, 0.0),
+                Shelf::Live { .. } => (1, self.value(*shelf, clock.saturating_sub(head.0), reuse)),
+                Shelf::Kept => (2, 0.0),
             };
             let first = match &best {
                 None => true,
@@ -162,9 +162,9 @@ impl Order {
         best.map(|(_, _, (_, item))| item)
     }
 
-    /// What an item of a queue is worth at an age.
-    pub fn value(&self, queue: Queue, age: u64, reuse: &Reuse) -> f64 {
-        let Queue::Live { level, class, octave } = queue else { return 0.0 };
+    /// What an item of a shelf is worth at an age.
+    pub fn value(&self, shelf: Shelf, age: u64, reuse: &Reuse) -> f64 {
+        let Shelf::Live { level, class, octave } = shelf else { return 0.0 };
         let likelihood = match self.eviction {
             Eviction::Value => reuse.likelihood(class, age),
             Eviction::Lru | Eviction::Fifo => 1.0 / (age as f64 + 0.5),
@@ -174,7 +174,7 @@ impl Order {
 
     /// Items listed.
     pub fn len(&self) -> usize {
-        self.queues.values().map(BTreeSet::len).sum()
+        self.shelves.values().map(BTreeSet::len).sum()
     }
 
     /// Bytes of bookkeeping, estimated.
@@ -183,8 +183,8 @@ impl Order {
     }
 
     /// Whether an item lies where it says.
-    pub fn check(&self, item: Item, place: Place) -> Result<(), Malformed> {
-        let there = self.queues.get(&(place.queue, item.is_snapshot()));
+    pub fn check(&self, item: Item, place: Spot) -> Result<(), Malformed> {
+        let there = self.shelves.get(&(place.shelf, item.is_snapshot()));
         Malformed::unless(there.is_some_and(|q| q.contains(&(place.key, item))), "place in the order", || {
             format!("{item:?} is not at {place:?}")
         })
