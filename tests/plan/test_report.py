@@ -123,7 +123,9 @@ def test_a_plan_of_several_gpus_says_that_serve_takes_one(capsys: pytest.Capture
 
 def test_the_engine_has_the_planned_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     """Weights, pages, slabs and plans of a running engine, and the plan of the same settings."""
-    built = build_engine(EngineConfig(kv_cache_memory=3_000_000, max_num_seqs=3, max_num_batched_tokens=64))
+    built = build_engine(
+        EngineConfig(device="cpu", kv_cache_memory=3_000_000, max_num_seqs=3, max_num_batched_tokens=64)
+    )
     flags = ["--rows", "float32", "--index", "float32", "--weights", "float32", "--pool-gb", "0.003"]
     flags += ["--max-num-seqs", "3", "--max-step-tokens", "64", "--max-len", str(built.max_model_len)]
     p = plan(capsys, NANO, "--gpu", "h100", *flags)
