@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsv4.api import info, prefixes
-from dsv4.api.errors import error_body, internal_error
+from dsv4.api import anthropic, info, prefixes
+from dsv4.api.errors import ErrorBody, error_body, internal_error, shaped
 from dsv4.api.http import Handler, PostEndpoint, header
 from dsv4.api.openai_chat import chat_completions
 from dsv4.api.openai_completions import completions
@@ -39,6 +39,8 @@ def create_app(service: Service) -> ASGIApp:
         routes=[
             _post("/v1/chat/completions", chat_completions, generates=True),
             _post("/v1/completions", completions, generates=True),
+            _post("/v1/messages", anthropic.messages, generates=True, errors=anthropic.error_body),
+            _post("/v1/messages/count_tokens", anthropic.count_tokens, errors=anthropic.error_body),
             _post("/v1/prefixes", prefixes.pin, generates=True),
             Route("/v1/prefixes/{id}", prefixes.unpin, methods=["DELETE"]),
             Route("/v1/sessions/{key:path}", prefixes.end_session, methods=["DELETE"]),
@@ -61,8 +63,8 @@ def create_app(service: Service) -> ASGIApp:
     return Edge(app, service, {route.endpoint: route.path for route in routes})
 
 
-def _post(path: str, handler: Handler, *, generates: bool = False) -> Route:
-    return Route(path, PostEndpoint(handler, generates=generates), methods=["POST"])
+def _post(path: str, handler: Handler, *, generates: bool = False, errors: ErrorBody = error_body) -> Route:
+    return Route(path, PostEndpoint(handler, generates=generates, errors=errors), methods=["POST"])
 
 
 class Edge:
@@ -70,6 +72,9 @@ class Edge:
 
     def __init__(self, app: ASGIApp, service: Service, paths: Mapping[Any, str]) -> None:
         self.app, self.service, self._paths = app, service, paths
+        self._shapes = {
+            path: endpoint.errors for endpoint, path in paths.items() if isinstance(endpoint, PostEndpoint)
+        }
         self._key = None if service.config.api_key is None else _digest(service.config.api_key.encode())
         # What a cache keeps for one origin is not for another; Starlette says so in every answer from 1.8 on only.
         self._varies = bool(service.config.allow_origin) and "*" not in service.config.allow_origin
@@ -89,7 +94,7 @@ class Edge:
             await self.app(scope, receive, send)
             return
         record = _record_of(scope)
-        scope["dsv4_record"] = record
+        scope["dsv4_record"], scope["dsv4_error_body"] = record, self._shape(scope)
         try:
             await self._inner(scope, receive, self._sending(scope, record, send))
         except asyncio.CancelledError:
@@ -103,16 +108,15 @@ class Edge:
             record.end(self.service.metrics)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record: Record = scope["dsv4_record"]
         connection: GuardedProtocol | None = scope.get("dsv4_connection")
         if connection is not None and connection.over and scope["path"] not in PROBES:
             self.service.connections.refuse()
             refused = _too_many(self.service.connections.most)
-            await _error(refused, record, {"retry-after": "1"})(scope, receive, send)
+            await _error(scope, refused, {"retry-after": "1"})(scope, receive, send)
         elif self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
             text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             refused = RequestError(text, None, "invalid_api_key", 401)
-            await _error(refused, record, {"www-authenticate": "Bearer"})(scope, receive, send)
+            await _error(scope, refused, {"www-authenticate": "Bearer"})(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -132,6 +136,11 @@ class Edge:
             await send(message)
 
         return sending
+
+    def _shape(self, scope: Scope) -> ErrorBody:
+        """The shape of this request's errors: its endpoint's, or that of a client who says whose API it expects."""
+        shape = self._shapes.get(scope["path"], error_body)
+        return anthropic.error_body if header(scope, anthropic.VERSION_HEADER) else shape
 
     def _has_key(self, scope: Scope) -> bool:
         given = (_bearer(header(scope, b"authorization")), header(scope, b"x-api-key").strip(" \t"))
@@ -171,14 +180,16 @@ def _request_id(given: str) -> str:
     return new_request_id()
 
 
-def _error(error: RequestError, record: Record, headers: dict[str, str] | None = None) -> Response:
+def _error(scope: Scope, error: RequestError, headers: dict[str, str] | None = None) -> Response:
+    record: Record = scope["dsv4_record"]
     record.reason = error.code
-    return Response(orjson.dumps(error_body(error)), error.status, headers, media_type="application/json")
+    body = orjson.dumps(shaped(scope, error, record.request_id))
+    return Response(body, error.status, headers, media_type="application/json")
 
 
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return _error(error, request.scope["dsv4_record"])
+    return _error(request.scope, error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -191,10 +202,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     }.get(status, HTTPStatus(status).phrase)
     code = {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error")
     refused = RequestError(text, None, code, status)
-    return _error(refused, request.scope["dsv4_record"], dict(error.headers or {}))
+    return _error(request.scope, refused, dict(error.headers or {}))
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     """Starlette raises the error again after this, and the server logs it."""
     record: Record = request.scope["dsv4_record"]
-    return _error(internal_error(record.request_id), record)
+    return _error(request.scope, internal_error(record.request_id))

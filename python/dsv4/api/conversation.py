@@ -10,6 +10,7 @@ import numpy as np
 
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.http import Call
+from dsv4.api.noise import without_noise
 from dsv4.errors import RequestError, show
 from dsv4.text.chat import TASKS, Ending, encode_chat, ending_of
 from dsv4.text.draft import Bound, Draft
@@ -65,7 +66,7 @@ def read_conversation(fields: Fields) -> Conversation:
         raise RequestError(
             "messages is missing; it takes a list of messages", "messages", "missing_field", 400
         )
-    messages = fields.items("messages", dict, MAX_MESSAGES)
+    messages = without_noise(fields.items("messages", dict, MAX_MESSAGES))
     for i, message in enumerate(messages):
         _check_message(Fields(message, f"messages[{i}]."))
     template = fields.nested("chat_template_kwargs")
@@ -168,11 +169,18 @@ def _thinking(fields: Fields, template: Fields, continued: dict[str, Any]) -> tu
         if switch is None and place.get(key) is not None:
             switch = place.boolean(key)
     thought = bool(continued.get("reasoning_content") or continued.get("reasoning"))
-    asked = thought if effort is None else effort != "none"
-    thinking = asked if switch is None else switch
+    thinking, effort = settled(switch, effort, thought)
     if thought and not thinking and not continued.get("content"):
         text = "is to be continued, but thinking is off; ask for it, or send the content to continue"
         raise RequestError(f"the last message's reasoning_content {text}", "thinking", "invalid_value", 400)
+    return thinking, effort
+
+
+def settled(switch: bool | None, effort: str | None, thought: bool = False) -> tuple[bool, str]:
+    """(thinking, effort) of a request: a `switch` goes before an `effort` (V4's, or `none`), and that before the `thought`
+    of a message to continue."""
+    asked = thought if effort is None else effort != "none"
+    thinking = asked if switch is None else switch
     return thinking, effort if effort not in (None, "none") else DEFAULT_EFFORT
 
 

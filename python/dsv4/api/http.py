@@ -19,7 +19,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from dsv4._core import scan_json
-from dsv4.api.errors import RETRY_AFTER, error_body, internal_error
+from dsv4.api.errors import RETRY_AFTER, ErrorBody, error_body, internal_error, shaped
 from dsv4.api.fields import Fields
 from dsv4.errors import RequestError, kind
 
@@ -87,7 +87,7 @@ class Call:
     async def refuse(self, error: RequestError) -> None:
         """Sends an error."""
         headers = [(b"retry-after", RETRY_AFTER[error.status])] if error.status in RETRY_AFTER else []
-        await self.respond(error_body(error), error.status, tuple(headers))
+        await self.respond(shaped(self.scope, error, self.request_id), error.status, tuple(headers))
 
 
 Handler = Callable[[Call], Awaitable[None]]
@@ -96,9 +96,9 @@ Handler = Callable[[Call], Awaitable[None]]
 class PostEndpoint:
     """A handler as an ASGI app. Starlette's Request and Response objects stay out of the hot path."""
 
-    def __init__(self, handler: Handler, *, generates: bool) -> None:
-        """`generates`: refused while the server drains."""
-        self.handler, self.generates = handler, generates
+    def __init__(self, handler: Handler, *, generates: bool, errors: ErrorBody = error_body) -> None:
+        """`generates`: refused while the server drains. `errors`: the shape of its errors."""
+        self.handler, self.generates, self.errors = handler, generates, errors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = Call(scope, receive, send)

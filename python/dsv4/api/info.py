@@ -106,21 +106,22 @@ async def tokenize(call: Call) -> None:
     await call.aside(lambda: check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT))
     if fields.get("messages") is not None:
         chat = await call.aside(lambda: read_conversation(fields))
-        ids = await encode(call, chat, _bound("messages"), salt=salt)
+        ids = await encode(call, chat, tokenize_bound("messages"), salt=salt)
     else:
         prompt = fields.text("prompt", longest=2**31)
         if prompt is None:
             raise RequestError(
                 "prompt is missing; it takes text, or send messages", "prompt", "missing_field", 400
             )
-        ids = await service.encode(prompt, _bound("prompt"), salt=salt)
+        ids = await service.encode(prompt, tokenize_bound("prompt"), salt=salt)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
     if fields.boolean("return_token_strs"):
         answer["token_strs"] = await call.aside(lambda: service.pieces(ids.tolist()))
     await call.respond(answer)
 
 
-def _bound(param: str) -> Bound:
+def tokenize_bound(param: str) -> Bound:
+    """What a prompt that is only counted may have."""
     return Bound(MAX_TOKENS, param, "/tokenize takes at most")
 
 

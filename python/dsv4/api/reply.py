@@ -26,9 +26,9 @@ class News:
 class Reply:
     """Reads outputs; what is known so far stands in its attributes."""
 
-    def __init__(self, strict: StrictTools | None = None) -> None:
-        """`strict`: the request's strict tools, whose calls are checked."""
-        self._strict = strict
+    def __init__(self, strict: StrictTools | None = None, *, call_prefix: str = "call_") -> None:
+        """`strict`: the request's strict tools, whose calls are checked. `call_prefix`: how ids of calls begin."""
+        self._strict, self._call_prefix = strict, call_prefix
         self.strict_error: str | None = None
         """What of the calls does not fit the schema of a strict tool. They are not called finished then."""
         self.blocks = Blocks()
@@ -64,5 +64,5 @@ class Reply:
     def _add(self, piece: Piece) -> News:
         begins = self.blocks.add(piece)
         if isinstance(piece, ToolStart):
-            self.call_ids.append(f"call_{uuid.uuid4().hex[:24]}")
+            self.call_ids.append(f"{self._call_prefix}{uuid.uuid4().hex[:24]}")
         return News(piece, len(self.blocks.all) - 1, self.blocks.all[-1], begins)

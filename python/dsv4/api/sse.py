@@ -26,6 +26,7 @@ _HEADERS = (
     (b"x-accel-buffering", b"no"),  # nginx would hold tokens back
 )
 
+Headers = tuple[tuple[bytes, bytes], ...]
 
 MAX_HELD = 4 * 2**20
 """Bytes of a stream that wait for its client to read. Beyond the connection's own buffers."""
@@ -39,8 +40,11 @@ class EventStream:
     closed properly.
     """
 
-    def __init__(self, call: Call, *, on_error: Callable[[RequestError], bytes]) -> None:
-        self.call, self.on_error = call, on_error
+    def __init__(
+        self, call: Call, *, on_error: Callable[[RequestError], bytes], headers: Headers = ()
+    ) -> None:
+        """`headers`: further ones of the response."""
+        self.call, self.on_error, self._headers = call, on_error, (*_HEADERS, *headers)
         self.progress = "waiting"
         """What the keep-alive comment says."""
         self._last = time.monotonic()
@@ -58,7 +62,7 @@ class EventStream:
         """Sends whole frames. While the client reads slowly they are kept, so that the engine's outputs need not be. Raises
         ClientGone, and closes the connection, when they become too many."""
         if not self.call.started:
-            await self.call.start(200, _HEADERS)
+            await self.call.start(200, self._headers)
         self._last = time.monotonic()
         if self._sender is None and not (self._connection is not None and self._connection.write_paused):
             await self._send(frames)
@@ -108,6 +112,6 @@ class EventStream:
                 error = internal_error(self.call.request_id)
             await self._send(self.on_error(error))
         if not self.call.started:
-            await self.call.start(200, _HEADERS)
+            await self.call.start(200, self._headers)
         await self.call.send({"type": "http.response.body", "body": b"", "more_body": False})
         return True
