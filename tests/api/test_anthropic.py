@@ -21,7 +21,10 @@ TOOLS = [
     {
         "name": "get_weather",
         "description": "Weather of a city.",
-        "input_schema": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}},
+        "input_schema": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        },
     },
     {"name": "sh", "input_schema": {"type": "object", "properties": {"cmd": {"type": "string"}}}},
 ]
@@ -97,7 +100,11 @@ def test_a_message(model: Model) -> None:
         got = model.says("Hello there.")
     finally:
         model.server.engine.cached_tokens = 0
-    assert got["id"].startswith("msg_") and (got["type"], got["role"], got["model"]) == ("message", "assistant", "tiny")
+    assert got["id"].startswith("msg_") and (got["type"], got["role"], got["model"]) == (
+        "message",
+        "assistant",
+        "tiny",
+    )
     assert got["content"] == [{"type": "text", "text": "Hello there."}]
     assert (got["stop_reason"], got["stop_sequence"]) == ("end_turn", None)
     prompt = len(model.server.engine.seen[-1].prompt)
@@ -111,7 +118,11 @@ def test_thoughts_text_and_a_call(model: Model) -> None:
     thinking, text, use = got["content"]
     assert (thinking["type"], thinking["thinking"]) == ("thinking", "Hm. Weather?") and thinking["signature"]
     assert text == {"type": "text", "text": "Let me look."}
-    assert (use["type"], use["name"], use["input"]) == ("tool_use", "get_weather", {"city": 'Seoul "5"', "days": 3})
+    assert (use["type"], use["name"], use["input"]) == (
+        "tool_use",
+        "get_weather",
+        {"city": 'Seoul "5"', "days": 3},
+    )
     assert use["id"].startswith("toolu_") and got["stop_reason"] == "tool_use"
 
 
@@ -138,13 +149,19 @@ def test_thoughts_that_are_not_to_be_shown_come_back_in_their_signature(model: M
 
 def test_stop_sequences_and_lengths(model: Model) -> None:
     got = model.says("one two three", stop_sequences=["two"])
-    assert (got["content"][0]["text"], got["stop_reason"], got["stop_sequence"]) == ("one ", "stop_sequence", "two")
+    assert (got["content"][0]["text"], got["stop_reason"], got["stop_sequence"]) == (
+        "one ",
+        "stop_sequence",
+        "two",
+    )
     assert model.says("one two three", max_tokens=1)["stop_reason"] == "max_tokens"
     assert model.says("")["content"] == []
     seen = []
     for most in range(1, len(model.tokenizer.encode(CALL)) + 1):
         got = model.says(CALL, tools=TOOLS, max_tokens=most)
-        assert got["stop_reason"] == "max_tokens" and "｜DSML｜" not in json.dumps(got["content"], ensure_ascii=False)
+        assert got["stop_reason"] == "max_tokens" and "｜DSML｜" not in json.dumps(
+            got["content"], ensure_ascii=False
+        )
         seen += [block["input"] for block in got["content"] if block["type"] == "tool_use"]
     assert {"city": "Seoul"} in seen and seen[-1] == {"city": 'Seoul "5"', "days": 3}
 
@@ -175,7 +192,10 @@ def test_system_prompts_and_system_messages(model: Model) -> None:
 
 
 def test_the_billing_line_is_left_out_of_chats_as_well(model: Model) -> None:
-    for content in ("x-anthropic-billing-header: a=1;\nBe C.", [{"type": "text", "text": "x-anthropic-billing-header: b"}]):
+    for content in (
+        "x-anthropic-billing-header: a=1;\nBe C.",
+        [{"type": "text", "text": "x-anthropic-billing-header: b"}],
+    ):
         talk = [{"role": "system", "content": content}, *HELLO]
         body = {"model": "default", "messages": talk}
         assert httpx.post(model.server.url + "/v1/chat/completions", json=body).status_code == 200
@@ -254,37 +274,68 @@ def test_sampling_parameters_arrive(model: Model) -> None:
         ({"messages": None}, "messages is missing"),
         ({"messages": []}, "messages is empty"),
         ({"messages": [{"content": "Hi"}]}, r"messages[0].role is missing"),
-        ({"messages": [{"role": "tool", "content": "Hi"}]}, "messages[0].role is 'tool'; it takes one of user, assistant"),
+        (
+            {"messages": [{"role": "tool", "content": "Hi"}]},
+            "messages[0].role is 'tool'; it takes one of user, assistant",
+        ),
         ({"messages": [{"role": "user"}]}, "messages[0].content is missing"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content is 5; it takes text or a list"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0] is 'a'"),
-        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages[0].content[0].type is missing"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "u"}}]}]},
+            {"messages": [{"role": "user", "content": [{"text": "a"}]}]},
+            "messages[0].content[0].type is missing",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image", "source": {"type": "url", "url": "u"}}]}
+                ]
+            },
             "messages[0].content[0].type is 'image'; this model reads text only",
         ),
         (
             {
                 "messages": [
                     *HELLO,
-                    {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "sh", "input": {}}]},
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_use", "id": "a", "name": "sh", "input": {}}],
+                    },
                     {
                         "role": "user",
-                        "content": [{"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}],
+                        "content": [
+                            {"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}
+                        ],
                     },
                 ]
             },
             "messages[2].content[0].content[0].type is 'image'",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id is"),
         (
-            {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "f", "input": "x"}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]},
+            "messages[0].content[0].tool_use_id is",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "content": [{"type": "tool_use", "id": "a", "name": "f", "input": "x"}],
+                    }
+                ]
+            },
             "messages[0].content[0].input is 'x'; it takes an object",
         ),
-        ({"tools": TOOLS, "tool_choice": {"type": "any"}}, "tool_choice.type is 'any'; it takes 'auto' or 'none'"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "any"}},
+            "tool_choice.type is 'any'; it takes 'auto' or 'none'",
+        ),
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "sh"}}, "tool_choice.type is 'tool'"),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name is missing"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format is an object"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
+            "output_config.format is an object",
+        ),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers is a list"),
         ({"max_tokens": 0}, "max_tokens is 0; it takes a whole number from 1"),
         ({"thinking": {"type": "on"}}, "thinking.type is 'on'; it takes one of enabled, adaptive, disabled"),
@@ -335,4 +386,8 @@ def test_errors_have_anthropics_shape(model: Model, tokenizer: Tokenizer) -> Non
         url = server.url + "/v1/messages"
         assert kind(httpx.post(url, json=ask)) == (500, "api_error")
         last = events_of(httpx.post(url, json=ask | {"stream": True}).text)[-1]
-        assert last["type"] == "error" and last["error"]["type"] == "api_error" and "boom" in last["error"]["message"]
+        assert (
+            last["type"] == "error"
+            and last["error"]["type"] == "api_error"
+            and "boom" in last["error"]["message"]
+        )

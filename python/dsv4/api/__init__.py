@@ -14,7 +14,10 @@
 | `conversation.py` | messages, tools and thinking of a chat, to a prompt |
 | `reply.py` | one choice of an answer: outputs put together, whole or as they come |
 | `generation.py` | choices of a request run against the engine and merged; token counts |
-| `openai_chat.py`, `openai_completions.py` | one file per dialect; `openai_usage.py` is common to both |
+| `openai_chat.py`, `openai_completions.py` | OpenAI's dialects; `openai_usage.py` is common to both |
+| `anthropic.py`, `anthropic_input.py` | Anthropic's dialect: answers; bodies as a conversation |
+| `parts.py`, `noise.py`, `thoughts.py` | contents of messages; what is left out of them; thoughts in opaque fields |
+| `warnings.py` | the header that says what was left out of a request |
 | `routing.py` | tenant, urgency, session and retention of a request |
 | `prefixes.py` | pinned prefixes, ended sessions |
 | `info.py` | models, health, metrics, version, tokenize, detokenize |

@@ -202,6 +202,7 @@ class Answer:
             "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "output_tokens": usage.completion_tokens if usage else 0,
+            "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens if usage else 0},
         }
 
 
