@@ -16,11 +16,11 @@ from dsv4.engine import build
 from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
+from dsv4.model.parallel import Parallel
 from dsv4.model.step import build_step, decode_step
 from dsv4.model.v4 import V4Model
 from dsv4.plan.build import divide
 from dsv4.plan.graphs import SHORTEST, contexts_of, sizes_of
-from dsv4.plan.parallel import Parallel
 from dsv4.plan.weights import Weights
 from dsv4.plan.workspace import GRAPH_BYTES, Limits
 from torch import Tensor

@@ -15,7 +15,8 @@ from dsv4 import LLM
 from dsv4.errors import CheckpointError, ConfigError
 from dsv4.model.config import ModelConfig
 from dsv4.model.export import export_release
-from dsv4.model.names import DTYPE_BYTES, tensors
+from dsv4.model.names import DTYPE_BYTES, TensorSpec, tensors
+from dsv4.model.parallel import Share
 from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, dense
 from safetensors import safe_open
@@ -192,3 +193,51 @@ def test_damage_is_one_clear_line_in_under_two_seconds(
         LLM(str(tmp_path), num_pages=8, block_size=128)
     assert time.monotonic() - start < 2
     assert "\n" not in str(e.value) and words in str(e.value), str(e.value)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("ranks", "whole"), [(2, False), (2, True), (4, False)])
+def test_the_ranks_read_the_parts_of_every_tensor(
+    release: tuple[Path, dict[str, Any]], ranks: int, whole: bool, packed: bool
+) -> None:
+    path, raw = release
+    config = ModelConfig.from_dict(raw)
+    shares = [Share(r, ranks, whole) for r in range(ranks)]
+    all_of = load_weights(path, config, torch.float32, packed=packed)
+    read: list[list[int]] = [[] for _ in shares]
+    parts = [
+        load_weights(
+            path,
+            config,
+            torch.float32,
+            lambda *news, r=r: read[r].append(news[0]),
+            packed=packed,
+            share=share,
+        )
+        for r, share in enumerate(shares)
+    ]
+    for name, weight in all_of.items():
+        stacked = ".ffn.experts." in name
+        axis = dict(tensors(config))[
+            name.replace("experts.", "experts.0.") + ".weight" if stacked else name
+        ].axis
+        pieces = [dense(p[name]) for p in parts]
+        if axis is None or (whole and ".attn." in name):
+            assert all(torch.equal(piece, dense(weight)) for piece in pieces)
+        else:
+            assert torch.equal(torch.cat(pieces, axis + (stacked and 1)), dense(weight)), name
+            assert type(parts[0][name]) is type(weight)
+    assert all(seen[-1] < sum(w.nbytes for w in all_of.values()) for seen in read)
+
+
+def test_a_cut_across_blocks_that_share_a_scale_is_refused() -> None:
+    spec = TensorSpec((384, 96), "fp8", 0)
+    assert Share(2, 3).cut("x", spec) == (0, 256, 384) and Share(5, 6).cut("x", spec) == (0, 320, 384)
+    for rank in range(2):
+        with pytest.raises(
+            ConfigError, match=r"size is 2; it cuts x every 192 of 384, across .* divisor of 3"
+        ):
+            Share(rank, 2).cut("x", spec)
+    assert Share(1, 2).of("x", TensorSpec((7,), "f32", 0)).shape == (3,)
+    with pytest.raises(ConfigError, match="rank is 2; of 2 ranks it must be 0 to 1"):
+        Share(2, 2)

@@ -21,12 +21,12 @@ from dsv4.errors import ConfigError
 from dsv4.gpus import GPUS
 from dsv4.model.config import ModelConfig
 from dsv4.model.export import export_release
+from dsv4.model.parallel import Parallel
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
 from dsv4.ops.registry import Ops
 from dsv4.plan.build import divide
 from dsv4.plan.graphs import steps_of
-from dsv4.plan.parallel import Parallel
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import INDEX_NUMBERS, INDEX_TOKENS, Limits, bound, workspace
 

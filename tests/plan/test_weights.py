@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from dsv4.errors import ConfigError
 from dsv4.model.config import RELEASED, ModelConfig
-from dsv4.plan.parallel import Parallel, alternatives, choose
+from dsv4.model.parallel import Parallel, alternatives, choose
 from dsv4.plan.weights import EXPERTS, PUBLISHED, Kind, Weights, weight_rows
 
 from tests.model.test_config import RELEASES

@@ -119,10 +119,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def question(a: argparse.Namespace) -> Question:
     """The flags as a question. Raises ConfigError."""
+    from dsv4.model.parallel import choose
     from dsv4.plan.build import Question
     from dsv4.plan.cache import Traffic
     from dsv4.plan.graphs import steps_of
-    from dsv4.plan.parallel import choose
     from dsv4.plan.weights import find_weights
     from dsv4.plan.workspace import Limits
 

@@ -197,7 +197,7 @@ def _read_dump(path: str) -> str:
 
 def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     """The engine, and lines that tell what was chosen."""
-    from dsv4.plan import parallel
+    from dsv4.model import parallel
     from dsv4.plan.weights import find_weights
     from dsv4.plan.workspace import Limits
     from dsv4.simulate.compare import Engine, pool_bytes, smallest_tp

@@ -16,9 +16,9 @@ from dsv4.engine.device_errors import first_line
 from dsv4.errors import ConfigError
 from dsv4.host_memory import host_memory
 from dsv4.model.config import ModelConfig
+from dsv4.model.parallel import Parallel
 from dsv4.plan.build import divide
 from dsv4.plan.graphs import steps_of
-from dsv4.plan.parallel import Parallel
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 

@@ -31,10 +31,12 @@ DTYPE_BYTES = {
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A logical tensor. `storage` is how the release keeps it: fp8 (e4m3, one ue8m0 scale per 128 x 128), fp4
-    (packed e2m1, one ue8m0 scale per 32), bf16, f32 or i64."""
+    (packed e2m1, one ue8m0 scale per 32), bf16, f32 or i64. `axis`: the one along which ranks divide it (see `parallel.py`);
+    None: every rank has it whole."""
 
     shape: tuple[int, ...]
     storage: str
+    axis: int | None = None
 
     def stored(self, name: str) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, safetensors dtype, shape) of what lies in the file."""
@@ -57,6 +59,11 @@ def is_expert(name: str) -> bool:
     return ".ffn.experts." in name
 
 
+def is_attention(name: str) -> bool:
+    """Whether a tensor is an attention layer's, its indexer and compressors included."""
+    return ".attn." in name
+
+
 _BUFFERS = ("inv_freq", "cos_cached", "sin_cached", "freqs_cis")
 
 
@@ -67,8 +74,8 @@ def is_buffer(name: str) -> bool:
 
 def tensors(c: ModelConfig, *, draft: bool = False) -> Iterator[tuple[str, TensorSpec]]:
     """Every tensor of the checkpoint, `draft` ones (MTP or DSpark) included on demand."""
-    yield "embed.weight", TensorSpec((c.vocab_size, c.hidden_size), "bf16")
-    yield "head.weight", TensorSpec((c.vocab_size, c.hidden_size), "bf16")
+    yield "embed.weight", TensorSpec((c.vocab_size, c.hidden_size), "bf16", 0)
+    yield "head.weight", TensorSpec((c.vocab_size, c.hidden_size), "bf16", 0)
     yield "norm.weight", TensorSpec((c.hidden_size,), "bf16")
     yield from _head_mix(c, "")
     for layer, ratio in enumerate(c.compress_ratios):
@@ -100,13 +107,13 @@ def _block(c: ModelConfig, p: str, ratio: int, *, hashed: bool) -> Iterator[tupl
 def _attention(c: ModelConfig, p: str, ratio: int) -> Iterator[tuple[str, TensorSpec]]:
     d, heads, q = c.hidden_size, c.num_heads * c.head_dim, c.q_lora_rank
     yield f"{p}wq_a.weight", TensorSpec((q, d), "fp8")
-    yield f"{p}wq_b.weight", TensorSpec((heads, q), "fp8")
+    yield f"{p}wq_b.weight", TensorSpec((heads, q), "fp8", 0)
     yield f"{p}wkv.weight", TensorSpec((c.head_dim, d), "fp8")
-    yield f"{p}wo_a.weight", TensorSpec((c.o_groups * c.o_lora_rank, heads // c.o_groups), "fp8")
-    yield f"{p}wo_b.weight", TensorSpec((d, c.o_groups * c.o_lora_rank), "fp8")
+    yield f"{p}wo_a.weight", TensorSpec((c.o_groups * c.o_lora_rank, heads // c.o_groups), "fp8", 0)
+    yield f"{p}wo_b.weight", TensorSpec((d, c.o_groups * c.o_lora_rank), "fp8", 1)
     yield f"{p}q_norm.weight", TensorSpec((q,), "bf16")
     yield f"{p}kv_norm.weight", TensorSpec((c.head_dim,), "bf16")
-    yield f"{p}attn_sink", TensorSpec((c.num_heads,), "f32")
+    yield f"{p}attn_sink", TensorSpec((c.num_heads,), "f32", 0)
     if ratio:
         yield from _compressor(f"{p}compressor.", ratio, c.head_dim, d, overlap=ratio == c.csa_ratio)
     if ratio == c.csa_ratio:
@@ -132,8 +139,12 @@ def _moe(c: ModelConfig, p: str, *, hashed: bool) -> Iterator[tuple[str, TensorS
         yield f"{p}gate.bias", TensorSpec((c.num_experts,), "f32")
     for name, shape in expert_shapes(c):
         for e in range(c.num_experts):
-            yield f"{p}experts.{e}.{name}.weight", TensorSpec(shape, c.expert_dtype)
-        yield f"{p}shared_experts.{name}.weight", TensorSpec(shape, "fp8")
+            yield f"{p}experts.{e}.{name}.weight", TensorSpec(shape, c.expert_dtype, EXPERT_AXIS[name])
+        yield f"{p}shared_experts.{name}.weight", TensorSpec(shape, "fp8", EXPERT_AXIS[name])
+
+
+EXPERT_AXIS = {"w1": 0, "w3": 0, "w2": 1}
+"""An expert is divided by its columns: rows of gate and up, inputs of down."""
 
 
 def expert_shapes(c: ModelConfig) -> tuple[tuple[str, tuple[int, int]], ...]:

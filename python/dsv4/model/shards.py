@@ -37,6 +37,12 @@ class Stored:
     offset: int
     size: int
 
+    def rows(self, first: int, end: int) -> Stored:
+        """Rows first .. end - 1 alone."""
+        each = self.size // self.shape[0]
+        at, size = self.offset + first * each, (end - first) * each
+        return replace(self, shape=(end - first, *self.shape[1:]), offset=at, size=size)
+
 
 def index_checkpoint(path: Path, experts: int) -> dict[str, Stored]:
     """Released name -> place of every tensor, from the headers of all shards. Raises CheckpointError."""

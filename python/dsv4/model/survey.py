@@ -128,7 +128,7 @@ def examine(found: Mapping[str, Stored], config: ModelConfig, *, draft: bool = F
     expanded = {n for n in floats if n not in exact}
     expanded |= _mixed_stacks(storage, expanded)
     kept = {
-        name: TensorSpec(spec.shape, "bf16" if name in expanded else storage[name])
+        name: dataclasses.replace(spec, storage="bf16" if name in expanded else storage[name])
         for name, spec in expected.items()
     }
     experts = Counter(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from torch import Tensor
 from dsv4.errors import CheckpointError
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import TensorSpec, expert_shapes, is_expert, scale_name, tensors
+from dsv4.model.parallel import ALL, Share
 from dsv4.model.shards import ShardReader, Stored
 from dsv4.model.survey import BYTE_SCALES, QUANTISED, Survey, scale_bits, survey
-from dsv4.ops.weight import Fp4Weight, Fp8Weight, Packed, Weight
+from dsv4.ops.weight import Fp4Weight, Fp8Weight, Packed, Weight, part
 
 log = logging.getLogger("dsv4.weights")
 
@@ -53,6 +55,7 @@ def load_weights(
     device: torch.device | str = "cpu",
     draft: bool = False,
     found: Survey | None = None,
+    share: Share = ALL,
 ) -> dict[str, Weight]:
     """All tensors of the model on `device` under their released names, `float` ones as `dtype` (float32 or bfloat16).
 
@@ -60,19 +63,21 @@ def load_weights(
     can be; experts are stacked as `layers.N.ffn.experts.w1|w3|w2` [E, out, in]; what the release stores as F32
     (hyper-connections, sinks, ape, gate bias) stays float32; tid2eid is int64. Draft tensors (`mtp.*`) come with
     `draft`, else they are skipped and their number is logged. `found`: the survey of `path`, if there is one already.
-    Raises CheckpointError with one line.
+    `share`: the rank whose part of each tensor it is; runs of rows are read alone, and rows of which it keeps columns whole,
+    as a disk would. Raises CheckpointError, ConfigError with one line.
     """
     found = found or survey(Path(path), config, draft=draft)
     stored, expected = found.stored, dict(tensors(config, draft=draft))
     skipped = [] if draft else [n for n in stored if n.startswith("mtp.")]
     if skipped:
         log.info("skipped %d draft tensors (mtp.*): speculation is off", len(skipped))
-    total, done = found.size - sum(stored[n].size for n in skipped), 0
-    weights = _expert_stacks(found, dtype, packed=packed, device=torch.device(device))
+    cuts = {name: share.cut(name, _as_stored(name, found)) for name in expected}
+    total, done = sum(_bytes(n, found, cuts[n]) for n in expected), 0
+    weights = _expert_stacks(found, dtype, share, packed=packed, device=torch.device(device))
     with ShardReader() as reader:
         # in the order of the files, so that a disk reads forward
         for name in sorted(expected, key=lambda n: (stored[n].file, stored[n].offset)):
-            value = _read(reader, name, found)
+            value = _read(reader, name, found, cuts[name])
             if isinstance(value, Packed) and not packed:
                 value = value.dense()
             _check_values(name, value, config)
@@ -82,8 +87,7 @@ def load_weights(
             else:
                 value = value.to(torch.float32 if storage == "f32" else dtype)
             _place(weights, name, value, device)
-            scale = stored.get(scale_name(name)) if stored[name].dtype in QUANTISED else None
-            done += stored[name].size + (scale.size if scale else 0)
+            done += _bytes(name, found, cuts[name])
             if progress is not None:
                 progress(done, total, name)
     return weights
@@ -95,13 +99,49 @@ def expanded_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(prod(spec.shape) * width.get(spec.storage, dtype.itemsize) for _, spec in tensors(config))
 
 
-def _read(reader: ShardReader, name: str, found: Survey) -> Weight:
-    """The stored values; a quantised matrix packed (decoding to float32), or expanded where it cannot be kept so."""
+Cut = tuple[int, int, int] | None
+"""(axis, first, end) of what a rank keeps of a matrix."""
+
+
+def _places(name: str, found: Survey, cut: Cut) -> tuple[Stored, Stored | None]:
+    """What is read: where the values lie, and the scales of quantised ones."""
     place = found.stored[name]
-    value = _tensor(reader, place)
-    if place.dtype not in QUANTISED:
+    scale = found.stored[scale_name(name)] if place.dtype in QUANTISED else None
+    if cut is None or cut[0] != 0:
+        return place, scale
+    _, first, end = cut
+    if scale is not None:
+        block = _PACKED[QUANTISED[place.dtype]].sharing[0]
+        scale = scale.rows(first // block, -(-end // block))
+    return place.rows(first, end), scale
+
+
+def _as_stored(name: str, found: Survey) -> TensorSpec:
+    """The spec with the storage of the file, whose blocks of scales a cut must respect even where the matrix is expanded."""
+    spec, dtype = found.kept[name], found.stored[name].dtype
+    return replace(spec, storage=QUANTISED.get(dtype, spec.storage)) if spec.axis is not None else spec
+
+
+def _bytes(name: str, found: Survey, cut: Cut) -> int:
+    place, scale = _places(name, found, cut)
+    return place.size + (scale.size if scale else 0)
+
+
+def _read(reader: ShardReader, name: str, found: Survey, cut: Cut) -> Weight:
+    """What a rank keeps of the stored values; a quantised matrix packed (decoding to float32), or expanded where it cannot
+    be kept so."""
+    value = _read_rows(reader, name, found, cut)
+    if cut is None or cut[0] == 0:
         return value
-    scale, kind = found.stored[scale_name(name)], _PACKED[QUANTISED[place.dtype]]
+    return part(value, *cut)
+
+
+def _read_rows(reader: ShardReader, name: str, found: Survey, cut: Cut) -> Weight:
+    place, scale = _places(name, found, cut)
+    value = _tensor(reader, place)
+    if scale is None:
+        return value
+    kind = _PACKED[QUANTISED[place.dtype]]
     if scale.dtype in BYTE_SCALES:
         return kind(value, _tensor(reader, scale), torch.float32)
     bits = torch.from_numpy(scale_bits(reader.read(scale), scale.dtype).view("int32")).view(scale.shape)
@@ -137,26 +177,27 @@ def _check_values(name: str, value: Weight, config: ModelConfig) -> None:
 
 
 def _expert_stacks(
-    found: Survey, dtype: torch.dtype, *, packed: bool, device: torch.device
+    found: Survey, dtype: torch.dtype, share: Share, *, packed: bool, device: torch.device
 ) -> dict[str, Weight]:
     """Room for the experts: packed where the survey says that a stack can be."""
     stacks: dict[str, Weight] = {}
     count = found.config.num_experts
     blocks = dict.fromkeys(n.partition(".experts.")[0] for n in found.kept if is_expert(n))
     for block in blocks:
-        for part, shape in expert_shapes(found.config):
-            kind = found.kept[f"{block}.experts.0.{part}.weight"].storage
+        for proj, _ in expert_shapes(found.config):
+            name = f"{block}.experts.0.{proj}.weight"
+            shape, kind = share.of(name, found.kept[name]).shape, found.kept[name].storage
             if not packed or kind not in _PACKED:
                 stack: Weight = torch.empty((count, *shape), dtype=dtype, device=device)
             else:
-                (_, _, codes), (_, _, scales) = TensorSpec(shape, kind).stored("")
+                (_, _, codes), (_, _, scales) = TensorSpec(shape, kind).stored(name)
                 code = torch.uint8 if kind == "fp4" else torch.float8_e4m3fn
                 stack = _PACKED[kind](
                     torch.empty((count, *codes), dtype=code, device=device),
                     torch.empty((count, *scales), dtype=torch.uint8, device=device),
                     dtype,
                 )
-            stacks[f"{block}.experts.{part}"] = stack
+            stacks[f"{block}.experts.{proj}"] = stack
     return stacks
 
 

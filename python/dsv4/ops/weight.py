@@ -27,6 +27,8 @@ class Packed:
 
     block: ClassVar[tuple[int, int]]
     """Rows and columns of `codes` that share a scale."""
+    sharing: ClassVar[tuple[int, int]]
+    """The same in numbers of the matrix."""
 
     codes: Tensor
     scales: Tensor
@@ -43,6 +45,16 @@ class Packed:
 
     def __getitem__(self, index: int) -> Packed:
         return replace(self, codes=self.codes[index], scales=self.scales[index])
+
+    def part(self, axis: int, first: int, end: int) -> Packed:
+        """Rows (axis 0) or columns (1) first .. end - 1 of the matrix, or of every matrix of a stack. Numbers that share a
+        scale stay together: the run starts with a block or lies within one."""
+        size = type(self).sharing[axis]
+        assert first % size == 0 or first // size == (end - 1) // size, (first, end, size)
+        each = self.shape[-1] // self.codes.shape[-1] if axis else 1
+        codes = self.codes.narrow(axis - 2, first // each, (end - first) // each)
+        scales = self.scales.narrow(axis - 2, first // size, -(-end // size) - first // size)
+        return replace(self, codes=codes.contiguous(), scales=scales.contiguous())
 
     def to(self, target: torch.dtype | torch.device | str) -> Packed:
         """On another device, or decoding to another dtype."""
@@ -64,7 +76,7 @@ class Fp8Weight(Packed):
     """codes float8_e4m3fn [..., out, in], scales uint8 [..., ceil(out / 128), ceil(in / 128)]."""
 
     __slots__ = ()
-    block = (FP8_BLOCK, FP8_BLOCK)
+    block = sharing = (FP8_BLOCK, FP8_BLOCK)
 
     @staticmethod
     def decoded(codes: Tensor, scales: Tensor) -> Tensor:
@@ -77,7 +89,7 @@ class Fp4Weight(Packed):
     """codes uint8 [..., out, in / 2], scales uint8 [..., out, in / 32]."""
 
     __slots__ = ()
-    block = (1, FP4_BLOCK // 2)
+    block, sharing = (1, FP4_BLOCK // 2), (1, FP4_BLOCK)
 
     @property
     def shape(self) -> torch.Size:
@@ -102,6 +114,13 @@ class Gated(NamedTuple):
 def dense(weight: Weight) -> Tensor:
     """The matrix as a tensor."""
     return weight.dense() if isinstance(weight, Packed) else weight
+
+
+def part(weight: Weight, axis: int, first: int, end: int) -> Weight:
+    """Rows (axis 0) or columns (1) first .. end - 1 of a matrix, or of each of a stack; of a vector its elements."""
+    if isinstance(weight, Packed):
+        return weight.part(axis, first, end)
+    return weight.narrow(max(weight.dim() - 2, 0) + axis if weight.dim() > 1 else 0, first, end - first)
 
 
 Op = TypeVar("Op", bound=Callable[..., Any])

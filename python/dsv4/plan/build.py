@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
+from dsv4.model.parallel import Parallel, alternatives
 from dsv4.plan.cache import Capacity, Traffic, capacities
-from dsv4.plan.parallel import Parallel, alternatives
 from dsv4.plan.weights import WeightRow, Weights, weight_rows
 from dsv4.plan.workspace import Buffer, Limits, bound, workspace
 

@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, prod
+from math import prod
 from typing import TYPE_CHECKING
 
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import DTYPE_BYTES, TensorSpec, is_expert, release_totals, tensors
+from dsv4.model.parallel import Parallel, Share
 from dsv4.model.source import RELEASED, has_weights
-from dsv4.plan.parallel import Parallel
 
 if TYPE_CHECKING:
     from dsv4.model.survey import Survey
@@ -45,19 +45,6 @@ _GROUPS = (
 )
 """Group of a tensor by the first of these that is in its name."""
 
-_CUTS = {
-    "embed.weight": 0,
-    "head.weight": 0,
-    ".attn.wq_b.weight": 0,
-    ".attn.wo_a.weight": 0,
-    ".attn.wo_b.weight": 1,
-    ".attn.attn_sink": 0,
-    ".w1.weight": 0,
-    ".w3.weight": 0,
-    ".w2.weight": 1,
-}
-"""Axis along which tensor parallelism cuts, by the end of the name; everything else is on every rank."""
-
 _NUMBERS = re.compile(r"(?<=\.)\d+\.")
 
 _DTYPE_NAMES = {
@@ -76,17 +63,17 @@ class Kind:
 
     group: str
     spec: TensorSpec
-    axis: int | None
     expert: bool
+
+    @property
+    def axis(self) -> int | None:
+        return self.spec.axis
 
     def on_rank(self, parallel: Parallel) -> TensorSpec:
         """The piece of one rank; experts that are cut by number keep their shape."""
-        ways = 1 if self.axis is None or (self.expert and parallel.ep > 1) else parallel.tp
-        if ways == 1:
+        if self.expert and parallel.ep > 1:
             return self.spec
-        axis = self.axis or 0
-        shape = tuple(ceil(n / ways) if i == axis else n for i, n in enumerate(self.spec.shape))
-        return TensorSpec(shape, self.spec.storage)
+        return Share(0, parallel.tp).of(self.group, self.spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +117,15 @@ def find_weights(
 def _count(specs: Iterable[tuple[str, TensorSpec]]) -> Counter[Kind]:
     found: Counter[Kind] = Counter()
     for name, spec in specs:
-        group, axis, expert = _place(_NUMBERS.sub("", name))
-        found[Kind(group, spec, axis, expert)] += 1
+        group, expert = _place(_NUMBERS.sub("", name))
+        found[Kind(group, spec, expert)] += 1
     return found
 
 
 @lru_cache
-def _place(name: str) -> tuple[str, int | None, bool]:
-    """(group, axis of the cut, whether it is a routed expert's) of a name without its numbers."""
-    group = next((group for part, group in _GROUPS if part in name), "norms")
-    axis = next((axis for end, axis in _CUTS.items() if name == end or name.endswith(end)), None)
-    return group, axis, is_expert(name)
+def _place(name: str) -> tuple[str, bool]:
+    """(group, whether it is a routed expert's) of a name without its numbers."""
+    return next((group for part, group in _GROUPS if part in name), "norms"), is_expert(name)
 
 
 @dataclass(frozen=True, slots=True)

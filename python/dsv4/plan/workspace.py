@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from dsv4._core import plan_schema
 from dsv4.model.config import ModelConfig
+from dsv4.model.parallel import Parallel
 from dsv4.plan.cache import pages_of
-from dsv4.plan.parallel import Parallel
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
-from dsv4.plan.parallel import Parallel, valid_tp
+from dsv4.model.parallel import Parallel, valid_tp
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 from dsv4.simulate.device import as_json

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
-from dsv4.plan.parallel import Parallel
+from dsv4.model.parallel import Parallel
 from dsv4.plan.weights import EXPERTS, Weights, weight_rows
 from dsv4.spelling import nearest
 
