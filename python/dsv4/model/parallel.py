@@ -51,7 +51,7 @@ class Share:
         first, end = self.bounds(spec.shape[axis])
         block = BLOCKS.get(spec.storage, (1, 1))[axis]
         step = ceil(spec.shape[axis] / self.ranks)
-        if step % block and block % step:  # on every rank alike
+        if step % block and (block % step or spec.storage == "fp4"):  # on every rank alike
             raise ConfigError(
                 f"tensor parallel size is {self.ranks}; it cuts {name} every {step} of {spec.shape[axis]}, across "
                 f"blocks of {block} that share a scale: take a divisor of {spec.shape[axis] // block}"
