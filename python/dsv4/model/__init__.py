@@ -5,6 +5,7 @@
 | `config.py`, `json_fields.py` | what the engine reads of a checkpoint's config.json |
 | `generation_config.py` | defaults of sampling, and the ids that end an answer |
 | `names.py` | one table of tensor names, storage formats and shapes |
+| `parallel.py` | TP, DP and EP: which layouts are possible, and a rank's share of each tensor |
 | `shards.py`, `survey.py` | safetensors files: what is where, and whether it is the model; `quantization.py` what is refused |
 | `weights.py` | tensors, as floats or packed; `export.py` the way back |
 | `batch.py`, `step.py` | a step's input and its index tables |

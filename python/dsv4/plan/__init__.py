@@ -2,7 +2,6 @@
 
 | file | responsibility |
 | --- | --- |
-| `parallel.py` | TP, DP and EP: what is cut, and which layouts are possible |
 | `weights.py` | bytes of weights by group and dtype, in all and on one GPU |
 | `cache.py` | pages, tokens and requests in a pool under each snapshot policy; the engine sizes its pool here too |
 | `workspace.py` | an upper bound of everything else, from limits alone |
