@@ -1,0 +1,1 @@
+"""The engine as a whole: `python3 -m benches.engine`."""
