@@ -243,7 +243,8 @@ class ServerConfig:
     uds_mode: str = setting("660", "permissions of the Unix socket, octal")
     served_model_name: tuple[str, ...] = setting(
         (),
-        "names of the model in the API; answers have the one that was asked for (default: the directory's name). "
+        "names of the model in the API, * in one is any text; answers have the one that was asked for (default: the "
+        "directory's name). "
         "Put it after MODEL, as it takes several",
         unit="list",
     )

@@ -18,20 +18,25 @@ from dsv4.api.known_fields import (
     HONOURED,
     REFUSED,
     REFUSED_BY_ENDPOINT,
+    RESPONSES,
 )
+from dsv4.api.responses import _ECHOED
 from dsv4.text.tokenizer import Tokenizer
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.chat.chat_completion_stream_options_param import ChatCompletionStreamOptionsParam
+from openai.types.responses import response_create_params
 
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, running
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
-PATHS = {CHAT: "/v1/chat/completions", COMPLETIONS: "/v1/completions"}
+PATHS = {CHAT: "/v1/chat/completions", COMPLETIONS: "/v1/completions", RESPONSES: "/v1/responses"}
+ENDPOINTS = tuple(PATHS)
 BASES: dict[str, dict] = {
     CHAT: {"model": "default", "messages": MESSAGES, "max_tokens": 4, "logprobs": True},
     COMPLETIONS: {"model": "default", "prompt": "Hi", "max_tokens": 4, "logprobs": 1},
+    RESPONSES: {"model": "default", "input": "Hi", "max_output_tokens": 4},
 }
 VLLM_CHAT = """
     messages model frequency_penalty logit_bias logprobs top_logprobs max_tokens max_completion_tokens n presence_penalty
@@ -94,6 +99,8 @@ WRONG: dict[str, Any] = {
     "stream_options": 7,
     "chat_template_kwargs": {"drop_thinking": 7},
     "thinking": {"type": "sometimes"},
+    "input": 7,
+    "instructions": 7,
     "reasoning": {"effort": "most"},
     "logit_bias": {"a": 1},
 }
@@ -122,11 +129,14 @@ def nested(name: str, value: Any) -> dict[str, Any]:
 def answer(response: httpx.Response) -> dict[str, Any]:
     """What a client gets back, without what differs between any two requests."""
     assert response.status_code == 200, response.text
-    return {k: v for k, v in response.json().items() if k not in ("id", "created")}
+    body = {k: v for k, v in response.json().items() if k not in ("id", "created", "created_at", *_ECHOED)}
+    for item in body.get("output", ()):
+        del item["id"]
+    return body
 
 
 def both(table: Any, by_endpoint: Any) -> list[tuple[str, str]]:
-    return [(e, name) for e in (CHAT, COMPLETIONS) for name in (*table, *by_endpoint[e])]
+    return [(e, name) for e in ENDPOINTS for name in (*table, *by_endpoint[e]) if name not in HONOURED[e]]
 
 
 def test_every_documented_field_has_a_class() -> None:
@@ -136,14 +146,15 @@ def test_every_documented_field_has_a_class() -> None:
     documented = {
         CHAT: [*VLLM_CHAT.split(), *SGLANG_CHAT.split(), *openai_chat, *options],
         COMPLETIONS: [*VLLM_COMPLETIONS.split(), *SGLANG_COMPLETIONS.split(), *openai_completions, *options],
+        RESPONSES: [*response_create_params.ResponseCreateParamsBase.__annotations__],
     }
     for endpoint, names in documented.items():
         classes = (
             HONOURED[endpoint],
             {*HARMLESS, *HARMLESS_BY_ENDPOINT[endpoint]},
-            {*REFUSED, *REFUSED_BY_ENDPOINT[endpoint]},
+            {*REFUSED, *REFUSED_BY_ENDPOINT[endpoint]} - HONOURED[endpoint],
         )
-        for name in names:
+        for name in {"stream", *names} - {"stream_options"}:
             assert sum(name in c for c in classes) == 1, (endpoint, name)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from datetime import datetime
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from dsv4.cli.serve import check_names
@@ -48,6 +51,38 @@ def test_any_name(tokenizer: Tokenizer) -> None:
         assert [m.id for m in client.models.list()] == ["tiny", "default"]
         assert set(asked(client, "claude-opus-5")) == {"claude-opus-5"}
         assert client.models.retrieve("claude-opus-5").id == "claude-opus-5"
+
+
+def test_names_with_stars_are_taken_and_not_listed(tokenizer: Tokenizer) -> None:
+    names = ("claude-*", "v4", "*flash*[1m]")
+    with (
+        running(FakeEngine(tokenizer=tokenizer), served_model_name=names) as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        assert [m.id for m in client.models.list()] == ["v4", "default"]
+        for name in ("claude-opus-5", "claude-", "deepseek-flash-2[1m]", "flash[1m]"):
+            assert set(asked(client, name)) == {name} and client.models.retrieve(name).id == name
+        assert set(asked(client, "")) == {"v4"}
+        for name in ("my-claude-5", "deepseek-flash-21", "Claude-5"):
+            with pytest.raises(
+                openai.NotFoundError, match=r"'v4', 'claude-\*', '\*flash\*\[1m\]' and 'default'"
+            ):
+                asked(client, name)
+    with running(FakeEngine(tokenizer=tokenizer), served_model_name=("claude-*",)) as server:
+        assert server.service.names == ("tiny", "default")
+
+
+def test_anthropics_clients_get_its_shape(tokenizer: Tokenizer) -> None:
+    with running(FakeEngine(tokenizer=tokenizer), served_model_name=("claude-x", "y")) as server:
+        get = functools.partial(httpx.get, headers={"anthropic-version": "2023-06-01"})
+        page = get(server.url + "/v1/models").json()
+        assert [m["id"] for m in page["data"]] == ["claude-x", "y", "default"]
+        assert (page["has_more"], page["first_id"], page["last_id"]) == (False, "claude-x", "default")
+        one = get(server.url + "/v1/models/y").json()
+        assert (one["type"], one["id"], one["display_name"]) == ("model", "y", "y")
+        assert datetime.fromisoformat(one["created_at"].replace("Z", "+00:00")).year > 2000
+        missing = get(server.url + "/v1/models/z")
+        assert missing.status_code == 404 and missing.json()["error"]["type"] == "not_found_error"
 
 
 def test_a_directory_is_not_taken_for_a_name() -> None:

@@ -54,3 +54,44 @@ def anthropic_message(stream: str) -> dict[str, Any]:
                 assert event["usage"][name] == message["usage"][name], "known at the start"
             message["usage"] = event["usage"]
     return message
+
+
+def openai_response(stream: str) -> dict[str, Any]:
+    """The response that a stream of the Responses API says, from its deltas; every event that says more agrees."""
+    events = events_of(stream)
+    assert [e["sequence_number"] for e in events] == list(range(len(events)))
+    assert [e["type"] for e in events[:2]] == ["response.created", "response.in_progress"]
+    assert events[0]["response"]["status"] == "in_progress" and not events[0]["response"]["output"]
+    output: list[dict[str, Any]] = []
+    for event in events[2:-1]:
+        kind = event["type"].removeprefix("response.")
+        if kind == "output_item.added":
+            assert event["output_index"] == len(output)
+            output.append(event["item"])
+            continue
+        assert event["output_index"] == len(output) - 1
+        item = output[-1]
+        if kind == "output_item.done":
+            assert event["item"] | {"status": 0, "encrypted_content": 0} == item | {
+                "status": 0,
+                "encrypted_content": 0,
+            }
+            output[-1] = event["item"]
+            continue
+        assert event["item_id"] == item["id"]
+        field = {"function_call_arguments": "arguments", "custom_tool_call_input": "input"}.get(
+            kind.split(".")[0], "text"
+        )
+        holder = item if field != "text" else item["content"][-1] if item["content"] else None
+        if kind == "content_part.added":
+            item["content"].append(event["part"])
+        elif kind == "content_part.done":
+            assert event["part"] == holder
+        elif kind.endswith(".delta"):
+            assert event["delta"] and holder is not None
+            holder[field] += event["delta"]
+        else:
+            assert kind.endswith(".done") and holder is not None and event[field] == holder[field]
+    last = events[-1]["response"]
+    assert events[-1]["type"] == f"response.{last['status']}" and last["output"] == output
+    return last

@@ -15,6 +15,7 @@
 | `reply.py` | one choice of an answer: outputs put together, whole or as they come |
 | `generation.py` | choices of a request run against the engine and merged; token counts |
 | `openai_chat.py`, `openai_completions.py` | OpenAI's dialects; `openai_usage.py` is common to both |
+| `responses.py`, `responses_input.py` | OpenAI's Responses: answers; bodies as a conversation |
 | `anthropic.py`, `anthropic_input.py` | Anthropic's dialect: answers; bodies as a conversation |
 | `parts.py`, `noise.py`, `thoughts.py` | contents of messages; what is left out of them; thoughts in opaque fields |
 | `warnings.py` | the header that says what was left out of a request |

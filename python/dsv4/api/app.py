@@ -25,6 +25,7 @@ from dsv4.api.openai_chat import chat_completions
 from dsv4.api.openai_completions import completions
 from dsv4.api.protocol import GuardedProtocol
 from dsv4.api.request_log import PROBES, Record, new_request_id
+from dsv4.api.responses import responses
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
 
@@ -39,6 +40,7 @@ def create_app(service: Service) -> ASGIApp:
         routes=[
             _post("/v1/chat/completions", chat_completions, generates=True),
             _post("/v1/completions", completions, generates=True),
+            _post("/v1/responses", responses, generates=True),
             _post("/v1/messages", anthropic.messages, generates=True, errors=anthropic.error_body),
             _post("/v1/messages/count_tokens", anthropic.count_tokens, errors=anthropic.error_body),
             _post("/v1/prefixes", prefixes.pin, generates=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import orjson
@@ -56,19 +57,32 @@ async def health(request: Request) -> Response:
 
 
 async def models(request: Request) -> Response:
-    """Every served name, `default` among them."""
+    """Every served name, `default` among them; as a page of Anthropic's for its clients."""
     service = service_of(request)
-    return json_response({"object": "list", "data": [_model(service, name) for name in service.names]})
+    listed = [_model(request, name) for name in service.names]
+    if _asks_anthropic(request):
+        ends = {"has_more": False, "first_id": service.names[0], "last_id": service.names[-1]}
+        return json_response({"data": listed, **ends})
+    return json_response({"object": "list", "data": listed})
 
 
 async def one_model(request: Request) -> Response:
     """One entry of the list, or 404 naming what is served."""
     service, name = service_of(request), request.path_params["name"]
     service.check_model(Fields({"model": name}))
-    return json_response(_model(service, name))
+    return json_response(_model(request, name))
 
 
-def _model(service: Service, name: str) -> dict[str, Any]:
+def _asks_anthropic(request: Request) -> bool:
+    return "anthropic-version" in request.headers
+
+
+def _model(request: Request, name: str) -> dict[str, Any]:
+    service = service_of(request)
+    if _asks_anthropic(request):
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(service.started))
+        most = {"max_input_tokens": service.max_model_len, "max_tokens": service.max_model_len}
+        return {"type": "model", "id": name, "display_name": name, "created_at": created, **most}
     return {
         "id": name,
         "object": "model",

@@ -17,7 +17,7 @@ from dsv4.errors import RequestError, show
 
 log = logging.getLogger("dsv4.api")
 
-CHAT, COMPLETIONS = "chat", "completions"
+CHAT, COMPLETIONS, RESPONSES = "chat", "completions", "responses"
 
 _SHARED = """
     model stream stream_options stream_options.include_usage stream_options.continuous_usage_stats n best_of
@@ -37,6 +37,45 @@ HONOURED: Mapping[str, frozenset[str]] = {
         """.split()
     ),
     COMPLETIONS: frozenset(f"{_SHARED} prompt echo skip_special_tokens".split()),
+    RESPONSES: frozenset(
+        [
+            "model",
+            "stream",
+            "input",
+            "instructions",
+            "tools",
+            "tool_choice",
+            "parallel_tool_calls",
+            "max_output_tokens",
+            "include",
+            "reasoning",
+            "reasoning.effort",
+            "reasoning.summary",
+            "text",
+            "text.format",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+            "seed",
+            "logit_bias",
+            "stop",
+            "stop_token_ids",
+            "include_stop_str_in_output",
+            "min_tokens",
+            "ignore_eos",
+            "cache_salt",
+            "priority",
+            "user",
+            "deadline_ms",
+            "prompt_cache_key",
+            "cache_control",
+            "retention_priority",
+        ]
+    ),
 }
 """What is read, by endpoint."""
 
@@ -88,6 +127,13 @@ HARMLESS_BY_ENDPOINT: Mapping[str, Mapping[str, str]] = {
         "reasoning.summary": "thoughts are given as they are, not in summary",
     },
     COMPLETIONS: {},
+    RESPONSES: {
+        "client_metadata": _ACCOUNTS,
+        "access_programs": _ACCOUNTS,
+        "background_options": _ONLY_WITH,
+        "max_tool_calls": "bounds calls of hosted tools, which are left out",
+        "text.verbosity": "unknown to V4; the answer has a warning",
+    },
 }
 
 
@@ -164,6 +210,8 @@ REFUSED: Mapping[str, Refused] = {
     "n_predict": Refused(_MAX_TOKENS, (-1,)),
     "num_predict": Refused(_MAX_TOKENS, (-1,)),
 }
+_STATELESS = "answers are not stored here; send the whole conversation as input"
+_MAX_OUTPUT = "the field is max_output_tokens"
 _TOOLS = "tools and tool_choice have taken its place"
 REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
     CHAT: {
@@ -189,10 +237,30 @@ REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
     COMPLETIONS: {
         "suffix": Refused("fill-in-the-middle is not supported"),
     },
+    RESPONSES: {
+        "previous_response_id": Refused(_STATELESS),
+        "conversation": Refused(_STATELESS),
+        "prompt": Refused("prompts are not stored here; send instructions and input"),
+        "background": Refused("answers are not stored here; stream it"),
+        "truncation": Refused("prompts are not cut; send a shorter one", ("disabled",)),
+        "context_management": Refused("prompts are not cut; send a shorter one"),
+        "image": Refused("answers are text"),
+        "top_logprobs": Refused("chat completions have log-probabilities", (0,)),
+        "moderation": Refused("nothing is moderated here"),
+        "n": Refused("a request has one answer; chat completions have n", (1,)),
+        "max_tokens": Refused(_MAX_OUTPUT),
+        "max_completion_tokens": Refused(_MAX_OUTPUT),
+        "messages": Refused("the field is input"),
+        "response_format": Refused(_GRAMMAR, ({"type": "text"},)),
+        "reasoning_effort": Refused('the field is reasoning: {"effort": "high"}'),
+    },
 }
 
 
-_ALL_REFUSED = {e: {**REFUSED, **own} for e, own in REFUSED_BY_ENDPOINT.items()}
+_ALL_REFUSED = {
+    e: {name: r for name, r in {**REFUSED, **own}.items() if name not in HONOURED[e]}
+    for e, own in REFUSED_BY_ENDPOINT.items()
+}
 _KNOWN = {
     e: HONOURED[e] | HARMLESS.keys() | HARMLESS_BY_ENDPOINT[e].keys() | _ALL_REFUSED[e].keys()
     for e in HONOURED
@@ -204,7 +272,7 @@ _WITH_FIELDS = {
 
 
 def check_known(fields: Fields, endpoint: str) -> None:
-    """RequestError for the first field that asks for what is not done here. `endpoint`: CHAT or COMPLETIONS."""
+    """RequestError for the first field that asks for what is not done here. `endpoint`: CHAT, COMPLETIONS or RESPONSES."""
     known, refused = _KNOWN[endpoint], _ALL_REFUSED[endpoint]
     given = dict(fields.body)
     for name in _WITH_FIELDS[endpoint]:
@@ -221,7 +289,7 @@ def check_known(fields: Fields, endpoint: str) -> None:
 def _refuse(name: str, value: Any, refused: Refused) -> None:
     if value is None or value is False or (type(value) in (str, list, dict) and not value):
         return
-    if type(value) in (bool, int, float, str, list) and value in refused.neutral:
+    if type(value) in (bool, int, float, str, list, dict) and value in refused.neutral:
         return
     raise RequestError(
         f"{name} is {show(value)}; it is not supported: {refused.remedy}", name, "unsupported_field", 400

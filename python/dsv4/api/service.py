@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -30,7 +31,10 @@ class Service:
     def __init__(self, engine: AsyncEngine, config: ServerConfig, name: str) -> None:
         """`name`: the model's name in the API where the settings give none."""
         self.engine, self.config = engine, config
-        names = config.served_model_name or (name,)
+        given = config.served_model_name
+        self.patterns = tuple(n for n in given if "*" in n)
+        """Names with `*` for any characters, such as `claude-*`: other names that clients may ask for."""
+        names = tuple(n for n in given if n not in self.patterns) or (name,)
         self.name, self.names = names[0], tuple(dict.fromkeys((*names, DEFAULT_NAME)))
         queue = engine.config.max_num_seqs + engine.config.max_num_waiting
         self.connections = connections_for(config.max_connections, queue)
@@ -61,8 +65,9 @@ class Service:
         """The name under which a request asks for the model, which is what its answer calls it; the first one where it
         gives none or `default`. RequestError 404 for a name that is not served."""
         model = fields.text("model", longest=LONGEST_NAME) or DEFAULT_NAME
-        if model not in self.names and not self.config.any_model_name:
-            served = " and ".join(filter(None, (", ".join(map(repr, self.names[:-1])), repr(self.names[-1]))))
+        if not (model in self.names or self.config.any_model_name or self._is_alias(model)):
+            names = (*self.names[:-1], *self.patterns, self.names[-1])
+            served = " and ".join(filter(None, (", ".join(map(repr, names[:-1])), repr(names[-1]))))
             raise RequestError(
                 f"model {show(model)} is not served here; this server has {served}",
                 "model",
@@ -70,6 +75,10 @@ class Service:
                 404,
             )
         return self.name if model == DEFAULT_NAME else model
+
+    def _is_alias(self, model: str) -> bool:
+        parts = ([re.escape(part) for part in pattern.split("*")] for pattern in self.patterns)
+        return any(re.fullmatch(".*".join(part), model, re.DOTALL) for part in parts)
 
     def refuse_while_draining(self) -> None:
         """RequestError 503 once the server is shutting down."""

@@ -83,7 +83,7 @@ def load(engine_config: EngineConfig, server_config: ServerConfig) -> Service:
         note(line)
     service = Service(engine, server_config, engine.built.name)
     further = ", and every other" if server_config.any_model_name else ""
-    note(f"names      {', '.join(service.names)}{further}")
+    note(f"names      {', '.join((*service.names, *service.patterns))}{further}")
     note(f"server     {service.connections.describe()}")
     # What lives as long as the server need not be looked through each time garbage is: it took a tenth of a second.
     gc.collect()

@@ -1,0 +1,329 @@
+"""`POST /v1/responses`: OpenAI's Responses API without its store, as Codex and OpenAI's SDKs speak it.
+
+An answer is a list of items: reasoning, messages, calls. A stream has `response.created` and `response.in_progress`, then
+for each item its beginning, deltas, texts and the whole item again, then `response.completed` with the whole answer (or
+`response.incomplete` where `max_output_tokens` cut it). What comes in is in `responses_input.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from dsv4.api.conversation import Conversation, encode
+from dsv4.api.fields import Fields, refuse
+from dsv4.api.generation import Job, run
+from dsv4.api.http import Call, header
+from dsv4.api.known_fields import RESPONSES, check_known
+from dsv4.api.params import sampling_params
+from dsv4.api.reply import News, Reply
+from dsv4.api.responses_input import ENCRYPTED, ResponsesTools, ToolName, read_input
+from dsv4.api.routing import routing_of
+from dsv4.api.sse import EventStream, Headers
+from dsv4.api.strict_tools import StrictTools
+from dsv4.api.thoughts import sealed
+from dsv4.api.warnings import warning_headers
+from dsv4.engine.request import RequestOutput
+from dsv4.engine.routing import Routing
+from dsv4.errors import RequestError
+from dsv4.sampling import SamplingParams
+from dsv4.text.blocks import Block, Text, Thinking
+from dsv4.text.blocks import Call as ToolCall
+
+ORIGINATOR_HEADER = b"originator"
+"""Codex names itself in it."""
+
+_LOGPROBS = "message.output_text.logprobs"
+
+_ECHOED = ("instructions", "metadata", "parallel_tool_calls", "reasoning", "temperature", "tool_choice")
+_ECHOED += ("tools", "top_p", "max_output_tokens", "text", "prompt_cache_key", "user")
+_ECHO_DEFAULTS: dict[str, Any] = {
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "tools": [],
+    "text": {"format": {"type": "text"}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What shapes the answer, apart from sampling."""
+
+    model: str
+    stream: bool
+    encrypted: bool
+    """Thoughts come in `encrypted_content` too, for clients that keep that alone."""
+    echo: dict[str, Any]
+    """What an answer repeats of its request."""
+    headers: Headers
+
+
+async def responses(call: Call) -> None:
+    """The handler."""
+    options, chat, tools, params, routing = await call.aside(lambda: _read(call))
+    strict = await call.aside(lambda: StrictTools(chat.tools))
+    answer = Answer(options, f"resp_{call.request_id}", tools, strict)
+    if not options.stream:
+        job = await _job(call, chat, params, routing)
+        async for _, output in run(call, [job]):
+            answer.reply.read(output)
+        await call.respond(answer.whole(), headers=options.headers)
+        return
+    try:
+        job = await _job(call, chat, params, routing)
+    except RequestError as e:
+        # Codex makes its conversation shorter when a stream says so, not at a status of 400.
+        if e.code != "context_length_exceeded" or not header(call.scope, ORIGINATOR_HEADER).startswith(
+            "codex"
+        ):
+            raise
+        async with EventStream(call, on_error=answer.failed) as stream:
+            await stream.send(answer.begin())
+            raise
+    await _stream(call, answer, job)
+
+
+async def _job(call: Call, chat: Conversation, params: SamplingParams, routing: Routing) -> Job:
+    prompt = await encode(call, chat, call.service.bound("input"), salt=routing.salt)
+    return Job(0, prompt, params, routing, reading=await call.aside(chat.reading))
+
+
+def _read(call: Call) -> tuple[Options, Conversation, ResponsesTools, SamplingParams, Routing]:
+    """Everything in the body, checked. Raises RequestError."""
+    fields, service = call.fields, call.service
+    check_known(fields, RESPONSES)
+    _check_text(fields.nested("text"))
+    if _LOGPROBS in fields.items("include", str, 64):
+        raise refuse("include", _LOGPROBS, f"{ENCRYPTED!r}", "; chat completions have log-probabilities")
+    model = service.check_model(fields)
+    chat, tools = read_input(fields)
+    if fields.nested("text").get("verbosity") not in (None, "medium"):
+        tools.left_out.append("text.verbosity is unknown to V4")
+    options = Options(
+        model=model,
+        stream=fields.boolean("stream"),
+        encrypted=ENCRYPTED in fields.items("include", str, 64),
+        echo={k: fields.get(k) if fields.get(k) is not None else _ECHO_DEFAULTS.get(k) for k in _ECHOED},
+        headers=warning_headers(tools.left_out),
+    )
+    params = sampling_params(
+        fields,
+        max_tokens=fields.integer("max_output_tokens", 1, 2**31 - 1),
+        logprobs=None,
+        defaults=service.engine.sampling_defaults,
+    )
+    return options, chat, tools, params, routing_of(call)
+
+
+def _check_text(text: Fields) -> None:
+    kind = text.nested("format").text("type", "text")
+    if kind != "text":
+        raise refuse("text.format.type", kind, "'text'", "; structured output is not supported")
+
+
+class Answer:
+    """Builds the JSON of an answer, whole or in events."""
+
+    def __init__(self, options: Options, id: str, tools: ResponsesTools, strict: StrictTools) -> None:
+        self.options, self.id, self.tools = options, id, tools
+        self.reply = Reply(strict)
+        self._created = int(time.time())
+        self._begun = False
+        self._sequence = 0
+        self._open: int | None = None  # the item whose end has not been sent
+
+    def whole(self) -> dict[str, Any]:
+        """The answer as it is at its end."""
+        cut = self.reply.finish_reason == "length"
+        body = self._body("incomplete" if cut else "completed", self._items())
+        body["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
+        body["usage"] = self._usage()
+        return body | ({"strict_error": self.reply.strict_error} if self.reply.strict_error else {})
+
+    def begin(self) -> bytes:
+        """The frames before all others."""
+        self._begun = True
+        started = self._body("in_progress", [])
+        return self._event("response.created", response=started) + self._event(
+            "response.in_progress", response=started
+        )
+
+    def events(self, output: RequestOutput) -> bytes:
+        """Frames for what one output brought."""
+        news = self.reply.read(output)
+        frames = []
+        if not self._begun and (output.started or news or output.finished):
+            frames.append(self.begin())
+        for one in news:
+            frames.append(self._news(one))
+        if output.finished:
+            frames.append(self._close())
+            whole = self.whole()
+            frames.append(self._event(f"response.{whole['status']}", response=whole))
+        return b"".join(frames)
+
+    def failed(self, error: RequestError) -> bytes:
+        """The last frame of a stream that failed."""
+        code = (
+            error.code if error.code in ("context_length_exceeded", "rate_limit_exceeded") else "server_error"
+        )
+        body = self._body("failed", self._items())
+        body["error"] = {"code": code, "message": error.message}
+        return self._event("response.failed", response=body)
+
+    def _news(self, news: News) -> bytes:
+        frames, block, index = b"", news.block, news.number
+        if news.begins:
+            frames += self._close()
+            self._open = index
+            item = self._item(index, "in_progress", empty=True)
+            frames += self._event("response.output_item.added", output_index=index, item=item)
+            if part := _part(block, ""):
+                frames += self._of(index, "response.content_part.added", content_index=0, part=part)
+        text = getattr(news.piece, "text", "")
+        if not text or self._custom(block):  # a custom tool's text is inside of JSON until its end
+            return frames
+        return frames + self._of(index, f"{_KINDS[type(block)]}.delta", **_content(block), delta=text)
+
+    def _close(self) -> bytes:
+        """The end of the item at hand."""
+        if self._open is None:
+            return b""
+        index, self._open = self._open, None
+        block, item, frames = self.reply.blocks.all[index], self._item(index), b""
+        if self._custom(block):
+            if item["input"]:
+                frames += self._of(index, "response.custom_tool_call_input.delta", delta=item["input"])
+            frames += self._of(index, "response.custom_tool_call_input.done", input=item["input"])
+        elif isinstance(block, ToolCall):
+            done = {"name": item["name"], "arguments": block.arguments}
+            frames += self._of(index, "response.function_call_arguments.done", **done)
+        else:
+            frames += self._of(index, f"{_KINDS[type(block)]}.done", **_content(block), text=block.text)
+            part = _part(block, block.text)
+            frames += self._of(index, "response.content_part.done", content_index=0, part=part)
+        return frames + self._event("response.output_item.done", output_index=index, item=item)
+
+    def _of(self, index: int, kind: str, **fields: Any) -> bytes:
+        """An event about an item."""
+        return self._event(kind, item_id=self._item_id(index), output_index=index, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        data = orjson.dumps({"type": kind, "sequence_number": self._sequence, **fields})
+        self._sequence += 1
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+
+    def _items(self) -> list[dict[str, Any]]:
+        return [self._item(i) for i in range(len(self.reply.blocks.all))]
+
+    def _item(self, index: int, status: str | None = None, *, empty: bool = False) -> dict[str, Any]:
+        """An item as it is; `empty`: as it is announced."""
+        blocks = self.reply.blocks.all
+        block, last = blocks[index], index == len(blocks) - 1
+        status = status or ("incomplete" if last and self.reply.finish_reason == "length" else "completed")
+        item: dict[str, Any] = {"id": self._item_id(index), "status": status}
+        if isinstance(block, ToolCall):
+            return item | self._call(index, block, empty)
+        parts = [] if empty else [_part(block, block.text)]
+        if isinstance(block, Thinking):
+            hidden = sealed(block.text) if self.options.encrypted and not empty else None
+            return item | {"type": "reasoning", "summary": [], "content": parts, "encrypted_content": hidden}
+        return item | {"type": "message", "role": "assistant", "content": parts}
+
+    def _call(self, index: int, call: ToolCall, empty: bool) -> dict[str, Any]:
+        number = sum(isinstance(b, ToolCall) for b in self.reply.blocks.all[:index])
+        known = self.tools.names.get(call.name) or ToolName(call.name)
+        item: dict[str, Any] = {"call_id": self.reply.call_ids[number], "name": known.name}
+        if known.namespace is not None:
+            item["namespace"] = known.namespace
+        if known.custom:
+            return item | {"type": "custom_tool_call", "input": "" if empty else _input(call.arguments)}
+        return item | {"type": "function_call", "arguments": "" if empty else call.arguments}
+
+    def _custom(self, block: Block) -> bool:
+        known = self.tools.names.get(block.name) if isinstance(block, ToolCall) else None
+        return known is not None and known.custom
+
+    def _item_id(self, index: int) -> str:
+        block = self.reply.blocks.all[index]
+        kind = "msg" if type(block) is Text else "rs" if isinstance(block, Thinking) else "fc"
+        kind = "ctc" if self._custom(block) else kind
+        return f"{kind}_{self.id.removeprefix('resp_')}_{index}"
+
+    def _body(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.options.model,
+            "output": output,
+            "previous_response_id": None,
+            "store": False,
+            "background": False,
+            "truncation": "disabled",
+            "usage": None,
+            **self.options.echo,
+        }
+
+    def _usage(self) -> dict[str, Any] | None:
+        usage = self.reply.usage
+        if usage is None:
+            return None
+        return {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }
+
+
+_KINDS: dict[type[Block], str] = {
+    Text: "response.output_text",
+    Thinking: "response.reasoning_text",
+    ToolCall: "response.function_call_arguments",
+}
+
+
+def _content(block: Block) -> dict[str, Any]:
+    """Which part of an item an event is about, where items have parts."""
+    if isinstance(block, ToolCall):
+        return {}
+    return {"content_index": 0} | ({"logprobs": []} if type(block) is Text else {})
+
+
+def _part(block: Block, text: str) -> dict[str, Any] | None:
+    if isinstance(block, ToolCall):
+        return None
+    if isinstance(block, Thinking):
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _input(arguments: str) -> str:
+    """A custom tool's text, which the model writes as the argument `input`."""
+    for end in ("", "}", '"}'):
+        try:
+            given = json.loads(arguments + end)
+        except ValueError:
+            continue
+        text = given.get("input") if isinstance(given, dict) else None
+        return text if isinstance(text, str) else arguments
+    return ""
+
+
+async def _stream(call: Call, answer: Answer, job: Job) -> None:
+    async with EventStream(call, on_error=answer.failed, headers=answer.options.headers) as stream:
+        async for _, output in run(call, [job]):
+            if output.prefilled is not None:
+                stream.progress = f"prefill {output.prefilled}/{len(job.prompt)}"
+            if frames := answer.events(output):
+                await stream.send(frames)
