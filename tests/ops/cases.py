@@ -183,6 +183,34 @@ def _sparse_attention(t: int, g: torch.Generator) -> dict[str, Any]:
     )
 
 
+def _partial_attention(t: int, g: torch.Generator) -> dict[str, Any]:
+    """With a token that has no key in this part."""
+    args = _sparse_attention(t, g)
+    args["window_ids"] = torch.where(args["window_ids"] % 3 == 1, args["window_ids"], -1)
+    args["window_ids"][0], args["entries"].visible[0] = -1, 0
+    if args["selected"] is not None:
+        args["selected"][0] = -1
+    return {name: args[name] for name in args if name not in ("sink", "cos", "sin")}
+
+
+def _merge_attention(t: int, g: torch.Generator) -> dict[str, Any]:
+    cos, sin = _cos_sin(t, g)
+    lse = 3 * torch.randn((3, t, HEADS), generator=g)
+    lse[1, ::2], lse[:, 0, 0] = -torch.inf, -torch.inf
+    o = torch.randn((3, t, HEADS, DIM), generator=g).masked_fill(lse[..., None] == -torch.inf, 0)
+    return dict(o=o, lse=lse, sink=torch.randn(HEADS, generator=g), cos=cos, sin=sin)
+
+
+def _merge_candidates(t: int, g: torch.Generator) -> dict[str, Any]:
+    """Lists of 0 to 6 entries with scores that tie often, one of them nowhere finite."""
+    number = torch.arange(30).expand(3, t, 30)
+    chosen = torch.rand(number.shape, generator=g).argsort(-1)[..., :6].sort(-1).values.int()
+    held = torch.arange(6) < torch.randint(0, 7, (3, t, 1), generator=g)
+    scores = torch.randint(-2, 3, chosen.shape, generator=g).float()
+    scores[1, ::5] = -torch.inf
+    return dict(selected=torch.where(held, chosen, -1), scores=scores.masked_fill(~held, -torch.inf), topk=8)
+
+
 def _route(t: int, g: torch.Generator) -> dict[str, Any]:
     hashed = t % 2 == 0
     chosen = torch.rand((t, 8), generator=g).argsort(-1)[:, :3].sort().values
@@ -319,7 +347,11 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "hc_head": lambda t, g: _hyper(t, g, 4, 1),
     "compress": _compress,
     "index_select": _index_select,
+    "index_candidates": _index_select,
+    "merge_candidates": _merge_candidates,
     "sparse_attention": _sparse_attention,
+    "partial_attention": _partial_attention,
+    "merge_attention": _merge_attention,
     "route": _route,
     "experts": _experts,
     "swiglu": _swiglu,

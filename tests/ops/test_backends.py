@@ -27,7 +27,8 @@ OTHERS = [
 ROWWISE = [
     op
     for op in SPECS
-    if op not in ("write_rows", "copy_rows", "compress", "index_select", "sparse_attention")
+    if op not in ("write_rows", "copy_rows", "compress")
+    and not {"TokenTable", "P,T,k", "P,T,h"} & {x for a in SPECS[op].args for x in (a.dtype, a.shape)}
 ]
 
 

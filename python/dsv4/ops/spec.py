@@ -179,6 +179,21 @@ SPECS: dict[str, OpSpec] = dict(
             "top-k, ties by lowest index, ascending, -1 pads; k = min(topk, most visible)",
         ),
         _spec(
+            "index_candidates",
+            "q model[T,H,I]; cos float32[T,r/2]; sin float32[T,r/2]; weights float32[T,H]; keys rows[.,I]; "
+            "tokens TokenTable; entries EntryTable; topk value",
+            "selected int32[T,k]; scores float32[T,k]",
+            1e-5,
+            "index_select and the scores of what it selects, -inf after the last: a rank's own entries",
+        ),
+        _spec(
+            "merge_candidates",
+            "selected int32[P,T,k]; scores float32[P,T,k]; topk value",
+            "selected int32[T,topk]",
+            0.0,
+            "the best of P lists, where entry i of list p is entry i P + p of the whole; ties by lowest, ascending, -1 pads",
+        ),
+        _spec(
             "sparse_attention",
             "q model[T,h,D]; sink float32[h]; scale value; cos float32[T,r/2]; sin float32[T,r/2]; "
             "tokens TokenTable; window rows[.,D]; window_ids int32[T,W]; "
@@ -187,6 +202,22 @@ SPECS: dict[str, OpSpec] = dict(
             1e-5,
             "one softmax over the window, the visible (or selected) entries and the sink; "
             "keys are the values; the result's last r channels are turned back by the token's position",
+        ),
+        _spec(
+            "partial_attention",
+            "q model[T,h,D]; scale value; tokens TokenTable; window rows[.,D]; window_ids int32[T,W]; "
+            "history rows[.,D] or None; entries EntryTable or None; selected int32[T,k] or None",
+            "o model[T,h,D]; lse float32[T,h]",
+            1e-5,
+            "sparse_attention over a part of the keys, without the sink and not turned back; lse is the natural logarithm of "
+            "the sum of exponentials, -inf (and o 0) where there is no key",
+        ),
+        _spec(
+            "merge_attention",
+            "o model[P,T,h,D]; lse float32[P,T,h]; sink float32[h]; cos float32[T,r/2]; sin float32[T,r/2]",
+            "o model[T,h,D]",
+            1e-5,
+            "parts weighted by exp(lse), with the sink, added in their order and turned back: sparse_attention of all keys",
         ),
         _spec(
             "route",

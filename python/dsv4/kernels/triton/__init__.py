@@ -7,6 +7,8 @@ from dsv4.kernels.device import capability, has_triton
 
 OPS: dict[str, str] = {
     "sparse_attention": "attention",
+    "partial_attention": "attention",
+    "merge_attention": "attention",
     "rmsnorm": "norm",
     "rmsnorm_quantised": "norm",
     "norm_rope": "norm",
@@ -17,6 +19,8 @@ OPS: dict[str, str] = {
     "hc_post": "mhc",
     "hc_head": "mhc",
     "index_select": "indexer",
+    "index_candidates": "indexer",
+    "merge_candidates": "topk",
     "linear": "linear",
     "linear_f32": "linear",
     "grouped_linear": "linear",

@@ -45,8 +45,60 @@ def sparse_attention(
     `selected` int32 [T, k] or all visible ones; -1 is no row. [T, h, D] in q's dtype, the last 2 * cos.shape[1] channels
     turned back by cos, sin float32 [T, r/2]. `splits`: programs per token and head block; by default enough to fill the
     GPU."""
-    total, heads, dim = q.shape
     out = torch.empty_like(q)
+    partial, lse = _run(
+        q, sink, scale, (cos, sin), tokens, window, window_ids, history, entries, selected, out, splits
+    )
+    if partial.dim() == 4:
+        merge(partial, lse, sink, cos, sin, out)
+    return out
+
+
+def partial_attention(
+    q: Tensor,
+    scale: float,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None = None,
+    entries: EntryTable | None = None,
+    selected: Tensor | None = None,
+    *,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op `partial_attention`: (o [T, h, D] in q's dtype, lse float32 [T, h]) over a part of the keys."""
+    partial, sums = _run(
+        q, None, scale, None, tokens, window, window_ids, history, entries, selected, None, splits
+    )
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    _join(partial, sums, None, None, out, lse, ranks=False)
+    return out, lse
+
+
+def merge_attention(o: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The op `merge_attention`: parts o [P, T, h, D] with lse float32 [P, T, h] and the sink, turned back."""
+    out = torch.empty(o.shape[1:], dtype=o.dtype, device=o.device)
+    _join(o.contiguous(), lse.contiguous(), sink, (cos, sin), out, None, ranks=True)
+    return out
+
+
+def _run(
+    q: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    turn: tuple[Tensor, Tensor] | None,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None,
+    entries: EntryTable | None,
+    selected: Tensor | None,
+    out: Tensor | None,
+    splits: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Launches `_attend`: into `out` where one split does, else (or where there is no `out`) partial results and log2 sums
+    as `scratch` gives them, which are [T, splits, h, D] and [T, splits, h] then."""
+    total, heads, dim = q.shape
     if history is None or entries is None or entries.most == 0:
         history, entries, selected = None, None, None
     key_blocks = max_blocks(window_ids, entries, selected, _BN)
@@ -54,13 +106,15 @@ def sparse_attention(
     head_blocks = cdiv(heads, block_heads)
     if splits is None:
         splits = choose_splits(total * head_blocks, key_blocks, 2 * multiprocessors())
-    partial, lse = scratch(q, splits)
+    partial, lse = scratch(q, splits, always=out is None)
     rows = history or window
     form = FORMS[window.codec.name]
+    cos, sin = turn or (lse, lse)
+    rotary = 2 * cos.shape[1] if turn else getattr(window.codec, "rope_dim", 0)
     grid = (total * head_blocks, splits)
     _attend[grid](
         q,
-        sink,
+        lse if sink is None else sink,
         cos,
         sin,
         window.region,
@@ -70,7 +124,7 @@ def sparse_attention(
         tokens.slab,
         selected if selected is not None else window_ids,
         entries.visible if entries else window_ids,
-        out,
+        q if out is None else out,
         partial,
         lse,
         window.region.stride(0),
@@ -78,16 +132,14 @@ def sparse_attention(
         entries.pages.stride(0) if entries else 0,
         scale * LOG2E,
         0 if selected is None else selected.shape[1],
-        **constants(q, cos, window, rows, window_ids, entries, selected, form),
+        **constants(q, rotary, window, rows, window_ids, entries, selected, form),
         BH=block_heads,
         BN=_BN,
-        SPLIT=splits > 1,
+        SPLIT=out is None or splits > 1,
         num_warps=4 if dim <= 256 else 8,
         num_stages=1,
     )
-    if splits > 1:
-        merge(partial, lse, sink, cos, sin, out)
-    return out
+    return partial, lse
 
 
 _BN = 16 if INTERPRETED else 64
@@ -108,11 +160,11 @@ def choose_splits(programs: int, key_blocks: int, places: int) -> int:
     return cdiv(key_blocks, cdiv(key_blocks, splits))
 
 
-def scratch(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+def scratch(q: Tensor, splits: int, *, always: bool = False) -> tuple[Tensor, Tensor]:
     """Partial results float32 [T, splits, h, D] and their log2 sums [T, splits, h]; small ones where there is one
-    split."""
+    split, but for `always`."""
     total, heads, dim = q.shape
-    n = total * splits * heads if splits > 1 else 0
+    n = total * splits * heads if splits > 1 or always else 0
     partial = torch.empty((max(1, n * dim),), dtype=torch.float32, device=q.device)
     lse = torch.empty((max(1, n),), dtype=torch.float32, device=q.device)
     return (partial.view(total, splits, heads, dim), lse.view(total, splits, heads)) if n else (partial, lse)
@@ -120,7 +172,7 @@ def scratch(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
 
 def constants(
     q: Tensor,
-    cos: Tensor,
+    rotary: int,
     window: RowSource,
     rows: RowSource,
     window_ids: Tensor,
@@ -133,7 +185,7 @@ def constants(
         H=q.shape[1],
         D=q.shape[2],
         DP=next_pow2(q.shape[2]),
-        R=2 * cos.shape[1],
+        R=rotary,
         W=window_ids.shape[1],
         WIN_ROWS=window.rows,
         HIST_ROWS=rows.rows,
@@ -146,23 +198,44 @@ def constants(
 def merge(partial: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Joins partial [T, splits, h, D] with log2 sums lse [T, splits, h] and the sink, turns the result back, stores
     it."""
-    total, splits, heads, dim = partial.shape
+    _join(partial, lse, sink, (cos, sin), out, None, ranks=False)
+
+
+def _join(
+    partial: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    turn: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+    sums: Tensor | None,
+    *,
+    ranks: bool,
+) -> None:
+    """Joins parts into out [T, h, D]: with a sink and turned back, or neither and the natural logarithm of their sums into
+    `sums` [T, h]. Parts are splits [T, P, h, D] with log2 sums, or those of ranks [P, T, h, D] with natural ones."""
+    total, heads, dim = out.shape
+    parts = partial.shape[0] if ranks else partial.shape[1]
     block = 1 if total * heads <= 2048 else 4
+    cos, sin = turn or (lse, lse)
     _merge[(total * cdiv(heads, block),)](
         partial,
         lse,
-        sink,
+        lse if sink is None else sink,
         cos,
         sin,
         out,
-        splits,
+        lse if sums is None else sums,
+        parts,
+        total if ranks else 0,
         H=heads,
         D=dim,
         DP=next_pow2(dim),
-        R=2 * cos.shape[1],
+        R=2 * cos.shape[1] if turn else 0,
         HB=block,
-        SP=next_pow2(splits),
-        C=min(next_pow2(splits), 8 if block == 1 else 2),
+        SP=next_pow2(parts),
+        C=min(next_pow2(parts), 8 if block == 1 else 2),
+        RANKS=ranks,
+        WHOLE=sums is None,
         num_warps=4,
     )
 
@@ -356,7 +429,9 @@ def _merge(
     cos,
     sin,
     out,
+    out_lse,
     splits,
+    tokens,
     H: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -364,30 +439,52 @@ def _merge(
     HB: tl.constexpr,
     SP: tl.constexpr,
     C: tl.constexpr,
+    RANKS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Joins the splits of HB heads of one token in index order; the sink enters here."""
+    """Joins the parts of HB heads of one token in index order. Where that is the WHOLE, the sink enters here and the result
+    is turned back. RANKS: parts lie one after the other and have natural logarithms."""
     HEAD_BLOCKS: tl.constexpr = (H + HB - 1) // HB
+    BASE: tl.constexpr = 1.4426950408889634 if RANKS else 1.0
     t = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
     head = (tl.program_id(0) % HEAD_BLOCKS) * HB + tl.arange(0, HB)
     s, col = tl.arange(0, SP), tl.arange(0, DP)
-    at = (t * splits + s)[:, None] * H + head[None, :]
+    if RANKS:
+        at = (s.to(tl.int64) * tokens + t)[:, None] * H + head[None, :]
+    else:
+        at = (t * splits + s)[:, None] * H + head[None, :]
     sums = tl.load(lse + at, mask=(s < splits)[:, None] & (head < H)[None, :], other=float("-inf"))
-    sink = _log2_sink(sink_ptr, head, H)
-    top = tl.maximum(tl.max(sums, 0), sink)
+    if RANKS:
+        sums *= BASE
+    top = tl.max(sums, 0)
+    if WHOLE:
+        sink = _log2_sink(sink_ptr, head, H)
+        top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
-    whole = tl.sum(tl.exp2(sums - base[None, :]), 0) + tl.exp2(sink - base)
+    whole = tl.sum(tl.exp2(sums - base[None, :]), 0)
+    if WHOLE:
+        whole += tl.exp2(sink - base)
     acc = tl.zeros((HB, DP), tl.float32)
     held = (head < H)[:, None] & (col < D)[None, :]
     for i in range(0, splits, C):  # C parts at a time: their loads do not wait for each other
         part = i + tl.arange(0, C)
         there = held[:, None, :] & (part < splits)[None, :, None]
-        place = (t * splits + part)[None, :] * H + head[:, None]
+        if RANKS:
+            place = (part.to(tl.int64) * tokens + t)[None, :] * H + head[:, None]
+        else:
+            place = (t * splits + part)[None, :] * H + head[:, None]
         one = tl.load(lse + place, mask=(head < H)[:, None] & (part < splits)[None, :], other=float("-inf"))
+        if RANKS:
+            one *= BASE
         weight = tl.exp2(one - base[:, None])[:, :, None]
         value = tl.load(partial + (place * D)[:, :, None] + col[None, None, :], mask=there, other=0.0)
-        acc += tl.sum(tl.where(weight > 0, value * weight, 0.0), 1)
+        acc += tl.sum(tl.where(weight > 0, value.to(tl.float32) * weight, 0.0), 1)
     o = acc / tl.where(whole > 0, whole, 1.0)[:, None]
-    o = _turned_back(o, cos, sin, t, D, DP, R, HB)
+    if WHOLE:
+        o = _turned_back(o, cos, sin, t, D, DP, R, HB)
+    else:
+        sum = tl.where(whole > 0, base + tl.log2(tl.where(whole > 0, whole, 1.0)), float("-inf"))
+        tl.store(out_lse + t * H + head, sum * 0.6931471805599453, mask=head < H)
     to = out + t * (H * D) + (head * D)[:, None] + col[None, :]
     tl.store(to, o.to(out.dtype.element_ty), mask=held)
 
@@ -421,20 +518,18 @@ def _aot(heads: int, per_page: int, mode: int, form: int, split: bool) -> Aot:
     return Aot(_attend, _SIGNATURE, values, num_warps=8, num_stages=1, matrix=True)
 
 
+def _aot_merge(parts: str = "*fp32", **values: object) -> Aot:
+    signature = dict.fromkeys(("lse", "sink_ptr", "cos", "sin", "out_lse"), "*fp32")
+    signature |= dict(partial=parts, out="*bf16", splits="i32", tokens="i32")
+    return Aot(
+        _merge, signature, dict(H=64, D=512, DP=512, R=64, HB=1, SP=16, C=8, RANKS=False, WHOLE=True) | values
+    )
+
+
 AOT = [
     _aot(64, 64, 2, 2, True),
     _aot(128, 2, 1, 1, False),
-    Aot(
-        _merge,
-        dict(
-            partial="*fp32",
-            lse="*fp32",
-            sink_ptr="*fp32",
-            cos="*fp32",
-            sin="*fp32",
-            out="*bf16",
-            splits="i32",
-        ),
-        dict(H=64, D=512, DP=512, R=64, HB=1, SP=16, C=8),
-    ),
+    _aot_merge(),
+    _aot_merge("*bf16", RANKS=True, HB=4, SP=2, C=2),
+    _aot_merge(WHOLE=False, R=0),
 ]

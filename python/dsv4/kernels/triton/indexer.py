@@ -182,17 +182,41 @@ def index_select(
 ) -> Tensor:
     """The op `index_select`. `scan` launches the kernel that does the work, `queries` tokens of a
     prompt at a time."""
+    if 0 < entries.most <= topk:
+        every = torch.arange(entries.most, dtype=torch.int32, device=q.device)
+        return torch.where(every < entries.visible[:, None], every, -1)
+    return _best(q, cos, sin, weights, keys, tokens, entries, topk, scan, queries, None)
+
+
+def index_candidates(
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int
+) -> tuple[Tensor, Tensor]:
+    """The op `index_candidates`."""
+    values = torch.empty((len(q), min(topk, entries.most)), dtype=torch.float32, device=q.device)
+    return _best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 2, values), values
+
+
+def _best(
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor,
+    keys: Any,
+    tokens: Any,
+    entries: Any,
+    topk: int,
+    scan: Scan,
+    queries: int,
+    values: Tensor | None,
+) -> Tensor:
     total, k = len(q), min(topk, entries.most)
     out = torch.empty((total, k), dtype=torch.int32, device=q.device)
     if not total or not k:
         return out
-    if entries.most <= topk:
-        every = torch.arange(k, dtype=torch.int32, device=q.device)
-        return torch.where(every < entries.visible[:, None], every, -1)
     plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs), queries)
     q8, folded = prepare(q, cos, sin, weights, plan, 2 * cos.shape[-1])
     select_entries(
-        plan, scan, q8, folded, keys, entries.pages, tokens.slab, entries.visible, entries.most, out
+        plan, scan, q8, folded, keys, entries.pages, tokens.slab, entries.visible, entries.most, out, values
     )
     return out
 
@@ -221,16 +245,18 @@ def select_entries(
     visible: Tensor,
     most: int,
     out: Tensor,
+    values: Tensor | None = None,
 ) -> None:
-    """Fills `out` int32 [T, k] for prepared queries, TOKENS of them at a time."""
+    """Fills `out` int32 [T, k], and `values` float32 [T, k] with their scores, for prepared queries, TOKENS of them at a
+    time."""
     for at in range(0, len(q), TOKENS):
         cut = slice(at, min(at + TOKENS, len(q)))
         part = (q[cut], weights[cut], keys, pages, slab[cut], visible[cut], most)
         run = appended if plan.append else whole
-        run(plan, scan, part, out[cut])
+        run(plan, scan, part, out[cut], None if values is None else values[cut])
 
 
-def whole(plan: Plan, scan: Scan, part: tuple, out: Tensor) -> None:
+def whole(plan: Plan, scan: Scan, part: tuple, out: Tensor, values: Tensor | None) -> None:
     """Rows that fit a program: all scores, then the choice among them."""
     n, most = len(out), part[-1]
     scores = torch.empty((n, min(SAMPLE, next_pow2(most))), dtype=torch.float32, device=out.device)
@@ -246,10 +272,17 @@ def whole(plan: Plan, scan: Scan, part: tuple, out: Tensor) -> None:
         index=none,
         scores=scores,
     )
-    select.choose(scores, part[5], out, most)
+    select.choose(scores, part[5], out, most, values)
 
 
-def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | None = None) -> None:
+def appended(
+    plan: Plan,
+    scan: Scan,
+    part: tuple,
+    out: Tensor,
+    values: Tensor | None = None,
+    bound: Tensor | None = None,
+) -> None:
     """Longer rows. `bound` float32 [slabs]: thresholds of a decode step, else those that the last step left."""
     q, weights, keys, pages, slab, visible, _most = part
     decode = plan.queries == 1
@@ -308,12 +341,14 @@ def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, bound: Tensor | N
         hint,
         out,
         out.stride(0),
+        hint if values is None else values,
         n,
         plan.k,
         K=width,
         SMALL=min(CAP, 4 * width),
         CAP=CAP,
         PARTS=parts,
+        VALUES=values is not None,
         PDL=bool(overlap),
         num_warps=8,
         **overlap,

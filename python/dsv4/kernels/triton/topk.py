@@ -11,6 +11,7 @@ costs time only: `finish` finds k candidates of each of several parts of the row
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -125,30 +126,38 @@ def prefix(v):
 
 
 @triton.jit
-def emit(u, index, total, out, stride, k, K: tl.constexpr):
-    """Writes the indices of the k largest keys in their order of place, -1 up to K; index ascends with place."""
+def emit(u, index, total, out, stride, k, K: tl.constexpr, values=None, VALUES: tl.constexpr = False):
+    """Writes the indices of the k largest keys in their order of place, -1 up to K; index ascends with place. With VALUES
+    their scores too, -inf up to K."""
     lo, hi, c_lo, c_hi = search(u, total, k)
     full = c_lo > k  # then lo is the exact key, and its ties count by place
     strict, tie = (u > 0) & (u >= tl.where(full, hi, lo)), (u > 0) & (u == lo) & full
     s = prefix((strict.to(tl.int32) << 16) | tie.to(tl.int32))
     t, need = s & 0xFFFF, k - c_hi
     take = (strict | (tie & (t <= need))) != 0
-    tl.store(out + ((s >> 16) + tl.where(full, tl.minimum(t, need), 0) - 1) * stride, index, mask=take)
+    place = (s >> 16) + tl.where(full, tl.minimum(t, need), 0) - 1
+    tl.store(out + place * stride, index, mask=take)
     j = tl.arange(0, K)
     tl.store(out + j * stride, j * 0 - 1, mask=(j >= tl.minimum(c_lo, k)) & (j < k))
+    if VALUES:
+        tl.store(values + place * stride, value_of(u), mask=take)
+        none = (j >= tl.minimum(c_lo, k)) & (j < k)
+        tl.store(values + j * stride, tl.full((K,), float("-inf"), tl.float32), mask=none)
 
 
 @triton.jit
 def rows_kernel(
-    scores, score_stride, visible, out, out_stride, k, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    """Rows of at most BLOCK scores, a program each."""
+    scores, score_stride, visible, out, out_stride, values, k, K: tl.constexpr, BLOCK: tl.constexpr,
+    VALUES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rows of at most BLOCK scores, a program each. `values` has the stride of `out`."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     e, n = tl.arange(0, BLOCK), tl.load(visible + t)
     f = tl.load(scores + t * score_stride + e, mask=e < n, other=0.0)
-    emit(tl.where(e < n, key_of(f), 0).to(tl.uint32), e, n, out + t * out_stride, 1, k, K)
+    row = t * out_stride
+    emit(tl.where(e < n, key_of(f), 0).to(tl.uint32), e, n, out + row, 1, k, K, values + row, VALUES)
 
 
 @triton.jit
@@ -167,12 +176,9 @@ def threshold_kernel(scores, score_stride, visible, bound, used, k, BLOCK: tl.co
 
 
 @triton.jit
-def _select(key, index, total, bound, row, cap, scratch, out, k, K: tl.constexpr, TILE: tl.constexpr):
-    """Among `total` <= TILE candidates in any order, those that reached `bound`, or all that matter where it is -inf.
-    Returns a threshold that about 2 k to 3 k would reach."""
-    j = tl.arange(0, TILE)
-    u = tl.load(key + row * cap + j, mask=j < total, other=0).to(tl.uint32, bitcast=True)
-    e = tl.load(index + row * cap + j, mask=j < total, other=0x7FFFFFFF)
+def _take(u, e, row, scratch, out, values, k, K: tl.constexpr, VALUES: tl.constexpr):
+    """The k largest of the keys u (0: none) of entries e, in any order, of equal ones those with the lowest entry: ascending
+    into `out`, and with VALUES their scores. Returns how many there are, and the least key taken."""
     present = tl.sum((u > 0).to(tl.int32), 0)
     lo, hi, c_lo, c_hi = search(u, present, k)
     full = c_lo > k
@@ -184,10 +190,36 @@ def _select(key, index, total, bound, row, cap, scratch, out, k, K: tl.constexpr
         take = (take | (tie & (early >= first))) != 0
     place = prefix(take.to(tl.int32)) - 1
     tl.store(scratch + row * K + place, e, mask=take & (place < K))
+    if VALUES:
+        tl.store(values + place, value_of(u), mask=take & (place < k))
     tl.debug_barrier()
     i = tl.arange(0, K)
-    found = tl.sort(tl.load(scratch + row * K + i, mask=i < tl.minimum(c_lo, k), other=0x7FFFFFFF))
+    held = i < tl.minimum(c_lo, k)
+    found = tl.load(scratch + row * K + i, mask=held, other=0x7FFFFFFF)
+    if VALUES:
+        score = key_of(tl.load(values + i, mask=held, other=0.0))
+        tl.debug_barrier()
+        pair = tl.sort((found.to(tl.int64) << 32) | score.to(tl.int64))
+        found = (pair >> 32).to(tl.int32)
+        score = value_of((pair & 0xFFFFFFFF).to(tl.uint32))
+        tl.store(values + i, tl.where(found == 0x7FFFFFFF, float("-inf"), score), mask=i < k)
+    else:
+        found = tl.sort(found)
     tl.store(out + i, tl.where(found == 0x7FFFFFFF, -1, found), mask=i < k)
+    return present, lo
+
+
+@triton.jit
+def _select(
+    key, index, total, bound, row, cap, scratch, out, values, k, K: tl.constexpr, TILE: tl.constexpr,
+    VALUES: tl.constexpr,
+):  # fmt: skip
+    """Among `total` <= TILE candidates in any order, those that reached `bound`, or all that matter where it is -inf.
+    Returns a threshold that about 2 k to 3 k would reach."""
+    j = tl.arange(0, TILE)
+    u = tl.load(key + row * cap + j, mask=j < total, other=0).to(tl.uint32, bitcast=True)
+    e = tl.load(index + row * cap + j, mask=j < total, other=0x7FFFFFFF)
+    present, lo = _take(u, e, row, scratch, out, values, k, K, VALUES)
     kth = value_of(lo)
     next = float("-inf")
     if (present >= 2 * k) & (bound == float("-inf")):
@@ -197,6 +229,22 @@ def _select(key, index, total, bound, row, cap, scratch, out, k, K: tl.constexpr
         scale = tl.log(tl.maximum(present * 1.0 / k, 1.15))
         next = kth - (kth - bound) * (1.0986 / scale)
     return next
+
+
+@triton.jit
+def merge_kernel(
+    selected, scores, scratch, out, tokens, given, k, P: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
+):
+    """The k best of P lists [P, tokens, given], where entry i of list p is entry i * P + p of the whole. Grid: tokens."""
+    t = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, TILE)
+    part, at = j // given, j % given
+    place = (part.to(tl.int64) * tokens + t) * given + at
+    e = tl.load(selected + place, mask=part < P, other=-1)
+    f = tl.load(scores + place, mask=part < P, other=0.0)
+    u = tl.where(e >= 0, key_of(f), 0).to(tl.uint32)
+    e = tl.where(e >= 0, e * P + part, 0x7FFFFFFF)
+    _take(u, e, t, scratch, out + t * k, scores, k, K, False)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -212,12 +260,14 @@ def finish_kernel(
     hint,
     out,
     out_stride,
+    values,
     tokens,
     k,
     K: tl.constexpr,
     SMALL: tl.constexpr,
     CAP: tl.constexpr,
     PARTS: tl.constexpr,
+    VALUES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Selects among the candidates of a row: the `used` appended ones, or K of each of PARTS parts where the threshold
@@ -230,11 +280,11 @@ def finish_kernel(
     if wrong(n, total, k, CAP):
         total = PARTS * K
         b = float("-inf")
-    next = float("-inf")
+    next, row = float("-inf"), t * out_stride
     if total <= SMALL:
-        next = _select(key, index, total, b, t, CAP, scratch, out + t * out_stride, k, K, SMALL)
+        next = _select(key, index, total, b, t, CAP, scratch, out + row, values + row, k, K, SMALL, VALUES)
     else:
-        next = _select(key, index, total, b, t, CAP, scratch, out + t * out_stride, k, K, CAP)
+        next = _select(key, index, total, b, t, CAP, scratch, out + row, values + row, k, K, CAP, VALUES)
     tl.store(used + t, n * 0)
     if t == tokens - 1:
         tl.store(hint + s, next)
@@ -243,8 +293,9 @@ def finish_kernel(
             tl.store(hint + s, next)
 
 
-def choose(scores: Tensor, visible: Tensor, out: Tensor, most: int) -> None:
-    """Fills out int32 [T, k] from scores float32 [T, >= most], of which visible[t] <= most count."""
+def choose(scores: Tensor, visible: Tensor, out: Tensor, most: int, values: Tensor | None = None) -> None:
+    """Fills out int32 [T, k] from scores float32 [T, >= most], of which visible[t] <= most count, and `values` float32
+    [T, k] with what was chosen."""
     k, overlap = out.shape[1], pdl()
     rows_kernel[(len(out),)](
         scores,
@@ -252,13 +303,38 @@ def choose(scores: Tensor, visible: Tensor, out: Tensor, most: int) -> None:
         visible,
         out,
         out.stride(0),
+        scores if values is None else values,
         k,
         K=next_pow2(max(16, k)),
         BLOCK=next_pow2(max(16, most)),
+        VALUES=values is not None,
         PDL=bool(overlap),
         num_warps=4 if most <= 2048 else 8,
         **overlap,
     )
+
+
+def merge_candidates(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
+    """The op `merge_candidates`."""
+    parts, tokens, given = selected.shape
+    out = torch.empty((tokens, topk), dtype=torch.int32, device=selected.device)
+    width = next_pow2(max(16, topk))
+    scratch = torch.empty((tokens, width), dtype=torch.int32, device=selected.device)
+    if tokens and topk:
+        merge_kernel[(tokens,)](
+            selected.contiguous(),
+            scores.contiguous(),
+            scratch,
+            out,
+            tokens,
+            given,
+            topk,
+            P=parts,
+            K=width,
+            TILE=max(width, next_pow2(parts * given)),
+            num_warps=8,
+        )
+    return out
 
 
 _FINISH = {
@@ -267,6 +343,7 @@ _FINISH = {
         "bound": "*fp32",
         "bound_by": "i32",
         "hint": "*fp32",
+        "values": "*fp32",
         "out_stride": "i32",
         "tokens": "i32",
         "k": "i32",
@@ -281,9 +358,19 @@ AOT = [
             "visible": "*i32",
             "out": "*i32",
             "out_stride": "i32",
+            "values": "*fp32",
             "k": "i32",
         },
-        {"K": 512, "BLOCK": 8192, "PDL": True},
+        {"K": 512, "BLOCK": 8192, "VALUES": values, "PDL": True},
+        num_warps=8,
+    )
+    for values in (False, True)
+]
+AOT += [
+    Aot(
+        merge_kernel,
+        dict(selected="*i32", scores="*fp32", scratch="*i32", out="*i32", tokens="i32", given="i32", k="i32"),
+        {"P": 2, "K": 512, "TILE": 1024},
         num_warps=8,
     ),
     Aot(
@@ -299,7 +386,13 @@ AOT = [
         {"BLOCK": 4096},
         num_warps=8,
     ),
-    Aot(
-        finish_kernel, _FINISH, {"K": 512, "SMALL": 2048, "CAP": 8192, "PARTS": 16, "PDL": True}, num_warps=8
+    *(
+        Aot(
+            finish_kernel,
+            _FINISH,
+            {"K": 512, "SMALL": 2048, "CAP": 8192, "PARTS": 16, "VALUES": values, "PDL": True},
+            num_warps=8,
+        )
+        for values in (False, True)
     ),
 ]

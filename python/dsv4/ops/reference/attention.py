@@ -1,4 +1,5 @@
-"""Attention of a step's tokens over window rows and compressed entries, with a sink, in one softmax."""
+"""Attention of a step's tokens over window rows and compressed entries, with a sink, in one softmax; or over a part of them
+without the sink, and the way from parts to the whole."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4.ops.reference.blocks import KEY_BLOCK, padded_tiles, tile_chunks
+from dsv4.ops.reference.elementwise import ordered_sum
 from dsv4.ops.reference.norm import rope
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
@@ -28,13 +30,59 @@ def sparse_attention(
     """q [T, h, D] over rows int32 [T, W] of `window` (-1: none) and, where `history` is given, over the entries
     that `selected` int32 [T, k] names (-1: none), or over all visible ones when it is None; keys are the values.
     [T, h, D] with the last 2 * cos.shape[1] channels turned back by cos, sin float32 [T, r/2]."""
+    _, total, acc = _attended(q, sink, scale, tokens, window, window_ids, history, entries, selected)
+    return rope(acc / total[..., None], cos, sin, inverse=True).to(q.dtype)
+
+
+def partial_attention(
+    q: Tensor,
+    scale: float,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None = None,
+    entries: EntryTable | None = None,
+    selected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sparse_attention` over a part of the keys: (o [T, h, D], lse float32 [T, h]), neither with the sink nor turned back.
+    lse is the natural logarithm of the sum of exponentials, -inf where there is no key (then o is 0)."""
+    top, total, acc = _attended(q, None, scale, tokens, window, window_ids, history, entries, selected)
+    some = total > 0
+    total = torch.where(some, total, 1)
+    return (acc / total[..., None]).to(q.dtype), torch.where(some, top + total.log(), -torch.inf)
+
+
+def merge_attention(o: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Parts o [P, T, h, D] with their lse float32 [P, T, h] and the sink, added in the order of the parts and turned back:
+    [T, h, D]."""
+    top = torch.maximum(lse.amax(0), sink)
+    weight = torch.exp(lse - top)
+    whole = ordered_sum(torch.cat((weight, torch.exp(sink - top)[None])), 0)
+    joined = ordered_sum(o.float() * weight[..., None], 0) / whole[..., None]
+    return rope(joined, cos, sin, inverse=True).to(o.dtype)
+
+
+def _attended(
+    q: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None,
+    entries: EntryTable | None,
+    selected: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the softmax over a step's keys: top, total [T, h] and acc [T, h, D] for q [T, h, D]."""
     _, heads, dim = q.shape
     tiles = tokens.tiles()
     group = tiles.tokens.shape[1]
     q_tiles = padded_tiles(q.float(), tiles)
-    out = q_tiles.new_empty((len(tiles.row) * group, heads, dim))
+    found: list[_Softmax] = []
     for lo, hi in tile_chunks(len(tiles.row), dim * max(window_ids.shape[1] + group, group * KEY_BLOCK)):
-        state = _Softmax.start(q_tiles[lo:hi].flatten(1, 2), sink.repeat(group), scale)
+        state = _Softmax.start(
+            q_tiles[lo:hi].flatten(1, 2), None if sink is None else sink.repeat(group), scale
+        )
         in_tile, row = tiles.tokens[lo:hi], tiles.row[lo:hi]
         _add_window(state, window, *_shared_keys(in_tile, window_ids), heads)
         if history is not None and entries is not None and entries.most:
@@ -43,8 +91,9 @@ def sparse_attention(
             else:
                 state = state.regroup(heads)
                 _add_selected(state, history, entries, in_tile.flatten(), tokens.slab, selected)
-        out[lo * group : hi * group] = state.result().view(-1, heads, dim)
-    return rope(out[tiles.slot], cos, sin, inverse=True).to(q.dtype)
+        found.append(state.regroup(heads))
+    top, total, acc = (torch.cat([getattr(x, name) for x in found]) for name in ("top", "total", "acc"))
+    return top[tiles.slot], total[tiles.slot], acc[tiles.slot]
 
 
 def _shared_keys(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +112,7 @@ def _shared_keys(tokens: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(slots=True)
 class _Softmax:
-    """Online softmax of q [n, M, D]. It starts with the sink as a key of value 0; adding keys that are all
+    """Online softmax of q [n, M, D]. It starts with the sink as a key of value 0, or with no key; adding keys that are all
     invisible changes nothing, exactly."""
 
     q: Tensor
@@ -73,7 +122,10 @@ class _Softmax:
     acc: Tensor
 
     @classmethod
-    def start(cls, q: Tensor, sink: Tensor, scale: float) -> _Softmax:
+    def start(cls, q: Tensor, sink: Tensor | None, scale: float) -> _Softmax:
+        if sink is None:
+            top = q.new_full(q.shape[:2], -torch.inf)
+            return cls(q, scale, top, torch.zeros_like(top), torch.zeros_like(q))
         top = sink.expand(q.shape[:2]).contiguous()
         return cls(q, scale, top, torch.ones_like(top), torch.zeros_like(q))
 
@@ -81,8 +133,9 @@ class _Softmax:
         """keys float32 [n, K, D], finite everywhere; visible bool [n, M or 1, K]."""
         z = torch.bmm(self.q, keys.transpose(1, 2)).mul_(self.scale).masked_fill_(~visible, -torch.inf)
         top = torch.maximum(self.top, z.amax(-1))
-        p = torch.exp_(z.sub_(top[..., None]))
-        fade = torch.exp(self.top - top)
+        base = top.masked_fill(top == -torch.inf, 0)  # no key so far
+        p = torch.exp_(z.sub_(base[..., None]))
+        fade = torch.exp(self.top - base)
         self.total = self.total * fade + p.sum(-1)
         self.acc = self.acc.mul_(fade[..., None]).add_(torch.bmm(p, keys))
         self.top = top
@@ -91,9 +144,6 @@ class _Softmax:
         """The same queries as [n * M / rows, rows, D]."""
         split = [x.reshape(-1, rows, *x.shape[2:]) for x in (self.q, self.top, self.total, self.acc)]
         return _Softmax(split[0], self.scale, *split[1:])
-
-    def result(self) -> Tensor:
-        return self.acc / self.total[..., None]
 
 
 def _add_window(state: _Softmax, window: RowSource, ids: Tensor, visible: Tensor, heads: int) -> None:

@@ -28,18 +28,66 @@ def index_select(
     if entries.most <= topk:
         every = torch.arange(width, device=q.device, dtype=torch.int32).expand(q.shape[0], width)
         return torch.where(every < entries.visible[:, None], every, -1)
+    return _best(q, cos, sin, weights, keys, tokens, entries, width)[0]
+
+
+def index_candidates(
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor,
+    keys: RowSource,
+    tokens: TokenTable,
+    entries: EntryTable,
+    topk: int,
+) -> tuple[Tensor, Tensor]:
+    """`index_select` with scores float32 [T, k] beside the entries, -inf after the last, however few are visible."""
+    return _best(q, cos, sin, weights, keys, tokens, entries, min(topk, entries.most))
+
+
+def merge_candidates(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
+    """The `topk` best int32 [T, topk] of P lists [P, T, k] as `index_candidates` gives them, where entry i of list p is entry
+    i * P + p of the whole: ascending, -1 after the last; of equal scores those with the lowest number."""
+    parts, tokens, k = selected.shape
+    part = torch.arange(parts, device=selected.device)[:, None, None]
+    number = torch.where(selected >= 0, selected * parts + part, torch.iinfo(torch.int32).max)
+    number, order = number.transpose(0, 1).reshape(tokens, parts * k).sort(dim=-1)
+    ordered = scores.transpose(0, 1).reshape(tokens, parts * k).gather(1, order)
+    place = lowest_index_topk(ordered, (selected >= 0).sum((0, 2)), topk)
+    found = number.gather(1, place.clamp(min=0).long()) if parts * k else torch.zeros_like(place)
+    return torch.where(place >= 0, found, -1).int()
+
+
+def _best(
+    q: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    weights: Tensor,
+    keys: RowSource,
+    tokens: TokenTable,
+    entries: EntryTable,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """The `width` best entries int32 [T, width] and their scores."""
     q = keys.codec.transform(rope(q, cos, sin).float())
     tiles = tokens.tiles()
     group = tiles.tokens.shape[1]
     q_tiles, w_tiles = padded_tiles(q, tiles), padded_tiles(weights, tiles)
     visible = torch.nn.functional.pad(entries.visible, (0, 1))[tiles.tokens]  # an empty place sees none
-    out = torch.empty((tiles.tokens.numel(), width), dtype=torch.int32, device=q.device)
+    out = torch.full((tiles.tokens.numel(), width), -1, dtype=torch.int32, device=q.device)
+    values = torch.full(out.shape, -torch.inf, device=q.device)
     columns = entries.most + -entries.most % INDEX_BLOCK
     for lo, hi in tile_chunks(len(tiles.row), max(group * columns, INDEX_BLOCK * q.shape[-1])):
         seen, row = visible[lo:hi], tiles.row[lo:hi]
-        scores = _scores(q_tiles[lo:hi], w_tiles[lo:hi], keys, entries, tokens.slabs, row, int(seen.max()))
-        out[lo * group : hi * group] = lowest_index_topk(scores.flatten(0, 1), seen.flatten(), width)
-    return out[tiles.slot]
+        most = int(seen.max())
+        if not most:
+            continue
+        scores = _scores(q_tiles[lo:hi], w_tiles[lo:hi], keys, entries, tokens.slabs, row, most).flatten(0, 1)
+        place = slice(lo * group, hi * group)
+        out[place] = chosen = lowest_index_topk(scores, seen.flatten(), width)
+        found = scores.gather(1, chosen.clamp(min=0).long()).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        values[place] = found.masked_fill(chosen < 0, -torch.inf)
+    return out[tiles.slot], values[tiles.slot]
 
 
 def lowest_index_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
