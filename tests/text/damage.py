@@ -1,5 +1,5 @@
 """Tool calls as models damage them: well-formed answers with a token or a character missing, doubled, swapped with the
-next, or with the rest missing."""
+next, or with the rest missing, or with something between two tokens."""
 
 from __future__ import annotations
 
@@ -51,10 +51,17 @@ def damaged(units: Sequence[str]) -> Iterator[str]:
             yield "".join([*units[:i], units[i + 1], unit, *units[i + 2 :]])
 
 
+STRAY = ("</think>", "<think>", "x", "</｜DSML｜")
+
+
 def shapes() -> list[str]:
     """Every damage by token, and by character, of every well-formed answer."""
     found: dict[str, None] = {}
     for text in WELL_FORMED:
+        units = tokens(text)
+        found |= dict.fromkeys(
+            "".join([*units[:i], stray, *units[i:]]) for i in range(len(units) + 1) for stray in STRAY
+        )
         for units in (tokens(text), list(text)):
             found |= dict.fromkeys(damaged(units))
     return list(found)

@@ -341,6 +341,30 @@ def test_damaged_calls_keep_the_rules_at_every_cut(part: int) -> None:
                 assert parse(text, cuts, thinking=thinking, cut=cut) == one, text
 
 
+AMBIGUOUS = (
+    f'{OPEN}<｜DSML｜invoke name="f"><｜DSML｜parameter name="k" string="f/｜DSML｜parameter>\n</｜DSML｜invoke>',
+    f'{OPEN}<｜DSML｜invoke name="f/｜DSML｜parameter name="k">\n</｜DSML｜invoke>',
+    "a｜DSML｜invokes｜DSML｜parameter<think",
+    "a｜DSML｜invoke",
+    "｜D<think>SML｜tool_calls>",
+    "a<｜D</think>SML｜tool_calls>b",
+    "a｜DSML</｜DSML｜parameter>｜b",
+    "a</thi</think>nk>b<thi</｜DSML｜x>nk>",
+    "｜D</think>S</think>ML</think>｜</think>｜",
+)
+
+
+@pytest.mark.parametrize("text", AMBIGUOUS)
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("cut", [True, False])
+def test_what_is_only_clear_later_is_read_alike_at_every_cut(text: str, thinking: bool, cut: bool) -> None:
+    one = parse(text, thinking=thinking, cut=cut)
+    kept(text, one, cut=cut)
+    for cuts in ([i] for i in range(1, len(text))):
+        assert parse(text, cuts, thinking=thinking, cut=cut) == one
+    assert parse(text, range(1, len(text)), thinking=thinking, cut=cut) == one
+
+
 FRAGMENTS = [OPEN, CLOSE, '<｜DSML｜invoke name="f">', "</｜DSML｜invoke>"]
 FRAGMENTS += [f'<｜DSML｜parameter name="{k}" string="{s}">' for k in "ab" for s in ("true", "false")]
 FRAGMENTS += ["</｜DSML｜parameter>", "</think>", "\n", "\n\n", "<", "｜DSML｜", "1", '"', "x", 'name="', ">"]
@@ -357,6 +381,7 @@ FRAGMENTS += [
     " ",
     "tool_calls>",
 ]
+FRAGMENTS += ["｜D", "SML｜", "</thi", "nk>", ' string="f', "invokes"]
 FRAGMENTS += ["｜", "DSML", '{"a": 1}', "{", "}", "<｜DSML｜", "</｜DSML｜", "/>"]
 ORDERLY = ["".join(FRAGMENTS[i] for i in ids) for ids in ((0, 2), (0, 2, 4), (8, 3), (8, 3, 1), (8, 5))]
 

@@ -142,6 +142,7 @@ class OutputParser:
         self._newlines: list[str] | None = None  # what came after a buffer that holds newlines alone
         self._state: Callable[[], bool] = self._text
         self._leading = not continues
+        self._last: Reasoning | Content = Content("")  # the end of what was shown last
         self._out: list[Piece] = []
         self._calls = 0  # calls given so far
         self.full = False
@@ -222,7 +223,7 @@ class OutputParser:
         word = (_WORD if lead else _ATTACHED_WORD).match(self._buffer, bar + len(_BAR))
         assert word is not None  # it may be empty
         opens = lead == "<" or (not lead and word[1] == "invoke")
-        if not opens and word.end() == len(self._buffer) and not self._final:
+        if word.end() == len(self._buffer) and not self._final and not (opens and lead):
             return False
         if opens:
             self._at, self._state = bar, self._block
@@ -255,7 +256,15 @@ class OutputParser:
         if self._leading:
             text = text.lstrip("\n")
             self._leading = not text
-        self._out.append(Reasoning(text) if self._thoughts else Content(text))
+        if not text:
+            return
+        kind = Reasoning if self._thoughts else Content
+        before = self._last.text if type(self._last) is kind else ""
+        text = before + text
+        while (mark := _MARK.search(text)) is not None:  # what is left out had parted it
+            text = text[: mark.end() - 1] + text[mark.end() :]
+        self._out.append(kind(text[len(before) :]))
+        self._last = kind(text[1 - len(_END_THINK) :])
 
     # Calls
 
@@ -438,6 +447,7 @@ class OutputParser:
                 if _UNFINISHED.fullmatch(text, here, end) and _BAR not in text[here:end]:
                     return None if open_end else _Head(found, at)
                 attribute = _UNQUOTED_END.match(text, here, end)
+                attribute = None if attribute is not None and _BAR in attribute[0] else attribute
             if attribute is not None:
                 groups = attribute.groupdict()
                 value = next(v for k in ("double", "single", "bare") if (v := groups.get(k)) is not None)
