@@ -13,13 +13,12 @@ from typing import Any
 import orjson
 
 from dsv4.api.anthropic_input import read_messages, routing_for
-from dsv4.api.conversation import Conversation, encode
+from dsv4.api.conversation import Asked, Conversation, encode
 from dsv4.api.generation import Job, run
 from dsv4.api.http import Call
 from dsv4.api.info import tokenize_bound
 from dsv4.api.params import sampling_params
 from dsv4.api.reply import News, Reply
-from dsv4.api.routing import salt_of
 from dsv4.api.sse import EventStream, Headers
 from dsv4.api.strict_tools import StrictTools
 from dsv4.api.thoughts import sealed
@@ -70,10 +69,9 @@ class Options:
 async def messages(call: Call) -> None:
     """The handler of `/v1/messages`."""
     options, chat, strict, params, routing = await call.aside(lambda: _read(call))
-    prompt = await encode(call, chat, call.service.bound("messages"), salt=routing.salt)
-    reading = await call.aside(chat.reading)
-    job = Job(0, prompt, params, routing, reading=reading)
-    answer = Answer(options, f"msg_{call.request_id}", len(prompt), strict)
+    asked = await encode(call, chat, call.service.bound("messages"), routing)
+    job = Job(0, asked.prompt, params, routing, reading=asked.reading)
+    answer = Answer(options, f"msg_{call.request_id}", asked, strict)
     if options.stream:
         await _stream(call, answer, job)
         return
@@ -87,8 +85,8 @@ async def count_tokens(call: Call) -> None:
     fields = call.fields
     call.service.check_model(fields)
     chat, _ = await call.aside(lambda: read_messages(fields))
-    ids = await encode(call, chat, tokenize_bound("messages"), salt=salt_of(fields))
-    await call.respond({"input_tokens": len(ids)})
+    asked = await encode(call, chat, tokenize_bound("messages"), routing_for(call))
+    await call.respond({"input_tokens": len(asked.prompt)})
 
 
 def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParams, Routing]:
@@ -114,9 +112,9 @@ def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParam
 class Answer:
     """Builds the JSON of an answer, whole or in events."""
 
-    def __init__(self, options: Options, id: str, prompt_tokens: int, strict: StrictTools) -> None:
-        self.options, self.id, self.prompt_tokens = options, id, prompt_tokens
-        self.reply = Reply(strict, call_prefix="toolu_")
+    def __init__(self, options: Options, id: str, asked: Asked, strict: StrictTools) -> None:
+        self.options, self.id, self.prompt_tokens = options, id, len(asked.prompt)
+        self.reply = Reply(strict, call_prefix="toolu_", keep=asked.keep)
         self._begun = False
         self._open: tuple[int, Block] | None = None  # the block whose stop has not been sent
 

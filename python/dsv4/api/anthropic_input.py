@@ -52,6 +52,7 @@ def read_messages(fields: Fields) -> tuple[Conversation, list[str]]:
         thinking,
         effort,
         _ending(messages),
+        fields.nested("chat_template_kwargs").boolean("drop_thinking", True),
         parallel_calls=not choice.boolean("disable_parallel_tool_use"),
     ), left_out
 

@@ -11,9 +11,12 @@ import numpy as np
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.http import Call
 from dsv4.api.noise import without_noise
+from dsv4.api.reply import Reply
+from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError, show
 from dsv4.text.chat import TASKS, Ending, encode_chat, ending_of
 from dsv4.text.draft import Bound, Draft
+from dsv4.text.recall import Recall
 from dsv4.text.stream import Reading
 
 MAX_MESSAGES = 65536
@@ -184,11 +187,30 @@ def settled(switch: bool | None, effort: str | None, thought: bool = False) -> t
     return thinking, effort if effort not in (None, "none") else DEFAULT_EFFORT
 
 
-async def encode(call: Call, chat: Conversation, bound: Bound, *, salt: str = "") -> np.ndarray:
-    """The prompt's token ids, int32 [tokens]; long chats are encoded off the event loop. RequestError for a chat beyond
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a chat asks of the engine."""
+
+    prompt: np.ndarray
+    """int32 [tokens]."""
+    recall: Recall
+    """Keeps the answer as it was sampled."""
+    reading: Reading
+
+    def keep(self, reply: Reply) -> None:
+        """Keeps an answer for when it is sent back, if it is a whole turn as the client sees it."""
+        cut = reply.finish_reason == "length" and (reply.call_ids or not reply.blocks.content)
+        if reply.finish_reason == "error" or reply.stop_reason is not None or cut or self.reading.continues:
+            return
+        self.recall.keep(reply.token_ids, reply.blocks, reply.call_ids, thinking=self.reading.thinking)
+
+
+async def encode(call: Call, chat: Conversation, bound: Bound, routing: Routing) -> Asked:
+    """The prompt and how its answer is to be read; long chats are encoded off the event loop. RequestError for a chat beyond
     `bound`, unread where its length says so."""
     service = call.service
     tokenizer = service.tokenizer("messages")
+    recall = Recall(tokenizer, f"{routing.tenant}\0{routing.salt}")
 
     def begin() -> Draft:
         segments = encode_chat(
@@ -199,11 +221,13 @@ async def encode(call: Call, chat: Conversation, bound: Bound, *, salt: str = ""
             drop_thinking=chat.drop_thinking,
             ending=chat.ending,
             format=service.engine.chat_format,
+            recall=recall,
         )
-        return tokenizer.draft(segments, salt=salt, bound=bound)
+        return tokenizer.draft(segments, salt=routing.salt, bound=bound)
 
     try:
-        return await service.lanes.encode(begin, size=call.size)
+        prompt = await service.lanes.encode(begin, size=call.size)
+        return Asked(prompt, recall, await call.aside(chat.reading))
     except RecursionError:
         raise RequestError(
             "messages hold JSON that nests too deep", "messages", "invalid_value", 400

@@ -16,7 +16,7 @@ from dsv4.api.fields import Fields
 from dsv4.api.http import Call
 from dsv4.api.known_fields import CHAT, COMPLETIONS, check_known
 from dsv4.api.metrics import CONTENT_TYPE
-from dsv4.api.routing import salt_of
+from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
 from dsv4.text.draft import Bound
@@ -116,18 +116,18 @@ async def tokenize(call: Call) -> None:
     """Text (`prompt`) or a chat (`messages`) as token ids."""
     fields, service = call.fields, call.service
     service.check_model(fields)
-    salt = salt_of(fields)
+    routing = await call.aside(lambda: routing_of(call))
     await call.aside(lambda: check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT))
     if fields.get("messages") is not None:
         chat = await call.aside(lambda: read_conversation(fields))
-        ids = await encode(call, chat, tokenize_bound("messages"), salt=salt)
+        ids = (await encode(call, chat, tokenize_bound("messages"), routing)).prompt
     else:
         prompt = fields.text("prompt", longest=2**31)
         if prompt is None:
             raise RequestError(
                 "prompt is missing; it takes text, or send messages", "prompt", "missing_field", 400
             )
-        ids = await service.encode(prompt, tokenize_bound("prompt"), salt=salt)
+        ids = await service.encode(prompt, tokenize_bound("prompt"), salt=routing.salt)
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": service.max_model_len, "tokens": ids}
     if fields.boolean("return_token_strs"):
         answer["token_strs"] = await call.aside(lambda: service.pieces(ids.tolist()))

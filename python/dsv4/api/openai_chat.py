@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import orjson
 
-from dsv4.api.conversation import Conversation, encode, read_conversation, reasoning_of
+from dsv4.api.conversation import Asked, Conversation, encode, read_conversation, reasoning_of
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import Job, UsageSum, jobs_for, run
@@ -66,10 +65,9 @@ class Options:
 async def chat_completions(call: Call) -> None:
     """The handler."""
     options, chat, strict, params, routing = await call.aside(lambda: _read(call))
-    prompt = await encode(call, chat, call.service.bound("messages"), salt=routing.salt)
-    reading = await call.aside(chat.reading)
-    jobs = jobs_for([prompt], params, options.n, routing, reading)
-    answer = Answer(call.service, options, f"chatcmpl-{answer_id_of(call)}", int(time.time()), prompt, strict)
+    asked = await encode(call, chat, call.service.bound("messages"), routing)
+    jobs = jobs_for([asked.prompt], params, options.n, routing, asked.reading)
+    answer = Answer(call.service, options, f"chatcmpl-{answer_id_of(call)}", int(time.time()), asked, strict)
     if options.stream:
         await _stream(call, answer, jobs)
         return
@@ -134,13 +132,13 @@ class Answer:
         options: Options,
         id: str,
         created: int,
-        prompt: np.ndarray,
+        asked: Asked,
         strict: StrictTools,
     ) -> None:
-        self.service, self.options, self.prompt = service, options, prompt
+        self.service, self.options, self.prompt = service, options, asked.prompt
         self.usage = UsageSum(per_prompt=options.n)
         self._begun = False
-        self.replies = [Reply(strict) for _ in range(options.n)]
+        self.replies = [Reply(strict, keep=asked.keep) for _ in range(options.n)]
         self._openings: dict[int, str | None] = {}  # the content that a choice's stream began with
         self._head: dict[str, Any] = {"id": id, "created": created, "model": options.model}
 

@@ -16,6 +16,7 @@ from dsv4.api.info import json_response, service_of
 from dsv4.api.known_fields import CHAT, COMPLETIONS, check_known
 from dsv4.api.params import sampling_params
 from dsv4.api.routing import routing_of
+from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError
 
 
@@ -27,7 +28,7 @@ async def pin(call: Call) -> None:
     service.check_model(fields)
     await call.aside(lambda: check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT))
     routing = await call.aside(lambda: routing_of(call))
-    prompt = await _prompt(call, routing.salt)
+    prompt = await _prompt(call, routing)
     params = sampling_params(Fields({}), max_tokens=0, logprobs=None)
     cached = 0
     async with contextlib.aclosing(run(call, jobs_for([prompt], params, 1, routing))) as outputs:
@@ -39,17 +40,17 @@ async def pin(call: Call) -> None:
     )
 
 
-async def _prompt(call: Call, salt: str) -> np.ndarray:
+async def _prompt(call: Call, routing: Routing) -> np.ndarray:
     fields, service = call.fields, call.service
     if fields.get("messages") is not None:
         chat = await call.aside(lambda: read_conversation(fields))
-        return await encode(call, chat, service.bound("messages"), salt=salt)
+        return (await encode(call, chat, service.bound("messages"), routing)).prompt
     if type(fields.get("prompt")) is not str and fields.get("prompt") is not None:
         return await call.aside(lambda: fields.token_ids("prompt", service.vocab_size))
     text = fields.text("prompt", longest=2**31)
     if not text:
         raise RequestError("prompt or messages is missing", "prompt", "missing_field", 400)
-    return await service.encode(text, service.bound("prompt"), salt=salt)
+    return await service.encode(text, service.bound("prompt"), salt=routing.salt)
 
 
 async def unpin(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv4.api.strict_tools import StrictTools
@@ -26,9 +27,16 @@ class News:
 class Reply:
     """Reads outputs; what is known so far stands in its attributes."""
 
-    def __init__(self, strict: StrictTools | None = None, *, call_prefix: str = "call_") -> None:
-        """`strict`: the request's strict tools, whose calls are checked. `call_prefix`: how ids of calls begin."""
-        self._strict, self._call_prefix = strict, call_prefix
+    def __init__(
+        self,
+        strict: StrictTools | None = None,
+        *,
+        call_prefix: str = "call_",
+        keep: Callable[[Reply], None] | None = None,
+    ) -> None:
+        """`strict`: the request's strict tools, whose calls are checked. `call_prefix`: how ids of calls begin. `keep` gets the
+        reply when it is whole."""
+        self._strict, self._call_prefix, self.keep = strict, call_prefix, keep
         self.strict_error: str | None = None
         """What of the calls does not fit the schema of a strict tool. They are not called finished then."""
         self.blocks = Blocks()
@@ -59,6 +67,8 @@ class Reply:
                 self.strict_error = self._strict.fault((c.name, c.arguments) for c in self.blocks.calls)
             self.finish_reason = "tool_calls" if called and not self.strict_error else output.finish_reason
             self.stop_reason, self.usage = output.stop_reason, output.usage
+            if self.keep is not None:
+                self.keep(self)
         return news
 
     def _add(self, piece: Piece) -> News:

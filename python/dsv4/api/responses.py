@@ -69,13 +69,13 @@ async def responses(call: Call) -> None:
     strict = await call.aside(lambda: StrictTools(chat.tools))
     answer = Answer(options, f"resp_{call.request_id}", tools, strict)
     if not options.stream:
-        job = await _job(call, chat, params, routing)
+        job = await _job(call, chat, params, routing, answer.reply)
         async for _, output in run(call, [job]):
             answer.reply.read(output)
         await call.respond(answer.whole(), headers=options.headers)
         return
     try:
-        job = await _job(call, chat, params, routing)
+        job = await _job(call, chat, params, routing, answer.reply)
     except RequestError as e:
         # Codex makes its conversation shorter when a stream says so, not at a status of 400.
         if e.code != "context_length_exceeded" or not header(call.scope, ORIGINATOR_HEADER).startswith(
@@ -88,9 +88,10 @@ async def responses(call: Call) -> None:
     await _stream(call, answer, job)
 
 
-async def _job(call: Call, chat: Conversation, params: SamplingParams, routing: Routing) -> Job:
-    prompt = await encode(call, chat, call.service.bound("input"), salt=routing.salt)
-    return Job(0, prompt, params, routing, reading=await call.aside(chat.reading))
+async def _job(call: Call, chat: Conversation, params: SamplingParams, routing: Routing, reply: Reply) -> Job:
+    asked = await encode(call, chat, call.service.bound("input"), routing)
+    reply.keep = asked.keep
+    return Job(0, asked.prompt, params, routing, reading=asked.reading)
 
 
 def _read(call: Call) -> tuple[Options, Conversation, ResponsesTools, SamplingParams, Routing]:

@@ -101,6 +101,7 @@ def read_input(fields: Fields) -> tuple[Conversation, ResponsesTools]:
         thinking,
         effort,
         "opened",
+        fields.nested("chat_template_kwargs").boolean("drop_thinking", True),
         parallel_calls=fields.boolean("parallel_tool_calls", True),
     ), tools
 

@@ -7,6 +7,7 @@
 | `stop.py` | stop strings in a stream |
 | `stream.py` | tokens of one answer to pieces: detokenizer, parser and stop strings |
 | `chat.py` | messages to a V4 prompt |
+| `recall.py` | answers that come back, as the tokens that were sampled |
 | `output.py` | generated text to reasoning, content and tool calls |
 | `tools.py` | which tools a chat shows, and the schemas of their parameters |
 | `blocks.py` | pieces put together to text, thoughts and calls |

@@ -27,7 +27,8 @@ from typing import Any, Literal
 
 from dsv4.errors import RequestError, kind, show
 from dsv4.text.chat_format import GA, PREVIEW, ChatFormat
-from dsv4.text.tokenizer import Marker, Segments
+from dsv4.text.markers import Marker, Prompt, Segments
+from dsv4.text.recall import Recall
 
 __all__ = [
     "EFFORTS",
@@ -87,12 +88,13 @@ def encode_chat(
     response_schema: Mapping[str, Any] | None = None,
     ending: Ending | None = None,
     format: ChatFormat = GA,
-) -> Segments:
+    recall: Recall | None = None,
+) -> Prompt:
     """The prompt up to the place where the model goes on.
 
     `ending`: what follows the last message; by default what the messages say (see `ending_of`). Reasoning of earlier
-    turns is dropped unless there are tools (then the transcript only grows) or `drop_thinking` is off. Raises
-    RequestError naming the message and field.
+    turns is dropped unless there are tools (then the transcript only grows) or `drop_thinking` is off. `recall`: turns that
+    it knows are as the model wrote them. Raises RequestError naming the message and field.
     """
     if effort not in format.efforts:
         raise RequestError(
@@ -104,19 +106,26 @@ def encode_chat(
     _attach(turns, {"tools": tools, "response_schema": response_schema}, format)
     _sort_results(turns)
     last_user = max((i for i, t in enumerate(turns) if t.role == "user"), default=-1)
-    out: Segments = [BOS, format.efforts[effort] if thinking else ""]
+    out: Prompt = [BOS, format.efforts[effort] if thinking else ""]
     task = None
     for i, turn in enumerate(turns):
         if turn.role == "assistant":
             reasoning = thinking and not task and (keep or i > last_user)
             out += _opening(task, thinking=thinking, reasoning=reasoning)
-            out += _answer(turn, reasoning, open_ended=ending == "continued" and i == len(turns) - 1)
+            open_ended = ending == "continued" and i == len(turns) - 1
+            known = None
+            if recall is not None and not open_ended:
+                text = str(turn.blocks[0][1][0])
+                known = recall.find(out, text, turn.message, reasoning=reasoning)
+            out += _answer(turn, reasoning, open_ended=open_ended) if known is None else known
         else:
             out += _render(turn, turns[i - 1].role if i else None)
         if turn.role != "latest_reminder":
             task = turn.message.get("task")
     if ending == "opened":
         out += _opening(task, thinking=thinking, reasoning=thinking)
+    if recall is not None:
+        recall.close(out)
     return [s for s in out if s]
 
 

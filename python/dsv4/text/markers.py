@@ -19,6 +19,9 @@ _WINDOW = 65536
 Segments = list[str]
 """Prompt pieces in order; `Marker`s are special tokens."""
 
+Prompt = list[str | bytes]
+"""The same, with parts that are token ids already (int32)."""
+
 
 def patterns_of(data: Mapping[str, Any]) -> list[re.Pattern[str]] | None:
     """What finds the added tokens of a tokenizer.json in raw text, one pattern after the other; None where they have

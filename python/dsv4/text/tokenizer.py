@@ -18,7 +18,7 @@ from dsv4.errors import ConfigError
 from dsv4.text.detokenizer import Detokenizer
 from dsv4.text.draft import Batch, Bound, Draft
 from dsv4.text.id_store import IdStore
-from dsv4.text.markers import Marker, Segments, patterns_of, split
+from dsv4.text.markers import Marker, Prompt, Segments, patterns_of, split
 from dsv4.text.pieces import cuttable, pieces_of
 
 # A batch runs on the thread that asks for it. The library's own threads are one pool for all callers, in which a long text
@@ -124,7 +124,7 @@ class Tokenizer:
         """Ids of raw text in which special tokens are recognised, as completion prompts are written."""
         return self.draft_text(text).finish().tolist()
 
-    def encode_segments(self, segments: Iterable[str]) -> list[int]:
+    def encode_segments(self, segments: Iterable[str | bytes]) -> list[int]:
         """Ids of a prompt in which only `Marker`s are special tokens. Raises ConfigError for a marker that is unknown."""
         return self.draft(segments).finish().tolist()
 
@@ -140,11 +140,11 @@ class Tokenizer:
             segments = [part for segment in segments for part in split(pattern, segment, self._longest)]
         return self.draft(segments, salt=salt, bound=bound)
 
-    def draft(self, segments: Iterable[str], *, salt: str = "", bound: Bound | None = None) -> Draft:
-        """A prompt whose known parts are looked up, and whose others are still to be encoded. `salt` parts what is looked
+    def draft(self, segments: Iterable[str | bytes], *, salt: str = "", bound: Bound | None = None) -> Draft:
+        """A prompt whose known parts are looked up, and whose others are still to be encoded; bytes are ids (int32). `salt` parts what is looked
         up, as it does in the prefix cache. Raises RequestError for a prompt beyond `bound`, unread where its length alone
         says so, and ConfigError for an unknown marker."""
-        segments = list(segments)
+        segments: Prompt = list(segments)
         self._check_length(sum(map(len, segments)), bound)
         batch = partial(Batch, partial(_encode, self._plain), self.store, salt)
         return Draft(self._pieces(segments), batch, bound)
@@ -153,10 +153,12 @@ class Tokenizer:
         if bound is not None and characters > bound.tokens * self._longest:
             raise bound.refuse(f"{characters} characters, at most {self._longest} a token")
 
-    def _pieces(self, segments: Iterable[str]) -> Iterator[str | bytes]:
+    def _pieces(self, segments: Iterable[str | bytes]) -> Iterator[str | bytes]:
         """Special tokens as ids; text between them joined first, as merges may cross its segments, and then cut."""
-        for marked, group in groupby(segments, lambda s: isinstance(s, Marker)):
-            if marked:
+        for kind, group in groupby(segments, type):
+            if kind is bytes:
+                yield from group
+            elif kind is Marker:
                 for marker in group:
                     self.special(marker)
                     yield self._marker_ids[marker]
