@@ -61,7 +61,7 @@ test: test-rust test-seeds test-python
 
 test-rust:
 	cargo test --workspace --quiet
-	cargo test --quiet -p dsv4-sim --features mutants --test mutants
+	$(PYTHON) rust/sim/mutants/run.py
 
 # Two minutes of seeds that nobody has seen; a failure prints its seed.
 test-seeds:

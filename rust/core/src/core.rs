@@ -4,72 +4,52 @@
 //!   submit · abort · stop          plan ─▶ buffer ─▶ device ─▶ commit | rollback          events · explain · stats
 //! ```
 //!
-//! One thread owns it. With two steps in flight, `plan` of the second comes before `commit` of the first; an input token
+//! It holds four owners, each of which alone changes what it has, and hands what is asked for to them:
+//!
+//! | owner | has |
+//! | --- | --- |
+//! | [`Requests`] | live requests, the queue, tenants' shares |
+//! | [`Memory`] | the cache, slabs, pins, what waits behind a fence |
+//! | [`Pace`] | the clock, the cost model of steps |
+//! | [`Flights`] | steps in flight |
+//!
+//! What touches several is in `sched`: the planner (`planner/`) and what follows from a step (`commit.rs`, `ends.rs`). They tell
+//! of it in the [`Journal`], which decides nothing.
+//!
+//! One thread owns a core. With two steps in flight, `plan` of the second comes before `commit` of the first; an input token
 //! that the first one samples is then written as a placeholder, and results of requests that ended meanwhile are ignored.
 
-use std::cmp::Reverse;
-use std::collections::{BTreeSet, VecDeque};
-
-use crate::cache::{CacheOptions, KvCache};
-use crate::error::CoreError;
-use crate::event::{Event, Events};
-use crate::fence::Tickets;
+use crate::error::{CoreError, Malformed};
+use crate::event::Event;
 use crate::ids::{PinId, RequestId, Step};
 use crate::layout::LayoutSpec;
-use crate::mutant::{self, Mutant};
 pub use crate::options::{Options, Tenant};
-use crate::plan::{Limits, Schema};
-use crate::sched::budget::StepModel;
-use crate::sched::explain::{Archive, Explain, ZeroHits};
-use crate::sched::flight::Flight;
-use crate::sched::policy::SnapshotPolicy;
-use crate::sched::request::{Finish, Hint, Order, Phase, Place, Rank, Request, Submit};
-use crate::sched::slabs::Slabs;
-use crate::sched::table::{Slot, Table};
-use crate::stats::Counters;
+use crate::plan::{Limits, Schema, StepHeader};
+use crate::sched::explain::Explain;
+use crate::sched::flights::Flights;
+use crate::sched::journal::Journal;
+use crate::sched::memory::Memory;
+use crate::sched::pace::Pace;
+use crate::sched::planner::Planner;
+use crate::sched::request::{Finish, Forked, Submit};
+use crate::sched::requests::Requests;
+use crate::sched::requests::shares::Share;
+use crate::sched::{check, commit, ends};
+use crate::stats::{Stats, stats_of};
+use crate::{dump, dump::Live};
 
 /// The scheduler with its cache.
 #[derive(Debug)]
 pub struct Core {
     pub(crate) options: Options,
     pub(crate) schema: Schema,
+    /// Tokens that a replay runs again.
     pub(crate) replay_tokens: u32,
-    pub(crate) block: u32,
-    pub(crate) snapshot_pages: u32,
-    pub(crate) slab_pages: u32,
-    pub(crate) cache: KvCache,
-    pub(crate) slabs: Slabs,
-    pub(crate) table: Table,
-    pub(crate) flights: VecDeque<Flight>,
-    pub(crate) spare_flights: Vec<Flight>,
-    pub(crate) prefilling: Vec<Slot>,
-    pub(crate) events: Events,
-    pub(crate) archive: Archive,
-    pub(crate) counters: Counters,
-    pub(crate) zero_hits: ZeroHits,
-    /// The last step planned.
-    pub(crate) last: Step,
-    /// Copies that have not ended.
-    pub(crate) tickets: Tickets,
-    /// A request had to give way in the plan being made.
-    pub(crate) gave_way: bool,
-    /// A running request that gets no row in the plan being made, so that it can be parked in the next one.
-    pub(crate) held: Option<Slot>,
-    /// Waiting requests with their state saved, the most senior first.
-    pub(crate) parked: BTreeSet<(Rank, Slot)>,
-    /// Children that may start from a parent's state: (child, parent).
-    pub(crate) forks: Vec<(RequestId, RequestId)>,
-    /// Requests that did not fit in the plan being made.
-    pub(crate) tried: Vec<Slot>,
-    /// The arrival whose prefix was looked up again last, and the credit for more.
-    pub(crate) looked_at: u64,
-    pub(crate) lookup_credit: u64,
-    /// Pins that stand, oldest first.
-    pub(crate) pins: VecDeque<PinId>,
-    pub(crate) model: StepModel,
-    pub(crate) now_us: u64,
-    pub(crate) epochs: u64,
-    arrivals: u64,
+    pub(crate) requests: Requests,
+    pub(crate) memory: Memory,
+    pub(crate) pace: Pace,
+    pub(crate) flights: Flights,
+    pub(crate) journal: Journal,
 }
 
 impl Core {
@@ -77,58 +57,16 @@ impl Core {
     pub fn new(layout: &LayoutSpec, options: Options) -> Result<Self, CoreError> {
         options.validate()?;
         let replay_tokens = options.replay_tokens.unwrap_or(layout.replay_tokens());
-        let cache_options = CacheOptions {
-            pages: options.pages,
-            eviction: options.eviction,
-            prefix_cache: options.prefix_cache,
-            snapshot_budget: options.snapshot_budget,
-            quotas: options.tenants.iter().filter_map(|t| t.quota_pages.map(|q| (t.id, q))).collect(),
-            cost: options.cost,
-            admit_by_value: options.snapshots == SnapshotPolicy::Auto,
-            replay_tokens,
-        };
         Ok(Core {
             schema: Schema::new(Limits::new(layout, &options)),
-            replay_tokens: replay_tokens - u32::from(mutant::on(Mutant::WindowOffByOne)),
-            block: layout.block_tokens,
-            snapshot_pages: layout.snapshot_pages(),
-            slab_pages: layout.slab_pages(),
-            cache: KvCache::new(layout, &cache_options)?,
-            slabs: Slabs::new(options.slabs),
-            table: Table::new(&options.tenants),
-            flights: VecDeque::new(),
-            spare_flights: Vec::new(),
-            prefilling: Vec::new(),
-            events: Events::default(),
-            archive: Archive::default(),
-            counters: Counters::default(),
-            zero_hits: ZeroHits::default(),
-            last: Step(0),
-            tickets: Tickets::default(),
-            gave_way: false,
-            held: None,
-            parked: BTreeSet::new(),
-            forks: Vec::new(),
-            tried: Vec::new(),
-            looked_at: 0,
-            lookup_credit: 0,
-            pins: VecDeque::new(),
-            model: StepModel::new(options.cost, options.step_cost),
-            now_us: 0,
-            epochs: 0,
-            arrivals: 0,
+            replay_tokens,
+            requests: Requests::new(&options.tenants),
+            memory: Memory::new(layout, &options, replay_tokens)?,
+            pace: Pace::new(&options),
+            flights: Flights::new(options.max_in_flight),
+            journal: Journal::default(),
             options,
         })
-    }
-
-    /// Tokens of a page.
-    pub(crate) fn shape_block(&self) -> u32 {
-        self.block
-    }
-
-    /// Pages that must be available before a state is saved: its own, and one for each running request.
-    pub(crate) fn pages_for_a_save(&self) -> u32 {
-        self.snapshot_pages + self.table.running.len() as u32
     }
 
     /// Queues a request. Refuses what could never run, and everything while the queue is full.
@@ -137,52 +75,20 @@ impl Core {
         if submit.prompt.is_empty() {
             return Err(CoreError::EmptyPrompt(id.0));
         }
-        if self.table.find(id).is_some() {
+        if self.requests.find(id).is_some() {
             return Err(CoreError::Duplicate(id.0));
         }
         let max_new = self.room_for_output(&submit)?;
-        if self.table.queue.len() >= self.options.max_waiting {
-            let (waiting, limit) = (self.table.queue.len(), self.options.max_waiting);
+        let (waiting, limit) = (self.requests.waiting_count(), self.options.max_waiting);
+        if waiting >= limit {
             return Err(CoreError::Overloaded { waiting, limit });
         }
-        self.arrivals += 1;
-        let prompt = submit.prompt.len() as u32;
-        self.archive.forget(id);
-        let contended = !self.table.queue.is_empty() || submit.deadline_us.is_some();
-        let place = Place {
-            arrival: self.arrivals,
-            priority: submit.priority,
-            tenant: submit.tenant,
-            order: Order::Known(Reverse(0)),
-        };
-        let slot = self.table.insert(Request {
-            id,
-            prompt,
-            tokens: submit.prompt.into(),
-            max_new,
-            stop_ids: submit.stop_ids.into(),
-            salt: submit.salt.into(),
-            place,
-            arrived_us: self.now_us,
-            deadline_us: submit.deadline_us,
-            passed: 0,
-            blocked: None,
-            forked: None,
-            all_logits: submit.all_logits,
-            hint: Hint { tenant: submit.tenant, retention: submit.retention },
-            phase: Phase::Waiting,
-            run: None,
-            parked: None,
-            known_prefix: 0,
-            computed_before: 0,
-            explain: Explain { prompt_tokens: prompt, ..Explain::default() },
-        });
+        self.journal.forget(id);
         // Alone in the queue its place does not matter.
+        let contended = waiting > 0 || submit.deadline_us.is_some();
+        let slot = self.requests.insert(submit, max_new, self.pace.now());
         if contended {
-            let known = self.known_prefix(slot);
-            self.table.get_mut(slot).known_prefix = known;
-            let order = self.order_of(self.table.get(slot));
-            self.table.reorder(slot, order);
+            self.requests.take_place(slot, &self.memory, &self.pace);
         }
         Ok(())
     }
@@ -190,8 +96,8 @@ impl Core {
     /// Tokens that the request may sample. The last one of them is never computed, so it takes no page.
     fn room_for_output(&self, submit: &Submit) -> Result<u32, CoreError> {
         let (prompt, limit) = (submit.prompt.len() as u64, self.options.max_len);
-        let pages = self.cache.pages();
-        let held = u64::from(pages) * u64::from(self.block);
+        let (pages, block) = (self.memory.cache().pages(), u64::from(self.memory.block()));
+        let held = u64::from(pages) * block;
         let wanted = match submit.max_new {
             Some(n) => u64::from(n),
             None => u64::from(limit).saturating_sub(prompt).min((held + 1).saturating_sub(prompt)).max(1),
@@ -201,13 +107,39 @@ impl Core {
         }
         let computed = prompt + wanted.saturating_sub(1);
         if computed > held {
-            let needed = computed.div_ceil(u64::from(self.block)) as u32;
+            let needed = computed.div_ceil(block) as u32;
             return Err(CoreError::NeverFits { needed, pages, tokens: held });
         }
         Ok(wanted as u32)
     }
 
-    /// Ends a request in any state, at once. False when there is no such live request.
+    /// Submits `child` so that it starts from the state of `parent`, which goes on. An empty prompt means all that is known
+    /// of the parent. The outcome is that of a request of its own; only work is saved.
+    ///
+    /// Fails as [`Core::submit`] does, and when the parent is not live.
+    pub fn fork(&mut self, parent: RequestId, mut child: Submit) -> Result<(), CoreError> {
+        let slot = self.requests.find(parent).ok_or(CoreError::UnknownRequest(parent.0))?;
+        let of = self.requests.get_mut(slot);
+        let tokens = of.tokens.all();
+        if child.prompt.is_empty() {
+            child.prompt = tokens.to_vec();
+        }
+        let shared = tokens.iter().zip(&child.prompt).take_while(|(a, b)| a == b).count();
+        let shared = (shared as u32).min(child.prompt.len() as u32 - 1);
+        let fits = shared > 0
+            && self.options.prefix_cache
+            && child.salt[..] == of.salt[..]
+            && !child.all_logits
+            && child.priority <= of.place.priority;
+        let (id, arrival) = (child.id, of.place.arrival);
+        self.submit(child)?;
+        if fits && let Some(slot) = self.requests.find(id) {
+            self.requests.fork(slot, Forked { parent, arrival, shared });
+        }
+        Ok(())
+    }
+
+    /// Ends a request in any stage, at once. False when there is no such live request.
     pub fn abort(&mut self, id: RequestId) -> Result<bool, CoreError> {
         self.end(id, Finish::Abort)
     }
@@ -218,41 +150,10 @@ impl Core {
     }
 
     fn end(&mut self, id: RequestId, reason: Finish) -> Result<bool, CoreError> {
-        match self.table.find(id) {
-            Some(slot) => self.finish(slot, reason, None).map(|()| true),
+        match self.requests.find(id) {
+            Some(slot) => ends::finish(self, slot, reason, None).map(|()| true),
             None => Ok(false),
         }
-    }
-
-    /// The oldest event that nobody has fetched.
-    pub fn next_event(&mut self) -> Option<Event> {
-        self.events.pop()
-    }
-
-    /// Fills `out` with events, six integers each, and returns how many.
-    pub fn events_into(&mut self, out: &mut [i64]) -> usize {
-        self.events.drain_into(out)
-    }
-
-    /// What of a request's prompt was reused, while it lives and for a while after.
-    pub fn explain(&self, id: RequestId) -> Result<Explain, CoreError> {
-        let live = self.table.find(id).map(|slot| self.table.get(slot).explain);
-        live.or_else(|| self.archive.get(id)).ok_or(CoreError::UnknownRequest(id.0))
-    }
-
-    /// Drops the explanation of a finished request.
-    pub fn forget(&mut self, id: RequestId) -> bool {
-        self.archive.forget(id)
-    }
-
-    /// Whether any request is live.
-    pub fn has_work(&self) -> bool {
-        !self.table.queue.is_empty() || !self.table.running.is_empty()
-    }
-
-    /// Steps in flight, oldest first.
-    pub fn in_flight(&self) -> impl Iterator<Item = Step> {
-        self.flights.iter().map(|f| f.step)
     }
 
     /// What [`Core::plan`] writes, and where.
@@ -260,54 +161,111 @@ impl Core {
         &self.schema
     }
 
+    /// Writes the next step into `out`. `None`: nothing can run now (finish the steps in flight, or submit something). A step
+    /// may have no rows and only copy states.
+    ///
+    /// Fails when `out` is shorter than [`Core::plan_schema`] says, or when as many steps are in flight as allowed.
+    pub fn plan(&mut self, out: &mut [i32]) -> Result<Option<StepHeader>, CoreError> {
+        Planner::new(self, out)?.make()
+    }
+
+    /// The result of the oldest step in flight: what its rows sampled, one after the other, and for each row that samples
+    /// how many of its tokens are accepted, from the first on. Of a row with none accepted nothing counts: its request waits
+    /// again and resumes with the tokens that it had. Rows whose request is gone are ignored.
+    ///
+    /// Fails, and changes nothing, for another step, another number of tokens or counts, and a count that is negative or
+    /// above what the row sampled.
+    pub fn commit(&mut self, step: Step, tokens: &[u32], accepted: &[i32]) -> Result<(), CoreError> {
+        commit::commit(self, step, tokens, accepted)
+    }
+
+    /// A step could not be run: it and later ones never happened. Their requests lose their state and wait in their place
+    /// in line; what was committed before stays.
+    pub fn rollback(&mut self, step: Step) -> Result<(), CoreError> {
+        commit::rollback(self, step)
+    }
+
+    /// Steps in flight, oldest first.
+    pub fn in_flight(&self) -> impl Iterator<Item = Step> {
+        self.flights.iter().map(|f| f.step)
+    }
+
+    /// Whether any request is live.
+    pub fn has_work(&self) -> bool {
+        !self.requests.is_empty()
+    }
+
+    /// Live requests in the order in which they came.
+    pub fn live(&self) -> Vec<Live> {
+        self.requests.by_arrival().into_iter().map(Live::of).collect()
+    }
+
+    /// The oldest event that nobody has fetched.
+    pub fn next_event(&mut self) -> Option<Event> {
+        self.journal.next_event()
+    }
+
+    /// Fills `out` with events, six integers each, and returns how many.
+    pub fn events_into(&mut self, out: &mut [i64]) -> usize {
+        self.journal.events_into(out)
+    }
+
+    /// What of a request's prompt was reused, while it lives and for a while after.
+    pub fn explain(&self, id: RequestId) -> Result<Explain, CoreError> {
+        let live = self.requests.find(id).map(|slot| self.requests.get(slot).explain);
+        live.or_else(|| self.journal.explain(id)).ok_or(CoreError::UnknownRequest(id.0))
+    }
+
+    /// Drops the explanation of a finished request.
+    pub fn forget(&mut self, id: RequestId) -> bool {
+        self.journal.forget(id)
+    }
+
     /// Evicts up to `n` saved states. Returns how many went.
     pub fn evict_snapshots(&mut self, n: u32) -> u32 {
-        self.cache.evict_snapshots(n)
+        self.memory.evict_snapshots(n)
     }
 
     /// Evicts up to `n` blocks of history that nobody uses. Returns how many went.
     pub fn evict_history(&mut self, n: u32) -> u32 {
-        self.cache.evict_history(n)
+        self.memory.evict_history(n)
     }
 
     /// Evicts all prefixes that nobody uses. Returns the pages that became free.
     pub fn clear_prefix(&mut self) -> u32 {
-        self.cache.clear()
+        self.memory.clear()
     }
 
     /// Keeps the known whole blocks of `tokens` and the saved states on them until [`Core::unpin`]. Pins yield, the oldest
     /// first, when a request that was taken does not fit beside them even alone.
     pub fn pin(&mut self, salt: &[u8], tokens: &[u32]) -> PinId {
-        let pin = self.cache.pin(salt, tokens).0;
-        self.pins.push_back(pin);
-        pin
+        self.memory.pin(salt, tokens)
     }
 
     /// Ends a pin. False when there is none of that name.
     pub fn unpin(&mut self, pin: PinId) -> bool {
-        self.pins.retain(|&p| p != pin);
-        self.cache.unpin(pin)
-    }
-
-    /// Ends the oldest pin, because a request that `submit` has taken fits no other way. False when there is none.
-    pub(crate) fn break_pin(&mut self) -> bool {
-        let Some(pin) = self.pins.pop_front() else { return false };
-        self.counters.pins_broken += 1;
-        self.cache.unpin(pin)
+        self.memory.unpin(pin)
     }
 
     /// A session is over: what only it used goes first when memory is short. False when nothing of it is cached.
     pub fn end_session(&mut self, session: u64) -> bool {
-        self.cache.end_session(session)
-    }
-
-    pub(crate) fn wrong_step(&self, step: u64, action: &'static str) -> CoreError {
-        CoreError::WrongStep { step, action, in_flight: self.in_flight().map(|s| s.0).collect() }
+        self.memory.end_session(session)
     }
 
     /// The time that it was told last, in microseconds.
     pub fn time(&self) -> u64 {
-        self.now_us
+        self.pace.now()
+    }
+
+    /// The time now, in microseconds from any origin. Going backwards is ignored.
+    pub fn set_time(&mut self, now_us: u64) {
+        self.pace.set_time(now_us);
+        self.memory.set_time(now_us);
+    }
+
+    /// A step took `us` microseconds on the device: the cost model learns from it. What cannot be is ignored.
+    pub fn observe(&mut self, step: Step, us: f64) {
+        self.pace.observe(step, us);
     }
 
     /// Limits and policies.
@@ -315,14 +273,28 @@ impl Core {
         &self.options
     }
 
-    /// The time now, in microseconds from any origin. Going backwards is ignored.
-    pub fn set_time(&mut self, now_us: u64) {
-        self.now_us = self.now_us.max(now_us);
-        self.cache.set_time(now_us);
+    /// Gauges and counters by name.
+    pub fn stats(&self) -> Stats {
+        stats_of(self)
     }
 
-    /// A step took `us` microseconds on the device: the cost model learns from it. What cannot be is ignored.
-    pub fn observe(&mut self, step: Step, us: f64) {
-        self.model.observe(step, us);
+    /// What each tenant was served, in order of ids. Tenants without live requests are forgotten after a while.
+    pub fn tenants(&self) -> Vec<(u32, Share)> {
+        self.requests.tenants()
+    }
+
+    /// Recomputes every invariant from scratch.
+    pub fn check(&self) -> Result<(), Malformed> {
+        check::check(self)
+    }
+
+    /// All that is needed to go on elsewhere, as JSON.
+    pub fn dump(&self) -> String {
+        dump::dump(self)
+    }
+
+    /// A core that goes on from a dump. Refuses what is not one, and one of another layout.
+    pub fn load(layout: &LayoutSpec, text: &str) -> Result<Core, CoreError> {
+        dump::load(layout, text)
     }
 }

@@ -41,12 +41,15 @@ impl Waiting {
     fn of(r: &Request) -> Self {
         let tokens = r.tokens.to_vec();
         let (prompt, outputs) = tokens.split_at(r.prompt as usize);
-        let running = r.run.is_some();
+        let running = r.run();
         Waiting {
             submit: r.as_submitted(prompt.to_vec()),
             outputs: outputs.to_vec(),
-            computed: r.run.as_ref().map_or(r.computed_before, |run| run.computed),
-            explain: Explain { preemptions: r.explain.preemptions + u32::from(running), ..r.explain },
+            computed: running.map_or(r.computed_before, |run| run.computed),
+            explain: Explain {
+                preemptions: r.explain.preemptions + u32::from(running.is_some()),
+                ..r.explain
+            },
         }
     }
 }
@@ -68,69 +71,58 @@ pub struct Live {
     pub priority: i32,
 }
 
-impl Core {
-    /// Live requests in the order in which they came.
-    pub fn live(&self) -> Vec<Live> {
-        let mut live: Vec<&Request> = self.table.iter().collect();
-        live.sort_by_key(|r| r.place.arrival);
-        let told = |r: &Request| Live {
+impl Live {
+    pub(crate) fn of(r: &Request) -> Self {
+        Live {
             id: r.id,
             prompt: r.prompt,
             outputs: r.outputs(),
             max_new: r.max_new,
             tenant: r.hint.tenant,
             priority: r.place.priority,
-        };
-        live.into_iter().map(told).collect()
+        }
     }
+}
 
-    /// All that is needed to go on elsewhere, as JSON.
-    pub fn dump(&self) -> String {
-        let mut live: Vec<&Request> = self.table.iter().collect();
-        live.sort_by_key(|r| r.place.arrival);
-        let dump = Dump {
-            version: VERSION,
-            layout: self.cache.fingerprint(),
-            options: self.options.clone(),
-            cache: self.cache.image(),
-            requests: live.into_iter().map(Waiting::of).collect(),
-            learnt: self.model.learnt(),
-        };
-        serde_json::to_string(&dump).expect("numbers, texts and lists can be written")
+/// See [`Core::dump`].
+pub(crate) fn dump(core: &Core) -> String {
+    let dump = Dump {
+        version: VERSION,
+        layout: core.memory.cache().fingerprint(),
+        options: core.options.clone(),
+        cache: core.memory.cache().image(),
+        requests: core.requests.by_arrival().into_iter().map(Waiting::of).collect(),
+        learnt: core.pace.learnt(),
+    };
+    serde_json::to_string(&dump).expect("numbers, texts and lists can be written")
+}
+
+/// See [`Core::load`].
+pub(crate) fn load(layout: &LayoutSpec, text: &str) -> Result<Core, CoreError> {
+    let wrong = |what: String| CoreError::config("dump", what, "it must be what dump() returned");
+    let dump: Dump = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
+    if dump.version != VERSION {
+        return Err(wrong(format!("of version {}", dump.version)));
     }
-
-    /// A core that goes on from a dump. Refuses what is not one, and one of another layout.
-    pub fn load(layout: &LayoutSpec, text: &str) -> Result<Core, CoreError> {
-        let wrong = |what: String| CoreError::config("dump", what, "it must be what dump() returned");
-        let dump: Dump = serde_json::from_str(text).map_err(|e| wrong(e.to_string()))?;
-        if dump.version != VERSION {
-            return Err(wrong(format!("of version {}", dump.version)));
-        }
-        if dump.layout != layout.fingerprint() {
-            return Err(CoreError::config(
-                "dump",
-                "of another layout",
-                "load it with the layout of its model",
-            ));
-        }
-        if !dump.learnt.is_sound() {
-            return Err(wrong("with a cost model that no steps can teach".to_owned()));
-        }
-        let max_waiting = dump.options.max_waiting;
-        let mut core = Core::new(layout, Options { max_waiting: usize::MAX, ..dump.options })?;
-        core.cache.fill(&dump.cache)?;
-        core.pins.extend(core.cache.pins());
-        core.now_us = core.cache.time();
-        core.model.set_learnt(dump.learnt);
-        for waiting in dump.requests {
-            let id: RequestId = waiting.submit.id;
-            core.submit(waiting.submit)?;
-            let slot = core.table.find(id).expect("it was submitted");
-            let request = core.table.get_mut(slot);
+    if dump.layout != layout.fingerprint() {
+        return Err(CoreError::config("dump", "of another layout", "load it with the layout of its model"));
+    }
+    if !dump.learnt.is_sound() {
+        return Err(wrong("with a cost model that no steps can teach".to_owned()));
+    }
+    let max_waiting = dump.options.max_waiting;
+    let mut core = Core::new(layout, Options { max_waiting: usize::MAX, ..dump.options })?;
+    core.memory.fill(&dump.cache)?;
+    core.pace.resume(core.memory.cache().time(), dump.learnt);
+    for waiting in dump.requests {
+        let id: RequestId = waiting.submit.id;
+        core.submit(waiting.submit)?;
+        if let Some(slot) = core.requests.find(id) {
+            let request = core.requests.get_mut(slot);
             request.tokens.extend(waiting.outputs);
             (request.computed_before, request.explain) = (waiting.computed, waiting.explain);
         }
-        core.options.max_waiting = max_waiting;
-        Ok(core)
     }
+    core.options.max_waiting = max_waiting;
+    Ok(core)
 }

@@ -20,7 +20,6 @@ pub mod event;
 pub mod fence;
 pub mod ids;
 pub mod layout;
-pub mod mutant;
 mod options;
 pub mod plan;
 pub mod sched;

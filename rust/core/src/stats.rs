@@ -2,7 +2,7 @@
 
 use crate::core::Core;
 use crate::sched::explain::Reason;
-pub use crate::sched::shares::Share;
+pub use crate::sched::requests::shares::Share;
 
 /// Counters of the scheduler; they only grow.
 #[derive(Clone, Copy, Debug, Default)]
@@ -31,16 +31,8 @@ pub struct Counters {
     pub unparked: u64,
     /// Requests that started from the live state of another.
     pub forks: u64,
-    /// Requests that waited so long that they went ahead of all.
-    pub aged: u64,
-    /// Pins ended for requests that did not fit otherwise.
-    pub pins_broken: u64,
     /// First tokens that came after their deadline.
     pub deadline_misses: u64,
-    /// Deadlines given up because they could not be met any more.
-    pub deadlines_hopeless: u64,
-    /// Admissions past a request that did not fit.
-    pub passed: u64,
     /// Steps rolled back.
     pub rollbacks: u64,
     /// Rows of which `commit` accepted nothing.
@@ -56,65 +48,59 @@ pub struct Counters {
 /// Everything that `stats()` tells: names and values.
 pub type Stats = Vec<(String, u64)>;
 
-impl Core {
-    /// Gauges and counters by name.
-    pub fn stats(&self) -> Stats {
-        let (c, k) = (&self.counters, self.cache.counters());
-        let snapshot_pages = u64::from(self.cache.snapshots()) * u64::from(self.snapshot_pages);
-        let (predicted, measured) = self.model.last();
-        let named = [
-            ("pages", self.cache.pages().into()),
-            ("free_pages", self.cache.free_pages().into()),
-            ("available_pages", self.cache.available().into()),
-            ("cached_pages", self.cache.cached_blocks().into()),
-            ("snapshot_pages", snapshot_pages),
-            ("deferred_pages", self.cache.leaving_pages().into()),
-            ("slabs", self.slabs.total().into()),
-            ("free_slabs", self.slabs.free().into()),
-            ("waiting", self.table.queue.len() as u64),
-            ("running", self.table.running.len() as u64),
-            ("in_flight", self.flights.len() as u64),
-            ("snapshots", self.cache.snapshots().into()),
-            ("snapshots_taken", k.snapshots_taken),
-            ("snapshots_used", k.snapshots_used),
-            ("snapshots_evicted", k.snapshots_evicted),
-            ("snapshots_declined", k.snapshots_declined),
-            ("pinned_pages", self.cache.pinned_pages().into()),
-            ("zero_hit_warnings", self.zero_hits.warnings()),
-            ("evicted_blocks", k.evicted_blocks),
-            ("adopted_blocks", k.adopted_blocks),
-            ("prefix_queries", c.prefix_queries),
-            ("prompt_tokens", c.prompt_tokens),
-            ("matched_tokens", c.matched_tokens),
-            ("resumed_tokens", c.resumed_tokens),
-            ("replayed_tokens", c.replayed_tokens),
-            ("recomputed_tokens", c.recomputed_tokens),
-            ("preemptions", c.preemptions),
-            ("preempted_with_state", c.preempted_with_state),
-            ("parked", self.parked.len() as u64),
-            ("parked_lost", c.parked_lost),
-            ("unparked", c.unparked),
-            ("forks", c.forks),
-            ("aged", c.aged),
-            ("passed", c.passed),
-            ("pins_broken", c.pins_broken),
-            ("deadline_misses", c.deadline_misses),
-            ("deadlines_hopeless", c.deadlines_hopeless),
-            ("step_predicted_us", predicted as u64),
-            ("step_measured_us", measured as u64),
-            ("rollbacks", c.rollbacks),
-            ("rows_refused", c.rows_refused),
-            ("steps", c.steps),
-            ("aborts", c.aborts),
-            ("finished", c.finished),
-        ];
-        let lost = Reason::ALL.into_iter().zip(c.lost).skip(1);
-        let lost = lost.map(|(reason, tokens)| (format!("lost_{}", reason.name()), tokens));
-        named.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(lost).collect()
-    }
-
-    /// What each tenant was served, in order of ids. Tenants without live requests are forgotten after a while.
-    pub fn tenants(&self) -> Vec<(u32, Share)> {
-        self.table.shares.all()
-    }
+/// See [`Core::stats`].
+pub(crate) fn stats_of(core: &Core) -> Stats {
+    let (c, cache, requests) = (&core.journal.counters, core.memory.cache(), &core.requests);
+    let (k, waited) = (cache.counters(), requests.counts());
+    let snapshot_pages = u64::from(cache.snapshots()) * u64::from(core.memory.snapshot_pages());
+    let (predicted, measured) = core.pace.last();
+    let named = [
+        ("pages", cache.pages().into()),
+        ("free_pages", cache.free_pages().into()),
+        ("available_pages", cache.available().into()),
+        ("cached_pages", cache.cached_blocks().into()),
+        ("snapshot_pages", snapshot_pages),
+        ("deferred_pages", cache.leaving_pages().into()),
+        ("slabs", core.memory.slabs().total().into()),
+        ("free_slabs", core.memory.slabs().free().into()),
+        ("waiting", requests.waiting_count() as u64),
+        ("running", requests.running_count().into()),
+        ("in_flight", core.flights.len() as u64),
+        ("snapshots", cache.snapshots().into()),
+        ("snapshots_taken", k.snapshots_taken),
+        ("snapshots_used", k.snapshots_used),
+        ("snapshots_evicted", k.snapshots_evicted),
+        ("snapshots_declined", k.snapshots_declined),
+        ("pinned_pages", cache.pinned_pages().into()),
+        ("zero_hit_warnings", core.journal.zero_hits.warnings()),
+        ("evicted_blocks", k.evicted_blocks),
+        ("adopted_blocks", k.adopted_blocks),
+        ("prefix_queries", c.prefix_queries),
+        ("prompt_tokens", c.prompt_tokens),
+        ("matched_tokens", c.matched_tokens),
+        ("resumed_tokens", c.resumed_tokens),
+        ("replayed_tokens", c.replayed_tokens),
+        ("recomputed_tokens", c.recomputed_tokens),
+        ("preemptions", c.preemptions),
+        ("preempted_with_state", c.preempted_with_state),
+        ("parked", requests.parked_count() as u64),
+        ("parked_lost", c.parked_lost),
+        ("unparked", c.unparked),
+        ("forks", c.forks),
+        ("aged", waited.aged),
+        ("passed", waited.passed),
+        ("pins_broken", core.memory.pins_broken()),
+        ("deadline_misses", c.deadline_misses),
+        ("deadlines_hopeless", waited.deadlines_hopeless),
+        ("step_predicted_us", predicted as u64),
+        ("step_measured_us", measured as u64),
+        ("rollbacks", c.rollbacks),
+        ("rows_refused", c.rows_refused),
+        ("steps", c.steps),
+        ("aborts", c.aborts),
+        ("finished", c.finished),
+    ];
+    let lost = Reason::ALL.into_iter().zip(c.lost).skip(1);
+    let lost = lost.map(|(reason, tokens)| (format!("lost_{}", reason.name()), tokens));
+    named.into_iter().map(|(name, value)| (name.to_owned(), value)).chain(lost).collect()
 }

@@ -55,7 +55,6 @@ use crate::error::CoreError;
 use crate::fence::{Fence, Until};
 use crate::ids::{PageId, PinId, SnapshotId, Step, Ticket};
 use crate::layout::LayoutSpec;
-use crate::mutant::{self, Mutant};
 pub use image::CacheImage;
 
 /// How much memory there is and how it is used.
@@ -248,7 +247,6 @@ impl KvCache {
 
     /// How far whole blocks of `tokens` are known, at most `limit` tokens. Changes nothing, recency included.
     pub fn lookup(&self, salt: &[u8], tokens: &[u32], limit: u32) -> Match {
-        let salt = if mutant::on(Mutant::SaltIgnored) { &[] } else { salt };
         let limit = limit.min(tokens.len() as u32) / self.block;
         let nothing = |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None };
         if limit == 0 {
@@ -346,13 +344,12 @@ impl KvCache {
     }
 
     fn pin_node(&mut self, id: u32) {
-        if self.tree.pin(id) && !mutant::on(Mutant::PinnedInLine) {
+        if self.tree.pin(id) {
             self.unlist_blocks(id);
         }
     }
 
     fn root(&mut self, salt: &[u8]) -> u32 {
-        let salt = if mutant::on(Mutant::SaltIgnored) { &[] } else { salt };
         if let Some(&root) = self.roots.get(salt) {
             return root;
         }
@@ -429,7 +426,7 @@ impl KvCache {
         if !spare.is_empty() {
             self.leave(Leaving::Pages(spare), until.into());
         }
-        if mutant::on(Mutant::AdoptionUntold) { Vec::new() } else { adopted }
+        adopted
     }
 
     /// New blocks of the sequence enter the tree.
@@ -456,9 +453,7 @@ impl KvCache {
         let may_grow = mine && self.options.eviction != Eviction::Fifo;
         seq.cursor = self.tree.append(seq.cursor, rest, pages, facts, may_grow);
         seq.edge = (seq.cursor, self.now);
-        if !mutant::on(Mutant::SkippedIncrement) {
-            pages.iter().for_each(|&p| self.pool.retain(p));
-        }
+        pages.iter().for_each(|&p| self.pool.retain(p));
         self.quotas.add(facts.tenant, full - from);
         seq.published = full;
     }
@@ -469,7 +464,6 @@ impl KvCache {
     }
 
     fn leave(&mut self, what: Leaving, until: Until) {
-        let until = if mutant::on(Mutant::FreeAtAbort) { Until::NOW } else { until };
         if let Some(what) = self.leaving.put(what, until) {
             self.let_go(what);
         }

@@ -6,7 +6,6 @@ use crate::cache::snapshot::{Entry, SnapshotPages};
 use crate::cache::worth::Shelf;
 use crate::fence::Until;
 use crate::ids::{PageId, SnapshotId};
-use crate::mutant::{self, Mutant};
 
 /// A state that was used more than once is wanted by more than the one who continues it.
 const SHARED: u8 = 2;
@@ -94,8 +93,7 @@ impl KvCache {
         if !pos.is_multiple_of(self.block) || blocks == 0 || blocks > seq.published {
             return Err(pages);
         }
-        let early = u32::from(mutant::on(Mutant::StateOfOtherPosition) && blocks > 1);
-        let node = self.tree.split(self.tree.node_at(seq.cursor, blocks - early), blocks - early);
+        let node = self.tree.split(self.tree.node_at(seq.cursor, blocks), blocks);
         if self.tree.node(node).snapshot.is_some() {
             return Err(pages);
         }
@@ -188,10 +186,8 @@ impl KvCache {
         let pages = e.pages.0.clone();
         self.list_snapshot(id);
         self.counters.snapshots_used += 1;
-        if !mutant::on(Mutant::LeaseForgotten) {
-            pages.iter().for_each(|&p| self.pool.retain(p));
-            self.leave(Leaving::Pages(pages.clone()), until.into());
-        }
+        pages.iter().for_each(|&p| self.pool.retain(p));
+        self.leave(Leaving::Pages(pages.clone()), until.into());
         pages
     }
 }

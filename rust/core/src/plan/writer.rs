@@ -5,7 +5,6 @@ use super::schema::{Field, Limits, Schema, StepHeader, in_words};
 use super::{CopyKind, DECODE, REPLAY};
 use crate::error::CoreError;
 use crate::ids::{PageId, RequestId, SlabId, Step, Ticket};
-use crate::mutant::{self, Mutant};
 
 /// A row as the scheduler decides it.
 #[derive(Clone, Copy, Debug)]
@@ -84,9 +83,7 @@ impl<'a> PlanWriter<'a> {
 
     /// A state to restore before the forward.
     pub fn restore(&mut self, slab: SlabId, pos: u32, pages: &[PageId], ticket: Ticket) {
-        if !mutant::on(Mutant::HitWithoutState) {
-            self.copy(CopyKind::Restore, [None, Some(slab)], pos, pages, ticket);
-        }
+        self.copy(CopyKind::Restore, [None, Some(slab)], pos, pages, ticket);
     }
 
     /// A slab to copy from another before the forward, at this position, and a page with it: from one, to the other.

@@ -2,15 +2,16 @@
 //!
 //! | file | does |
 //! | --- | --- |
-//! | `step.rs` | `plan`: decode rows first, then pieces of prompts within the step's time |
-//! | `fairness.rs` | whose prompt is next; `queue.rs` who waits, in what order; `shares.rs` what tenants were served |
-//! | `admit.rs` | a waiting request gets a slab, pages and the cheapest way to start |
-//! | `memory.rs` | pages for decode; what gives way when there are none |
-//! | `park.rs` | giving way with the state saved; `fork.rs` starting from the state of another |
-//! | `commit.rs` | `commit` and `rollback`: results, tokens, ends |
-//! | `table.rs` | live requests and their order; `slabs.rs` live-state slabs; `flight.rs` steps in flight |
-//! | `request.rs` | a request and its states, `tokens.rs` its tokens, `explain.rs` what of it was reused |
-//! | `budget.rs` | what a step will take; `policy.rs` where saved states are worth taking |
+//! | `requests/` | who is live: the table, the queue, fairness, tenants' shares |
+//! | `memory/` | what they compute in: the cache, slabs, pins, fences |
+//! | `pace.rs` | the clock and what a step will take (`budget.rs`) |
+//! | `flights.rs` | steps in flight |
+//! | `planner/` | the next step, from the four above |
+//! | `commit.rs` | results and rollbacks; `ends.rs` how a stay in a slab ends |
+//! | `request.rs` | a request and its stages, `tokens.rs` its tokens, `explain.rs` what of it was reused |
+//! | `policy.rs` | where saved states are worth taking |
+//! | `journal.rs` | events, explanations, counters |
+//! | `check.rs` | every invariant from scratch |
 //!
 //! The rules and their bounds are in docs/scheduling.md.
 //!
@@ -19,21 +20,17 @@
 //! is therefore never stopped by another; alone, everything else in the pool can be evicted, and `submit` has refused what
 //! is larger than the pool. Pages that wait for a step in flight are waited for before anyone gives way.
 
-pub(crate) mod admit;
 pub mod budget;
-mod check;
-mod commit;
+pub(crate) mod check;
+pub(crate) mod commit;
+pub(crate) mod ends;
 pub mod explain;
-mod fairness;
-pub(crate) mod flight;
-mod fork;
-mod memory;
-pub(crate) mod park;
+pub(crate) mod flights;
+pub(crate) mod journal;
+pub(crate) mod memory;
+pub(crate) mod pace;
+pub(crate) mod planner;
 pub mod policy;
-pub mod queue;
 pub mod request;
-pub mod shares;
-pub(crate) mod slabs;
-mod step;
-pub(crate) mod table;
+pub mod requests;
 mod tokens;

@@ -1,13 +1,16 @@
-//! A request and its states.
+//! A request and its stages.
 //!
 //! ```text
-//!             Admit            PromptPlanned           Token
-//!   Waiting ─────────▶ Prefill ─────────────▶ Decode ◀───────┐
-//!      ▲                  │                     │ └──────────┘
-//!      └────── Lose ──────┴─────────────────────┤ preempted, or its step was rolled back
-//!                                               ▼
-//!   any live state ── Finish(Stop | Abort | Error), Decode ── Finish(Length) ──▶ Finished
+//!   Waiting ── start ──▶ Running: in prefill ── prompt_planned ──▶ in decode ◀── token ──┐
+//!      ▲                             │                                 │ └───────────────┘
+//!      └─────────── stop ────────────┴─────────────────────────────────┤ preempted, or its step was rolled back
+//!                                                                      ▼
+//!   any stage ── finish(Stop | Abort | Error), in decode ── finish(Length) ──▶ gone from the table
 //! ```
+//!
+//! What a request holds lies in its stage, so it cannot hold what its stage has not. A request whose pages are on their way
+//! from another memory will be a third stage, `Loading`, between waiting and running: it holds its history and the tickets
+//! of its copies, but no slab.
 
 use std::cmp::Reverse;
 
@@ -20,9 +23,8 @@ use crate::cache::snapshot::SnapshotPages;
 use crate::error::CoreError;
 use crate::ids::{PageId, RequestId, SlabId, Step, Ticket};
 use crate::sched::explain::Explain;
-pub use crate::sched::park::Parked;
 use crate::sched::policy::Due;
-pub use crate::sched::queue::{Order, Place};
+pub use crate::sched::requests::queue::{Order, Place};
 use crate::sched::tokens::Tokens;
 
 /// Why a request ended; the numbers are those of the FINISHED event.
@@ -38,72 +40,34 @@ pub enum Finish {
     Error = 4,
 }
 
-/// Where a request stands.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Phase {
-    /// In the queue; holds no memory.
-    Waiting,
-    /// Has a slab; some of its known tokens are not yet planned.
-    Prefill,
-    /// Every known token is planned; one more per step.
-    Decode,
-    /// Over.
-    Finished(Finish),
+/// Where a request stands, and what it holds there.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "each step looks at the run of each running request")]
+pub enum Stage {
+    /// In the queue. One that gave way with its state saved keeps history and state.
+    Waiting {
+        /// What it goes on from.
+        parked: Option<Box<Parked>>,
+    },
+    /// Has a slab and the pages of its known tokens.
+    Running(Run),
 }
 
-/// What can happen to a request.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Change {
-    /// It gets a slab and pages.
-    Admit,
-    /// The last of its known tokens is in a plan.
-    PromptPlanned,
-    /// A token was sampled.
-    Token,
-    /// Its slab is taken away: preemption or rollback.
-    Lose,
-    /// It ends.
-    Finish(Finish),
-}
+impl Stage {
+    /// Waiting with nothing.
+    const IDLE: Stage = Stage::Waiting { parked: None };
 
-impl Phase {
-    /// The next state. Fails with both names where the change is not allowed.
-    pub fn after(self, change: Change, request: RequestId) -> Result<Phase, CoreError> {
-        match (self, change) {
-            (Phase::Waiting, Change::Admit) => Ok(Phase::Prefill),
-            (Phase::Prefill, Change::PromptPlanned) | (Phase::Decode, Change::Token) => Ok(Phase::Decode),
-            (Phase::Prefill | Phase::Decode, Change::Lose) => Ok(Phase::Waiting),
-            (Phase::Decode, Change::Finish(f)) => Ok(Phase::Finished(f)),
-            (Phase::Waiting | Phase::Prefill, Change::Finish(f)) if f != Finish::Length => {
-                Ok(Phase::Finished(f))
-            }
-            (state, event) => {
-                Err(CoreError::Illegal { request: request.0, state: state.name(), event: event.name() })
-            }
-        }
+    /// What a running request holds.
+    pub fn run_mut(&mut self) -> Option<&mut Run> {
+        if let Stage::Running(run) = self { Some(run) } else { None }
     }
 
     /// As it reads in messages.
-    pub fn name(self) -> &'static str {
+    pub fn name(&self) -> &'static str {
         match self {
-            Phase::Waiting => "waiting",
-            Phase::Prefill => "in prefill",
-            Phase::Decode => "in decode",
-            Phase::Finished(_) => "finished",
-        }
-    }
-}
-
-impl Change {
-    /// As it reads in messages.
-    pub fn name(self) -> &'static str {
-        match self {
-            Change::Admit => "admission",
-            Change::PromptPlanned => "the end of its prompt",
-            Change::Token => "a token",
-            Change::Lose => "the loss of its slab",
-            Change::Finish(Finish::Length) => "an end by length",
-            Change::Finish(_) => "an end",
+            Stage::Waiting { .. } => "waiting",
+            Stage::Running(run) if run.decoding => "in decode",
+            Stage::Running(_) => "in prefill",
         }
     }
 }
@@ -167,12 +131,8 @@ pub struct Request {
     pub all_logits: bool,
     /// Its tenant and retention.
     pub hint: Hint,
-    /// Where it stands.
-    pub phase: Phase,
-    /// What it holds while it runs.
-    pub run: Option<Run>,
-    /// What it holds while it waits with its state saved.
-    pub parked: Option<Box<Parked>>,
+    /// Where it stands, and what it holds there.
+    pub stage: Stage,
     /// Tokens of its prefix that were known when it was last looked up.
     pub known_prefix: u32,
     /// Tokens that were computed when it last lost its slab.
@@ -198,10 +158,109 @@ impl Request {
         (Reverse(self.place.priority), self.place.arrival)
     }
 
-    /// Moves to the next state.
-    pub fn change(&mut self, change: Change) -> Result<(), CoreError> {
-        self.phase = self.phase.after(change, self.id)?;
+    /// A request that has come and waits.
+    pub fn new(submit: Submit, place: Place, max_new: u32, now_us: u64) -> Self {
+        let prompt = submit.prompt.len() as u32;
+        Request {
+            id: submit.id,
+            prompt,
+            tokens: submit.prompt.into(),
+            max_new,
+            stop_ids: submit.stop_ids.into(),
+            salt: submit.salt.into(),
+            place,
+            arrived_us: now_us,
+            deadline_us: submit.deadline_us,
+            passed: 0,
+            blocked: None,
+            forked: None,
+            all_logits: submit.all_logits,
+            hint: Hint { tenant: submit.tenant, retention: submit.retention },
+            stage: Stage::IDLE,
+            known_prefix: 0,
+            computed_before: 0,
+            explain: Explain { prompt_tokens: prompt, ..Explain::default() },
+        }
+    }
+
+    /// What it holds while it runs.
+    pub fn run(&self) -> Option<&Run> {
+        if let Stage::Running(run) = &self.stage { Some(run) } else { None }
+    }
+
+    /// What it holds while it runs.
+    pub fn run_mut(&mut self) -> Option<&mut Run> {
+        self.stage.run_mut()
+    }
+
+    /// What it holds while it waits with its state saved.
+    pub fn parked(&self) -> Option<&Parked> {
+        if let Stage::Waiting { parked } = &self.stage { parked.as_deref() } else { None }
+    }
+
+    /// It no longer has its saved state.
+    pub fn take_parked(&mut self) -> Option<Parked> {
+        if let Stage::Waiting { parked } = &mut self.stage { parked.take().map(|p| *p) } else { None }
+    }
+
+    /// It waits with its state saved.
+    pub fn hold(&mut self, parked: Parked) {
+        self.stage = Stage::Waiting { parked: Some(Box::new(parked)) };
+    }
+
+    /// It gets a slab and pages. Fails unless it waits.
+    pub fn start(&mut self, run: Run) -> Result<(), CoreError> {
+        if let Stage::Running(_) = self.stage {
+            return Err(self.illegal("admission"));
+        }
+        self.blocked = None;
+        self.stage = Stage::Running(run);
         Ok(())
+    }
+
+    /// The last of its known tokens is in a plan. Fails unless it is in prefill.
+    pub fn prompt_planned(&mut self) -> Result<(), CoreError> {
+        match &mut self.stage {
+            Stage::Running(run) if !run.decoding => run.decoding = true,
+            _ => return Err(self.illegal("the end of its prompt")),
+        }
+        Ok(())
+    }
+
+    /// A token was sampled. Fails unless it is in decode.
+    pub fn token(&mut self, token: u32) -> Result<(), CoreError> {
+        match &mut self.stage {
+            Stage::Running(run) if run.decoding => run.unknown -= 1,
+            _ => return Err(self.illegal("a token")),
+        }
+        self.tokens.push(token);
+        Ok(())
+    }
+
+    /// Its slab is taken away: it waits again. Fails unless it runs.
+    pub fn stop(&mut self) -> Result<Run, CoreError> {
+        match std::mem::replace(&mut self.stage, Stage::IDLE) {
+            Stage::Running(run) => {
+                self.explain.preemptions += 1;
+                self.computed_before = run.computed;
+                Ok(run)
+            }
+            waiting @ Stage::Waiting { .. } => {
+                self.stage = waiting;
+                Err(self.illegal("the loss of its slab"))
+            }
+        }
+    }
+
+    /// Whether it may end so: by length only in decode.
+    pub fn may_finish(&self, reason: Finish) -> Result<(), CoreError> {
+        let decoding = self.run().is_some_and(|run| run.decoding);
+        if reason == Finish::Length && !decoding { Err(self.illegal("an end by length")) } else { Ok(()) }
+    }
+
+    #[cold]
+    fn illegal(&self, event: &'static str) -> CoreError {
+        CoreError::Illegal { request: self.id.0, state: self.stage.name(), event }
     }
 
     /// As it could be submitted again.
@@ -234,8 +293,11 @@ impl Request {
 /// What a running request holds.
 #[derive(Debug)]
 pub struct Run {
-    /// Tells this stay in a slab from earlier ones of the same request: results of earlier ones are ignored.
+    /// Tells this stay in a slab from earlier ones of the same request: results of earlier ones are ignored. Given when it
+    /// starts.
     pub epoch: u64,
+    /// Every known token is planned; one more per step.
+    pub decoding: bool,
     /// Its live state.
     pub slab: SlabId,
     /// Its history.
@@ -268,9 +330,10 @@ pub struct Run {
 
 impl Run {
     /// A stay that begins at position `at`: everything before it is computed, or will be restored or replayed.
-    pub fn new(epoch: u64, slab: SlabId, seq: Sequence, at: u32, start: Start, due: Due) -> Self {
+    pub fn new(slab: SlabId, seq: Sequence, at: u32, start: Start, due: Due) -> Self {
         Run {
-            epoch,
+            epoch: 0,
+            decoding: false,
             slab,
             seq,
             planned: at,
@@ -289,6 +352,23 @@ impl Run {
     }
 }
 
+/// What a waiting request holds so that nothing of it has to be run again.
+#[derive(Debug)]
+pub struct Parked {
+    /// The state's position.
+    pub pos: u32,
+    /// The history up to there.
+    pub seq: Sequence,
+    /// Where the state lies.
+    pub state: SnapshotPages,
+    /// The copy that saves it.
+    pub saved: Ticket,
+    /// Boundaries at which its state is saved for others.
+    pub due: Due,
+    /// A state kept aside in decode.
+    pub spare: Option<(u32, SnapshotPages)>,
+}
+
 /// What a slab holds when a request's first row runs.
 #[derive(Debug)]
 pub enum Start {
@@ -303,27 +383,51 @@ pub enum Start {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::{CacheOptions, KvCache, Lost, Match};
+    use crate::layout::presets;
+    use crate::sched::policy::SnapshotPolicy;
+
+    fn request(stage: Stage) -> Request {
+        let order = Order::Known(Reverse(0));
+        let place = Place { arrival: 1, priority: 0, tenant: 0, order };
+        let submit = Submit { id: RequestId(7), prompt: vec![1, 2], ..Submit::default() };
+        Request { stage, ..Request::new(submit, place, 4, 0) }
+    }
+
+    fn run(decoding: bool) -> Run {
+        let layout = presets::toy(4, 6, 3);
+        let mut cache = KvCache::new(&layout, &CacheOptions::default()).unwrap();
+        let seq = cache.attach(b"", &[], 0, Hint::default());
+        let found = Match { history: 0, snapshots: Vec::new(), lost: Lost::Nothing, snapshot_evicted: None };
+        let due = SnapshotPolicy::None.due(4, 2, 2, &found);
+        Run { decoding, unknown: 1, ..Run::new(SlabId(0), seq, 0, Start::Empty, due) }
+    }
 
     #[test]
-    fn every_pair_of_state_and_change_is_allowed_or_refused_by_name() {
-        use Change::{Admit, Lose, PromptPlanned, Token};
-        let states = [Phase::Waiting, Phase::Prefill, Phase::Decode, Phase::Finished(Finish::Stop)];
-        let changes = [
-            (Admit, [true, false, false, false]),
-            (PromptPlanned, [false, true, false, false]),
-            (Token, [false, false, true, false]),
-            (Lose, [false, true, true, false]),
-            (Change::Finish(Finish::Length), [false, false, true, false]),
-            (Change::Finish(Finish::Stop), [true, true, true, false]),
-            (Change::Finish(Finish::Abort), [true, true, true, false]),
+    fn every_pair_of_stage_and_change_is_allowed_or_refused_by_name() {
+        type Act = fn(&mut Request) -> Result<(), CoreError>;
+        let stages: [fn() -> Stage; 3] =
+            [|| Stage::IDLE, || Stage::Running(run(false)), || Stage::Running(run(true))];
+        let changes: [(&str, Act, [&str; 3]); 7] = [
+            ("admission", |r| r.start(run(false)), ["in prefill", "", ""]),
+            ("the end of its prompt", Request::prompt_planned, ["", "in decode", ""]),
+            ("a token", |r| r.token(9), ["", "", "in decode"]),
+            ("the loss of its slab", |r| r.stop().map(drop), ["", "waiting", "waiting"]),
+            ("an end by length", |r| r.may_finish(Finish::Length), ["", "", "in decode"]),
+            ("an end", |r| r.may_finish(Finish::Stop), ["waiting", "in prefill", "in decode"]),
+            ("an end", |r| r.may_finish(Finish::Abort), ["waiting", "in prefill", "in decode"]),
         ];
-        for (change, allowed) in changes {
-            for (state, ok) in states.into_iter().zip(allowed) {
-                let next = state.after(change, RequestId(7));
-                assert_eq!(next.is_ok(), ok, "{state:?} {change:?}");
-                if let Err(e) = next {
-                    let text = e.to_string();
-                    assert!(text.contains(state.name()) && text.contains(change.name()), "{text}");
+        for (name, change, becomes) in changes {
+            for (stage, next) in stages.iter().zip(becomes) {
+                let mut request = request(stage());
+                let before = request.stage.name();
+                match change(&mut request) {
+                    Ok(()) => assert_eq!(request.stage.name(), next, "{name}, {before}"),
+                    Err(e) => {
+                        let text = e.to_string();
+                        assert!(next.is_empty() && text.contains(before) && text.contains(name), "{text}");
+                        assert_eq!((request.stage.name(), request.known()), (before, 2), "{name}");
+                    }
                 }
             }
         }

@@ -13,8 +13,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound::{Excluded, Unbounded};
 
+use super::Slot;
 use crate::error::Malformed;
-use crate::sched::table::Slot;
 
 /// Where a waiting request stands; enough to find it again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

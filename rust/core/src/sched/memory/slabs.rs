@@ -3,7 +3,6 @@
 use crate::error::Malformed;
 use crate::fence::{Fence, Until};
 use crate::ids::{SlabId, Step, Ticket};
-use crate::mutant::{self, Mutant};
 
 /// Free slabs, and those that may still be in use.
 #[derive(Debug)]
@@ -37,7 +36,6 @@ impl Slabs {
 
     /// Gives one back that is in use until then.
     pub fn give_back(&mut self, slab: SlabId, until: Until) {
-        let until = if mutant::on(Mutant::SlabAtOnce) { Until::NOW } else { until };
         self.free.extend(self.leaving.put(slab, until));
     }
 

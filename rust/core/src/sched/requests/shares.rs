@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use crate::core::Tenant;
+use crate::options::Tenant;
 
 /// Idle tenants are forgotten when there are more than this: then all have had their turn.
 const KEPT: usize = 4096;
