@@ -24,10 +24,9 @@ from dsv4.api.fields import Fields, token_ids
 from dsv4.api.http import parse_object
 from dsv4.api.openai_chat import _read
 from dsv4.api.service import Service
-from dsv4.config import ServerConfig
+from dsv4.config import EngineConfig, ServerConfig
 from dsv4.engine.buffers import StepPlan
-from dsv4.engine.build import BuiltEngine
-from dsv4.engine.prompt import as_prompt
+from dsv4.engine.frontend import Frontend
 from dsv4.model.config import ModelConfig
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat import encode_chat
@@ -110,7 +109,7 @@ def main() -> None:
     engine = FakeEngine(tokenizer=tokenizer, max_model_len=room)
     vocab = engine.model_config.vocab_size = 8192 if arguments.small else 129280
     service = Service(engine, ServerConfig(), "bench")
-    limits = SimpleNamespace(model_config=engine.model_config, max_model_len=room)
+    limits = SimpleNamespace(model_config=engine.model_config)
     bound = Bound(room, "messages")
     chat, planner = chat_of(tokenizer, arguments.messages, arguments.tokens), Planner(arguments.tokens)
     stages, by_ids, cached = Stages(), Stages(), 0
@@ -127,7 +126,9 @@ def main() -> None:
         ids = stages.run("encode the rest, join", draft.finish)
         stages.run(
             "event loop: check ids",
-            lambda ids=ids: BuiltEngine.admissible(limits, as_prompt(ids), SamplingParams(max_tokens=1)),
+            lambda ids=ids: Frontend.admissible(
+                limits, ids, SamplingParams(max_tokens=1), EngineConfig(), room
+            ),
         )
         stages.run("engine thread: Core.submit", lambda ids=ids: planner.submit(ids))
         stages.run("engine thread: first plan (prefix match, 1 row)", planner.first_plan)

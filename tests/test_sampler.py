@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from dsv4.engine.sampler import Sampled, Sampler, judge
+from dsv4.engine.request import Sampled
+from dsv4.engine.sampler import Sampler, judge
 from dsv4.ops.reference.sample import draws as draws_of
 from dsv4.ops.registry import Ops
 from dsv4.sampling import SamplingParams

@@ -47,7 +47,7 @@ def memory(llm: LLM) -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     free, total = torch.cuda.mem_get_info()
-    plan = llm._built.memory
+    plan = llm.memory
     parts = {
         "used": total - free,
         "weights": plan.weights,

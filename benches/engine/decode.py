@@ -19,7 +19,7 @@ def decode(driver: Driver, rows: int, context: int) -> dict[str, Any]:
     jobs = [driver.job(driver.ids(context), n) for _ in range(rows)]
     driver.run(until=lambda: all(job.times for job in jobs))
     for _ in range(10):
-        driver.loop.step()
+        driver.llm.step()
     at = len(jobs[0].times)
     ends = driver.run(until=lambda: len(jobs[0].times) >= at + STEPS)
     wall = 1e3 * median(np.diff(ends))

@@ -20,7 +20,7 @@ class Job:
         self.usage: Usage | None = None
         self.begun = time.perf_counter()
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-        llm._submit(ids, params, self._take, "", None)
+        llm.submit(ids, params, self._take)
 
     def _take(self, output: RequestOutput) -> None:
         if output.error is not None:
@@ -38,7 +38,7 @@ class Driver:
     """Submits jobs to an engine and steps it."""
 
     def __init__(self, llm: LLM, seed: int = 5) -> None:
-        self.llm, self.loop = llm, llm._loop
+        self.llm = llm
         self.rng = np.random.default_rng(seed)
 
     def ids(self, n: int) -> np.ndarray:
@@ -51,15 +51,14 @@ class Driver:
     def run(self, until: Callable[[], object] | None = None) -> list[float]:
         """Steps until a condition holds, or nothing is left; the time at the end of each step."""
         ends = []
-        while self.loop.has_work() and not (until and until()):
-            self.loop.step()
+        while self.llm.has_work() and not (until and until()):
+            self.llm.step()
             ends.append(time.perf_counter())
         return ends
 
     def clear(self) -> None:
         """Ends all requests."""
-        for key in list(self.loop.requests):
-            self.loop.abort(key)
+        self.llm.abort_all()
         self.run()
 
     def busy(self, steps: int) -> tuple[float, float]:
@@ -72,7 +71,7 @@ class Driver:
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
             for _ in range(steps):
-                self.loop.step()
+                self.llm.step()
             torch.cuda.synchronize()
         on_gpu = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         spans = sorted((e.time_range.start, e.time_range.end) for e in on_gpu)

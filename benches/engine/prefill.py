@@ -22,7 +22,7 @@ def cold(driver: Driver, tokens: int) -> dict[str, Any]:
     steps = np.diff(ends[-8:-1])
     job2 = driver.job(driver.ids(tokens))
     for _ in range(max(0, len(ends) - 2 * PROFILED - 2)):
-        driver.loop.step()
+        driver.llm.step()
     busy, kernels = driver.busy(min(PROFILED, max(1, len(ends) - 2)))
     driver.run()
     assert job2.times

@@ -77,6 +77,12 @@ class SamplingParams:
         self._check_stops()
         self._check_bias()
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether a token depends on which ones were generated before, or how many."""
+        penal = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penal or self.min_tokens)
+
     def _check_stops(self) -> None:
         if len(self.stop) > _MAX_STOPS:
             raise ValueError(f"stop has {len(self.stop)} strings; the limit is {_MAX_STOPS}")

@@ -13,12 +13,12 @@ def test_the_last_request_needs_no_further_step_to_end(overlap: bool) -> None:
     llm = LLM(num_pages=16, max_num_seqs=2, async_scheduling=overlap)
     outputs: list[RequestOutput] = []
     params = SamplingParams(max_tokens=50, ignore_eos=True)
-    key = llm._loop.submit("cut", [0, 3, 500, 600], params, outputs.append)
-    llm._loop.step()
-    llm._loop.abort(key)
+    key = llm.submit([0, 3, 500, 600], params, outputs.append)
+    llm.step()
+    llm.abort(key)
     assert not llm._loop.requests and outputs[-1].finish_reason == "abort"
-    while llm._loop.has_work():
-        llm._loop.step()
+    while llm.has_work():
+        llm.step()
     llm.core.check()
     assert sum(o.finished for o in outputs) == 1
     assert llm.generate([[0, 3, 500]], SamplingParams(max_tokens=3, ignore_eos=True))[0].token_ids

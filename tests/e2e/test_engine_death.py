@@ -1,52 +1,144 @@
-"""`dsv4 serve` whose device is lost: every stream ends with an error, and the process ends with a line and exit code 1."""
+"""`dsv4 serve` whose engine is lost: every stream ends with an error, the engine is started again, and nothing stays behind."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.support.engines import write_tiny
+from tests.support.scripted import OPTIONS, SERVE, alive, children, environment
 
-SERVE = """
-import itertools, sys
-import torch
-from dsv4.cli import main
-from dsv4.engine.device import LocalDevice
-
-run, count = LocalDevice.launch, itertools.count()
-def breaks(self, *arguments):
-    if next(count) == 20:
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\\nmore of it")
-    return run(self, *arguments)
-LocalDevice.launch = breaks
-sys.exit(main(["serve", *sys.argv[1:]]))
-"""
+BODY = {"model": "nano", "prompt": [5, 6, 7], "max_tokens": 300, "ignore_eos": True, "stream": True}
 
 
-def test_a_lost_device_ends_the_server(tmp_path: Path) -> None:
-    model = str(write_tiny(tmp_path / "tiny"))
-    options = ["--num-pages", "64", "--max-num-seqs", "2", "--port", "0", "--device", "cpu"]
+@dataclass
+class Served:
+    """A server of its own."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    @property
+    def engine(self) -> int:
+        """The process of the engine."""
+        (pid,) = children(self.process.pid)
+        return pid
+
+    def lines(self, **fields: object) -> list[str]:
+        """Of a stream."""
+        with httpx.stream(
+            "POST", f"{self.url}/v1/completions", json={**BODY, **fields}, timeout=60
+        ) as response:
+            return [line for line in response.iter_lines() if line]
+
+    def end(self) -> str:
+        """Standard error once it has ended."""
+        return self.process.communicate(timeout=60)[1]
+
+
+@contextlib.contextmanager
+def served(*options: str, **settings: object) -> Iterator[Served]:
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, model, *options],
+        [sys.executable, "-c", SERVE, *OPTIONS, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=environment(**settings),
     )
     try:
         assert process.stderr is not None
         ready = next(line for line in process.stderr if line.startswith("ready"))
-        url = ready.split()[1]
-        body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 3000, "ignore_eos": True, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
-            lines = [line for line in response.iter_lines() if line]
-        assert "illegal memory access" in lines[-2] and '"error"' in lines[-2] and lines[-1] == "data: [DONE]"
-        _, err = process.communicate(timeout=60)
+        yield Served(process, ready.split()[1])
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 1
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.02)
+
+
+def healthy(url: str) -> bool:
+    return httpx.get(f"{url}/health").status_code == 200
+
+
+def test_a_lost_device_ends_the_stream_and_the_engine_comes_back_until_it_is_lost_again_and_again() -> None:
+    with served(breaks=20, step=0.001) as server:
+        assert server.lines(max_tokens=5)[-1] == "data: [DONE]"
+        for _ in range(4):
+            until(lambda: healthy(server.url))
+            lines = server.lines()
+            assert lines[-1] == "data: [DONE]"
+            error = json.loads(lines[-2].removeprefix("data: "))["error"]
+            assert "illegal memory access" in error["message"]
+        err = server.end()
+    assert server.process.returncode == 1
     last = err.strip().splitlines()[-1]
     assert last.startswith("dsv4: error: the engine has stopped: the device is lost: CUDA error: an illegal")
+
+
+def test_while_the_engine_starts_again_health_says_so_and_metrics_go_on() -> None:
+    with served(step=0.01) as server:
+        pid = server.engine
+        os.kill(pid, signal.SIGSTOP)  # so that it is seen while it is gone
+        os.kill(pid, signal.SIGKILL)
+        seen = set()
+        while True:
+            health = httpx.get(f"{server.url}/health")
+            if health.status_code == 200 and server.engine != pid:
+                break
+            if health.status_code == 503:
+                seen.add(health.json()["status"])
+                assert health.headers["retry-after"]
+                assert httpx.get(f"{server.url}/metrics").status_code == 200
+        assert all("starting again" in status and "SIGKILL" in status for status in seen)
+        assert server.lines(max_tokens=3)[-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_process_and_no_socket_stays(number: int, tmp_path: Path) -> None:
+    place = tmp_path / "socket"
+    with served("--uds", str(place), "--drain-timeout", "1", step=0.01) as server:
+        pid = server.engine
+        url, transport = "http://localhost/v1/completions", httpx.HTTPTransport(uds=str(place))
+        with (
+            httpx.Client(transport=transport, timeout=60) as client,
+            client.stream("POST", url, json=BODY) as response,
+        ):
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(server.process.pid, number)
+            with contextlib.suppress(httpx.HTTPError):
+                list(lines)
+        server.end()
+    until(lambda: not alive(pid))
+    assert server.process.returncode == (-number if number == signal.SIGKILL else 0)
+    assert number == signal.SIGKILL or not place.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_is_the_servers_to_act_upon(number: int) -> None:
+    """As Ctrl-C in a terminal and a service manager send it: what is under way still ends as it should."""
+    with served("--drain-timeout", "30", step=0.01) as server:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=BODY, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(server.engine, number)
+            os.kill(server.process.pid, number)
+            *_, last, done = [line for line in lines if line]
+        assert done == "data: [DONE]" and json.loads(last[6:])["choices"][0]["finish_reason"] == "length"
+        server.end()
+    assert server.process.returncode == 0

@@ -36,6 +36,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield make
 
 
+KEYS: dict[int, int] = {}
+"""Numbers of requests by what becomes of them."""
+
+
 def tokens(seed: int, n: int) -> list[int]:
     r = random.Random(seed)
     return [r.randrange(3, 256) for _ in range(n)]
@@ -46,16 +50,17 @@ def sampled(seed: int, n: int = 6, temperature: float = 1.0) -> SamplingParams:
 
 
 def submit(
-    llm: LLM, name: str, ids: list[int], params: SamplingParams, fork_of: str | None = None, **hints: Any
+    llm: LLM, ids: list[int], params: SamplingParams, *, parent: Completion | None = None, **hints: Any
 ) -> Completion:
     done = Completion()
-    llm._loop.submit(name, ids, params, done.add, routing=Routing(**hints), fork_of=fork_of)
+    key = None if parent is None else KEYS[id(parent)]
+    KEYS[id(done)] = llm.submit(ids, params, done.add, routing=Routing(**hints), parent=key)
     return done
 
 
 def finish(llm: LLM) -> None:
-    while llm._loop.has_work():
-        llm._loop.step()
+    while llm.has_work():
+        llm.step()
         llm.core.check()
 
 
@@ -67,9 +72,8 @@ def test_choices_are_what_separate_requests_give(start: Any, overlap: bool, n: i
         start(enable_prefix_caching=False, max_num_seqs=1),
     )
     ids = tokens(n, n)
-    choices = [
-        submit(llm, f"c-{k}", ids, sampled(k, temperature=k and 1.0), "c-0" if k else None) for k in range(4)
-    ]
+    choices = [submit(llm, ids, sampled(0, temperature=0))]
+    choices += [submit(llm, ids, sampled(k), parent=choices[0]) for k in range(1, 4)]
     finish(llm)
     stats = llm.core.stats()
     assert stats["forks"] == 3
@@ -86,11 +90,11 @@ def _like(got: Completion, expected: Completion) -> Completion:
 def test_a_live_request_is_forked_in_the_middle_of_its_answer(start: Any) -> None:
     llm, alone = start(max_num_seqs=4), start(enable_prefix_caching=False, max_num_seqs=1)
     ids = tokens(9, 140)
-    parent = submit(llm, "parent", ids, sampled(1, 40))
+    parent = submit(llm, ids, sampled(1, 40))
     while len(parent.token_ids) < 7:
-        llm._loop.step()
+        llm.step()
     said = [*ids, *parent.token_ids]
-    child = submit(llm, "child", said, sampled(2, 12), "parent")
+    child = submit(llm, said, sampled(2, 12), parent=parent)
     finish(llm)
     assert llm.core.stats()["forks"] == 1
     assert parent.token_ids == alone.generate([ids], sampled(1, 40))[0].token_ids
@@ -102,10 +106,10 @@ def test_a_request_that_lost_its_slab_goes_on_where_it_was(start: Any, overlap: 
     llm = start(max_num_seqs=1, num_pages=256, async_scheduling=overlap, snapshot_policy="none")
     alone = start(enable_prefix_caching=False, max_num_seqs=1)
     low, high = tokens(20, 200), tokens(21, 60)
-    first = submit(llm, "low", low, sampled(1, 30))
+    first = submit(llm, low, sampled(1, 30))
     while len(first.token_ids) < 9:
-        llm._loop.step()
-    second = submit(llm, "high", high, sampled(2, 5), priority=1)
+        llm.step()
+    second = submit(llm, high, sampled(2, 5), priority=1)
     finish(llm)
     stats = llm.core.stats()
     assert (stats["preempted_with_state"], stats["unparked"]) == (1, 1)
@@ -119,10 +123,10 @@ def test_a_prompt_that_gives_way_for_a_page_goes_on_where_it_was(start: Any) -> 
     llm = start(max_num_seqs=2, num_pages=9, snapshot_policy="none", max_num_batched_tokens=32)
     alone = start(enable_prefix_caching=False, max_num_seqs=1)
     decode, long = tokens(30, 240), tokens(31, 600)
-    first = submit(llm, "decode", decode, sampled(1, 60))
+    first = submit(llm, decode, sampled(1, 60))
     while not first.token_ids:
-        llm._loop.step()
-    second = submit(llm, "long", long, sampled(2, 3))
+        llm.step()
+    second = submit(llm, long, sampled(2, 3))
     finish(llm)
     assert first.token_ids == alone.generate([decode], sampled(1, 60))[0].token_ids
     assert second.token_ids == alone.generate([long], sampled(2, 3))[0].token_ids

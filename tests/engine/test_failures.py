@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from dsv4 import LLM, AsyncEngine, SamplingParams
+from dsv4 import LLM, SamplingParams
 from dsv4.engine import device_errors
 from dsv4.engine.loop import DOUBTFUL
 from dsv4.errors import EngineDead, RequestError
 
-from tests.support.engines import answer, break_steps, tiny_engine, until, write_tiny
+from tests.support.engines import ReachableEngine, answer, break_steps, tiny_engine, until, write_tiny
 
 GONE = [
     torch.AcceleratorError(
@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def with_engine(model: Path, check: Callable[[AsyncEngine], Any], **settings: Any) -> None:
+def with_engine(model: Path, check: Callable[[ReachableEngine], Any], **settings: Any) -> None:
     async def run() -> None:
         async with tiny_engine(model, **settings) as engine:
             await check(engine)
@@ -80,7 +80,7 @@ def test_a_gpu_that_does_not_answer_is_gone_whatever_the_step_raised(monkeypatch
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_a_lost_device_ends_the_engine_and_everything_is_told(model: Path, overlap: bool) -> None:
-    async def check(engine: AsyncEngine) -> None:
+    async def check(engine: ReachableEngine) -> None:
         armed: list[BaseException] = []
         break_steps(engine, lambda: armed[0] if armed else None)
         running = [asyncio.ensure_future(answer(engine, 2000)) for _ in range(2)]
@@ -98,13 +98,13 @@ def test_a_lost_device_ends_the_engine_and_everything_is_told(model: Path, overl
             with pytest.raises(RequestError, match="illegal memory access") as refused:
                 await ask
             assert (refused.value.status, refused.value.code) == (503, "engine_dead")
-        assert not await engine.drain(0.0) or True  # it does not wait for a thread that is gone
+        await engine.drain(0.0)  # it does not wait for a process that is gone
 
     with_engine(model, check, async_scheduling=overlap)
 
 
 def test_a_request_under_way_to_the_thread_is_not_forgotten_when_it_ends(model: Path) -> None:
-    async def check(engine: AsyncEngine) -> None:
+    async def check(engine: ReachableEngine) -> None:
         break_steps(engine, lambda: GONE[1])
         many = await asyncio.gather(*(answer(engine) for _ in range(50)), return_exceptions=True)
         assert len(many) == 50
@@ -116,26 +116,26 @@ def test_a_request_under_way_to_the_thread_is_not_forgotten_when_it_ends(model: 
 
 
 def test_a_failed_step_costs_its_own_requests_only(model: Path) -> None:
-    async def check(engine: AsyncEngine) -> None:
+    async def check(engine: ReachableEngine) -> None:
         errors = iter([None, RuntimeError("can't allocate memory"), None])
         break_steps(engine, lambda: next(errors, None))
         failed = await answer(engine, 5)
         assert failed.finish_reason == "error" and "can't allocate" in (failed.error or "")
         assert engine.check_alive() == (True, "ok") and engine.died is None
         assert (await answer(engine, 5)).finish_reason == "length"
-        await engine.call(lambda core: core.check())
+        await engine.ask("check")
 
     with_engine(model, check)
 
 
 def test_requests_that_fail_one_after_the_other_are_at_fault_when_the_engines_own_works(model: Path) -> None:
-    async def check(engine: AsyncEngine) -> None:
+    async def check(engine: ReachableEngine) -> None:
         loop = engine.built.loop
-        bad = lambda: any(r.request_id.startswith("bad") for r in loop.requests.values())  # noqa: E731
+        bad = lambda: any(r.params.seed == 13 for r in loop.requests.values())  # noqa: E731
         break_steps(engine, lambda: ValueError("boom") if bad() else None)
-        for k in range(4 * DOUBTFUL):
-            assert (await answer(engine, request_id=f"bad-{k}")).finish_reason == "error"
-        assert (await answer(engine, request_id="good")).finish_reason == "length"
+        for _ in range(4 * DOUBTFUL):
+            assert (await answer(engine, seed=13)).finish_reason == "error"
+        assert (await answer(engine)).finish_reason == "length"
         await until(lambda: engine.check_alive() == (True, "ok"))
         assert engine.died is None
 
@@ -143,7 +143,7 @@ def test_requests_that_fail_one_after_the_other_are_at_fault_when_the_engines_ow
 
 
 def test_steps_that_always_fail_end_the_engine(model: Path) -> None:
-    async def check(engine: AsyncEngine) -> None:
+    async def check(engine: ReachableEngine) -> None:
         break_steps(engine, lambda: OSError("every step fails"))
         for _ in range(DOUBTFUL):
             assert (await answer(engine)).finish_reason == "error"
@@ -154,7 +154,7 @@ def test_steps_that_always_fail_end_the_engine(model: Path) -> None:
 
 
 def test_logits_that_are_never_finite_end_the_engine(model: Path) -> None:
-    async def check(engine: AsyncEngine) -> None:
+    async def check(engine: ReachableEngine) -> None:
         logits = engine.built.loop.device.model.logits
         engine.built.loop.device.model.logits = lambda hidden: logits(hidden) * float("nan")  # type: ignore[method-assign]
         for _ in range(DOUBTFUL):
@@ -168,7 +168,7 @@ def test_logits_that_are_never_finite_end_the_engine(model: Path) -> None:
 def test_under_load_without_a_pause_failing_steps_show_in_health(model: Path) -> None:
     """The engine's own request waits for a moment without others; until then health does not say that all is well."""
 
-    async def check(engine: AsyncEngine) -> None:
+    async def check(engine: ReachableEngine) -> None:
         engine.built.loop.check_itself = lambda: None  # type: ignore[method-assign]
         fails = [True]
         break_steps(engine, lambda: ValueError("boom") if fails else None)

@@ -170,6 +170,6 @@ def test_graphs_have_their_place_in_the_memory_plan() -> None:
 
 def test_what_keeps_it_eager_is_said() -> None:
     llm = LLM(device="cpu", max_model_len=1024)
-    assert "graphs     off: the device is cpu" in llm._built.describe()
-    assert "sparse_attention" in llm._built.loop.device.model.uncaptured()
-    assert "sample" in llm._built.loop.device.model.uncaptured()
+    assert "graphs     off: the device is cpu" in llm.describe()
+    assert "sparse_attention" in llm._loop.device.model.uncaptured()
+    assert "sample" in llm._loop.device.model.uncaptured()

@@ -86,7 +86,7 @@ def test_the_engine_on_the_model_that_ships() -> None:
             kv_cache_memory=256 << 20,
             enforce_eager=eager,
         )
-        print([line for line in llm._built.describe() if line.startswith("graphs")])
+        print([line for line in llm.describe() if line.startswith("graphs")])
         said[eager] = [o.token_ids for o in llm.generate(prompts, params)]
         llm.core.check()
     held = set(llm._loop.device.graphs._replays)
@@ -100,5 +100,5 @@ def test_the_engine_on_the_model_that_ships() -> None:
 
 def test_the_reference_on_a_gpu_runs_eagerly_and_says_so() -> None:
     llm = LLM(device="cuda", backend="reference", max_model_len=512, num_pages=16, enforce_eager=False)
-    (line,) = (x for x in llm._built.describe() if x.startswith("graphs"))
+    (line,) = (x for x in llm.describe() if x.startswith("graphs"))
     assert line.startswith("graphs     off: the reference runs linear, ") and "experts" in line

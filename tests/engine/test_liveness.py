@@ -7,14 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from dsv4 import AsyncEngine, SamplingParams
+from dsv4 import SamplingParams
 from dsv4._core import UnknownRequest
 from dsv4.engine.liveness import Liveness
 from dsv4.errors import ConfigError
 
-from tests.support.engines import answer, break_steps, tiny_engine, until, write_tiny
+from tests.support.engines import ReachableEngine, answer, break_steps, tiny_engine, until, write_tiny
 
 STUCK = 0.2
 """Seconds."""
@@ -25,37 +26,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("model") / "tiny")
 
 
-async def a_request(engine: AsyncEngine) -> None:
+async def a_request(engine: ReachableEngine) -> None:
     assert (await answer(engine)).finish_reason == "length"
 
 
-async def a_burst(engine: AsyncEngine) -> None:
+async def a_burst(engine: ReachableEngine) -> None:
     await asyncio.gather(*(answer(engine) for _ in range(9)))
 
 
-async def an_abort(engine: AsyncEngine) -> None:
+async def an_abort(engine: ReachableEngine) -> None:
     stream = engine.generate([5, 6, 7], SamplingParams(max_tokens=2000, ignore_eos=True))
     await anext(stream)
     await stream.aclose()
 
 
-async def a_failed_step(engine: AsyncEngine) -> None:
+async def a_failed_step(engine: ReachableEngine) -> None:
     errors = iter([ValueError("boom")])
     break_steps(engine, lambda: next(errors, None))
     failed = await answer(engine)
     assert failed.finish_reason == "error" and "boom" in (failed.error or "")
 
 
-async def administration(engine: AsyncEngine) -> None:
+async def administration(engine: ReachableEngine) -> None:
     assert await engine.unpin(await engine.pin(range(128)))
     await engine.end_session("s")
     assert (await engine.dump()).startswith("{")
 
 
-async def a_refusal(engine: AsyncEngine) -> None:
+async def a_refusal(engine: ReachableEngine) -> None:
     """The core refuses something, so no step follows."""
     with pytest.raises(UnknownRequest):
-        await engine.call(lambda core: core.explain(10**6))
+        await engine.ask("explain", 10**6)
 
 
 @pytest.mark.parametrize("what", [a_request, a_burst, an_abort, a_failed_step, administration, a_refusal])
@@ -92,14 +93,30 @@ def test_a_step_that_does_not_end_is_told_and_its_end_is_too(model: Path) -> Non
     asyncio.run(run())
 
 
+class SlowDump:
+    """A core whose dump waits for a gate."""
+
+    def __init__(self, core: Any, gate: threading.Event) -> None:
+        self._core, self._gate = core, gate
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def dump(self) -> str:
+        assert self._gate.wait(60)
+        return "{}"
+
+
 def test_a_command_that_does_not_end_is_told(model: Path) -> None:
     async def run() -> None:
         async with tiny_engine(model, stuck_after=STUCK) as engine:
             gate = threading.Event()
-            asked = asyncio.ensure_future(engine.call(lambda core: gate.wait(60)))
+            core = engine.built.loop.core
+            engine.built.loop.core = SlowDump(core, gate)  # type: ignore[assignment]
+            asked = asyncio.ensure_future(engine.dump())
             await until(lambda: not engine.check_alive()[0])
             gate.set()
-            assert await asked
+            assert await asked == "{}"
             await until(lambda: engine.check_alive()[0])
 
     asyncio.run(run())

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.engines import write_tiny
 
 SCRIPT = """
-import sys
+import dataclasses, sys
 from importlib import resources
 from dsv4 import LLM, SamplingParams
 from dsv4.engine.routing import Routing
@@ -18,8 +18,8 @@ from dsv4.text.tokenizer import Tokenizer
 
 model, record = sys.argv[1:]
 llm = LLM(model, num_pages=64, max_num_seqs=2, block_size=128, max_num_batched_tokens=64, device="cpu", record_steps=record)
-loop, long = llm._loop, list(range(3, 203))
-loop.tokenizer = Tokenizer.from_dir(str(resources.files("dsv4") / "data" / "nano"), vocab_size=8192)
+long = list(range(3, 203))
+llm._front = dataclasses.replace(llm._front, tokenizer=Tokenizer.from_dir(str(resources.files("dsv4") / "data" / "nano"), vocab_size=8192))
 known = set(sys.modules)
 cases = [
     dict(),
@@ -36,19 +36,19 @@ llm.core.evict_snapshots(100)                        # resumed by replay
 llm.generate([long], SamplingParams(max_tokens=3))
 done = []
 params = SamplingParams(max_tokens=40, ignore_eos=True)
-loop.submit("parent", long, params, done.append)
-loop.step()
-loop.submit("fork", long, params, done.append, fork_of="parent")
+parent = llm.submit(long, params, done.append)
+llm.step()
+llm.submit(long, params, done.append, parent=parent)
 for k in range(8):
-    loop.step()
-loop.submit("urgent", long[:50], params, done.append, routing=Routing(priority=1))
-loop.abort(loop.submit("cut", long, params, done.append))
-while loop.has_work():
-    loop.step()
+    llm.step()
+llm.submit(long[:50], params, done.append, routing=Routing(priority=1))
+llm.abort(llm.submit(long, params, done.append))
+while llm.has_work():
+    llm.step()
 broken = lambda *_: 1 / 0
-loop.device.launch, run = broken, loop.device.launch
-loop.submit("fails", long, params, done.append)
-loop.step()
+llm._loop.device.launch = broken
+llm.submit(long, params, done.append)
+llm.step()
 stats = llm.core.stats()
 assert stats["forks"] and stats["preemptions"] + stats["unparked"] and stats["replayed_tokens"], stats
 print(*sorted(set(sys.modules) - known))

@@ -45,17 +45,17 @@ def read_beside_a_stream(model: Path, base_ms: float, token_ms: float, **setting
     llm = LLM(str(model), enable_prefix_caching=False, **defaults | settings)
     loop = llm._loop
     clocked = loop.core = Clocked(loop, base_ms, token_ms)  # type: ignore[assignment]
-    loop.submit("stream", [5, 6, 7], SamplingParams(max_tokens=5000, ignore_eos=True), lambda output: None)
+    llm.submit([5, 6, 7], SamplingParams(max_tokens=5000, ignore_eos=True), lambda output: None)
     for _ in range(40):
-        loop.step()
+        llm.step()
     ends: list[Any] = []
     prompt = [3 + i % 200 for i in range(4000)]
-    loop.submit("long", prompt, SamplingParams(max_tokens=1), ends.append)
+    llm.submit(prompt, SamplingParams(max_tokens=1), ends.append)
     while sum(tokens for _, tokens in clocked.steps) < 2003:
-        loop.step()
+        llm.step()
     clocked.steps.clear()
     while not any(e.finished for e in ends):
-        loop.step()
+        llm.step()
     return clocked
 
 

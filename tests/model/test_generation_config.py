@@ -187,7 +187,7 @@ def test_llm_takes_the_defaults_and_a_request_comes_first(
     assert [r.levelname for r in caplog.records if "no file names an eos_token_id" in r.message] == [
         "WARNING"
     ]
-    assert "answers run to the end of the context" in "\n".join(plain._built.describe())
+    assert "answers run to the end of the context" in "\n".join(plain.describe())
     greedy = plain.generate([prompt], SamplingParams(temperature=0, max_tokens=20))[0].token_ids
     assert len(greedy) == 20
     file = tiny / "generation_config.json"

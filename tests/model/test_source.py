@@ -80,8 +80,8 @@ def test_a_repository_is_found_under_its_name(
     assert (source.path, source.name) == (folder / "snapshots" / OLD, REPOSITORY)
     config, path = ModelConfig.find(REPOSITORY)
     assert (config.name, path) == (REPOSITORY, source.path)
-    built = LLM(REPOSITORY, device="cpu", num_pages=8, block_size=128)._built
-    assert built.name == REPOSITORY and f"from {source.path}" in built.describe()[0]
+    (first, *_) = LLM(REPOSITORY, device="cpu", num_pages=8, block_size=128).describe()
+    assert first.startswith(f"model      {REPOSITORY}: ") and f"from {source.path}" in first
 
 
 def test_a_snapshot_is_served_under_its_repositorys_name_however_it_is_given(

@@ -12,11 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from dsv4.config import EngineConfig
-from dsv4.engine.loop import PLAIN
 from dsv4.engine.prompt import TokenIds, as_prompt
-from dsv4.engine.request import RequestOutput, Started, Usage
-from dsv4.engine.routing import Routing
-from dsv4.engine.sampler import Sampled
+from dsv4.engine.request import RequestOutput, Sampled, Started, Usage
+from dsv4.engine.routing import PLAIN, Routing
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat_format import GA

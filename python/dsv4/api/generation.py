@@ -13,9 +13,8 @@ import numpy as np
 
 from dsv4.api.accounting import Generation
 from dsv4.api.http import Call
-from dsv4.engine.loop import PLAIN
 from dsv4.engine.request import RequestOutput
-from dsv4.engine.routing import Routing
+from dsv4.engine.routing import PLAIN, Routing
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 from dsv4.text.stream import Reading

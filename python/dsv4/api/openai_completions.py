@@ -33,9 +33,8 @@ from dsv4.api.reply import Reply
 from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.api.sse import EventStream
-from dsv4.engine.request import RequestOutput
+from dsv4.engine.request import RequestOutput, Sampled
 from dsv4.engine.routing import Routing
-from dsv4.engine.sampler import Sampled
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 

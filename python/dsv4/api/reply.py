@@ -7,8 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv4.api.strict_tools import StrictTools
-from dsv4.engine.request import RequestOutput, Started, Usage
-from dsv4.engine.sampler import Sampled
+from dsv4.engine.request import RequestOutput, Sampled, Started, Usage
 from dsv4.text.blocks import Block, Blocks
 from dsv4.text.output import Piece, ToolStart
 

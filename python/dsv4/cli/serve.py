@@ -81,7 +81,7 @@ def load(engine_config: EngineConfig, server_config: ServerConfig) -> Service:
         engine = AsyncEngine.from_config(engine_config, progress)
     for line in engine.describe():
         note(line)
-    service = Service(engine, server_config, engine.built.name)
+    service = Service(engine, server_config, engine.name)
     further = ", and every other" if server_config.any_model_name else ""
     note(f"names      {', '.join((*service.names, *service.patterns))}{further}")
     note(f"server     {service.connections.describe()}")

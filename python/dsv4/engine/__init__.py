@@ -1,19 +1,26 @@
 """The engine: it turns the core's plans into forward passes and sampled tokens into streams.
 
+Two processes. What runs beside the caller knows nothing of torch; what runs beside the device knows nothing of text.
+
 | file | responsibility |
 | --- | --- |
 | `buffers.py` | the buffer that a plan is written into, read by field |
 | `device.py` | one step on the device: page table, copies, forward, sample; launched without waiting |
 | `loop.py` | plan, launch, commit; one step in flight or two |
 | `device_errors.py` | whether a step failed or the device is gone |
-| `liveness.py` | whether the engine thread is idle, at work or stuck |
+| `liveness.py` | whether the engine is idle, at work or stuck |
 | `routing.py` | who asks, how urgent, what the prefix is worth: hints for the core |
 | `request.py` | what the engine keeps per request; what callers get back |
-| `output.py` | from sampled ids to text, log-probabilities and stop strings |
+| `process.py` | the engine's own process: messages, steps, news |
+| `messages.py`, `link.py` | what the two processes say to each other, and the socket |
+| `child.py`, `remote.py` | a process that is watched; starting an engine's |
+| `answers.py` | from news to text, log-probabilities and stop strings |
+| `frontend.py` | what callers need to know of a model |
+| `counts.py` | statistics over all processes of an engine |
 | `build.py` | config -> weights, cache, model, core; the memory plan printed at start |
 | `memory.py` | whether that fits into memory, before it is taken |
-| `async_engine.py` | the engine on a thread of its own behind asyncio |
-| `llm.py` | blocking use from Python |
+| `async_engine.py` | the engine behind asyncio, in a process of its own that is started again when it is lost |
+| `llm.py` | blocking use from Python, without another process |
 | `sampler.py` | logits to tokens |
 
 Which way imports go is in docs/architecture.md.

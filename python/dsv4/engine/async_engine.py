@@ -1,7 +1,10 @@
-"""The engine on a thread of its own behind asyncio.
+"""The engine behind asyncio: requests go to a process of its own, and what it tells becomes text here.
 
-The thread owns the loop, the core and the device. Commands reach it through a queue; outputs of a whole step go back in
-one call into the event loop, so that many streams cost one wake-up per step.
+The process has an interpreter, and so a lock, of its own: HTTP, tokenizing and detokenizing never hold up a step. One message a
+step brings the tokens of all streams; a stream that reads slowly gets several at once.
+
+When the process ends by itself, what it was computing ends with an error; requests that it had not begun wait for the next
+one, which is started at once, unless it was lost `RESTARTS` times in a row without a request that was answered.
 """
 
 from __future__ import annotations
@@ -10,90 +13,165 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dsv4._core import NeverFits, Overloaded
 from dsv4.config import EngineConfig
-from dsv4.engine.build import BuiltEngine, Progress, build_engine
+from dsv4.engine import remote
+from dsv4.engine.answers import Answers
+from dsv4.engine.child import Child
+from dsv4.engine.counts import Tally
+from dsv4.engine.frontend import Frontend
+from dsv4.engine.link import Link
 from dsv4.engine.liveness import Liveness
-from dsv4.engine.loop import PLAIN
+from dsv4.engine.messages import (
+    Abort,
+    Answered,
+    Ask,
+    Failed,
+    FromEngine,
+    Log,
+    News,
+    Quit,
+    Ready,
+    Refused,
+    Stop,
+    Submit,
+    ToEngine,
+    encode,
+    from_engine,
+)
 from dsv4.engine.prompt import TokenIds, as_prompt
+from dsv4.engine.remote import Progress
 from dsv4.engine.request import RequestOutput
-from dsv4.engine.routing import Routing, session_id
-from dsv4.errors import Dsv4Error, EngineDead, RequestError
+from dsv4.engine.routing import PLAIN, Routing, Tenants, session_id
+from dsv4.errors import Dsv4Error, RequestError
 from dsv4.sampling import SamplingParams
 from dsv4.text.stream import Reading
 
 log = logging.getLogger("dsv4.engine")
 
-Delivery = tuple["asyncio.Queue[RequestOutput]", RequestOutput, int]
-"""Where an output goes, the output, and the request's key."""
-
 ABORT_GRACE = 30.0
 """Seconds that the step at hand may take to end before the engine is left to itself."""
 
+RESTARTS = 3
+"""Processes in a row that may be lost without one request answered, before it is given up."""
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Something for the engine thread to do between two steps, and the future in which somebody waits for its value."""
+_NO_PROMPT = np.empty(0, np.int32)
 
-    work: Callable[[], Any]
-    home: asyncio.AbstractEventLoop | None = None
-    future: asyncio.Future[Any] | None = None
 
-    def run(self) -> None:
+class _Home:
+    """What the callers on one event loop wait for. Only that loop's thread touches it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.answers = Answers()
+        self.submissions: dict[int, tuple[Submit, int]] = {}
+        """By key, of live requests: what was sent, and to which process."""
+        self.asked: dict[int, asyncio.Future[Any]] = {}
+        """By ticket."""
+
+    def post(self, what: Callable[..., object], *arguments: Any) -> bool:
+        """Calls it on the loop, from any thread. False when the loop is closed."""
         try:
-            self._resolve(self.work(), None)
-        except Exception as e:
-            if self.future is None:
-                raise
-            self._resolve(None, e)
+            self.loop.call_soon_threadsafe(what, *arguments)
+        except RuntimeError:
+            return False
+        return True
 
-    def refuse(self, error: RequestError) -> None:
-        """Says that it will not be done."""
-        self._resolve(None, error)
+    def forget(self, key: int) -> bool:
+        """False when it had ended."""
+        self.submissions.pop(key, None)
+        return self.answers.live.pop(key, None) is not None
 
-    def _resolve(self, value: Any, error: BaseException | None) -> None:
-        if self.home is None:
+    def refuse(self, key: int, error: RequestError) -> None:
+        if (answer := self.answers.live.get(key)) is not None:
+            self.forget(key)
+            answer.refuse(error)
+
+    def resolve(self, answered: Answered) -> None:
+        future = self.asked.pop(answered.ticket, None)
+        if future is None or future.done():  # another's, or the caller went away meanwhile
             return
-        with contextlib.suppress(RuntimeError):  # the event loop of who asked is closed
-            self.home.call_soon_threadsafe(_resolve, self.future, value, error)
+        if answered.error is not None:
+            future.set_exception(remote.as_raised(*answered.error))
+        else:
+            future.set_result(answered.value)
+
+    def bereave(self, error: RequestError, *, everything: bool) -> None:
+        """The process is gone: what it was doing ends with an error; where `everything`, what it was to do too."""
+        for key, answer in list(self.answers.live.items()):
+            if everything or answer.begun:
+                self.forget(key)
+                answer.fail(str(error))
+        asked, self.asked = self.asked, {}
+        for future in asked.values():
+            if not future.done():
+                future.set_exception(error)
 
 
 class AsyncEngine:
     """Many concurrent requests on one model. Create it with `from_config`, end it with `await shutdown()`."""
 
-    def __init__(self, built: BuiltEngine) -> None:
-        self.built = built
-        self.config, self.model_config, self.tokenizer = built.config, built.model_config, built.tokenizer
-        self.max_model_len, self.chat_format = built.max_model_len, built.chat_format
-        self.sampling_defaults = built.generation.sampling
-        self._loop = built.loop
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._deliveries: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
-        self._ids = itertools.count()
-        self._draining = False
-        self._ending = threading.Lock()
-        """Held where a command is queued and where the thread ends, so that none is queued for a thread that is gone."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        *,
+        start: Callable[[], Child] = remote.start,
+        restarts: int = RESTARTS,
+    ) -> None:
+        """`start` gives the process. Raises what `from_config` raises."""
+        self._given, self._start, self._restarts = config, start, restarts
+        self._child = start()
+        try:
+            self.frontend = Frontend.load(config)  # while the process loads torch
+        except BaseException:
+            self._child.kill()
+            self._child.link.release()
+            raise
+        self.model_config, self.tokenizer = self.frontend.model_config, self.frontend.tokenizer
+        self.chat_format = self.frontend.chat_format
+        self.sampling_defaults = self.frontend.generation.sampling
+        self._tenants, self._tally = Tenants(config.tenants), Tally()
+        self._liveness = Liveness(config.stuck_after)
+        self._homes: dict[asyncio.AbstractEventLoop, _Home] = {}
+        self._names: dict[str, int] = {}
+        """Keys of live requests by id."""
+        self._keys, self._tickets = itertools.count(1), itertools.count()
+        self._lock = threading.Lock()
+        """Held where something is sent and where the process changes, so that nothing is sent to one that is gone."""
+        self._link: Link | None = None
+        """Where to send; None while there is no process."""
+        self._number = self._sent = 0
+        """Of the process, and of messages to it."""
+        self._lost = 0
+        """Processes in a row that ended by themselves."""
+        self._restarting = ""
+        self._doubt: str | None = None
+        self._draining = self._closing = self._shown = False
         self.ended: str | None = None
         """Why nothing is taken any more."""
         self.died: str | None = None
         """The same where the engine ended by itself."""
-        self._liveness = Liveness(built.config.stuck_after)
-        self._thread = threading.Thread(target=self._run, name="dsv4-engine", daemon=True)
+        self._adopt(remote.await_ready(self._child, config, self.frontend.eos_ids, progress))
+        self._thread = threading.Thread(target=self._supervise, name="dsv4-engine", daemon=True)
         self._thread.start()
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
-        """Loads the model (slow, blocking) and starts the engine thread. Raises ConfigError or CheckpointError."""
-        return cls(build_engine(config, progress))
+        """Starts the process and loads the model there (slow, blocking). Raises ConfigError, CheckpointError, and EngineDead
+        when the process does not live so long."""
+        return cls(config, progress)
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.frontend.source.name
 
     async def generate(
         self,
@@ -105,257 +183,303 @@ class AsyncEngine:
         fork_of: str | None = None,
         reading: Reading | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yields what each step brings until an output has `finished`. Closing the iterator aborts the request.
+        """Yields what has come since the last time, until an output has `finished`. Closing the iterator aborts the request.
 
         `fork_of` names a live request with which this one shares a prefix: its state is taken over instead of computed
         again, with equal tokens. When it is not live any more nothing is shared. `prompt` is not copied where it is an
         int32 array. `reading`: it is a chat, and how its answer is to be read.
         Raises RequestError when the request cannot be taken: empty or too long (400), queue full or draining (429, 503).
         """
-        request_id = request_id or f"req-{next(self._ids)}"
         self._check_open()
-        tokens = as_prompt(prompt)
-        admitted = self.built.admissible(tokens, params)
-        stream = self._stream(request_id, tokens, admitted, routing, fork_of, reading)
-        async with contextlib.aclosing(stream) as outputs:
-            async for output in outputs:
-                yield output
-
-    async def _stream(
-        self,
-        request_id: str,
-        tokens: np.ndarray,
-        params: SamplingParams,
-        routing: Routing,
-        fork_of: str | None,
-        reading: Reading | None,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Submits a request on the engine thread, and yields its outputs."""
-        home = asyncio.get_running_loop()
-        outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        submitted: asyncio.Future[None] = home.create_future()
-        keys: list[int] = []  # filled by the engine thread once the core has taken the request
-
-        def deliver(output: RequestOutput) -> None:
-            self._deliveries.setdefault(home, []).append((outputs, output, keys[0]))
-
-        def submit() -> None:
-            try:
-                key = self._loop.submit(
-                    request_id, tokens, params, deliver, routing=routing, fork_of=fork_of, reading=reading
-                )
-            except Exception as e:
-                raise as_request_error(e) from None
-            keys.append(key)
-
-        self._post(Command(submit, home, submitted))
+        tokens, params = self.frontend.admissible(prompt, params, self.config, self.max_model_len)
+        key, home, news = next(self._keys), self._home(), asyncio.Event()
+        request_id = request_id or f"req-{key}"
+        answer = self.frontend.answer(key, request_id, tokens, params, reading)
+        answer.on_news = news.set
+        parent = self._names.get(fork_of) if fork_of is not None else None
+        submission = Submit(key, params, routing, parent, time.monotonic())
+        home.submissions[key] = submission, self._send(submission, tokens)
+        home.answers.live[key] = answer
+        self._names[request_id] = key
         finished = False
         try:
-            await submitted
             while not finished:
-                output = await outputs.get()
-                finished = output.finished
-                yield output
+                await news.wait()
+                news.clear()
+                for output in answer.take():
+                    finished = output.finished
+                    yield output
         finally:
-            if not finished:
-                self._post_if_open(lambda: [self._loop.abort(key) for key in keys])
+            if self._names.get(request_id) == key:
+                del self._names[request_id]
+            if home.forget(key):
+                self._send_if_open(Abort([key]))
 
     async def pin(self, tokens: TokenIds, salt: str = "") -> int:
         """Keeps the cached whole blocks of a prefix until `unpin` of what is returned."""
-        ids = as_prompt(tokens)
-        pin: int = await self.call(lambda core: core.pin(salt.encode(), ids))
+        pin: int = await self.ask("pin", salt.encode(), prompt=as_prompt(tokens))
         return pin
 
     async def unpin(self, pin: int) -> bool:
         """Ends a pin. False when there is none of that number."""
-        known: bool = await self.call(lambda core: core.unpin(pin))
+        known: bool = await self.ask("unpin", pin)
         return known
 
     async def end_session(self, key: str) -> bool:
         """What only this session used goes first when memory is short. False when nothing of it is cached."""
-        known: bool = await self.call(lambda core: core.end_session(session_id(key)))
+        known: bool = await self.ask("end_session", session_id(key))
         return known
 
     async def dump(self) -> str:
         """The core between two steps as JSON (see `Core.dump`). No step runs meanwhile."""
-        text: str = await self.call(lambda core: core.dump())
+        text: str = await self.ask("dump")
         return text
 
+    async def ask(self, what: str, *arguments: Any, prompt: np.ndarray = _NO_PROMPT) -> Any:
+        """A call of the core between two steps (`process.ASKED` has their names); `prompt`: int32, its last argument. Raises
+        what the core raises, and RequestError without a process."""
+        home = self._home()
+        ticket, future = next(self._tickets), home.loop.create_future()
+        self._send(Ask(ticket, what, list(arguments)), prompt)
+        home.asked[ticket] = future
+        return await future
+
+    def _home(self) -> _Home:
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            home = self._homes.get(loop)
+            if home is None:
+                home = self._homes[loop] = _Home(loop)
+        return home
+
     def _check_open(self) -> None:
-        if self.ended is not None:
+        if self.ended is not None or self._link is None:
             raise self._refusal()
         if self._draining:
             raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
 
     def _refusal(self) -> RequestError:
-        return RequestError(f"the engine has stopped: {self.ended}", None, "engine_dead", 503)
+        if self.ended is None:
+            return RequestError(f"the engine is starting again: {self._restarting}", None, "restarting", 503)
+        return _stopped(self.ended)
 
-    def _post(self, command: Command) -> None:
-        """Hands a command to the thread. Raises RequestError when that has ended."""
-        with self._ending:
-            if self.ended is not None:
+    def _send(self, message: ToEngine, prompt: np.ndarray = _NO_PROMPT) -> int:
+        """Hands a message to the process; which one that is. Raises RequestError when there is none."""
+        with self._lock:
+            if self._link is None:
                 raise self._refusal()
-            self._commands.put(command)
+            self._sent += 1
+            self._liveness.begin()
+            self._link.send(encode(message), prompt)
+            return self._number
 
-    def _post_if_open(self, work: Callable[[], Any]) -> None:
+    def _send_if_open(self, message: ToEngine) -> None:
         """The same where nobody waits, and an engine that has ended has nothing to do."""
         with contextlib.suppress(RequestError):
-            self._post(Command(work))
+            self._send(message)
 
-    def _run(self) -> None:
-        """The engine thread: commands, then a step, then deliveries; sleeps when there is no work."""
-        why = "it was shut down"
+    def _adopt(self, ready: Ready) -> None:
+        """A process takes requests."""
+        self.config, self.max_model_len, self._about = ready.config, ready.max_model_len, ready.about
+        self._tally.update(ready.counts)
+        with self._lock:
+            self._number += 1
+            self._sent, self._link, self._doubt, self._shown = 0, self._child.link, None, False
+
+    def _supervise(self) -> None:
+        """The thread that reads what the process tells, and starts another one when it is gone."""
         try:
-            while self._take_commands():
-                self._step()
-                self._flush()
-        except EngineDead as e:  # the log has the step that failed
-            self.died = why = str(e)
-            log.critical("the engine has stopped: %s", why)
+            while True:
+                cause = self._read_all()
+                with self._lock:
+                    self._link, self._restarting = None, cause
+                    self._liveness.rest()
+                if self._closing:
+                    self._end("it was shut down")
+                    return
+                log.critical("the engine has stopped: %s", cause)
+                self._lost += 1
+                if self._draining or self._lost > self._restarts:
+                    self._die(cause)
+                    return
+                self._tally.begin_anew()
+                self._bereave(cause, everything=False)
+                self._restart()
+        except Dsv4Error as e:
+            if self._closing:
+                self._end("it was shut down")
+            else:
+                self._die(f"{self._restarting}; it does not start again: {e}")
         except BaseException as e:
-            self.died = why = f"{type(e).__name__}: {e}"
-            log.critical("the engine thread died", exc_info=True)
-        self._end(why)
+            log.critical("the thread of the engine has ended", exc_info=True)
+            self._child.kill()
+            self._die(f"{type(e).__name__}: {e}")
 
-    def _take_commands(self) -> bool:
-        """Runs what is queued, and waits for it when there is nothing else to do; False when told to stop."""
-        while True:
-            busy = self._loop.has_work()
-            if not busy:
+    def _restart(self) -> None:
+        """Another process, to which goes what the last one had not begun. Raises what it could not start for."""
+        log.warning("the engine is started again")
+        self._child = self._start()
+        if self._closing:  # `shutdown` may have seen the last one only
+            self._child.kill()
+        self._adopt(remote.await_ready(self._child, self._given, self.frontend.eos_ids, None))
+        self._post(self._send_again)
+        log.warning("the engine is there again")
+
+    def _send_again(self, home: _Home) -> None:
+        for key, (submission, number) in list(home.submissions.items()):
+            if number != self._number:
+                with contextlib.suppress(RequestError):  # it is gone again; the next one gets it
+                    again = self._send(submission, home.answers.live[key].prompt)
+                    home.submissions[key] = submission, again
+
+    def _read_all(self) -> str:
+        """Reads until the process is gone. Returns why it is."""
+        link, last_words = self._child.link, None
+        while (received := link.receive()) is not None:
+            message = from_engine(received[0])
+            if isinstance(message, News):
+                self._read(message)
+            elif isinstance(message, Failed):
+                last_words = message.text
+            else:
+                self._read_other(message)
+        how = remote.ended(self._child)
+        return last_words or f"its process is gone, {how}"
+
+    def _read(self, news: News) -> None:
+        with self._lock:
+            if news.idle and news.taken == self._sent:
                 self._liveness.rest()
-            try:
-                command = self._commands.get(block=not busy)
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            self._liveness.begin()
-            command.run()
+            else:
+                self._liveness.progress()
+        self._doubt, self._shown = news.doubt, False
+        if news.counts is not None:
+            self._tally.update(news.counts)
+        if any(end.reason in ("stop", "length") and end.key for end in news.ends):
+            self._lost = 0
+        if not news.empty:
+            self._post(lambda home: self._deliver(home, news))
 
-    def _step(self) -> None:
-        self._liveness.begin()
-        if self._loop.step():
-            self._liveness.progress()
-        if self._loop.doubtful and not self._loop.has_work():
-            self._loop.check_itself()
+    def _deliver(self, home: _Home, news: News) -> None:
+        whole = home.answers.read(news)
+        for end in news.ends:
+            home.submissions.pop(end.key, None)
+        if whole:
+            self._send_if_open(Stop(whole))
+
+    def _read_other(self, message: FromEngine) -> None:
+        if isinstance(message, Refused):
+            error = RequestError(message.message, message.param, message.code, message.status)
+            self._post(lambda home: home.refuse(message.key, error))
+        elif isinstance(message, Answered):
+            self._post(lambda home: home.resolve(message))
+        elif isinstance(message, Log):
+            remote.write(message)
+
+    def _post(self, what: Callable[[_Home], object]) -> None:
+        """Calls it for each home on its own loop."""
+        with self._lock:
+            homes = list(self._homes.values())
+        for home in homes:
+            if not home.post(what, home):  # the loop is closed; its requests end with it
+                with self._lock:
+                    self._homes.pop(home.loop, None)
+                self._send_if_open(Abort(list(home.answers.live)))
+
+    def _die(self, why: str) -> None:
+        """It has ended by itself, for good."""
+        log.critical("the engine has stopped for good: %s", why)
+        self.died = why
+        self._end(why)
 
     def _end(self, why: str) -> None:
         """Nothing is taken any more; what was taken gets an error in place of an answer."""
-        with self._ending:
-            self.ended = why
-        self._liveness.rest()
-        while not self._commands.empty():
-            command = self._commands.get()
-            if command is not None:
-                command.refuse(self._refusal())
-        for request in list(self._loop.requests.values()):
-            error = str(self._refusal())
-            request.deliver(
-                RequestOutput(request.request_id, finished=True, finish_reason="error", error=error)
-            )
-        self._loop.requests.clear()
-        self._flush()
+        with self._lock:
+            self.ended, self._link = why, None
+        self._bereave(why, everything=True)
 
-    def _flush(self) -> None:
-        deliveries, self._deliveries = self._deliveries, {}
-        for home, batch in deliveries.items():
-            try:
-                home.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # the caller's event loop is closed; its requests end with it
-                for _, _, key in batch:
-                    self._loop.abort(key)
+    def _bereave(self, cause: str, *, everything: bool) -> None:
+        self._post(lambda home: home.bereave(_stopped(cause), everything=everything))
 
     async def drain(self, timeout: float) -> bool:
         """Takes no new requests and waits for the running ones; after `timeout` seconds aborts the rest. True if none was cut."""
         self._draining = True
         await self._emptied(timeout)
-        cut = bool(self._loop.requests)
-        self._post_if_open(lambda: [self._loop.abort(key) for key in list(self._loop.requests)])
+        cut = self._live() > 0
+        self._post(self._abort_all)
         if not await self._emptied(ABORT_GRACE):
             log.error("the step at hand has not ended within %g s; its requests are left behind", ABORT_GRACE)
         return not cut
 
+    def _abort_all(self, home: _Home) -> None:
+        self._send_if_open(Abort(list(home.answers.live)))
+        if self._link is None:
+            for key, answer in list(home.answers.live.items()):
+                home.forget(key)
+                answer.cut()
+
     async def _emptied(self, timeout: float) -> bool:
         """Waits until no request is left; False after `timeout` seconds."""
         end = time.monotonic() + timeout
-        while self._loop.requests and time.monotonic() < end:
+        while self._live() and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        return not self._loop.requests
+        return not self._live()
+
+    def _live(self) -> int:
+        with self._lock:
+            return sum(len(home.answers.live) for home in self._homes.values())
 
     async def shutdown(self) -> None:
-        """Stops the thread after the step at hand. Requests still running end with an error."""
-        with self._ending:
-            self._commands.put(None)
+        """Ends the process after the step at hand, and waits for that. Requests still running end with an error."""
+        with self._lock:
+            self._closing, link = True, self._link
+            if link is not None:
+                link.send(encode(Quit()))
+        if link is None:
+            self._child.kill()
         await asyncio.to_thread(self._thread.join, ABORT_GRACE)
-
-    async def call(self, what: Callable[[Any], Any]) -> Any:
-        """Runs `what(core)` between two steps on the engine thread: for administration and tests."""
-        home = asyncio.get_running_loop()
-        future: asyncio.Future = home.create_future()
-        self._post(Command(lambda: what(self._loop.core), home, future))
-        return await future
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._child.kill)
+            await asyncio.to_thread(self._thread.join, ABORT_GRACE)
 
     def stats(self) -> dict[str, Any]:
-        """The core's counters (see `Core.stats`)."""
-        return self._loop.core.stats()
+        """The core's counters (see `Core.stats`), at most a tenth of a second old while requests run."""
+        return self._tally.stats()
 
     def tenants(self) -> dict[str, dict[str, float]]:
         """By name, what tenants were served (see `Core.tenants`); those that are not configured together as `other`."""
-        names = self._loop.tenants.names()
-        served: dict[str, dict[str, float]] = {
-            name: {"live": 0, "tokens": 0, "prefill_us": 0} for name in (*names.values(), "other")
-        }
-        for number, counts in self._loop.core.tenants().items():
-            into = served[names.get(number, "other")]
-            for name, value in counts.items():
-                into[name] += value
-        return served
+        return self._tally.tenants(self._tenants)
 
     def describe(self) -> list[str]:
         """The memory plan and every choice made, one line each."""
-        return self.built.describe()
+        return self.frontend.describe(self._about)
+
+    @property
+    def pid(self) -> int:
+        """Of the engine's process."""
+        return self._child.pid
 
     def check_alive(self) -> tuple[bool, str]:
         """Whether the engine can answer, and a sentence. Costs nothing.
 
-        False when it has ended, when steps fail one after the other, and when there is work but no step has ended for
-        `stuck_after` seconds. An engine without work is well however long that lasts.
+        False when it has ended or is started again, when steps fail one after the other, and when there is work but no step
+        has ended for `stuck_after` seconds. An engine without work is well however long that lasts.
         """
         if self.ended is not None:
             return False, f"the engine has stopped: {self.ended}"
         if self._draining:
             return False, "the server is shutting down"
-        if self._loop.doubtful:
-            return False, f"the last {self._loop.failed_in_row} steps failed: {self._loop.last_failure}"
+        if self._link is None:
+            return False, f"the engine is starting again: {self._restarting}"
+        if self._doubt is not None:
+            return False, self._doubt
         if (waited := self._liveness.stuck()) is not None:
+            if not self._shown:
+                self._shown = True
+                self._child.show_stacks()
             return False, f"no step has finished for {waited:.0f} s"
         return True, "ok"
 
 
-def _resolve(future: asyncio.Future, value: Any, error: BaseException | None) -> None:
-    if future.done():  # the caller went away meanwhile
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(value)
-
-
-def _deliver(batch: list[Delivery]) -> None:
-    for outputs, output, _ in batch:
-        outputs.put_nowait(output)
-
-
-def as_request_error(error: Exception) -> RequestError:
-    """The core's refusal as an answer to the client."""
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, Overloaded):
-        return RequestError(str(error), None, "overloaded", 429)
-    if isinstance(error, NeverFits):
-        return RequestError(str(error), "prompt", "context_length_exceeded", 400)
-    if isinstance(error, EngineDead):
-        return RequestError(f"the engine has stopped: {error}", None, "engine_dead", 503)
-    if isinstance(error, (Dsv4Error, ValueError)):
-        return RequestError(str(error), None, "invalid_value", 400)
-    return RequestError(f"{type(error).__name__}: {error}", None, "internal_error", 500)
+def _stopped(why: str) -> RequestError:
+    return RequestError(f"the engine has stopped: {why}", None, "engine_dead", 503)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
     from dsv4._core import PlanSchema
@@ -21,7 +20,7 @@ class StepPlan:
 
     def __init__(self, schema: PlanSchema, *, pinned: bool = False) -> None:
         """`pinned`: in page-locked memory, from which a GPU copies by itself."""
-        self.words = torch.zeros(schema["words"], dtype=torch.int32, pin_memory=pinned).numpy()
+        self.words = _pinned(schema["words"]) if pinned else np.zeros(schema["words"], np.int32)
         self._fields: dict[str, tuple[str, np.ndarray]] = {}
         for field in schema["fields"]:
             size = 2 if field["dtype"] == "int64" else 1
@@ -36,3 +35,10 @@ class StepPlan:
         section, values = self._fields[name]
         # A section's elements are counted by the number of its name in the header.
         return int(values) if section == "header" else values[: int(self._fields[section][1])]
+
+
+def _pinned(words: int) -> np.ndarray:
+    import torch  # a plan without a device needs none of it
+
+    zeros: np.ndarray = torch.zeros(words, dtype=torch.int32, pin_memory=True).numpy()
+    return zeros

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from dsv4._core import Core, LayoutSpec
@@ -22,9 +20,8 @@ from dsv4.engine.loop import EngineLoop
 from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
 from dsv4.engine.routing import Tenants
 from dsv4.engine.steps import StepRecord
-from dsv4.errors import ConfigError, RequestError
+from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
-from dsv4.model.generation_config import NO_END, Generation, read_generation
 from dsv4.model.source import Source
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
@@ -33,11 +30,6 @@ from dsv4.ops.weight import Weight
 from dsv4.plan.cache import pages_of, size_pool
 from dsv4.plan.graphs import contexts_of, sizes_of
 from dsv4.plan.weights import Weights
-from dsv4.sampling import SamplingParams
-from dsv4.text.chat_format import ChatFormat, choose_format
-from dsv4.text.tokenizer import Tokenizer
-
-log = logging.getLogger("dsv4.engine")
 
 Progress = Callable[[int, int, str], None]
 """Called while weights load: bytes done, bytes in all, tensor name."""
@@ -67,15 +59,10 @@ class BuiltEngine:
     model_config: ModelConfig
     layout: LayoutSpec
     memory: MemoryPlan
-    tokenizer: Tokenizer | None
-    chat_format: ChatFormat
-    chat_format_is: str
-    """Which it is, and why."""
     loop: EngineLoop
     ops: Ops
     dtype: torch.dtype
     source: Source
-    generation: Generation
     eager: str | None
     """Why decode steps are not captured; None where they are."""
 
@@ -87,47 +74,6 @@ class BuiltEngine:
     def name(self) -> str:
         """The model's name."""
         return self.source.name
-
-    def admissible(self, prompt: np.ndarray, params: SamplingParams) -> SamplingParams:
-        """Checks what can be checked without the core and fills in max_tokens. `prompt`: int32 [tokens]. Raises
-        RequestError."""
-        if not prompt.size:
-            raise RequestError("prompt is empty; it needs at least one token", "prompt", "invalid_value", 400)
-        vocab = self.model_config.vocab_size
-        for token in (prompt.min(), prompt.max()):
-            if not 0 <= token < vocab:
-                raise RequestError(
-                    f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}",
-                    "prompt",
-                    "invalid_value",
-                    400,
-                )
-        room, wanted = self.max_model_len - len(prompt), params.max_tokens
-        if room < (0 if wanted == 0 else 1):
-            raise RequestError(
-                f"prompt has {len(prompt)} tokens, but the context holds {self.max_model_len} with the answer",
-                "prompt",
-                "context_length_exceeded",
-                400,
-            )
-        if wanted is not None and wanted > room and self.config.max_tokens_overflow == "refuse":
-            raise RequestError(
-                f"prompt has {len(prompt)} tokens and max_tokens is {wanted}, but the context holds {self.max_model_len} "
-                f"tokens; the most that max_tokens can be here is {room}",
-                "max_tokens",
-                "context_length_exceeded",
-                400,
-            )
-        if params.min_tokens > room:
-            raise RequestError(
-                f"min_tokens is {params.min_tokens}; after this prompt the context holds {room} tokens",
-                "min_tokens",
-                "context_length_exceeded",
-                400,
-            )
-        if wanted is None:
-            wanted = max(self.generation.sampling.get("max_tokens", room), params.min_tokens)
-        return dataclasses.replace(params, max_tokens=min(room, wanted))
 
     def _graphs(self) -> str:
         if self.eager is not None:
@@ -156,9 +102,6 @@ class BuiltEngine:
             f"model      {self.name}: {self.model_config.num_layers} layers, vocabulary {self.model_config.vocab_size}, from {self.source.path}",
             f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {formats.get('csa_index', 'none')}",
             f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
-            f"tokenizer  {self.tokenizer.describe() if self.tokenizer else 'none: token ids in, token ids out'}",
-            f"chat       {self.chat_format_is}; efforts {', '.join(self.chat_format.efforts)}",
-            *self.generation.describe(),
             f"weights    {size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             *(f"           {note}" for note in m.notes),
             f"pool       {size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {size(layout.page_bytes)} each; "
@@ -178,8 +121,10 @@ class BuiltEngine:
         ]
 
 
-def build_engine(config: EngineConfig, progress: Progress | None = None) -> BuiltEngine:
-    """Resolves every `auto`, loads weights and sets up cache and core.
+def build_engine(
+    config: EngineConfig, progress: Progress | None = None, *, eos_ids: frozenset[int] = frozenset()
+) -> BuiltEngine:
+    """Resolves every `auto`, loads weights and sets up cache and core. `eos_ids`: tokens that end an answer.
 
     Raises ConfigError (settings, config.json) and CheckpointError (weights), each with one line, before any slow work
     where it can.
@@ -194,17 +139,6 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
     )
     record = None if config.record_steps is None else StepRecord(config.record_steps)
     ops = Ops.choose(config.backend, device)
-    tokenizer = Tokenizer.from_dir(source.path, vocab_size=model_config.vocab_size)
-    chat_format, chat_format_is = choose_format(source.path, model_config)
-    generation = read_generation(
-        source.path,
-        model_config,
-        setting=config.generation_config,
-        override=config.override_generation_config,
-        find_token=tokenizer.find if tokenizer else lambda text: None,
-    )
-    if not generation.eos_ids:
-        log.warning(NO_END)
     free = usable_memory(config)
     packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
     held = "released" if packed else str(dtype).removeprefix("torch.")
@@ -233,8 +167,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         core,
         local,
         plans,
-        tokenizer=tokenizer,
-        eos_ids=frozenset(generation.eos_ids),
+        eos_ids=eos_ids,
         seed=config.seed,
         tenants=Tenants(config.tenants),
         record=record,
@@ -254,14 +187,10 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Buil
         model_config,
         layout,
         memory,
-        tokenizer,
-        chat_format,
-        chat_format_is,
         loop,
         ops,
         dtype,
         source,
-        generation,
         eager,
     )
 

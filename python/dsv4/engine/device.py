@@ -21,8 +21,8 @@ from dsv4._core import ALL_LOGITS, FORK, RESET, RESTORE, SAVE
 from dsv4.cache.paged import PagedCache
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.graphs import Capture, DecodeGraphs
-from dsv4.engine.request import EngineRequest
-from dsv4.engine.sampler import Drawn, Judged, Sampled, Sampler, judge
+from dsv4.engine.request import EngineRequest, Sampled
+from dsv4.engine.sampler import Drawn, Judged, Sampler, judge
 from dsv4.model.batch import Batch, Row
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import sizes_of
@@ -51,10 +51,6 @@ class StepResult:
     """(request, first position, log-probabilities of the prompt from there on)."""
     us: float
     """Microseconds that the device took."""
-
-    def sample(self, place: int) -> Sampled:
-        """A sample with what is known of it."""
-        return self.judged.get(place) or Sampled(int(self.tokens[place]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,9 +292,9 @@ class LocalDevice:
             slab,
             request.params,
             prompt=request.prompt,
-            output=request.output[: end - len(request.prompt)],
+            output=(request.output or [])[: end - len(request.prompt)],
             seed=request.seed,
-            ends=[*request.eos_ids, *request.params.stop_token_ids],
+            ends=request.ends,
         )
 
     def _judged_prompts(
@@ -312,14 +308,14 @@ class LocalDevice:
                 requests[int(plan.row_req[r])],
             )
             first, targets = int(last[r]) - length + 1, request.prompt[start + 1 : start + length + 1]
-            if start + len(targets) < len(request.prompt_logprobs):
+            if start + len(targets) < request.judged:
                 continue  # all are known: the prompt is computed again after a preemption
             top = request.params.prompt_logprobs or 0
             for at in range(0, len(targets), LOGIT_ROWS):
                 some = targets[at : at + LOGIT_ROWS]
                 logits = self.model.logits(hidden[first + at : first + at + len(some)])
                 judged = judge(logits, to_device(torch.as_tensor(some, dtype=torch.int64), self.device), top)
-                yield _PromptPart(request.key, start + 1 + at, list(some), top, judged)
+                yield _PromptPart(request.key, start + 1 + at, some.tolist(), top, judged)
 
 
 def _copies(plan: StepPlan, kind: int) -> Iterator[tuple[int, int, int, list[int]]]:

@@ -8,8 +8,7 @@ finite, memory that is short, an exception in Python) leaves the device as it wa
 from __future__ import annotations
 
 import re
-
-import torch
+import sys
 
 _STICKY = re.compile(
     r"illegal memory access|illegaladdress|illegal_address|device-side assert|cudaerrorassert|cuda_error_assert"
@@ -44,11 +43,13 @@ def first_line(error: BaseException) -> str:
 
 def _named(error: BaseException) -> str | None:
     """What the error, or one that it was raised from, says of a lost device."""
+    torch = sys.modules.get("torch")
+    of_device: tuple[type, ...] = () if torch is None else (torch.AcceleratorError,)
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         text = str(error)
-        of_cuda = isinstance(error, torch.AcceleratorError) or _OF_CUDA.search(text)
+        of_cuda = isinstance(error, of_device) or _OF_CUDA.search(text)
         if isinstance(error, RuntimeError) and of_cuda and _STICKY.search(text):
             return first_line(error)
         error = error.__cause__ or error.__context__
@@ -57,6 +58,8 @@ def _named(error: BaseException) -> str | None:
 
 def _probe() -> str | None:
     """What the GPU answers when it is asked to finish its work; None when it does."""
+    import torch
+
     try:
         torch.cuda.synchronize()
     except Exception as e:

@@ -1,4 +1,4 @@
-"""Whether the engine thread is idle, at work or stuck."""
+"""Whether the engine is idle, at work or stuck."""
 
 from __future__ import annotations
 

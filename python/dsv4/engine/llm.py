@@ -1,20 +1,25 @@
-"""Blocking use from Python: `LLM().generate(...)`. No thread, no event loop: the caller's thread drives the engine."""
+"""Blocking use from Python: `LLM().generate(...)`. No thread, no event loop, no other process: the caller's thread drives the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from dsv4.config import EngineConfig
-from dsv4.engine.async_engine import as_request_error
-from dsv4.engine.build import Progress, build_engine
-from dsv4.engine.prompt import TokenIds, as_prompt
-from dsv4.engine.request import RequestOutput, Usage
-from dsv4.engine.routing import Routing
-from dsv4.engine.sampler import Sampled
+from dsv4.engine.answers import Answer, Answers
+from dsv4.engine.build import build_engine
+from dsv4.engine.frontend import Frontend
+from dsv4.engine.messages import News
+from dsv4.engine.process import as_request_error
+from dsv4.engine.prompt import TokenIds
+from dsv4.engine.remote import Progress
+from dsv4.engine.request import RequestOutput, Sampled, Usage
+from dsv4.engine.routing import PLAIN, Routing
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 from dsv4.text.blocks import Blocks, Call
@@ -77,19 +82,31 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, progress: Progress | None = None, **settings: Any
     ) -> None:
-        built = build_engine(EngineConfig(model=model, **settings), progress)
-        self.config, self.model_config, self.tokenizer = built.config, built.model_config, built.tokenizer
-        self.max_model_len, self._built, self._loop = built.max_model_len, built, built.loop
+        config = EngineConfig(model=model, **settings)
+        self._front = Frontend.load(config)
+        built = build_engine(config, progress, eos_ids=self._front.eos_ids)
+        self.config, self.model_config, self.tokenizer = (
+            built.config,
+            built.model_config,
+            self._front.tokenizer,
+        )
+        self.max_model_len, self._loop = built.max_model_len, built.loop
+        self.memory, self._about = built.memory, built.describe()
+        self._keys = itertools.count(1)
+        self._answers, self._told = Answers(), deque[News]()
+        self._loop.tell = self._told.append
+        self._waiting: dict[int, tuple[Answer, Callable[[RequestOutput], None]]] = {}
+        """By key, who waits for what becomes of a request."""
 
     @property
     def sampling_defaults(self) -> Mapping[str, Any]:
         """What the model's generation_config.json (or the settings) say of sampling, as fields of `SamplingParams`."""
-        return self._built.generation.sampling
+        return self._front.generation.sampling
 
     def get_default_sampling_params(self, **given: Any) -> SamplingParams:
         """What `generate` takes without `params`: the defaults of generation_config.json (see the setting of that name),
         `given` first. Raises ValueError."""
-        return self._built.generation.params(**given)
+        return self._front.generation.params(**given)
 
     @property
     def core(self) -> Any:
@@ -111,16 +128,17 @@ class LLM:
         many = [self._ids(p) for p in ([prompts] if _is_one(prompts) else prompts)]
         done = [Completion() for _ in many]
         keys: list[int] = []
+        routing = Routing(salt=cache_salt)
         try:
             for completion, ids in zip(done, many, strict=True):
-                keys.append(self._submit(ids, params, completion.add, cache_salt, reading))
-            while self._loop.has_work() and any(c.finish_reason is None for c in done):
-                self._loop.step()
+                keys.append(self.submit(ids, params, completion.add, routing=routing, reading=reading))
+            while self.has_work() and any(c.finish_reason is None for c in done):
+                self.step()
                 if failed := next((c.error for c in done if c.error is not None), None):
                     raise RequestError(failed, None, "internal_error", 500)
         finally:
             for key in keys:
-                self._loop.abort(key)
+                self.abort(key)
         return done
 
     def stream(
@@ -134,16 +152,74 @@ class LLM:
         """What each step brings for one prompt; the last output has `finished`. Closing the iterator aborts the request."""
         news: list[RequestOutput] = []
         params = params or self.get_default_sampling_params()
-        key = self._submit(self._ids(prompt), params, news.append, cache_salt, reading)
+        key = self.submit(
+            self._ids(prompt), params, news.append, routing=Routing(salt=cache_salt), reading=reading
+        )
         try:
             finished = False
-            while not finished and self._loop.has_work():
-                self._loop.step()
+            while not finished and self.has_work():
+                self.step()
                 finished = bool(news) and news[-1].finished
                 yield from news
                 news.clear()
         finally:
+            self.abort(key)
+
+    def submit(
+        self,
+        ids: TokenIds,
+        params: SamplingParams,
+        deliver: Callable[[RequestOutput], None],
+        *,
+        routing: Routing = PLAIN,
+        parent: int | None = None,
+        reading: Reading | None = None,
+    ) -> int:
+        """Queues a request whose steps the caller takes by hand (`step`), and returns its number. `deliver` gets what each of them
+        brings. `parent`: the number of a request whose state it takes over, if that is live. Raises RequestError."""
+        prompt, params = self._front.admissible(ids, params, self.config, self.max_model_len)
+        key = next(self._keys)
+        answer = self._front.answer(key, f"llm-{key}", prompt, params, reading)
+        try:
+            self._loop.submit(key, prompt, params, routing=routing, parent=parent)
+        except Exception as e:
+            raise as_request_error(e) from None
+        self._answers.live[key] = answer
+        self._waiting[key] = answer, deliver
+        return key
+
+    def step(self) -> bool:
+        """One step of all requests. False when there was nothing to do. Raises EngineDead when the device is lost."""
+        busy = self._loop.step()
+        self._deliver()
+        return busy
+
+    def has_work(self) -> bool:
+        """Whether a step would do something."""
+        return self._loop.has_work()
+
+    def abort(self, key: int) -> None:
+        """Ends a request at any time; one that has ended, or never was, is ignored."""
+        self._loop.abort(key)
+        self._deliver()
+
+    def abort_all(self) -> None:
+        """Ends every request."""
+        for key in list(self._loop.requests):
             self._loop.abort(key)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        while self._told:
+            for key in self._answers.read(self._told.popleft()):
+                self._loop.stop(key)  # which tells more
+        for key, (answer, deliver) in list(self._waiting.items()):
+            if not answer.news:
+                continue
+            if key not in self._answers.live:
+                del self._waiting[key]
+            for output in answer.take():
+                deliver(output)
 
     def chat(
         self,
@@ -209,28 +285,22 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        format = self._built.chat_format
+        format = self._front.chat_format
         segments = encode_chat(messages, thinking=thinking, tools=tools, ending=ending, format=format)
         return self.tokenizer.draft(segments, bound=Bound(self.max_model_len, "messages")).finish()
 
-    def _ids(self, prompt: Prompt) -> np.ndarray:
+    def describe(self) -> list[str]:
+        """The memory plan and every choice made, one line each."""
+        return self._front.describe(self._about)
+
+    def _ids(self, prompt: Prompt) -> TokenIds:
         if not isinstance(prompt, str):
-            return as_prompt(prompt)
+            return prompt
         if self.tokenizer is None:
             raise RequestError(
                 "this model directory has no tokenizer; send token ids", "prompt", "no_tokenizer", 400
             )
         return self.tokenizer.draft_text(prompt, bound=Bound(self.max_model_len, "prompt")).finish()
-
-    def _submit(
-        self, ids: np.ndarray, params: SamplingParams, deliver: Any, salt: str, reading: Reading | None
-    ) -> int:
-        params = self._built.admissible(ids, params)
-        try:
-            routing = Routing(salt=salt)
-            return self._loop.submit("llm", ids, params, deliver, routing=routing, reading=reading)
-        except Exception as e:
-            raise as_request_error(e) from None
 
 
 def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:

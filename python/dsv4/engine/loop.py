@@ -8,7 +8,6 @@ device: it sees plans, and results when they are there (tests/engine/test_loop.p
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections import deque
@@ -21,15 +20,12 @@ import numpy as np
 from dsv4._core import Core
 from dsv4.engine import device_errors
 from dsv4.engine.buffers import StepPlan
-from dsv4.engine.output import Delta, as_final, as_output, push_token
-from dsv4.engine.prompt import TokenIds, as_prompt
-from dsv4.engine.request import EngineRequest, RequestOutput, Started
-from dsv4.engine.routing import Routing, Tenants, now_us
+from dsv4.engine.messages import End, News
+from dsv4.engine.request import FINISH_REASONS, EngineRequest
+from dsv4.engine.routing import PLAIN, Routing, Tenants, now_us
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import EngineDead
 from dsv4.sampling import SamplingParams
-from dsv4.text.stream import Reading, TextStream
-from dsv4.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dsv4.engine.device import LocalDevice, Pending, StepResult
@@ -38,9 +34,6 @@ log = logging.getLogger("dsv4.engine")
 
 WARN_EVERY = 16
 """Finished requests between two looks for prefixes that never hit."""
-
-PLAIN = Routing()
-"""No hints."""
 
 REMEDIES = {
     "salt": "They carry different salts: requests that are to share a prefix need the same cache_salt.",
@@ -68,7 +61,10 @@ class Flight:
 
 
 class EngineLoop:
-    """Requests in, outputs out. Not thread-safe: one thread owns it."""
+    """Requests in, news out. Not thread-safe: one thread owns it."""
+
+    SELF_CHECK = 0
+    """The key of its own request."""
 
     def __init__(
         self,
@@ -76,25 +72,27 @@ class EngineLoop:
         device: LocalDevice,
         plans: tuple[StepPlan, ...],
         *,
-        tokenizer: Tokenizer | None,
-        eos_ids: frozenset[int],
-        seed: int,
+        eos_ids: frozenset[int] = frozenset(),
+        seed: int = 0,
         tenants: Tenants | None = None,
         record: StepRecord | None = None,
     ) -> None:
         """`plans`: a buffer for each step that may be in flight."""
         self.core, self.device, self.plans = core, device, plans
-        self.tokenizer, self.eos_ids, self.seed = tokenizer, eos_ids, seed
+        self.eos_ids, self.seed = eos_ids, seed
         self.tenants = tenants or Tenants()
+        self.tell: Callable[[News], None] = lambda news: None
+        """Called with what a step brought; and with the requests that begin before they are computed, so that it is known
+        which ones a step had that the engine does not survive."""
         self._record = record
         self.dead: EngineDead | None = None
         self.failed_in_row = 0
         """Steps that failed since the last token, and why the last of them did."""
         self.last_failure = ""
         self.requests: dict[int, EngineRequest] = {}
-        self._keys_by_name: dict[str, int] = {}
+        self._looking_back: dict[int, list[int]] = {}
+        """By key, tokens so far of those requests whose sampling needs them."""
         self._warned, self._finished = False, 0
-        self._keys = itertools.count(1)
         self._events = np.zeros((4096, 6), np.int64)
         self._flights: deque[Flight] = deque()
         self._planned = 0.0
@@ -102,51 +100,47 @@ class EngineLoop:
 
     def submit(
         self,
-        request_id: str,
-        prompt: TokenIds,
+        key: int,
+        prompt: np.ndarray,
         params: SamplingParams,
-        deliver: Callable[[RequestOutput], None],
         *,
         routing: Routing = PLAIN,
-        fork_of: str | None = None,
-        reading: Reading | None = None,
-    ) -> int:
-        """Queues a request and returns its key. Raises EngineDead and what `Core.submit` raises; nothing is kept then.
-
-        `prompt` is not copied where it is an int32 array. `fork_of`: the id of a live request whose state this one starts
-        from, which saves work and changes no token.
-        `reading`: it is a chat, and how its answer is to be read.
-        """
+        parent: int | None = None,
+    ) -> None:
+        """Queues a request under a number that is new. `prompt`: int32, not copied. `parent`: a request whose state this one
+        starts from where that is live, which saves work and changes no token. Raises EngineDead and what `Core.submit`
+        raises; nothing is kept then."""
         if self.dead is not None:
             raise self.dead
-        prompt = as_prompt(prompt)
-        key = next(self._keys)
         seed = params.seed if params.seed is not None else self.seed + key
-        stream = TextStream(self.tokenizer, params, reading) if self.tokenizer is not None else None
-        request = EngineRequest(
-            key, request_id, prompt, params, stream, deliver, seed=seed, eos_ids=self.eos_ids
-        )
-        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_ids)
+        ends = set(params.stop_token_ids)
         now = now_us()
         self.core.set_time(now)  # a request's age counts from here
         self.core.submit(
             key,
             prompt,
             max_new=params.max_tokens,
-            stop_ids=sorted(stop_ids),
-            all_logits=request.wants_prompt_logprobs,
-            parent=self._keys_by_name.get(fork_of) if fork_of is not None else None,
+            stop_ids=sorted(ends if params.ignore_eos else ends | self.eos_ids),
+            all_logits=params.prompt_logprobs is not None,
+            parent=parent if parent in self.requests else None,
             **routing.core(self.tenants, now),
         )
+        request = EngineRequest(key, prompt, params, seed=seed, ends=tuple(sorted(ends | self.eos_ids)))
         self.requests[key] = request
-        self._keys_by_name[request_id] = key
-        return key
+        if request.output is not None:
+            self._looking_back[key] = request.output
 
     def abort(self, key: int) -> None:
-        """Ends a request at any time; its last output says `abort`. Unknown keys are ignored: it may have just ended."""
+        """Ends a request at any time; what is told last of it is `abort`. Unknown keys are ignored: it may have just ended."""
         if key in self.requests:
             self.core.abort(key)
-            self._drain_events(None)  # it may have been the last one: no step would follow that does this
+            self._tell_events(None)  # it may have been the last one: no step would follow that does this
+
+    def stop(self, key: int) -> None:
+        """Ends a request whose answer is whole, as if the model had ended. Unknown keys are ignored."""
+        if key in self.requests:
+            self.core.stop(key)
+            self._tell_events(None)
 
     def has_work(self) -> bool:
         return bool(self._flights) or self.core.has_work()
@@ -160,11 +154,12 @@ class EngineLoop:
         planned = self.core.plan(plan.words)
         if planned:
             self._turn = (self._turn + 1) % len(self.plans)
+            self._tell_events(None)
             self._launch(plan)
         busy = bool(self._flights)
         if busy and (len(self._flights) == len(self.plans) or not planned):
             result = self._land()
-        self._drain_events(result)
+        self._tell_events(result)
         return planned or busy
 
     def _launch(self, plan: StepPlan) -> None:
@@ -196,11 +191,11 @@ class EngineLoop:
             for plan in reversed([*(f.plan for f in before or ()), *plans]):
                 self.core.rollback(plan.step)
             self._flights.clear()
-            self.dead = EngineDead(f"{gone}; start it again")
+            self.dead = EngineDead(gone)
             raise self.dead from error
         self._count_failure(f"{type(error).__name__}: {device_errors.first_line(error)}")
         while before:
-            self._drain_events(self._land())
+            self._tell_events(self._land())
         keys = {key for plan in plans for key in plan.row_req.tolist()}
         for plan in reversed(plans):
             self.core.rollback(plan.step)
@@ -212,11 +207,6 @@ class EngineLoop:
             self._count_failure(POISONED)
         elif result.keys:
             self.failed_in_row = 0
-        for key, start, judged in result.prompt_logprobs:
-            request = self.requests.get(key)
-            # After a preemption the prompt is computed again; what is known already stays.
-            if request is not None and start == len(request.prompt_logprobs):
-                request.prompt_logprobs += judged
         for key in result.poisoned:
             if key in self.requests:
                 self._fail(key, POISONED)
@@ -234,16 +224,15 @@ class EngineLoop:
     def check_itself(self) -> None:
         """Generates a token for itself, with no other request at hand: when that works the requests were at fault, and the
         count of failures starts anew. Raises EngineDead when it fails like them."""
-        outputs: list[RequestOutput] = []
         failed, salt = self.failed_in_row, Routing(salt="dsv4 self-check")
         greedy = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-        self.submit("self-check", [0], greedy, outputs.append, routing=salt)
+        self.submit(self.SELF_CHECK, np.zeros(1, np.int32), greedy, routing=salt)
+        own = self.requests[self.SELF_CHECK]
         while self.has_work():
             self.step()
-        if outputs[-1].error is not None:
+        if own.error is not None:
             self.dead = EngineDead(
-                f"{failed} steps in a row failed, and so did one without their requests: {outputs[-1].error}; "
-                "start it again"
+                f"{failed} steps in a row failed, and so did one without their requests: {own.error}"
             )
             raise self.dead
         log.warning("%d steps in a row failed (%s); the engine itself is well", failed, self.last_failure)
@@ -252,42 +241,69 @@ class EngineLoop:
         self.requests[key].error = message
         self.core.abort(key)
 
-    def _drain_events(self, result: StepResult | None) -> None:
-        """Delivers one output per request that has news. Stopping a request makes further events, so until none is left."""
-        deltas: dict[int, Delta] = {}
-        now = time.monotonic()
+    def _tell_events(self, result: StepResult | None) -> None:
+        """Tells what has happened since the last time. `result`: of the step that was just committed."""
+        news = News()
+        if result is not None:
+            self._judge_prompts(news, result)
         while n := self.core.events(self._events):
-            for kind, key, _step, a, _b, c in self._events[:n].tolist():
+            events = self._events[:n]
+            sampled = events[:, 0] == TOKEN
+            if result is not None:
+                self._add_tokens(news, events[sampled], result)
+            for kind, key, _step, a, b, c in events[~sampled].tolist():
                 request = self.requests.get(key)
-                if request is None:
-                    continue
-                delta = deltas.setdefault(key, Delta())
-                if kind == TOKEN and result is not None and not request.ended:
-                    request.first = request.first or now
-                    if push_token(request, delta, result.sample(c)):
-                        self.core.stop(key)
-                elif kind == FINISHED:
-                    self._finish(request, deltas.pop(key), reason=a, stop_token=c)
-                elif kind == RESUMED and not request.begun:
-                    request.begun = self._planned
-                    started = Started(len(request.prompt), a - c)
-                    request.deliver(RequestOutput(request.request_id, started=started))
-                elif kind == PREFILL:
-                    delta.prefilled = a
-        for key, delta in deltas.items():
-            if delta.token_ids or delta.prefilled is not None:
-                self.requests[key].deliver(as_output(self.requests[key], delta))
+                if request is not None:
+                    self._add(news, request, kind, a, b, c)
+        if not news.empty:
+            self.tell(news)
 
-    def _finish(self, request: EngineRequest, delta: Delta, *, reason: int, stop_token: int) -> None:
+    def _judge_prompts(self, news: News, result: StepResult) -> None:
+        for key, start, judged in result.prompt_logprobs:
+            request = self.requests.get(key)
+            # After a preemption the prompt is computed again; what is known already stays.
+            if request is not None and start == request.judged:
+                request.judged += len(judged)
+                news.prompts.append((key, judged))
+
+    def _add_tokens(self, news: News, events: np.ndarray, result: StepResult) -> None:
+        """All tokens of a step at once: no work for each but where a request asks for more than its tokens."""
+        before, places = len(news.tokens) // 4, events[:, 5]
+        keys, tokens = events[:, 1], result.tokens[places]
+        news.keys += keys.tobytes()
+        news.tokens += tokens.tobytes()
+        if result.judged:
+            at = {place: before + i for i, place in enumerate(places.tolist()) if place in result.judged}
+            news.judged += [(i, result.judged[place]) for place, i in at.items()]
+        if self._looking_back:
+            for key, token in zip(keys.tolist(), tokens.tolist(), strict=True):
+                if (output := self._looking_back.get(key)) is not None:
+                    output.append(token)
+        now = time.monotonic()
+        for key in events[events[:, 4] == 0, 1].tolist():
+            if (request := self.requests.get(key)) is not None:
+                request.first = now
+
+    def _add(self, news: News, request: EngineRequest, kind: int, a: int, b: int, c: int) -> None:
+        """An event of a request that is no token."""
+        if kind == FINISHED:
+            news.ends.append(self._finish(request, reason=a, stop_token=c))
+        elif kind == RESUMED and not request.begun:
+            request.begun = self._planned
+            news.started.append((request.key, len(request.prompt), a - c))
+        elif kind == PREFILL:
+            news.prefilled.append((request.key, a))
+
+    def _finish(self, request: EngineRequest, *, reason: int, stop_token: int) -> End:
         explanation = self.core.explain(request.key)
         self.core.forget(request.key)
         del self.requests[request.key]
-        if self._keys_by_name.get(request.request_id) == request.key:
-            del self._keys_by_name[request.request_id]
-        request.deliver(as_final(request, delta, reason, stop_token, explanation))
+        self._looking_back.pop(request.key, None)
         self._finished += 1
         if not self._warned and self._finished % WARN_EVERY == 0:
             self._warned = self._warn_of_misses()
+        reason_name = "error" if request.error else FINISH_REASONS[reason]
+        return End(request.key, reason_name, stop_token, request.error, explanation, request.timing())
 
     def _warn_of_misses(self) -> bool:
         """Says once when prefixes come again and again and never hit; `/metrics` goes on counting."""

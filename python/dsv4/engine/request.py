@@ -1,20 +1,28 @@
-"""What the engine keeps for a request, and what its caller gets back."""
+"""What the engine keeps for a request, and what its caller gets back. No torch: both processes import it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from dsv4.engine.sampler import Sampled
 from dsv4.sampling import SamplingParams
 from dsv4.text.output import Content, Piece
-from dsv4.text.stream import TextStream
 
 FINISH_REASONS = {1: "stop", 2: "length", 3: "abort", 4: "error"}
+"""By the number of the core's FINISHED event."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A token with its log-probability and rank (1 = best), both 0 unless asked for, and the best alternatives."""
+
+    token: int
+    logprob: float = 0.0
+    rank: int = 0
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,26 +84,17 @@ class RequestOutput:
 
 
 class EngineRequest:
-    """A live request on the engine thread."""
+    """A live request beside the core. Nothing of it changes with each token, unless its sampling needs the tokens back."""
 
     def __init__(
-        self,
-        key: int,
-        request_id: str,
-        prompt: np.ndarray,
-        params: SamplingParams,
-        stream: TextStream | None,
-        deliver: Callable[[RequestOutput], None],
-        *,
-        seed: int,
-        eos_ids: frozenset[int],
+        self, key: int, prompt: np.ndarray, params: SamplingParams, *, seed: int, ends: tuple[int, ...]
     ) -> None:
-        self.key, self.request_id = key, request_id
-        self.prompt, self.params, self.seed, self.eos_ids = prompt, params, seed, eos_ids
-        self.stream = stream
-        self.deliver = deliver
-        self.output: list[int] = []
-        self.prompt_logprobs: list[Sampled | None] = [None]
+        """`ends`: token ids that end it."""
+        self.key, self.prompt, self.params, self.seed, self.ends = key, prompt, params, seed, ends
+        self.output: list[int] | None = [] if params.looks_back else None
+        """Tokens so far, where sampling has to know them after a preemption."""
+        self.judged = 1
+        """Prompt tokens whose log-probabilities were told, the first one, which has none, included."""
         self.error: str | None = None
         self.submitted = time.monotonic()
         self.begun = self.first = 0.0
@@ -107,16 +106,6 @@ class EngineRequest:
         begun = self.begun or now
         first = self.first or now
         return Timing(begun - self.submitted, first - begun, now - first)
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that ended it."""
-        return self.stream.stop_string if self.stream is not None else None
-
-    @property
-    def ended(self) -> bool:
-        """Whether what was read so far is the whole answer, though the model has not ended."""
-        return self.stream is not None and self.stream.ended
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -45,6 +45,10 @@ class Routing:
         }
 
 
+PLAIN = Routing()
+"""No hints."""
+
+
 def now_us() -> int:
     """The clock of `Core.set_time`: microseconds, monotonic."""
     return time.monotonic_ns() // 1000

@@ -17,20 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsv4.engine.request import Sampled
 from dsv4.ops.registry import Ops
 from dsv4.ops.tables import END, PROMPT
 from dsv4.sampling import SamplingParams
 from dsv4.transfer import to_device, to_host
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """A token with its log-probability and rank (1 = best), both 0 unless asked for, and the best alternatives."""
-
-    token: int
-    logprob: float = 0.0
-    rank: int = 0
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,273 @@
+"""The engine's own process: `python -m dsv4.engine.process`. It has the core, the device and the steps, and nothing of HTTP or text.
+
+A thread takes messages from the socket; they are carried out between two steps. What a step brought leaves in one message.
+The process ends when it is told to, when its parent is gone, and when the device is lost.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsv4._core import NeverFits, Overloaded
+from dsv4.engine.link import Link
+from dsv4.engine.loop import EngineLoop
+from dsv4.engine.messages import (
+    Abort,
+    Answered,
+    Ask,
+    Begin,
+    Counts,
+    Failed,
+    Loading,
+    Log,
+    News,
+    Quit,
+    Ready,
+    Refused,
+    Stop,
+    Submit,
+    ToEngine,
+    encode,
+    to_engine,
+)
+from dsv4.errors import Dsv4Error, EngineDead, RequestError
+
+log = logging.getLogger("dsv4.engine")
+
+SIGN_OF_LIFE = 0.25
+"""Seconds after which a step is told that brought nothing."""
+
+COUNT_EVERY = 0.1
+"""Seconds between two counts while requests run."""
+
+SHOW_EVERY = 0.1
+"""Seconds between two messages about weights that are read."""
+
+LAST_WORDS = 5.0
+"""Seconds that the last messages may take."""
+
+ASKED = frozenset({"pin", "unpin", "end_session", "dump", "check", "explain", "clear_prefix"})
+"""Calls of the core that others may make."""
+
+
+class Built(Protocol):
+    """What `build_engine` gives, as far as it matters here."""
+
+    config: Any
+    loop: EngineLoop
+
+    @property
+    def max_model_len(self) -> int: ...
+    def describe(self) -> list[str]: ...
+
+
+Build = Callable[..., Built]
+"""`build_engine`, or another with its arguments."""
+
+
+class Host:
+    """Carries out messages and runs steps, on the thread that calls `run`."""
+
+    def __init__(self, built: Built, link: Link, inbox: queue.SimpleQueue[Received]) -> None:
+        self.built, self.loop, self.link = built, built.loop, link
+        self._inbox = inbox
+        self._taken = 0
+        self._told = -1
+        """What was last told: messages taken, where nothing was left to do."""
+        self._last = self._counted = 0.0
+        self.loop.tell = self._tell
+
+    def run(self) -> None:
+        """Until it is told to end, or the other side is gone. Raises EngineDead."""
+        while self._take():
+            if self.loop.step() and time.monotonic() - self._last > SIGN_OF_LIFE:
+                self._tell(News())
+            if self.loop.doubtful and not self.loop.has_work():
+                self.loop.check_itself()
+
+    def ready(self) -> Ready:
+        """What there is to say before the first message is taken."""
+        built = self.built
+        return Ready(built.config, built.max_model_len, built.describe(), self._counts(tenants=True))
+
+    def _take(self) -> bool:
+        """Carries out what has come, and waits for it when there is nothing else to do; False when it is to end."""
+        while True:
+            busy = self.loop.has_work()
+            if not busy and self._told != self._taken:
+                self._tell(News())
+            try:
+                received = self._inbox.get(block=not busy)
+            except queue.Empty:
+                return True
+            if received is None:
+                return False
+            self._taken += 1
+            self._do(*received)
+
+    def _do(self, message: ToEngine, payload: np.ndarray) -> None:
+        if isinstance(message, Submit):
+            self._submit(message, payload)
+        elif isinstance(message, Abort):
+            for key in message.keys:
+                self.loop.abort(key)
+        elif isinstance(message, Stop):
+            for key in message.keys:
+                self.loop.stop(key)
+        elif isinstance(message, Ask):
+            self.link.send(encode(self._answer(message, payload)))
+
+    def _submit(self, m: Submit, prompt: np.ndarray) -> None:
+        try:
+            self.loop.submit(m.key, prompt, m.params, routing=m.routing, parent=m.parent)
+        except Exception as e:
+            refusal = as_request_error(e)
+            self.link.send(
+                encode(Refused(m.key, refusal.message, refusal.param, refusal.code, refusal.status))
+            )
+        else:
+            self.loop.requests[m.key].submitted = m.submitted
+
+    def _answer(self, m: Ask, prompt: np.ndarray) -> Answered:
+        try:
+            if m.what not in ASKED:
+                raise ValueError(f"there is nothing called {m.what}")
+            arguments = [*m.arguments, prompt] if prompt.size else m.arguments
+            return Answered(m.ticket, getattr(self.loop.core, m.what)(*arguments), None)
+        except Exception as e:
+            return Answered(m.ticket, None, (type(e).__name__, str(e)))
+
+    def _tell(self, news: News) -> None:
+        news.taken, news.idle = self._taken, not self.loop.has_work()
+        if self.loop.doubtful:
+            news.doubt = f"the last {self.loop.failed_in_row} steps failed: {self.loop.last_failure}"
+        self._last = now = time.monotonic()
+        if news.idle or now - self._counted > COUNT_EVERY:
+            self._counted = now
+            news.counts = self._counts(tenants=True)
+        elif news.ends or news.started:
+            news.counts = self._counts(tenants=False)
+        if news.idle:
+            self._told = self._taken
+        self.link.send(encode(news))
+
+    def _counts(self, *, tenants: bool) -> Counts:
+        core = self.loop.core
+        return Counts(core.stats(), core.tenants() if tenants else None)
+
+
+Received = tuple[ToEngine, np.ndarray] | None
+"""A message with its payload; None at the end."""
+
+
+def receive_all(link: Link, inbox: queue.SimpleQueue[Received], gone: Callable[[], None]) -> None:
+    """Fills `inbox` until the other side says that it is over, or is gone, upon which it calls `gone`."""
+    while (received := link.receive()) is not None:
+        message = to_engine(received[0])
+        inbox.put(None if isinstance(message, Quit) else (message, received[1]))
+    gone()
+    inbox.put(None)
+
+
+class Relay(logging.Handler):
+    """Hands lines of log to the parent, which has its own way with them."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self._link = link
+
+    def emit(self, record: logging.LogRecord) -> None:
+        trace = logging.Formatter().formatException(record.exc_info) if record.exc_info else None
+        self._link.send(encode(Log(record.name, record.levelno, record.getMessage(), trace)))
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """The core's refusal as an answer to the client."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, Overloaded):
+        return RequestError(str(error), None, "overloaded", 429)
+    if isinstance(error, NeverFits):
+        return RequestError(str(error), "prompt", "context_length_exceeded", 400)
+    if isinstance(error, EngineDead):
+        return RequestError(f"the engine has stopped: {error}", None, "engine_dead", 503)
+    if isinstance(error, (Dsv4Error, ValueError)):
+        return RequestError(str(error), None, "invalid_value", 400)
+    return RequestError(f"{type(error).__name__}: {error}", None, "internal_error", 500)
+
+
+def _shown(link: Link) -> Callable[[int, int, str], None]:
+    """Progress of loading as messages, not too many."""
+    last = 0.0
+
+    def show(done: int, total: int, name: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last > SHOW_EVERY:
+            last = now
+            link.send(encode(Loading(done, total, name)))
+
+    return show
+
+
+def first_message(link: Link) -> Begin | None:
+    """The settings; None when the parent has ended."""
+    received = link.receive()
+    begin = None if received is None else to_engine(received[0])
+    return begin if isinstance(begin, Begin) else None
+
+
+def serve(link: Link, begin: Begin, build: Build, gone: Callable[[], None]) -> int:
+    """Everything from the first message to the last; the exit code. `gone`: called when the parent has ended, at any time, also
+    in the middle of a step that does not end."""
+    inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
+    threading.Thread(target=receive_all, args=(link, inbox, gone), name="dsv4-inbox", daemon=True).start()
+    try:
+        built = build(begin.config, _shown(link), eos_ids=frozenset(begin.eos_ids))
+        host = Host(built, link, inbox)
+        gc.collect()
+        gc.freeze()  # what lives as long as the engine need not be looked through each time garbage is
+        link.send(encode(host.ready()))
+        host.run()
+        return 0
+    except Dsv4Error as e:
+        failed = Failed(type(e).__name__, str(e))
+    except Exception as e:
+        log.critical("the engine process failed", exc_info=True)
+        failed = Failed(type(e).__name__, f"{type(e).__name__}: {e}")
+    link.send(encode(failed))
+    return 1
+
+
+def main(build: Build | None = None) -> None:
+    """The process. `build`: another engine than that of the settings, for tests."""
+    from dsv4.engine.child import adopt
+
+    link = adopt(sys.argv[1:])
+    logging.basicConfig(level=logging.INFO, handlers=[Relay(link)])
+    if build is None:
+        from dsv4.engine.build import build_engine
+
+        build = build_engine
+    code, begin = 1, first_message(link)
+    if begin is not None:
+        logging.getLogger().setLevel(begin.log_level)
+        code = serve(link, begin, build, gone=lambda: os._exit(1))
+    link.flush(LAST_WORDS)
+    # Threads of torch and of CUDA may not come to an end, and there is nothing left to do.
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Starts an engine's process and waits until it takes requests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from dsv4 import errors
+from dsv4.config import EngineConfig
+from dsv4.engine.child import Child
+from dsv4.engine.messages import Begin, Failed, Loading, Log, Ready, encode, from_engine
+from dsv4.errors import CheckpointError, ConfigError, Dsv4Error, EngineDead
+
+Progress = Callable[[int, int, str], None]
+"""Called while weights load: bytes done, bytes in all, tensor name."""
+
+PROCESS = "dsv4.engine.process"
+"""What is started; tests put another module in its place."""
+
+LAST_MOMENTS = 5.0
+"""Seconds that a process may take to end once its socket is closed."""
+
+
+def start() -> Child:
+    """The process, which waits for its settings. It loads torch meanwhile."""
+    return Child(PROCESS, "engine")
+
+
+def await_ready(
+    child: Child, config: EngineConfig, eos_ids: frozenset[int], progress: Progress | None
+) -> Ready:
+    """Gives the process its settings and waits until it takes requests. Raises what it could not start for: ConfigError,
+    CheckpointError, EngineDead; it is gone then."""
+    level = logging.getLogger("dsv4").getEffectiveLevel()
+    child.link.send(encode(Begin(config, sorted(eos_ids), level)))
+    try:
+        failed = None
+        while (received := child.link.receive()) is not None:
+            message = from_engine(received[0])
+            if isinstance(message, Ready):
+                return message
+            if isinstance(message, Log):
+                write(message)
+            elif isinstance(message, Loading) and progress is not None:
+                progress(message.done, message.total, message.name)
+            elif isinstance(message, Failed):
+                failed = message
+    except BaseException:  # Ctrl-C, above all
+        child.kill()
+        raise
+    how = ended(child)
+    raise as_error(failed) if failed is not None else EngineDead(f"the engine process is gone: {how}")
+
+
+def ended(child: Child) -> str:
+    """How a process has ended whose socket is closed."""
+    if not child.wait(LAST_MOMENTS):
+        child.kill()
+    child.link.release()
+    return child.how()
+
+
+def write(line: Log) -> None:
+    """Writes a line of the process's log as one of our own."""
+    logger = logging.getLogger(line.logger)
+    if logger.isEnabledFor(line.level):
+        record = logger.makeRecord(line.logger, line.level, "(engine)", 0, line.text, (), None)
+        record.exc_text = line.traceback
+        logger.handle(record)
+
+
+def as_error(failed: Failed) -> Dsv4Error:
+    """What a process could not start for."""
+    kinds: dict[str, type[Dsv4Error]] = {k.__name__: k for k in (ConfigError, CheckpointError)}
+    return kinds.get(failed.kind, EngineDead)(failed.text)
+
+
+def as_raised(kind: str, text: str) -> Dsv4Error:
+    """An error of the core by the name of its class."""
+    from dsv4 import _core
+
+    found = getattr(errors, kind, None) or getattr(_core, kind, None)
+    if isinstance(found, type) and issubclass(found, Dsv4Error):
+        return found(text)
+    return Dsv4Error(f"{kind}: {text}")
