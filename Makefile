@@ -2,6 +2,7 @@
 #   make serve   the small model that ships, on http://127.0.0.1:8000   (ARGS="MODEL --port 9000 ...")
 #   make test    everything that CI runs
 #   make test-lowest  a part of the tests with the lowest versions of tests/lowest.txt (Python 3.10 to 3.12; 7 GB in .venv-lowest)
+#   make test-clients  Claude Code, Codex, aider and SDKs, unmodified, against a scripted model (2 GB in .venv-clients)
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
@@ -30,7 +31,7 @@ LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate 
   tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test test-gpu test-lowest test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test test-gpu test-lowest test-clients test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -80,6 +81,18 @@ test-python: setup
 
 test-lowest: setup .venv-lowest/built
 	PYTHONPATH=python .venv-lowest/bin/python -m pytest -q $(LOWEST) $(ARGS)
+
+# Each of the newest version; aider pins what it needs, so it has an environment of its own.
+.venv-clients/built:
+	@echo "test-clients: clients in .venv-clients: 2 GB on disk, 1 to 5 minutes"
+	$(PYTHON) -m venv .venv-clients/sdks
+	.venv-clients/sdks/bin/pip install --disable-pip-version-check -q openai anthropic litellm claude-agent-sdk openai-codex-cli-bin
+	$(PYTHON) -m venv .venv-clients/aider
+	.venv-clients/aider/bin/pip install --disable-pip-version-check -q aider-chat
+	touch $@
+
+test-clients: setup .venv-clients/built
+	CLIENTS=$(CURDIR)/.venv-clients $(BIN)/python -m pytest -q tests/clients $(ARGS)
 
 # Uses the machine's own torch and needs the built core and pytest-xdist. What tests ahead-of-time compiling and training runs
 # without a GPU; `make test` has it.
@@ -131,4 +144,4 @@ coverage:
 
 clean:
 	cargo clean
-	rm -rf .venv .venv-lowest dist
+	rm -rf .venv .venv-lowest .venv-clients dist

@@ -1,0 +1,57 @@
+"""Bodies as unmodified clients sent them (their texts cut short): Claude Code 2.1 and Codex 0.163 in the fourth request of a tool
+loop, aider 0.86 with a file. `make test-clients` runs the clients themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from dsv4.text.tokenizer import Tokenizer
+
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, running
+
+BODIES = Path(__file__).parent.parent / "data" / "clients"
+
+
+@pytest.fixture(scope="module")
+def server(tokenizer: Tokenizer) -> Iterator[RunningServer]:
+    engine = FakeEngine(lambda prompt: "Hm.</think>All done.", tokenizer=tokenizer, max_model_len=32768)
+    with running(engine, served_model_name=("dsv4",)) as server:
+        yield server
+
+
+def sent(server: RunningServer, name: str, **more: Any) -> tuple[httpx.Response, str]:
+    """The answer, and what the model read."""
+    recorded = json.loads((BODIES / f"{name}.json").read_text(encoding="utf-8"))
+    answer = httpx.post(server.url + recorded["path"], json=recorded["body"] | more)
+    assert answer.status_code == 200, answer.text
+    engine = server.engine
+    return answer, engine.tokenizer.decode(engine.seen[-1].prompt, skip_special=False)
+
+
+@pytest.mark.parametrize("name", ["claude_code", "codex", "aider"])
+def test_a_recorded_body_is_answered(server: RunningServer, name: str) -> None:
+    whole, read = sent(server, name, stream=False)
+    streamed, again = sent(server, name, stream=True)
+    assert "All done." in whole.text and streamed.headers["content-type"].startswith("text/event-stream")
+    assert read == again and "billing" not in read and read.startswith("<｜begin▁of▁sentence｜>")
+
+
+@pytest.mark.parametrize("name", ["claude_code", "codex"])
+def test_a_recorded_loop_reads_as_the_model_wrote_it(server: RunningServer, name: str) -> None:
+    _, read = sent(server, name)
+    for turn in range(3):
+        thought, call = (
+            "<think>Let me think.</think>I will run it.\n\n<｜DSML｜tool_calls>",
+            f"echo dsv4-was-here {turn}",
+        )
+        assert read.count(thought) == 3 and f">{call}</｜DSML｜parameter>" in read
+        assert f"<tool_result>dsv4-was-here {turn}" in read
+    assert read.endswith("<｜Assistant｜><think>")
+    routing = server.engine.seen[-1].routing
+    assert routing.session and "web_search" not in read

@@ -1,0 +1,137 @@
+"""Unmodified clients against a scripted model: a conversation with tool calls to its end, and each prompt begins with the one
+before and what was sampled after it. `make test-clients` installs the clients and runs this; without them it is skipped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.clients.shell_model import DONE, MARK, ShellModel
+from tests.support.fake_engine import EOS, FakeEngine, small_tokenizer
+from tests.support.serving import RunningServer, running
+
+ROOT = Path(os.environ.get("CLIENTS", "/nonexistent"))
+"""Where the virtual environments are: `sdks` and `aider`."""
+
+pytestmark = pytest.mark.skipif(not ROOT.exists(), reason="run by make test-clients")
+HERE = Path(__file__).parent
+TURNS = 10
+
+
+@pytest.fixture
+def server() -> Iterator[RunningServer]:
+    tokenizer = small_tokenizer()
+    engine = FakeEngine(ShellModel(tokenizer, TURNS), tokenizer=tokenizer, max_model_len=2**20)
+    with running(engine, served_model_name=("dsv4", "claude-*")) as server:
+        yield server
+
+
+def run(server: RunningServer, home: Path, *command: str, **env: str) -> str:
+    """Runs a client that sees nothing of this machine but its own home; what it says."""
+    (home / "work").mkdir(parents=True, exist_ok=True)
+    env = {"HOME": str(home), "PATH": os.environ["PATH"], "LITELLM_LOCAL_MODEL_COST_MAP": "True", **env}
+    done = subprocess.run(
+        command,
+        cwd=home / "work",
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def loops(server: RunningServer) -> list[int]:
+    """Lengths of the conversations in which each prompt begins with the one before and its answer."""
+    engine, found, before = server.engine, [], None
+    for seen in engine.seen:
+        goes_on = before is not None and seen.prompt[: len(before)] == before
+        found = [*found[:-1], found[-1] + 1] if goes_on else [*found, 1]
+        before = [*seen.prompt, *engine.tokenizer.encode(engine.script(seen.prompt)), EOS]
+    return found
+
+
+@pytest.mark.parametrize(("name", "count"), [("openai", 4), ("anthropic", 2), ("litellm", 5)])
+def test_sdk(server: RunningServer, tmp_path: Path, name: str, count: int) -> None:
+    run(server, tmp_path, str(ROOT / "sdks/bin/python"), str(HERE / f"sdk_{name}.py"), server.url)
+    assert sum(n == TURNS + 1 for n in loops(server)) >= min(count, 4), loops(server)
+
+
+def test_claude_code(server: RunningServer, tmp_path: Path) -> None:
+    (binary,) = ROOT.glob("sdks/lib/*/site-packages/claude_agent_sdk/_bundled/claude")
+    settings = {
+        "ANTHROPIC_BASE_URL": server.url,
+        "ANTHROPIC_AUTH_TOKEN": "k",
+        "ANTHROPIC_MODEL": "claude-v4",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "DISABLE_AUTOUPDATER": "1",
+    }
+    how = ("--output-format", "stream-json", "--verbose", "--allowedTools", "Bash")
+    lines = [
+        json.loads(line)
+        for line in run(server, tmp_path, str(binary), "-p", "run it", *how, **settings).splitlines()
+    ]
+    last = lines[-1]
+    assert (last["type"], last["is_error"], last["result"]) == ("result", False, DONE)
+    _called(json.dumps(lines))
+    assert TURNS + 1 in loops(server), loops(server)
+
+
+def test_codex(server: RunningServer, tmp_path: Path) -> None:
+    (binary,) = ROOT.glob("sdks/lib/*/site-packages/codex_cli_bin/bin/codex")
+    home = tmp_path / ".codex"
+    home.mkdir()
+    home.joinpath("config.toml").write_text(
+        f'model = "dsv4"\nmodel_provider = "dsv4"\n[model_providers.dsv4]\nname = "dsv4"\nbase_url = "{server.url}/v1"\n'
+        'env_key = "DSV4_KEY"\nwire_api = "responses"\n'
+    )
+    how = ("exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access")
+    said = run(server, tmp_path, str(binary), *how, "run it", DSV4_KEY="k", CODEX_HOME=str(home))
+    items = [e["item"] for line in said.splitlines() if (e := _event(line)).get("type") == "item.completed"]
+    assert (items[-1]["type"], items[-1]["text"]) == ("agent_message", DONE)
+    _called("".join(i["aggregated_output"] for i in items if i["type"] == "command_execution"))
+    assert TURNS + 1 in loops(server), loops(server)
+
+
+def test_aider(server: RunningServer, tmp_path: Path) -> None:
+    quiet = (
+        "--no-show-model-warnings",
+        "--no-check-update",
+        "--analytics-disable",
+        "--no-git",
+        "--yes-always",
+    )
+    where = {"OPENAI_API_BASE": f"{server.url}/v1", "OPENAI_API_KEY": "k"}
+    aider = str(ROOT / "aider/bin/aider")
+    said = run(
+        server,
+        tmp_path,
+        aider,
+        "--model",
+        "openai/dsv4",
+        *quiet,
+        "--no-pretty",
+        "--message",
+        "a task",
+        **where,
+    )
+    assert DONE in said
+
+
+def _event(line: str) -> dict[str, Any]:
+    return json.loads(line) if line.startswith("{") else {}
+
+
+def _called(said: str) -> None:
+    """Every call was made."""
+    for turn in range(TURNS):
+        for n in range(2 if turn == 1 else 1):
+            assert f"{MARK} {turn}.{n}" in said
