@@ -3,6 +3,7 @@ dead server."""
 
 from __future__ import annotations
 
+import gzip
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -215,6 +216,7 @@ def test_every_field_with_every_bad_value(http: httpx.Client, path: str, base: d
             "response_format.type",
             ["json_object", "text"],
         ),
+        ("chat", {"response_format": {"schema": {}}}, "response_format.type", ["missing", "text"]),
         ("chat", {"logit_bias": {"a": 1}}, "logit_bias", ["token ids"]),
         ("chat", {"logit_bias": {"1": 500}}, "logit_bias", ["500", "-100 to 100"]),
         ("chat", {"stop": ["x"] * 17}, "stop", ["17", "16"]),
@@ -244,7 +246,7 @@ def test_messages_name_field_value_and_choice(
         (b"[]", "a list"),
         (b"null", "null"),
         (b'"x"', "text"),
-        (b"\xff\xfe", "no valid JSON"),
+        (b"\xff\xfe", "no UTF-8"),
         (b'{"prompt": "\\ud800"}', "no valid JSON"),
         (b'{"a":' * 200 + b"1" + b"}" * 200, "128 levels"),
         (b'{"a":' + b"[" * 5000, "no valid JSON"),
@@ -283,3 +285,25 @@ def test_wrong_paths_and_methods(http: httpx.Client, method: str, path: str, sta
     response = http.request(method, path)
     assert response.status_code == status
     check_refusal(response)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "words"),
+    [
+        (gzip.compress(b"{}"), {"content-encoding": "gzip"}, 415, ["content-encoding is 'gzip'", "unpacked"]),
+        (b"{}", {"content-encoding": "br"}, 415, ["content-encoding is 'br'"]),
+        (b"{}", {"content-encoding": "identity"}, 400, ["messages"]),
+        (gzip.compress(b"{}"), {}, 400, ["no UTF-8", "0x8b at 1", "looks like gzip"]),
+        ("{}".encode("utf-16"), {}, 400, ["no UTF-8", "0xff at 0", "looks like UTF-16"]),
+        (b'{"a":"caf\xe9"}', {}, 400, ["no UTF-8", "0xe9 at 9"]),
+        (b'{"a":"\xed\xa0\x80"}', {}, 400, ["no UTF-8", "0xed at 6"]),
+        (b'{"a":"\xc0\xaf"}', {}, 400, ["no UTF-8", "0xc0 at 6"]),
+        (b'{"a":"\xe2\x82', {}, 400, ["no UTF-8", "0xe2 at 6"]),
+    ],
+)
+def test_a_body_that_is_no_plain_text(
+    served: RunningServer, body: bytes, headers: dict, status: int, words: list[str]
+) -> None:
+    answer = httpx.post(served.url + "/v1/chat/completions", content=body, headers=headers)
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == status and all(w in message for w in words), message

@@ -65,6 +65,44 @@ def test_garbage_instead_of_http(served: RunningServer) -> None:
     assert b" 400 " in answer and b"invalid_http" in answer
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1//chat/completions", "/v1/chat/completions"),
+        ("//v1/chat/completions", "/v1/chat/completions"),
+        ("/openai/v1/responses", "/v1/responses"),
+        ("/v1/health", "/health"),
+        ("/messages", "/v1/messages"),
+        ("/v1/chat/completion", "'/v1/chat/completions'"),
+        ("/favicon.ico", None),
+        ("/" + "x/" * 5000, None),
+    ],
+)
+def test_a_path_that_is_nearly_right(served: RunningServer, path: str, meant: str | None) -> None:
+    answer = httpx.post(served.url + path, json=COMPLETION)
+    message = answer.json()["error"]["message"]
+    assert answer.status_code == 404 and len(message) < 250
+    assert f"did you mean {meant}?" in message if meant else "did you mean" not in message
+
+
+def test_the_list_of_models_with_a_slash(served: RunningServer) -> None:
+    assert (
+        httpx.get(served.url + "/v1/models/").json()["data"]
+        == httpx.get(served.url + "/v1/models").json()["data"]
+    )
+
+
+def test_an_upgrade_is_passed_over_in_silence(
+    served: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for upgrade in ("websocket", "h2c"):
+        headers = {"connection": "upgrade", "upgrade": upgrade}
+        assert httpx.get(served.url + "/health", headers=headers).json() == {"status": "ok"}
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
 def test_every_response_has_an_id(served: RunningServer) -> None:
     for method, path in (
         ("GET", "/health"),

@@ -80,6 +80,26 @@ SGLANG_COMPLETIONS = """
     response_format custom_params custom_logit_processor images_config bootstrap_host bootstrap_port bootstrap_room
     routed_dp_rank disagg_prefill_dp_rank data_parallel_rank rid extra_key cache_salt ngram_corpus_id priority custom_labels
 """
+LLAMA_CPP = """
+    n_keep n_discard n_predict n_cmpl n_indent n_probs min_p top_k top_n_sigma typical_p temperature dynatemp_range
+    dynatemp_exponent repeat_penalty repeat_last_n presence_penalty frequency_penalty dry_multiplier dry_base
+    dry_allowed_length dry_penalty_last_n dry_sequence_breakers xtc_probability xtc_threshold mirostat mirostat_tau
+    mirostat_eta adaptive_target adaptive_decay grammar grammar_lazy grammar_triggers preserved_tokens json_schema seed
+    ignore_eos logit_bias post_sampling_probs samplers cache_prompt id_slot return_tokens return_progress
+    timings_per_token t_max_predict_ms response_fields lora backend_sampling stop stream
+"""
+LLAMA_CPP_CHAT = "reasoning_format reasoning_budget thinking_forced_open parse_tool_calls chat_template_kwargs"
+OTHERS = """
+    options keep_alive images raw template context num_ctx num_keep num_predict system
+    truncate watermark do_sample details decoder_input_details return_full_text top_n_tokens adapter_id inputs parameters
+    sampling_seed return_logprob top_logprobs_num token_ids_logprob logprob_start_len return_text_in_logprobs
+    stop_sequences max_tokens_to_sample max_length min_length num_return_sequences num_beams mcp_servers container
+    random_seed safe_prompt guardrails transforms provider route plugins usage search_parameters deferred
+    context_length_exceeded_behavior prompt_truncate_len perf_metrics_in_response raw_output extra_body extra_headers
+    input instructions text include previous_response_id conversation background truncation max_tool_calls
+"""
+"""Of Ollama, Text Generation Inference, SGLang's /generate, Anthropic, Mistral, OpenRouter, xAI, Fireworks, the Responses API,
+and what belongs to a client library."""
 
 WRONG: dict[str, Any] = {
     "user": 7,
@@ -116,7 +136,7 @@ def server(tokenizer: Tokenizer) -> Iterator[RunningServer]:
 
 def send(server: RunningServer, endpoint: str, **more: Any) -> httpx.Response:
     body = {**BASES[endpoint], **more}
-    if "tools" in more:
+    if "tools" in more and endpoint != COMPLETIONS:
         body.pop("logprobs", None)
     return server.http.post(PATHS[endpoint], json=body)
 
@@ -144,10 +164,12 @@ def test_every_documented_field_has_a_class() -> None:
     openai_completions = completion_create_params.CompletionCreateParamsBase.__annotations__
     options = [f"stream_options.{name}" for name in ChatCompletionStreamOptionsParam.__annotations__]
     documented = {
-        CHAT: [*VLLM_CHAT.split(), *SGLANG_CHAT.split(), *openai_chat, *options],
+        CHAT: [*VLLM_CHAT.split(), *SGLANG_CHAT.split(), *openai_chat, *options, *LLAMA_CPP_CHAT.split()],
         COMPLETIONS: [*VLLM_COMPLETIONS.split(), *SGLANG_COMPLETIONS.split(), *openai_completions, *options],
         RESPONSES: [*response_create_params.ResponseCreateParamsBase.__annotations__],
     }
+    for endpoint in (CHAT, COMPLETIONS):
+        documented[endpoint] += [*LLAMA_CPP.split(), *OTHERS.split()]
     for endpoint, names in documented.items():
         classes = (
             HONOURED[endpoint],
@@ -168,7 +190,10 @@ def test_refused_by_name_with_a_remedy(server: RunningServer, endpoint: str, nam
         assert error["message"].startswith(f"{name} is ") and error["message"].endswith(refused.remedy)
         assert len(error["message"]) < 250 and "\n" not in error["message"]
     plain = answer(send(server, endpoint))
-    for value in (None, False, "", [], {}, *refused.neutral):  # nothing is asked for
+    nothing = (None, "", [], {}, *(() if refused.false_asks else (False,)), *refused.neutral)
+    if refused.false_asks:
+        assert send(server, endpoint, **nested(name, False)).json()["error"]["param"] == name
+    for value in nothing:
         assert answer(send(server, endpoint, **nested(name, value))) == plain, value
 
 
@@ -191,6 +216,7 @@ def test_tokenizing_refuses_what_generating_does(server: RunningServer) -> None:
     for body, param in (
         ({"messages": MESSAGES, "chat_template": "{{ messages }}"}, "chat_template"),
         ({"prompt": "Hi", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+        ({"prompt": "Hi", "messages": MESSAGES}, "prompt"),
     ):
         for path in ("/tokenize", "/v1/prefixes"):
             error = server.http.post(path, json=body).json()["error"]
@@ -311,6 +337,8 @@ def test_usage_in_every_chunk(server: RunningServer, endpoint: str) -> None:
             "messages[1].function_call",
         ),
         ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "messages[1].audio"),
+        ({"role": "user", "content": "x", "images": ["aGk="]}, "messages[1].images"),
+        ({"role": "system", "content": "x", "response_format": {"a": 1}}, "messages[1].response_format"),
     ],
 )
 def test_fields_of_messages(server: RunningServer, message: dict, param: str) -> None:

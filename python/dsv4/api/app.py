@@ -28,6 +28,7 @@ from dsv4.api.request_log import PROBES, Record, new_request_id
 from dsv4.api.responses import responses
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
+from dsv4.spelling import nearest
 
 OPEN_PATHS = frozenset({"/health"})
 """Answered without a key, for probes. Everything else is closed when a key is set, whatever is added
@@ -199,12 +200,25 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     status = error.status_code
     text = {
-        404: f"there is nothing at {request.url.path}; GET / lists the endpoints",
-        405: f"{request.url.path} does not take {request.method}; see the Allow header",
+        404: f"there is nothing at {_short(request.url.path)}{_meant(request)}; GET / lists the endpoints",
+        405: f"{_short(request.url.path)} does not take {request.method}; see the Allow header",
     }.get(status, HTTPStatus(status).phrase)
     code = {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error")
     refused = RequestError(text, None, code, status)
     return _error(request.scope, refused, dict(error.headers or {}))
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= 100 else path[:100] + "…"
+
+
+def _meant(request: Request) -> str:
+    """The path that was meant by one like it, as a base URL without /v1, with it twice, or with a slash too many makes them."""
+    known = {r.path: r for r in request.app.routes if isinstance(r, Route) and "{" not in r.path}
+    parts = [part for part in request.url.path[:200].split("/") if part]
+    ends = ["/" + "/".join(parts[i:]) for i in range(len(parts))]
+    found = next((path for end in ends for path in (end, "/v1" + end) if path in known), None)
+    return f"; did you mean {found}?" if found else nearest("/" + "/".join(parts), known)
 
 
 async def _bug(request: Request, error: Exception) -> Response:

@@ -101,14 +101,23 @@ def _switch(fields: Fields, template: Fields, name: str) -> bool | None:
     return given[0] if given else None
 
 
+_NOT_IN_MESSAGES = {
+    "function_call": "send it as tool_calls",
+    "audio": "this model reads text only",
+    "images": "this model reads text only",
+    "response_format": "answers are not forced into a format here; ask for it in the message's text",
+}
+"""What other servers read there, and what to do instead."""
+
+
 def _check_message(message: Fields) -> None:
     """What the encoder takes for granted; roles and contents it checks itself."""
     message.text("reasoning_content", longest=2**31)
     message.text("reasoning", longest=2**31)
     message.text("tool_call_id")
     message.text("refusal", longest=2**31)
-    for name, remedy in (("function_call", "send it as tool_calls"), ("audio", "this model reads text only")):
-        if message.get(name) is not None:
+    for name, remedy in _NOT_IN_MESSAGES.items():
+        if message.get(name):
             text = f"{message.where}{name} is {show(message.get(name))}; it is not supported: {remedy}"
             raise RequestError(text, message.where + name, "unsupported_field", 400)
     for j, call in enumerate(message.items("tool_calls", dict, MAX_TOOLS)):

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from dsv4._core import scan_json
 from dsv4.api.errors import RETRY_AFTER, ErrorBody, error_body, internal_error, shaped
 from dsv4.api.fields import Fields
-from dsv4.errors import RequestError, kind
+from dsv4.errors import RequestError, kind, show
 
 if TYPE_CHECKING:
     from dsv4.api.request_log import Record
@@ -137,8 +137,12 @@ class PostEndpoint:
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit: int, idle: float, rate: int) -> bytes:
-    """The whole body. RequestError 413 beyond `limit` bytes, 408 after `idle` seconds without one, or when it takes `idle`
+    """The whole body. RequestError 415 where it is packed, 413 beyond `limit` bytes, 408 after `idle` seconds without one, or when it takes `idle`
     seconds and another one for every `rate` bytes; ClientGone."""
+    coding = header(scope, b"content-encoding").strip().lower()
+    if coding not in ("", "identity"):
+        text = f"content-encoding is {show(coding)}; a body is taken as it is: send it unpacked, without this header"
+        raise RequestError(text, "content-encoding", "unsupported_encoding", 415)
     declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
     parts, size = [], int(declared) if declared.isdigit() else 0
     if size > limit:
@@ -182,15 +186,24 @@ def parse_object(body: bytes) -> dict[str, Any]:
     try:
         value = orjson.loads(rest)
     except orjson.JSONDecodeError as e:
-        what = (
-            f"the body is no valid JSON: {e}" if body.strip() else "the body is empty; it takes a JSON object"
-        )
-        raise RequestError(what, None, "invalid_json", 400) from None
+        raise RequestError(_no_json(body, e), None, "invalid_json", 400) from None
     if type(value) is not dict:
         raise RequestError(f"the body is {kind(value)}; it takes a JSON object", None, "invalid_json", 400)
     if depth > MAX_DEPTH:
         raise RequestError(f"the body nests deeper than {MAX_DEPTH} levels", None, "invalid_json", 400)
     return value | ids
+
+
+def _no_json(body: bytes, error: orjson.JSONDecodeError) -> str:
+    if not body.strip():
+        return "the body is empty; it takes a JSON object"
+    try:
+        body.decode()
+    except UnicodeDecodeError as e:
+        looks = {b"\x1f\x8b": "gzip", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}.get(body[:2])
+        like = f"; it looks like {looks}" if looks else ""
+        return f"the body is no UTF-8: byte 0x{body[e.start]:02x} at {e.start}{like}; it takes a JSON object in UTF-8"
+    return f"the body is no valid JSON: {error}"
 
 
 async def unless_gone(work: Any, receive: Receive) -> None:

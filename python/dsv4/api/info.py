@@ -69,6 +69,8 @@ async def models(request: Request) -> Response:
 async def one_model(request: Request) -> Response:
     """One entry of the list, or 404 naming what is served."""
     service, name = service_of(request), request.path_params["name"]
+    if not name:  # a slash behind the list's path
+        return await models(request)
     service.check_model(Fields({"model": name}))
     return json_response(_model(request, name))
 

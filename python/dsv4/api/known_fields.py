@@ -1,4 +1,4 @@
-"""Every field that OpenAI, vLLM, SGLang and other servers document for chat and text completions, and what becomes of it.
+"""Every field that OpenAI, vLLM, SGLang, llama.cpp and other servers document for chat and text completions, and what becomes of it.
 
 Nothing that changes what the client gets back is ignored: a field is honoured, or harmless (the answer is the same without
 it), or refused by name. A field that nobody documents is ignored, as clients send more than any server knows, and named in
@@ -119,6 +119,28 @@ HARMLESS: Mapping[str, str] = {
     "custom_params": _ONLY_WITH,
     "routed_experts_start_len": _ONLY_WITH,
     "routed_experts_prompt_start": _ONLY_WITH,
+    # llama.cpp, Ollama, OpenRouter
+    "cache_prompt": _SPEED,
+    "id_slot": _SPEED,
+    "backend_sampling": _SPEED,
+    "keep_alive": _SPEED,
+    "provider": _SPEED,
+    "route": _SPEED,
+    "usage": "the answer has its usage always",
+    "repeat_last_n": _ONLY_WITH,
+    "dynatemp_exponent": _ONLY_WITH,
+    "dry_base": _ONLY_WITH,
+    "dry_allowed_length": _ONLY_WITH,
+    "dry_penalty_last_n": _ONLY_WITH,
+    "dry_sequence_breakers": _ONLY_WITH,
+    "mirostat_tau": _ONLY_WITH,
+    "mirostat_eta": _ONLY_WITH,
+    "xtc_threshold": _ONLY_WITH,
+    "adaptive_decay": _ONLY_WITH,
+    "grammar_lazy": _ONLY_WITH,
+    "grammar_triggers": _ONLY_WITH,
+    "preserved_tokens": _ONLY_WITH,
+    "return_text_in_logprobs": _ONLY_WITH,
 }
 HARMLESS_BY_ENDPOINT: Mapping[str, Mapping[str, str]] = {
     CHAT: {
@@ -139,10 +161,12 @@ HARMLESS_BY_ENDPOINT: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """`remedy`: what to do instead. `neutral`: values that ask for nothing, besides null, false and what is empty."""
+    """`remedy`: what to do instead. `neutral`: values that ask for nothing, besides null, false and what is empty. `false_asks`:
+    false is no such value, as true is what holds where nothing is said."""
 
     remedy: str
     neutral: tuple[Any, ...] = ()
+    false_asks: bool = False
 
 
 _GRAMMAR = "answers are not forced into a format here; ask for it in a message and check the answer"
@@ -151,7 +175,12 @@ _ONE_HOST = "prompt and answer are computed by this one server; leave it out"
 _SAMPLER = (
     "the sampler has temperature, top_k, top_p, min_p, and presence, frequency and repetition penalties"
 )
-_MAX_TOKENS = "the field is max_tokens"
+_MAX_TOKENS, _MIN_TOKENS = "the field is max_tokens", "the field is min_tokens"
+_LOGPROBS = "the fields are logprobs and, in a chat, top_logprobs"
+_UNCUT = "prompts are not cut; send a shorter one"
+_AT_THE_TOP = "its fields stand beside model, at the top of the body"
+_TEXT_ONLY = "this model reads text only"
+_NO_SEARCH = "nothing is searched here; give the model a tool that does"
 
 REFUSED: Mapping[str, Refused] = {
     "structured_outputs": Refused(_GRAMMAR),
@@ -209,10 +238,88 @@ REFUSED: Mapping[str, Refused] = {
     "max_output_tokens": Refused(_MAX_TOKENS),
     "n_predict": Refused(_MAX_TOKENS, (-1,)),
     "num_predict": Refused(_MAX_TOKENS, (-1,)),
+    "max_tokens_to_sample": Refused(_MAX_TOKENS),
+    "max_length": Refused(_MAX_TOKENS),
+    "min_new_tokens": Refused(_MIN_TOKENS, (0,)),
+    "min_length": Refused(_MIN_TOKENS, (0,)),
+    "repeat_penalty": Refused("the field is repetition_penalty", (1,)),
+    "sampling_seed": Refused("the field is seed"),
+    "random_seed": Refused("the field is seed"),
+    "stop_sequences": Refused("the field is stop"),
+    "n_cmpl": Refused("the field is n", (1,)),
+    "num_return_sequences": Refused("the field is n", (1,)),
+    "num_beams": Refused("answers are sampled; n gives several", (1,)),
+    "do_sample": Refused("temperature 0 always takes the likeliest token", (True,), false_asks=True),
+    "samplers": Refused(_SAMPLER),
+    "top_n_sigma": Refused(_SAMPLER, (-1, 0)),
+    "adaptive_target": Refused(_SAMPLER, (-1,)),
+    "penalize_nl": Refused(_SAMPLER),
+    "logits_processors": Refused(_SAMPLER),
+    "watermark": Refused("tokens are not marked; leave it out"),
+    "n_probs": Refused(_LOGPROBS, (0,)),
+    "return_logprob": Refused(_LOGPROBS),
+    "top_logprobs_num": Refused(_LOGPROBS, (0,)),
+    "top_n_tokens": Refused(_LOGPROBS, (0,)),
+    "token_ids_logprob": Refused(_LOGPROBS),
+    "post_sampling_probs": Refused(_LOGPROBS),
+    "logprob_start_len": Refused("/v1/completions with echo and logprobs judges a prompt's tokens", (-1,)),
+    "decoder_input_details": Refused("/v1/completions with echo and logprobs judges a prompt's tokens"),
+    "return_tokens": Refused("the field is return_token_ids"),
+    "return_full_text": Refused("/v1/completions has echo"),
+    "details": Refused(_NOT_RETURNED),
+    "timings_per_token": Refused("times are in the log and in GET /metrics"),
+    "return_progress": Refused("comments of a stream tell how far its prompt is"),
+    "response_fields": Refused("answers are given whole"),
+    "raw_output": Refused(_NOT_RETURNED),
+    "perf_metrics_in_response": Refused("times are in the log and in GET /metrics"),
+    "t_max_predict_ms": Refused("stop and max_tokens end an answer", (0, -1)),
+    "n_indent": Refused("stop and max_tokens end an answer", (0,)),
+    "n_keep": Refused(_UNCUT, (0, -1)),
+    "num_keep": Refused(_UNCUT, (0, -1)),
+    "n_discard": Refused(_UNCUT, (0,)),
+    "truncate": Refused(_UNCUT),
+    "prompt_truncate_len": Refused(_UNCUT),
+    "transforms": Refused(_UNCUT),
+    "context_length_exceeded_behavior": Refused(
+        "the server's --max-tokens-overflow decides it for all requests", ("truncate",)
+    ),
+    "num_ctx": Refused("--max-model-len sets the server's context"),
+    "lora": Refused("this server has no adapters"),
+    "adapter_id": Refused("this server has no adapters"),
+    "guided_decoding": Refused(_GRAMMAR),
+    "reasoning_budget": Refused("reasoning_effort is low, high or max; max_tokens bounds all", (-1,)),
+    "options": Refused(_AT_THE_TOP),
+    "parameters": Refused(_AT_THE_TOP),
+    "sampling_params": Refused(_AT_THE_TOP),
+    "extra_body": Refused(_AT_THE_TOP),
+    "extra_headers": Refused("headers go before the body"),
+    "images": Refused(_TEXT_ONLY),
+    "image_data": Refused(_TEXT_ONLY),
+    "search_parameters": Refused(_NO_SEARCH),
+    "plugins": Refused(_NO_SEARCH),
+    "mcp_servers": Refused(_NO_SEARCH),
+    "container": Refused("nothing is executed here; give the model a tool that does"),
+    "deferred": Refused("answers are not stored here; stream it"),
+    "guardrails": Refused("nothing is moderated here"),
+    "safe_prompt": Refused("nothing is added to prompts; send it as a message"),
 }
-_STATELESS = "answers are not stored here; send the whole conversation as input"
+_STATELESS = "answers are not stored here; send the whole conversation"
+_THOUGHTS = "thoughts come as reasoning_content; include_reasoning false leaves them out"
+_AS_SYSTEM = "send it as a message whose role is system"
 _MAX_OUTPUT = "the field is max_output_tokens"
 _TOOLS = "tools and tool_choice have taken its place"
+_OF_RESPONSES = {
+    "input": Refused("it is for /v1/responses"),
+    "text": Refused(_GRAMMAR),
+    "include": Refused(_NOT_RETURNED),
+    "previous_response_id": Refused(_STATELESS),
+    "conversation": Refused(_STATELESS),
+    "background": Refused("answers are not stored here; stream it"),
+    "truncation": Refused(_UNCUT, ("disabled",)),
+    "context_management": Refused(_UNCUT),
+    "max_tool_calls": Refused("parallel_tool_calls false gives at most one call"),
+}
+"""What stands in a body of the Responses API, and acts there or is refused there."""
 REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
     CHAT: {
         "reasoning.max_tokens": Refused("reasoning_effort is low, high or max; max_tokens bounds all"),
@@ -221,21 +328,43 @@ REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
         "audio": Refused("answers are text"),
         "modalities": Refused("answers are text", (["text"],)),
         "moderation": Refused("nothing is moderated here"),
-        "web_search_options": Refused("nothing is searched here; give the model a tool that does"),
+        "web_search_options": Refused(_NO_SEARCH),
         "verbosity": Refused("say in a message how long the answer is to be", ("medium",)),
         "echo": Refused("the answer holds only what is new; put it after the message that it continues"),
         "documents": Refused("put them into a message"),
         "chat_template": Refused("V4's prompt has one form; /v1/completions takes any text"),
         "input_ids": Refused("/v1/completions takes token ids"),
-        "separate_reasoning": Refused(
-            "thoughts come as reasoning_content; include_reasoning false leaves them out", (True,)
-        ),
+        "separate_reasoning": Refused(_THOUGHTS, (True,), false_asks=True),
+        "reasoning_format": Refused(_THOUGHTS, ("auto", "deepseek")),
+        "reasoning_in_content": Refused(_THOUGHTS),
+        "parse_tool_calls": Refused("calls come as tool_calls", (True,), false_asks=True),
+        "thinking_forced_open": Refused('the field is thinking: {"type": "enabled"}'),
+        "prompt_mode": Refused('the field is thinking: {"type": "enabled"}'),
+        "output_config": Refused("the field is reasoning_effort"),
+        "system": Refused(_AS_SYSTEM),
+        "instructions": Refused(_AS_SYSTEM),
+        "prompt": Refused("it is for /v1/completions; a chat has messages"),
+        "inputs": Refused("a chat has messages"),
+        "raw": Refused("/v1/completions takes a prompt as it stands"),
+        "template": Refused("V4's prompt has one form; /v1/completions takes any text"),
+        "context": Refused(_STATELESS),
+        **_OF_RESPONSES,
         "return_prompt_text": Refused("POST /tokenize shows a chat's prompt"),
         "suffix": Refused("fill-in-the-middle is not supported"),
         "think": Refused('the field is thinking: {"type": "enabled"}'),
     },
     COMPLETIONS: {
         "suffix": Refused("fill-in-the-middle is not supported"),
+        "messages": Refused("they are for /v1/chat/completions; a completion has a prompt"),
+        "tools": Refused("they are for /v1/chat/completions"),
+        "inputs": Refused("the field is prompt"),
+        "system": Refused("put it into the prompt, or use /v1/chat/completions"),
+        "instructions": Refused("put it into the prompt, or use /v1/chat/completions"),
+        "raw": Refused("prompts are taken as they stand; leave it out", (True,)),
+        "template": Refused("prompts are taken as they stand"),
+        "context": Refused("put the text so far into the prompt"),
+        "echo_last": Refused("echo gives the whole prompt"),
+        **_OF_RESPONSES,
     },
     RESPONSES: {
         "previous_response_id": Refused(_STATELESS),
@@ -287,7 +416,9 @@ def check_known(fields: Fields, endpoint: str) -> None:
 
 
 def _refuse(name: str, value: Any, refused: Refused) -> None:
-    if value is None or value is False or (type(value) in (str, list, dict) and not value):
+    if value is None or (type(value) in (str, list, dict) and not value):
+        return
+    if value is False and not refused.false_asks:
         return
     if type(value) in (bool, int, float, str, list, dict) and value in refused.neutral:
         return

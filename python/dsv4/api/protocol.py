@@ -223,6 +223,9 @@ class GuardedProtocol(HttpToolsProtocol):
         elif not self.transport.is_closing():
             self.transport.close()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Upgrades are passed over, as RFC 9110 allows; uvicorn would tell operators to install what is of no use here."""
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is no valid HTTP/1.1 request", "invalid_http")
 
