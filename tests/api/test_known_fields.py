@@ -88,7 +88,9 @@ LLAMA_CPP = """
     ignore_eos logit_bias post_sampling_probs samplers cache_prompt id_slot return_tokens return_progress
     timings_per_token t_max_predict_ms response_fields lora backend_sampling stop stream
 """
-LLAMA_CPP_CHAT = "reasoning_format reasoning_budget thinking_forced_open parse_tool_calls chat_template_kwargs"
+LLAMA_CPP_CHAT = (
+    "reasoning_format reasoning_budget thinking_forced_open parse_tool_calls chat_template_kwargs"
+)
 OTHERS = """
     options keep_alive images raw template context num_ctx num_keep num_predict system
     truncate watermark do_sample details decoder_input_details return_full_text top_n_tokens adapter_id inputs parameters

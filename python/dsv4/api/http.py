@@ -200,7 +200,9 @@ def _no_json(body: bytes, error: orjson.JSONDecodeError) -> str:
     try:
         body.decode()
     except UnicodeDecodeError as e:
-        looks = {b"\x1f\x8b": "gzip", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}.get(body[:2])
+        looks = {b"\x1f\x8b": "gzip", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}.get(
+            body[:2]
+        )
         like = f"; it looks like {looks}" if looks else ""
         return f"the body is no UTF-8: byte 0x{body[e.start]:02x} at {e.start}{like}; it takes a JSON object in UTF-8"
     return f"the body is no valid JSON: {error}"
