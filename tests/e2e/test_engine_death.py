@@ -108,6 +108,17 @@ def test_while_the_engine_starts_again_health_says_so_and_metrics_go_on() -> Non
         assert server.lines(max_tokens=3)[-1] == "data: [DONE]"
 
 
+def test_an_engine_that_is_stuck_shows_what_it_does() -> None:
+    with served("--stuck-after", "0.2", "--drain-timeout", "0", step=1e6) as server:
+        body = {**BODY, "stream": False}
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.5)
+        until(lambda: not healthy(server.url))
+        os.kill(server.engine, signal.SIGKILL)  # nothing else would end it
+        server.process.terminate()
+        assert "scripted_process.py" in server.end() and server.process.returncode in (0, 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_no_process_and_no_socket_stays(number: int, tmp_path: Path) -> None:
     place = tmp_path / "socket"

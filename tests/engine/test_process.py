@@ -17,6 +17,7 @@ import pytest
 from dsv4 import AsyncEngine, EngineConfig, SamplingParams
 from dsv4.engine.request import RequestOutput
 from dsv4.errors import ConfigError, EngineDead, RequestError
+from dsv4.text.stream import TextStream
 
 from tests.support.engines import until
 from tests.support.scripted import alive, children, environment, scripted
@@ -110,10 +111,13 @@ def test_killed_twenty_times_under_load() -> None:
 
 def test_counters_go_on_where_a_lost_process_left_them() -> None:
     async def run(engine: AsyncEngine) -> None:
-        await outputs_of(engine, [5, 6, 7], 5)
-        before, pid = engine.stats(), engine.pid
+        prompt = [5] * 300
+        await outputs_of(engine, prompt, 5)
+        before, pid, pin = engine.stats(), engine.pid, await engine.pin(prompt)
         os.kill(pid, signal.SIGKILL)
         await until(lambda: engine.pid != pid and engine.check_alive()[0])
+        await engine.pin(prompt)
+        assert not await engine.unpin(pin), "that of the lost process, not the one of the same number"
         assert engine.stats()["finished"] == before["finished"] == 1
         await outputs_of(engine, [5, 6, 7], 5)
         assert engine.stats()["finished"] == 2 and engine.stats()["steps"] > before["steps"]
@@ -274,3 +278,26 @@ def test_a_process_that_ends_before_it_is_ready(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("dsv4.engine.remote.PROCESS", "this.is.no.module")
     with nothing_stays(), pytest.raises(EngineDead, match="exit code 1"):
         AsyncEngine.from_config(EngineConfig(**SETTINGS))
+
+
+def test_an_answer_that_cannot_be_read_costs_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    push = TextStream.push
+
+    def breaks(stream: TextStream, token: int, **options: Any) -> Any:
+        if token == answer_to([8, 9], 5)[2]:
+            raise ZeroDivisionError("a bug")
+        return push(stream, token, **options)
+
+    async def run(engine: AsyncEngine) -> None:
+        bad, good = await asyncio.gather(outputs_of(engine, [8, 9], 2000), outputs_of(engine, [5, 6], 9))
+        assert bad[-1].finish_reason == "error" and "ZeroDivisionError: a bug" in (bad[-1].error or "")
+        assert tokens_of(good) == answer_to([5, 6], 9)
+        await until(lambda: engine.stats()["running"] == 0)
+
+    monkeypatch.setattr(TextStream, "push", breaks)
+    with scripted(step=0.001):
+        engine = AsyncEngine.from_config(EngineConfig(**SETTINGS))
+        asyncio.run(closing(engine, run(engine)))
+    assert "cannot be read" in caplog.text

@@ -78,6 +78,7 @@ async def tiny_engine(path: Path, *, restarts: int = 0, **settings: Any) -> Asyn
         start=lambda: ThreadChild(build),  # type: ignore[arg-type, return-value]
         restarts=restarts,
     )
+    engine.load()
     engine.built = built[0]
     try:
         yield engine

@@ -20,6 +20,7 @@ from dsv4.errors import ConfigError
 
 if TYPE_CHECKING:
     from dsv4.api.service import Service
+    from dsv4.engine.async_engine import AsyncEngine
 
 
 def add(commands: Any) -> None:
@@ -40,12 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
     engine_config, server_config = read_settings(arguments, EngineConfig, ServerConfig)
     check_names(arguments.served_model_name, engine_config.model)
     logs.set_up(server_config.log_level, server_config.log_format)
-    # Before the slow part, so that a wrong model and a taken port are known at once.
-    from dsv4.engine.checks import check
+    from dsv4.engine.async_engine import AsyncEngine
 
-    check(engine_config)
-    check_file_limit(raise_file_limit(), server_config.max_connections)
-    sockets = listen(server_config)
+    engine = AsyncEngine(engine_config)
+    try:  # before the slow part, so that a wrong model and a taken port are known at once
+        check_file_limit(raise_file_limit(), server_config.max_connections)
+        sockets = listen(server_config)
+    except BaseException:
+        engine.abandon()
+        raise
 
     def close() -> None:
         for sock in sockets:
@@ -55,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         with ends_at_signal("loading the model", close), Loading(sockets):
-            service = load(engine_config, server_config)
+            service = load(engine, server_config)
         places = [sock.getsockname() for sock in sockets]
         serve(service, sockets, lambda: note(ready_text(service, places)))
     finally:
@@ -72,13 +76,13 @@ def check_names(given: Sequence[str] | None, model: str | None) -> None:
         )
 
 
-def load(engine_config: EngineConfig, server_config: ServerConfig) -> Service:
-    """The slow part: imports torch, reads the weights and prints the plan."""
+def load(engine: AsyncEngine, server_config: ServerConfig) -> Service:
+    """The slow part: the engine's process reads the weights. Prints the plan."""
+    from dsv4.api.server import make_server  # noqa: F401  while the process is busy
     from dsv4.api.service import Service
-    from dsv4.engine.async_engine import AsyncEngine
 
     with LoadProgress() as progress:
-        engine = AsyncEngine.from_config(engine_config, progress)
+        engine.load(progress)
     for line in engine.describe():
         note(line)
     service = Service(engine, server_config, engine.name)

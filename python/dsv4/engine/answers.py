@@ -8,6 +8,7 @@ gets several tokens at once and costs less.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -20,6 +21,8 @@ from dsv4.engine.request import RequestOutput, Sampled, Started, Usage
 from dsv4.sampling import SamplingParams
 from dsv4.text.output import Content, Piece, Reasoning
 from dsv4.text.stream import TextStream
+
+log = logging.getLogger("dsv4.engine")
 
 
 @dataclass(slots=True)
@@ -218,12 +221,25 @@ class Answers:
         for key, judged in news.prompts:
             if (answer := live.get(key)) is not None:
                 answer.judge_prompt(judged)
-        told = dict(news.judged)
+        told, broken = dict(news.judged), list[int]()
         for place, (key, token) in enumerate(news.samples()):
-            answer = live.get(key)
-            if answer is not None and answer.push(token, told.get(place)):
-                whole.append(key)
+            if (answer := live.get(key)) is None:
+                continue
+            try:
+                if answer.push(token, told.get(place)):
+                    whole.append(key)
+            except Exception as e:  # a fault of ours in one answer's text must not cost the others
+                self._give_up(answer, e)
+                broken.append(key)
         for end in news.ends:
             if (answer := live.pop(end.key, None)) is not None:
-                answer.finish(end)
-        return [key for key in whole if key in live]
+                try:
+                    answer.finish(end)
+                except Exception as e:
+                    self._give_up(answer, e)
+        return [*(key for key in whole if key in live), *broken]
+
+    def _give_up(self, answer: Answer, error: Exception) -> None:
+        log.error("the answer to %s cannot be read", answer.request_id, exc_info=error)
+        self.live.pop(answer.key, None)
+        answer.fail(f"the answer cannot be read: {type(error).__name__}: {error}")

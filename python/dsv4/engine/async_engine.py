@@ -61,6 +61,9 @@ ABORT_GRACE = 30.0
 RESTARTS = 3
 """Processes in a row that may be lost without one request answered, before it is given up."""
 
+_PINS = 2**32
+"""Pins of one process are numbered below it, those of the next ones from multiples of it."""
+
 _NO_PROMPT = np.empty(0, np.int32)
 
 
@@ -120,19 +123,18 @@ class AsyncEngine:
     def __init__(
         self,
         config: EngineConfig,
-        progress: Progress | None = None,
         *,
         start: Callable[[], Child] = remote.start,
         restarts: int = RESTARTS,
     ) -> None:
-        """`start` gives the process. Raises what `from_config` raises."""
+        """Starts the process and looks at settings and files; `load` is to follow. `start` gives the process. Raises ConfigError
+        and CheckpointError for what can be known at once."""
         self._given, self._start, self._restarts = config, start, restarts
         self._child = start()
         try:
             self.frontend = Frontend.load(config)  # while the process loads torch
         except BaseException:
-            self._child.kill()
-            self._child.link.release()
+            self.abandon()
             raise
         self.model_config, self.tokenizer = self.frontend.model_config, self.frontend.tokenizer
         self.chat_format = self.frontend.chat_format
@@ -158,15 +160,25 @@ class AsyncEngine:
         """Why nothing is taken any more."""
         self.died: str | None = None
         """The same where the engine ended by itself."""
-        self._adopt(remote.await_ready(self._child, config, self.frontend.eos_ids, progress))
         self._thread = threading.Thread(target=self._supervise, name="dsv4-engine", daemon=True)
-        self._thread.start()
 
     @classmethod
     def from_config(cls, config: EngineConfig, progress: Progress | None = None) -> AsyncEngine:
         """Starts the process and loads the model there (slow, blocking). Raises ConfigError, CheckpointError, and EngineDead
         when the process does not live so long."""
-        return cls(config, progress)
+        engine = cls(config)
+        engine.load(progress)
+        return engine
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Waits until the process has loaded the model. Raises ConfigError, CheckpointError and EngineDead."""
+        self._adopt(remote.await_ready(self._child, self._given, self.frontend.eos_ids, progress))
+        self._thread.start()
+
+    def abandon(self) -> None:
+        """Ends a process that is not to load anything."""
+        self._child.kill()
+        self._child.link.release()
 
     @property
     def name(self) -> str:
@@ -218,11 +230,12 @@ class AsyncEngine:
     async def pin(self, tokens: TokenIds, salt: str = "") -> int:
         """Keeps the cached whole blocks of a prefix until `unpin` of what is returned."""
         pin: int = await self.ask("pin", salt.encode(), prompt=as_prompt(tokens))
-        return pin
+        return (self._number - 1) * _PINS + pin
 
     async def unpin(self, pin: int) -> bool:
-        """Ends a pin. False when there is none of that number."""
-        known: bool = await self.ask("unpin", pin)
+        """Ends a pin. False when there is none of that number, as when the process that had it was lost."""
+        process, own = divmod(pin, _PINS)
+        known: bool = process == self._number - 1 and await self.ask("unpin", own)
         return known
 
     async def end_session(self, key: str) -> bool:

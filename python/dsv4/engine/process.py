@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from dsv4._core import NeverFits, Overloaded
+from dsv4.config import EngineConfig
 from dsv4.engine.link import Link
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.messages import (
@@ -63,9 +64,10 @@ ASKED = frozenset({"pin", "unpin", "end_session", "dump", "check", "explain", "c
 class Built(Protocol):
     """What `build_engine` gives, as far as it matters here."""
 
-    config: Any
-    loop: EngineLoop
-
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def loop(self) -> EngineLoop: ...
     @property
     def max_model_len(self) -> int: ...
     def describe(self) -> list[str]: ...
