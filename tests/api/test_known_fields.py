@@ -123,6 +123,7 @@ WRONG: dict[str, Any] = {
     "thinking": {"type": "sometimes"},
     "input": 7,
     "instructions": 7,
+    "suffix": 7,
     "reasoning": {"effort": "most"},
     "logit_bias": {"a": 1},
 }

@@ -22,7 +22,7 @@
 | `routing.py` | tenant, urgency, session and retention of a request |
 | `prefixes.py` | pinned prefixes, ended sessions |
 | `info.py` | models, health, metrics, version, tokenize, detokenize |
-| `errors.py` | error bodies |
+| `errors.py`, `absent.py` | error bodies; endpoints that are not here |
 | `metrics.py`, `accounting.py` | Prometheus, as data; what is counted of a generation |
 
 A new dialect is one file with a handler and one line in `app.py`. Nothing here is imported by the engine.

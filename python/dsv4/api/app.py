@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsv4.api import anthropic, info, prefixes
+from dsv4.api.absent import why_absent
 from dsv4.api.errors import ErrorBody, error_body, internal_error, shaped
 from dsv4.api.http import Handler, PostEndpoint, header
 from dsv4.api.openai_chat import chat_completions
@@ -41,6 +42,8 @@ def create_app(service: Service) -> ASGIApp:
         routes=[
             _post("/v1/chat/completions", chat_completions, generates=True),
             _post("/v1/completions", completions, generates=True),
+            _post("/beta/chat/completions", chat_completions, generates=True),
+            _post("/beta/completions", completions, generates=True),
             _post("/v1/responses", responses, generates=True),
             _post("/v1/messages", anthropic.messages, generates=True, errors=anthropic.error_body),
             _post("/v1/messages/count_tokens", anthropic.count_tokens, errors=anthropic.error_body),
@@ -203,8 +206,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"there is nothing at {_short(request.url.path)}{_meant(request)}; GET / lists the endpoints",
         405: f"{_short(request.url.path)} does not take {request.method}; see the Allow header",
     }.get(status, HTTPStatus(status).phrase)
+    absent = why_absent(request.url.path) if status == 404 else None
     code = {404: "not_found", 405: "method_not_allowed"}.get(status, "http_error")
-    refused = RequestError(text, None, code, status)
+    refused = RequestError(absent or text, None, "unsupported_endpoint" if absent else code, status)
     return _error(request.scope, refused, dict(error.headers or {}))
 
 

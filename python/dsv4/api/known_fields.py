@@ -19,12 +19,14 @@ log = logging.getLogger("dsv4.api")
 
 CHAT, COMPLETIONS, RESPONSES = "chat", "completions", "responses"
 
-_SHARED = """
-    model stream stream_options stream_options.include_usage stream_options.continuous_usage_stats n best_of
-    max_tokens max_completion_tokens min_tokens temperature top_p top_k min_p presence_penalty frequency_penalty
-    repetition_penalty seed logit_bias logprobs stop stop_token_ids include_stop_str_in_output ignore_eos response_format
-    return_token_ids return_tokens_as_token_ids request_id rid cache_salt priority user deadline_ms prompt_cache_key
-    cache_control retention_priority
+_SAMPLING = """
+    min_tokens temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed logit_bias stop
+    stop_token_ids include_stop_str_in_output ignore_eos cache_salt priority user deadline_ms prompt_cache_key cache_control
+    retention_priority
+"""
+_SHARED = f"""
+    {_SAMPLING} model stream stream_options stream_options.include_usage stream_options.continuous_usage_stats n best_of
+    max_tokens max_completion_tokens logprobs response_format return_token_ids return_tokens_as_token_ids request_id rid
 """
 HONOURED: Mapping[str, frozenset[str]] = {
     CHAT: frozenset(
@@ -36,45 +38,11 @@ HONOURED: Mapping[str, frozenset[str]] = {
         chat_template_kwargs.continue_final_message
         """.split()
     ),
-    COMPLETIONS: frozenset(f"{_SHARED} prompt echo skip_special_tokens".split()),
+    COMPLETIONS: frozenset(f"{_SHARED} prompt suffix echo skip_special_tokens".split()),
     RESPONSES: frozenset(
-        [
-            "model",
-            "stream",
-            "input",
-            "instructions",
-            "tools",
-            "tool_choice",
-            "parallel_tool_calls",
-            "max_output_tokens",
-            "include",
-            "reasoning",
-            "reasoning.effort",
-            "reasoning.summary",
-            "text",
-            "text.format",
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "presence_penalty",
-            "frequency_penalty",
-            "repetition_penalty",
-            "seed",
-            "logit_bias",
-            "stop",
-            "stop_token_ids",
-            "include_stop_str_in_output",
-            "min_tokens",
-            "ignore_eos",
-            "cache_salt",
-            "priority",
-            "user",
-            "deadline_ms",
-            "prompt_cache_key",
-            "cache_control",
-            "retention_priority",
-        ]
+        f"""{_SAMPLING} model stream input instructions tools tool_choice parallel_tool_calls max_output_tokens include
+        reasoning reasoning.effort reasoning.summary text text.format
+        """.split()
     ),
 }
 """What is read, by endpoint."""
@@ -350,11 +318,10 @@ REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
         "context": Refused(_STATELESS),
         **_OF_RESPONSES,
         "return_prompt_text": Refused("POST /tokenize shows a chat's prompt"),
-        "suffix": Refused("fill-in-the-middle is not supported"),
+        "suffix": Refused("POST /v1/completions fills in the middle"),
         "think": Refused('the field is thinking: {"type": "enabled"}'),
     },
     COMPLETIONS: {
-        "suffix": Refused("fill-in-the-middle is not supported"),
         "messages": Refused("they are for /v1/chat/completions; a completion has a prompt"),
         "tools": Refused("they are for /v1/chat/completions"),
         "inputs": Refused("the field is prompt"),

@@ -1,6 +1,6 @@
 """`POST /v1/completions`: text or token ids in, text and token ids out.
 
-Also what evaluation harnesses need: many prompts in one request, and `echo` with `logprobs` for the prompt's
+With a `suffix` the answer is what goes between the two. Also what evaluation harnesses need: many prompts in one request, and `echo` with `logprobs` for the prompt's
 tokens.
 """
 
@@ -62,13 +62,15 @@ class Options:
     include_usage: bool
     usage_so_far: bool
     """With `include_usage`: in every chunk."""
+    suffix: str
+    """The text after the answer, where one is to be filled in."""
 
 
 async def completions(call: Call) -> None:
     """The handler."""
     service = call.service
     options, given, params, routing = await call.aside(lambda: _read(call))
-    prompts = [await _prompt_ids(call, one, i, routing.salt) for i, one in enumerate(given)]
+    prompts = [await _prompt_ids(call, one, i, routing.salt, options.suffix) for i, one in enumerate(given)]
     jobs = jobs_for(prompts, params, options.n, routing)
     answer = Answer(service, options, f"cmpl-{answer_id_of(call)}", int(time.time()), prompts)
     if options.stream:
@@ -121,7 +123,12 @@ def _options(fields: Fields, service: Service) -> Options:
         stream=fields.boolean("stream"),
         include_usage=include_usage,
         usage_so_far=usage_so_far,
+        suffix=fields.text("suffix", "", longest=2**31) or "",
     )
+    if options.suffix and options.echo:
+        raise refuse(
+            "echo", True, "false with a suffix", "; the prompt would stand before what fills the middle"
+        )
     if options.stream and options.echo and options.logprobs is not None:
         text = "echo with logprobs cannot be streamed: the prompt is judged as a whole; use stream false"
         raise RequestError(text, "stream", "invalid_value", 400)
@@ -146,9 +153,13 @@ def _prompts(fields: Fields) -> list[Any]:
     return many
 
 
-async def _prompt_ids(call: Call, prompt: Any, i: int, salt: str) -> np.ndarray:
+async def _prompt_ids(call: Call, prompt: Any, i: int, salt: str, suffix: str) -> np.ndarray:
     """A prompt as int32 [tokens]."""
     service = call.service
+    if suffix:
+        if not isinstance(prompt, str):
+            raise refuse(f"prompt[{i}]", prompt, "text where there is a suffix")
+        return await service.fill_in(prompt, suffix, service.bound("prompt"), salt=salt)
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError(

@@ -15,6 +15,7 @@ from dsv4.api.lanes import Lanes
 from dsv4.api.metrics import Metrics, describe_build
 from dsv4.config import LONGEST_NAME, ServerConfig
 from dsv4.errors import RequestError, show
+from dsv4.text.chat import BOS, FIM
 from dsv4.text.draft import Bound
 from dsv4.text.tokenizer import Tokenizer
 
@@ -95,6 +96,19 @@ class Service:
         tokenizer = self.tokenizer(bound.param)
         return await self.lanes.encode(
             lambda: tokenizer.draft_text(text, salt=salt, bound=bound), size=len(text)
+        )
+
+    async def fill_in(self, before: str, after: str, bound: Bound, *, salt: str = "") -> np.ndarray:
+        """The prompt for what goes between two texts, int32 [tokens]. RequestError for texts beyond `bound`, or a tokenizer
+        without the tokens for it."""
+        tokenizer = self.tokenizer(bound.param)
+        if any(tokenizer.find(mark) is None for mark in FIM):
+            text = "the model's tokenizer has no tokens for fill-in-the-middle; leave suffix out"
+            raise RequestError(text, "suffix", "unsupported_field", 400)
+        begin, hole, end = FIM
+        segments = [BOS, begin, before, hole, after, end]
+        return await self.lanes.encode(
+            lambda: tokenizer.draft(segments, salt=salt, bound=bound), size=len(before) + len(after)
         )
 
     def piece(self, token: int, *, as_id: bool = False) -> str:

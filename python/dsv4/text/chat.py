@@ -51,6 +51,9 @@ REMINDER, DSML = Marker("<｜latest_reminder｜>"), Marker("｜DSML｜")
 TASKS = {t: Marker(f"<｜{t}｜>") for t in ("action", "query", "authority", "domain", "title", "read_url")}
 """Quick tasks the model was trained on: a message's `task` asks for a short verdict on it."""
 
+FIM = tuple(Marker(f"<｜fim▁{name}｜>") for name in ("begin", "hole", "end"))
+"""A text with a hole: begin, what is before, hole, what is after, end; the model writes what is in it."""
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 EFFORTS = ("low", "high", "max")
 
