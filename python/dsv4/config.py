@@ -23,14 +23,13 @@ import yaml
 
 from dsv4.elsewhere import why_not
 from dsv4.errors import ConfigError
-from dsv4.quantities import count_expected, parse_bytes, parse_count
+from dsv4.quantities import SHARE, Range, parse_bytes, parse_count
 from dsv4.spelling import nearest
 
 ENV_PREFIX = "DSV4_"
 LONGEST_NAME = 512
 """Characters of a model's name in the API."""
-_LARGEST = 2**31 - 1
-"""Of a count."""
+_COUNT, _SECONDS = Range(1), Range(0, 1e9, open=True, unit="seconds")
 _YES = {
     "1": True,
     "true": True,
@@ -50,12 +49,14 @@ def setting(
     choices: Sequence[str] | Callable[[], Sequence[str]] = (),
     aliases: Sequence[str] = (),
     unit: str = "",
+    range: Range | None = None,
 ) -> Any:
     """A dataclass field of a config class. `unit="file"` is a path, `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
     commas between them, `unit="list"` several texts (words after the flag, or commas), `unit="json"` an object,
-    `unit="secret"` any text as it is."""
+    `unit="secret"` any text as it is. `range`: which numbers it takes."""
     return field(
-        default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit}
+        default=default,
+        metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit, "range": range},
     )
 
 
@@ -112,7 +113,9 @@ class EngineConfig:
         unit="names",
     )
     max_model_len: int | None = setting(
-        None, "longest prompt plus output in tokens (default: the model's, cut to the pool)"
+        None,
+        "longest prompt plus output in tokens (default: the model's, cut to the pool)",
+        range=Range(1, such="64k or 1M"),
     )
     max_tokens_overflow: str = setting(
         "cut",
@@ -120,12 +123,18 @@ class EngineConfig:
         "then ends with finish_reason length), or refuse the request, as vLLM does",
         choices=("cut", "refuse"),
     )
-    max_num_seqs: int = setting(16, "requests that run at the same time, one live-state slab each")
-    max_num_batched_tokens: int | None = setting(
-        None, "tokens of one step, prefill chunks and decodes together (default: 512 on a CPU, 2048 on a GPU)"
+    max_num_seqs: int = setting(
+        16, "requests that run at the same time, one live-state slab each", range=_COUNT
     )
-    max_num_waiting: int = setting(1024, "requests that may wait; further ones are refused with 429")
-    block_size: int = setting(256, "tokens of a history page; a multiple of 128")
+    max_num_batched_tokens: int | None = setting(
+        None,
+        "tokens of one step, prefill chunks and decodes together (default: 512 on a CPU, 2048 on a GPU)",
+        range=_COUNT,
+    )
+    max_num_waiting: int = setting(
+        1024, "requests that may wait; further ones are refused with 429", range=_COUNT
+    )
+    block_size: int = setting(256, "tokens of a history page; a multiple of 128", range=Range(1, such="256"))
     kv_cache_dtype: str = setting(
         "auto", "format of window and compressed rows", choices=("auto", "float32", "bfloat16", "fp8_ds_mla")
     )
@@ -137,17 +146,18 @@ class EngineConfig:
         "bytes of the page pool (default: part of what is free)",
         aliases=("kv-cache-memory-bytes",),
         unit="bytes",
+        range=Range(1, float("inf")),
     )
     gpu_memory_utilization: float = setting(
-        0.9, "share of a GPU's memory to use", aliases=("memory-fraction",)
+        0.9, "share of a GPU's memory to use", aliases=("memory-fraction",), range=SHARE
     )
-    num_pages: int | None = setting(None, "exact number of pages instead of --kv-cache-memory")
+    num_pages: int | None = setting(None, "exact number of pages instead of --kv-cache-memory", range=_COUNT)
     enable_prefix_caching: bool = setting(True, "reuse the history and state of equal prefixes")
     snapshot_policy: str = setting(
         "auto", "where state is saved for reuse: auto, forks, turns, every:N, none", aliases=("snapshots",)
     )
     snapshot_budget: float = setting(
-        0.1, "largest share of the pool that snapshots fill while memory is short, 0 to 1"
+        0.1, "largest share of the pool that snapshots fill while memory is short, 0 to 1", range=Range(0, 1)
     )
     eviction: str = setting(
         "value",
@@ -164,13 +174,16 @@ class EngineConfig:
         "milliseconds that a step with running decodes may take; prompts are cut to it. auto: four times as long as the "
         "decodes alone take; none: no limit",
         unit="auto",
+        range=Range(0, 1e12, open=True),
     )
     tenants: str | None = setting(
         None,
         "shares of prefill and quotas of the cache: NAME:WEIGHT[:QUOTA],… (others have weight 1 and no quota)",
         aliases=("tenant",),
     )
-    max_wait: float = setting(30.0, "seconds after which a waiting request goes ahead of all")
+    max_wait: float = setting(
+        30.0, "seconds after which a waiting request goes ahead of all", range=Range(0, 1e9, unit="seconds")
+    )
     enforce_eager: bool = setting(False, "on a GPU, launch a decode step kernel by kernel: no CUDA graphs")
     async_scheduling: bool | None = setting(
         None, "launch step k+1 while the device runs step k: two steps in flight (default: on a GPU)"
@@ -181,49 +194,21 @@ class EngineConfig:
         unit="file",
     )
     stuck_after: float = setting(
-        300.0, "seconds with work at hand and no step ending after which GET /health says 503"
+        300.0,
+        "seconds with work at hand and no step ending after which GET /health says 503",
+        range=Range(0, float("inf"), open=True, unit="seconds"),
     )
-    seed: int = setting(0, "seed of requests that bring none")
+    seed: int = setting(0, "seed of requests that bring none", range=Range(-(2**63), 2**63 - 1))
     replay_tokens: int | None = setting(
-        None, "tokens replayed to rebuild the state; fewer than the default is not exact"
+        None, "tokens replayed to rebuild the state; fewer than the default is not exact", range=_COUNT
     )
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in (
-            "max_num_seqs",
-            "max_num_batched_tokens",
-            "max_num_waiting",
-            "max_model_len",
-            "num_pages",
-            "block_size",
-            "replay_tokens",
-        ):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= _LARGEST:
-                limit = "smallest valid value is 1" if value < 1 else f"largest valid value is {_LARGEST}"
-                raise ConfigError(f"{name} is {value}; the {limit}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization:g}; it takes a number above 0 and up to 1"
-            )
-        if not 0 <= self.snapshot_budget <= 1:
-            raise ConfigError(
-                f"snapshot_budget is {self.snapshot_budget}; it must be a share from 0 to 1, the nearest is "
-                f"{min(max(self.snapshot_budget, 0), 1):g}"
-            )
+        check_ranges(self)
         if isinstance(self.step_ms, str) and self.step_ms != "auto":
             raise ConfigError(f"step_ms is {self.step_ms!r}; it takes a number, auto, or none for no limit")
-        if isinstance(self.step_ms, (int, float)) and not 0 < self.step_ms <= 1e12:
-            raise ConfigError(
-                f"step_ms is {self.step_ms:g}; it must be above 0 and up to 1e12, auto, or none for no limit"
-            )
-        if self.kv_cache_memory is not None and self.kv_cache_memory < 1:
-            raise ConfigError(f"kv_cache_memory is {self.kv_cache_memory}; it takes a size such as 2GiB")
-        if not 0 <= self.max_wait <= 1e9:
-            raise ConfigError(f"max_wait is {self.max_wait:g}; it must be 0 to 1e9 seconds")
-        if not self.stuck_after > 0:
-            raise ConfigError(f"stuck_after is {self.stuck_after:g}; it must be above 0 seconds (inf: never)")
+        check_policy(self.snapshot_policy)
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs ({self.max_num_seqs}), "
@@ -238,7 +223,7 @@ class ServerConfig:
     host: str = setting(
         "127.0.0.1", "address or name to listen on; 0.0.0.0 is every IPv4 address, :: every one"
     )
-    port: int = setting(8000, "port to listen on; 0 takes a free one")
+    port: int = setting(8000, "port to listen on; 0 takes a free one", range=Range(0, 65535))
     uds: str | None = setting(None, "path of a Unix socket to listen on instead of host and port")
     uds_mode: str = setting("660", "permissions of the Unix socket, octal")
     served_model_name: tuple[str, ...] = setting(
@@ -260,23 +245,34 @@ class ServerConfig:
     allow_dump: bool = setting(
         False, "answer GET /dump with the core's state, which holds the prompts of all clients"
     )
-    drain_timeout: float = setting(30.0, "seconds that running requests may take to end after SIGTERM")
-    max_body_bytes: int = setting(64 * 2**20, "largest request body", unit="bytes")
-    header_timeout: float = setting(10.0, "seconds in which a request's header must arrive")
-    body_timeout: float = setting(60.0, "seconds without a byte after which a request's body is given up")
+    drain_timeout: float = setting(
+        30.0,
+        "seconds that running requests may take to end after SIGTERM",
+        range=Range(0, 1e9, unit="seconds"),
+    )
+    max_body_bytes: int = setting(
+        64 * 2**20, "largest request body", unit="bytes", range=Range(1024, float("inf"))
+    )
+    header_timeout: float = setting(10.0, "seconds in which a request's header must arrive", range=_SECONDS)
+    body_timeout: float = setting(
+        60.0, "seconds without a byte after which a request's body is given up", range=_SECONDS
+    )
     body_min_rate: int = setting(
         4096,
         "bytes a second that a request's body must come at in the mean, once body_timeout is over",
         unit="bytes",
+        range=Range(0, float("inf")),
     )
     write_timeout: float = setting(
-        60.0, "seconds in which a client must take what is written to it, or 64 KiB of that"
+        60.0, "seconds in which a client must take what is written to it, or 64 KiB of that", range=_SECONDS
     )
     max_connections: int | None = setting(
-        None, "connections served at the same time (default: 4 for each request of the queue, as files allow)"
+        None,
+        "connections served at the same time (default: 4 for each request of the queue, as files allow)",
+        range=_COUNT,
     )
     ping_interval: float = setting(
-        5.0, "seconds between keep-alive comments in a stream that has no token yet"
+        5.0, "seconds between keep-alive comments in a stream that has no token yet", range=_SECONDS
     )
     log_level: str = setting("info", "what is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting(
@@ -285,18 +281,10 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port is {self.port}; valid ports are 0 to 65535")
+        check_ranges(self)
         _check_key(self.api_key)
         for origin in self.allow_origin:
             _check_origin(origin)
-        if self.max_connections is not None and self.max_connections < 1:
-            raise ConfigError(f"max_connections is {self.max_connections}; the smallest valid value is 1")
-        for name in ("drain_timeout", "header_timeout", "body_timeout", "write_timeout", "ping_interval"):
-            if not 0 <= getattr(self, name) < float("inf") or (
-                name != "drain_timeout" and not getattr(self, name)
-            ):
-                raise ConfigError(f"{name} is {getattr(self, name):g}; it takes a number of seconds above 0")
         if not re.fullmatch("0?[0-7]{3}", self.uds_mode):
             raise ConfigError(f"uds_mode is {self.uds_mode!r}; it takes three octal digits, such as 660")
         for name in self.served_model_name:
@@ -347,6 +335,33 @@ def check_choices(config: Any) -> None:
                 )
 
 
+def check_ranges(config: Any) -> None:
+    """Raises ConfigError when a number is outside the range of its field."""
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value, range_ = getattr(config, f.name), f.metadata["range"]
+        if range_ is None or value is None or isinstance(value, str):
+            continue
+        if f.metadata["unit"] == "bytes":
+            if not range_.low <= value:
+                least = f"the smallest is {range_.low} bytes" if range_.low > 1 else "above 0"
+                raise ConfigError(f"{f.name} is {value}; it takes a size such as 2GiB, {least}")
+            continue
+        also = ", auto, or none for no limit" if f.metadata["unit"] == "auto" else ""
+        fault = range_.fault(value, base_type(hints[f.name]), also)
+        if fault is not None:
+            shown = value if isinstance(value, int) else f"{value:g}"
+            raise ConfigError(f"{f.name} is {shown}; {fault}")
+
+
+def check_policy(policy: str) -> None:
+    """Raises ConfigError for what is no snapshot policy."""
+    if not re.fullmatch("auto|forks|turns|none|every:0*[1-9][0-9]{0,9}", policy):
+        names = ("auto", "forks", "turns", "every:N", "none")
+        meant = "; write such as every:8192" if policy.startswith("every") else nearest(policy, names)
+        raise ConfigError(f"snapshot_policy is {policy!r}; valid values are {', '.join(names)}{meant}")
+
+
 def choices_of(f: dataclasses.Field[Any]) -> Sequence[str]:
     """The values that a setting can have; empty where they are not names."""
     choices: Any = f.metadata["choices"]
@@ -360,9 +375,9 @@ def base_type(hint: Any) -> type:
     return hint
 
 
-def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
+def _convert(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """A text or YAML value as the field's type; ConfigError names the field and what it takes."""
-    kind = base_type(hint)
+    name, unit, kind = f.name, f.metadata["unit"], base_type(hint)
     if unit == "json":
         return _parse_json(name, value)
     if unit == "secret":  # `none`, or a YAML key without a value, must not open what was meant to be closed
@@ -385,8 +400,9 @@ def _convert(name: str, hint: Any, unit: str, value: Any) -> Any:
             return parse_bytes(str(value))
         return parse_count(str(value)) if kind is int else kind(value)
     except (KeyError, ValueError, TypeError):
-        whole = count_expected(str(value))
-        expected = {bool: "true or false", int: whole, float: "a number"}.get(kind, "text")
+        expected = {bool: "true or false"}.get(kind, "text")
+        if kind in (int, float):
+            expected = (f.metadata["range"] or Range()).words(kind, str(value))
         expected += ", auto or none" if unit == "auto" else ""
         shown = "empty" if value is None else repr(value)
         raise ConfigError(
@@ -521,7 +537,7 @@ def _make(cls: type, given: Mapping[str, _Given]) -> Any:
     try:
         for f in dataclasses.fields(cls):
             if f.name in given:
-                values[f.name] = _convert(f.name, hints[f.name], f.metadata["unit"], given[f.name].value)
+                values[f.name] = _convert(f, hints[f.name], given[f.name].value)
         return cls(**values)
     except ConfigError as e:
         name = str(e).split(" ", 1)[0]

@@ -83,13 +83,18 @@ GPUS: dict[str, Gpu] = {
 """By name, in the order in which tables show them."""
 
 
+_OTHERS = frozenset(("p100", "v100", "a100", "a800", "h800"))
+"""Not slips of the pen, though nearly so."""
+
+
 def gpu(name: str) -> Gpu:
     """The GPU called `name`, upper or lower case, with or without maker and form factor ("NVIDIA H100 80GB HBM3" is h100).
 
-    Raises ConfigError, which names the nearest known one.
+    Raises ConfigError, which names the nearest known one; none for what is the name of another GPU, such as a100.
     """
     words = name.lower().replace("-", " ").replace("_", " ").split()
     found = next((GPUS[word] for word in words if word in GPUS), None)
     if found is None:
-        raise ConfigError(f"gpu is {name!r}; known are {', '.join(GPUS)}{nearest(name, GPUS)}")
+        meant = "" if _OTHERS & set(words) else nearest(name, GPUS)
+        raise ConfigError(f"gpu is {name!r}; known are {', '.join(GPUS)}{meant}")
     return found

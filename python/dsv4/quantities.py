@@ -1,8 +1,12 @@
-"""Sizes and counts as people write them: 2GiB, 500MB, 64k, 1M."""
+"""Sizes and counts as people write them (2GiB, 500MB, 64k, 1M), and which of them a setting takes."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+
+MOST = 2**31 - 1
+"""Of a count."""
 
 _UNITS = {
     "": 1,
@@ -21,10 +25,44 @@ _COUNTS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**3
 _COUNT = re.compile(r"([+-]?)(\d[\d_]*)(\.\d+)?\s*([kKmMgG]?)", re.ASCII)
 
 
-def count_expected(text: str) -> str:
-    """What a count takes, for the error about `text`; units are told to those who tried one."""
-    tried = text.strip()[:1].isdigit() and text.strip()[-1:].isalpha()
-    return f"a whole number{', or such as 64k (64,000), 64K (65,536) or 1M (1,048,576)' if tried else ''}"
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers from `low` to `high`, without `low` itself where it is `open`. `such`: examples; `unit`: of what."""
+
+    low: float = -MOST
+    high: float = MOST
+    open: bool = False
+    such: str = ""
+    unit: str = ""
+
+    def words(self, kind: type, text: str = "") -> str:
+        """`a whole number from 1`. `kind`: int or float. `text`: what could not be read; units are told to those who tried
+        one."""
+        tried = kind is int and text.strip()[:1].isdigit() and text.strip()[-1:].isalpha()
+        such = "64k (64,000), 64K (65,536) or 1M (1,048,576)" if tried else self.such
+        bounds = f"{' above' if self.open else ' from'} {self.low:g}" if self.low > -MOST else ""
+        if self.high < MOST:
+            bounds += f"{' and up to' if self.open or not bounds else ' to'} {_short(self.high)}"
+        return f"a {'whole ' * (kind is int)}number{self.unit and ' of ' + self.unit}{bounds}{such and ', such as ' + such}"
+
+    def fault(self, value: float, kind: type, also: str = "") -> str | None:
+        """What is wrong with a value: `it takes a whole number from 1; the nearest is 1`. None where nothing is. `also`: what else
+        than numbers is taken."""
+        if self.low <= value <= self.high and not (self.open and value == self.low):
+            return None
+        near = f"; the nearest is {_short(min(max(value, self.low), self.high))}" if value == value else ""
+        if self.open and not value > self.low:
+            near = ""
+        if self.high == 1 and 2 <= value <= 100:  # a share that was meant as one of a hundred
+            near = f"; {value:g}% is {value / 100:g}"
+        return f"it takes {self.words(kind)}{also}{near}"
+
+
+SHARE = Range(0, 1, open=True, such="0.9")
+
+
+def _short(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}".replace("e+0", "e").replace("e+", "e")
 
 
 def parse_bytes(text: str) -> int:
@@ -39,7 +77,7 @@ def parse_count(text: str) -> int:
     """'64k' -> 64000, '64K' -> 65536, '1M' -> 1048576, '1.5k' -> 1500, '1_000' -> 1000. Raises ValueError."""
     found = _COUNT.fullmatch(text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is no count; it takes {count_expected(text)}")
+        raise ValueError(f"{text!r} is no count; it takes {Range().words(int, text)}")
     sign, whole, part, unit = found.groups()
     value = int(whole) * _COUNTS.get(unit, 1)
     if part is not None:

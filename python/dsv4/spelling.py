@@ -8,6 +8,20 @@ from itertools import takewhile
 
 ALIKE = 0.75
 """Share of letters in common from which a known name is worth a suggestion: `prot` is `port`; `4090` is no `h200`."""
+SAME = {
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "gpu": "cuda",
+    "nvidia": "cuda",
+    "warn": "warning",
+    "fp8": "fp8_ds_mla",
+    "fp4": "mxfp4",
+    "jsonl": "json",
+    "all": "auto",
+}
+"""Other words for a name, which are nothing like it."""
 SHORTEST = 3
 """Letters of a beginning that stand for the whole name."""
 
@@ -17,6 +31,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     front, `_` for `-` and upper case do not count."""
     plain = {_plain(name): name for name in known}
     meant = _plain(word)
+    if SAME.get(meant) in plain.values():
+        return f"; did you mean {SAME[meant]!r}?"
     begun = sorted((n for n in plain if n.startswith(meant)), key=len) if len(meant) >= SHORTEST else []
     close = begun[:3]
     if plain and not close:

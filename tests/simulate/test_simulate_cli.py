@@ -85,7 +85,7 @@ def test_a_table_has_a_column_for_each_policy(capsys: pytest.CaptureFixture[str]
     ("arguments", "words"),
     [
         (("simulate", "/nowhere.jsonl"), ["/nowhere.jsonl", "No such file"]),
-        (("simulate", EXCERPT, "--policy", "turn"), ["snapshots", "turn", "turns"]),
+        (("simulate", EXCERPT, "--policy", "turn"), ["snapshot_policy", "turn", "turns"]),
         (("simulate", EXCERPT, "--policy", "turns/mru"), ["eviction", "mru", "lru"]),
         (("simulate", EXCERPT, "--policy", "turns/"), ["turns/", "NAME/EVICTION"]),
         (("simulate", EXCERPT, "--gpu", "b100"), ["b100", "b200"]),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from dsv4.cli.words import count, number
+from dsv4.cli.words import reader
 from dsv4.config import EngineConfig, add_flags, base_type, help_of, load
 from dsv4.errors import ConfigError
 
@@ -65,7 +65,7 @@ def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[st
         if f.name in names:
             flags = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"], *names[f.name])]
             shown = help_of(f)
-            kind = count if base_type(hints[f.name]) is int else number
+            kind = reader(f.metadata["range"], base_type(hints[f.name]))
             parser.add_argument(*flags, dest=f.name, type=kind, default=f.default, metavar="N", help=shown)
 
 

@@ -40,32 +40,32 @@ def add(commands: Any) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help=MODELS)
     parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="MODEL as a flag")
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)} (must be given)")
-    parser.add_argument("--num", type=count, default=1, metavar="N", help="GPUs in all [1]")
+    parser.add_argument("--num", type=count(), default=1, metavar="N", help="GPUs in all [1]")
     parser.add_argument(
         "--tp",
         "--tensor-parallel-size",
-        type=count,
+        type=count(),
         metavar="N",
         help="GPUs that share each request [what num and dp leave]",
     )
     parser.add_argument(
         "--dp",
         "--data-parallel-size",
-        type=count,
+        type=count(),
         metavar="N",
         help="groups of tp GPUs that serve requests of their own [1]",
     )
     parser.add_argument(
-        "--ep", type=count, metavar="N", help="1, or tp * dp: whole experts over all GPUs [by dp]"
+        "--ep", type=count(), metavar="N", help="1, or tp * dp: whole experts over all GPUs [by dp]"
     )
     parser.add_argument(
-        "--pool-gb", type=number, metavar="GB", help="size of a GPU's page pool in 10^9 bytes [what is left]"
+        "--pool-gb", type=number(0, 1e6, open=True), metavar="GB", help="size of a GPU's page pool in 10^9 bytes [what is left]"
     )
     parser.add_argument(
         "--max-model-len",
         "--max-len",
         dest="max_len",
-        type=count,
+        type=count(such="64k or 1M"),
         metavar="N",
         help="longest request, such as 64k or 1M [the model's]",
     )
@@ -93,7 +93,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--draft", action="store_true", help="count the drafter's weights too")
     parser.add_argument(
         "--graphs",
-        type=count,
+        type=count(0),
         metavar="N",
         help="decode steps captured as CUDA graphs, 0 with --enforce-eager [batch sizes times contexts]",
     )
@@ -101,7 +101,7 @@ def add(commands: Any) -> None:
         "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"
     )
     parser.add_argument(
-        "--turn-tokens", type=count, metavar="N", help="new tokens of a turn, for turns and forks [4340]"
+        "--turn-tokens", type=count(), metavar="N", help="new tokens of a turn, for turns and forks [4340]"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(run=run)
@@ -132,19 +132,9 @@ def question(a: argparse.Namespace) -> Question:
     if a.gpu is None:
         raise ConfigError(f"--gpu is missing; known are {', '.join(GPUS)}")
     config, weights, counted_from = find_weights(model, a.revision, draft=a.draft)
-    for flag, value in (
-        ("--max-num-seqs", a.max_num_seqs),
-        ("--max-step-tokens", a.max_num_batched_tokens),
-        ("--turn-tokens", a.turn_tokens),
-    ):
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} is {value}; the smallest valid value is 1")
     max_len = config.max_position if a.max_len is None else a.max_len
     if not 1 <= max_len <= config.max_position:
-        raise ConfigError(f"--max-len is {max_len}; {config.name} takes 1 to {config.max_position}")
-    _share("--memory-fraction", a.gpu_memory_utilization)
-    if not 0 <= a.snapshot_budget <= 1:
-        raise ConfigError(f"--snapshot-budget is {a.snapshot_budget:g}; it takes a share from 0 to 1")
+        raise ConfigError(f"--max-model-len is {max_len}; {config.name} takes 1 to {config.max_position}")
     return Question(
         config=config,
         weights=weights,
@@ -159,7 +149,7 @@ def question(a: argparse.Namespace) -> Question:
             steps_of(a.max_num_seqs, max_len) if a.graphs is None else a.graphs,
         ),
         memory_fraction=a.gpu_memory_utilization,
-        pool_bytes=None if a.pool_gb is None else _pool(a.pool_gb),
+        pool_bytes=None if a.pool_gb is None else round(a.pool_gb * 1e9),
         snapshot_budget=a.snapshot_budget,
         every=_spacings(a.every),
         traffic=Traffic() if a.turn_tokens is None else Traffic(turn_tokens=a.turn_tokens),
@@ -167,17 +157,6 @@ def question(a: argparse.Namespace) -> Question:
         held=a.weights,
         counted_from=counted_from,
     )
-
-
-def _share(flag: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ConfigError(f"{flag} is {value:g}; it takes a number above 0 and up to 1")
-
-
-def _pool(gb: float) -> int:
-    if not 0 < gb < 1e6:
-        raise ConfigError(f"--pool-gb is {gb:g}; it takes a number above 0, in units of 10^9 bytes")
-    return round(gb * 1e9)
 
 
 def _spacings(text: str) -> tuple[int, ...]:

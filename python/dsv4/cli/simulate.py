@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import LINE_EVERY, note
-from dsv4.cli.words import count, number, one_of
+from dsv4.cli.words import count, number, one_of, reader
 from dsv4.config import EngineConfig, step_budget
 from dsv4.errors import ConfigError
 from dsv4.gpus import gpu
+from dsv4.quantities import SHARE
 
 if TYPE_CHECKING:
     from dsv4._core import Trace
@@ -58,7 +59,7 @@ def add(commands: Any) -> None:
         "--num",
         "--tensor-parallel-size",
         dest="tp",
-        type=count,
+        type=count(),
         metavar="N",
         help="GPUs of the engine [fewest that hold it]",
     )
@@ -69,28 +70,28 @@ def add(commands: Any) -> None:
         help=f"snapshot policies, each alone or with an eviction order as NAME/EVICTION [{snapshots}/{eviction}]",
     )
     engine.add_argument(
-        "--pool-gib", type=number, metavar="X", help="page pool of each GPU [what --memory-fraction leaves]"
+        "--pool-gib", type=number(0, 1e6, open=True), metavar="X", help="page pool of each GPU [what --memory-fraction leaves]"
     )
     engine.add_argument(
-        "--memory-fraction", type=number, default=0.9, metavar="F", help="share of memory to use [0.9]"
+        "--memory-fraction", type=reader(SHARE, float), default=0.9, metavar="F", help="share of memory to use [0.9]"
     )
     engine.add_argument(
-        "--snapshot-budget", type=number, metavar="F", help="largest share of the pool for snapshots (auto)"
+        "--snapshot-budget", type=number(0, 1), metavar="F", help="largest share of the pool for snapshots (auto)"
     )
     engine.add_argument(
-        "--max-num-seqs", type=count, default=64, metavar="N", help="requests that run at a time [64]"
+        "--max-num-seqs", type=count(), default=64, metavar="N", help="requests that run at a time [64]"
     )
     engine.add_argument(
-        "--max-num-batched-tokens", type=count, default=4096, metavar="N", help="tokens of a step [4096]"
+        "--max-num-batched-tokens", type=count(), default=4096, metavar="N", help="tokens of a step [4096]"
     )
     engine.add_argument(
         "--max-num-waiting",
-        type=count,
+        type=count(),
         default=1024,
         metavar="N",
         help="requests that queue in the core [1024]",
     )
-    engine.add_argument("--block-size", type=count, default=256, metavar="N", help="tokens of a page [256]")
+    engine.add_argument("--block-size", type=count(), default=256, metavar="N", help="tokens of a page [256]")
     engine.add_argument(
         "--index-cache-dtype",
         default="mxfp4",
@@ -123,8 +124,8 @@ def add(commands: Any) -> None:
     load.add_argument(
         "--rate", metavar="R", help="requests per second, or such as 2x: so many times the trace's [1x]"
     )
-    load.add_argument("--limit", type=count, metavar="N", help="only the first N requests")
-    load.add_argument("--hash-block", type=count, default=512, metavar="N", help="tokens of a hash id [512]")
+    load.add_argument("--limit", type=count(), metavar="N", help="only the first N requests")
+    load.add_argument("--hash-block", type=count(), default=512, metavar="N", help="tokens of a hash id [512]")
     load.add_argument(
         "--time-unit",
         default="ms",
@@ -148,7 +149,7 @@ def add(commands: Any) -> None:
 
 def _step_ms(text: str) -> float | str | None:
     """Of a flag that takes a number, `auto` or `none`."""
-    return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else number(text)
+    return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else number(0, 1e12, open=True)(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -202,14 +203,6 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     from dsv4.plan.workspace import Limits
     from dsv4.simulate.compare import Engine, pool_bytes, smallest_tp
 
-    for flag in ("tp", "max_num_seqs", "max_num_batched_tokens", "max_num_waiting", "block_size", "limit"):
-        value = getattr(a, flag)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} is {value}; the smallest valid value is 1")
-    if not 0 < a.memory_fraction <= 1:
-        raise ConfigError(
-            f"--memory-fraction is {a.memory_fraction:g}; it takes a number above 0 and up to 1"
-        )
     (config, _, _), card = find_weights(a.model), gpu(a.gpu)
     layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=a.block_size)
     tp = a.tp or smallest_tp(config, card)
@@ -217,10 +210,8 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     if a.pool_gib is None:
         limits = Limits(a.max_num_batched_tokens, a.max_num_seqs, config.max_position)
         size = pool_bytes(config, layout, card, tp, limits, a.memory_fraction)
-    elif 0 < a.pool_gib < 1e6:
-        size = round(a.pool_gib * 2**30)
     else:
-        raise ConfigError(f"--pool-gib is {a.pool_gib:g}; it takes a number above 0")
+        size = round(a.pool_gib * 2**30)
     pages = layout.pages_for(size)
     if pages < 1:
         raise ConfigError(f"--pool-gib is {a.pool_gib:g}; one page is {layout.page_bytes} bytes")

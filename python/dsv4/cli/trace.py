@@ -28,17 +28,17 @@ def add(commands: Any) -> None:
         "-o", "--out", metavar="FILE", help="file to write [standard output, unless that is a terminal]"
     )
     agents.add_argument(
-        "--seed", type=count, default=0, metavar="N", help="the same seed gives the same trace [0]"
+        "--seed", type=count(0), default=0, metavar="N", help="the same seed gives the same trace [0]"
     )
-    agents.add_argument("--sessions", type=count, default=60, metavar="N", help="sessions [60]")
-    agents.add_argument("--hours", type=number, default=1.0, metavar="H", help="in which sessions begin [1]")
-    agents.add_argument("--teams", type=count, default=4, metavar="N", help="tenants [4]")
+    agents.add_argument("--sessions", type=count(), default=60, metavar="N", help="sessions [60]")
+    agents.add_argument("--hours", type=number(0, 10_000, open=True), default=1.0, metavar="H", help="in which sessions begin [1]")
+    agents.add_argument("--teams", type=count(), default=4, metavar="N", help="tenants [4]")
     agents.add_argument(
-        "--projects", type=count, default=16, metavar="N", help="projects, each with shared instructions [16]"
+        "--projects", type=count(), default=16, metavar="N", help="projects, each with shared instructions [16]"
     )
     agents.add_argument(
         "--long",
-        type=number,
+        type=number(0, 1),
         default=0.25,
         metavar="SHARE",
         help="share of sessions with a window of 1M tokens [0.25]",
@@ -51,13 +51,6 @@ def run(arguments: argparse.Namespace) -> int:
     from dsv4.simulate.agents import Agents, describe, generate, write
 
     a = arguments
-    for name in ("sessions", "teams", "projects"):
-        if getattr(a, name) < 1:
-            raise ConfigError(f"--{name} is {getattr(a, name)}; the smallest valid value is 1")
-    if not 0 < a.hours <= 10_000:
-        raise ConfigError(f"--hours is {a.hours:g}; it takes a number above 0 and up to 10000")
-    if not 0 <= a.long <= 1:
-        raise ConfigError(f"--long is {a.long:g}; it takes a share from 0 to 1")
     if a.out is None and sys.stdout.isatty():
         raise ConfigError(
             "a trace has megabytes of JSON, too much for a terminal; give -o FILE, or send it on with | or >"

@@ -7,9 +7,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from dsv4.elsewhere import why_not
-from dsv4.quantities import count_expected, parse_count
+from dsv4.quantities import MOST, Range, parse_count
 from dsv4.spelling import nearest
 
 _NUMBER = re.compile(r"-\.?\d")
@@ -51,20 +52,31 @@ def about_rest(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
     return f"; quote the prompt: dsv4 {arguments.command} '{' '.join([prompt, *rest])}'"
 
 
-def count(text: str) -> int:
-    """Of a flag that takes a count."""
-    try:
-        return parse_count(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} will not do; it takes {count_expected(text)}") from None
+def count(low: int = 1, high: int = MOST, such: str = "") -> Callable[[str], int]:
+    """Of a flag that takes a count from `low` to `high`; `such`: an example."""
+    return reader(Range(low, high, such=such), int)
 
 
-def number(text: str) -> float:
-    """Of a flag that takes a number."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} will not do; it takes a number") from None
+def number(low: float, high: float = MOST, *, open: bool = False, such: str = "") -> Callable[[str], float]:
+    """Of a flag that takes a number from `low`, itself taken unless `open`, to `high`."""
+    return reader(Range(low, high, open, such), float)
+
+
+def reader(range: Range, kind: type) -> Callable[[str], Any]:
+    """Of a flag that takes the numbers of a range, which are `kind`: int or float."""
+
+    def read(text: str) -> Any:
+        try:
+            value = parse_count(text) if kind is int else float(text)
+        except ValueError:
+            fault: str | None = f"it takes {range.words(kind, text)}"
+        else:
+            fault = range.fault(value, kind)
+            if fault is None:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} will not do; {fault}") from None
+
+    return read
 
 
 def one_of(*choices: str) -> Callable[[str], str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dsv4.config import EngineConfig, check_policy
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
@@ -14,6 +15,7 @@ from dsv4.model.parallel import Parallel, valid_tp
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 from dsv4.simulate.device import as_json
+from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec, Trace
@@ -36,10 +38,16 @@ class Policy:
 
     @classmethod
     def parse(cls, text: str, eviction: str) -> Policy:
-        """`NAME` or `NAME/EVICTION`; the core refuses names that it does not know."""
+        """`NAME` or `NAME/EVICTION`. Raises ConfigError."""
         name, slash, after = text.strip().partition("/")
         if not name or (slash and not after):
             raise ConfigError(f"policy is {text!r}; write NAME or NAME/EVICTION, such as auto/value")
+        check_policy(name)
+        orders = EngineConfig.__dataclass_fields__["eviction"].metadata["choices"]
+        if slash and after not in orders:
+            raise ConfigError(
+                f"policy is {text!r}; its eviction order is one of {', '.join(orders)}{nearest(after, orders)}"
+            )
         return cls(name, after or eviction)
 
     def __str__(self) -> str:
