@@ -63,7 +63,10 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
     """The sampling flags that a terminal needs."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
-        "--max-tokens", type=count(0, such="256"), metavar="N", help=f"most tokens of an answer [{max_tokens}]"
+        "--max-tokens",
+        type=count(0, such="256"),
+        metavar="N",
+        help=f"most tokens of an answer [{max_tokens}]",
     )
     group.add_argument(
         "--temperature",
@@ -72,7 +75,10 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: str) -> None:
         help="0 always takes the likeliest token [what the model's generation_config.json says, else 0]",
     )
     group.add_argument(
-        "--top-p", type=number(0, 1, open=True), metavar="P", help="share of probability to draw from [the same, else 1]"
+        "--top-p",
+        type=number(0, 1, open=True),
+        metavar="P",
+        help="share of probability to draw from [the same, else 1]",
     )
 
 

@@ -59,7 +59,10 @@ def add(commands: Any) -> None:
         "--ep", type=count(), metavar="N", help="1, or tp * dp: whole experts over all GPUs [by dp]"
     )
     parser.add_argument(
-        "--pool-gb", type=number(0, 1e6, open=True), metavar="GB", help="size of a GPU's page pool in 10^9 bytes [what is left]"
+        "--pool-gb",
+        type=number(0, 1e6, open=True),
+        metavar="GB",
+        help="size of a GPU's page pool in 10^9 bytes [what is left]",
     )
     parser.add_argument(
         "--max-model-len",

@@ -70,13 +70,23 @@ def add(commands: Any) -> None:
         help=f"snapshot policies, each alone or with an eviction order as NAME/EVICTION [{snapshots}/{eviction}]",
     )
     engine.add_argument(
-        "--pool-gib", type=number(0, 1e6, open=True), metavar="X", help="page pool of each GPU [what --memory-fraction leaves]"
+        "--pool-gib",
+        type=number(0, 1e6, open=True),
+        metavar="X",
+        help="page pool of each GPU [what --memory-fraction leaves]",
     )
     engine.add_argument(
-        "--memory-fraction", type=reader(SHARE, float), default=0.9, metavar="F", help="share of memory to use [0.9]"
+        "--memory-fraction",
+        type=reader(SHARE, float),
+        default=0.9,
+        metavar="F",
+        help="share of memory to use [0.9]",
     )
     engine.add_argument(
-        "--snapshot-budget", type=number(0, 1), metavar="F", help="largest share of the pool for snapshots (auto)"
+        "--snapshot-budget",
+        type=number(0, 1),
+        metavar="F",
+        help="largest share of the pool for snapshots (auto)",
     )
     engine.add_argument(
         "--max-num-seqs", type=count(), default=64, metavar="N", help="requests that run at a time [64]"
@@ -125,7 +135,9 @@ def add(commands: Any) -> None:
         "--rate", metavar="R", help="requests per second, or such as 2x: so many times the trace's [1x]"
     )
     load.add_argument("--limit", type=count(), metavar="N", help="only the first N requests")
-    load.add_argument("--hash-block", type=count(), default=512, metavar="N", help="tokens of a hash id [512]")
+    load.add_argument(
+        "--hash-block", type=count(), default=512, metavar="N", help="tokens of a hash id [512]"
+    )
     load.add_argument(
         "--time-unit",
         default="ms",
@@ -149,7 +161,9 @@ def add(commands: Any) -> None:
 
 def _step_ms(text: str) -> float | str | None:
     """Of a flag that takes a number, `auto` or `none`."""
-    return {"auto": "auto", "none": None}[text] if text in ("auto", "none") else number(0, 1e12, open=True)(text)
+    return (
+        {"auto": "auto", "none": None}[text] if text in ("auto", "none") else number(0, 1e12, open=True)(text)
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

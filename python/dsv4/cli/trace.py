@@ -31,10 +31,20 @@ def add(commands: Any) -> None:
         "--seed", type=count(0), default=0, metavar="N", help="the same seed gives the same trace [0]"
     )
     agents.add_argument("--sessions", type=count(), default=60, metavar="N", help="sessions [60]")
-    agents.add_argument("--hours", type=number(0, 10_000, open=True), default=1.0, metavar="H", help="in which sessions begin [1]")
+    agents.add_argument(
+        "--hours",
+        type=number(0, 10_000, open=True),
+        default=1.0,
+        metavar="H",
+        help="in which sessions begin [1]",
+    )
     agents.add_argument("--teams", type=count(), default=4, metavar="N", help="tenants [4]")
     agents.add_argument(
-        "--projects", type=count(), default=16, metavar="N", help="projects, each with shared instructions [16]"
+        "--projects",
+        type=count(),
+        default=16,
+        metavar="N",
+        help="projects, each with shared instructions [16]",
     )
     agents.add_argument(
         "--long",
