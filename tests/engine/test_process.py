@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from dsv4 import AsyncEngine, EngineConfig, SamplingParams
+from dsv4.api.logs import JsonFormatter
 from dsv4.engine.request import RequestOutput
 from dsv4.errors import ConfigError, EngineDead, RequestError
 from dsv4.text.stream import TextStream
@@ -301,3 +303,27 @@ def test_an_answer_that_cannot_be_read_costs_no_other(
         engine = AsyncEngine.from_config(EngineConfig(**SETTINGS))
         asyncio.run(closing(engine, run(engine)))
     assert "cannot be read" in caplog.text
+
+
+def test_the_servers_process_has_no_torch() -> None:
+    modules = "dsv4.cli.serve, dsv4.api.server, dsv4.engine.async_engine, dsv4.api.app"
+    script = (
+        f"import sys, {modules}; print(*[m for m in sys.modules if m.split('.')[0] in ('torch', 'triton')])"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.strip() == "" and ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_lines_of_the_process_are_lines_of_the_log_and_a_traceback_comes_along(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def run(engine: AsyncEngine) -> None:
+        assert (await outputs_of(engine, [5, 6, 7], 100))[-1].finish_reason == "error"
+
+    with scripted(breaks=3):
+        engine = AsyncEngine.from_config(EngineConfig(**SETTINGS))
+        asyncio.run(closing(engine, run(engine)))
+    (line,) = (r for r in caplog.records if "step 3 failed" in r.message)
+    assert line.name == "dsv4.engine" and line.levelname == "ERROR"
+    assert "Traceback" in (line.exc_text or "") and "illegal memory access" in (line.exc_text or "")
+    assert "illegal memory access" in orjson.loads(JsonFormatter().format(line))["exception"]

@@ -37,6 +37,8 @@ class JsonFormatter(logging.Formatter):
         line |= getattr(record, FIELDS, {})
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
+        elif record.exc_text:  # of the engine's process, which has the exception
+            line["exception"] = record.exc_text
         return orjson.dumps(line, default=str).decode()
 
 

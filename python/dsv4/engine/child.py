@@ -26,6 +26,9 @@ _PR_SET_PDEATHSIG = 1
 STACKS = signal.SIGUSR1
 """Upon which a child writes the stacks of its threads to standard error, even from inside a call that does not return."""
 
+IN_THE_KERNEL = 10.0
+"""Seconds that a killed process may take to end; one that a driver holds is left to the kernel then."""
+
 
 class Child:
     """`python -m MODULE` with a socket to it. It runs in a session of its own, so that Ctrl-C in a terminal is the parent's."""
@@ -99,7 +102,7 @@ class Child:
         with self._reaping, contextlib.suppress(OSError):
             if not self._reaped:
                 os.kill(self.pid, signal.SIGKILL)  # the watcher ends the rest
-        self._ended.wait()
+        self._ended.wait(IN_THE_KERNEL)
 
     def _end_group(self) -> None:
         with contextlib.suppress(OSError):

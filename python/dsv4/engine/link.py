@@ -44,7 +44,7 @@ class Link:
             if not self._left:
                 parts = self._sent(parts)
             if any(part.nbytes for part in parts):
-                self._left.extend(parts)
+                self._left.extend(part for part in parts if part.nbytes)
                 self._begin_writing()
 
     def _sent(self, parts: list[memoryview]) -> list[memoryview]:
