@@ -303,21 +303,24 @@ class AsyncEngine:
         """The thread that reads what the process tells, and starts another one when it is gone."""
         try:
             while True:
-                cause = self._read_all()
+                last_words = self._read_all()
                 with self._lock:
-                    self._link, self._restarting = None, cause
+                    self._link, self._restarting = None, last_words or "its process is gone"
                     self._liveness.rest()
+                self._restarting = cause = last_words or remote.cause(self._child)
                 if self._closing:
                     self._end("it was shut down")
-                    return
+                    break
                 log.critical("the engine has stopped: %s", cause)
                 self._lost += 1
                 if self._draining or self._lost > self._restarts:
                     self._die(cause)
-                    return
+                    break
                 self._tally.begin_anew()
                 self._bereave(cause, everything=False)
+                remote.ended(self._child)
                 self._restart()
+            remote.ended(self._child)
         except Dsv4Error as e:
             if self._closing:
                 self._end("it was shut down")
@@ -345,8 +348,8 @@ class AsyncEngine:
                     again = self._send(submission, home.answers.live[key].prompt)
                     home.submissions[key] = submission, again
 
-    def _read_all(self) -> str:
-        """Reads until the process is gone. Returns why it is."""
+    def _read_all(self) -> str | None:
+        """Reads until the process is gone. Returns its last words."""
         link, last_words = self._child.link, None
         while (received := link.receive()) is not None:
             message = from_engine(received[0])
@@ -356,8 +359,7 @@ class AsyncEngine:
                 last_words = message.text
             else:
                 self._read_other(message)
-        how = remote.ended(self._child)
-        return last_words or f"its process is gone, {how}"
+        return last_words
 
     def _read(self, news: News) -> None:
         with self._lock:

@@ -17,8 +17,11 @@ Progress = Callable[[int, int, str], None]
 PROCESS = "dsv4.engine.process"
 """What is started; tests put another module in its place."""
 
-LAST_MOMENTS = 5.0
-"""Seconds that a process may take to end once its socket is closed."""
+LAST_MOMENTS = 30.0
+"""Seconds that a process may take to end once its socket is closed: a driver gives memory back meanwhile."""
+
+CAUSE = 1.0
+"""Seconds to find out how it has ended, before those who wait for it are told that it has."""
 
 
 def start() -> Child:
@@ -52,8 +55,13 @@ def await_ready(
     raise as_error(failed) if failed is not None else EngineDead(f"the engine process is gone: {how}")
 
 
+def cause(child: Child) -> str:
+    """Why a process is gone that has said nothing. Those who wait for it are not held up by how long it takes to end."""
+    return f"its process is gone, {child.how()}" if child.wait(CAUSE) else "its process is gone"
+
+
 def ended(child: Child) -> str:
-    """How a process has ended whose socket is closed."""
+    """How a process has ended whose socket is closed; it has when this returns."""
     if not child.wait(LAST_MOMENTS):
         child.kill()
     child.link.release()
