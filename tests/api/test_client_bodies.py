@@ -3,7 +3,9 @@ loop, aider 0.86 with a file. `make test-clients` runs the clients themselves.""
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,3 +57,45 @@ def test_a_recorded_loop_reads_as_the_model_wrote_it(server: RunningServer, name
     assert read.endswith("<｜Assistant｜><think>")
     routing = server.engine.seen[-1].routing
     assert routing.session and "web_search" not in read
+
+
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    2**63,
+    1e308,
+    "",
+    "x\ud800\0",
+    [],
+    {},
+    [None],
+    [[]],
+    {"type": "x"},
+    [{"type": "text"}],
+)
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(Holder, key) of everything in a body."""
+    for key in (
+        list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    ):
+        yield value, key
+        yield from places(value[key])
+
+
+@pytest.mark.parametrize("name", ["claude_code", "codex", "aider"])
+def test_a_damaged_body_is_refused_or_answered_but_never_a_fault(server: RunningServer, name: str) -> None:
+    recorded = json.loads((BODIES / f"{name}.json").read_text(encoding="utf-8"))
+    rng, url = random.Random(3), server.url + recorded["path"]
+    with httpx.Client() as client:
+        for _ in range(250):
+            body = copy.deepcopy(recorded["body"]) | {"stream": rng.random() < 0.5}
+            holder, key = rng.choice(list(places(body)))
+            holder[key] = odd = rng.choice(ODD)
+            answer = client.post(url, content=json.dumps(body))
+            assert answer.status_code in (200, 400, 404), (key, odd, answer.text)
+            if answer.status_code != 200:
+                message = answer.json()["error"]["message"]
+                assert message and "\n" not in message and len(message) < 400, (key, odd, message)
