@@ -69,9 +69,10 @@ def step_budget(step_ms: float | str | None, device: str) -> dict[str, Any]:
 
 
 def default_step_tokens(device: str, running: int) -> int:
-    """Tokens of a step where none are given. A GPU reads all experts of Flash for 512 tokens as for 2,048, and launching a step
-    takes as long; each running request needs its token."""
-    return max({"cpu": 512, "cuda": 2048}[device], running)
+    """Tokens of a step where none are given. A GPU reads all experts of Flash for 512 tokens as for 4,096, which is the largest step with
+    prompts that is captured as a graph; more take more workspace and are hardly read faster. While requests decode `step_ms` keeps
+    steps short. Each running request needs its token."""
+    return max({"cpu": 512, "cuda": 4096}[device], running)
 
 
 def backend_names() -> tuple[str, ...]:
@@ -128,7 +129,7 @@ class EngineConfig:
     )
     max_num_batched_tokens: int | None = setting(
         None,
-        "tokens of one step, prefill chunks and decodes together (default: 512 on a CPU, 2048 on a GPU)",
+        "tokens of one step, prefill chunks and decodes together (default: 512 on a CPU, 4096 on a GPU)",
         range=_COUNT,
     )
     max_num_waiting: int = setting(

@@ -4,7 +4,7 @@ backend."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from dsv4.model.step import Geometry, Step, build_step
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.spec import SPECS
 from dsv4.ops.tables import END, PROMPT
-from dsv4.ops.tables import moved as moved_table
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Gated, Weight
 from torch import Tensor
 
@@ -363,6 +362,12 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
 def case(op: str, tokens: int, seed: int = 0) -> dict[str, Any]:
     """Keyword arguments for `op` with about `tokens` tokens."""
     return CASES[op](tokens, _g(seed + tokens))
+
+
+def moved_table(table: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """The table with `move` applied to every tensor."""
+    values = {f.name: getattr(table, f.name) for f in fields(table) if f.init and not f.name.startswith("_")}
+    return type(table)(**{k: move(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 def moved(args: dict[str, Any], device: str) -> dict[str, Any]:

@@ -140,8 +140,9 @@ def test_a_gpu_engine_sizes_its_pool_as_planned(
     p = plan(
         capsys, "v4-flash", "--gpu", "h200", "--num", "2", "--tp", "1", "--dp", "2", "--rows", "bfloat16"
     )
-    config = EngineConfig(device="cuda", max_num_batched_tokens=default_step_tokens("cuda", 16))
-    limits = Limits(2048, 16, 2**20, steps_of(16, 2**20))
+    tokens = default_step_tokens("cuda", 16)
+    config = EngineConfig(device="cuda", max_num_batched_tokens=tokens)
+    limits = Limits(tokens, 16, 2**20, steps_of(16, 2**20, tokens))
     memory = GPUS["h200"].memory_bytes
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (memory, memory))
     flash = ModelConfig.preset("v4-flash")

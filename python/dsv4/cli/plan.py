@@ -98,7 +98,7 @@ def add(commands: Any) -> None:
         "--graphs",
         type=count(0),
         metavar="N",
-        help="decode steps captured as CUDA graphs, 0 with --enforce-eager [batch sizes times contexts]",
+        help="steps captured as CUDA graphs, 0 with --enforce-eager [sizes times contexts]",
     )
     parser.add_argument(
         "--every", default=EVERY, metavar="N,N", help=f"spacings of every:N to show [{EVERY}]"
@@ -138,6 +138,7 @@ def question(a: argparse.Namespace) -> Question:
     max_len = config.max_position if a.max_len is None else a.max_len
     if not 1 <= max_len <= config.max_position:
         raise ConfigError(f"--max-model-len is {max_len}; {config.name} takes 1 to {config.max_position}")
+    tokens = a.max_num_batched_tokens or default_step_tokens("cuda", a.max_num_seqs)
     return Question(
         config=config,
         weights=weights,
@@ -146,10 +147,10 @@ def question(a: argparse.Namespace) -> Question:
         num=a.num,
         parallel=choose(config, a.num, a.tp, a.dp, a.ep),
         limits=Limits(
-            a.max_num_batched_tokens or default_step_tokens("cuda", a.max_num_seqs),
+            tokens,
             a.max_num_seqs,
             max_len,
-            steps_of(a.max_num_seqs, max_len) if a.graphs is None else a.graphs,
+            steps_of(a.max_num_seqs, max_len, tokens) if a.graphs is None else a.graphs,
         ),
         memory_fraction=a.gpu_memory_utilization,
         pool_bytes=None if a.pool_gb is None else round(a.pool_gb * 1e9),

@@ -217,6 +217,7 @@ def _local_device(
         slabs=slabs,
         max_blocks=pages_of(layout, max_len),
         replay_tokens=config.replay_tokens or layout.replay_tokens,
+        step_tokens=config.max_num_batched_tokens or 0,
         capture=Recorder() if eager is None else None,
     )
     return local, eager

@@ -20,6 +20,7 @@ from torch import Tensor
 from dsv4._core import ALL_LOGITS, FORK, RESET, RESTORE, SAVE
 from dsv4.cache.paged import PagedCache
 from dsv4.engine.buffers import StepPlan
+from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import Capture, DecodeGraphs
 from dsv4.engine.request import EngineRequest, Sampled
 from dsv4.engine.sampler import Drawn, Judged, Sampler, judge
@@ -130,9 +131,11 @@ class LocalDevice:
         slabs: int,
         max_blocks: int,
         replay_tokens: int,
+        step_tokens: int = 0,
         capture: Capture | None = None,
     ) -> None:
-        """`capture`: replay decode steps (see graphs.py); the last of `slabs` is theirs then."""
+        """`capture`: replay decode steps (see graphs.py), and those with up to `step_tokens` tokens of prompts (extends.py); the last of
+        `slabs` is theirs then."""
         self.model, self.cache, self.replay_tokens = model, cache, replay_tokens
         self.device, self.kind = cache.device, cache.device.type
         self.page_table = torch.zeros((slabs, max_blocks), dtype=torch.int32)
@@ -143,6 +146,9 @@ class LocalDevice:
         self.sampler = Sampler(model.ops, slabs, model.config.vocab_size, self.device)
         self.graphs = (
             None if capture is None else DecodeGraphs(model, pages, self._newest, self.sampler, capture)
+        )
+        self.extends = (
+            None if self.graphs is None else ExtendGraphs(self.graphs, self.page_table, step_tokens, capture)
         )
         # Whose sampling tables a slab has, and the position that they go on from.
         self._holder, self._next = np.zeros(slabs, np.int64), np.full(slabs, -1)
@@ -187,8 +193,7 @@ class LocalDevice:
             for source, slab, _, pages in _copies(plan, FORK):
                 self.cache.fork(source, slab, *pages[:2])
             self.cache.restore_all([(slab, at, *pages) for _, slab, at, pages in _copies(plan, RESTORE)])
-        captured = self.graphs is not None and self.graphs.takes(plan)
-        hidden, last = self._forward(plan, captured=captured)
+        hidden, last, captured = self._forward(plan)
         if plan.copies:
             self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
         prompts = list(self._judged_prompts(plan, requests, hidden, last))
@@ -210,14 +215,17 @@ class LocalDevice:
             slab, block, page = to_device(where, self.device)
             self.device_pages[slab, block] = page.int()
 
-    def _forward(self, plan: StepPlan, *, captured: bool) -> tuple[Tensor, np.ndarray]:
-        """Streams of the tokens with logits, and for each row that has any the index of its last one."""
+    def _forward(self, plan: StepPlan) -> tuple[Tensor, np.ndarray, bool]:
+        """Streams of the tokens with logits, for each row that has any the index of its last one, and whether a graph gave them."""
         if not plan.rows:
-            return torch.empty(0), np.empty(0, np.int64)
-        if captured and self.graphs is not None:
-            return self.graphs.hidden(plan.token_ids, plan.positions, plan.row_slab), np.arange(plan.rows)
+            return torch.empty(0), np.empty(0, np.int64), False
+        if self.graphs is not None and self.graphs.takes(plan):
+            hidden = self.graphs.hidden(plan.token_ids, plan.positions, plan.row_slab)
+            return hidden, np.arange(plan.rows), True
         batch, last = self._batch(plan)
-        return self.model.hidden(batch), last
+        if self.extends is not None and self.extends.takes(plan):
+            return self.extends.hidden(batch), last, True
+        return self.model.hidden(batch), last, False
 
     def _batch(self, plan: StepPlan) -> tuple[Batch, np.ndarray]:
         """The forward's input, and for each row with logits the index of its last one."""
@@ -279,6 +287,7 @@ class LocalDevice:
             self._begin(int(slabs[i]), requests[int(keys[i])], int(ends[i]))
         self._holder[slabs], self._next[slabs] = keys, ends
         if captured and self.graphs is not None and not self.sampler.judges(slabs):
+            self.graphs.mark(ends - 1, slabs)
             return Drawn(self.graphs.draw(len(rows), self.sampler.kind(slabs)))
         picked = last[rows]
         if not np.array_equal(picked, np.arange(len(hidden))):

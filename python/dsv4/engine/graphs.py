@@ -47,6 +47,13 @@ class Recorder:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, run: Step) -> Step:
+        """Raises RuntimeError, which says what to start with."""
+        try:
+            return self._recorded(run)
+        except Exception as e:
+            raise RuntimeError(f"a step could not be captured ({e}); start with --enforce-eager") from e
+
+    def _recorded(self, run: Step) -> Step:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             run()  # compiles kernels and allocates what outlives a step
@@ -72,7 +79,7 @@ class DecodeGraphs:
         self.contexts = contexts_of(pages.shape[1] * model.geometry.block_tokens)
         self._input = torch.zeros((3, self.sizes[-1]), dtype=torch.int64, device=pages.device)
         shape = (self.sizes[-1], model.config.hc_mult, model.config.hidden_size)
-        self._output = torch.zeros(shape, dtype=model.embed.dtype, device=pages.device)
+        self.output = torch.zeros(shape, dtype=model.embed.dtype, device=pages.device)
         self._tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=pages.device)
         self._replays: dict[tuple[int, int], Step] = {}
         self._draws: dict[tuple[int, Kind], Step] = {}
@@ -95,11 +102,15 @@ class DecodeGraphs:
         replay = self._replays.get((size, end)) or self._captured(size, end)
         self._put(token_ids, positions, slabs)
         replay()
-        return self._output[:rows]
+        return self.output[:rows]
+
+    def mark(self, positions: np.ndarray, slabs: np.ndarray) -> None:
+        """Whose streams [R] another graph has put into `output`: the position and slab of each, for `draw`."""
+        self._put(np.zeros(len(slabs), np.int64), positions, slabs)
 
     def draw(self, rows: int, kind: Kind) -> Tensor:
-        """Tokens int64 [R] of the rows that `hidden` was just called with, -2 where logits are not finite; they are the newest from
-        here on. Valid until the next call."""
+        """Tokens int64 [R] of the rows that `hidden` or `mark` was just called with, -2 where logits are not finite; they are the newest
+        from here on. Valid until the next call."""
         size = next(n for n in self.sizes if n >= rows)
         if (replay := self._draws.get((size, kind))) is None:
             replay = self._draws[size, kind] = self._capture(partial(self._run_draw, size, kind))
@@ -108,25 +119,18 @@ class DecodeGraphs:
 
     def _run_draw(self, size: int, kind: Kind) -> None:
         _, positions, slabs = self._input[:, :size]
-        tokens = self.sampler.tokens(self.model.logits(self._output[:size]), slabs, positions, kind)
+        tokens = self.sampler.tokens(self.model.logits(self.output[:size]), slabs, positions, kind)
         self._tokens[:size].copy_(tokens)
         self.newest[:size].copy_(tokens.clamp(min=0))
 
     def _run(self, size: int, end: int) -> None:
         token_ids, positions, slabs = self._input[:, :size]
-        self._output[:size].copy_(
-            self.model.decode(token_ids, positions, slabs, self.pages, self.newest, end)
-        )
+        self.output[:size].copy_(self.model.decode(token_ids, positions, slabs, self.pages, self.newest, end))
 
     def _captured(self, size: int, end: int) -> Step:
         begun, free = time.perf_counter(), self._free()
         self._put()  # the run before the capture is of padding alone
-        try:
-            replay = self._replays[size, end] = self._capture(partial(self._run, size, end))
-        except Exception as e:
-            raise RuntimeError(
-                f"a decode step of {size} rows could not be captured ({e}); start with --enforce-eager"
-            ) from e
+        replay = self._replays[size, end] = self._capture(partial(self._run, size, end))
         log.info(
             "captured a decode step of %d rows and up to %d tokens in %.2f s; it took %.1f MiB, %d are held",
             size, end, time.perf_counter() - begun, (free - self._free()) / 2**20, len(self._replays),

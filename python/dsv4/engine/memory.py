@@ -98,8 +98,8 @@ def demand_of(
         pages = config.kv_cache_memory // layout.page_bytes
     max_len = min(config.max_model_len or model.max_position, model.max_position)
     graphed = config.device == "cuda" and not config.enforce_eager
-    graphs = steps_of(config.max_num_seqs, max_len) if graphed else 0
     tokens = config.max_num_batched_tokens or config.max_num_seqs
+    graphs = steps_of(config.max_num_seqs, max_len, tokens) if graphed else 0
     return Demand(model, tensors, layout, held, width, pages, config.max_num_seqs, tokens, max_len, graphs)
 
 
@@ -161,7 +161,7 @@ def _asked(config: EngineConfig, demand: Demand) -> Iterator[_Asked]:
     def running(d: Demand, n: int) -> Demand:
         follows = d.step_tokens == default_step_tokens(config.device, d.running)
         tokens = default_step_tokens(config.device, n) if follows else d.step_tokens
-        return replace(d, running=n, step_tokens=tokens, graphs=d.graphs and steps_of(n, d.max_len))
+        return replace(d, running=n, step_tokens=tokens, graphs=d.graphs and steps_of(n, d.max_len, tokens))
 
     def tokens(d: Demand, n: int) -> Demand:
         return replace(d, step_tokens=n)

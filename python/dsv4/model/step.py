@@ -1,5 +1,6 @@
-"""Index tables of one step. They depend on rows, positions and pages alone, so they are built once for all
-layers, on the host, and then moved to the device; those of single tokens can be made on the device (`decode_step`).
+"""Index tables of one step. They depend on rows, positions and pages alone, so they are built once for all layers: small
+columns on the host (`Columns`), which go to the device in one copy, and there the tables made of them (`step_of`). Those of
+single tokens need no columns (`decode_step`).
 
 Only a step with replaying rows needs other tables per layer: the deeper the layer, the fewer tokens take
 part.
@@ -7,13 +8,13 @@ part.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dsv4.model.batch import Batch, Row
-from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable, moved, runs, spread
+from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable, runs, spread
 from dsv4.transfer import to_device
 
 
@@ -42,31 +43,39 @@ class Step:
     entries: dict[int, EntryTable]
     blocks: dict[int, BlockTable]
 
-    def to(self, device: torch.device, pages: Tensor) -> Step:
-        """The step on a device, where the page table is `pages`."""
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What the tables of one layer's tokens are made of. `of`: int64 columns by name, those of a ratio m under "m name";
+    `direct`: the ring holds the window of every row (see WindowTable)."""
+
+    rows: tuple[Row, ...]
+    end: int
+    direct: bool
+    of: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Columns:
+        """The same on a device, by one copy."""
         if device.type == "cpu":
             return self
+        columns = torch.cat(list(self.of.values()))
+        return self.within(to_device(columns, device))
 
-        def move(x: Tensor) -> Tensor:
-            return to_device(x, device)
-
-        return Step(
-            rows=self.rows,
-            token=move(self.token),
-            token_ids=move(self.token_ids),
-            end=self.end,
-            tokens=moved(self.tokens, move),
-            window=moved(self.window, move),
-            entries={
-                m: EntryTable(pages, t.per_page, move(t.visible), t.most) for m, t in self.entries.items()
-            },
-            blocks={m: moved(t, move) for m, t in self.blocks.items()},
-        )
+    def within(self, columns: Tensor) -> Columns:
+        """The same with columns that lie one after the other in int64 [all of them]."""
+        parts = columns.split([len(x) for x in self.of.values()])
+        return replace(self, of=dict(zip(self.of, parts, strict=True)))
 
 
 def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
-    """Tables (on the CPU, as all tensors of `batch` are) for the tokens of `batch` that take part in `layer`; None
-    when there are none."""
+    """Tables, on the CPU, for the tokens of `batch` that take part in `layer`; None when there are none."""
+    columns = columns_of(batch, geometry, layer)
+    return None if columns is None else step_of(columns, batch.page_table, geometry)
+
+
+def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | None:
+    """Columns (on the CPU, as all tensors of `batch` are) for the tokens of `batch` that take part in `layer`; None when there
+    are none."""
     rows: list[Row] = []
     floors: list[int] = []
     taken: list[Tensor] = []
@@ -86,34 +95,91 @@ def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
     if not rows:
         return None
     token = torch.cat(taken)
-    columns = [
-        (x.slab, x.start, x.length, x.offset, f, x.replay_end) for x, f in zip(rows, floors, strict=True)
-    ]
-    slabs, start, length, first, floor, replay_end = torch.tensor(columns).unbind(1)
-    row = spread(length)
+    table = [(x.slab, x.start, x.length, x.offset, f) for x, f in zip(rows, floors, strict=True)]
+    slabs, start, length, first, floor = torch.tensor(table).unbind(1)
+    of = {
+        "token": token,
+        "ids": batch.token_ids[token],
+        "row": spread(length),
+        "position": batch.positions[token],
+        "slabs": slabs,
+        "start": start,
+        "length": length,
+        "offset": first,
+        "floor": floor,
+    }
+    direct = int(length.max()) + geometry.window - 1 <= geometry.ring
+    if not direct:  # the ring holds no more of a row
+        of["kept"] = torch.cat(
+            [torch.arange(max(0, r.length - geometry.ring), r.length) + r.offset for r in rows]
+        )
+    replayed = torch.tensor([r.replay_end for r in rows])
+    for m in geometry.ratios:
+        blocks = _blocks(start, length, first, slabs, replayed, batch.page_table, geometry.block_tokens, m)
+        of |= {f"{m} {name}": column for name, column in blocks.items()}
+    return Columns(tuple(rows), max(x.start + x.length for x in rows), direct, of)
+
+
+def padded(columns: Columns, rows: int, sink: int, end: int, geometry: Geometry) -> Columns:
+    """Columns of a step as of one with `rows` rows and a context of `end` tokens, so that their sizes follow from tokens and rows
+    alone. What is added is rows without tokens, of slab `sink`, and blocks without tokens."""
+    of, tokens, held = dict(columns.of), len(columns.of["row"]), len(columns.of["slabs"])
+    for name in ("slabs", "start", "length", "offset", "floor"):
+        of[name] = _filled(of[name], rows, sink if name == "slabs" else 0)
+    kept = of.pop("kept", torch.arange(tokens))
+    of["kept"] = _filled(
+        kept, tokens, int(kept[-1])
+    )  # what is copied twice is copied to where it went before
+    for m in geometry.ratios:
+        blocks = len(of[f"{m} first"])
+        for name in ("first", "count", "target", "position"):
+            # of every row the first and the last block may be cut
+            of[f"{m} {name}"] = _filled(
+                of[f"{m} {name}"], tokens // m + 2 * rows, -1 if name == "target" else 0
+            )
+        for name in ("opens", "ends", "closed"):
+            of[f"{m} {name}"] = _filled(of[f"{m} {name}"], rows, 0 if name == "closed" else blocks)
+    assert held < rows and columns.end <= end
+    return replace(columns, end=end, direct=False, of={name: of[name] for name in sorted(of)})
+
+
+def _filled(column: Tensor, size: int, value: int) -> Tensor:
+    return torch.cat((column, column.new_full((size - len(column),), value)))
+
+
+def step_of(columns: Columns, pages: Tensor, geometry: Geometry) -> Step:
+    """The tables, on the device of the columns and of the page table `pages` int32 [slabs, blocks]. Nothing is read back."""
+    of = columns.of
+    row, slabs, position = of["row"], of["slabs"], of["position"]
     tokens = TokenTable(
         row=row,
         slab=slabs[row].int(),
-        position=batch.positions[token],
+        position=position,
         slabs=slabs,
-        start=start,
-        length=length,
-        offset=first,
+        start=of["start"],
+        length=of["length"],
+        offset=of["offset"],
         group=geometry.tile,
     )
-    end = max(x.start + x.length for x in rows)
+    blocks = {
+        m: BlockTable(
+            **{name: of[f"{m} {name}"] for name in ("first", "count", "opens", "ends", "target", "position")},
+            closed=of[f"{m} closed"].bool(),
+            slot=position % m,
+        )
+        for m in geometry.ratios
+    }
     return Step(
-        rows=tuple(rows),
-        token=token,
-        token_ids=batch.token_ids[token],
-        end=end,
+        rows=columns.rows,
+        token=of["token"],
+        token_ids=of["ids"],
+        end=columns.end,
         tokens=tokens,
-        window=_window(tokens, floor, geometry),
-        entries=_entries(tokens, batch.page_table, end, geometry),
-        blocks={
-            m: _blocks(tokens, batch.page_table, replay_end, geometry.block_tokens, m)
-            for m in geometry.ratios
-        },
+        window=_in_ring(tokens, of["floor"], geometry)
+        if columns.direct
+        else _beside_ring(tokens, of["floor"], of["kept"], geometry),
+        entries=_entries(tokens, pages, columns.end, geometry),
+        blocks=blocks,
     )
 
 
@@ -159,23 +225,18 @@ def _in_ring(t: TokenTable, floor: Tensor, geometry: Geometry) -> WindowTable:
     return WindowTable(ids=ids.int(), target=first + t.position % geometry.ring)
 
 
-def _window(t: TokenTable, floor: Tensor, geometry: Geometry) -> WindowTable:
+def _beside_ring(t: TokenTable, floor: Tensor, kept: Tensor, geometry: Geometry) -> WindowTable:
     w, ring = geometry.window, geometry.ring
-    if int(t.length.max()) + w - 1 <= ring:
-        return _in_ring(t, floor, geometry)
     position, held = _held(t, floor, w)
     own = t.slabs[t.row] * ring + t.position % ring
     start = t.start[t.row, None]
     past, rows = len(t.slabs) * w, len(t.row)
     old = t.row[:, None] * w + position - (start - w)
     new = past + t.offset[t.row, None] + position - start
-    behind = t.start[:, None] - w + torch.arange(w)
-    kept = torch.nonzero(
-        t.position >= (t.start + t.length)[t.row] - ring
-    ).flatten()  # the ring holds no more of a row
+    behind = t.start[:, None] - w + torch.arange(w, device=own.device)
     return WindowTable(
         ids=torch.where(held, torch.where(position < start, old, new), -1).int(),
-        target=past + torch.arange(rows),
+        target=past + torch.arange(rows, device=own.device),
         past=(t.slabs[:, None] * ring + behind % ring).flatten(),
         kept=kept,
         kept_to=own[kept],
@@ -190,26 +251,35 @@ def _entries(t: TokenTable, pages: Tensor, end: int, geometry: Geometry) -> dict
     }
 
 
-def _blocks(t: TokenTable, pages: Tensor, replay_end: Tensor, block_tokens: int, ratio: int) -> BlockTable:
-    end = t.start + t.length
-    counts = (end - 1) // ratio - t.start // ratio + 1
+def _blocks(
+    start: Tensor,
+    length: Tensor,
+    offset: Tensor,
+    slabs: Tensor,
+    replayed: Tensor,
+    pages: Tensor,
+    block_tokens: int,
+    ratio: int,
+) -> dict[str, Tensor]:
+    """Columns of a BlockTable, of batch rows [R] each."""
+    end = start + length
+    counts = (end - 1) // ratio - start // ratio + 1
     row, nth = runs(counts)
-    block = t.start[row] // ratio + nth
-    low = torch.maximum(block * ratio, t.start[row])
+    block = start[row] // ratio + nth
+    low = torch.maximum(block * ratio, start[row])
     high = torch.minimum((block + 1) * ratio, end[row])
     ends = counts.cumsum(0) - 1
     complete = high == (block + 1) * ratio
-    target = _entry_row(pages, t.slabs[row], block, block_tokens // ratio)
-    return BlockTable(
-        first=t.offset[row] + low - t.start[row],
-        count=high - low,
-        opens=ends - counts + 1,
-        ends=ends,
-        closed=complete[ends],
-        target=torch.where(complete & (high > replay_end[row]), target, -1),
-        position=block * ratio,
-        slot=t.position % ratio,
-    )
+    target = _entry_row(pages, slabs[row], block, block_tokens // ratio)
+    return {
+        "first": offset[row] + low - start[row],
+        "count": high - low,
+        "opens": ends - counts + 1,
+        "ends": ends,
+        "closed": complete[ends].long(),
+        "target": torch.where(complete & (high > replayed[row]), target, -1),
+        "position": block * ratio,
+    }
 
 
 def _own_blocks(t: TokenTable, pages: Tensor, block_tokens: int, ratio: int) -> BlockTable:

@@ -18,7 +18,7 @@ from dsv4.model.moe import MoE
 from dsv4.model.norm import SharedNorm
 from dsv4.model.rope import RopeTable
 from dsv4.model.scope import Scope
-from dsv4.model.step import Geometry, Step, build_step, decode_step
+from dsv4.model.step import Columns, Geometry, Step, columns_of, decode_step, step_of
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from dsv4.transfer import to_device
@@ -153,11 +153,11 @@ class V4Model:
         alive, streams = torch.arange(len(batch.token_ids)), None
         for i, layer in enumerate(self.layers):
             if i == 0 or replays:  # the deeper the layer, the fewer tokens of a replay take part
-                step = build_step(batch, self.geometry, i)
-                if step is None:
+                columns = columns_of(batch, self.geometry, i)
+                if columns is None:
                     return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
-                kept = torch.searchsorted(alive, step.token)
-                alive, step = step.token, step.to(device, pages)
+                kept, alive = torch.searchsorted(alive, columns.of["token"]), columns.of["token"]
+                step = step_of(columns.to(device), pages, self.geometry)
                 if batch.newest is not None:
                     step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
                 ropes, scratch = self._ropes(step), self._scratch(step)
@@ -175,11 +175,19 @@ class V4Model:
         """Streams [R, n, d] after the last layer of one token of each of R requests: `hidden` of such a batch, from int64
         [R] each, the page table and the newest tokens, all on the model's device. Nothing is read back, so a CUDA graph can hold it if no op
         is in `uncaptured` and `reserve(end)` was called."""
-        token_ids = resolved(token_ids, newest)
-        step = decode_step(token_ids, positions, slabs, pages, end, self.geometry)
-        ropes, streams = self._ropes(step), self._embedded(token_ids)
+        return self._through(decode_step(token_ids, positions, slabs, pages, end, self.geometry), newest)
+
+    @torch.inference_mode()
+    def extend(self, columns: Columns, logit_index: Tensor, pages: Tensor, newest: Tensor) -> Tensor:
+        """Streams [S, n, d] after the last layer of tokens `logit_index` int64 [S]: `hidden` of a step without replaying rows whose fresh
+        slabs are reset, from its columns and the rest on the model's device. As `decode`, for a CUDA graph."""
+        return self._through(step_of(columns, pages, self.geometry), newest)[logit_index]
+
+    def _through(self, step: Step, newest: Tensor) -> Tensor:
+        step = replace(step, token_ids=resolved(step.token_ids, newest))
+        ropes, scratch, streams = self._ropes(step), self._scratch(step), self._embedded(step.token_ids)
         for layer in self.layers:
-            streams = layer(streams, step, *ropes[layer.ratio], None)
+            streams = layer(streams, step, *ropes[layer.ratio], scratch)
         return streams
 
     def reserve(self, end: int) -> None:

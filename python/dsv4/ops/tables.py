@@ -7,8 +7,7 @@ the tokens were batched. The reference works tile by tile; kernels go token by t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -156,12 +155,6 @@ class BlockTable:
     target: Tensor
     position: Tensor
     slot: Tensor
-
-
-def moved(table: Table, move: Callable[[Tensor], Tensor]) -> Table:
-    """The table with `move` applied to every tensor."""
-    values = {f.name: getattr(table, f.name) for f in fields(table) if f.init and not f.name.startswith("_")}
-    return type(table)(**{k: move(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 def spread(counts: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Which decode steps are captured as CUDA graphs (dsv4.engine.graphs): batch sizes times contexts."""
+"""Which steps are captured as CUDA graphs: decode steps (dsv4.engine.graphs) by batch size and context, and steps with chunks of prompts
+(dsv4.engine.extends) by tokens, rows and context."""
 
 from __future__ import annotations
 
@@ -7,6 +8,15 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 SHORTEST = 2048
 """Tokens of the shortest context. What is longer is captured by powers of two."""
+
+EXTENDS = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+"""Tokens of captured steps with prompts. In longer ones the GPU works longer than the host takes to launch them."""
+
+EXTEND_ROWS = (33, 257)
+"""Their rows, one of them for padding. Kernels take a step with as many rows as tokens for a decode step, so none is in EXTENDS."""
+
+EXTEND_SHORTEST = 16_384
+"""Tokens of their shortest context. What is longer is captured by powers of eight: attention ends where a token's history does."""
 
 
 def sizes_of(running: int) -> tuple[int, ...]:
@@ -20,6 +30,28 @@ def contexts_of(max_len: int) -> tuple[int, ...]:
     return (*(n for n in powers if n < max_len), max_len)
 
 
-def steps_of(running: int, max_len: int) -> int:
+def extends_of(step_tokens: int, max_len: int) -> tuple[int, ...]:
+    """Sizes in tokens of captured steps with prompts, of an engine with up to `step_tokens` tokens a step."""
+    needed = (n for i, n in enumerate(EXTENDS) if i == 0 or EXTENDS[i - 1] < step_tokens)
+    return tuple(n for n in needed if n <= max_len)
+
+
+def extend_rows_of(running: int) -> tuple[int, ...]:
+    """Rows of captured steps with prompts, of up to `running` requests; steps with more run without a graph."""
+    return tuple(n for i, n in enumerate(EXTEND_ROWS) if i == 0 or EXTEND_ROWS[i - 1] <= running)
+
+
+def extend_contexts_of(max_len: int) -> tuple[int, ...]:
+    """Contexts in tokens of captured steps with prompts."""
+    powers = (EXTEND_SHORTEST << 3 * i for i in range(max_len.bit_length()))
+    return (*(n for n in powers if n < max_len), max_len)
+
+
+def steps_of(running: int, max_len: int, step_tokens: int) -> int:
     """Steps that are captured at most."""
-    return len(sizes_of(running)) * len(contexts_of(max_len))
+    extends = (
+        len(extends_of(step_tokens, max_len))
+        * len(extend_rows_of(running))
+        * len(extend_contexts_of(max_len))
+    )
+    return len(sizes_of(running)) * len(contexts_of(max_len)) + extends

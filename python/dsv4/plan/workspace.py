@@ -17,6 +17,7 @@ from dsv4._core import plan_schema
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import Parallel
 from dsv4.plan.cache import pages_of
+from dsv4.plan.graphs import extends_of
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
@@ -48,7 +49,7 @@ class Limits:
     """R: requests with a slab."""
     max_len: int
     graphs: int = 0
-    """Decode steps captured as CUDA graphs, at most: sizes times contexts (`dsv4.engine.graphs`)."""
+    """Steps captured as CUDA graphs, at most (`dsv4.plan.graphs`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limit
     """Every buffer with its formula, on one rank, activations in bfloat16."""
     sheet = _Sheet()
     if limits.graphs:  # their memory pool is their own
-        step = replace(limits, step_tokens=limits.running, graphs=0)
+        tokens = max(limits.running, *extends_of(limits.step_tokens, limits.max_len))
+        step = replace(limits, step_tokens=tokens, graphs=0)
         phases = [b for b in workspace(config, layout, parallel, step) if b.phase not in ("always", "logits")]
         sheet.add("always", "largest phase of a captured step", ("bytes", bound(phases)))
         sheet.add("always", "slab of captured steps' padding", ("bytes", layout.slab_bytes))

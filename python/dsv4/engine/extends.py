@@ -1,0 +1,121 @@
+"""Steps with chunks of prompts as CUDA graphs, beside those of single tokens (`graphs.py`): a short prompt, or a chunk beside decodes,
+is little work for a GPU, and launching it kernel by kernel takes the host longer than the GPU.
+
+A step is padded to the next captured size in tokens with a row of the sink, which no page is written for, and to the next size in
+rows with rows that have no tokens. Its input is one copy of small columns; the graph makes the index tables of them. Steps that
+replay, that ask for the logits of a prompt, or that are longer than the largest size are launched kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dsv4._core import ALL_LOGITS, REPLAY
+from dsv4.engine.buffers import StepPlan
+from dsv4.engine.graphs import Capture, DecodeGraphs, Step
+from dsv4.model.batch import Batch, Row
+from dsv4.model.step import Columns, columns_of, padded
+from dsv4.plan.graphs import extend_contexts_of, extend_rows_of, extends_of
+from dsv4.transfer import to_device
+
+log = logging.getLogger("dsv4.engine")
+
+LOGITS = "logits"
+"""The column of the tokens whose streams are wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    tokens: int
+    rows: int
+    end: int
+    """All positions are below this."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    columns: Tensor
+    """Its input, int64 [all columns] on the device."""
+    replay: Step
+
+
+class ExtendGraphs:
+    """The captured steps with prompts of one model; `decode` has the model, the sink, and where streams for a draw go. `page_table` is
+    the page table on the host. `capture`: as there."""
+
+    def __init__(self, decode: DecodeGraphs, page_table: Tensor, step_tokens: int, capture: Capture) -> None:
+        """`step_tokens`: of the longest step."""
+        self.decode, self.model, self.page_table, self._capture = decode, decode.model, page_table, capture
+        self.contexts = extend_contexts_of(decode.contexts[-1])
+        self.sizes, self.rows = extends_of(step_tokens, self.contexts[-1]), extend_rows_of(decode.sink)
+        self._graphs: dict[_Size, _Graph] = {}
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether a plan fits a captured size, and samples from no more than the last token of a row."""
+        if not 0 < plan.tokens <= max(self.sizes, default=0) or plan.rows >= self.rows[-1]:
+            return False
+        samples = int((plan.row_samples > 0).sum())
+        return samples <= len(self.decode.output) and not (plan.row_flags & (ALL_LOGITS | REPLAY)).any()
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Streams [S, n, d] after the last layer of the tokens in `batch.logit_index`. Valid until the next call of a graph."""
+        if fresh := [row.slab for row in batch.rows if row.reset]:
+            self.model.cache.reset(fresh)
+        size = _Size(
+            tokens=next(n for n in self.sizes if n >= len(batch.token_ids)),
+            rows=next(n for n in self.rows if n > len(batch.rows)),
+            end=next(n for n in self.contexts if n >= max(row.start + row.length for row in batch.rows)),
+        )
+        graph = self._graphs.get(size) or self._captured(size)
+        graph.columns.copy_(to_device(_packed(self._columns(batch, size)), graph.columns.device))
+        graph.replay()
+        return self.decode.output[: len(batch.logit_index)]
+
+    def _columns(self, batch: Batch, size: _Size) -> Columns:
+        """The padded step."""
+        geometry, sink, used = self.model.geometry, self.decode.sink, len(batch.token_ids)
+        if more := size.tokens - used:
+            # As if all of it were cached: nothing of it is written to a page.
+            row = Row(slab=sink, start=0, length=more, offset=used, replay_end=more)
+            batch = replace(
+                batch,
+                token_ids=torch.cat((batch.token_ids, batch.token_ids.new_zeros(more))),
+                positions=torch.cat((batch.positions, torch.arange(more))),
+                rows=(*batch.rows, row),
+            )
+        columns = columns_of(batch, geometry)
+        assert columns is not None
+        columns = padded(columns, size.rows, sink, size.end, geometry)
+        wanted = torch.zeros(min(size.rows, len(self.decode.output)), dtype=torch.int64)
+        wanted[: len(batch.logit_index)] = batch.logit_index
+        return replace(columns, of=columns.of | {LOGITS: wanted})
+
+    def _captured(self, size: _Size) -> _Graph:
+        """The run before the capture is of padding alone."""
+        begun = time.perf_counter()
+        none = torch.empty(0, dtype=torch.int64)
+        batch = Batch(none, none, (), self.page_table, none)
+        columns = self._columns(batch, size)
+        device = _packed(columns).to(self.decode.pages.device)
+        columns = replace(columns.within(device), rows=())
+        graph = self._graphs[size] = _Graph(device, self._capture(partial(self._run, columns)))
+        log.info(
+            "captured a step of %d tokens in %d rows and up to %d tokens of context in %.2f s, %d are held",
+            size.tokens, size.rows, size.end, time.perf_counter() - begun, len(self._graphs),
+        )  # fmt: skip
+        return graph
+
+    def _run(self, columns: Columns) -> None:
+        wanted = columns.of[LOGITS]
+        hidden = self.model.extend(columns, wanted, self.decode.pages, self.decode.newest)
+        self.decode.output[: len(wanted)].copy_(hidden)
+
+
+def _packed(columns: Columns) -> Tensor:
+    return torch.cat(list(columns.of.values()))

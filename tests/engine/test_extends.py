@@ -1,0 +1,114 @@
+"""Steps with chunks of prompts as graphs hold them, run as they are on the CPU, against the ordinary path: equal to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("dsv4._core")
+
+from dsv4 import LLM, SamplingParams
+from dsv4.engine.extends import ExtendGraphs
+from dsv4.engine.graphs import DecodeGraphs
+from dsv4.plan.graphs import EXTEND_ROWS, EXTENDS, extend_contexts_of, extend_rows_of, extends_of
+from torch import Tensor
+
+from tests.engine.test_graphs import as_it_is, capture
+from tests.support.checkpoints import write_random
+from tests.support.driving import Chunk, Driver, random_tokens
+from tests.support.models import random_config, random_weights
+
+
+def test_sizes() -> None:
+    assert (
+        extends_of(8192, 2**20) == EXTENDS
+        and extends_of(100, 2**20) == (64, 128)
+        and extends_of(512, 100) == (64,)
+    )
+    assert extends_of(512, 50) == ()
+    assert (
+        extend_rows_of(16) == (33,)
+        and extend_rows_of(32) == (33,) == extend_rows_of(3)
+        and extend_rows_of(33) == (33, 257)
+    )
+    assert extend_contexts_of(100) == (100,) and extend_contexts_of(2**20) == (2**14, 2**17, 2**20)
+    assert not set(EXTENDS) & set(EXTEND_ROWS)
+
+
+@pytest.mark.parametrize("kind", ["flash", "pro"])
+def test_padded_steps_equal_the_ordinary_path(kind: str) -> None:
+    """Random chunks and single tokens of four requests in any order, from the first token on. All memory was poisoned, the sink's too;
+    state and every page are the same afterwards."""
+    config = random_config(kind, index_topk=32)
+    weights = random_weights(config, 1)
+    plain, other = (Driver(config, weights, slabs=5, max_len=512) for _ in range(2))
+    decode = DecodeGraphs(other.model, other.page_table, torch.zeros(9, dtype=torch.int64), None, as_it_is)
+    graphs = ExtendGraphs(decode, other.page_table, 256, as_it_is)
+    ids = [random_tokens(config, 512, seed) for seed in range(4)]
+    at, draw = [0] * 4, random.Random(kind)
+    for turn in range(10):
+        slabs = draw.sample(range(4), draw.randint(1, 4))
+        sizes = {s: min(draw.choice([1, 1, 3, 4, 61, 130]), 256 // len(slabs), 512 - at[s]) for s in slabs}
+        chunks = [Chunk(s, ids[s][at[s] : at[s] + sizes[s]], at[s]) for s in slabs if sizes[s]]
+        expected = torch.stack([logits[-1] for logits in plain.step(chunks)])
+        batch = other.batch(chunks)
+        ends = torch.tensor([row.offset + row.length - 1 for row in batch.rows])
+        hidden = graphs.hidden(dataclasses.replace(batch, logit_index=ends))
+        assert torch.equal(other.model.logits(hidden), expected), f"turn {turn}"
+        for s in slabs:
+            at[s] += sizes[s]
+    assert len({size.tokens for size in graphs._graphs}) >= 2
+    assert torch.equal(plain.cache.slabs[:4], other.cache.slabs[:4])
+    assert same_bytes(plain.cache.pages, other.cache.pages)
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_a_full_size_has_no_padding_row() -> None:
+    config = random_config("flash")
+    weights = random_weights(config, 1)
+    plain, other = (Driver(config, weights, slabs=2, max_len=512) for _ in range(2))
+    decode = DecodeGraphs(other.model, other.page_table, torch.zeros(9, dtype=torch.int64), None, as_it_is)
+    graphs = ExtendGraphs(decode, other.page_table, 256, as_it_is)
+    ids = random_tokens(config, 256)
+    for start, end in ((0, 64), (64, 192), (192, 256)):
+        chunk = Chunk(0, ids[start:end], start)
+        expected = plain.step([chunk])[0][-1:]
+        batch = dataclasses.replace(other.batch([chunk]), logit_index=torch.tensor([end - start - 1]))
+        assert torch.equal(other.model.logits(graphs.hidden(batch)), expected)
+    assert same_bytes(plain.cache.pages, other.cache.pages)
+
+
+def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts in chunks beside decodes, prefixes that hit, log-probabilities, two steps in flight."""
+    model = str(write_random(tmp_path, compress_ratios=[0, 4, 128]))
+    prompts = [[5, 9, 100 + i, 7, 40] * (4 + 21 * i) for i in range(5)] + [[7, 8, 9] * 400]
+    params = SamplingParams(max_tokens=14, temperature=1, seed=3, ignore_eos=True)
+    judged = dataclasses.replace(params, logprobs=2, prompt_logprobs=1)
+
+    def run() -> tuple[list[object], LLM]:
+        llm = LLM(
+            model,
+            max_num_seqs=3,
+            max_model_len=2048,
+            max_num_batched_tokens=200,
+            async_scheduling=True,
+            device="cpu",
+        )
+        outputs: list[object] = [o.token_ids for _ in range(2) for o in llm.generate(prompts, params)]
+        outputs += [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in llm.generate(prompts[:2], judged)]
+        llm.core.check()
+        return outputs, llm
+
+    expected, _ = run()
+    capture(monkeypatch)
+    got, llm = run()
+    assert got == expected
+    extends = llm._loop.device.extends
+    assert extends is not None and {size.tokens for size in extends._graphs} >= {64, 256}
