@@ -11,7 +11,9 @@ import torch
 pytest.importorskip("dsv4._core")
 
 from dsv4 import LLM, SamplingParams
-from dsv4.engine.graphs import Recorder
+from dsv4.engine.extends import ExtendGraphs
+from dsv4.engine.graphs import Capture, Recorder
+from dsv4.model.batch import Batch, Row
 from torch import Tensor
 
 from benches.decode_step import Decoder, Hidden
@@ -73,6 +75,47 @@ def test_replays(name: str, rows: int, starts: tuple[int, ...], max_len: int) ->
     assert max(off) <= 0.05
 
 
+@pytest.mark.parametrize("name", ["flash", "nano"])
+def test_replays_of_chunks(name: str) -> None:
+    """Chunks beside single tokens, from state that the cache has: captured as run as it is, to the bit, and near the ordinary path."""
+    decoder = Decoder(name, 7, 4096)
+    decoder.cache.slabs[-1] = 0xFF
+    rows, offset = [], 0
+    for slab, (start, length) in enumerate([(2000, 90), (126, 1), (381, 40), (0, 131), (1020, 1), (700, 3)]):
+        rows.append(Row(slab, start, length, offset, reset=start == 0))
+        offset += length
+    batch = Batch(
+        token_ids=torch.arange(offset) * 31 % 1000 + 40,
+        positions=torch.cat([torch.arange(r.start, r.start + r.length) for r in rows]),
+        rows=tuple(rows),
+        page_table=decoder.host_pages,
+        logit_index=torch.tensor([r.offset + r.length - 1 for r in rows]),
+        device_pages=decoder.pages,
+    )
+
+    def outcome(hidden: Callable[[Batch], Tensor]) -> tuple[Tensor, ...]:
+        """Logits, state and pages afterwards; the decoder has those of before again."""
+        state, pages = decoder.cache.slabs.clone(), decoder.cache.pages.clone()
+        logits = decoder.model.logits(hidden(batch)).clone()
+        after = decoder.cache.slabs[:-1].clone(), decoder.cache.pages.clone()
+        decoder.cache.slabs.copy_(state)
+        decoder.cache.pages.copy_(pages)
+        return logits, *after
+
+    def captured(capture: Capture) -> ExtendGraphs:
+        return ExtendGraphs(decoder.graphs(capture), decoder.host_pages, 512, capture)
+
+    direct, graphs = outcome(captured(lambda region: region).hidden), captured(Recorder())
+    assert direct[0].isfinite().all()
+    for turn in range(2):
+        for what, a, b in zip(("logits", "state", "pages"), direct, outcome(graphs.hidden), strict=True):
+            assert torch.equal(a, b), f"{what} of replay {turn}"
+    ordinary = outcome(decoder.model.hidden)[0]
+    off = float((ordinary - direct[0]).abs().median() / direct[0].std())
+    print(f"{name}: median difference to the ordinary path, in deviations: {off}")
+    assert off <= 0.05
+
+
 def test_the_engine_on_the_model_that_ships() -> None:
     """Greedy tokens with graphs and without, requests that come and go, one context that leaves the shortest."""
     prompts = [[5, 9, 100 + i, 7, 40, 200, 300 + i] * (2 + i) for i in range(5)] + [[50, 61, 72, 83] * 509]
@@ -92,6 +135,7 @@ def test_the_engine_on_the_model_that_ships() -> None:
     held = set(llm._loop.device.graphs._replays)
     print(f"captured {sorted(held)}")
     assert {end for _, end in held} == {2048, 4096} and 4 in {size for size, _ in held}
+    assert llm._loop.device.extends._graphs, "no step with a prompt was captured"
     pairs = [(a, b) for x, y in zip(said[True], said[False], strict=True) for a, b in zip(x, y, strict=True)]
     same = sum(a == b for a, b in pairs) / len(pairs)
     print(f"{same:.0%} of {len(pairs)} tokens are the same")
