@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dsv4 import requirements
 from dsv4.api import logs
 from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
@@ -41,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     engine_config, server_config = read_settings(arguments, EngineConfig, ServerConfig)
     check_names(arguments.served_model_name, engine_config.model)
     logs.set_up(server_config.log_level, server_config.log_format)
+    requirements.check()
     from dsv4.engine.async_engine import AsyncEngine
 
     engine = AsyncEngine(engine_config)
