@@ -334,7 +334,7 @@ def test_sampling_parameters_arrive(model: Model) -> None:
         ({"tools": [{"input_schema": {}}]}, "tools[0].name is missing"),
         (
             {"output_config": {"format": {"type": "json_schema", "schema": {}}}},
-            "output_config.format is an object",
+            "output_config.format.type is 'json_schema'",
         ),
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers is a list"),
         ({"max_tokens": 0}, "max_tokens is 0; it takes a whole number from 1"),

@@ -307,6 +307,22 @@ def test_an_error_in_the_middle_of_a_stream(tokenizer: Tokenizer) -> None:
         assert last["response"]["error"]["code"] == "server_error"
 
 
+def test_tokens_are_counted_as_the_same_request_reads_them(model: Model) -> None:
+    body = {
+        "model": "default",
+        "instructions": "S",
+        "input": "Hi",
+        "tools": TOOLS,
+        "reasoning": {"effort": "max"},
+    }
+    model.reads(**body)
+    counted = httpx.post(model.url + "/input_tokens", json=body).json()
+    assert counted == {
+        "object": "response.input_tokens",
+        "input_tokens": len(model.server.engine.seen[-1].prompt),
+    }
+
+
 def test_openais_client(model: Model) -> None:
     text = f"Hm.</think>Hello.{calls(invoke('get_weather', city='Seoul'))}"
     model.server.engine.script = lambda prompt: text

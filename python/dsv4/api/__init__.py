@@ -17,6 +17,7 @@
 | `openai_chat.py`, `openai_completions.py` | OpenAI's dialects; `openai_usage.py` is common to both |
 | `responses.py`, `responses_input.py` | OpenAI's Responses: answers; bodies as a conversation |
 | `anthropic.py`, `anthropic_input.py` | Anthropic's dialect: answers; bodies as a conversation |
+| `grammar.py` | where requests ask for answers of a certain form |
 | `parts.py`, `noise.py`, `thoughts.py` | contents of messages; what is left out of them; thoughts in opaque fields |
 | `warnings.py` | the header that says what was left out of a request |
 | `routing.py` | tenant, urgency, session and retention of a request |

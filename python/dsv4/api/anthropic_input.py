@@ -12,6 +12,7 @@ from typing import Any
 
 from dsv4.api.conversation import EFFORTS, MAX_MESSAGES, MAX_TOOLS, Conversation, settled
 from dsv4.api.fields import Fields, refuse
+from dsv4.api.grammar import anthropic_tools_wanted, check_format
 from dsv4.api.http import Call, header
 from dsv4.api.noise import without_noise
 from dsv4.api.parts import missing, parts_of, text_of, unread
@@ -23,7 +24,6 @@ from dsv4.text.chat import Ending
 
 SESSION_HEADER = b"x-claude-code-session-id"
 
-_GRAMMAR = "; answers are not forced into a format here: ask for it in a message and check the answer"
 _READ = "text, thinking, tool_use and tool_result"
 _THINKING = {"enabled": True, "adaptive": True, "disabled": False}
 
@@ -42,13 +42,11 @@ def read_messages(fields: Fields) -> tuple[Conversation, list[str]]:
     messages = without_noise(messages)
     tools, left_out = _tools(fields)
     choice = fields.nested("tool_choice")
-    kind = choice.choice("type", ("auto", "none", "any", "tool"), "auto")
-    if kind in ("any", "tool"):
-        raise refuse("tool_choice.type", kind, "'auto' or 'none'", "; forced calls are not supported")
+    wanted = anthropic_tools_wanted(choice)
     thinking, effort = _thinking(fields)
     return Conversation(
         messages,
-        [] if kind == "none" else tools,
+        tools if wanted else [],
         thinking,
         effort,
         _ending(messages),
@@ -82,10 +80,8 @@ def routing_for(call: Call) -> Routing:
 
 def _check_refused(fields: Fields) -> None:
     """What changes the answer and cannot be done."""
-    forms = [(fields, "output_format"), (fields.nested("output_config"), "format")]
-    for place, name in forms:
-        if place.get(name):
-            raise refuse(place.where + name, place.get(name), "nothing", _GRAMMAR)
+    for holder in (fields.nested("output_format"), fields.nested("output_config").nested("format")):
+        check_format(holder)
     if servers := fields.get("mcp_servers"):
         raise refuse(
             "mcp_servers", servers, "nothing", "; this server calls no others: give the tools in tools"

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsv4.api import anthropic, info, prefixes
+from dsv4.api import anthropic, info, prefixes, responses
 from dsv4.api.absent import why_absent
 from dsv4.api.errors import ErrorBody, error_body, internal_error, shaped
 from dsv4.api.http import Handler, PostEndpoint, header
@@ -26,7 +26,6 @@ from dsv4.api.openai_chat import chat_completions
 from dsv4.api.openai_completions import completions
 from dsv4.api.protocol import GuardedProtocol
 from dsv4.api.request_log import PROBES, Record, new_request_id
-from dsv4.api.responses import responses
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
 from dsv4.spelling import nearest
@@ -44,7 +43,8 @@ def create_app(service: Service) -> ASGIApp:
             _post("/v1/completions", completions, generates=True),
             _post("/beta/chat/completions", chat_completions, generates=True),
             _post("/beta/completions", completions, generates=True),
-            _post("/v1/responses", responses, generates=True),
+            _post("/v1/responses", responses.responses, generates=True),
+            _post("/v1/responses/input_tokens", responses.input_tokens),
             _post("/v1/messages", anthropic.messages, generates=True, errors=anthropic.error_body),
             _post("/v1/messages/count_tokens", anthropic.count_tokens, errors=anthropic.error_body),
             _post("/v1/prefixes", prefixes.pin, generates=True),
@@ -92,7 +92,7 @@ class Edge:
                 allow_origins=service.config.allow_origin,
                 allow_methods=("GET", "POST", "DELETE"),
                 allow_headers=("*",),
-                expose_headers=("x-request-id", "retry-after"),
+                expose_headers=("x-request-id", "retry-after", "x-dsv4-warning"),
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsv4.api.fields import Fields, refuse
+from dsv4.api.grammar import tools_wanted
 from dsv4.api.http import Call
 from dsv4.api.noise import without_noise
 from dsv4.api.reply import Reply
@@ -134,10 +135,7 @@ def _check_message(message: Fields) -> None:
 def _tools(fields: Fields) -> list[dict[str, Any]]:
     """The tools that the model gets to see: none of them when `tool_choice` says so."""
     tools = fields.items("tools", dict, MAX_TOOLS)
-    choice = fields.get("tool_choice")
-    if type(choice) is dict or choice == "required":
-        raise refuse("tool_choice", choice, "'none' or 'auto'", "; forced calls are not supported")
-    choice = fields.choice("tool_choice", ("none", "auto"), "auto")
+    wanted = tools_wanted(fields)
     for i, tool in enumerate(tools):
         if tool.get("type", "function") != "function":
             raise refuse(f"tools[{i}].type", tool["type"], "'function'")
@@ -149,7 +147,7 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
         function.text("description", longest=2**31)
         function.nested("parameters")
         function.boolean("strict")
-    return [] if choice == "none" else tools
+    return tools if wanted else []
 
 
 def reasoning_of(fields: Fields) -> bool:

@@ -17,12 +17,12 @@ from dsv4.api.conversation import Asked, Conversation, encode, read_conversation
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import Job, UsageSum, jobs_for, run
+from dsv4.api.grammar import check_format
 from dsv4.api.http import Call
 from dsv4.api.known_fields import CHAT, check_known
 from dsv4.api.openai_usage import usage_body, usage_so_far
 from dsv4.api.params import (
     answer_id_of,
-    check_response_format,
     choices_of,
     include_usage_of,
     max_tokens_of,
@@ -83,7 +83,7 @@ def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParam
     options = _options(fields, service)
     chat = read_conversation(fields)
     strict = StrictTools(chat.tools)
-    check_response_format(fields)
+    check_format(fields.nested("response_format"))
     params = sampling_params(
         fields,
         max_tokens=max_tokens_of(fields, None),

@@ -18,12 +18,12 @@ import orjson
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse, token_ids
 from dsv4.api.generation import UsageSum, jobs_for, run
+from dsv4.api.grammar import check_format
 from dsv4.api.http import Call
 from dsv4.api.known_fields import COMPLETIONS, check_known
 from dsv4.api.openai_usage import usage_body, usage_so_far
 from dsv4.api.params import (
     answer_id_of,
-    check_response_format,
     choices_of,
     include_usage_of,
     max_tokens_of,
@@ -96,7 +96,7 @@ def _read(call: Call) -> tuple[Options, list[Any], SamplingParams, Routing]:
         prompt_logprobs=options.logprobs if options.echo else None,
         defaults=service.engine.sampling_defaults,
     )
-    check_response_format(fields)
+    check_format(fields.nested("response_format"))
     most = service.engine.config.max_num_waiting
     if len(prompts) * options.n > most:
         text = f"{len(prompts)} prompts times n {options.n} are more than the queue holds; at most {most}"

@@ -82,19 +82,6 @@ def answer_id_of(call: Call) -> str:
     return call.request_id
 
 
-def check_response_format(fields: Fields) -> None:
-    """Only plain text: to accept a schema and not to keep it would be a lie."""
-    wanted = fields.nested("response_format")
-    kind = wanted.text("type")
-    if kind is None:
-        if any(value is not None for value in wanted.body.values()):
-            text = "response_format.type is missing; it takes 'text'"
-            raise RequestError(text, "response_format.type", "missing_field", 400)
-        return
-    if kind != "text":
-        raise refuse("response_format.type", kind, "'text'", "; structured output is not supported")
-
-
 def _stops(fields: Fields) -> tuple[str, ...]:
     value = fields.get("stop")
     if isinstance(value, str):

@@ -15,9 +15,11 @@ from typing import Any
 import orjson
 
 from dsv4.api.conversation import Conversation, encode
-from dsv4.api.fields import Fields, refuse
+from dsv4.api.fields import refuse
 from dsv4.api.generation import Job, run
+from dsv4.api.grammar import check_format
 from dsv4.api.http import Call, header
+from dsv4.api.info import tokenize_bound
 from dsv4.api.known_fields import RESPONSES, check_known
 from dsv4.api.params import sampling_params
 from dsv4.api.reply import News, Reply
@@ -88,6 +90,16 @@ async def responses(call: Call) -> None:
     await _stream(call, answer, job)
 
 
+async def input_tokens(call: Call) -> None:
+    """The handler of `/v1/responses/input_tokens`: what the same request to `/v1/responses` would read."""
+    fields = call.fields
+    call.service.check_model(fields)
+    await call.aside(lambda: check_known(fields, RESPONSES))
+    chat, _ = await call.aside(lambda: read_input(fields))
+    asked = await encode(call, chat, tokenize_bound("input"), routing_of(call))
+    await call.respond({"object": "response.input_tokens", "input_tokens": len(asked.prompt)})
+
+
 async def _job(call: Call, chat: Conversation, params: SamplingParams, routing: Routing, reply: Reply) -> Job:
     asked = await encode(call, chat, call.service.bound("input"), routing)
     reply.keep = asked.keep
@@ -98,7 +110,7 @@ def _read(call: Call) -> tuple[Options, Conversation, ResponsesTools, SamplingPa
     """Everything in the body, checked. Raises RequestError."""
     fields, service = call.fields, call.service
     check_known(fields, RESPONSES)
-    _check_text(fields.nested("text"))
+    check_format(fields.nested("text").nested("format"))
     if _LOGPROBS in fields.items("include", str, 64):
         raise refuse("include", _LOGPROBS, f"{ENCRYPTED!r}", "; chat completions have log-probabilities")
     model = service.check_model(fields)
@@ -119,12 +131,6 @@ def _read(call: Call) -> tuple[Options, Conversation, ResponsesTools, SamplingPa
         defaults=service.engine.sampling_defaults,
     )
     return options, chat, tools, params, routing_of(call)
-
-
-def _check_text(text: Fields) -> None:
-    kind = text.nested("format").text("type", "text")
-    if kind != "text":
-        raise refuse("text.format.type", kind, "'text'", "; structured output is not supported")
 
 
 class Answer:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4.api.conversation import EFFORTS, MAX_TOOLS, Conversation, settled
-from dsv4.api.fields import Fields, refuse
+from dsv4.api.fields import Fields
+from dsv4.api.grammar import tools_wanted
 from dsv4.api.parts import missing, parts_of, text_of, unread
 from dsv4.api.thoughts import unsealed
 from dsv4.errors import RequestError, show
@@ -90,14 +91,10 @@ def read_input(fields: Fields) -> tuple[Conversation, ResponsesTools]:
     tools = ResponsesTools()
     for i, tool in enumerate(fields.items("tools", dict, MAX_TOOLS)):
         tools.add(Fields(tool, f"tools[{i}]."))
-    choice = fields.get("tool_choice")
-    if type(choice) is dict or choice == "required":
-        raise refuse("tool_choice", choice, "'none' or 'auto'", "; forced calls are not supported")
-    choice = fields.choice("tool_choice", ("none", "auto"), "auto")
     thinking, effort = _thinking(fields)
     return Conversation(
         _messages(fields, tools),
-        [] if choice == "none" else tools.shown,
+        tools.shown if tools_wanted(fields) else [],
         thinking,
         effort,
         "opened",
