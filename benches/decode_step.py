@@ -18,6 +18,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from dsv4.backends import choose
 from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.engine.graphs import Capture, DecodeGraphs, Recorder
@@ -27,7 +28,6 @@ from dsv4.model.config import ModelConfig
 from dsv4.model.names import TensorSpec, expert_shapes, tensors
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
-from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Weight
 from torch import Tensor
 
@@ -104,7 +104,7 @@ class Decoder:
         blocks = -(-max_len // layout.block_tokens)
         self.config, self.rows = config, rows
         self.cache = PagedCache(layout, (rows + 1) * blocks, rows + 1, device)
-        self.model = V4Model(config, weights, self.cache, Ops.choose("auto", device), consume=True)
+        self.model = V4Model(config, weights, self.cache, choose("auto", device), consume=True)
         self.host_pages = torch.randperm((rows + 1) * blocks).int().view(rows + 1, blocks)
         self.pages = self.host_pages.to(device)
         self._fill()

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from dsv4.backends import choose
 from dsv4.engine.request import Sampled
 from dsv4.engine.sampler import Sampler, judge
 from dsv4.ops.reference.sample import draws as draws_of
-from dsv4.ops.registry import Ops
 from dsv4.sampling import SamplingParams
 
 EOS = 1
@@ -40,7 +40,7 @@ def state(
 
 def begun(states: list[State], vocab: int) -> Sampler:
     """A sampler with each state at the slab of its number."""
-    sampler = Sampler(Ops.choose("reference"), len(states), vocab, "cpu")
+    sampler = Sampler(choose("reference"), len(states), vocab, "cpu")
     for slab, s in enumerate(states):
         ends = [EOS, *s.params.stop_token_ids]
         prompt = np.array(s.prompt, np.int32)

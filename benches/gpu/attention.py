@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dsv4.backends import REGISTRY
 from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
+from dsv4.ops.forms import Machine
 from dsv4.ops.reference.attention import sparse_attention as reference
-from dsv4.ops.registry import REGISTRY
 from dsv4.ops.tables import EntryTable, TokenTable
 from torch import Tensor
 
@@ -152,7 +153,7 @@ def _row(bench: Bench, backend: str, kernel: str, name: str, x: Inputs, context:
 
 def rows(bench: Bench) -> Iterator[Row]:
     backends = [b for b in REGISTRY.backends("sparse_attention") if b != "reference"]
-    usable = [b for b in backends if REGISTRY.pick("sparse_attention", b, "cuda") == b]
+    usable = [b for b in backends if REGISTRY.runs("sparse_attention", b, Machine.here("cuda"))]
     for model, (heads, k) in MODELS.items():
         batches = (1, 8, 32, 128, 256) if not bench.quick else (1, 64, 256)
         for batch in batches:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from dsv4.kernels.triton import moe, route
+from dsv4.kernels.triton.forms import ONE_LAUNCH
 from dsv4.kernels.triton.gemm import counters
 from triton.runtime.jit import JITFunction
 
@@ -74,7 +74,7 @@ def layer_breakdown(bench: Bench, name: str, tokens: int) -> None:
     bias = torch.randn(count, device=bench.device) / 10
     x = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
     shared = torch.randn_like(x)
-    experts, weights = route.route(x, gate, bias, None, moe_bench.TOPK, 1.5)
+    experts, weights = moe_bench.route(x, gate, bias, None, moe_bench.TOPK, 1.5)
     expected = model.expected(x, experts, weights, shared)
     hit = len(experts.unique())
     size = hit * (model.packed.nbytes // count) + gate.nbytes + 6 * x.numel()
@@ -87,7 +87,7 @@ def layer_breakdown(bench: Bench, name: str, tokens: int) -> None:
     f = partial(moe_bench.layer, x, gate, bias, model.packed, shared)
     for backend, kernel in moe_bench.forms(tokens, dim, model.packed).items():
         whole = _print_launches(bench, backend, partial(f, form=kernel), expected, bound)[-1][2]
-    if tokens <= moe.ONE_LAUNCH:
+    if tokens <= ONE_LAUNCH:
         programs = experts.numel() * model.packed.w13.shape[1] * whole.keywords["SPLIT1"]
         print(f"    of it the first product: {first_product_us(bench, whole, programs):6.1f} us")
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from dsv4.backends import choose
 from dsv4.kernels.triton import gemm
 from dsv4.kernels.triton.quantise import quantise
-from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Fp8Weight
 from torch import Tensor
 
@@ -75,8 +75,8 @@ def cublas(codes: Tensor, xs: Tensor, w: Tensor, ws: Tensor) -> Callable[[], Ten
 
 def rows(bench: Bench) -> Iterator[Row]:
     torch.manual_seed(0)
-    ops = Ops.choose("auto", "cuda")
-    print(f"gemm_fp8 runs on {ops.chosen['linear']}")
+    ops = choose("auto", "cuda")
+    print(f"gemm_fp8 runs on {', else '.join(map(str, ops.chains['linear']))}")
     for name in QUICK if bench.quick else SHAPES:
         groups, out, width = SHAPES[name]
         w, ws = weights(groups * out, width, bench.device)
@@ -89,7 +89,7 @@ def rows(bench: Bench) -> Iterator[Row]:
             last = min(tokens, 32)
             truth = expected(codes, xs, w, ws, groups, last)
             runs = {"": partial(getattr(ops, op), shaped, packed)}
-            if tokens >= 2048 and ops.chosen[op] != "triton":
+            if tokens >= 2048 and ops.chains[op][0].backend != "triton":
                 runs[" (Triton)"] = partial(gemm.wide, x, w, ws, out_dtype=torch.bfloat16, groups=groups)
             for label, run in runs.items():
                 error = max_abs_err(run()[-last:].flatten(1), truth)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from dsv4.ops.registry import Ops
+from dsv4.backends import choose
 
 from benches.gpu.timing import Bench, Row, max_abs_err
 
@@ -16,7 +16,7 @@ SIZES = {"Flash": 4096, "Pro": 7168}
 
 def rows(bench: Bench) -> Iterator[Row]:
     torch.manual_seed(0)
-    ops = Ops.choose("auto", "cuda")
+    ops = choose("auto", "cuda")
     for name, dim in SIZES.items():
         stored = torch.randn((VOCAB, dim), device=bench.device, dtype=torch.bfloat16) / dim**0.5
         weight = ops.prepare("logits", stored)

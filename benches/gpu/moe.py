@@ -6,13 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from dsv4.formats import fp4_decode, fp4_unpack, ue8m0_decode
 from dsv4.kernels.gluon import moe as gluon
+from dsv4.kernels.gluon.fits import narrow_scales
+from dsv4.kernels.gluon.forms import MANY
 from dsv4.kernels.triton.common import capability
-from dsv4.kernels.triton.moe import PackedExperts, pack, run
-from dsv4.kernels.triton.route import route
+from dsv4.kernels.triton.forms import ONE_LAUNCH, ROUTE_TOKENS
+from dsv4.kernels.triton.moe import run
+from dsv4.kernels.triton.moe_few import run_few
+from dsv4.kernels.triton.moe_pack import PackedExperts, pack
+from dsv4.kernels.triton.route import few_route, many_route
 from torch import Tensor
 
 from benches.gpu.timing import Bench, Row, max_abs_err
@@ -68,10 +74,16 @@ def roundtrip(x: Tensor, block: int) -> Tensor:
 
 def forms(tokens: int, dim: int, packed: PackedExperts) -> dict[str, Callable[..., Tensor]]:
     """The op's kernels that take this shape on this machine, by backend."""
-    found: dict[str, Callable[..., Tensor]] = {"triton": run}
-    if capability()[0] == 9 and gluon.suits(tokens, TOPK, dim, packed):
+    found: dict[str, Callable[..., Tensor]] = {"triton": run_few if tokens <= ONE_LAUNCH else run}
+    few = tokens * TOPK < MANY * len(packed.w13) or dim % 128
+    if capability()[0] == 9 and not few and narrow_scales(packed):
         found["gluon"] = gluon.run
     return found
+
+
+def route(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """By number of tokens, as the op."""
+    return (few_route if len(x) <= ROUTE_TOKENS else many_route)(x, *rest)
 
 
 def layer(

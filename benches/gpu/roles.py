@@ -10,8 +10,8 @@ import argparse
 from dataclasses import dataclass
 
 import torch
+from dsv4.backends import REGISTRY
 from dsv4.kernels.gluon import trace
-from dsv4.kernels.gluon.attention import sparse_attention
 from dsv4.kernels.gluon.trace import EVENTS, ROLES
 from dsv4.kernels.triton.attention import max_blocks
 from dsv4.kernels.triton.common import next_pow2
@@ -60,7 +60,7 @@ def run(model: str, tokens: int, chunk: bool) -> tuple[Tensor, Tensor]:
     room = next_pow2(blocks)
     times = torch.zeros((tokens * heads // 64, 1 + room, ROLES, EVENTS), dtype=torch.int32, device="cuda")
     for _ in range(2):
-        sparse_attention(**x.args, splits=1, times=times)
+        REGISTRY.load("sparse_attention", "gluon")(**x.args, splits=1, times=times)
     torch.cuda.synchronize()
     times = times.long().cpu()
     return times[:, 0], times[:, 1 : 1 + blocks]

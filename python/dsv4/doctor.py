@@ -205,37 +205,33 @@ def _model() -> Iterator[Finding]:
 
 
 def _ops() -> Iterator[Finding]:
-    """Which backend each op gets, and what else there is."""
+    """Which forms each op has here, in the order in which they are asked, and which backends are left out, and why."""
     import torch
 
-    from dsv4.ops.registry import REGISTRY
-    from dsv4.ops.spec import SPECS
+    from dsv4.backends import REGISTRY, choose
+    from dsv4.ops.forms import Machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    usable, untried = REGISTRY.usable(device), REGISTRY.usable(device, untried=True)
+    name, machine = f"ops on {device}", Machine.here(device)
+    ops = choose("auto", device)
+    for line in ops.describe():
+        yield Finding(name, "ok", line)
+    used = {form.backend for forms in ops.chains.values() for form in forms}
+    usable, untried = REGISTRY.usable(machine), REGISTRY.usable(machine, untried=True)
     for backend in REGISTRY.backends():
-        mine = [op for op in SPECS if REGISTRY.pick(op, "auto", device) == backend]
-        if mine:
-            which = f"all {len(SPECS)} ops" if len(mine) == len(SPECS) else ", ".join(mine)
-            why = (
-                "the only backend here" if len(usable) == 1 else f"highest priority of what runs on {device}"
-            )
-            yield Finding(f"ops on {device}", "ok", f"{backend}: {which} ({why})")
-        elif backend not in usable:
+        if backend not in usable:
+            lacks = next((f.lacks() for f in REGISTRY.forms() if f.backend == backend and f.lacks()), "")
+            why = f"it lacks {lacks}" if lacks else f"it has no form for {machine}"
+            yield Finding(name, "note", f"{backend}: not used; {why}")
+        elif backend not in used and backend not in untried:
             yield Finding(
-                f"ops on {device}", "note", f"{backend}: not used; it does not run on {device} here"
+                name, "note", f"{backend}: not used; others come first (--backend {backend} takes it)"
             )
-        else:
-            yield Finding(
-                f"ops on {device}",
-                "note",
-                f"{backend}: not used; others come first (--backend {backend} takes it)",
-            )
-    for backend, ops in untried.items():
+    for backend, forms in untried.items():
         yield Finding(
-            f"ops on {device}",
+            name,
             "note",
-            f"{backend}: {', '.join(ops)} has a form for this GPU that was never run",
+            f"{backend}: {', '.join(f.op for f in forms)} has a form for this GPU that was never run",
             f"--backend {backend} tries it",
         )
 

@@ -12,16 +12,14 @@ import torch
 pytest.importorskip("dsv4._core")
 pytest.importorskip("triton")
 
+from dsv4.backends import choose
 from dsv4.cache.paged import PagedCache
 from dsv4.engine.graphs import DecodeGraphs, Step
-from dsv4.kernels import triton as kernels
 from dsv4.kernels.triton.common import INTERPRETED
 from dsv4.model.config import ModelConfig
 from dsv4.model.export import export_release
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
-from dsv4.ops.registry import REGISTRY, Ops
-from dsv4.ops.spec import SPECS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -59,8 +57,8 @@ def test_nothing_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     config = ModelConfig.from_dict(raw)
     export_release(random_weights(config, 3), config, raw, tmp_path)
     layout = config.layout("float32", "float32", block_tokens=128)
+    ops = choose("triton", "cuda", major=9)  # on the CPU, interpreted
     cache = PagedCache(layout, 4, 4, poison=True)
-    ops = Ops({op: "triton" if op in kernels.OPS else "reference" for op in SPECS}, REGISTRY)
     model = V4Model(config, load_weights(tmp_path, config, torch.float32, packed=True), cache, ops)
     assert model.uncaptured() == []
     launch = InterpretedFunction.run

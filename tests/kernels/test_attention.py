@@ -8,9 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from dsv4.backends import REGISTRY
 from dsv4.kernels.triton import attention
 from dsv4.ops.reference.attention import sparse_attention as reference
-from dsv4.ops.registry import REGISTRY
 
 from tests.kernels.device import DEVICE, close, on_gpu, on_hopper, on_hopper_or_blackwell
 from tests.ops.cases import BLOCK_TOKENS, BLOCKS, RATIO, moved, step_of, stored

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dsv4.backends import REGISTRY
 from dsv4.cache.rows import Rows
+from dsv4.ops.forms import Machine
 from dsv4.ops.reference.attention import sparse_attention as reference
 from dsv4.ops.tables import EntryTable, TokenTable
 from dsv4.ops.tables import moved as moved_table
@@ -25,9 +27,11 @@ from tests.ops.cases import moved, stored
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.gluon import attention, hopper_attention, hopper_stream
+from dsv4.kernels.gluon import attention, fits, hopper_attention, hopper_stream
 from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import cdiv, next_pow2
+
+SPARSE_ATTENTION = REGISTRY.load("sparse_attention", "gluon", Machine("cuda", 9))
 
 
 class Tensor(threads.Array):
@@ -381,17 +385,17 @@ def _check(case: Case, splits: tuple[int | None, ...]) -> None:
         here = _on_gpu(case, reverse)
         expected = reference(**here).cpu() if expected is None else expected
         for n in splits:
-            got = attention.sparse_attention(**here, splits=n)
+            got = SPARSE_ATTENTION(**here, splits=n)
             assert close(got.cpu(), expected) <= 4e-3, (
                 f"{n} splits, history {'before' if reverse else 'behind'}"
             )
-            assert all(torch.equal(got, attention.sparse_attention(**here, splits=n)) for _ in range(10))
+            assert all(torch.equal(got, SPARSE_ATTENTION(**here, splits=n)) for _ in range(10))
 
 
 @pytest.fixture(params=[0, 1 << 30], ids=["stays", "one item"])
 def busy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel that is taken without splits, whatever there is to do."""
-    monkeypatch.setattr(attention, "BUSY", request.param)
+    monkeypatch.setattr(fits, "BUSY", request.param)
 
 
 @on_hopper
@@ -426,8 +430,8 @@ def test_lists_as_long_as_in_use(shape: tuple[int, int | None, int]) -> None:
 def test_times_of_the_roles_change_no_bit() -> None:
     case = moved(full_width(((100, 200),)), DEVICE)
     times = torch.zeros((200, 1 + 4, 4, 8), dtype=torch.int32, device=DEVICE)  # 128 + 64 rows: three blocks
-    plain = attention.sparse_attention(**case, splits=1)
-    assert torch.equal(attention.sparse_attention(**case, splits=1, times=times), plain)
+    plain = SPARSE_ATTENTION(**case, splits=1)
+    assert torch.equal(SPARSE_ATTENTION(**case, splits=1, times=times), plain)
     assert (times[:, 0, :, 3] != 0).all() and (times[:, 1:4, 3, 5] != 0).all() and (times[:, 4] == 0).all()
 
 
@@ -454,11 +458,11 @@ def test_which_kernel_is_taken(
         return type("Kernel", (), {"__getitem__": lambda self, grid: run(grid)})()
 
     monkeypatch.setattr(attention, "multiprocessors", lambda: 2)
-    monkeypatch.setattr(attention, "capability", lambda: (9, 0))
+    monkeypatch.setattr(fits, "multiprocessors", lambda: 2)
     monkeypatch.setattr(hopper_stream, "attend", launch("stays"))
     monkeypatch.setattr(hopper_attention, "attend", launch("one item"))
     monkeypatch.setattr(portable, "merge", lambda *args: None)
     case = full_width(((300, tokens),), **options)
-    attention.sparse_attention(**case, splits=splits)
+    SPARSE_ATTENTION(**case, splits=splits)
     items = tokens * cdiv(options.get("heads", 64), 64)
     assert taken == [("stays", 2) if stays else ("one item", items * (splits or 1))]

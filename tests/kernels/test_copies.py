@@ -1,4 +1,4 @@
-"""Snapshots by one launch against the cache's own save, restore and reset."""
+"""Snapshots by one launch against the reference, of the cache's own layouts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 pytest.importorskip("dsv4._core")  # the layout comes from the core
+pytest.importorskip("triton")
 
 from dsv4.cache import PagedCache
-from dsv4.kernels.triton.copies import RESET, RESTORE, SAVE, Copies
+from dsv4.kernels.triton.copies import copy_state
 
 from tests.kernels.device import DEVICE
 from tests.support.models import random_config
@@ -16,30 +17,23 @@ from tests.support.models import random_config
 CONFIG = random_config("flash")
 
 
-def _cache(row: str) -> PagedCache:
-    cache = PagedCache(CONFIG.layout(row, "float32", block_tokens=128), pages=20, slabs=4)
-    g = torch.Generator().manual_seed(1)
-    cache.slabs.random_(0, 120, generator=g)
-    cache.pages.random_(0, 120, generator=g)
-    return cache
-
-
 @pytest.mark.parametrize("row", ["fp8_ds_mla", "float32"])
 def test_all_copies_of_a_step(row: str) -> None:
-    cache = _cache(row)
-    n = cache.layout.snapshot_pages
+    """A snapshot saved, one restored, a slab emptied; then a whole slab, which no kernel copies."""
+    layout = CONFIG.layout(row, "float32", block_tokens=128)
+    g = torch.Generator().manual_seed(1)
+    ours, plain = PagedCache(layout, 20, 4, DEVICE, copy_state=copy_state), PagedCache(layout, 20, 4)
+    for here, there in ((ours.slabs, plain.slabs), (ours.pages, plain.pages)):
+        here.copy_(there.random_(0, 120, generator=g))
+    n = layout.snapshot_pages
     saved, restored = [3, *range(5, 4 + n)], [19, *range(10, 9 + n)]
-    pages, slabs = cache.pages.clone().to(DEVICE), cache.slabs.clone().to(DEVICE)
-    jobs = [(SAVE, 2, 256, *saved), (RESTORE, 0, 128, *restored), (RESET, 3)]
-    before, copies = cache.pages.clone(), Copies(cache.layout, pages, slabs)
-    copies.run(jobs)
-    cache.save(2, 256, saved)
-    cache.restore(0, 128, restored)
-    cache.reset([3])
-    assert torch.equal(slabs.cpu(), cache.slabs)
-    same = pages.cpu() == cache.pages
-    # Beyond the snapshot's end the cache writes zeros and the kernel nothing.
-    assert bool((same | (cache.pages == 0) & (pages.cpu() == before)).all())
-    copies.restore([(1, 256, *saved)])
-    cache.restore(1, 256, saved)
-    assert torch.equal(slabs.cpu(), cache.slabs)
+    for cache in (ours, plain):
+        cache.save_all([(2, 256, *saved, -1)])
+        cache.restore_all([(0, 128, *restored)])
+        cache.reset([3])
+        cache.restore(1, 256, saved)
+        cache.save(1, 259, range(layout.slab_pages))
+    assert torch.equal(ours.slabs.cpu(), plain.slabs) and torch.equal(ours.pages.cpu(), plain.pages)
+    assert not torch.equal(
+        plain.slabs[1], plain.slabs[2]
+    )  # a snapshot leaves out what is empty at a boundary

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,9 +12,21 @@ from tests.kernels.quantised import EXACT, fp8, roundtrip
 
 pytest.importorskip("triton")
 
+from dsv4.kernels.device import capability
 from dsv4.kernels.triton import gemm
+from dsv4.kernels.triton.common import INTERPRETED
+from dsv4.kernels.triton.forms import NARROW_TOKENS
 from dsv4.kernels.triton.quantise import quantise
 from dsv4.ops.weight import Fp8Weight
+
+
+def _product(x: torch.Tensor, codes: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """By the kernel for many tokens where it runs."""
+    groups = rest[2] if len(rest) > 2 else 1
+    wide = len(x) > NARROW_TOKENS and len(codes) // groups % 128 == codes.shape[1] % 128 == 0
+    return (gemm.wide_product if wide and (INTERPRETED or capability()[0] >= 9) else gemm.narrow_product)(
+        x, codes, *rest
+    )
 
 
 def _g(seed: int = 0) -> torch.Generator:
@@ -130,7 +144,7 @@ def test_few_tokens_of_the_releases_repeat_to_the_bit(tokens: int, groups: int, 
 def test_shapes_of_the_releases(tokens: int, groups: int, out: int, width: int) -> None:
     codes, scales, w = (v.to(DEVICE) for v in fp8(groups * out, width, _g(1)))
     x = torch.randn((tokens, groups * width), generator=_g(2)).bfloat16().to(DEVICE)
-    y = gemm.product(x, codes, scales, torch.bfloat16, groups)
+    y = _product(x, codes, scales, torch.bfloat16, groups)
     expected = torch.einsum(
         "tgk,gnk->tgn", roundtrip(x.view(tokens, groups, width)), w.view(groups, out, width)
     )
@@ -140,10 +154,10 @@ def test_shapes_of_the_releases(tokens: int, groups: int, out: int, width: int) 
 @on_hopper
 @pytest.mark.parametrize("tokens", [1, 17, 129, 1001])
 def test_cublas_gives_the_same_products(tokens: int) -> None:
-    from dsv4.kernels.cublas import usable
+    from dsv4.kernels.cublas.forms import lacks
     from dsv4.kernels.cublas.linear import linear
 
-    if not usable("cuda"):
+    if lacks():
         pytest.skip("this torch has no blockwise products")
     codes, scales, w = (v.to(DEVICE) for v in fp8(256, 896, _g(1)))
     x = torch.randn((tokens, 896), generator=_g(2)).bfloat16().to(DEVICE)
@@ -153,13 +167,12 @@ def test_cublas_gives_the_same_products(tokens: int) -> None:
 
 @on_hopper
 @pytest.mark.parametrize("tokens", [1, 129, 1001])
-def test_cublas_gives_the_same_grouped_products(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cublas_gives_the_same_grouped_products(tokens: int) -> None:
     from dsv4.kernels.cublas import linear as cublas
-    from dsv4.kernels.cublas import usable
+    from dsv4.kernels.cublas.forms import lacks
 
-    if not usable("cuda"):
+    if lacks():
         pytest.skip("this torch has no blockwise products")
-    monkeypatch.setattr(cublas, "GROUPED_FEW", 16)
     codes, scales, w = (v.to(DEVICE) for v in fp8(3 * 256, 896, _g(1)))
     x = torch.randn((tokens, 3, 896), generator=_g(2)).bfloat16().to(DEVICE)
     y = cublas.grouped_linear(x, cublas.grouped_linear.prepare(Fp8Weight(codes, scales, torch.bfloat16)))
@@ -178,5 +191,5 @@ def test_addresses_beyond_2_31() -> None:
     """Outputs of 2.2e9 elements; the last rows are right."""
     codes, scales, w = (v.to(DEVICE) for v in fp8(65536, 128, _g(1)))
     x = torch.randn((33000, 128), generator=_g(2)).bfloat16().to(DEVICE)
-    y = gemm.product(x, codes, scales, torch.bfloat16)
+    y = _product(x, codes, scales, torch.bfloat16)
     assert close(y[-3:], roundtrip(x[-3:]) @ w.t()) < 4e-3

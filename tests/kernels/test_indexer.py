@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4.backends import REGISTRY, choose
 from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.kernels.triton import indexer
+from dsv4.ops.forms import Machine
 from dsv4.ops.reference.index import lowest_index_topk
-from dsv4.ops.registry import REGISTRY, Ops
 
 from tests.kernels.device import DEVICE, on_gpu
 from tests.ops.cases import case, history_rows, moved
 
-REFERENCE = Ops.choose("reference")
+REFERENCE = choose("reference")
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_selection_at_full_width(form: str, starts: tuple[int, ...], length: int
         topk=512,
     )
     for backend in REGISTRY.backends("index_select"):
-        if backend == "reference" or REGISTRY.pick("index_select", backend, DEVICE) != backend:
+        if backend == "reference" or not REGISTRY.runs("index_select", backend, Machine.here(DEVICE)):
             continue
         select = REGISTRY.load("index_select", backend)
         got = select(**args)

@@ -16,7 +16,8 @@ from tests.kernels.test_moe import LIMIT, check, make
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.gluon import moe
+from dsv4.kernels.gluon import fits, moe
+from dsv4.kernels.gluon.forms import MANY
 from dsv4.kernels.triton import moe as portable
 from dsv4.kernels.triton import moe_pack
 from dsv4.kernels.triton.moe_plan import plan_many
@@ -100,12 +101,14 @@ def test_sum_leaves_out_slots_without_an_expert() -> None:
 
 def test_few_tokens_wide_scales_and_odd_widths_go_to_triton() -> None:
     packed, _ = make(4, 128, 64)
-    least = moe.MANY * 4 // 2
-    assert moe.suits(least, 2, 128, packed) and not moe.suits(least - 1, 2, 128, packed)
-    assert not moe.suits(least, 2, 160, packed)
+    least, ids = MANY * 4 // 2, lambda tokens: torch.zeros((tokens, 2), dtype=torch.int64)
+    x = torch.empty(least, 128)
+    assert fits.narrow_scales(packed) and fits.many_slots(x, ids(least), None, packed)
+    assert not fits.many_slots(x, ids(least - 1), None, packed)
+    assert not fits.many_slots(torch.empty(least, 160), ids(least), None, packed)
     names = portable.PackedExperts.__dataclass_fields__
     wide = portable.PackedExperts(**{n: getattr(packed, n) for n in names} | {"absorb": False})
-    assert not moe.suits(least, 2, 128, wide)
+    assert not fits.narrow_scales(wide)
 
 
 def _look_up(

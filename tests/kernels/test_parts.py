@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dsv4.backends import choose
 from dsv4.kernels.triton import attention, indexer, topk
-from dsv4.ops.registry import Ops
 
 from tests.kernels.device import DEVICE
 from tests.kernels.test_attention import make
@@ -15,7 +15,7 @@ from tests.ops.cases import case, history_rows, moved
 from tests.ops.test_parts import test_attention_by_parts as attention_by_parts
 from tests.ops.test_parts import test_selection_by_parts as selection_by_parts
 
-REFERENCE = Ops.choose("reference")
+REFERENCE = choose("reference")
 
 
 @pytest.mark.parametrize("splits", [None, 1, 3])

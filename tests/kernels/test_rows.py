@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4.backends import choose
 from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
-from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
 
 from tests.kernels.device import DEVICE, close, on_gpu
 from tests.ops.cases import case, moved, outcome, step_of
 
-REFERENCE = Ops.choose("reference")
+REFERENCE = choose("reference")
 MODULES = {
     "rmsnorm": "norm",
     "norm_rope": "norm",

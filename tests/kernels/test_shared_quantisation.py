@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4.backends import REGISTRY
 from dsv4.cache.paged import PagedCache
 from dsv4.model.export import quantise_fp8
 from dsv4.model.v4 import V4Model
+from dsv4.ops.forms import Machine
 from dsv4.ops.quantised import Quantised
-from dsv4.ops.registry import REGISTRY, Ops
+from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
 from dsv4.ops.weight import Fp8Weight
 
@@ -60,7 +62,7 @@ def test_products_of_shared_activations_are_those_of_the_values(tokens: int) -> 
     shared.codes[tokens:] = 0
     shared.scales[:, tokens:] = 1
     codes, scales, _ = (v.to(DEVICE) for v in fp8(128, 256, g))
-    y, z = (gemm.product(v, codes, scales, torch.float32) for v in (x, shared))
+    y, z = (gemm.narrow_product(v, codes, scales, torch.float32) for v in (x, shared))
     assert torch.equal(y, z)
     if tokens <= 32:
         a, b = (gemm.gated(v, (codes, scales), (codes, scales), 0.7) for v in (x, shared))
@@ -97,7 +99,9 @@ def _model(monkeypatch: pytest.MonkeyPatch, *, share: bool) -> tuple[torch.Tenso
 def _forced(driver: Driver) -> None:
     driver.layout = driver.config.layout(driver.row, driver.index, block_tokens=driver.block_tokens)
     driver.cache = PagedCache(driver.layout, 1, 1, driver.device)
-    ops = Ops({op: "triton" if op in OURS else "reference" for op in SPECS}, REGISTRY)
+    machine = Machine("cuda", 9)
+    names = {op: "triton" if op in OURS else "reference" for op in SPECS}
+    ops = Ops({op: REGISTRY.chain(op, name, machine) for op, name in names.items()}, machine)
     weights = {name: w.to(driver.device) for name, w in driver.weights.items()}
     driver.model = V4Model(driver.config, weights, driver.cache, ops)
     driver.page_table = torch.zeros((1, 1), dtype=torch.int32)

@@ -14,7 +14,7 @@ from dsv4.model.batch import Batch, Row
 from dsv4.model.step import Geometry, Step, build_step
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.spec import SPECS
-from dsv4.ops.tables import END, PROMPT
+from dsv4.ops.tables import END, PROMPT, RESET, RESTORE, SAVE, Span, StateTable
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Gated, Weight
 from torch import Tensor
 
@@ -327,6 +327,19 @@ def _sample(t: int, g: torch.Generator) -> dict[str, Any]:
     )
 
 
+def _copy_state(t: int, g: torch.Generator) -> dict[str, Any]:
+    """A ring, rows of two planes and a pool; a snapshot saved, one restored, a slab emptied, whose pages lie scattered."""
+    spans = (
+        Span(16, 24, 8, 5, 0, pool=False),
+        Span(208, 8, 8, 5, 120, pool=False),
+        Span(272, 32, 4, 2, 160, pool=True),
+    )
+    numbers = lambda *shape: torch.randint(0, 120, shape, generator=g, dtype=torch.uint8)  # noqa: E731
+    order = torch.randperm(12, generator=g).tolist()
+    jobs = [(SAVE, 2, 3 + t, *order[:4]), (RESTORE, 0, 5 + 2 * t, *order[4:8]), (RESET, 3)]
+    return dict(pages=numbers(12, 64), slabs=numbers(4, 416), state=StateTable(spans), jobs=jobs)
+
+
 CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "linear": _linear(24),
     "linear_f32": _linear(24),
@@ -341,6 +354,7 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "norm_rope": _norm_rope,
     "write_rows": _write_rows,
     "copy_rows": _copy_rows,
+    "copy_state": _copy_state,
     "hc_pre": lambda t, g: dict(**_hyper(t, g, 24, 3), iters=20),
     "hc_post": _hc_post,
     "hc_head": lambda t, g: _hyper(t, g, 4, 1),

@@ -3,14 +3,16 @@ in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from dsv4.backends import REGISTRY, choose
 from dsv4.config import EngineConfig, backend_names
 from dsv4.errors import ConfigError
-from dsv4.ops.registry import REGISTRY, Op, Ops, Registry
+from dsv4.ops.forms import Form, Machine
+from dsv4.ops.forms import at as named
+from dsv4.ops.registry import Op, Ops, Registry
 from dsv4.ops.spec import QUANTISED as QUANTISED_ERROR
 from dsv4.ops.spec import SPECS
 from dsv4.ops.weight import dense
@@ -22,12 +24,12 @@ OTHERS = [
     (op, b)
     for op in SPECS
     for b in REGISTRY.backends(op)
-    if b != "reference" and REGISTRY.pick(op, b, DEVICE) == b
+    if b != "reference" and REGISTRY.runs(op, b, Machine.here(DEVICE))
 ]
 ROWWISE = [
     op
     for op in SPECS
-    if op not in ("write_rows", "copy_rows", "compress")
+    if op not in ("write_rows", "copy_rows", "copy_state", "compress")
     and not {"TokenTable", "P,T,k", "P,T,h"} & {x for a in SPECS[op].args for x in (a.dtype, a.shape)}
 ]
 
@@ -50,7 +52,7 @@ def test_every_op_has_cases() -> None:
 def test_spec_names_the_arguments_and_results(op: str) -> None:
     args = case(op, 6)
     assert list(args) == [a.name for a in SPECS[op].args]
-    results = outcome(op, getattr(Ops.choose("reference"), op), args)
+    results = outcome(op, getattr(choose("reference"), op), args)
     assert len(results) == len(SPECS[op].result) + len(SPECS[op].writes)
     results = results[: len(SPECS[op].result)]
     for tensor, result in zip(results, SPECS[op].result, strict=True):
@@ -101,7 +103,7 @@ def test_packed_weights_give_the_bits_of_expanded_ones(op: str, dtype: torch.dty
 @pytest.mark.parametrize("op", ROWWISE)
 def test_reference_gives_the_same_bits_for_any_part_of_a_batch(op: str, dtype: torch.dtype) -> None:
     """Tokens 5 .. 5 + n alone, and in a batch of 301."""
-    run, spec = getattr(Ops.choose("reference"), op), SPECS[op]
+    run, spec = getattr(choose("reference"), op), SPECS[op]
     args = case(op, 301)
     model = {a.name for a in spec.args if a.dtype == "model"}
     rows = {a.name for a in spec.args if a.shape[:1] in ("T", "S")}
@@ -117,58 +119,106 @@ def test_reference_gives_the_same_bits_for_any_part_of_a_batch(op: str, dtype: t
 
 def test_unknown_backend_names_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"backend is 'referense'; known: auto, reference.*; did you mean 'reference'\?"
+        ConfigError, match=r"backend is 'referense'; known: auto, .*reference; did you mean 'reference'\?"
     ):
-        Ops.choose("referense")
+        choose("referense")
 
 
 def test_unknown_op_names_the_known_ones() -> None:
     with pytest.raises(AttributeError, match=r"'rmsnrm' is unknown; known: .*did you mean 'rmsnorm'"):
-        _ = Ops.choose("reference").rmsnrm
+        _ = choose("reference").rmsnrm
     with pytest.raises(ConfigError, match="op 'nope' is unknown"):
-        Registry().register("nope", "x", lambda: print)
+        Registry([Form("nope", "x", "m:f")])
+
+
+def _plain(*args: Any) -> str:
+    return "plain"
+
+
+def _fast(*args: Any) -> str:
+    return "fast"
+
+
+def _new(*args: Any) -> str:
+    return "new"
+
+
+def _short(x: Any, weight: Any) -> bool:
+    return len(x) < 3
+
+
+def _form(op: str, backend: str, **says: Any) -> Form:
+    return Form(op, backend, f"{__name__}:_{backend}", **says)
+
+
+def registry() -> Registry:
+    """`fast` multiplies short inputs on Hopper; `new` is for Blackwell and was never run."""
+    return Registry(
+        [
+            _form("linear", "new", arch=(10, 10), untried=True),
+            _form("linear", "fast", arch=(9, 10), fits=f"{__name__}:_short", when="fewer than 3 tokens", packed=True),
+            *(_form(op, "plain", capturable=op == "linear") for op in SPECS),
+        ]
+    )  # fmt: skip
 
 
 def test_the_named_backends_come_first_and_auto_takes_the_rest() -> None:
-    registry = Registry()
-    loaded: list[str] = []
-
-    def factory(name: str) -> Callable[[], Op]:
-        return lambda: loaded.append(name) or (lambda *a: name)
-
-    for op in SPECS:
-        registry.register(op, "reference", factory("reference"))
-    registry.register("linear", "fast", factory("fast"), usable=lambda device: device == "cuda", priority=5)
-    registry.register("linear", "new", factory("new"), untried=lambda device: True, priority=9)
-    assert loaded == []
-    assert (
-        registry.pick("linear", "auto", "cuda") == "fast" and registry.pick("linear", "new", "cuda") == "new"
-    )
-    assert registry.pick("linear", "new,fast", "cuda") == "new"
-    assert registry.pick("linear", "reference,fast", "cuda") == "reference"
-    assert registry.pick("rmsnorm", "fast,new", "cuda") == "reference"
-    # `new` runs on the CPU too, but was not tried there.
-    assert registry.pick("linear", "auto", "cpu") == "reference"
-    on_gpu, on_cpu = Ops.choose("auto", "cuda", registry), Ops.choose("auto", "cpu", registry)
-    assert on_gpu.linear() == "fast" and on_cpu.linear() == "reference"
-    assert on_cpu.describe() == [f"reference (all {len(SPECS)} ops)"]
-    assert sorted(on_gpu.describe())[0] == "fast (linear)"
-    with pytest.raises(ConfigError, match=r"'fast'; it runs nothing on cpu .*: auto, reference, new"):
-        Ops.choose("new,fast", "cpu", registry)
+    hopper, blackwell, cpu = Machine("cuda", 9), Machine("cuda", 10), Machine()
+    labels = lambda names, machine: [f.label for f in registry().chain("linear", names, machine)]  # noqa: E731
+    assert labels("auto", hopper) == ["fast", "plain"] and labels("auto", cpu) == ["plain"]
+    assert labels("auto", blackwell) == ["fast", "plain"]
+    assert labels("new", blackwell) == ["new"] == labels("new,fast", blackwell)
+    assert labels("fast,new", blackwell) == ["fast", "new"] and labels("plain,fast", hopper) == ["plain"]
+    with pytest.raises(ConfigError, match=r"'fast'; it runs nothing on cpu .*: auto, plain"):
+        Ops.choose("plain,fast", cpu, registry())
     with pytest.raises(ConfigError, match="already"):
-        registry.register("linear", "fast", factory("fast"))
+        registry().add(_form("linear", "fast"))
 
 
-def test_a_form_that_was_never_run_is_taken_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_form_that_fits_runs_a_call() -> None:
+    """By place and by name; nothing that it does not reach is loaded."""
+    ops = Ops.choose("auto", Machine("cuda", 9), registry())
+    assert [ops.linear([0] * n, None) for n in (2, 3)] == ["fast", "plain"]
+    assert [ops.linear(weight=None, x=[0] * n) for n in (2, 3)] == ["fast", "plain"]
+    assert ops.rmsnorm is _plain  # a single form costs no call
+    assert ops.packed and not Ops.choose("auto", Machine(), registry()).packed
+    assert ops.uncaptured("linear") == [] and ops.uncaptured("rmsnorm") == ["plain"]
+    assert ops.describe()[0] == "linear: fast (fewer than 3 tokens), else plain"
+    assert ops.describe()[1].endswith(": plain") and len(ops.describe()) == 2
+    assert Ops.choose("auto", Machine(), registry()).describe() == [f"plain (all {len(SPECS)} ops)"]
+    never = Ops.choose("new", Machine("cuda", 10), registry())
+    assert never.describe()[0] == "linear: new (never run before)"
+
+
+def test_every_op_has_a_form_for_every_call_everywhere() -> None:
+    for machine in (Machine(), *(Machine("cuda", major) for major in (7, 8, 9, 10, 12))):
+        for names in ("auto", *REGISTRY.backends(), "triton,gluon"):
+            for op in SPECS:
+                last = REGISTRY.chain(op, names, machine)[-1]
+                assert last.fits is None and last.takes is None and not last.untried
+
+
+def test_every_form_names_a_function_and_conditions() -> None:
+    pytest.importorskip("triton")
+    for form in REGISTRY.forms():
+        assert callable(form.load())
+        for condition in (form.takes, form.fits):
+            assert condition is None or callable(named(condition))
+        assert form.when or (form.takes is None and form.fits is None), f"{form} does not say when"
+
+
+def test_a_form_that_was_never_run_is_taken_by_name_only() -> None:
     """Blackwell: sparse attention in Gluon is compiled and untried. The rest is what `auto` takes."""
-    for package in ("triton", "cublas", "gluon"):
-        monkeypatch.setattr(f"dsv4.kernels.{package}.capability", lambda: (10, 0))
-        monkeypatch.setattr(f"dsv4.kernels.{package}.has_triton", lambda: True)
-    assert {REGISTRY.pick(op, "auto", "cuda") for op in SPECS} == {"triton"}
-    named = {op: REGISTRY.pick(op, "gluon", "cuda") for op in SPECS}
-    assert [op for op, backend in named.items() if backend == "gluon"] == ["sparse_attention"]
-    assert set(named.values()) == {"gluon", "triton"}
-    assert REGISTRY.usable("cuda", untried=True) == {"gluon": ["sparse_attention"]}
+    pytest.importorskip("triton")
+    blackwell = Machine("cuda", 10)
+    auto = Ops.choose("auto", blackwell, REGISTRY)
+    assert {f.backend for forms in auto.chains.values() for f in forms} == {"triton", "reference"}
+    assert not any(f.untried for forms in auto.chains.values() for f in forms)
+    by_name = Ops.choose("gluon", blackwell, REGISTRY)
+    assert [f.op for forms in by_name.chains.values() for f in forms if f.untried] == ["sparse_attention"]
+    assert any("gluon blackwell" in line and "never run before" in line for line in by_name.describe())
+    (untried,) = REGISTRY.usable(blackwell, untried=True)["gluon"]
+    assert untried.op == "sparse_attention"
 
 
 def test_the_settings_take_every_backend_that_is_registered() -> None:

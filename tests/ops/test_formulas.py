@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
+from dsv4.backends import choose
 from dsv4.ops.reference import attention, blocks, index
 from dsv4.ops.reference.index import lowest_index_topk
 from dsv4.ops.reference.norm import rope
-from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
 from dsv4.ops.weight import Gated
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tests.ops.cases import RATIO, WINDOW, case, step_of
 
-OPS = Ops.choose("reference")
+OPS = choose("reference")
 
 
 def _rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

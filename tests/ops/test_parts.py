@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4.backends import REGISTRY
 from dsv4.cache.rows import Rows
-from dsv4.ops.registry import REGISTRY
+from dsv4.ops.forms import Machine
 from dsv4.ops.spec import SPECS
 from dsv4.ops.tables import EntryTable, of_part
 from torch import Tensor
@@ -15,7 +16,11 @@ from torch import Tensor
 from tests.ops.cases import BLOCK_TOKENS, RATIO, case, moved, stored
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = sorted({REGISTRY.pick("partial_attention", b, DEVICE) for b in ("reference", "triton", "auto")})
+BACKENDS = [
+    b
+    for b in REGISTRY.backends("partial_attention")
+    if REGISTRY.runs("partial_attention", b, Machine.here(DEVICE))
+]
 
 
 def part_of(rows: Rows, entries: EntryTable, part: int, parts: int) -> tuple[Rows, EntryTable]:

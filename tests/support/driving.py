@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 from dsv4._core import LayoutSpec
+from dsv4.backends import choose
 from dsv4.cache.paged import PagedCache
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.v4 import V4Model
-from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from torch import Tensor
 
@@ -51,9 +51,12 @@ class Driver:
         history = self.slabs * blocks
         self.spare = list(range(history, history + 4 * self.layout.snapshot_pages))
         pages = history + len(self.spare)
-        self.cache = PagedCache(self.layout, pages, self.slabs, self.device, poison=self.poison)
+        ops = choose(self.backend, self.device)
+        self.cache = PagedCache(
+            self.layout, pages, self.slabs, self.device, copy_state=ops.copy_state, poison=self.poison
+        )
         weights = {name: w.to(self.device) for name, w in self.weights.items()}
-        self.model = V4Model(self.config, weights, self.cache, Ops.choose(self.backend, self.device))
+        self.model = V4Model(self.config, weights, self.cache, ops)
         # Pages in an order that is not that of blocks, as in service.
         self.page_table = torch.arange(history - 1, -1, -1, dtype=torch.int32).view(self.slabs, blocks)
 

@@ -12,8 +12,8 @@ whole slab, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from dsv4.cache.rows import Rows
 from dsv4.formats import RowFormat
-from dsv4.kernels.device import has_triton
+from dsv4.ops.reference.state import copy_state
+from dsv4.ops.tables import RESET, RESTORE, SAVE, Span, StateTable
 from dsv4.row_sizes import plane_bytes
 from dsv4.transfer import to_device
 
@@ -34,7 +35,7 @@ logits."""
 
 
 class PagedCache:
-    """`pages` pages and `slabs` slabs of `layout` on `device`. With `poison` memory starts as NaN and a reset
+    """`pages` pages and `slabs` slabs of `layout` on `device`; `copy_state` is the op. With `poison` memory starts as NaN and a reset
     slab becomes NaN again, which costs time and is for tests."""
 
     def __init__(
@@ -44,6 +45,7 @@ class PagedCache:
         slabs: int,
         device: torch.device | str = "cpu",
         *,
+        copy_state: Callable[..., None] = copy_state,
         poison: bool = False,
     ) -> None:
         self.layout, self.device, self._poison = layout, torch.device(device), poison
@@ -53,12 +55,7 @@ class PagedCache:
             self.pages.fill_(_POISON)
             self.slabs.fill_(_POISON)
         self._components = {c.name: c for c in layout.components}
-        self._state = [c for c in layout.components if c.kind != "stride"]
-        self._copies: Any = None
-        if self.device.type == "cuda" and has_triton() and not poison:
-            from dsv4.kernels.triton.copies import Copies
-
-            self._copies = Copies(layout, self.pages, self.slabs)
+        self._copy_state, self._spans = copy_state, StateTable(tuple(_spans(layout)))
 
     def rows(self, name: str, layer: int, codec: RowFormat) -> Rows:
         """Rows of a history component (ids count through pages) or of the window (ids count through
@@ -75,17 +72,9 @@ class PagedCache:
 
     def reset(self, slabs: Sequence[int]) -> None:
         """Empties the pools of slabs. Window rows stay: positions before a row's start are never read."""
-        if self._copies:
-            self._copies.reset(slabs)
-            return
-        at = self._at(slabs)
         if self._poison:
-            self.slabs[at] = _POISON
-        for component in self._state:
-            for layer in component.layers if component.kind == "pool" else ():
-                pools = self.pools(component.name, layer)
-                pools[at, :, 0] = 0
-                pools[at, :, 1] = -torch.inf
+            self.slabs[self._at(slabs)] = _POISON
+        self._copy([(RESET, slab) for slab in slabs])
 
     def poison_pages(self, pages: Sequence[int]) -> None:
         """Overwrites pages with NaN. For tests: what was freed must not be read."""
@@ -97,19 +86,13 @@ class PagedCache:
         self.save_all([(slab, position, *pages)])
 
     def save_all(self, jobs: Sequence[Sequence[int]]) -> None:
-        """`save` of each (slab, position, pages ...), in one launch on a GPU."""
-        for slab, position, pages in self._jobs(jobs, self._copies and self._copies.save):
-            self._save(slab, position, pages)
-
-    def _save(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        at = self._at(pages)
-        packed = torch.zeros(len(at) * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
-        if position % self.layout.block_tokens:
+        """`save` of each (slab, position, pages ...); pages of -1 are padding."""
+        snapshots, whole = self._jobs(jobs)
+        self._copy([(SAVE, *job) for job in snapshots])
+        for slab, _, *pages in whole:
+            packed = torch.zeros(len(pages) * self.layout.page_bytes, dtype=torch.uint8, device=self.device)
             packed[: self.layout.slab_bytes] = self.slabs[slab]
-        else:
-            for live, rows, saved in self._saved(slab, position, packed):
-                saved.copy_(live[rows])
-        self.pages[at] = packed.view(len(at), -1)
+            self.pages[self._at(pages)] = packed.view(len(pages), -1)
 
     def restore(self, slab: int, position: int, pages: Sequence[int]) -> None:
         """Makes a slab what it was when `save` was called; what a snapshot leaves out is empty at such a
@@ -117,30 +100,26 @@ class PagedCache:
         self.restore_all([(slab, position, *pages)])
 
     def restore_all(self, jobs: Sequence[Sequence[int]]) -> None:
-        """`restore` of each (slab, position, pages ...), in one launch on a GPU."""
-        for slab, position, pages in self._jobs(jobs, self._copies and self._copies.restore):
-            self._restore(slab, position, pages)
+        """`restore` of each (slab, position, pages ...); pages of -1 are padding."""
+        snapshots, whole = self._jobs(jobs)
+        if self._poison and snapshots:
+            self.slabs[self._at([job[0] for job in snapshots])] = _POISON
+        self._copy([(RESTORE, *job) for job in snapshots])
+        for slab, _, *pages in whole:
+            self.slabs[slab] = self.pages[self._at(pages)].flatten()[: self.layout.slab_bytes]
 
-    def _restore(self, slab: int, position: int, pages: Sequence[int]) -> None:
-        packed = self.pages[self._at(pages)].flatten()
-        if position % self.layout.block_tokens:
-            self.slabs[slab] = packed[: self.layout.slab_bytes]
-            return
-        self.reset([slab])
-        for live, rows, saved in self._saved(slab, position, packed):
-            live[rows] = saved
+    def _copy(self, jobs: Sequence[Sequence[int]]) -> None:
+        self._copy_state(self.pages, self.slabs, self._spans, jobs)
 
-    def _jobs(self, jobs: Sequence[Sequence[int]], launch: Any) -> list[tuple[int, int, list[int]]]:
-        """Copy jobs without the padding of a plan's lists, checked; `launch` takes the snapshots among them."""
-        plain = [(slab, position, [p for p in pages if p >= 0]) for slab, position, *pages in jobs]
-        for _, position, pages in plain:
+    def _jobs(self, jobs: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[int]]]:
+        """Copy jobs without the padding of a plan's lists, checked: those of snapshots, and those of whole slabs."""
+        snapshots, whole = [], []
+        for slab, position, *padded in jobs:
+            pages = [p for p in padded if p >= 0]
             self._check_pages(position, pages)
-        if not launch:
-            return plain
-        at_boundary = [j for j in plain if j[1] % self.layout.block_tokens == 0]
-        if at_boundary:
-            launch([(slab, position, *pages) for slab, position, pages in at_boundary])
-        return [j for j in plain if j[1] % self.layout.block_tokens]
+            inside = position % self.layout.block_tokens
+            (whole if inside else snapshots).append([slab, position, *pages])
+        return snapshots, whole
 
     def fork(self, from_slab: int, to_slab: int, from_page: int, to_page: int) -> None:
         """Copies a slab, and the page that is not full yet (-1: none is open), to another owner."""
@@ -159,20 +138,6 @@ class PagedCache:
     def _at(self, ids: Sequence[int]) -> Tensor:
         return to_device(torch.tensor(ids, dtype=torch.int64), self.device)
 
-    def _saved(self, slab: int, position: int, packed: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For all that a snapshot keeps: the live bytes [rows, n], which rows of them, and their place
-        [saved, n] in `packed`. The window is saved oldest row first."""
-        for c in self._state:
-            kept = torch.arange(c.saved_rows, device=self.device)
-            rows = (position - c.saved_rows + kept) % c.rows if c.kind == "window" else kept
-            for i, layer in enumerate(c.layers):
-                region = self._region(c, layer)[slab]
-                at = c.snapshot_offset + i * c.snapshot_layer_stride
-                saved = packed[at : at + c.saved_rows * c.row_bytes]
-                planes = plane_bytes(c.format, c.row_bytes)
-                for n, live, part in zip(planes, _split(region, planes), _split(saved, planes), strict=True):
-                    yield live.view(-1, n), rows, part.view(-1, n)
-
     def _region(self, component: Component, layer: int) -> Tensor:
         """uint8 [pages or slabs, rows * row_bytes], a view."""
         storage = self.pages if component.kind == "stride" else self.slabs
@@ -188,7 +153,12 @@ def _zeros(shape: tuple[int, int], device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
-def _split(region: Tensor, planes: Sequence[int]) -> tuple[Tensor, ...]:
-    """A region cut into its planes: first the leading bytes of all rows, then the next."""
-    rows = len(region) // sum(planes)
-    return region.split([rows * n for n in planes])
+def _spans(layout: LayoutSpec) -> Iterator[Span]:
+    """Every plane of every layer of the state's components."""
+    for c in layout.components:
+        for layer in range(len(c.layers) if c.kind != "stride" else 0):
+            live = c.offset + layer * c.layer_stride
+            packed = c.snapshot_offset + layer * c.snapshot_layer_stride
+            for size in plane_bytes(c.format, c.row_bytes):
+                yield Span(live, size, c.rows, c.saved_rows, packed, c.kind == "pool")
+                live, packed = live + size * c.rows, packed + size * c.saved_rows

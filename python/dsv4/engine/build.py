@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dsv4._core import Core, LayoutSpec
+from dsv4.backends import choose
 from dsv4.cache.paged import PagedCache
 from dsv4.config import EngineConfig, default_step_tokens, step_budget
 from dsv4.engine.buffers import StepPlan
@@ -101,7 +102,8 @@ class BuiltEngine:
         return [
             f"model      {self.name}: {self.model_config.num_layers} layers, vocabulary {self.model_config.vocab_size}, from {self.source.path}",
             f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {formats.get('csa_index', 'none')}",
-            f"device     {c.device}; ops: {'; '.join(self.ops.describe())}",
+            f"device     {c.device}",
+            *(f"{'ops' if i == 0 else '':<10} {line}" for i, line in enumerate(self.ops.describe())),
             f"weights    {size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             *(f"           {note}" for note in m.notes),
             f"pool       {size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {size(layout.page_bytes)} each; "
@@ -138,7 +140,7 @@ def build_engine(
         config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size
     )
     record = None if config.record_steps is None else StepRecord(config.record_steps)
-    ops = Ops.choose(config.backend, device)
+    ops = choose(config.backend, device)
     free = usable_memory(config)
     packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
     held = "released" if packed else str(dtype).removeprefix("torch.")
@@ -207,10 +209,10 @@ def _local_device(
     """The device's side, and what keeps its decode steps from being captured."""
     eager = _why_eager(config)
     slabs = config.max_num_seqs + (eager is None)  # the last one for padding
-    cache = PagedCache(layout, pages, slabs, config.device)
+    cache = PagedCache(layout, pages, slabs, config.device, copy_state=ops.copy_state)
     model = V4Model(model_config, weights, cache, ops, consume=True)
     if eager is None and (ops_on_host := model.uncaptured()):
-        eager = f"the reference runs {', '.join(ops_on_host)}"
+        eager = f"no graph can hold {', '.join(ops_on_host)} as chosen"
     local = LocalDevice(
         model,
         cache,

@@ -196,10 +196,10 @@ class V4Model:
             table.grow(end)
 
     def uncaptured(self) -> list[str]:
-        """Ops of a decode step that no CUDA graph can hold here: the reference runs them, which looks at values."""
-        packed = all(self.ops.quantises("experts", layer.moe.experts) for layer in self.layers)
-        others = [op for op in self.ops.on_reference() if op not in ("copy_rows", "experts")]
-        return others if packed else [*others, "experts"]
+        """Ops of a decode step with a form that no CUDA graph can hold, as the reference's, which look at values. Snapshots are copied outside."""
+        held = {"experts": [layer.moe.experts for layer in self.layers]}
+        inside = [op for op in self.ops.chains if op != "copy_state"]
+        return [op for op in inside if any(self.ops.uncaptured(op, w) for w in held.get(op, [None]))]
 
     def _embedded(self, token_ids: Tensor) -> Tensor:
         """int64 [T] -> [T, n, d], all streams alike."""

@@ -1,177 +1,186 @@
-"""Chooses a backend for every op at start-up. A factory is called only when its op is chosen, so that naming
-a backend costs no import."""
+"""Chooses among the forms of every op: by machine and by the names in `--backend` at start, by a call's arguments when it comes. Nothing
+is imported for a form that cannot be reached."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
-
 from dsv4.errors import ConfigError
+from dsv4.ops.forms import Form, Machine
+from dsv4.ops.forms import at as condition
 from dsv4.ops.spec import SPECS
-from dsv4.ops.weight import Gated
 from dsv4.spelling import nearest
 
 Op = Callable[..., Any]
 
-_REFERENCE_MODULES = {
-    "linear": ("linear", "linear_f32", "grouped_linear", "logits"),
-    "norm": ("rmsnorm", "rmsnorm_quantised", "norm_rope"),
-    "rows": ("write_rows", "copy_rows"),
-    "hyper": ("hc_pre", "hc_post", "hc_head"),
-    "compress": ("compress",),
-    "index": ("index_select", "index_candidates", "merge_candidates"),
-    "attention": ("sparse_attention", "partial_attention", "merge_attention"),
-    "moe": ("route", "experts", "swiglu"),
-    "edits": ("edit_logits",),
-    "sample": ("sample",),
+WEIGHT_AT = {
+    op: i for op, spec in SPECS.items() for i, a in enumerate(spec.args) if a.dtype in ("weight", "gated")
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One op of one backend. `usable(device)` says whether it runs there, `untried(device)` whether it never did, so that
-    `auto` leaves it alone unless it is named; `priority` decides among the usable ones."""
-
-    load: Callable[[], Op]
-    usable: Callable[[str], bool]
-    untried: Callable[[str], bool]
-    priority: int
+"""Place of an op's matrices among its arguments."""
 
 
 class Registry:
-    """op -> backend -> Entry."""
+    """Forms by op, in the order in which `auto` takes them: that in which they were added."""
 
-    def __init__(self) -> None:
-        self._entries: dict[str, dict[str, Entry]] = {op: {} for op in SPECS}
+    def __init__(self, forms: Iterable[Form] = ()) -> None:
+        self._forms: dict[str, list[Form]] = {op: [] for op in SPECS}
+        self._names: dict[str, None] = {}  # in the order in which they came
+        for form in forms:
+            self.add(form)
 
-    def register(
-        self,
-        op: str,
-        backend: str,
-        load: Callable[[], Op],
-        *,
-        usable: Callable[[str], bool] = lambda device: True,
-        untried: Callable[[str], bool] = lambda device: False,
-        priority: int = 0,
-    ) -> None:
-        """Adds a backend of an op. Raises ConfigError when the op is unknown or has this backend already."""
-        if op not in self._entries:
-            raise ConfigError(
-                f"op {op!r} is unknown; known: {', '.join(self._entries)}{nearest(op, self._entries)}"
-            )
-        if backend in self._entries[op]:
-            raise ConfigError(f"op {op!r} has a backend {backend!r} already; register it once")
-        self._entries[op][backend] = Entry(load, usable, untried, priority)
+    def add(self, form: Form) -> None:
+        """Raises ConfigError when the op is unknown or has this form already."""
+        if form.op not in self._forms:
+            known = ", ".join(self._forms)
+            raise ConfigError(f"op {form.op!r} is unknown; known: {known}{nearest(form.op, self._forms)}")
+        if any(f.label == form.label for f in self._forms[form.op]):
+            raise ConfigError(f"op {form.op!r} has a form {form.label!r} already; add it once")
+        self._forms[form.op].append(form)
+        self._names[form.backend] = None
+
+    def forms(self, op: str | None = None) -> list[Form]:
+        """Of one op, or of all."""
+        return [f for name in (SPECS if op is None else (op,)) for f in self._forms[name]]
 
     def backends(self, op: str | None = None) -> tuple[str, ...]:
         """Names of the backends of one op, or of all."""
-        ops = self._entries if op is None else {op: self._entries[op]}
-        return tuple(dict.fromkeys(name for entries in ops.values() for name in entries))
+        here = {f.backend for f in self.forms(op)}
+        return tuple(name for name in self._names if name in here)
 
-    def load(self, op: str, backend: str) -> Op:
-        """The callable of one op of one backend."""
-        return self._entries[op][backend].load()
+    def usable(self, machine: Machine, *, untried: bool = False) -> dict[str, list[Form]]:
+        """Backend -> its forms that run on `machine`; with `untried` those of them that never did."""
+        found: dict[str, list[Form]] = {name: [] for name in self.backends()}
+        for form in self.forms():
+            if form.runs(machine) and (not untried or form.untried):
+                found[form.backend].append(form)
+        return {name: forms for name, forms in found.items() if forms}
 
-    def usable(self, device: str, *, untried: bool = False) -> dict[str, list[str]]:
-        """Backend -> its ops that run on `device`; with `untried` those of them that never did."""
-        found: dict[str, list[str]] = {name: [] for name in self.backends()}
-        for op, entries in self._entries.items():
-            for name, entry in entries.items():
-                if entry.usable(device) and (not untried or entry.untried(device)):
-                    found[name].append(op)
-        return {name: ops for name, ops in found.items() if ops}
+    def runs(self, op: str, backend: str, machine: Machine) -> bool:
+        """Whether the backend has a form of the op for this machine."""
+        return any(f.backend == backend and f.runs(machine) for f in self._forms[op])
 
-    def pick(self, op: str, backend: str, device: str) -> str:
-        """The backend that runs this op: the first of the named ones ("gluon,triton") that has it and runs here. `auto`, and
-        what takes an op that no named one has, is the usable one with the highest priority that was tried there."""
-        usable = {name: e for name, e in self._entries[op].items() if e.usable(device)}
-        for name in backend.split(","):
-            if name in usable:
-                return name
-        tried = [name for name, e in usable.items() if not e.untried(device)]
-        return max(tried, key=lambda name: usable[name].priority)
+    def chain(self, op: str, backend: str, machine: Machine) -> tuple[Form, ...]:
+        """The forms that may run calls of this op, the first that fits a call runs it: those of the named backends
+        ("gluon,triton") in that order, then what `auto` takes, which is what was tried. It ends with one that takes any call."""
+        return self._cut([f for f in self._ordered(op, backend.split(",")) if f.runs(machine)], backend)
+
+    def _ordered(self, op: str, names: list[str]) -> list[Form]:
+        ranked = sorted(
+            self._forms[op], key=lambda f: names.index(f.backend) if f.backend in names else len(names)
+        )
+        return [f for f in ranked if f.backend in names or not f.untried]
+
+    @staticmethod
+    def _cut(forms: list[Form], backend: str) -> tuple[Form, ...]:
+        for i, form in enumerate(forms):
+            if form.fits is None and form.takes is None:
+                return tuple(forms[: i + 1])
+        raise ConfigError(f"backend {backend!r} leaves an op without a form for every call")
+
+    def load(self, op: str, backend: str, machine: Machine | None = None) -> Op:
+        """One op by one backend, and by others what it does not fit. On a machine for which the backend has no form of it (a test's
+        interpreter) all of them are taken."""
+        machine = machine or Machine.here("cuda")
+        mine = [f for f in self._forms[op] if f.backend == backend]
+        mine = [f for f in mine if f.runs(machine)] or mine
+        rest = [f for f in self.chain(op, "auto", machine) if f.backend != backend]
+        return dispatcher(op, self._cut([*mine, *rest], backend))
+
+
+def dispatcher(op: str, forms: tuple[Form, ...]) -> Op:
+    """What runs a call by the first of `forms` that fits it. A single form is its own function."""
+    runs = [form.load() for form in forms]
+    prepare = next((run.prepare for run in runs if hasattr(run, "prepare")), None)
+    if len(forms) == 1:
+        return runs[0]
+    at = WEIGHT_AT.get(op)
+    names = [a.name for a in SPECS[op].args]
+    some = [
+        (form.takes and condition(form.takes), form.fits and condition(form.fits), run)
+        for form, run in zip(forms[:-1], runs, strict=False)
+    ]
+    last = runs[-1]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if kwargs:  # by name, as tests do; what the op has no argument for is an option of one form
+            rest = names[len(args) :]
+            last_given = max((i for i, name in enumerate(rest) if name in kwargs), default=-1)
+            args = (*args, *(kwargs.pop(name, None) for name in rest[: last_given + 1]))
+        for takes, fits, form in some:
+            if (takes is None or takes(args[at])) and (fits is None or fits(*args, **kwargs)):
+                return form(*args, **kwargs)
+        return last(*args, **kwargs)
+
+    if prepare is not None:
+        run.prepare = prepare  # type: ignore[attr-defined]
+    return run
 
 
 class Ops:
-    """The chosen ops as attributes: `ops.linear(x, weight)`. Made by `choose`."""
+    """The ops as attributes: `ops.linear(x, weight)`. `chains`: the forms of every op, as `Registry.chain` gives them."""
 
-    def __init__(self, chosen: dict[str, str], registry: Registry) -> None:
-        self.chosen = dict(chosen)
-        for op, backend in chosen.items():
-            setattr(self, op, registry.load(op, backend))
+    def __init__(self, chains: dict[str, tuple[Form, ...]], machine: Machine) -> None:
+        self.chains, self.machine = dict(chains), machine
+        for op, forms in chains.items():
+            setattr(self, op, dispatcher(op, forms))
 
     def __getattr__(self, name: str) -> Op:  # reached only for names that are not set
         raise AttributeError(f"op {name!r} is unknown; known: {', '.join(SPECS)}{nearest(name, SPECS)}")
 
     @classmethod
-    def choose(cls, backend: str = "auto", device: str = "cpu", registry: Registry | None = None) -> Ops:
-        """Picks a backend per op for a device ("cpu", "cuda"); `backend` holds names in order of preference, with commas
-        between them. Raises ConfigError for a name that is unknown or runs no op on this device."""
-        registry = registry or REGISTRY
-        known, here = ("auto", *registry.backends()), ("auto", *registry.usable(device))
+    def choose(cls, backend: str, machine: Machine, registry: Registry) -> Ops:
+        """`backend` holds names in order of preference, with commas between them. Raises ConfigError for a name that is
+        unknown or has no form for this machine."""
+        known, here = ("auto", *registry.backends()), ("auto", *registry.usable(machine))
         for name in backend.split(","):
             if name not in known:
                 raise ConfigError(f"backend is {name!r}; known: {', '.join(known)}{nearest(name, known)}")
             if name not in here:
                 raise ConfigError(
-                    f"backend is {name!r}; it runs nothing on {device} of this machine, where there are: {', '.join(here)}"
+                    f"backend is {name!r}; it runs nothing on {machine.device} of this machine, where there are: "
+                    f"{', '.join(here)}"
                 )
-        return cls({op: registry.pick(op, backend, device) for op in SPECS}, registry)
+        return cls({op: registry.chain(op, backend, machine) for op in SPECS}, machine)
 
     def prepare(self, op: str, weight: Any) -> Any:
-        """A `Weight` or `Gated` in the form that the chosen backend of `op` wants (see weight.py)."""
+        """A `Weight` or `Gated` as the forms of `op` want it (see weight.py)."""
         hook = getattr(getattr(self, op), "prepare", None)
         return weight if hook is None else hook(weight)
 
-    def quantises(self, op: str, weight: Any) -> bool:
-        """Whether the chosen backend of `op` multiplies this prepared matrix (or these three) in FP8. Experts that no
-        kernel repacked are left to the reference."""
-        if op == "experts" and isinstance(weight, Gated):
-            return False
-        parts = weight if isinstance(weight, Gated) else (weight,)
-        return self.chosen[op] != "reference" and not any(isinstance(w, Tensor) for w in parts)
+    def reached(self, op: str, weight: Any = None) -> list[Form]:
+        """The forms that calls can reach, with this prepared weight where one is given."""
+        found = []
+        for form in self.chains[op]:
+            if weight is None or form.multiplies(weight):
+                found.append(form)
+                if weight is not None and form.fits is None:
+                    break
+        return found
 
-    def on_reference(self) -> list[str]:
-        """Ops that the reference runs. It looks at values on the host, so a CUDA graph can hold none of them."""
-        return [op for op, backend in self.chosen.items() if backend == "reference"]
+    def quantises(self, op: str, weight: Any) -> bool:
+        """Whether this prepared matrix (or these three) is multiplied in FP8."""
+        return any(form.packed for form in self.reached(op, weight))
 
     @property
     def packed(self) -> bool:
-        """Whether a backend multiplies with FP8 and FP4 weights as they are stored."""
-        return any(self.chosen[op] != "reference" for op in ("linear", "experts"))
+        """Whether anything multiplies with FP8 and FP4 weights as they are stored."""
+        return any(form.packed for forms in self.chains.values() for form in forms)
+
+    def uncaptured(self, op: str, weight: Any = None) -> list[str]:
+        """Labels of the forms of `op` that a CUDA graph cannot hold."""
+        return [form.label for form in self.reached(op, weight) if not form.capturable]
 
     def describe(self) -> list[str]:
-        """One line per backend in use, for start-up: which ops it runs."""
-        by_backend: dict[str, list[str]] = {}
-        for op, backend in self.chosen.items():
-            by_backend.setdefault(backend, []).append(op)
-        if len(by_backend) == 1:
-            return [f"{backend} (all {len(ops)} ops)" for backend, ops in by_backend.items()]
-        return [f"{backend} ({', '.join(ops)})" for backend, ops in by_backend.items()]
-
-
-_KERNELS = "dsv4.kernels"
-
-
-def _reference(module: str, op: str) -> Callable[[], Op]:
-    return lambda: getattr(importlib.import_module(f"dsv4.ops.reference.{module}"), op)
-
-
-def _standard() -> Registry:
-    registry = Registry()
-    for module, ops in _REFERENCE_MODULES.items():
-        for op in ops:
-            registry.register(op, "reference", _reference(module, op))
-    # By name, as ops know no backend: kernels import the specs, not the other way round. They may be left out of a package.
-    if importlib.util.find_spec(_KERNELS) is not None:
-        importlib.import_module(_KERNELS).register_all(registry)
-    return registry
-
-
-REGISTRY = _standard()
-"""The backends that ship."""
+        """For start-up: a line per op with several forms, in the order in which they are asked, and one per backend for all
+        others."""
+        alone: dict[str, list[str]] = {}
+        lines = []
+        for op, forms in self.chains.items():
+            if len(forms) == 1 and not forms[0].untried:
+                alone.setdefault(forms[0].label, []).append(op)
+            else:
+                lines.append(f"{op}: {', else '.join(map(str, forms))}")
+        if not lines and len(alone) == 1:
+            return [f"{label} (all {len(ops)} ops)" for label, ops in alone.items()]
+        return [*lines, *(f"{', '.join(ops)}: {label}" for label, ops in alone.items())]

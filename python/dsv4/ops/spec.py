@@ -136,6 +136,14 @@ SPECS: dict[str, OpSpec] = dict(
             writes="rows",
         ),
         _spec(
+            "copy_state",
+            "pages uint8[P,page]; slabs uint8[S,slab]; state StateTable; jobs value",
+            "",
+            0.0,
+            "snapshots: jobs (SAVE or RESTORE, slab, position, pages ...) and (RESET, slab); no slab and no page is in two of them",
+            writes="pages slabs",
+        ),
+        _spec(
             "hc_pre",
             "streams model[T,n,d]; fn float32[n(n+2),nd]; scale float32[3]; base float32[n(n+2)]; "
             "norm_eps value; hc_eps value; iters value",

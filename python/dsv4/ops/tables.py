@@ -157,6 +157,33 @@ class BlockTable:
     slot: Tensor
 
 
+SAVE, RESTORE, RESET = range(3)
+"""Kinds of jobs of `copy_state`: (SAVE or RESTORE, slab, position, its pages ...) and (RESET, slab)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One plane of one layer of one component of a slab: `rows` rows of `size` bytes from `live` on, of which the latest `saved` (of a ring)
+    or the first (of a pool) lie one after the other from `packed` on in a snapshot, which is cut into pages. An empty pool's row is a
+    half of zeros and a half of -inf, float32."""
+
+    live: int
+    size: int
+    rows: int
+    saved: int
+    packed: int
+    pool: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StateTable:
+    """Where the live state lies in slabs and snapshots."""
+
+    spans: tuple[Span, ...]
+    made: dict[Any, Any] = field(default_factory=dict)
+    """What a backend made of the spans once."""
+
+
 def spread(counts: Tensor) -> Tensor:
     """[2, 3] -> [0, 0, 1, 1, 1]."""
     ends = counts.cumsum(0)

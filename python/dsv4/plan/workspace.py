@@ -1,8 +1,9 @@
 """Upper bound of what a step needs beside weights, pool and slabs, from limits alone.
 
-No buffer grows with the context but the page table and the rotary tables: index scores are made for INDEX_TOKENS queries
+No buffer grows with the context but the page table and the rotary tables: index scores are made for some queries
 at a time, and of a long row only candidates are kept. Buffers of one phase are live together, phases follow each other, so
-the bound is what stays plus the largest phase. Activations are counted as if no kernel were fused.
+the bound is what stays plus the largest phase. What kernels take beside that they state themselves (`Form.scratch`); ops run one after
+the other, so a phase counts that of the op that takes most. Activations are counted as if no kernel were fused.
 
 What is not in it lies outside the memory fraction: the CUDA context, NCCL's buffers and the allocator's fragments.
 """
@@ -14,25 +15,18 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from dsv4._core import plan_schema
+from dsv4.backends import REGISTRY
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import Parallel
+from dsv4.ops.forms import Dims, Scratch
 from dsv4.plan.cache import pages_of
 from dsv4.plan.graphs import extends_of
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
 
-INDEX_TOKENS, INDEX_NUMBERS = 256, 2 * 8192 + 4096 + 8192
-"""Queries that the index kernel handles at a time, and 4-byte numbers of each: candidates with their entries, a sample of
-scores, what the refinement adds."""
 MULTIPROCESSORS = 160
 """At least those of any known GPU; split work is cut to fill them and no further."""
-SPLIT_ATTENTION = 2 * MULTIPROCESSORS * 64
-"""Heads of partial results at once."""
-SPLIT_PRODUCT = 6 * MULTIPROCESSORS * 128 * 16
-"""Numbers of partial results of a product with few tokens."""
-STREAM_PARTS = 16 * 32
-"""Numbers of a token that the hyper-connections sum over programs."""
 LOGIT_ROWS = 256
 """Prompt positions whose log-probabilities the runner works out at a time."""
 GRAPH_BYTES = 4096 * 48
@@ -86,6 +80,7 @@ def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limit
     _attention(sheet, config, layout, parallel, limits)
     _experts(sheet, config, parallel, limits)
     _logits(sheet, config, limits)
+    _scratch(sheet, config, limits)
     return sheet.buffers
 
 
@@ -157,14 +152,6 @@ def _attention(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Para
     window = next(x for x in layout.components if x.kind == "window")
     rows = limits.step_tokens + limits.running * window.tokens
     sheet.add(phase, "window rows of the step and before it", ("rows", rows), ("bytes", window.row_bytes))
-    sheet.add(
-        phase,
-        "partial results of split attention",
-        ("heads", SPLIT_ATTENTION),
-        ("channels", c.head_dim),
-        ("bytes", 4),
-    )
-    sheet.add(phase, "hyper-connection sums", t, ("numbers", STREAM_PARTS), ("bytes", 4))
     groups = ("groups", max(1, c.o_groups // parallel.tp))
     sheet.add(phase, "grouped outputs", t, groups, ("rank", c.o_lora_rank), ("bytes", 2))
     sheet.add(phase, "output", t, ("hidden", c.hidden_size), ("bytes", 2))
@@ -187,14 +174,6 @@ def _index(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
         ("arrays", 2),
     )
     sheet.add(phase, "index compressor", t, ("channels", 2 * c.index_head_dim), ("bytes", 4), ("arrays", 2))
-    piece = ("queries at a time", min(limits.step_tokens, INDEX_TOKENS))
-    sheet.add(
-        "always",
-        "index scores and candidates, kept between steps",
-        piece,
-        ("numbers", INDEX_NUMBERS),
-        ("bytes", 4),
-    )
     sheet.add(phase, "selected entries", t, ("top-k", c.index_topk), ("bytes", 4))
 
 
@@ -217,9 +196,37 @@ def _experts(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits) 
     sheet.add(phase, "gate and up", *rows, ("columns", columns), ("bytes", 2), ("arrays", 2))
     sheet.add(phase, "hidden in FP8 with scales", *rows, ("columns", columns + columns // 32))
     sheet.add(phase, "routed outputs", *rows, ("hidden", c.hidden_size), ("bytes", 2))
-    sheet.add(
-        phase, "partial results of split products", ("numbers", SPLIT_PRODUCT), ("bytes", 4), ("arrays", 2)
-    )
+
+
+PHASES = {
+    "route": "experts",
+    "experts": "experts",
+    "swiglu": "experts",
+    "hc_head": "logits",
+    "logits": "logits",
+}
+"""Phase in which an op runs; of others "attention". (Sampling's is the logits'.)"""
+
+
+def _scratch(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
+    """Of the forms of every backend, as a plan may be for another machine."""
+    dims = Dims(limits.step_tokens, c.head_dim, MULTIPROCESSORS)
+    largest: dict[str, tuple[int, Scratch]] = {}
+    kept: dict[str, Scratch] = {}
+    for form in REGISTRY.forms():
+        if form.op == "index_select" and c.csa_ratio not in c.compress_ratios:
+            continue
+        for scratch in form.scratch:
+            if scratch.kept:
+                kept[scratch.name] = scratch
+                continue
+            phase, size = PHASES.get(form.op, "attention"), prod(n for _, n in scratch.factors(dims))
+            if size > largest.get(phase, (0, scratch))[0]:
+                largest[phase] = size, scratch
+    for name, scratch in kept.items():
+        sheet.add("always", f"{name}, kept between steps", *scratch.factors(dims))
+    for phase, (_, scratch) in largest.items():
+        sheet.add(phase, scratch.name, *scratch.factors(dims))
 
 
 def _logits(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dsv4.formats import ue8m0_decode
+from dsv4.kernels.cublas.fits import Blocks
 from dsv4.kernels.triton import gemm
 from dsv4.kernels.triton.quantise import quantise
 from dsv4.ops.quantised import Quantised, plain
-from dsv4.ops.weight import FP8_BLOCK, Fp8Weight, Gated, Weight, dense, prepared_by
-
-FEW = 32
-"""Up to this many tokens the Triton kernel is faster."""
-GROUPED_FEW = 1024
-"""The same for the grouped projection, for which cuBLAS takes a launch of some 18 us per group (H100, 512 tokens: 150 us
-against 71 for Flash; 2,048: 207 against 238; between them nothing was timed)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """FP8 weights with their scales twice: as stored, and in cuBLAS's form, float32 [rows / 128, K / 128] with the columns
-    padded to a multiple of 4."""
-
-    codes: Tensor
-    scales: Tensor
-    wide: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes + self.wide.nbytes
+from dsv4.ops.weight import Fp8Weight, Gated, Weight, dense, prepared_by
 
 
 def _prepare(weight: Weight) -> Blocks | Tensor:
     if not isinstance(weight, Fp8Weight):
         return dense(weight)
+    made = Blocks(weight.codes, weight.scales, weight.dtype)
     wide = F.pad(ue8m0_decode(weight.scales), (0, -weight.scales.shape[1] % 4))
-    return Blocks(weight.codes, weight.scales, wide)
+    object.__setattr__(made, "wide", wide)
+    return made
 
 
 def scaled(codes: Tensor, scales: Tensor, w: Tensor, wide: Tensor) -> Tensor:
@@ -58,31 +39,23 @@ def scaled_into(out: Tensor, codes: Tensor, scales: Tensor, w: Tensor, wide: Ten
 
 
 def product(x: Tensor | Quantised, w: Blocks) -> Tensor:
-    """[T, rows] in x's dtype for x [T, K] and w [rows, K]."""
-    tokens, dtype, (rows, width) = len(plain(x)), plain(x).dtype, w.codes.shape
-    if tokens <= FEW or dtype != torch.bfloat16 or rows % FP8_BLOCK or width % FP8_BLOCK:
-        return gemm.product(x, w.codes, w.scales, dtype)
+    """bf16 [T, rows] for x bf16 [T, K] and w [rows, K]."""
     codes, scales = x[1:] if isinstance(x, Quantised) else quantise(x, pad=4)
-    return scaled(codes, scales, w.codes, w.wide)[:tokens]
+    return scaled(codes, scales, w.codes, w.wide)[: len(plain(x))]
 
 
 @prepared_by(_prepare)
-def linear(x: Tensor | Quantised, weight: Blocks | Tensor) -> Tensor:
-    """[T, in] x [out, in] -> [T, out] in x's dtype."""
-    return product(x, weight) if isinstance(weight, Blocks) else F.linear(plain(x), weight)
+def linear(x: Tensor | Quantised, weight: Blocks) -> Tensor:
+    """bf16 [T, in] x [out, in] -> [T, out]."""
+    return product(x, weight)
 
 
 @prepared_by(_prepare)
-def grouped_linear(x: Tensor, weight: Blocks | Tensor) -> Tensor:
-    """[T, g, in] x [g * out, in] -> [T, g, out]. With many tokens a product per group, its activations quantised just before
+def grouped_linear(x: Tensor, weight: Blocks) -> Tensor:
+    """bf16 [T, g, in] x [g * out, in] -> [T, g, out]. A product per group, its activations quantised just before
     it, so that their codes (34 MB for 8,192 tokens) are still in L2 and their place serves the next group."""
-    tokens, groups, width = x.shape
-    if not isinstance(weight, Blocks):
-        return torch.einsum("tgi,goi->tgo", x, weight.unflatten(0, (groups, -1)))
+    tokens, groups, _ = x.shape
     out = len(weight.codes) // groups
-    if tokens <= GROUPED_FEW or x.dtype != torch.bfloat16 or out % FP8_BLOCK or width % FP8_BLOCK:
-        y = gemm.product(x.reshape(tokens, -1), weight.codes, weight.scales, x.dtype, groups)
-        return y.unflatten(1, (groups, -1))
     y = torch.empty((tokens + -tokens % 4, groups, out), dtype=x.dtype, device=x.device)
     parts = (v.chunk(groups) for v in (weight.codes, weight.wide))
     for g, (codes, wide) in enumerate(zip(*parts, strict=True)):
@@ -92,10 +65,5 @@ def grouped_linear(x: Tensor, weight: Blocks | Tensor) -> Tensor:
 
 @prepared_by(lambda w: Gated(*map(_prepare, w)))
 def swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
-    """The shared expert: [T, d] -> [T, d]."""
-    w1, w3, w2 = w
-    if len(plain(x)) <= FEW and isinstance(w1, Blocks) and isinstance(w3, Blocks):
-        h = gemm.gated(x, (w1.codes, w1.scales), (w3.codes, w3.scales), limit)
-    else:
-        h = gemm.silu_gate_of(linear(x, w1), linear(x, w3), limit)
-    return linear(h, w2)
+    """The shared expert: bf16 [T, d] -> [T, d]."""
+    return product(gemm.silu_gate_of(product(x, w.w1), product(x, w.w3), limit), w.w2)

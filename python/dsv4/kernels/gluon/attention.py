@@ -5,26 +5,26 @@ fp16 holds e4m3 x 2^k exactly down to 2^-24 and up to 57344 (larger block scales
 that) and rounds P four times finer than bf16. Too few tokens to fill the GPU: the blocks are split over CTAs and merged
 in a fixed order by a second kernel, so the result does not depend on timing.
 
-Other dims and formats go to the Triton kernel.
+`forms.py` says which calls come here, and which of the kernels takes them.
 """
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.kernels.gluon import blackwell_attention, hopper_attention, hopper_stream
-from dsv4.kernels.gluon.attention_rows import MOST_BLOCKS
+from dsv4.kernels.gluon.forms import MOST_BLOCKS
 from dsv4.kernels.triton import attention as portable
-from dsv4.kernels.triton.common import capability, cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
-BUSY = 4
-"""Items (a token and up to 64 of its heads) a multiprocessor above which CTAs stay on Hopper (hopper_stream.py): prefill. With
-fewer, with splits, and for all visible entries, whose number differs from token to token, a CTA takes one item."""
 
-
-def sparse_attention(
+def _attend(
+    kernel: Any,
     q: Tensor,
     sink: Tensor,
     scale: float,
@@ -42,27 +42,21 @@ def sparse_attention(
 ) -> Tensor:
     """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64.
     times: int32 zeros [items, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only)."""
-    total, heads, dim = q.shape
-    fits = q.dtype == torch.bfloat16 and dim == 512 and cos.shape[1] == 32 and window_ids.shape[1] % 64 == 0
-    if not fits or window.codec.name != "fp8_ds_mla":
-        return portable.sparse_attention(
-            q, sink, scale, cos, sin, tokens, window, window_ids, history, entries, selected, splits=splits
-        )
+    total, heads, _ = q.shape
     out = torch.empty_like(q)
     if history is None or entries is None or entries.most == 0:
         history, entries, selected = None, None, None
     key_blocks = portable.max_blocks(window_ids, entries, selected, 64)
     ctas = total * cdiv(heads, 64)
-    if splits is None:
+    if kernel is hopper_stream:
+        splits = 1
+    elif splits is None:
         splits = portable.choose_splits(ctas, key_blocks, multiprocessors())
     splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
     partial, lse = portable.scratch(q, splits)
     rows = history or window
-    blackwell = capability()[0] >= 10
     mode = 0 if entries is None else 1 if selected is None else 2
     strides = window.region.stride(0), rows.region.stride(0)
-    stays = not blackwell and splits == 1 and mode != 1 and ctas > BUSY * multiprocessors()
-    stays = stays and all(stride % 16 == 0 for stride in strides)  # places are in units of 16 bytes
     args = (
         q,
         window.region,
@@ -94,13 +88,20 @@ def sparse_attention(
         MODE=mode,
         num_warps=4,
     )
-    if stays:
+    if kernel is hopper_stream:
         lines = 0 if times is None else times.shape[1]
         hopper_stream.attend[(min(ctas, multiprocessors()),)](*args, ctas, times, lines, **values)
     else:
-        kernel = blackwell_attention if blackwell else hopper_attention
         blocks = next_pow2(cdiv(key_blocks, splits))
         kernel.attend[(ctas * splits,)](*args, times, SPLIT=splits > 1, NBP=blocks, **values)
     if splits > 1:
         portable.merge(partial, lse, sink, cos, sin, out)
     return out
+
+
+sparse_attention = partial(_attend, hopper_attention)
+"""The op on Hopper: a CTA takes one item (a token and up to 64 of its heads), or a share of its blocks."""
+stream = partial(_attend, hopper_stream)
+"""The op on Hopper for many items, without splits: CTAs stay and take one after the other."""
+blackwell = partial(_attend, blackwell_attention)
+"""The op on Blackwell."""

@@ -18,8 +18,6 @@ BN, NB = gl.constexpr(64), gl.constexpr(2)
 """Rows of a block, row buffers."""
 PF = gl.constexpr(2)
 """Blocks ahead that rows are asked for in L2."""
-MOST_BLOCKS = 32
-"""Blocks of a CTA; their row places lie in shared memory."""
 
 
 @gluon.jit

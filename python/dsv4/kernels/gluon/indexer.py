@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
@@ -299,14 +300,8 @@ def launch_scan(
     most: int,
     **lists: Any,
 ) -> None:
-    """The scan of MXFP4 keys of 128 channels in pages of a multiple of 64 rows, for up to 64 heads; other keys go to the
-    plain kernel."""
+    """The scan of MXFP4 keys of 128 channels in pages of a multiple of 64 rows, for 33 to 64 heads."""
     r = plan.rows
-    if r["FORMAT"] != "mxfp4" or r["DIM"] != 128 or plan.heads != 64 or r["ROWS"] % TILE.value:
-        portable.launch_scan(plan, q, weights, keys, pages, slab, visible, most, **lists)
-        return
-    import torch
-
     append, (tokens, sampled) = lists["append"], lists["scores"].shape
     groups = cdiv(tokens, plan.queries)
     tiles = cdiv(most if append else min(most, sampled), TILE.value)

@@ -44,7 +44,7 @@ from dsv4.kernels.triton.common import cdiv, multiprocessors, pdl
 from dsv4.kernels.triton.gemm import silu_gate
 from dsv4.kernels.triton.moe_plan import plan_many
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
-from dsv4.ops.weight import Gated, prepared_by
+from dsv4.ops.weight import prepared_by
 
 PIECE = gl.constexpr(64)
 """Slots of a piece."""
@@ -58,8 +58,6 @@ LOWS = gl.constexpr(8)
 """Tiles whose rows' own scales are kept: an expander is up to NW + EVERY tiles ahead of the products (one step a tile)."""
 EVERY = gl.constexpr(3)
 """Of so many steps the second expander, with half as many warps, takes the last. NW + EVERY must be below LOWS."""
-MANY = 32
-"""Slots an expert has on average from which this form runs."""
 
 CODES = gl.NVMMASharedLayout(64, 8, rank=2)
 PACKED = gl.NVMMASharedLayout(128, 32, rank=2)
@@ -402,21 +400,11 @@ def product_kernel(
     )
 
 
-def suits(tokens: int, k: int, dim: int, w: portable.PackedExperts | Gated) -> bool:
-    """Whether this form runs: FP4 experts with narrow scales, whole tiles, and MANY slots an expert."""
-    if not isinstance(w, portable.PackedExperts) or not w.absorb or dim % 128:
-        return False
-    return tokens * k >= MANY * len(w.w13) and max(w.s13.numel(), w.s2.numel()) < 1 << 31
-
-
 @prepared_by(portable.prepare)
 def experts(
-    x: Tensor, experts: Tensor, weights: Tensor, w: portable.PackedExperts | Gated, limit: float, shared: Tensor | None
+    x: Tensor, experts: Tensor, weights: Tensor, w: portable.PackedExperts, limit: float, shared: Tensor | None
 ) -> Tensor:  # fmt: skip
-    """The op `experts`; with few tokens, wide scales or another format the Triton form."""
-    tokens, k = experts.shape
-    if not suits(tokens, k, x.shape[1], w):
-        return portable.experts(x, experts, weights, w, limit, shared)
+    """The op `experts` for many tokens of FP4 experts with narrow scales."""
     return run(x, experts, weights, w, limit, shared)
 
 

@@ -1,14 +1,11 @@
 """Snapshots: live state between slabs and pages, and emptying slabs. All copies of a step in one launch.
 
-A *span* is one plane of one layer of one state component: `rows` rows of `size` words from `live` on in a slab, of which
-the first or latest `saved` lie one after the other from `packed` on in the snapshot; the snapshot is cut into pages of the
-pool, scattered. Spans follow from the layout and are built once; a *job* is (kind, slab, position, pages ...).
+Spans and jobs are those of `ops/tables.py`; in the kernel a span counts words of 4 or 8 bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -16,11 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.row_sizes import plane_bytes
+from dsv4.ops.tables import StateTable
 from dsv4.transfer import to_device
-
-SAVE, RESTORE, RESET = 0, 1, 2
-"""Kinds of jobs: (SAVE or RESTORE, slab, position, its pages ...) and (RESET, slab)."""
 
 _BLOCK = 2048
 
@@ -50,74 +44,42 @@ def copies_kernel(
     tl.store(here, tl.where(column < size // 2, 0, empty).to(slabs.dtype.element_ty), mask=clear)
 
 
-class Copies:
-    """The copies of one cache (`dsv4.cache.paged.PagedCache`: its layout, pages and slabs)."""
+def copy_state(pages: Tensor, slabs: Tensor, state: StateTable, jobs: Sequence[Sequence[int]]) -> None:
+    """The op, all jobs in one launch."""
+    if not jobs:
+        return
+    word, spans, chunks = _tables(state, pages, slabs)
+    dtype, empty = {8: (torch.int64, -0x007FFFFF_00800000), 4: (torch.int32, -0x00800000)}[
+        word
+    ]  # -inf, as float32
+    width = max(3, *map(len, jobs))
+    table = torch.tensor([[*job, *[0] * (width - len(job))] for job in jobs], dtype=torch.int32)
+    slabs, pages = slabs.view(dtype), pages.view(dtype)
+    copies_kernel[(len(chunks), len(jobs))](
+        slabs, slabs.stride(0), pages, pages.stride(0), spans, chunks, to_device(table, pages.device), width, empty,
+        BLOCK=_BLOCK, num_warps=4,
+    )  # fmt: skip
 
-    def __init__(self, layout: Any, pages: Tensor, slabs: Tensor) -> None:
-        spans = [s for c in layout.components if c.kind != "stride" for s in _spans(c)]
-        sizes = [layout.page_bytes, layout.slab_bytes, *(x for s in spans for x in (s[0], s[1], s[4]))]
-        self._word = 8 if not any(x % 8 for x in sizes) else 4
-        if any(x % self._word for x in sizes):
+
+def _tables(state: StateTable, pages: Tensor, slabs: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Bytes of a word, and in words the spans and pieces of them. Made once a cache."""
+    key = (pages.device, pages.shape[1], slabs.shape[1])
+    if key not in state.made:
+        sizes = [*key[1:], *(x for s in state.spans for x in (s.live, s.size, s.packed))]
+        n = 8 if not any(x % 8 for x in sizes) else 4
+        if any(x % n for x in sizes):
             raise ValueError(
                 "a layout's rows, pages and slabs must be multiples of 4 bytes to be copied on a GPU"
             )
-        n, dtype = self._word, {8: torch.int64, 4: torch.int32}[self._word]
-        table = [
-            (live // n, size // n, rows, saved, at // n, pool) for live, size, rows, saved, at, pool in spans
-        ]
+        table = [(s.live // n, s.size // n, s.rows, s.saved, s.packed // n, int(s.pool)) for s in state.spans]
         chunks = [
             (i, first)
             for i, (_, size, rows, saved, _, pool) in enumerate(table)
             for first in range(0, size * (rows if pool else saved), _BLOCK)
         ]
         make = lambda x: torch.tensor(x, dtype=torch.int32, device=pages.device)  # noqa: E731
-        self._spans, self._chunks = make(table), make(chunks)
-        self._pages, self._slabs = pages.view(dtype), slabs.view(dtype)
-        self._empty = -0x007FFFFF_00800000 if n == 8 else -0x00800000  # -inf, as two or one float32
-
-    def save(self, jobs: Sequence[Sequence[int]]) -> None:
-        """Each (slab, position, pages ...): the slab's snapshot at a position into pages."""
-        self.run([(SAVE, *job) for job in jobs])
-
-    def restore(self, jobs: Sequence[Sequence[int]]) -> None:
-        """Each (slab, position, pages ...): a slab from its snapshot."""
-        self.run([(RESTORE, *job) for job in jobs])
-
-    def reset(self, slabs: Sequence[int]) -> None:
-        """Empties the pools of slabs."""
-        self.run([(RESET, slab) for slab in slabs])
-
-    def run(self, jobs: Sequence[Sequence[int]]) -> None:
-        """Does jobs of any kinds in one launch. No slab and no page may be in two of them."""
-        if not jobs:
-            return
-        width = max(3, *map(len, jobs))
-        table = torch.tensor([[*job, *[0] * (width - len(job))] for job in jobs], dtype=torch.int32)
-        copies_kernel[(len(self._chunks), len(jobs))](
-            self._slabs,
-            self._slabs.stride(0),
-            self._pages,
-            self._pages.stride(0),
-            self._spans,
-            self._chunks,
-            to_device(table, self._pages.device),
-            width,
-            self._empty,
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
-
-
-def _spans(c: Any) -> list[tuple[int, int, int, int, int, int]]:
-    """(live, size, rows, saved, packed, pool) in bytes and rows, for every plane of every layer of a component."""
-    found = []
-    for layer in range(len(c.layers)):
-        live = c.offset + layer * c.layer_stride
-        packed = c.snapshot_offset + layer * c.snapshot_layer_stride
-        for size in plane_bytes(c.format, c.row_bytes):
-            found.append((live, size, c.rows, c.saved_rows, packed, int(c.kind == "pool")))
-            live, packed = live + size * c.rows, packed + size * c.saved_rows
-    return found
+        state.made[key] = n, make(table), make(chunks)
+    return state.made[key]
 
 
 AOT = [

@@ -16,14 +16,9 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2, pdl
+from dsv4.kernels.triton.forms import NARROW_TOKENS
 from dsv4.kernels.triton.quantise import dot, exponent_scale, pow2_scale, quantise, to_e4m3
-from dsv4.ops.quantised import Quantised, plain
-
-NARROW_TOKENS = 32
-"""Up to this many tokens `narrow` runs FP8 products, beyond `wide`."""
-
-GATED_TOKENS = 32
-"""Up to this many tokens SwiGLU of two products is one launch."""
+from dsv4.ops.quantised import Quantised
 
 _COUNTERS = 1 << 16
 
@@ -292,18 +287,20 @@ def wide(
     return y
 
 
-def product(
+def narrow_product(
     x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1
 ) -> Tensor:
-    """The FP8 product by whichever kernel suits the number of tokens and the shape."""
-    tokens, xs = len(plain(x)), None
-    if isinstance(x, Quantised):
-        _, x, xs = x
-    rows, width = weight.shape
-    fits = (rows // groups) % 128 == 0 and width % 128 == 0 and (INTERPRETED or capability()[0] >= 9)
-    if len(x) <= NARROW_TOKENS or not fits:
-        return narrow(x, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs)[:tokens]
-    return wide(x, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs)[:tokens]
+    """The FP8 product of any number of tokens: [T, rows]."""
+    values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
+    return narrow(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs)[: len(values)]
+
+
+def wide_product(
+    x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1
+) -> Tensor:
+    """The same with whole blocks of 128 x 128, for many tokens."""
+    values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
+    return wide(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs)[: len(values)]
 
 
 _INTS = {k: "i32" for k in ("T", "STEPS", "SPLIT", "TILES")} | {k: "i32:16" for k in ("OUT", "K", "x_stride")}

@@ -23,17 +23,11 @@ from torch import Tensor
 
 from dsv4.kernels.triton import topk as select
 from dsv4.kernels.triton.common import INTERPRETED, cdiv, multiprocessors, next_pow2, pdl
+from dsv4.kernels.triton.forms import INDEX_CANDIDATES, INDEX_SAMPLE, INDEX_SAMPLED, INDEX_TOKENS
 from dsv4.kernels.triton.index_scan import query_kernel, refine_kernel, scan_kernel
 from dsv4.kernels.triton.rows import row_constants
 
-TOKENS = 256
-"""Tokens that a call handles at a time."""
-CAP = 8192
-"""Candidates of a token."""
-SAMPLE = 8192
-"""Entries up to which a row's scores are written whole."""
-SAMPLED = 4096
-"""Entries that the threshold of a longer row is taken from."""
+TOKENS, CAP, SAMPLE, SAMPLED = INDEX_TOKENS, INDEX_CANDIDATES, INDEX_SAMPLE, INDEX_SAMPLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +176,6 @@ def index_select(
 ) -> Tensor:
     """The op `index_select`. `scan` launches the kernel that does the work, `queries` tokens of a
     prompt at a time."""
-    if 0 < entries.most <= topk:
-        every = torch.arange(entries.most, dtype=torch.int32, device=q.device)
-        return torch.where(every < entries.visible[:, None], every, -1)
     return _best(q, cos, sin, weights, keys, tokens, entries, topk, scan, queries, None)
 
 
@@ -219,6 +210,14 @@ def _best(
         plan, scan, q8, folded, keys, entries.pages, tokens.slab, entries.visible, entries.most, out, values
     )
     return out
+
+
+def every_entry(
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int
+) -> Tensor:
+    """The op where no row has more entries than it selects: all of them."""
+    every = torch.arange(entries.most, dtype=torch.int32, device=q.device)
+    return torch.where(every < entries.visible[:, None], every, -1)
 
 
 def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool, queries: int = 2) -> Plan:

@@ -1,5 +1,5 @@
 """Projections, shared expert and output head as ops. FP8 weights stay packed and run on our kernels; plain bf16 and float32
-matrices with many tokens run on cuBLAS through torch."""
+matrices with many tokens run on cuBLAS through torch. Which of an op's functions runs is said in `forms.py`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsv4.kernels.triton.gemm import GATED_TOKENS, gated, narrow, product, silu_gate_of
+from dsv4.kernels.triton.gemm import gated, narrow, narrow_product, silu_gate_of, wide_product
 from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.weight import Fp8Weight, Gated, Packed, Weight, dense, prepared_by
-
-_PLAIN_TOKENS = 16
-"""Up to this many tokens our kernel multiplies plain matrices, beyond cuBLAS."""
 
 
 def _kept(weight: Weight) -> Weight:
@@ -21,37 +18,63 @@ def _kept(weight: Weight) -> Weight:
 
 
 @prepared_by(_kept)
-def linear(x: Tensor | Quantised, weight: Weight) -> Tensor:
+def wide_linear(x: Tensor | Quantised, weight: Packed) -> Tensor:
     """[T, in] x [out, in] -> [T, out] in x's dtype."""
-    if isinstance(weight, Packed):
-        return product(x, weight.codes, weight.scales, plain(x).dtype)
+    return wide_product(x, weight.codes, weight.scales, plain(x).dtype)
+
+
+@prepared_by(_kept)
+def narrow_linear(x: Tensor | Quantised, weight: Packed) -> Tensor:
+    """The same for any number of tokens and any shape."""
+    return narrow_product(x, weight.codes, weight.scales, plain(x).dtype)
+
+
+@prepared_by(_kept)
+def plain_linear(x: Tensor | Quantised, weight: Tensor) -> Tensor:
+    """The same for a plain matrix."""
     return F.linear(plain(x), weight)
 
 
 @prepared_by(_kept)
-def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
+def wide_grouped_linear(x: Tensor, weight: Packed) -> Tensor:
     """[T, g, in] x [g * out, in] -> [T, g, out]."""
-    tokens, groups, _ = x.shape
-    if isinstance(weight, Packed):
-        y = product(x.reshape(tokens, -1), weight.codes, weight.scales, x.dtype, groups)
-        return y.unflatten(1, (groups, -1))
-    return torch.einsum("tgi,goi->tgo", x, weight.unflatten(0, (groups, -1)))
+    y = wide_product(x.flatten(1), weight.codes, weight.scales, x.dtype, x.shape[1])
+    return y.unflatten(1, (x.shape[1], -1))
+
+
+@prepared_by(_kept)
+def narrow_grouped_linear(x: Tensor, weight: Packed) -> Tensor:
+    """The same for any number of tokens and any shape."""
+    y = narrow_product(x.flatten(1), weight.codes, weight.scales, x.dtype, x.shape[1])
+    return y.unflatten(1, (x.shape[1], -1))
+
+
+@prepared_by(_kept)
+def plain_grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The same for a plain matrix."""
+    return torch.einsum("tgi,goi->tgo", x, weight.unflatten(0, (x.shape[1], -1)))
 
 
 @prepared_by(dense)
-def linear_f32(x: Tensor, weight: Tensor) -> Tensor:
-    """[T, in] x [out, in] -> float32 [T, out]. Products of bf16 operands are exact, so they need no float32 copy."""
-    if x.dtype == torch.float32 or weight.dtype == torch.float32:
-        return F.linear(x.float(), weight.float())
-    if len(x) <= _PLAIN_TOKENS or not x.is_cuda:
-        return narrow(x, weight, None, out_dtype=torch.float32)
+def few_linear_f32(x: Tensor, weight: Tensor) -> Tensor:
+    """bf16 [T, in] x [out, in] -> float32 [T, out]. Products of bf16 operands are exact, so they need no float32 copy."""
+    return narrow(x, weight, None, out_dtype=torch.float32)
+
+
+@prepared_by(dense)
+def many_linear_f32(x: Tensor, weight: Tensor) -> Tensor:
+    """The same by cuBLAS."""
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
 @prepared_by(dense)
-def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """The output head: [S, d] x [V, d] -> float32 [S, V]."""
-    return linear_f32(x, weight)
+def float32_linear_f32(x: Tensor, weight: Tensor) -> Tensor:
+    """The same where one of them is float32."""
+    return F.linear(x.float(), weight.float())
+
+
+few_logits, many_logits, float32_logits = few_linear_f32, many_linear_f32, float32_linear_f32
+"""The output head: [S, d] x [V, d] -> float32 [S, V]."""
 
 
 def _all_kept(w: Gated) -> Gated:
@@ -59,11 +82,29 @@ def _all_kept(w: Gated) -> Gated:
 
 
 @prepared_by(_all_kept)
-def swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
-    """The shared expert: [T, d] -> [T, d]. With few tokens both first products are one launch, SwiGLU included."""
+def gated_swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
+    """The shared expert: [T, d] -> [T, d]. Both first products are one launch, SwiGLU included."""
     w1, w3, w2 = w
-    if len(plain(x)) <= GATED_TOKENS and isinstance(w1, Packed) and isinstance(w3, Packed):
-        h = gated(x, (w1.codes, w1.scales), (w3.codes, w3.scales), limit)
-    else:
-        h = silu_gate_of(linear(x, w1), linear(x, w3), limit)
-    return linear(h, w2)
+    return narrow_linear(gated(x, (w1.codes, w1.scales), (w3.codes, w3.scales), limit), w2)
+
+
+@prepared_by(_all_kept)
+def wide_swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
+    """The same for many tokens."""
+    return wide_linear(silu_gate_of(wide_linear(x, w.w1), wide_linear(x, w.w3), limit), w.w2)
+
+
+@prepared_by(_all_kept)
+def narrow_swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
+    """The same for any number of tokens and any shape."""
+    return narrow_linear(silu_gate_of(narrow_linear(x, w.w1), narrow_linear(x, w.w3), limit), w.w2)
+
+
+@prepared_by(_all_kept)
+def plain_swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
+    """The same for matrices of which at least one is plain."""
+
+    def product(y: Tensor | Quantised, m: Weight) -> Tensor:
+        return narrow_linear(y, m) if isinstance(m, Packed) else plain_linear(y, m)
+
+    return product(silu_gate_of(product(x, w.w1), product(x, w.w3), limit), w.w2)

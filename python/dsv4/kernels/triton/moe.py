@@ -9,12 +9,10 @@ exact where a row's scales span at most 2^11, which `pack_rows` reports.
 
 Launches of one call: plan and quantisation; first product with SwiGLU, routing weight and quantisation per 64; second
 product; sum over experts and the shared expert. With up to FEW tokens the sum is done by whichever program arrives last.
-Up to ONE_LAUNCH tokens take `moe_few.py`. Every sum has a fixed order.
+Every sum has a fixed order. (One or two tokens take `moe_few.py`; see `forms.py`.)
 """
 
 from __future__ import annotations
-
-import logging
 
 import torch
 import triton
@@ -24,25 +22,21 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, cdiv, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
-from dsv4.kernels.triton.moe_few import FEW, run_few
 from dsv4.kernels.triton.moe_pack import (
     PackedExperts,
     _expand,
     _group_scale,
     _table,
-    pack,
+    prepare,
 )
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
-from dsv4.ops.reference import moe as reference
-from dsv4.ops.weight import Fp4Weight, Gated, prepared_by
+from dsv4.ops.weight import prepared_by
 
-log = logging.getLogger("dsv4.kernels")
+FEW = 8
+"""Up to this many tokens the program that arrives last sums over experts."""
 
 ROWS = 128
 """Rows of a tile."""
-
-ONE_LAUNCH = 2
-"""Up to this many tokens take `moe_few.py`; 8 are slower there (decision 0011)."""
 
 
 @triton.jit
@@ -247,27 +241,17 @@ def combine(out: Tensor, experts: Tensor, count: int, shared: Tensor | None, y: 
     return y
 
 
-def prepare(w: Gated) -> PackedExperts | Gated:
-    """FP4 experts repacked; others as they are, for the reference, and a line in the log says so."""
-    if all(isinstance(m, Fp4Weight) for m in w):
-        return pack(*(t for m in w for t in (m.codes, m.scales)))
-    log.warning("experts are not FP4: the reference multiplies them, expert by expert")
-    return w
-
-
 @prepared_by(prepare)
 def experts(
     x: Tensor,
     experts: Tensor,
     weights: Tensor,
-    w: PackedExperts | Gated,
+    w: PackedExperts,
     limit: float,
     shared: Tensor | None,
 ) -> Tensor:
     """The op: [T, d] in x's dtype, routed experts plus `shared`."""
-    if isinstance(w, PackedExperts):
-        return run(x, experts, weights, w, limit, shared)
-    return reference.experts(x, experts, weights, w, limit, shared)
+    return run(x, experts, weights, w, limit, shared)
 
 
 def run(
@@ -282,8 +266,6 @@ def run(
     """y [T, d] in x's dtype: the routed experts' sum plus `shared` [T, d] for x [T, d], experts int64 and weights float32
     [T, k]. Weights of an expert that no token has are never read."""
     (tokens, k), dim, dev = experts.shape, x.shape[1], x.device
-    if 0 < tokens <= ONE_LAUNCH:
-        return run_few(x, experts, weights, packed, limit, shared, tune)
     y = torch.empty(x.shape, dtype=x.dtype, device=dev)
     if not tokens:
         return y

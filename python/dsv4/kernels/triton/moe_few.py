@@ -22,11 +22,12 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import cdiv, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
-from dsv4.kernels.triton.moe_pack import PackedExperts, _expand, _group_scale
+from dsv4.kernels.triton.moe_pack import PackedExperts, _expand, _group_scale, prepare
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
+from dsv4.ops.weight import prepared_by
 
 FEW = 8
-"""Most tokens. `moe.ONE_LAUNCH` says how many take this form."""
+"""Most tokens. `forms.ONE_LAUNCH` says how many take this form."""
 
 
 @triton.jit
@@ -262,6 +263,14 @@ def run_few(
         STAGES=pick["stages"], PDL=bool(overlap), num_warps=4, maxnreg=pick["regs"] or None, **overlap,
     )  # fmt: skip
     return y
+
+
+@prepared_by(prepare)
+def few_experts(
+    x: Tensor, experts: Tensor, weights: Tensor, w: PackedExperts, limit: float, shared: Tensor | None
+) -> Tensor:
+    """The op `experts`."""
+    return run_few(x, experts, weights, w, limit, shared)
 
 
 def config(tokens: int, slots: int, packed: PackedExperts) -> dict[str, int]:

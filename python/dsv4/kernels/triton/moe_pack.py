@@ -10,6 +10,7 @@ without changing their size, so that a program streams contiguous memory:
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.triton.quantise import EMULATE
+from dsv4.ops.weight import Fp4Weight, Gated
+
+log = logging.getLogger("dsv4.kernels")
 
 SPAN = 11
 """Binary orders of magnitude that a row's scales may span to be taken into the lookup table."""
@@ -124,6 +128,14 @@ class PackedExperts:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.w13, self.s13, self.b13, self.w2, self.s2, self.b2))
+
+
+def prepare(w: Gated) -> PackedExperts | Gated:
+    """FP4 experts repacked; others as they are, for the reference, and a line in the log says so."""
+    if all(isinstance(m, Fp4Weight) for m in w):
+        return pack(*(t for m in w for t in (m.codes, m.scales)))
+    log.warning("experts are not FP4: the reference multiplies them, expert by expert")
+    return w
 
 
 def pack(w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor, w2: Tensor, s2: Tensor) -> PackedExperts:

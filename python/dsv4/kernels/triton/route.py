@@ -10,12 +10,9 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters
-from dsv4.kernels.triton.linear import linear_f32
+from dsv4.kernels.triton.linear import float32_linear_f32, many_linear_f32
 from dsv4.kernels.triton.quantise import dot
 from dsv4.ops.weight import dense, prepared_by
-
-FEW = 16
-"""Up to this many tokens scores and choice are one launch."""
 
 LEAST = tl.constexpr(-(1 << 63))
 
@@ -124,37 +121,47 @@ def few_kernel(
             tl.store(arrived, 0)
 
 
-@prepared_by(dense)
-def route(
-    x: Tensor, gate: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+def _choose_by(
+    products: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Experts int64 [T, k] and their weights float32 [T, k] for x [T, d]."""
-    tokens, count = x.shape[0], gate.shape[0]
-    experts = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
-    weights = torch.empty((tokens, k), dtype=torch.float32, device=x.device)
-    if 0 < tokens <= FEW and x.dtype == gate.dtype == torch.bfloat16:
-        _run_few(x, gate, bias, chosen, experts, weights, scale)
-    elif tokens:
+    """Experts int64 [T, k] and their weights float32 [T, k] for products float32 [T, E]."""
+    tokens, count = products.shape
+    experts = torch.empty((tokens, k), dtype=torch.int64, device=products.device)
+    weights = torch.empty((tokens, k), dtype=torch.float32, device=products.device)
+    if tokens:
         overlap = pdl()
         choose_kernel[(tokens,)](
-            linear_f32(x, gate), bias, None if chosen is None else chosen.contiguous(), experts, weights, scale,
+            products, bias, None if chosen is None else chosen.contiguous(), experts, weights, scale,
             count, BINS=next_pow2(count), K=k, KP=next_pow2(k), CHOSEN=chosen is not None, PDL=bool(overlap),
             num_warps=1 if count <= 256 else 2, **overlap,
         )  # fmt: skip
     return experts, weights
 
 
-def _run_few(
-    x: Tensor,
-    gate: Tensor,
-    bias: Tensor | None,
-    chosen: Tensor | None,
-    experts: Tensor,
-    weights: Tensor,
-    scale: float,
-) -> None:
-    """Writes `experts` and `weights` [T, k], T <= FEW."""
-    (tokens, k), (count, dim) = experts.shape, gate.shape
+@prepared_by(dense)
+def many_route(
+    x: Tensor, gate: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Experts int64 [T, k] and their weights float32 [T, k] for x bf16 [T, d] and a bf16 gate."""
+    return _choose_by(many_linear_f32(x, gate), bias, chosen, k, scale)
+
+
+@prepared_by(dense)
+def float32_route(
+    x: Tensor, gate: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same where one of them is float32."""
+    return _choose_by(float32_linear_f32(x, gate), bias, chosen, k, scale)
+
+
+@prepared_by(dense)
+def few_route(
+    x: Tensor, gate: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same for 1 to ROUTE_TOKENS tokens in one launch; x and gate bfloat16."""
+    (tokens, dim), count = x.shape, gate.shape[0]
+    experts = torch.empty((tokens, k), dtype=torch.int64, device=x.device)
+    weights = torch.empty((tokens, k), dtype=torch.float32, device=x.device)
     bn, bk, bins = 64, 128, max(16, next_pow2(count))
     tiles, steps = cdiv(count, bn), cdiv(dim, bk)
     each = cdiv(steps, max(1, multiprocessors() // tiles))
@@ -165,6 +172,7 @@ def _run_few(
         tokens, x.stride(0), count, dim, tiles, split, each, BT=16, BN=bn, BK=bk, AT_ONCE=min(next_pow2(split), max(1, 8192 // bins)),
         BINS=bins, K=k, KP=next_pow2(k), CHOSEN=chosen is not None, PDL=bool(overlap), num_warps=4, **overlap,
     )  # fmt: skip
+    return experts, weights
 
 
 _TYPES = {"products": "*fp32", "bias": "*fp32", "chosen": "*i64", "experts": "*i64", "weights": "*fp32"}

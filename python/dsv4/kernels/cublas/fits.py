@@ -1,0 +1,41 @@
+"""FP8 weights in cuBLAS's form, and which calls it is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.cublas.forms import FEW, GROUPED_FEW
+from dsv4.kernels.triton.fits import whole_blocks
+from dsv4.ops.quantised import Quantised, plain
+from dsv4.ops.weight import Fp8Weight, Gated
+
+
+class Blocks(Fp8Weight):
+    """FP8 weights with their scales twice: as stored, and in cuBLAS's form `wide`, float32 [rows / 128, K / 128] with the columns padded
+    to a multiple of 4."""
+
+    __slots__ = ("wide",)
+    wide: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + self.wide.nbytes
+
+
+def blocks(w: Any) -> bool:
+    """FP8 that was prepared for cuBLAS, or three such matrices, in whole blocks."""
+    if isinstance(w, Gated):
+        return all(map(blocks, w))
+    return isinstance(w, Blocks) and whole_blocks(w)
+
+
+def many(x: Tensor | Quantised, *rest: Any) -> bool:
+    values = plain(x)
+    return len(values) > FEW and values.dtype == torch.bfloat16
+
+
+def many_groups(x: Tensor, weight: Blocks) -> bool:
+    return len(x) > GROUPED_FEW and x.dtype == torch.bfloat16 and whole_blocks(weight, x.shape[1])

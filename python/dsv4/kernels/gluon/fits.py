@@ -1,0 +1,63 @@
+"""Which calls and which weights the forms of `forms.py` are for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.kernels.device import multiprocessors
+from dsv4.kernels.gluon.forms import BLOCK, BUSY, HEADS, MANY, MOST_BLOCKS
+from dsv4.kernels.triton.fits import fp4_experts
+
+
+def v4_attention(
+    q: Tensor, sink: Tensor, scale: float, cos: Tensor, sin: Tensor, tokens: Any, window: Any, window_ids: Tensor, *rest: Any, **options: Any
+) -> bool:  # fmt: skip
+    """V4's dims in bfloat16 over rows of 584 bytes."""
+    return (
+        q.dtype == torch.bfloat16
+        and q.shape[2] == 512
+        and cos.shape[1] == 32
+        and window_ids.shape[1] % BLOCK == 0
+        and window.codec.name == "fp8_ds_mla"
+    )
+
+
+def busy_attention(
+    q: Tensor, sink: Tensor, scale: float, cos: Tensor, sin: Tensor, tokens: Any, window: Any, window_ids: Tensor,
+    history: Any = None, entries: Any = None, selected: Tensor | None = None, *, splits: int | None = None, times: Any = None,
+) -> bool:  # fmt: skip
+    """The same with more than BUSY items a multiprocessor, and lists of one length that no CTA must share."""
+    if len(q) * -(-q.shape[1] // HEADS) <= BUSY * multiprocessors() or (splits or 1) != 1:
+        return False
+    rows, keys = window, window_ids.shape[1]
+    if history is not None and entries is not None and entries.most:
+        if selected is None:
+            return False
+        rows, keys = history, keys + BLOCK * -(-selected.shape[1] // BLOCK)
+    aligned = not (
+        window.region.stride(0) % 16 or rows.region.stride(0) % 16
+    )  # places are in units of 16 bytes
+    return (
+        aligned
+        and keys <= BLOCK * MOST_BLOCKS
+        and v4_attention(q, sink, scale, cos, sin, tokens, window, window_ids)
+    )
+
+
+def v4_keys(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int) -> bool:  # fmt: skip
+    """More entries than are selected: MXFP4 keys of 128 channels in pages of a multiple of 64 rows, for 33 to 64 heads."""
+    stored = keys.codec.name == "mxfp4" and q.shape[2] == 128 and keys.rows % BLOCK == 0
+    return stored and 32 < q.shape[1] <= 64 and entries.most > topk
+
+
+def narrow_scales(w: Any) -> bool:
+    """FP4 experts whose rows' scales span at most 2^11, in one address range of 31 bits."""
+    return fp4_experts(w) and w.absorb and max(w.s13.numel(), w.s2.numel()) < 1 << 31
+
+
+def many_slots(x: Tensor, experts: Tensor, weights: Tensor, w: Any, *rest: Any) -> bool:
+    """Whole tiles and MANY slots an expert."""
+    return experts.numel() >= MANY * len(w.w13) and x.shape[1] % 128 == 0

@@ -1,0 +1,43 @@
+"""What the Gluon kernels run, and from which size on. Imports neither triton nor torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsv4.kernels.device import has_triton
+from dsv4.kernels.triton.forms import ATTENTION_SCRATCH, INDEX_SCRATCH
+from dsv4.ops.forms import Form
+
+MANY = 32
+"""Slots an expert has on average from which `moe.py` runs."""
+BUSY = 4
+"""Items (a token and up to 64 of its heads) a multiprocessor above which CTAs stay on Hopper (hopper_stream.py): prefill. With
+fewer, with splits, and for all visible entries, whose number differs from token to token, a CTA takes one item."""
+MOST_BLOCKS = 32
+"""Key blocks of a CTA; their row places lie in shared memory."""
+BLOCK, HEADS = 64, 64
+"""Keys of a block and heads of an item."""
+
+
+def lacks() -> str:
+    return "" if has_triton() else "triton"
+
+
+_FITS = f"{__package__}.fits:"
+
+
+def _form(op: str, at: str, name: str = "", arch: tuple[int, int] = (9, 9), **says: Any) -> Form:
+    return Form(op, "gluon", f"{__package__}.{at}", name, arch=arch, lacks=lacks, **says)
+
+
+_V4 = "bfloat16, 512 channels, rows fp8_ds_mla"
+_ATTENTION = (ATTENTION_SCRATCH,)
+FORMS = [
+    _form("sparse_attention", "attention:stream", "stream", fits=_FITS + "busy_attention",
+          when=f"{_V4}, more than {BUSY} x {HEADS} heads a multiprocessor, selected entries"),
+    _form("sparse_attention", "attention:sparse_attention", "hopper", fits=_FITS + "v4_attention", when=_V4, scratch=_ATTENTION),
+    _form("sparse_attention", "attention:blackwell", "blackwell", (10, 10), fits=_FITS + "v4_attention", when=_V4, untried=True, scratch=_ATTENTION),
+    _form("index_select", "indexer:index_select", fits=_FITS + "v4_keys", when="mxfp4 of 128 channels, 33 to 64 heads, more entries than top-k", scratch=(INDEX_SCRATCH,)),
+    _form("experts", "moe:experts", takes=_FITS + "narrow_scales", fits=_FITS + "many_slots", packed=True,
+          when=f"FP4 with narrow scales, {MANY} slots an expert and more"),
+]  # fmt: skip

@@ -1,0 +1,126 @@
+"""What the Triton backend offers, and from which size on. Imports neither triton nor torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsv4.kernels.device import has_triton
+from dsv4.ops.forms import Form, Scratch
+
+NARROW_TOKENS = 32
+"""Up to this many tokens `gemm.narrow` runs FP8 products, beyond `gemm.wide`; SwiGLU's first two are one launch."""
+PLAIN_TOKENS = 16
+"""Up to this many tokens our kernel multiplies plain matrices with a float32 result, beyond cuBLAS through torch."""
+ROUTE_TOKENS = 16
+"""Up to this many tokens the router's product and its choice are one launch."""
+ONE_LAUNCH = 2
+"""Up to this many tokens take `moe_few.py`; 8 are slower there (decision 0011)."""
+
+INDEX_TOKENS = 256
+"""Queries that the index kernels handle at a time."""
+INDEX_CANDIDATES = 8192
+"""Candidates of a query."""
+INDEX_SAMPLE, INDEX_SAMPLED = 8192, 4096
+"""Entries up to which a row's scores are written whole, and how many of a longer one give its threshold."""
+SPLIT_PROGRAMS, SPLIT_ROWS, SPLIT_COLUMNS = 6, 128, 16
+"""Programs a multiprocessor that share a product's channels at most, and the result of each."""
+ATTENTION_PROGRAMS, ATTENTION_HEADS = 2, 64
+"""The same for attention: heads of each program."""
+STREAM_PROGRAMS, STREAM_SUMS, STREAM_TILE = 16, 32, 64
+"""Programs that share a tile of tokens, numbers of each, tokens of a tile at most. (Of up to 32 tokens 32 or 64 programs share a tile of 16:
+no more than one of 64 in all.)"""
+
+
+def lacks() -> str:
+    """What Triton's kernels need beside a GPU."""
+    return "" if has_triton() else "triton"
+
+
+ATTENTION_SCRATCH = Scratch(
+    "partial results of split attention",
+    lambda d: (("heads", ATTENTION_PROGRAMS * d.multiprocessors * ATTENTION_HEADS), ("channels", d.head_dim), ("bytes", 4)),
+)  # fmt: skip
+INDEX_SCRATCH = Scratch(
+    "index scores and candidates",
+    lambda d: (
+        ("queries at a time", min(d.tokens, INDEX_TOKENS)),
+        ("numbers", 3 * INDEX_CANDIDATES + max(INDEX_SAMPLE, INDEX_SAMPLED)),
+        ("bytes", 4),
+    ),
+    kept=True,
+)
+PRODUCT_SCRATCH = Scratch(
+    "partial results of split products",
+    lambda d: (
+        ("numbers", SPLIT_PROGRAMS * d.multiprocessors * SPLIT_ROWS * SPLIT_COLUMNS),
+        ("bytes", 4),
+        ("arrays", 2),
+    ),
+)
+STREAM_SCRATCH = Scratch(
+    "hyper-connection sums",
+    lambda d: (
+        ("tokens of whole tiles", d.tokens + STREAM_TILE),
+        ("numbers", STREAM_PROGRAMS * STREAM_SUMS),
+        ("bytes", 4),
+    ),
+)
+
+
+_FITS = f"{__package__}.fits:"
+_TMA = (9, 99)
+"""Hopper and later load tiles by descriptor."""
+
+
+def _form(op: str, at: str, name: str = "", *scratch: Scratch, arch: tuple[int, int] = (8, 99), **says: Any) -> Form:  # fmt: skip
+    """`at`: module, or module:function where that is not named as the op."""
+    path = f"{__package__}.{at}" + ("" if ":" in at else f":{op}")
+    return Form(op, "triton", path, name, arch=arch, lacks=lacks, scratch=scratch, **says)
+
+
+def _product(op: str, wide: str) -> list[Form]:
+    """FP8 weights by our kernels, others by torch."""
+    more = f"more than {NARROW_TOKENS} tokens"
+    return [
+        _form(op, f"linear:wide_{op}", "wide", arch=_TMA, takes=_FITS + "fp8", fits=_FITS + wide, when=f"FP8, {more}, whole blocks", packed=True),
+        _form(op, f"linear:narrow_{op}", "narrow", PRODUCT_SCRATCH, takes=_FITS + "fp8", when="FP8", packed=True),
+        _form(op, f"linear:plain_{op}", "plain, by torch"),
+    ]  # fmt: skip
+
+
+FORMS = [
+    *(_form(op, "attention", "", ATTENTION_SCRATCH) for op in ("sparse_attention", "partial_attention")),
+    _form("merge_attention", "attention"),
+    _form("index_candidates", "indexer", "", INDEX_SCRATCH),
+    _form("merge_candidates", "topk"),
+    *(_form(op, "norm") for op in ("rmsnorm", "rmsnorm_quantised", "norm_rope")),
+    *(_form(op, "rows") for op in ("write_rows", "copy_rows")),
+    _form("copy_state", "copies"),
+    _form("compress", "compressor"),
+    *(_form(op, "mhc", "", STREAM_SCRATCH) for op in ("hc_pre", "hc_post", "hc_head")),
+    _form("index_select", "indexer:every_entry", "all entries", fits=_FITS + "all_fit", when="no more entries than top-k"),
+    _form("index_select", "indexer", "", INDEX_SCRATCH),
+    *_product("linear", "wide"),
+    *_product("grouped_linear", "wide_groups"),
+    *(
+        form
+        for op in ("linear_f32", "logits")
+        for form in (
+            _form(op, f"linear:few_{op}", "narrow", PRODUCT_SCRATCH, fits=_FITS + "few_plain", when=f"bfloat16, up to {PLAIN_TOKENS} tokens"),
+            _form(op, f"linear:many_{op}", "bfloat16, by torch", fits=_FITS + "both_bfloat16", when="bfloat16"),
+            _form(op, f"linear:float32_{op}", "float32, by torch"),
+        )
+    ),
+    _form("swiglu", "linear:gated_swiglu", "one launch", PRODUCT_SCRATCH, takes=_FITS + "fp8", fits=_FITS + "one_launch_gated", when=f"FP8, up to {NARROW_TOKENS} tokens", packed=True),
+    _form("swiglu", "linear:wide_swiglu", "wide", arch=_TMA, takes=_FITS + "fp8", fits=_FITS + "wide_gated", when="FP8, whole blocks", packed=True),
+    _form("swiglu", "linear:narrow_swiglu", "narrow", PRODUCT_SCRATCH, takes=_FITS + "fp8", when="FP8", packed=True),
+    _form("swiglu", "linear:plain_swiglu", "plain, by torch"),
+    _form("route", "route:few_route", "one launch", PRODUCT_SCRATCH, fits=_FITS + "few_routed", when=f"bfloat16, up to {ROUTE_TOKENS} tokens"),
+    _form("route", "route:many_route", "bfloat16, by torch", fits=_FITS + "both_routed", when="bfloat16"),
+    _form("route", "route:float32_route", "float32, by torch"),
+    _form("experts", "moe_few:few_experts", "one launch", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", fits=_FITS + "few_experts", when=f"FP4, up to {ONE_LAUNCH} tokens", packed=True),
+    _form("experts", "moe:experts", "", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", when="FP4", packed=True),
+    _form("edit_logits", "edits"),
+    _form("sample", "sampling"),
+]  # fmt: skip
+"""Within the backend, the first that fits a call runs it."""
