@@ -145,4 +145,4 @@ def test_the_engine_on_the_model_that_ships() -> None:
 def test_the_reference_on_a_gpu_runs_eagerly_and_says_so() -> None:
     llm = LLM(device="cuda", backend="reference", max_model_len=512, num_pages=16, enforce_eager=False)
     (line,) = (x for x in llm.describe() if x.startswith("graphs"))
-    assert line.startswith("graphs     off: the reference runs linear, ") and "experts" in line
+    assert line.startswith("graphs     off: no graph can hold linear, ") and "experts" in line

@@ -18,12 +18,11 @@ from dsv4.cache.rows import Rows
 from dsv4.ops.forms import Machine
 from dsv4.ops.reference.attention import sparse_attention as reference
 from dsv4.ops.tables import EntryTable, TokenTable
-from dsv4.ops.tables import moved as moved_table
 
 from tests.kernels import gluon_threads as threads
 from tests.kernels.device import DEVICE, close, on_hopper
 from tests.kernels.test_attention import Case, full_width
-from tests.ops.cases import moved, stored
+from tests.ops.cases import moved, moved_table, stored
 
 pytest.importorskip("triton")
 

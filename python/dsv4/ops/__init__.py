@@ -5,9 +5,10 @@ at start-up.
 | --- | --- |
 | `spec.py` | name, shapes, dtypes, tolerance and source of each op |
 | `tables.py` | index tables a step builds once and all layers read |
-| `registry.py` | backends, what they need, and the choice printed at start-up |
+| `forms.py` | what a backend says of each of its forms of an op |
+| `registry.py` | which form runs a call: by machine and `--backend` at start, by arguments when it comes |
 | `reference/` | plain torch, batch-invariant: a token's result has the same bits however it was batched |
 
-Backends import the specs and tables from here (`kernels -> ops`); the registry loads them by name. An op knows neither the
+Backends import specs and tables from here (`kernels -> ops`); `dsv4.backends` puts both together. An op knows neither the
 model nor the engine.
 """

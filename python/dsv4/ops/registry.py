@@ -107,10 +107,17 @@ def dispatcher(op: str, forms: tuple[Form, ...]) -> Op:
             rest = names[len(args) :]
             last_given = max((i for i, name in enumerate(rest) if name in kwargs), default=-1)
             args = (*args, *(kwargs.pop(name, None) for name in rest[: last_given + 1]))
+            return chosen(*args, **kwargs)(*args, **kwargs)
         for takes, fits, form in some:
-            if (takes is None or takes(args[at])) and (fits is None or fits(*args, **kwargs)):
-                return form(*args, **kwargs)
-        return last(*args, **kwargs)
+            if (takes is None or takes(args[at])) and (fits is None or fits(*args)):
+                return form(*args)
+        return last(*args)
+
+    def chosen(*args: Any, **options: Any) -> Op:
+        for takes, fits, form in some:
+            if (takes is None or takes(args[at])) and (fits is None or fits(*args, **options)):
+                return form
+        return last
 
     if prepare is not None:
         run.prepare = prepare  # type: ignore[attr-defined]

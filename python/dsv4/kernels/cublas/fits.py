@@ -26,15 +26,20 @@ class Blocks(Fp8Weight):
 
 
 def blocks(w: Any) -> bool:
-    """FP8 that was prepared for cuBLAS, or three such matrices, in whole blocks."""
-    if isinstance(w, Gated):
-        return all(map(blocks, w))
-    return isinstance(w, Blocks) and whole_blocks(w)
+    """FP8 that was prepared for cuBLAS, or three such matrices."""
+    if type(w) is Blocks:
+        return True
+    return isinstance(w, Gated) and all(type(m) is Blocks for m in w)
 
 
-def many(x: Tensor | Quantised, *rest: Any) -> bool:
+def many(x: Tensor | Quantised, weight: Blocks) -> bool:
     values = plain(x)
-    return len(values) > FEW and values.dtype == torch.bfloat16
+    return len(values) > FEW and values.dtype == torch.bfloat16 and whole_blocks(weight)
+
+
+def many_gated(x: Tensor | Quantised, w: Gated, limit: float) -> bool:
+    values = plain(x)
+    return len(values) > FEW and values.dtype == torch.bfloat16 and all(map(whole_blocks, w))
 
 
 def many_groups(x: Tensor, weight: Blocks) -> bool:

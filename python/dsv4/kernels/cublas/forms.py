@@ -39,5 +39,5 @@ def _form(op: str, fits: str, few: int) -> Form:
 FORMS = [
     _form("linear", "many", FEW),
     _form("grouped_linear", "many_groups", GROUPED_FEW),
-    _form("swiglu", "many", FEW),
+    _form("swiglu", "many_gated", FEW),
 ]

@@ -14,7 +14,7 @@ from dsv4.ops.weight import FP8_BLOCK, Fp8Weight, Gated
 
 def fp8(w: Any) -> bool:
     """FP8 as stored, or three such matrices."""
-    return all(isinstance(m, Fp8Weight) for m in w) if isinstance(w, Gated) else isinstance(w, Fp8Weight)
+    return isinstance(w, Fp8Weight) or (isinstance(w, Gated) and all(isinstance(m, Fp8Weight) for m in w))
 
 
 def fp4_experts(w: Any) -> bool:
