@@ -27,6 +27,7 @@ PORT_TIMEOUT = 60
 
 def serve(pipe: Any, context: int, small: bool) -> None:
     """The server's process."""
+    from dsv4 import garbage
     from dsv4.text.tokenizer import Tokenizer
 
     from tests.support.fake_engine import FakeEngine, small_tokenizer
@@ -36,6 +37,7 @@ def serve(pipe: Any, context: int, small: bool) -> None:
     engine = FakeEngine(tokenizer=tokenizer, step_seconds=STEP, max_model_len=context)
     engine.model_config.vocab_size = 8192 if small else 129280
     with running(engine) as server:
+        garbage.settle()  # as `dsv4 serve` does
         pipe.send(server.port)
         pipe.recv()
 

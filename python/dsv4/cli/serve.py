@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import shlex
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsv4 import requirements
+from dsv4 import garbage, requirements
 from dsv4.api import logs
 from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
@@ -91,9 +90,7 @@ def load(engine: AsyncEngine, server_config: ServerConfig) -> Service:
     further = ", and every other" if server_config.any_model_name else ""
     note(f"names      {', '.join((*service.names, *service.patterns))}{further}")
     note(f"server     {service.connections.describe()}")
-    # What lives as long as the server need not be looked through each time garbage is: it took a tenth of a second.
-    gc.collect()
-    gc.freeze()
+    garbage.settle()
     return service
 
 

@@ -6,7 +6,6 @@ The process ends when it is told to, when its parent is gone, and when the devic
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import queue
@@ -18,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dsv4 import garbage
 from dsv4._core import NeverFits, Overloaded
 from dsv4.config import EngineConfig
 from dsv4.engine.link import Link
@@ -237,8 +237,7 @@ def serve(link: Link, begin: Begin, build: Build, gone: Callable[[], None]) -> i
     try:
         built = build(begin.config, _shown(link), eos_ids=frozenset(begin.eos_ids))
         host = Host(built, link, inbox)
-        gc.collect()
-        gc.freeze()  # what lives as long as the engine need not be looked through each time garbage is
+        garbage.settle()
         link.send(encode(host.ready()))
         host.run()
         return 0

@@ -1,0 +1,17 @@
+"""The collector of garbage in a process that serves: it looks only through what may be garbage, and seldom."""
+
+from __future__ import annotations
+
+import gc
+
+YOUNG, MIDDLE, OLD = 10_000, 50, 50
+"""Objects after which the young ones are looked through, and how often until older ones are. With Python's own 700 and 10 all
+objects of a request of 62,500 messages were looked through seven times while they were made, 30 ms each with the
+interpreter's lock held. What requests leave is freed by its counts; only cycles, which are few, wait longer."""
+
+
+def settle() -> None:
+    """Once everything that lives as long as the process is there: it is not looked through again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG, MIDDLE, OLD)

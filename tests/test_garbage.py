@@ -1,0 +1,54 @@
+"""Collections of garbage while a long request is read. Counted in a process of its own, as settings of the collector are the
+process's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import gc, json, sys
+from dsv4 import garbage
+from dsv4.api.conversation import read_conversation
+from dsv4.api.fields import Fields
+from dsv4.api.http import parse_object
+from dsv4.text.chat import encode_chat
+
+messages = [{"role": "assistant" if i % 2 else "user", "content": f"word {i}"} for i in range(62_500)]
+body = json.dumps({"messages": messages}).encode()
+del messages
+if sys.argv[1:] == ["settled"]:
+    garbage.settle()
+found = []
+gc.callbacks.append(lambda phase, info: found.append(info["generation"]) if phase == "stop" else None)
+segments = encode_chat(read_conversation(Fields(parse_object(body))).messages)
+assert len(segments) > 187_500
+gc.callbacks.clear()
+print(sum(g == 2 for g in found))
+"""
+
+
+def full_collections(*arguments: str) -> int:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True
+    )
+    return int(run.stdout)
+
+
+def test_no_full_collection_while_a_long_request_is_read() -> None:
+    assert full_collections("settled") == 0
+
+
+def test_memory_of_cycles_is_given_back() -> None:
+    script = """
+import gc, weakref
+from dsv4 import garbage
+class Node: pass
+garbage.settle()
+made = []
+for i in range(100_000):
+    a = Node(); a.itself = a
+    if i < 100: made.append(weakref.ref(a))
+assert not any(ref() for ref in made)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
