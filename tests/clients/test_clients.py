@@ -17,7 +17,7 @@ from tests.support.fake_engine import EOS, FakeEngine, small_tokenizer
 from tests.support.serving import RunningServer, running
 
 ROOT = Path(os.environ.get("CLIENTS", "/nonexistent"))
-"""Where the virtual environments are: `sdks` and `aider`."""
+"""Where the virtual environments are: `sdks`, `frameworks` and `aider`."""
 
 pytestmark = pytest.mark.skipif(not ROOT.exists(), reason="run by make test-clients")
 HERE = Path(__file__).parent
@@ -59,10 +59,14 @@ def loops(server: RunningServer) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("name", "count"), [("openai", 4), ("anthropic", 2), ("litellm", 5)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("openai", 4), ("anthropic", 2), ("litellm", 4), ("frameworks", 6)]
+)
 def test_sdk(server: RunningServer, tmp_path: Path, name: str, count: int) -> None:
-    run(server, tmp_path, str(ROOT / "sdks/bin/python"), str(HERE / f"sdk_{name}.py"), server.url)
-    assert sum(n == TURNS + 1 for n in loops(server)) >= min(count, 4), loops(server)
+    """`count`: conversations with tools."""
+    home = ROOT / ("frameworks" if name == "frameworks" else "sdks")
+    run(server, tmp_path, str(home / "bin/python"), str(HERE / f"sdk_{name}.py"), server.url)
+    assert sum(n == TURNS + 1 for n in loops(server)) == count, loops(server)
 
 
 def test_claude_code(server: RunningServer, tmp_path: Path) -> None:
