@@ -73,6 +73,9 @@ OF_THE_PROCESS = [
     "process_max_fds",
     "process_cpu_seconds_total",
     "process_start_time_seconds",
+    "dsv4_engine_restarts_total",
+    "dsv4_engine_process_resident_memory_bytes",
+    "dsv4_engine_process_cpu_seconds",
 ]
 
 

@@ -103,7 +103,8 @@ def test_while_the_engine_starts_again_health_says_so_and_metrics_go_on() -> Non
             if health.status_code == 503:
                 seen.add(health.json()["status"])
                 assert health.headers["retry-after"]
-                assert httpx.get(f"{server.url}/metrics").status_code == 200
+                assert "dsv4_engine_restarts_total" in httpx.get(f"{server.url}/metrics").text
+        assert "dsv4_engine_restarts_total 1.0" in httpx.get(f"{server.url}/metrics").text
         assert all("starting again: its process is gone" in status for status in seen)
         assert server.lines(max_tokens=3)[-1] == "data: [DONE]"
 

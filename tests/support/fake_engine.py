@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from importlib import resources
@@ -65,6 +66,7 @@ class FakeEngine:
         self.config, self.chat_format = EngineConfig(), GA
         self.sampling_defaults: dict[str, Any] = {}
         self.model_config = SimpleNamespace(vocab_size=8192)
+        self.pid, self.restarts = os.getpid(), 0
         self.live = self.begun = self.aborted = 0
         self.cached_tokens = 0
         """What every request reports as cached."""

@@ -7,6 +7,7 @@ counter ever falls.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -213,9 +214,11 @@ class Metrics:
         tenants: Callable[[], Mapping[str, Mapping[str, float]]] = dict,
         connections: Callable[[], Mapping[str, float]] = dict,
         info: Mapping[str, Mapping[str, object]] | None = None,
+        process: Callable[[], tuple[int, int]] = lambda: (os.getpid(), 0),
     ) -> None:
         """`stats`: the engine's counters; `model`: the value of the `model_name` label; `tenants`: what each was
-        served; `connections`: open, limit, refused; `info`: labels of gauges that are 1, by name."""
+        served; `connections`: open, limit, refused; `info`: labels of gauges that are 1, by name; `process`:
+        the id of the engine's process, and how many came before it."""
         own = {"registry": None}
         self.finished = Counter("dsv4_requests", "Generations by how they ended", ("finish_reason",), **own)  # type: ignore[arg-type]
         for reason in FINISH_REASONS:
@@ -251,6 +254,7 @@ class Metrics:
         self.registry.register(_Generations(self, model))
         self.registry.register(_Engine(stats, model, tenants, connections, info or {}))
         ProcessCollector(registry=self.registry)
+        self.registry.register(_EngineProcess(process))
 
     def declare(self, endpoints: Iterable[tuple[str, Iterable[str]]]) -> None:
         """Makes the series of endpoints, given as path and methods, and of everything else."""
@@ -373,6 +377,22 @@ class _Engine(Collector):
         made: Metric = family(name, help, labels=tuple(self._labels))
         made.add_metric(tuple(self._labels.values()), value)  # type: ignore[attr-defined]
         return made
+
+
+class _EngineProcess(Collector):
+    """The process of the engine. What it counts of itself starts anew with each, so it is shown as gauges."""
+
+    def __init__(self, process: Callable[[], tuple[int, int]]) -> None:
+        self._process = process
+        self._collector = ProcessCollector("dsv4_engine", lambda: process()[0], registry=None)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        yield COUNTER("dsv4_engine_restarts", "Engine processes that were lost", value=self._process()[1])
+        for family in self._collector.collect():
+            yield GAUGE(family.name, family.documentation, value=family.samples[0].value)
 
 
 def describe_build(config: EngineConfig, pages: int | None) -> dict[str, dict[str, object]]:

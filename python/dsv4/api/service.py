@@ -40,7 +40,8 @@ class Service:
         queue = engine.config.max_num_seqs + engine.config.max_num_waiting
         self.connections = connections_for(config.max_connections, queue)
         info = describe_build(engine.config, engine.stats().get("pages"))
-        self.metrics = Metrics(engine.stats, self.name, engine.tenants, self.connections.counts, info)
+        counts, process = self.connections.counts, lambda: (engine.pid, engine.restarts)
+        self.metrics = Metrics(engine.stats, self.name, engine.tenants, counts, info, process)
         self.started = int(time.time())
         self.draining = False
         self.lanes = Lanes()

@@ -474,6 +474,11 @@ class AsyncEngine:
         """Of the engine's process."""
         return self._child.pid
 
+    @property
+    def restarts(self) -> int:
+        """Processes that were lost and replaced."""
+        return self._number - 1
+
     def check_alive(self) -> tuple[bool, str]:
         """Whether the engine can answer, and a sentence. Costs nothing.
 
