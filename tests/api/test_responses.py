@@ -287,7 +287,7 @@ def test_refusals(model: Model, body: dict[str, Any], says: str) -> None:
         assert says in answer.json()["error"]["message"] and answer.json()["error"]["code"]
 
 
-def test_a_prompt_that_does_not_fit(model: Model) -> None:
+def test_a_prompt_that_does_not_fit(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     long = "word " * 9000
     for stream in (False, True):
         answer = model.post(input=long, stream=stream)
@@ -296,6 +296,7 @@ def test_a_prompt_that_does_not_fit(model: Model) -> None:
     last = events_of(streamed.text)[-1]
     assert (streamed.status_code, last["type"]) == (200, "response.failed")
     assert last["response"]["error"]["code"] == "context_length_exceeded"
+    assert not [r for r in caplog.records if r.levelname == "ERROR"]
 
 
 def test_an_error_in_the_middle_of_a_stream(tokenizer: Tokenizer) -> None:

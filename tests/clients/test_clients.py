@@ -89,20 +89,32 @@ def test_claude_code(server: RunningServer, tmp_path: Path) -> None:
     assert TURNS + 1 in loops(server), loops(server)
 
 
-def test_codex(server: RunningServer, tmp_path: Path) -> None:
+def codex(server: RunningServer, home: Path) -> list[dict[str, Any]]:
+    """Runs a task; the events of it."""
     (binary,) = ROOT.glob("sdks/lib/*/site-packages/codex_cli_bin/bin/codex")
-    home = tmp_path / ".codex"
-    home.mkdir()
-    home.joinpath("config.toml").write_text(
+    (home / ".codex").mkdir()
+    (home / ".codex/config.toml").write_text(
         f'model = "dsv4"\nmodel_provider = "dsv4"\n[model_providers.dsv4]\nname = "dsv4"\nbase_url = "{server.url}/v1"\n'
         'env_key = "DSV4_KEY"\nwire_api = "responses"\n'
     )
     how = ("exec", "--json", "--skip-git-repo-check", "--sandbox", "danger-full-access")
-    said = run(server, tmp_path, str(binary), *how, "run it", DSV4_KEY="k", CODEX_HOME=str(home))
-    items = [e["item"] for line in said.splitlines() if (e := _event(line)).get("type") == "item.completed"]
+    said = run(server, home, str(binary), *how, "run it", DSV4_KEY="k", CODEX_HOME=str(home / ".codex"))
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+
+
+def test_codex(server: RunningServer, tmp_path: Path) -> None:
+    items = [e["item"] for e in codex(server, tmp_path) if e["type"] == "item.completed"]
     assert (items[-1]["type"], items[-1]["text"]) == ("agent_message", DONE)
     _called("".join(i["aggregated_output"] for i in items if i["type"] == "command_execution"))
     assert TURNS + 1 in loops(server), loops(server)
+
+
+def test_codex_finds_a_tool_of_a_namespace(server: RunningServer, tmp_path: Path) -> None:
+    model = server.engine.script
+    model.shells, model.turns = {"multi_agent_v1__close_agent": "target"}, 1
+    codex(server, tmp_path)
+    last = model.tokenizer.decode(server.engine.seen[-1].prompt)
+    assert "<tool_result>invalid agent id echo" in last
 
 
 def test_aider(server: RunningServer, tmp_path: Path) -> None:
@@ -128,10 +140,6 @@ def test_aider(server: RunningServer, tmp_path: Path) -> None:
         **where,
     )
     assert DONE in said
-
-
-def _event(line: str) -> dict[str, Any]:
-    return json.loads(line) if line.startswith("{") else {}
 
 
 def _called(said: str) -> None:

@@ -87,6 +87,7 @@ async def responses(call: Call) -> None:
         async with EventStream(call, on_error=answer.failed) as stream:
             await stream.send(answer.begin())
             raise
+        return
     await _stream(call, answer, job)
 
 
