@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from dsv4.cli import main
 from dsv4.cli.talking import Reply
+from dsv4.config import backend_names
 from dsv4.engine.request import Usage
 from dsv4.spelling import nearest
 
@@ -68,7 +69,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("serve --max-num-seqs 1e30", ["max_num_seqs is '1e30'"]),
     ("serve --max-num-seqs 99999999999999999999", ["max_num_seqs is 99999999999999999999", "2147483647"]),
     ("serve --kv-cache-memory=-1GiB", ["kv_cache_memory is '-1GiB'", "2GiB"]),
-    ("serve --backend gluom", ["'gluom'", "auto, triton, cublas, gluon, reference", "'gluon'?"]),
+    ("serve --backend gluom", ["'gluom'", ", ".join(backend_names()), "'gluon'?"]),
     ("serve --dtype fp16", ["dtype is 'fp16'", "float32, bfloat16"]),
     ("serve --max-model-len lots", ["max_model_len is 'lots'", "whole number from 1, such as 64k or 1M"]),
     ("serve --max-model-len 0", ["max_model_len is 0", "the nearest is 1"]),
@@ -217,8 +218,8 @@ def test_the_help_of_every_command_shows_defaults_and_an_example(capsys: pytest.
     for words in (
         "--max-num-seqs N",
         "[16]",
-        "--kv-cache-memory SIZE",
-        "auto|triton|cublas|gluon|reference,…",
+        "--kv-cache-memory-bytes SIZE",  # before Python 3.13 the value stands behind each name of a flag
+        f"{'|'.join(backend_names())},…",
         "examples:",
     ):
         assert words in out
