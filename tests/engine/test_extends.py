@@ -35,7 +35,14 @@ def test_sizes() -> None:
         and extend_rows_of(32) == (33,) == extend_rows_of(3)
         and extend_rows_of(33) == (33, 257)
     )
-    assert extend_contexts_of(100) == (100,) and extend_contexts_of(2**20) == (2**14, 2**17, 2**20)
+    assert extend_contexts_of(100) == (100,) and extend_contexts_of(2**20) == (
+        2**11,
+        2**13,
+        2**15,
+        2**17,
+        2**19,
+        2**20,
+    )
     assert not set(EXTENDS) & set(EXTEND_ROWS)
 
 

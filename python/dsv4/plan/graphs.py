@@ -15,9 +15,6 @@ EXTENDS = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 EXTEND_ROWS = (33, 257)
 """Their rows, one of them for padding. Kernels take a step with as many rows as tokens for a decode step, so none is in EXTENDS."""
 
-EXTEND_SHORTEST = 16_384
-"""Tokens of their shortest context. What is longer is captured by powers of eight: attention ends where a token's history does."""
-
 
 def sizes_of(running: int) -> tuple[int, ...]:
     """Sizes that steps of up to `running` rows take; larger steps than the largest run without a graph."""
@@ -42,8 +39,9 @@ def extend_rows_of(running: int) -> tuple[int, ...]:
 
 
 def extend_contexts_of(max_len: int) -> tuple[int, ...]:
-    """Contexts in tokens of captured steps with prompts."""
-    powers = (EXTEND_SHORTEST << 3 * i for i in range(max_len.bit_length()))
+    """Contexts in tokens of captured steps with prompts: powers of four, as there are more sizes of them and a context that is too long
+    costs a smaller share of a step."""
+    powers = (SHORTEST << 2 * i for i in range(max_len.bit_length()))
     return (*(n for n in powers if n < max_len), max_len)
 
 
