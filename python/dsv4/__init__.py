@@ -28,6 +28,10 @@ _EXPORTS = {
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
+# Intel's MKL otherwise rounds by where an array lies in memory, with many threads: on a CPU a prompt that is read in chunks would not
+# give the bits of one that is read at once (docs/decisions/0002). Read when MKL is first used.
+os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+
 __all__ = [*_EXPORTS, "__version__"]
 
 try:
