@@ -70,25 +70,27 @@ async def responses(call: Call) -> None:
     options, chat, tools, params, routing = await call.aside(lambda: _read(call))
     strict = await call.aside(lambda: StrictTools(chat.tools))
     answer = Answer(options, f"resp_{call.request_id}", tools, strict)
-    if not options.stream:
-        job = await _job(call, chat, params, routing, answer.reply)
-        async for _, output in run(call, [job]):
-            answer.reply.read(output)
-        await call.respond(answer.whole(), headers=options.headers)
-        return
     try:
         job = await _job(call, chat, params, routing, answer.reply)
     except RequestError as e:
-        # Codex makes its conversation shorter when a stream says so, not at a status of 400.
-        if e.code != "context_length_exceeded" or not header(call.scope, ORIGINATOR_HEADER).startswith(
-            "codex"
-        ):
+        if not (options.stream and _compacts(call, e)):
             raise
+        call.record.reason = e.code
         async with EventStream(call, on_error=answer.failed) as stream:
-            await stream.send(answer.begin())
-            raise
+            await stream.send(answer.begin() + answer.failed(e))
         return
-    await _stream(call, answer, job)
+    if options.stream:
+        await _stream(call, answer, job)
+        return
+    async for _, output in run(call, [job]):
+        answer.reply.read(output)
+    await call.respond(answer.whole(), headers=options.headers)
+
+
+def _compacts(call: Call, error: RequestError) -> bool:
+    """Codex makes its conversation shorter when a stream says that it does not fit, not at a status of 400."""
+    codex = header(call.scope, ORIGINATOR_HEADER).startswith("codex")
+    return codex and error.code == "context_length_exceeded"
 
 
 async def input_tokens(call: Call) -> None:
