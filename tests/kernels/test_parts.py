@@ -62,7 +62,8 @@ def _check_candidates(tokens: int, form: str) -> None:
     selected, scores = indexer.index_candidates(**moved(args, DEVICE))
     expected = REFERENCE.index_candidates(**args)
     assert torch.equal(selected.cpu(), expected[0])
-    assert (scores.cpu() - expected[1]).nan_to_num(0).abs().max() <= 1e-4
+    bound = 1e-4 if form == "float32" else 1e-3 * expected[1].nan_to_num(neginf=0).abs().max()  # sums of FP8
+    assert (scores.cpu() - expected[1]).nan_to_num(0).abs().max() <= bound
     assert ((selected < 0) == (scores == -torch.inf)).all()
 
 

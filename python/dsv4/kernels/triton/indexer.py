@@ -255,7 +255,7 @@ def select_entries(
         run(plan, scan, part, out[cut], None if values is None else values[cut])
 
 
-def whole(plan: Plan, scan: Scan, part: tuple, out: Tensor, values: Tensor | None) -> None:
+def whole(plan: Plan, scan: Scan, part: tuple, out: Tensor, values: Tensor | None = None) -> None:
     """Rows that fit a program: all scores, then the choice among them."""
     n, most = len(out), part[-1]
     scores = torch.empty((n, min(SAMPLE, next_pow2(most))), dtype=torch.float32, device=out.device)
