@@ -50,15 +50,17 @@ class Driver:
         blocks = -(-self.max_len // self.block_tokens)
         history = self.slabs * blocks
         self.spare = list(range(history, history + 4 * self.layout.snapshot_pages))
-        pages = history + len(self.spare)
+        self._build(history + len(self.spare))
+        # Pages in an order that is not that of blocks, as in service.
+        self.page_table = torch.arange(history - 1, -1, -1, dtype=torch.int32).view(self.slabs, blocks)
+
+    def _build(self, pages: int) -> None:
         ops = choose(self.backend, self.device)
         self.cache = PagedCache(
             self.layout, pages, self.slabs, self.device, copy_state=ops.copy_state, poison=self.poison
         )
         weights = {name: w.to(self.device) for name, w in self.weights.items()}
         self.model = V4Model(self.config, weights, self.cache, ops)
-        # Pages in an order that is not that of blocks, as in service.
-        self.page_table = torch.arange(history - 1, -1, -1, dtype=torch.int32).view(self.slabs, blocks)
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
         """Logits are wanted of every token that is not replayed. A chunk at its sequence's (or replay's)

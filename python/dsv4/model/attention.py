@@ -50,10 +50,10 @@ class Attention:
     ) -> None:
         self.ops, self.heads, self.dim, self.eps = ops, config.num_heads, config.head_dim, config.rms_eps
         self.scale = config.head_dim**-0.5
-        self.wq_a, self.wq_b, self.wkv, self.wo_b = (
-            weights.matrix("linear", f"{n}.weight") for n in ("wq_a", "wq_b", "wkv", "wo_b")
+        self.wq_a, self.wq_b, self.wkv = (
+            weights.matrix("linear", f"{n}.weight") for n in ("wq_a", "wq_b", "wkv")
         )
-        self.groups, self.wo_a = config.o_groups, weights.matrix("grouped_linear", "wo_a.weight")
+        self._load_output(weights, config)
         self.kv_norm = weights.float("kv_norm.weight")
         self.sink = weights.float("attn_sink")
         self.window = cache.rows("window", layer, codecs.row)
@@ -72,6 +72,10 @@ class Attention:
                 )
         readers = [self.wq_b] + ([self.indexer.wq_b] if self.indexer else [])
         self.q_norm = SharedNorm(ops, weights.float("q_norm.weight"), self.eps, "linear", readers)
+
+    def _load_output(self, weights: Scope, config: ModelConfig) -> None:
+        self.groups, self.wo_a = config.o_groups, weights.matrix("grouped_linear", "wo_a.weight")
+        self.wo_b = weights.matrix("linear", "wo_b.weight")
 
     def __call__(
         self,

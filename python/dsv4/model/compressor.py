@@ -10,6 +10,7 @@ from dsv4.cache.rows import Rows
 from dsv4.model.scope import Scope
 from dsv4.model.step import Step
 from dsv4.ops.registry import Ops
+from dsv4.ops.tables import BlockTable, TokenTable
 
 
 class Compressor:
@@ -35,13 +36,18 @@ class Compressor:
     def __call__(self, x: Tensor, step: Step, rope: tuple[Tensor, Tensor]) -> None:
         """Takes in the step's tokens (x [T, d]), writes the entries that they complete, carries the
         rest over. `rope` is (cos, sin) at the blocks' first positions."""
-        projected = self.ops.linear_f32(x, self.project)
+        self.take(self.ops.linear_f32(x, self.project), step.tokens, step.blocks[self.ratio], rope)
+
+    def take(
+        self, projected: Tensor, tokens: TokenTable, blocks: BlockTable, rope: tuple[Tensor, Tensor]
+    ) -> None:
+        """The same of projected tokens float32 [T, 2 * w * D]."""
         self.ops.compress(
             projected,
             self.ape,
             self.state,
-            step.tokens,
-            step.blocks[self.ratio],
+            tokens,
+            blocks,
             self.norm,
             *rope,
             self.eps,

@@ -51,8 +51,12 @@ class Indexer:
         """Selected entries int32 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank
         query. Writes this step's keys first."""
         self.compressor(x, step, block_rope)
-        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
-        weights = self.ops.linear(x, self.weights_proj).float() * (self.dim * self.heads) ** -0.5
+        q, weights = self.query(x, qr)
         return self.ops.index_select(
             q, *rope, weights, self.keys, step.tokens, step.entries[self.ratio], self.topk
         )
+
+    def query(self, x: Tensor, qr: Tensor | Quantised) -> tuple[Tensor, Tensor]:
+        """Queries [T, H, I] and what their scores are weighted with, float32 [T, H]."""
+        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
+        return q, self.ops.linear(x, self.weights_proj).float() * (self.dim * self.heads) ** -0.5

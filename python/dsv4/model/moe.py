@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dsv4.model.config import ModelConfig
 from dsv4.model.scope import Scope
+from dsv4.model.step import Step
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
 
@@ -24,8 +25,12 @@ class MoE:
         self.experts = weights.gated("experts", "experts")
         self.shared = weights.gated("swiglu", "shared_experts", ".weight")
 
-    def __call__(self, x: Tensor, shared: Tensor | Quantised, token_ids: Tensor) -> Tensor:
-        """[T, d] -> [T, d]; `shared`: x for the shared expert; token_ids int64 [T]."""
+    def __call__(self, x: Tensor, shared: Tensor | Quantised, step: Step) -> Tensor:
+        """[T, d] -> [T, d]; `shared`: x for the shared expert."""
+        return self.mixed(x, shared, step.token_ids)
+
+    def mixed(self, x: Tensor, shared: Tensor | Quantised, token_ids: Tensor) -> Tensor:
+        """The same for token ids int64 [T]."""
         chosen = None if self.table is None else self.table[token_ids]
         experts, weights = self.ops.route(x, self.gate, self.bias, chosen, self.k, self.scale)
         always = self.ops.swiglu(shared, self.shared, self.limit)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from dsv4.ops.registry import Ops
-from dsv4.ops.weight import Gated, Weight
+from dsv4.ops.weight import Gated, Weight, part
+
+if TYPE_CHECKING:
+    from dsv4.model.rank import Rank
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
     """`Scope(weights, ops, prefix="layers.3.attn.")["wq_a.weight"]`. A missing tensor is a KeyError with its full name.
 
-    `consume`: experts are taken out of the mapping, so that a backend's form of them needs no second copy.
+    `consume`: experts are taken out of the mapping, so that a backend's form of them needs no second copy. `rank`: whose
+    weights they are, where several ranks run the model.
     """
 
     weights: MutableMapping[str, Weight]
     ops: Ops
     prefix: str = ""
     consume: bool = False
+    rank: Rank | None = None
     _used: list[int] = field(default_factory=lambda: [0])
 
     def __getitem__(self, name: str) -> Tensor:
@@ -40,6 +45,12 @@ class Scope:
         """A matrix in the form that the op wants."""
         return self._prepared(op, self.weights[self.prefix + name])
 
+    def parts(self, op: str, name: str, axis: int, parts: int) -> list[Any]:
+        """A matrix cut into equal parts along its rows (axis 0) or columns (1), each in the form that the op wants."""
+        weight = self.weights[self.prefix + name]
+        step = weight.shape[axis] // parts
+        return [self._prepared(op, part(weight, axis, i * step, (i + 1) * step)) for i in range(parts)]
+
     def gated(self, op: str, name: str, suffix: str = "") -> Any:
         """The matrices `name`.w1, w3 and w2 in the form that the op wants."""
         names = [f"{self.prefix}{name}.{part}{suffix}" for part in Gated._fields]
@@ -48,7 +59,7 @@ class Scope:
 
     def within(self, prefix: str) -> Scope:
         """The scope below."""
-        return Scope(self.weights, self.ops, f"{self.prefix}{prefix}.", self.consume, self._used)
+        return Scope(self.weights, self.ops, f"{self.prefix}{prefix}.", self.consume, self.rank, self._used)
 
     @property
     def nbytes(self) -> int:

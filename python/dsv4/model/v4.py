@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +53,9 @@ class HyperConnection:
 class Layer:
     """Attention and mixture of experts, each between its hyper-connection and after its norm."""
 
+    attention: ClassVar[type[Attention]] = Attention
+    mixture: ClassVar[type[MoE]] = MoE
+
     def __init__(
         self,
         weights: Scope,
@@ -65,8 +69,8 @@ class Layer:
         self.ratio = config.compress_ratios[index]
         self.attn_hc = HyperConnection(weights, "attn", config, ops)
         self.ffn_hc = HyperConnection(weights, "ffn", config, ops)
-        self.attn = Attention(weights.within("attn"), config, index, cache, codecs, ops, dtype)
-        self.moe = MoE(weights.within("ffn"), config, index, ops)
+        self.attn = self.attention(weights.within("attn"), config, index, cache, codecs, ops, dtype)
+        self.moe = self.mixture(weights.within("ffn"), config, index, ops)
         readers = ("linear", (self.attn.wq_a, self.attn.wkv)), ("swiglu", (self.moe.shared,))
         self.attn_norm, self.ffn_norm = (
             SharedNorm(ops, weights.float(f"{side}_norm.weight"), config.rms_eps, *reads)
@@ -81,7 +85,7 @@ class Layer:
         streams = self.attn_hc.post(y, streams, post, comb)
 
         y, post, comb = self.ffn_hc.pre(streams)
-        y = self.moe(*self.ffn_norm(y), step.token_ids)
+        y = self.moe(*self.ffn_norm(y), step)
         return self.ffn_hc.post(y, streams, post, comb)
 
 
@@ -89,6 +93,8 @@ class V4Model:
     """Any model with Flash's or Pro's structure. Weights are in the released naming; activations have the
     dtype of the embedding; norms, compressors, gate, hyper-connections, softmax and head compute in
     float32. `consume`: experts are taken out of `weights` (see Scope)."""
+
+    layer: ClassVar[type[Layer]] = Layer
 
     def __init__(
         self,
@@ -100,7 +106,7 @@ class V4Model:
         consume: bool = False,
     ) -> None:
         self.config, self.cache, self.ops = config, cache, ops
-        top = Scope(weights, ops, consume=consume)
+        top = self._scope(weights, consume)
         self.embed, self.norm = top["embed.weight"], top.float("norm.weight")
         self.head = top.matrix("logits", "head.weight")
         self.hc_head = tuple(top.float(f"hc_head_{part}") for part in ("fn", "scale", "base"))
@@ -111,7 +117,7 @@ class V4Model:
         )
         self.window_codec = codecs.row
         self.layers = [
-            Layer(top.within(f"layers.{i}"), config, i, cache, codecs, ops, self.embed.dtype)
+            self.layer(top.within(f"layers.{i}"), config, i, cache, codecs, ops, self.embed.dtype)
             for i in range(config.num_layers)
         ]
         self.weight_bytes = top.nbytes
@@ -125,6 +131,9 @@ class V4Model:
             ratios=tuple(m for m in self.ropes if m),
             tile=max(1, _TILE_ROWS // config.num_heads),
         )
+
+    def _scope(self, weights: MutableMapping[str, Weight], consume: bool) -> Scope:
+        return Scope(weights, self.ops, consume=consume)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:

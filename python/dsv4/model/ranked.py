@@ -1,0 +1,299 @@
+"""The forward on one of R ranks (see `cut.py`). A single GPU runs `v4.py`, which knows nothing of this.
+
+| what | where it is | what is said for it |
+| --- | --- | --- |
+| norms, mHC, projections, queries | a cut token on its owner, a shared one everywhere | |
+| window rows, compressor pools | whole on every rank | key-value rows and compressor inputs of cut tokens are gathered |
+| history, index keys | row j of a page on rank j mod R | shared: candidates gathered, parts to the owner of the head; cut: rows gathered |
+| attention weights | whole on every rank | shared: `wo_a` by group, `wo_b` by input, summed |
+| experts | 1 / R of each one's columns | inputs of cut tokens gathered, sums go back to the owner |
+| embedding, head | 1 / R of the vocabulary | summed; gathered |
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4.cache.paged import PagedCache
+from dsv4.cache.rows import Rows
+from dsv4.model.attention import Attention, Rope
+from dsv4.model.batch import Batch, resolved
+from dsv4.model.config import ModelConfig
+from dsv4.model.cut import UNIT, Group, Places, RankStep, owners
+from dsv4.model.moe import MoE
+from dsv4.model.parallel import Share
+from dsv4.model.rank import Rank, ordered
+from dsv4.model.scope import Scope
+from dsv4.model.step import build_step, decode_step
+from dsv4.model.v4 import Layer, V4Model
+from dsv4.ops.quantised import Quantised
+from dsv4.ops.registry import Ops
+from dsv4.ops.tables import of_part
+from dsv4.ops.weight import Weight
+from dsv4.transfer import to_device
+
+
+@dataclass(frozen=True, slots=True)
+class Ropes:
+    """Rotations at the positions of the local tokens and of all."""
+
+    local: Rope
+    all: Rope
+
+
+class RankedAttention(Attention):
+    """Attention whose parts are on R ranks."""
+
+    rank: Rank
+
+    def _load_output(self, weights: Scope, config: ModelConfig) -> None:
+        rank = weights.rank
+        assert rank is not None, "a ranked model's scope has a rank"
+        self.rank = rank
+        self.out_groups = config.o_groups // rank.ranks
+        self.wo_a = weights.parts("grouped_linear", "wo_a.weight", 0, rank.ranks)
+        self.wo_b = weights.parts("linear", "wo_b.weight", 1, rank.ranks)
+
+    def __call__(  # type: ignore[override]
+        self,
+        x: Tensor,
+        shared: Tensor | Quantised,
+        step: RankStep,
+        rope: Ropes,
+        block_rope: Rope | None,
+        scratch: Rows | None,
+    ) -> Tensor:
+        """Of the local tokens [n, d] -> [n, d]."""
+        ops, window, places = self.ops, step.window, step.places
+        _, qr = self.q_norm(ops.linear(shared, self.wq_a))
+        q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
+        q = ops.norm_rope(q, None, *rope.local, self.eps)
+        rows = self.window
+        if scratch is not None and window.past is not None:
+            rows = scratch
+            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
+        kv = places.all(ops.linear(shared, self.wkv))
+        ops.write_rows(kv, self.kv_norm, *rope.all, self.eps, rows, window.target)
+        query = None
+        if self.compressor is not None:
+            self._compress(self.compressor, x, step, block_rope)
+        if self.indexer is not None:
+            self._compress(self.indexer.compressor, x, step, block_rope)
+            query = self.indexer.query(x, qr)
+        y = torch.empty_like(x)
+        if step.shared is not None:
+            found = self._shared(step.shared, q, rope.local, rows, query)
+            y = found if step.shared.index is None else y.index_copy_(0, step.shared.index, found)
+        if step.pages is not None:
+            past, keys = self._gathered(step.pages)
+            if step.cut is not None and step.cut.index is not None:
+                y.index_copy_(0, step.cut.index, self._cut(step.cut, q, rope.local, rows, past, keys, query))
+        if rows is scratch:
+            ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
+        return y
+
+    def _compress(self, compressor: Any, x: Tensor, step: RankStep, rope: Rope | None) -> None:
+        """Every rank folds all tokens into its pools and writes the entries that it holds."""
+        projected = step.places.all(self.ops.linear_f32(x, compressor.project))
+        compressor.take(projected, step.tokens, step.blocks[self.ratio], rope)
+
+    def _shared(
+        self, group: Group, q: Tensor, rope: Rope, rows: Rows, query: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Each rank sums its part, the owner of a head all parts of it."""
+        ops, rank = self.ops, self.rank
+        turn = tuple(group.pick(r) for r in rope)
+        compressed: tuple = ()
+        if self.history is not None:
+            compressed = self.history, group.entries[self.ratio][0]
+        if query is not None and self.indexer is not None:
+            found = self._candidates(group, 0, turn, query, self.indexer.keys)
+            chosen = self._choice(group, rank.gather(found[0]), rank.gather(found[1]))
+            compressed = *compressed, of_part(chosen, rank.rank, rank.ranks)
+        o, lse = ops.partial_attention(
+            group.pick(q), self.scale, group.tokens, rows, group.window[0], *compressed
+        )
+        o = rank.exchange(torch.stack(o.chunk(rank.ranks, 1)))
+        lse = rank.exchange(torch.stack(lse.chunk(rank.ranks, 1)))
+        sink = self.sink.chunk(rank.ranks)[rank.rank]
+        return rank.sum(self._output(ops.merge_attention(o, lse, sink, *turn), rank.rank))
+
+    def _cut(
+        self,
+        group: Group,
+        q: Tensor,
+        rope: Rope,
+        rows: Rows,
+        past: list[Rows],
+        keys: list[Rows],
+        query: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """The owner sums all parts."""
+        ops, ranks = self.ops, self.rank.ranks
+        turn, q = tuple(group.pick(r) for r in rope), group.pick(q)
+        chosen = None
+        if query is not None:
+            found = [self._candidates(group, p, turn, query, keys[p]) for p in range(ranks)]
+            chosen = self._choice(group, *map(torch.stack, zip(*found, strict=True)))
+        parts = []
+        for p in range(ranks):
+            compressed: tuple = (past[p], group.entries[self.ratio][p]) if past else ()
+            if chosen is not None:
+                compressed = *compressed, of_part(chosen, p, ranks)
+            parts.append(
+                ops.partial_attention(q, self.scale, group.tokens, rows, group.window[p], *compressed)
+            )
+        o, lse = map(torch.stack, zip(*parts, strict=True))
+        merged = ops.merge_attention(o, lse, self.sink, *turn).chunk(ranks, 1)
+        return ordered(torch.stack([self._output(merged[p], p) for p in range(ranks)]))
+
+    def _output(self, o: Tensor, part: int) -> Tensor:
+        """[m, h / R, D] of the heads of a rank -> its part of [m, d]."""
+        u = self.ops.grouped_linear(o.reshape(len(o), self.out_groups, -1), self.wo_a[part])
+        return self.ops.linear(u.flatten(1), self.wo_b[part])
+
+    def _candidates(
+        self, group: Group, part: int, turn: tuple, query: tuple[Tensor, Tensor], keys: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """The best entries of a part for the tokens of a group, and their scores."""
+        assert self.indexer is not None
+        q, weights = map(group.pick, query)
+        entries = group.entries[self.ratio][part]
+        return self.ops.index_candidates(q, *turn, weights, keys, group.tokens, entries, self.indexer.topk)
+
+    def _choice(self, group: Group, selected: Tensor, scores: Tensor) -> Tensor:
+        """The best entries of all parts. One part may hold all of them."""
+        assert self.indexer is not None
+        most = selected.shape[0] * group.entries[self.ratio][0].most
+        return self.ops.merge_candidates(selected, scores, min(self.indexer.topk, most))
+
+    def _gathered(self, pages: Tensor) -> tuple[list[Rows], list[Rows]]:
+        """Every rank's rows of these pages, and index rows."""
+        keys = None if self.indexer is None else self.indexer.keys
+        return self._gather(self.history, pages), self._gather(keys, pages)
+
+    def _gather(self, rows: Rows | None, pages: Tensor) -> list[Rows]:
+        if rows is None:
+            return []
+        return [Rows(rows.codec, region, rows.rows) for region in self.rank.gather(rows.region[pages])]
+
+
+class RankedMoE(MoE):
+    """A mixture of experts of which this rank has some columns."""
+
+    def __call__(self, x: Tensor, shared: Tensor | Quantised, step: RankStep) -> Tensor:  # type: ignore[override]
+        """Of the local tokens [n, d] -> [n, d]."""
+        every = step.places.all(x)
+        return step.places.sum(self.mixed(every, shared if every is x else every, step.token_ids))
+
+
+class RankedLayer(Layer):
+    attention, mixture = RankedAttention, RankedMoE
+
+
+class RankedModel(V4Model):
+    """`V4Model` on one of R ranks, all of which are called alike. `weights` are what `load_weights` gives for `share(rank)`;
+    `cache` is a `ShardedCache`."""
+
+    layer = RankedLayer
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: MutableMapping[str, Weight],
+        cache: PagedCache,
+        ops: Ops,
+        rank: Rank,
+        *,
+        consume: bool = False,
+        unit: int = UNIT,
+    ) -> None:
+        self.rank, self.unit = rank, unit
+        super().__init__(config, weights, cache, ops, consume=consume)
+        self.first_id, _ = share(rank).bounds(config.vocab_size)
+
+    def _scope(self, weights: MutableMapping[str, Weight], consume: bool) -> Scope:
+        return Scope(weights, self.ops, consume=consume, rank=self.rank)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        vocabulary = -(-self.config.vocab_size // self.rank.ranks)
+        part = super().logits(hidden)
+        part = torch.nn.functional.pad(part, (0, vocabulary - part.shape[1]))
+        return torch.cat(self.rank.gather(part).unbind(), dim=1)[:, : self.config.vocab_size].contiguous()
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        if fresh := [row.slab for row in batch.rows if row.reset]:
+            self.cache.reset(fresh)
+        device, window = self.embed.device, self.geometry.window
+        replays = any(row.replay_end for row in batch.rows)
+        owner = owners(batch, self.rank.ranks, self.unit)
+        alive, streams, step = torch.empty(0), None, None
+        for i, layer in enumerate(self.layers):
+            if i == 0 or replays:
+                plain = build_step(batch, self.geometry, i)
+                if plain is None:
+                    return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
+                step = RankStep.of(plain, batch, owner[plain.token], self.rank, window, device)
+                if batch.newest is not None:
+                    step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
+                ropes, scratch = self._rank_ropes(step, plain.end), self._scratch(step)
+                local = plain.token[step.places.local.cpu()]
+                if streams is None:
+                    streams = self._embedded_on(step)
+                else:  # a token of another rank may have any streams
+                    kept = torch.searchsorted(alive, local).clamp(max=len(alive) - 1)
+                    streams = streams[to_device(kept, device)]
+                alive = local
+            streams = layer(streams, step, *ropes[layer.ratio], scratch)
+        return self._wanted(streams, alive, owner[batch.logit_index], batch.logit_index)
+
+    @torch.inference_mode()
+    def decode(
+        self, token_ids: Tensor, positions: Tensor, slabs: Tensor, pages: Tensor, newest: Tensor, end: int
+    ) -> Tensor:
+        token_ids = resolved(token_ids, newest)
+        plain = decode_step(token_ids, positions, slabs, pages, end, self.geometry)
+        step = RankStep.decode(plain, self.rank, self.geometry.window)
+        ropes, streams = self._rank_ropes(step, end), self._embedded_on(step)
+        for layer in self.layers:
+            streams = layer(streams, step, *ropes[layer.ratio], None)
+        return streams
+
+    def _embedded_on(self, step: RankStep) -> Tensor:
+        """Streams [n, n_streams, d] of the local tokens; each row of the embedding is on one rank."""
+        at = step.token_ids - self.first_id
+        held = (at >= 0) & (at < len(self.embed))
+        part = torch.where(held[:, None], self.embed[at.clamp(0, len(self.embed) - 1)], 0)
+        return step.places.sum(part).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def _rank_ropes(self, step: RankStep, end: int) -> dict[int, tuple[Ropes, Rope | None]]:
+        found = {}
+        for m, table in self.ropes.items():
+            every = table.at(step.tokens.position, end)
+            cos, sin = (x if step.places.send is None else x[step.places.local] for x in every)
+            found[m] = (
+                Ropes((cos, sin), every),
+                table.at(step.blocks[m].position, end) if m else None,
+            )
+        return found
+
+    def _wanted(self, streams: Tensor, alive: Tensor, owner: Tensor, tokens: Tensor) -> Tensor:
+        """Streams [S, n, d] of tokens int64 [S] of the batch, on every rank; `alive`: the local ones."""
+        if not len(tokens):
+            return streams[:0]
+        places = Places.of(owner, self.rank)
+        at = torch.searchsorted(alive, tokens[places.local]).clamp(max=len(alive) - 1)
+        device = streams.device
+        return places.to(lambda x: to_device(x, device)).all(streams[to_device(at, device)])
+
+
+def share(rank: Rank) -> Share:
+    """What a rank loads."""
+    return Share(rank.rank, rank.ranks, whole_attention=True)

@@ -1,0 +1,195 @@
+"""The model on R ranks over gloo: every way of reuse is the cold run of the same R, bit for bit, and R ranks give the logits of
+one within a tolerance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dsv4.cache.sharded import ShardedCache
+from dsv4.model.batch import Batch, Row
+from dsv4.model.config import ModelConfig
+from dsv4.model.rank import Rank, ordered
+from dsv4.model.ranked import RankedModel, share
+from dsv4.model.weights import load_weights
+from dsv4.backends import choose
+from dsv4.text.tokenizer import Tokenizer
+from torch import Tensor
+
+from tests.record_golden import GOLDEN, NANO, cases, prompt_ids
+from tests.support.driving import Chunk, Driver, random_tokens
+from tests.support.models import random_config, random_weights
+from tests.support.ranks import RankDriver, run_ranks
+
+TOKENS = 600
+TOLERANCE = 2e-4
+"""Largest difference of logits (of a spread near 1.5) between R ranks and one, in float32."""
+
+SHAPES: dict[int, tuple[str, dict[str, Any]]] = {
+    2: ("flash", dict(compress_ratios=[0, 4, 128, 4], index_topk=16)),
+    3: (
+        "flash",
+        dict(
+            compress_ratios=[0, 4, 128, 4],
+            index_topk=16,
+            num_attention_heads=6,
+            o_groups=3,
+            moe_intermediate_size=96,
+        ),
+    ),
+    4: ("pro", dict(compress_ratios=[128, 4, 128, 4], index_topk=16, o_groups=4, moe_intermediate_size=128)),
+}
+
+
+def _config(ranks: int) -> ModelConfig:
+    kind, changes = SHAPES[ranks]
+    return random_config(kind, **changes)
+
+
+def _driver(rank: Rank, **options: Any) -> RankDriver:
+    config = _config(rank.ranks)
+    weights = random_weights(config, seed=9)
+    return RankDriver(
+        config, weights, slabs=2, max_len=1024, block_tokens=128 * rank.ranks, rank=rank, **options
+    )
+
+
+def _share_history(driver: Driver, upto: int) -> None:
+    blocks = upto // driver.block_tokens
+    driver.page_table[1, :blocks] = driver.page_table[0, :blocks]
+
+
+def _ways(rank: Rank) -> dict[str, Any]:
+    """Logits of a cold run, and of every other way to the same tokens."""
+    driver = _driver(rank)
+    ids, block = random_tokens(driver.config, TOKENS), driver.block_tokens
+    boundary = TOKENS // block * block
+    cold = driver.run(ids)
+    found = {"chunked": (driver.run(ids, [300, 33, 1, 250]), cold)}
+
+    before = driver.run(ids[:boundary], [boundary - 100, 100])
+    pages = driver.spare[: driver.cache.snapshot_pages][::-1]
+    driver.cache.save(0, boundary, pages)
+    found["cut elsewhere"] = (before, cold[:boundary])
+
+    driver.run(random_tokens(driver.config, 200, seed=99), slab=1)  # leaves another state there
+    _share_history(driver, boundary)
+    driver.cache.restore(1, boundary, pages)
+    found["restored"] = (driver.run(ids, [1, 7], start=boundary, slab=1), cold[boundary:])
+    return found
+
+
+def _replays(rank: Rank) -> dict[str, Any]:
+    driver = _driver(rank)
+    ids, block = random_tokens(driver.config, TOKENS), driver.block_tokens
+    boundary = TOKENS // block * block
+    cold = driver.run(ids)
+    driver.run(random_tokens(driver.config, 200, seed=99), slab=1)
+    _share_history(driver, boundary)
+    history = driver.cache.pages.clone()
+    driver.replay(ids, boundary, driver.layout.replay_tokens, [boundary], slab=1)
+    assert torch.equal(driver.cache.pages, history)  # a replay writes none
+    found = {"replayed": (driver.run(ids, [3, 1, 80], start=boundary, slab=1), cold[boundary:])}
+    driver.replay(ids, boundary, driver.layout.replay_tokens, [150, 33], slab=1)
+    found["replayed in pieces"] = (driver.run(ids, start=boundary, slab=1), cold[boundary:])
+    return found
+
+
+def _mixed(rank: Rank) -> dict[str, Any]:
+    """A token of one request beside a chunk of another, a state saved inside a block, and one rank with all chosen entries."""
+    driver = _driver(rank)
+    ids, others = (random_tokens(driver.config, TOKENS, seed=s) for s in (0, 5))
+    cold, cold_others = driver.run(ids, slab=0), driver.run(others, slab=1)
+    driver.run(ids[:330], slab=0)
+    a, b = driver.step([Chunk(0, ids[330:331], 330), Chunk(1, others[:450], 0)])
+    c, d = driver.step([Chunk(1, others[450:], 450), Chunk(0, ids[331:340], 331)])
+    found = {
+        "decoded beside a chunk": (torch.cat((a, d)), cold[330:340]),
+        "a chunk beside decode": (torch.cat((b, c)), cold_others),
+    }
+    pages = driver.spare[: driver.cache.slab_pages]
+    driver.cache.save(0, 340, pages)
+    driver.run(random_tokens(driver.config, 64, seed=98), slab=0)
+    driver.run(ids[:340], slab=0)  # the history, which that has overwritten
+    driver.cache.slabs[0] = 0
+    driver.cache.restore(0, 340, pages)
+    found["restored inside a block"] = (driver.run(ids[:400], [20, 1], start=340), cold[340:400])
+    return found
+
+
+def _all(rank: Rank) -> tuple[Tensor, dict[str, tuple[float, bool]]]:
+    found = _ways(rank) | _replays(rank) | _mixed(rank)
+    logits = _driver(rank, unit=128).run(random_tokens(_config(rank.ranks), TOKENS))
+    return logits, {n: (float((a - b).abs().max()), torch.equal(a, b)) for n, (a, b) in found.items()}
+
+
+@pytest.mark.parametrize("ranks", SHAPES)
+def test_ranks(ranks: int, tmp_path: Path) -> None:
+    answers = run_ranks(ranks, _all, tmp_path)
+    for logits, ways in answers:
+        assert len(ways) == 8 and all(same for _, same in ways.values()), ways
+        assert torch.equal(logits, answers[0][0])  # on every rank
+    config = _config(ranks)
+    one = Driver(config, random_weights(config, seed=9), max_len=1024).run(random_tokens(config, TOKENS))
+    difference = (answers[0][0] - one).abs().max()
+    assert difference <= TOLERANCE * one.std(), difference
+    assert torch.equal(answers[0][0].argmax(-1), one.argmax(-1))
+
+
+def _says(rank: Rank) -> dict[str, Tensor]:
+    x = torch.arange(6.0).view(2, 3).bfloat16() + 10 * rank.rank
+    to_all = torch.arange(rank.ranks * 2).view(rank.ranks, 2) + 100 * rank.rank
+    return {
+        "gather": rank.gather(x),
+        "exchange": rank.exchange(to_all),
+        "sum": rank.sum(x),
+        "nothing": rank.gather(x[:0]),
+    }
+
+
+def test_what_ranks_say(tmp_path: Path) -> None:
+    answers = run_ranks(2, _says, tmp_path)
+    x = torch.arange(6.0).view(2, 3).bfloat16()
+    for rank, found in enumerate(answers):
+        assert torch.equal(found["gather"], torch.stack((x, x + 10)))
+        assert found["exchange"].tolist() == [[2 * rank + p * 100, 2 * rank + 1 + p * 100] for p in range(2)]
+        assert torch.equal(found["sum"], ordered(torch.stack((x, x + 10))))
+        assert found["nothing"].shape == (2, 0, 3)
+
+
+def _nano(rank: Rank, prompts: dict[str, Tensor], lengths: dict[str, int]) -> dict[str, list[int]]:
+    """Greedy tokens of the model that ships, each prompt in one chunk (cut where it is long enough)."""
+    config = ModelConfig.from_dir(Path(str(NANO)))
+    weights = load_weights(Path(str(NANO)), config, torch.float32, share=share(rank))
+    layout = config.layout("float32", "float32", block_tokens=256)
+    blocks = -(-8192 // 256)
+    cache = ShardedCache(layout, blocks, 1, rank.rank, rank.ranks, rank.gather)
+    model = RankedModel(config, weights, cache, choose("reference"), rank)
+    table = torch.arange(blocks, dtype=torch.int32)[None]
+    written: dict[str, list[int]] = {}
+    for name, ids in prompts.items():
+        out: list[int] = []
+        at, new = 0, ids
+        while len(out) < lengths[name]:
+            n = len(new)
+            row = Row(0, at, n, 0, reset=at == 0)
+            batch = Batch(new, torch.arange(at, at + n), (row,), table, torch.tensor([n - 1]))
+            out.append(int(model.forward(batch)[0].argmax()))
+            at, new = at + n, torch.tensor(out[-1:])
+        written[name] = out
+    return written
+
+
+def test_the_model_that_ships_writes_the_same_on_two_ranks(tmp_path: Path) -> None:
+    golden = json.loads(GOLDEN.read_text())
+    config = ModelConfig.from_dir(Path(str(NANO)))
+    tokenizer = Tokenizer.from_dir(str(NANO), vocab_size=config.vocab_size)
+    assert tokenizer is not None
+    prompts = {name: torch.tensor(prompt_ids(case, tokenizer, config)) for name, case in cases().items()}
+    assert max(map(len, prompts.values())) > 4000  # cut, and with more entries than are chosen
+    lengths = {name: min(12, len(golden[name]["ids"])) for name in prompts}
+    for written in run_ranks(2, _nano, tmp_path, prompts, lengths):
+        assert written == {name: golden[name]["ids"][: lengths[name]] for name in prompts}
