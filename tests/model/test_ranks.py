@@ -117,6 +117,9 @@ def _mixed(rank: Rank) -> dict[str, Any]:
     driver.cache.slabs[0] = 0
     driver.cache.restore(0, 340, pages)
     found["restored inside a block"] = (driver.run(ids[:400], [20, 1], start=340), cold[340:400])
+    one, at, none = ids[400:401], torch.tensor([400]), torch.zeros(1, dtype=torch.int64)
+    streams = driver.model.decode(one, at, torch.tensor([0]), driver.page_table, none, 1024)
+    found["tables made on the device"] = (driver.model.logits(streams), cold[400:401])
     return found
 
 
@@ -130,7 +133,7 @@ def _all(rank: Rank) -> tuple[Tensor, dict[str, tuple[float, bool]]]:
 def test_ranks(ranks: int, tmp_path: Path) -> None:
     answers = run_ranks(ranks, _all, tmp_path)
     for logits, ways in answers:
-        assert len(ways) == 8 and all(same for _, same in ways.values()), ways
+        assert len(ways) == 9 and all(same for _, same in ways.values()), ways
         assert torch.equal(logits, answers[0][0])  # on every rank
     config = _config(ranks)
     one = Driver(config, random_weights(config, seed=9), max_len=1024).run(random_tokens(config, TOKENS))

@@ -12,7 +12,8 @@ either way. docs/decisions/0020 has a picture.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ from torch import Tensor
 from dsv4.model.batch import Batch
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.step import Step
-from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable, moved
+from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable
 from dsv4.transfer import to_device
+
+Table = TypeVar("Table")
 
 UNIT = 128
 """Tokens that lie on one rank together."""
@@ -166,8 +169,8 @@ class RankStep:
         )
 
     @classmethod
-    def decode(cls, step: Step, rank: Rank, window: int) -> RankStep:
-        """Of one token of each of some requests, shared by all ranks, made where the step is with nothing read back."""
+    def whole(cls, step: Step, rank: Rank, window: int) -> RankStep:
+        """Of tokens that are all shared, made where the step is with nothing read back."""
         shared = _group(step, step.entries, None, step.token, (rank.rank,), rank.ranks, window)
         places = Places(rank, step.token)
         blocks = _tables(step, rank)
@@ -240,6 +243,12 @@ def _gathered(step: Step, batch: Batch, owner: Tensor) -> tuple[Tensor, Tensor]:
             table[row.slab, :blocks] = torch.arange(count, count + blocks)
             count += blocks
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64), table
+
+
+def moved(table: Table, move: Callable[[Tensor], Tensor]) -> Table:
+    """The table with `move` applied to every tensor."""
+    values = {f.name: getattr(table, f.name) for f in fields(table) if f.init and not f.name.startswith("_")}
+    return type(table)(**{k: move(v) if isinstance(v, Tensor) else v for k, v in values.items()})
 
 
 def _moved(group: Group, move: Callable[[Tensor], Tensor], pages: Tensor | None) -> Group:

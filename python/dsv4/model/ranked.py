@@ -29,7 +29,7 @@ from dsv4.model.moe import MoE
 from dsv4.model.parallel import Share
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.scope import Scope
-from dsv4.model.step import build_step, decode_step
+from dsv4.model.step import Step, build_step
 from dsv4.model.v4 import Layer, V4Model
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
@@ -254,16 +254,17 @@ class RankedModel(V4Model):
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
         return self._wanted(streams, alive, owner[batch.logit_index], batch.logit_index)
 
-    @torch.inference_mode()
-    def decode(
-        self, token_ids: Tensor, positions: Tensor, slabs: Tensor, pages: Tensor, newest: Tensor, end: int
-    ) -> Tensor:
-        token_ids = resolved(token_ids, newest)
-        plain = decode_step(token_ids, positions, slabs, pages, end, self.geometry)
-        step = RankStep.decode(plain, self.rank, self.geometry.window)
-        ropes, streams = self._rank_ropes(step, end), self._embedded_on(step)
+    def _through(self, step: Step, newest: Tensor) -> Tensor:
+        """Every token on every rank."""
+        step = replace(step, token_ids=resolved(step.token_ids, newest))
+        here = RankStep.whole(step, self.rank, self.geometry.window)
+        ropes, scratch, streams = (
+            self._rank_ropes(here, step.end),
+            self._scratch(here),
+            self._embedded_on(here),
+        )
         for layer in self.layers:
-            streams = layer(streams, step, *ropes[layer.ratio], None)
+            streams = layer(streams, here, *ropes[layer.ratio], scratch)
         return streams
 
     def _embedded_on(self, step: RankStep) -> Tensor:
