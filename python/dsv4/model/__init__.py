@@ -9,6 +9,6 @@
 | `shards.py`, `survey.py` | safetensors files: what is where, and whether it is the model; `quantization.py` what is refused |
 | `weights.py` | tensors, as floats or packed; `export.py` the way back |
 | `batch.py`, `step.py` | a step's input and its index tables |
-| `rank.py`, `cut.py`, `ranked.py` | the same on one of R ranks: what they say, which tokens are where, the forward |
 | `v4.py`, `attention.py`, `compressor.py`, `indexer.py`, `moe.py`, `rope.py` | the forward, in ops |
+| `rank.py`, `cut.py`, `ranked.py` | the same on one of R ranks: what they say, which tokens are where, the forward |
 """
