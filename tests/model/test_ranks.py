@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from dsv4.backends import choose
 from dsv4.cache.sharded import ShardedCache
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.ranked import RankedModel, share
 from dsv4.model.weights import load_weights
-from dsv4.backends import choose
 from dsv4.text.tokenizer import Tokenizer
 from torch import Tensor
 

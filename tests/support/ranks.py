@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from dsv4.backends import choose
 from dsv4.cache.sharded import ShardedCache
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import EXPERT_AXIS, tensors
 from dsv4.model.parallel import Share
 from dsv4.model.rank import Rank
 from dsv4.model.ranked import RankedModel, share
-from dsv4.backends import choose
 from dsv4.ops.weight import Weight, part
 
 from tests.support.driving import Driver
