@@ -17,6 +17,9 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, running
 from tests.text.damage import shapes
 
+HTTP = httpx.Client(timeout=60)
+"""One for all: to make one takes longer than a request."""
+
 TOOLS = [
     {
         "name": "get_weather",
@@ -45,7 +48,7 @@ class Model:
 
     def post(self, **body: Any) -> httpx.Response:
         request = {"model": "default", "max_tokens": 500, "messages": HELLO} | body
-        return httpx.post(self.url, json={k: v for k, v in request.items() if v is not None})
+        return HTTP.post(self.url, json={k: v for k, v in request.items() if v is not None})
 
     def says(self, text: str, **body: Any) -> dict[str, Any]:
         """The whole message; a stream says the same."""
@@ -198,12 +201,12 @@ def test_the_billing_line_is_left_out_of_chats_as_well(model: Model) -> None:
     ):
         talk = [{"role": "system", "content": content}, *HELLO]
         body = {"model": "default", "messages": talk}
-        assert httpx.post(model.server.url + "/v1/chat/completions", json=body).status_code == 200
+        assert HTTP.post(model.server.url + "/v1/chat/completions", json=body).status_code == 200
         assert "billing" not in model.prompt()
 
 
 def test_fields_and_betas_that_nobody_knows_are_tolerated(model: Model) -> None:
-    answer = httpx.post(
+    answer = HTTP.post(
         model.url + "?beta=true",
         headers={"anthropic-beta": "a-2025-01-01,odd-2031-12-12", "anthropic-version": "2099-01-01"},
         json={
@@ -250,7 +253,7 @@ def test_an_assistants_message_at_the_end_is_continued(model: Model) -> None:
 def test_who_asks(model: Model) -> None:
     def routing(headers: dict[str, str] | None = None, **body: Any) -> Any:
         request = {"model": "default", "max_tokens": 5, "messages": HELLO} | body
-        assert httpx.post(model.url, json=request, headers=headers or {}).status_code == 200
+        assert HTTP.post(model.url, json=request, headers=headers or {}).status_code == 200
         return model.server.engine.seen[-1].routing
 
     assert routing(metadata={"user_id": "u1"}).tenant == "u1"
@@ -358,7 +361,7 @@ def test_a_prompt_that_does_not_fit_says_so_in_claude_codes_words(model: Model) 
 def test_tokens_are_counted_as_the_same_request_reads_them(model: Model) -> None:
     body = {"model": "default", "system": "S", "messages": HELLO, "tools": TOOLS, **THINK}
     model.reads(**body)
-    counted = httpx.post(model.url + "/count_tokens", json=body)
+    counted = HTTP.post(model.url + "/count_tokens", json=body)
     assert counted.json() == {"input_tokens": len(model.server.engine.seen[-1].prompt)}
 
 
@@ -369,23 +372,23 @@ def test_errors_have_anthropics_shape(model: Model, tokenizer: Tokenizer) -> Non
 
     ask = {"model": "default", "max_tokens": 5, "messages": HELLO}
     assert kind(model.post(model="claude-x")) == (404, "not_found_error")
-    assert kind(httpx.post(model.url, content=b"{")) == (400, "invalid_request_error")
-    assert kind(httpx.get(model.url)) == (405, "invalid_request_error")
+    assert kind(HTTP.post(model.url, content=b"{")) == (400, "invalid_request_error")
+    assert kind(HTTP.get(model.url)) == (405, "invalid_request_error")
     known = {"anthropic-version": "2023-06-01"}
-    assert kind(httpx.get(model.server.url + "/v1/none", headers=known)) == (404, "not_found_error")
+    assert kind(HTTP.get(model.server.url + "/v1/none", headers=known)) == (404, "not_found_error")
     with running(FakeEngine(tokenizer=tokenizer, max_live=0)) as server:
         for stream in (False, True):
-            full = httpx.post(server.url + "/v1/messages", json=ask | {"stream": stream})
+            full = HTTP.post(server.url + "/v1/messages", json=ask | {"stream": stream})
             assert kind(full) == (429, "rate_limit_error") and full.headers["retry-after"] == "1"
     with running(FakeEngine(tokenizer=tokenizer), api_key="secret") as server:
         url = server.url + "/v1/messages"
-        assert kind(httpx.post(url, json=ask)) == (401, "authentication_error")
+        assert kind(HTTP.post(url, json=ask)) == (401, "authentication_error")
         for headers in ({"x-api-key": "secret"}, {"authorization": "Bearer secret"}):
-            assert httpx.post(url, json=ask, headers=headers).status_code == 200
+            assert HTTP.post(url, json=ask, headers=headers).status_code == 200
     with running(FakeEngine(tokenizer=tokenizer, fail_after=2)) as server:
         url = server.url + "/v1/messages"
-        assert kind(httpx.post(url, json=ask)) == (500, "api_error")
-        last = events_of(httpx.post(url, json=ask | {"stream": True}).text)[-1]
+        assert kind(HTTP.post(url, json=ask)) == (500, "api_error")
+        last = events_of(HTTP.post(url, json=ask | {"stream": True}).text)[-1]
         assert (
             last["type"] == "error"
             and last["error"]["type"] == "api_error"

@@ -17,6 +17,9 @@ from dsv4.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, running
 
+HTTP = httpx.Client(timeout=60)
+"""One for all: to make one takes longer than a request."""
+
 BODIES = Path(__file__).parent.parent / "data" / "clients"
 
 
@@ -30,7 +33,7 @@ def server(tokenizer: Tokenizer) -> Iterator[RunningServer]:
 def sent(server: RunningServer, name: str, **more: Any) -> tuple[httpx.Response, str]:
     """The answer, and what the model read."""
     recorded = json.loads((BODIES / f"{name}.json").read_text(encoding="utf-8"))
-    answer = httpx.post(server.url + recorded["path"], json=recorded["body"] | more)
+    answer = HTTP.post(server.url + recorded["path"], json=recorded["body"] | more)
     assert answer.status_code == 200, answer.text
     engine = server.engine
     return answer, engine.tokenizer.decode(engine.seen[-1].prompt, skip_special=False)

@@ -14,6 +14,9 @@ from dsv4.text.tokenizer import Tokenizer
 from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, running
 
+HTTP = httpx.Client(timeout=60)
+"""One for all: to make one takes longer than a request."""
+
 NAMES = ("begin", "hole", "end")
 BEFORE, AFTER = "def f(x):\n    ", "\n    return y<｜fim▁end｜>"
 
@@ -25,7 +28,7 @@ def server(tokenizer: Tokenizer) -> Iterator[RunningServer]:
 
 
 def post(server: RunningServer, path: str = "/v1/completions", **body: Any) -> httpx.Response:
-    return httpx.post(server.url + path, json={"model": "default", "prompt": BEFORE, "max_tokens": 50} | body)
+    return HTTP.post(server.url + path, json={"model": "default", "prompt": BEFORE, "max_tokens": 50} | body)
 
 
 def test_what_goes_between(server: RunningServer) -> None:

@@ -16,6 +16,9 @@ from dsv4.text.tokenizer import Tokenizer
 from tests.support.fake_engine import EOS, FakeEngine
 from tests.support.serving import RunningServer, running
 
+HTTP = httpx.Client(timeout=60)
+"""One for all: to make one takes longer than a request."""
+
 MARKS = ("<think>", "</think>", "｜DSML｜")
 SHELL = {"type": "object", "properties": {"cmd": {"type": "string"}, "n": {}, "env": {"type": "object"}}}
 ROUNDS = 10
@@ -67,7 +70,7 @@ class Agent:
         self.url, self.random, self.thinking, self.round = url, random.Random(seed), thinking, 0
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = httpx.post(self.url + path, json=body)
+        answer = HTTP.post(self.url + path, json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -247,7 +250,7 @@ class Chat:
 
     def post(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
         body = {"model": "default", "messages": messages, "tools": Cline.tools} | more
-        answer = httpx.post(self.server.url + "/v1/chat/completions", json=body)
+        answer = HTTP.post(self.server.url + "/v1/chat/completions", json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()
 

@@ -17,6 +17,9 @@ from tests.support.fake_engine import FakeEngine
 from tests.support.serving import RunningServer, running
 from tests.text.damage import shapes
 
+HTTP = httpx.Client(timeout=60)
+"""One for all: to make one takes longer than a request."""
+
 WEATHER = {
     "type": "function",
     "name": "get_weather",
@@ -62,7 +65,7 @@ class Model:
 
     def post(self, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
         request = {"model": "default", "input": "Hi"} | body
-        return httpx.post(self.url, json={k: v for k, v in request.items() if v is not None}, headers=headers)
+        return HTTP.post(self.url, json={k: v for k, v in request.items() if v is not None}, headers=headers)
 
     def says(self, text: str, **body: Any) -> dict[str, Any]:
         """The whole response; a stream says the same."""
@@ -302,8 +305,8 @@ def test_a_prompt_that_does_not_fit(model: Model, caplog: pytest.LogCaptureFixtu
 def test_an_error_in_the_middle_of_a_stream(tokenizer: Tokenizer) -> None:
     with running(FakeEngine(tokenizer=tokenizer, fail_after=2)) as server:
         body = {"model": "default", "input": "Hi"}
-        assert httpx.post(server.url + "/v1/responses", json=body).status_code == 500
-        last = events_of(httpx.post(server.url + "/v1/responses", json=body | {"stream": True}).text)[-1]
+        assert HTTP.post(server.url + "/v1/responses", json=body).status_code == 500
+        last = events_of(HTTP.post(server.url + "/v1/responses", json=body | {"stream": True}).text)[-1]
         assert last["type"] == "response.failed" and "boom" in last["response"]["error"]["message"]
         assert last["response"]["error"]["code"] == "server_error"
 
@@ -317,7 +320,7 @@ def test_tokens_are_counted_as_the_same_request_reads_them(model: Model) -> None
         "reasoning": {"effort": "max"},
     }
     model.reads(**body)
-    counted = httpx.post(model.url + "/input_tokens", json=body).json()
+    counted = HTTP.post(model.url + "/input_tokens", json=body).json()
     assert counted == {
         "object": "response.input_tokens",
         "input_tokens": len(model.server.engine.seen[-1].prompt),
