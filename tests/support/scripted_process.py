@@ -1,7 +1,8 @@
 """An engine's process with the real core and loop, and a device that computes nothing: `python -m tests.support.scripted_process`.
 
 Without torch it starts at once. The token at a position of a request depends on the prompt and the position alone. What it
-does is said by the environment: SCRIPTED_STEP are seconds of a step, SCRIPTED_BREAKS is a step at which the device is lost.
+does is said by the environment: SCRIPTED_LOAD are seconds until it is ready, SCRIPTED_STEP those of a step, SCRIPTED_BREAKS is a step at which
+the device is lost.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ def build(
         max_waiting=config.max_num_waiting,
         max_in_flight=flights,
     )
+    time.sleep(float(os.environ.get("SCRIPTED_LOAD", "0")))
     breaks = os.environ.get("SCRIPTED_BREAKS")
     device = ScriptedDevice(float(os.environ.get("SCRIPTED_STEP", "0")), int(breaks) if breaks else None)
     plans = tuple(StepPlan(core.plan_schema()) for _ in range(flights))

@@ -120,10 +120,9 @@ class Link:
     def close(self) -> None:
         """Ends both directions; `receive` gives None, here and there. What was not sent is lost."""
         with self._lock:
-            if not self._closed or self._left:
-                self._closed = True
-                self._left.clear()
-                self._lock.notify_all()
+            self._closed = True
+            self._left.clear()
+            self._lock.notify_all()
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
