@@ -18,6 +18,7 @@ import orjson
 import pytest
 from dsv4 import AsyncEngine, EngineConfig, SamplingParams
 from dsv4.api.logs import JsonFormatter
+from dsv4.engine.async_engine import RESTARTS
 from dsv4.engine.request import RequestOutput
 from dsv4.errors import ConfigError, EngineDead, RequestError
 from dsv4.text.stream import TextStream
@@ -142,13 +143,13 @@ def test_a_process_that_is_lost_again_and_again_is_given_up() -> None:
                 assert last.finish_reason == "error" and LOST in (last.error or "")
                 lost += 1
             await asyncio.sleep(0.01)
-        assert lost == 4 and LOST in engine.died
+        assert lost == RESTARTS + 1 and LOST in engine.died
         assert not engine.check_alive()[0] and LOST in engine.check_alive()[1]
         with pytest.raises(RequestError, match="illegal memory access") as refused:
             await outputs_of(engine, [5, 6, 7], 5)
         assert refused.value.code == "engine_dead"
 
-    with nothing_stays(), scripted(breaks=3):
+    with nothing_stays(), scripted(breaks=1):
         engine = AsyncEngine.from_config(EngineConfig(**SETTINGS))
         asyncio.run(closing(engine, run(engine)))
 
@@ -165,6 +166,21 @@ def test_a_request_that_kills_the_process_is_not_tried_again() -> None:
 
     with scripted(breaks=10, step=0.02):
         engine = AsyncEngine.from_config(EngineConfig(**{**SETTINGS, "max_num_seqs": 1}))
+        asyncio.run(closing(engine, run(engine)))
+
+
+def test_a_process_that_is_killed_while_it_loads_is_started_again() -> None:
+    async def run(engine: AsyncEngine) -> None:
+        pids = [engine.pid]
+        for _ in range(3):
+            os.kill(pids[-1], signal.SIGKILL)
+            await until(lambda: engine.pid != pids[-1])
+            pids.append(engine.pid)
+        await until(lambda: engine.check_alive()[0])
+        assert tokens_of(await outputs_of(engine, [5, 6], 4)) == answer_to([5, 6], 4)
+
+    with nothing_stays(), scripted(load=0.3):
+        engine = AsyncEngine.from_config(EngineConfig(**SETTINGS))
         asyncio.run(closing(engine, run(engine)))
 
 

@@ -4,7 +4,7 @@ The process has an interpreter, and so a lock, of its own: HTTP, tokenizing and 
 step brings the tokens of all streams; a stream that reads slowly gets several at once.
 
 When the process ends by itself, what it was computing ends with an error; requests that it had not begun wait for the next
-one, which is started at once, unless it was lost `RESTARTS` times in a row without a request that was answered.
+one, which is started at once, unless more than `RESTARTS` in a row were lost before they gave a token.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ log = logging.getLogger("dsv4.engine")
 ABORT_GRACE = 30.0
 """Seconds that the step at hand may take to end before the engine is left to itself."""
 
-RESTARTS = 3
-"""Processes in a row that may be lost without one request answered, before it is given up."""
+RESTARTS = 5
+"""Processes in a row that may be lost without one token from them, before it is given up."""
 
 _PINS = 2**32
 """Pins of one process are numbered below it, those of the next ones from multiples of it."""
@@ -152,7 +152,7 @@ class AsyncEngine:
         self._number = self._sent = 0
         """Of the process, and of messages to it."""
         self._lost = 0
-        """Processes in a row that ended by themselves."""
+        """Processes in a row that ended by themselves and gave no token."""
         self._restarting = ""
         self._doubt: str | None = None
         self._draining = self._closing = self._shown = False
@@ -333,11 +333,20 @@ class AsyncEngine:
 
     def _restart(self) -> None:
         """Another process, to which goes what the last one had not begun. Raises what it could not start for."""
-        log.warning("the engine is started again")
-        self._child = self._start()
-        if self._closing:  # `shutdown` may have seen the last one only
-            self._child.kill()
-        self._adopt(remote.await_ready(self._child, self._given, self.frontend.eos_ids, None))
+        ready: Ready | None = None
+        while ready is None:
+            log.warning("the engine is started again")
+            self._child = self._start()
+            if self._closing:  # `shutdown` may have seen the last one only
+                self._child.kill()
+            try:
+                ready = remote.await_ready(self._child, self._given, self.frontend.eos_ids, None)
+            except remote.ProcessGone as e:
+                self._lost += 1
+                if self._closing or self._lost > self._restarts:
+                    raise
+                log.critical("%s", e)
+        self._adopt(ready)
         self._post(self._send_again)
         log.warning("the engine is there again")
 
@@ -370,7 +379,7 @@ class AsyncEngine:
         self._doubt, self._shown = news.doubt, False
         if news.counts is not None:
             self._tally.update(news.counts)
-        if any(end.reason in ("stop", "length") and end.key for end in news.ends):
+        if self._lost and any(key for key, _ in news.samples()):  # key 0 is the engine's own
             self._lost = 0
         if not news.empty:
             self._post(lambda home: self._deliver(home, news))

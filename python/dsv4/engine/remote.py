@@ -24,6 +24,10 @@ CAUSE = 1.0
 """Seconds to find out how it has ended, before those who wait for it are told that it has."""
 
 
+class ProcessGone(EngineDead):
+    """A process has ended before it was ready, and did not say why."""
+
+
 def start() -> Child:
     """The process, which waits for its settings. It loads torch meanwhile."""
     return Child(PROCESS, "engine")
@@ -52,7 +56,7 @@ def await_ready(
         child.kill()
         raise
     how = ended(child)
-    raise as_error(failed) if failed is not None else EngineDead(f"the engine process is gone: {how}")
+    raise as_error(failed) if failed is not None else ProcessGone(f"the engine's process is gone, {how}")
 
 
 def cause(child: Child) -> str:
