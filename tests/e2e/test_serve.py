@@ -103,6 +103,36 @@ def test_the_second_request_says_what_it_reused(nano: Serving) -> None:
     assert details.model_extra["dsv4"]["history_matched"] >= details.cached_tokens
 
 
+def test_a_conversation_in_anthropics_dialect_computes_its_new_text_alone(nano: Serving) -> None:
+    """Sampled at a high temperature, so that tokens and calls are such as no encoder writes."""
+    weather = {"name": "get_weather", "input_schema": WEATHER["function"]["parameters"]}
+    talk: list[dict[str, Any]] = [
+        {"role": "user", "content": "What is the weather in Prague? " + "Tell me. " * 100}
+    ]
+    stored, kinds = 0, set()
+    for turn in range(4):
+        body = {
+            "model": "default",
+            "max_tokens": 48,
+            "messages": talk,
+            "tools": [weather],
+            "temperature": 1.5,
+        }
+        body["seed"] = turn
+        answer = httpx.post(f"{nano.url}/v1/messages", json=body, timeout=120).json()
+        usage, content = answer["usage"], answer["content"]
+        assert usage["cache_read_input_tokens"] >= stored // 128 * 128, (turn, usage)
+        whole = answer["stop_reason"] != "max_tokens" or {b["type"] for b in content} == {"text"}
+        kinds |= {b["type"] for b in content}
+        prompt = usage["input_tokens"] + usage["cache_read_input_tokens"]
+        stored = prompt + usage["output_tokens"] - 1 if whole else prompt - 1
+        talk.append({"role": "assistant", "content": content})
+        calls = [b["id"] for b in content if b["type"] == "tool_use"]
+        results = [{"type": "tool_result", "tool_use_id": id, "content": "sunny"} for id in calls]
+        talk.append({"role": "user", "content": results or "And in Rome?"})
+    assert "text" in kinds
+
+
 def test_prompt_logprobs_as_an_evaluation_asks_for_them(nano: Serving) -> None:
     prompt = [0, 3, 500, 600, 700, 4, 6]
     answer = nano.client.completions.create(
