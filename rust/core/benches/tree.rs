@@ -63,7 +63,7 @@ fn tokens(seed: u32, n: u32) -> Vec<u32> {
 }
 
 fn cache(pages: u32) -> KvCache {
-    let options = CacheOptions { pages, eviction: Eviction::Lru, ..CacheOptions::default() };
+    let options = CacheOptions { pages, eviction: Eviction::LRU, ..CacheOptions::default() };
     KvCache::new(&presets::flash(), &options).expect("the options are valid")
 }
 
@@ -89,7 +89,7 @@ fn million() -> (KvCache, Vec<u32>) {
 fn cache_bytes() {
     const SMALL: u32 = 16;
     let before = LIVE.load(Ordering::Relaxed);
-    let options = CacheOptions { pages: MILLION, eviction: Eviction::Value, ..CacheOptions::default() };
+    let options = CacheOptions { pages: MILLION, eviction: Eviction::VALUE, ..CacheOptions::default() };
     let mut cache = KvCache::new(&presets::toy(SMALL, 128, 1), &options).expect("the options are valid");
     (0..MILLION / 32).for_each(|i| store(&mut cache, &tokens(1_000_000 + i, 32 * SMALL)));
     let bytes = LIVE.load(Ordering::Relaxed) - before - 4 * (SMALL * MILLION) as usize;

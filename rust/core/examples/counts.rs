@@ -49,7 +49,7 @@ fn main() {
     if path == "step" {
         return steps(times);
     }
-    let options = CacheOptions { pages: 4096, eviction: Eviction::Lru, ..CacheOptions::default() };
+    let options = CacheOptions { pages: 4096, eviction: Eviction::LRU, ..CacheOptions::default() };
     let mut cache = KvCache::new(&presets::flash(), &options).expect("the options are valid");
     // What a path starts from is made as often whatever the repetitions, so that their difference is the path alone.
     let prompts = [tokens(1 << 20), tokens(1 << 21)];

@@ -66,7 +66,7 @@ impl Default for Options {
             max_waiting: 1024,
             snapshots: SnapshotPolicy::Auto,
             snapshot_budget: 0.1,
-            eviction: Eviction::Value,
+            eviction: Eviction::default(),
             prefix_cache: true,
             max_in_flight: 1,
             cost: CostModel::default(),

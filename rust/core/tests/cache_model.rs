@@ -3,9 +3,9 @@
 //!
 //! Tiny worlds (vocabulary 2, blocks of 4, a few pages) make equal prefixes, adoption and exhaustion common. After every
 //! operation: `check()`, the same prefixes and snapshots cached, and every page that a sequence names holds what it should.
-//! `lru` and `fifo` must evict exactly what the oracle says, with quotas, times to live, priorities and pins; of `value`,
-//! whose rates are learned, it is checked that what goes may go. At the end the cache is dumped, loaded, and emptied again
-//! in the same order.
+//! Every policy of `Eviction::ALL` is drawn. Those whose order is in [`AGES`] must evict exactly what the oracle says, with
+//! quotas, times to live, priorities and pins; of others, such as `value`, whose rates are learned, it is checked that what
+//! goes may go. At the end the cache is dumped, loaded, and emptied again in the same order.
 
 #![allow(clippy::unwrap_used)]
 
@@ -22,6 +22,10 @@ use dsv4_core::layout::{LayoutSpec, presets};
 
 const BLOCK: usize = 4;
 const QUOTAS: [(u32, u32); 2] = [(1, 4), (2, 7)];
+/// What an item's age counts from.
+type Age = fn(&Facts) -> u64;
+/// The policies by which the older of two goes first.
+const AGES: [(Eviction, Age); 2] = [(Eviction::LRU, |f| f.used), (Eviction::FIFO, |f| f.born)];
 type Prefix = (u8, Vec<u32>);
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,6 +58,8 @@ struct World {
     rng: Rng,
     layout: LayoutSpec,
     options: CacheOptions,
+    /// What decides who goes first, where the oracle knows it.
+    age: Option<Age>,
     cache: KvCache,
     blocks: BTreeMap<Prefix, Facts>,
     states: BTreeMap<Prefix, Facts>,
@@ -93,12 +99,13 @@ impl World {
         let mut rng = Rng::new(seed);
         let layout = presets::toy(BLOCK as u32, 6, 3);
         let pages = 8 + rng.below(33) as u32;
-        let eviction = Eviction::ALL[rng.below(3) as usize];
+        let eviction = Eviction::ALL[rng.below(Eviction::ALL.len() as u64) as usize];
+        let age = AGES.iter().find(|(of, _)| *of == eviction).map(|(_, age)| *age);
         let options = CacheOptions {
             pages,
             eviction,
             snapshot_budget: [0.0, 0.2, 0.5, 1.0][rng.below(4) as usize],
-            admit_by_value: eviction == Eviction::Value && rng.below(2) == 0,
+            admit_by_value: age.is_none() && rng.below(2) == 0,
             quotas: if rng.below(2) == 0 { QUOTAS.to_vec() } else { Vec::new() },
             ..CacheOptions::default()
         };
@@ -108,6 +115,7 @@ impl World {
             rng,
             layout,
             options,
+            age,
             blocks: BTreeMap::new(),
             states: BTreeMap::new(),
             live: Vec::new(),
@@ -125,12 +133,11 @@ impl World {
 
     fn hint(&mut self) -> Hint {
         let ttl = 1 + self.rng.below(40) * 1000 + self.now;
-        let exact = self.options.eviction != Eviction::Value;
         Hint {
             tenant: self.rng.below(4) as u32,
             retention: Retention {
                 // Which blocks are a session's alone depends on edges, which the oracle does not have.
-                session: (!exact && self.rng.below(2) == 0).then(|| self.rng.below(4)),
+                session: (self.age.is_none() && self.rng.below(2) == 0).then(|| self.rng.below(4)),
                 ttl_us: (self.rng.below(5) == 0).then_some(ttl),
                 priority: self.rng.below(3) as i32 - 1,
             },
@@ -186,7 +193,7 @@ impl World {
     }
 
     fn worst(&self, only_states: Option<bool>) -> Option<Item> {
-        let age = |f: &Facts| if self.options.eviction == Eviction::Fifo { f.born } else { f.used };
+        let age = self.age.unwrap_or(|f| f.used);
         let mut all = self.candidates();
         if let Some(states) = only_states {
             all.retain(|(item, _)| matches!(item, Item::State(_)) == states);
@@ -252,7 +259,7 @@ impl World {
         let result = act(self);
         let size = |w: &Self| (w.blocks.len() + w.states.len()) as u64;
         let end = size(self) - (evicted(self) - before);
-        if self.options.eviction == Eviction::Value {
+        if self.age.is_none() {
             let (blocks, states) = self.cached();
             let gone: Vec<Prefix> = self.blocks.keys().filter(|p| !blocks.contains(p)).cloned().collect();
             gone.iter().for_each(|p| assert!(!self.pinned(p), "{p:?} went, but it is in use"));

@@ -74,7 +74,7 @@ fn what_only_the_older_turn_of_a_session_has_goes_before_the_newer_turn() {
 
 #[test]
 fn the_newest_state_of_a_session_replaces_the_one_before_and_a_used_one_comes_back() {
-    let mut cache = cache(64, Eviction::Lru);
+    let mut cache = cache(64, Eviction::LRU);
     let other = prompt(7, 2);
     let mut seq = start(&mut cache, &other, Hint::default());
     let save = |cache: &mut KvCache, seq: &mut Sequence, pos: u32| {
@@ -123,7 +123,7 @@ fn the_pages_of_a_running_request_push_out_no_more_than_it_needs_and_come_back_f
 
 #[test]
 fn a_time_to_live_outlasts_everything_but_a_running_request() {
-    let mut cache = cache(8, Eviction::Value);
+    let mut cache = cache(8, Eviction::VALUE);
     let kept = Retention { ttl_us: Some(1_000), ..Retention::default() };
     run(&mut cache, &prompt(1, 4), Hint { retention: kept, ..Hint::default() });
     run(&mut cache, &prompt(2, 3), Hint::default());

@@ -39,7 +39,7 @@ fn prompt(length: u8, bits: u64) -> Vec<u32> {
 }
 
 fuzz_target!(|ops: Vec<Op>| {
-    let options = CacheOptions { pages: 24, eviction: Eviction::Lru, ..CacheOptions::default() };
+    let options = CacheOptions { pages: 24, eviction: Eviction::LRU, ..CacheOptions::default() };
     let mut cache = KvCache::new(&presets::toy(4, 6, 3), &options).expect("the options are valid");
     let (mut running, mut step): (Vec<Running>, u64) = (Vec::new(), 0);
     let (mut tickets, mut copies) = (Tickets::default(), Vec::new());

@@ -12,7 +12,7 @@ use crate::systems::{Ours, PrefixCache};
 /// A cache of `blocks` blocks.
 #[unsafe(no_mangle)]
 pub extern "C" fn cache_new(blocks: u32) -> *mut Ours {
-    Box::into_raw(Box::new(Ours::new(blocks as usize, Eviction::Lru)))
+    Box::into_raw(Box::new(Ours::new(blocks as usize, Eviction::LRU)))
 }
 
 /// Frees a cache.

@@ -216,8 +216,8 @@ const CAPACITIES: [usize; 4] = [4096, 16_384, 65_536, 600_000];
 fn replay(requests: &[Request]) {
     let blocks: usize = requests.iter().map(|r| r.prompt.len() / BLOCK).sum();
     let mut makers = all();
-    makers.push(|n| Box::new(Ours::new(n, Eviction::Value)));
-    makers.push(|n| Box::new(Ours::new(n, Eviction::Fifo)));
+    makers.push(|n| Box::new(Ours::new(n, Eviction::VALUE)));
+    makers.push(|n| Box::new(Ours::new(n, Eviction::FIFO)));
     for capacity in CAPACITIES {
         let case =
             if capacity == CAPACITIES[3] { "unlimited".to_owned() } else { format!("{capacity} blocks") };
@@ -252,7 +252,7 @@ fn growth(largest: usize) {
     let prompt = |i: usize| tokens(1_000_000 + i as u64, 64 * SMALL);
     for blocks in sizes() {
         let layout = presets::toy(SMALL as u32, 128, 1);
-        let mut cache = Ours::with_layout(&layout, blocks + 1024, Eviction::Lru);
+        let mut cache = Ours::with_layout(&layout, blocks + 1024, Eviction::LRU);
         let prompts = blocks / 64;
         (0..prompts).for_each(|i| _ = cache.request(&prompt(i), 0));
         let mut at = 0;

@@ -35,7 +35,7 @@ pub type Maker = fn(usize) -> Box<dyn PrefixCache>;
 /// Every system in this build, dsv4 first.
 pub fn all() -> Vec<Maker> {
     let makers: &[Maker] = &[
-        |n| Box::new(Ours::new(n, Eviction::Lru)),
+        |n| Box::new(Ours::new(n, Eviction::LRU)),
         |n| Box::new(Floor::new(n)),
         #[cfg(feature = "dynamo")]
         |_| Box::new(crate::dynamo::Dynamo::new()),
@@ -64,7 +64,7 @@ impl Ours {
         let options = CacheOptions { pages: blocks as u32, eviction, ..CacheOptions::default() };
         let cache = KvCache::new(layout, &options).expect("the options are valid");
         let name = match eviction {
-            Eviction::Lru => "dsv4".to_owned(),
+            Eviction::LRU => "dsv4".to_owned(),
             other => format!("dsv4 {}", other.name()),
         };
         Ours { cache, name, block: layout.block_tokens as usize }

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::{KvCache, Leaving, Sequence};
+use crate::cache::eviction::Item;
 use crate::cache::snapshot::SnapshotPages;
-use crate::cache::worth::Item;
 use crate::error::Malformed;
 use crate::ids::PageId;
 
@@ -102,28 +102,24 @@ impl KvCache {
 
     /// Every leaf that nobody uses and every snapshot that is not pinned is listed once, where it says.
     fn check_order(&self) -> Result<(), Malformed> {
-        let mut listed = 0;
+        let mut listed = Vec::new();
         for id in self.tree.ids() {
             let n = self.tree.node(id);
-            Malformed::unless(n.is_free_leaf() == n.place.is_some(), "listed leaves", || {
+            Malformed::unless(n.is_free_leaf() == n.listed.is_some(), "listed leaves", || {
                 format!("node {id}")
             })?;
-            if let Some(place) = n.place {
-                listed += 1;
-                self.worth.check(Item::Blocks(id), place)?;
-            }
+            listed.extend(n.listed.map(|list| (Item::Blocks(id), list)));
         }
         for (id, e) in self.snapshots.iter() {
             let loose = e.holds == 0;
-            Malformed::unless(loose == e.place.is_some(), "listed snapshots", || format!("{id:?}"))?;
-            if let Some(place) = e.place {
-                listed += 1;
-                self.worth.check(Item::Snapshot(id.0), place)?;
-            }
+            Malformed::unless(loose == e.listed.is_some(), "listed snapshots", || format!("{id:?}"))?;
+            listed.extend(e.listed.map(|list| (Item::Snapshot(id.0), list)));
         }
-        Malformed::unless(listed == self.worth.len(), "order", || {
-            format!("{listed} can go, {} are listed", self.worth.len())
-        })
+        Malformed::unless(listed.len() == self.worth.len(), "order", || {
+            format!("{} can go, {} are listed", listed.len(), self.worth.len())
+        })?;
+        let known = listed.into_iter().map(|(item, list)| (item, list, self.standing_of(item)));
+        self.worth.check(known, self.now)
     }
 
     fn check_quotas(&self) -> Result<(), Malformed> {

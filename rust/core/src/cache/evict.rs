@@ -1,9 +1,9 @@
 //! Room for what is needed: who goes, and what is remembered of it.
 
 use super::{Eviction, KvCache, Leaving, Shortage};
+use crate::cache::eviction::{Item, Standing};
 use crate::cache::ghosts::name_of;
-use crate::cache::reuse::{class_of_blocks, class_of_snapshot};
-use crate::cache::worth::{Item, Shelf, Spot, Standing};
+use crate::cache::worth::List;
 use crate::ids::SnapshotId;
 
 impl KvCache {
@@ -55,20 +55,20 @@ impl KvCache {
         if over.is_some() {
             return over;
         }
-        let beyond = self.beyond_budget().then(|| self.worth.victim(Some(true), &self.reuse, self.now));
-        let worst = beyond.flatten().or_else(|| self.worth.victim(None, &self.reuse, self.now));
+        let beyond = self.beyond_budget().then(|| self.worth.victim(Some(true), self.now));
+        let worst = beyond.flatten().or_else(|| self.worth.victim(None, self.now));
         worst.map(|item| (item, u32::MAX))
     }
 
-    pub(super) fn place_of(&self, item: Item) -> Option<Spot> {
+    pub(super) fn list_of(&self, item: Item) -> Option<List> {
         match item {
-            Item::Blocks(id) => self.tree.node(id).place,
-            Item::Snapshot(id) => self.snapshots.get(SnapshotId(id)).place,
+            Item::Blocks(id) => self.tree.node(id).listed,
+            Item::Snapshot(id) => self.snapshots.get(SnapshotId(id)).listed,
         }
     }
 
     fn is_kept(&self, item: Item) -> bool {
-        self.place_of(item).is_some_and(|p| p.shelf == Shelf::Kept)
+        self.list_of(item) == Some(List::Kept)
     }
 
     /// Whether snapshots fill more than their share of the pool.
@@ -91,7 +91,7 @@ impl KvCache {
         let n = self.tree.node_mut(entry.node);
         (n.snapshot, n.facts.lost_snapshot) = (None, true);
         if !entry.superseded {
-            self.reuse.left(class_of_snapshot(entry.uses), self.now - entry.used, self.snapshot_pages, false);
+            self.worth.evicted(entry.past(), self.now - entry.used, self.snapshot_pages);
         }
         self.quotas.take(entry.tenant, self.snapshot_pages);
         entry.pages.0.into_iter().for_each(|p| self.pool.release(p));
@@ -113,7 +113,7 @@ impl KvCache {
         debug_assert!(whole || self.tree.node(id).start == start);
         popped.drain(..).for_each(|p| self.pool.release(p));
         self.popped = popped;
-        self.reuse.left(class_of_blocks(facts.uses, facts.grown), self.now - facts.used, count, false);
+        self.worth.evicted(facts.past(), self.now - facts.used, count);
         self.quotas.take(facts.tenant, count);
         self.counters.evicted_blocks += u64::from(count);
         self.list_blocks(if whole { parent } else { id });
@@ -134,6 +134,13 @@ impl KvCache {
         self.ghosts.note(name, n.facts.uses);
     }
 
+    pub(super) fn standing_of(&self, item: Item) -> Standing {
+        match item {
+            Item::Blocks(id) => self.standing_of_blocks(id),
+            Item::Snapshot(id) => self.standing_of_snapshot(SnapshotId(id)),
+        }
+    }
+
     fn standing_of_blocks(&self, id: u32) -> Standing {
         let n = self.tree.node(id);
         let f = &n.facts;
@@ -143,13 +150,13 @@ impl KvCache {
             expiry: f.expiry,
             dead: f.ended,
             level: if f.expiry > 0 && f.expiry <= self.now_us { 0 } else { f.level },
-            class: class_of_blocks(f.uses, f.grown),
-            octave: self.octave_of_block(n.end()),
+            octave: if self.worth.weighs_cost() { self.octave_of_block(n.end()) } else { 0 },
+            past: f.past(),
             tenant: f.tenant,
         }
     }
 
-    pub(super) fn standing_of_snapshot(&self, id: SnapshotId) -> Standing {
+    fn standing_of_snapshot(&self, id: SnapshotId) -> Standing {
         let e = self.snapshots.get(id);
         Standing {
             born: e.born,
@@ -157,43 +164,43 @@ impl KvCache {
             expiry: e.expiry,
             dead: e.superseded,
             level: if e.expiry > 0 && e.expiry <= self.now_us { 0 } else { e.level },
-            class: class_of_snapshot(e.uses),
-            octave: e.octave,
+            octave: if self.worth.weighs_cost() { e.octave } else { 0 },
+            past: e.past(),
             tenant: e.tenant,
         }
     }
 
     /// Lists the blocks of a node if it is a leaf that nobody uses.
     pub(super) fn list_blocks(&mut self, id: u32) {
-        if self.tree.node(id).is_free_leaf() && self.tree.node(id).place.is_none() {
+        if self.tree.node(id).is_free_leaf() && self.tree.node(id).listed.is_none() {
             let standing = self.standing_of_blocks(id);
-            let place = self.worth.insert(Item::Blocks(id), &standing, self.now_us);
-            self.tree.node_mut(id).place = Some(place);
+            let list = self.worth.insert(Item::Blocks(id), &standing, self.now_us);
+            self.tree.node_mut(id).listed = Some(list);
         }
     }
 
-    /// Takes the blocks of a node out of the order, if they are in it.
+    /// Takes the blocks of a node off their list, if they are on one.
     pub(super) fn unlist_blocks(&mut self, id: u32) {
-        if let Some(place) = self.tree.node_mut(id).place.take() {
+        if let Some(list) = self.tree.node_mut(id).listed.take() {
             let standing = self.standing_of_blocks(id);
-            self.worth.remove(Item::Blocks(id), place, &standing);
+            self.worth.remove(Item::Blocks(id), list, &standing);
         }
     }
 
     /// Lists a snapshot unless a pin keeps it.
     pub(super) fn list_snapshot(&mut self, id: SnapshotId) {
         let e = self.snapshots.get(id);
-        if e.holds == 0 && e.place.is_none() {
+        if e.holds == 0 && e.listed.is_none() {
             let standing = self.standing_of_snapshot(id);
-            let place = self.worth.insert(Item::Snapshot(id.0), &standing, self.now_us);
-            self.snapshots.get_mut(id).place = Some(place);
+            let list = self.worth.insert(Item::Snapshot(id.0), &standing, self.now_us);
+            self.snapshots.get_mut(id).listed = Some(list);
         }
     }
 
     pub(super) fn unlist_snapshot(&mut self, id: SnapshotId) {
-        if let Some(place) = self.snapshots.get_mut(id).place.take() {
+        if let Some(list) = self.snapshots.get_mut(id).listed.take() {
             let standing = self.standing_of_snapshot(id);
-            self.worth.remove(Item::Snapshot(id.0), place, &standing);
+            self.worth.remove(Item::Snapshot(id.0), list, &standing);
         }
     }
 
@@ -218,7 +225,7 @@ impl KvCache {
         self.relist_expired();
         let mut gone = 0;
         while gone < n
-            && let Some(item) = self.worth.victim(Some(true), &self.reuse, self.now)
+            && let Some(item) = self.worth.victim(Some(true), self.now)
         {
             self.evict(item, 1);
             gone += 1;
@@ -232,7 +239,7 @@ impl KvCache {
         let before = self.counters.evicted_blocks;
         let gone = |cache: &Self| (cache.counters.evicted_blocks - before) as u32;
         while gone(self) < n
-            && let Some(item) = self.worth.victim(Some(false), &self.reuse, self.now)
+            && let Some(item) = self.worth.victim(Some(false), self.now)
         {
             self.evict(item, n - gone(self));
         }

@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 
 use super::KvCache;
 use super::keep::Pin;
-use crate::cache::reuse::Reuse;
 use crate::cache::snapshot::{Entry, SnapshotPages};
 use crate::cache::tree::Facts;
 use crate::error::CoreError;
@@ -51,8 +50,8 @@ pub struct CacheImage {
     /// Name, end, nodes of the states that it keeps.
     pins: Vec<(PinId, Above, Vec<usize>)>,
     last_pin: u64,
-    uses: Vec<f64>,
-    exposure: Vec<f64>,
+    /// What the policy of eviction has learned.
+    learnt: Vec<f64>,
     ghosts: Vec<(u64, u8)>,
 }
 
@@ -81,7 +80,6 @@ impl KvCache {
             .collect();
         sessions.sort_unstable();
         let states = |pin: &Pin| pin.states.iter().map(|&id| index[&self.snapshots.get(id).node]).collect();
-        let (uses, exposure) = self.reuse.sums();
         CacheImage {
             now: self.now,
             now_us: self.now_us,
@@ -90,8 +88,7 @@ impl KvCache {
             sessions,
             pins: self.pins.iter().map(|(&name, pin)| (name, above(pin.cursor), states(pin))).collect(),
             last_pin: self.last_pin,
-            uses: uses.to_vec(),
-            exposure: exposure.to_vec(),
+            learnt: self.worth.learnt(),
             ghosts: self.ghosts.iter().collect(),
         }
     }
@@ -150,9 +147,9 @@ impl KvCache {
             let session = self.session(key);
             (session.tail, session.snapshot) = (tail, state);
         }
-        let sums = (image.uses.as_slice().try_into(), image.exposure.as_slice().try_into());
-        let (Ok(uses), Ok(exposure)) = sums else { return Err(wrong("with other classes of reuse")) };
-        self.reuse = Reuse::from_sums(uses, exposure);
+        if !self.worth.set_learnt(&image.learnt) {
+            return Err(wrong("with what another policy of eviction has learned"));
+        }
         image.ghosts.iter().for_each(|&(key, uses)| self.ghosts.note(key, uses));
         nodes.iter().for_each(|&id| self.list_blocks(id));
         roots.iter().for_each(|&root| self.drop_idle_root(root));
@@ -181,7 +178,7 @@ impl KvCache {
                 octave: s.octave,
                 superseded: s.superseded,
                 holds: 0,
-                place: None,
+                listed: None,
             });
             self.tree.node_mut(id).snapshot = Some(snapshot);
             self.quotas.add(s.tenant, self.snapshot_pages);

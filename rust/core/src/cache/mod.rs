@@ -33,7 +33,6 @@ mod image;
 mod keep;
 pub mod pool;
 pub mod retention;
-mod reuse;
 pub mod snapshot;
 mod states;
 pub(crate) mod tree;
@@ -46,7 +45,6 @@ pub use crate::cache::eviction::Eviction;
 use crate::cache::ghosts::{Ghosts, name_of};
 use crate::cache::pool::PagePool;
 use crate::cache::retention::{Hint, Quotas, Sessions};
-use crate::cache::reuse::{Reuse, class_of_blocks};
 use crate::cache::snapshot::Snapshots;
 use crate::cache::tree::{Facts, NIL, Tree, hash_block};
 use crate::cache::worth::Worth;
@@ -192,7 +190,6 @@ pub struct KvCache {
     tree: Tree,
     snapshots: Snapshots,
     worth: Worth,
-    reuse: Reuse,
     ghosts: Ghosts,
     quotas: Quotas,
     sessions: Sessions,
@@ -226,7 +223,6 @@ impl KvCache {
             tree: Tree::new(layout.block_tokens, options.pages),
             snapshots: Snapshots::default(),
             worth: Worth::new(options.eviction, options.quotas.iter().map(|q| q.0)),
-            reuse: Reuse::new(),
             ghosts: Ghosts::new(options.pages),
             quotas: Quotas::new(&options.quotas),
             sessions: Sessions::new(),
@@ -334,13 +330,13 @@ impl KvCache {
         let (now, now_us) = (self.now, self.now_us);
         let n = self.tree.node_mut(id);
         let f = &mut n.facts;
-        let (class, age) = (class_of_blocks(f.uses, f.grown), now - f.used);
+        let (past, age) = (f.past(), now - f.used);
         f.uses = f.uses.saturating_add(u8::from(by_others));
         f.grown = !by_others;
         f.level = if f.expiry <= now_us { hint.level() } else { f.level.max(hint.level()) };
         f.expiry = f.expiry.max(hint.expiry(now_us));
         (f.used, f.ended) = (now, false);
-        self.reuse.left(class, age, n.pages.len() as u32, true);
+        self.worth.used(past, age, n.pages.len() as u32);
     }
 
     fn pin_node(&mut self, id: u32) {
@@ -450,7 +446,7 @@ impl KvCache {
         // Blocks of one edge share what is known of them; their time of birth is what `fifo` goes by.
         let known = self.tree.node(seq.cursor).facts;
         let mine = seq.edge == (seq.cursor, known.used) && known.uses == facts.uses;
-        let may_grow = mine && self.options.eviction != Eviction::Fifo;
+        let may_grow = mine && !self.worth.goes_by_birth();
         seq.cursor = self.tree.append(seq.cursor, rest, pages, facts, may_grow);
         seq.edge = (seq.cursor, self.now);
         pages.iter().for_each(|&p| self.pool.retain(p));

@@ -1,6 +1,7 @@
 //! Saved states: which pages hold them, which node they belong to, and what decides how long they stay.
 
-use crate::cache::worth::Spot;
+use crate::cache::eviction::Past;
+use crate::cache::worth::List;
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
 
@@ -26,13 +27,20 @@ pub(crate) struct Entry {
     pub tenant: u32,
     pub uses: u8,
     pub level: i8,
-    /// What it saves, see `worth.rs`.
+    /// What it saves, see `Standing::octave`.
     pub octave: i8,
     /// A deeper state of the same path or session has replaced it: first to go.
     pub superseded: bool,
     /// Pins that keep it.
     pub holds: u32,
-    pub place: Option<Spot>,
+    pub listed: Option<List>,
+}
+
+impl Entry {
+    /// How the state has been used.
+    pub fn past(&self) -> Past {
+        Past { snapshot: true, uses: self.uses, grown: false }
+    }
 }
 
 /// All snapshots of the tree.

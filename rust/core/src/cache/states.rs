@@ -1,9 +1,9 @@
 //! Saved states: whether one is worth its pages, where it lies, and what it replaces.
 
 use super::{KvCache, Leaving, Sequence};
-use crate::cache::reuse::class_of_snapshot;
+use crate::cache::eviction::{Past, Standing};
 use crate::cache::snapshot::{Entry, SnapshotPages};
-use crate::cache::worth::Shelf;
+use crate::cache::worth::List;
 use crate::fence::Until;
 use crate::ids::{PageId, SnapshotId};
 
@@ -74,11 +74,15 @@ impl KvCache {
             return saved > 0.0;
         }
         let Some((item, _)) = self.victim() else { return false };
-        let Some(place) = self.place_of(item) else { return false };
-        let age = self.now - place.key.min(self.now);
+        if self.list_of(item) != Some(List::Live) {
+            return true;
+        }
+        let theirs = self.standing_of(item);
+        let age = self.now.saturating_sub(self.worth.key_of(&theirs));
+        let past = Past { snapshot: true, uses: 0, grown: false };
         let octave = self.octave(saved, self.snapshot_pages);
-        let mine = Shelf::Live { level: seq.hint.level(), class: class_of_snapshot(0), octave };
-        LENIENCY * self.worth.value(mine, age, &self.reuse) >= self.worth.value(place.shelf, age, &self.reuse)
+        let mine = Standing { level: seq.hint.level(), octave, past, ..theirs };
+        LENIENCY * self.worth.worth(&mine, age) >= self.worth.worth(&theirs, age)
     }
 
     /// Stores a saved state at position `pos` of the sequence's published path. Hands the pages back when the path is not
@@ -111,7 +115,7 @@ impl KvCache {
             octave,
             superseded: false,
             holds: 0,
-            place: None,
+            listed: None,
         };
         let id = self.snapshots.insert(entry);
         let n = self.tree.node_mut(node);
@@ -178,7 +182,7 @@ impl KvCache {
         let (now, now_us) = (self.now, self.now_us);
         let e = self.snapshots.get_mut(id);
         let f = &self.tree.node(e.node).facts;
-        self.reuse.left(class_of_snapshot(e.uses), now - e.used, e.pages.0.len() as u32, true);
+        self.worth.used(e.past(), now - e.used, e.pages.0.len() as u32);
         (e.used, e.superseded, e.uses) = (now, false, e.uses.saturating_add(1));
         // The blocks below have just been attached with the same hint.
         e.level = if e.expiry <= now_us { f.level } else { e.level.max(f.level) };

@@ -14,7 +14,8 @@
 use hashbrown::HashTable;
 use serde::{Deserialize, Serialize};
 
-use crate::cache::worth::Spot;
+use crate::cache::eviction::Past;
+use crate::cache::worth::List;
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
 
@@ -43,6 +44,13 @@ pub(crate) struct Facts {
     pub lost_snapshot: bool,
 }
 
+impl Facts {
+    /// How the blocks have been used.
+    pub fn past(&self) -> Past {
+        Past { snapshot: false, uses: self.uses, grown: self.grown }
+    }
+}
+
 /// An edge and the node at its end.
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -59,8 +67,8 @@ pub(crate) struct Node {
     pub holds: u32,
     pub snapshot: Option<SnapshotId>,
     pub facts: Facts,
-    /// Its place among what may go.
-    pub place: Option<Spot>,
+    /// Where it is listed among what can go.
+    pub listed: Option<List>,
 }
 
 impl Node {
@@ -203,7 +211,7 @@ impl Tree {
             holds: 0,
             snapshot: None,
             facts,
-            place: None,
+            listed: None,
         };
         if let Some(id) = self.vacant.pop() {
             self.nodes[id as usize] = node;

@@ -1,134 +1,135 @@
-//! The order in which blocks and snapshots that nobody uses go.
-//!
-//! Each of them lies in one **shelf**, sorted by age; a shelf holds what is worth equally much at equal age. The victim is
-//! the head of the shelf whose head is worth least, so finding it costs a look at each shelf that is not empty (some
-//! twenty) and O(log n) to keep them sorted:
+//! What can go, and which of it goes first, whatever the policy.
 //!
 //! ```text
-//!   value = 4^priority * 2^octave * likelihood(class, age)        lru: 4^priority / age        fifo: the same since stored
-//!           hint         saved cost   learned, falls with age
-//!           of owner     per page     (see reuse.rs)
+//!   over      superseded states and ended sessions, the oldest first
+//!   live      the head of the group that is worth least:  4^priority * worth by the policy (see eviction/)
+//!   kept      what is to be kept until a time, the nearest time first
 //! ```
 //!
 //! Only leaves of the tree are listed; a block's predecessor is listed when the block has gone, so prefixes go tail first.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::cache::eviction::Eviction;
-use crate::cache::reuse::Reuse;
+use crate::cache::eviction::{Eviction, Group, Item, Past, Policy, Standing};
 use crate::error::Malformed;
 
-/// What can go.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) enum Item {
-    /// A saved state, by the index of its entry.
-    Snapshot(u32),
-    /// The blocks of a leaf, by node.
-    Blocks(u32),
-}
+/// Highest and lowest level of a priority; beyond them it counts as the limit.
+pub(crate) const LEVELS: i8 = 8;
 
-impl Item {
-    pub fn is_snapshot(self) -> bool {
-        matches!(self, Item::Snapshot(_))
-    }
-}
+/// Groups: a level and a kind each.
+const GROUPS: usize = 2 * (2 * LEVELS as usize + 1);
 
-/// Which shelf.
+/// Where an item is listed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) enum Shelf {
+pub(crate) enum List {
     /// Superseded states and ended sessions.
-    Dead,
-    /// Sorted by value.
-    Live {
-        /// Priority of retention, -8 to 8.
-        level: i8,
-        /// Class of reuse, see `reuse.rs`.
-        class: u8,
-        /// Binary logarithm of the saved cost per page; 0 is a block at the start of a prompt.
-        octave: i8,
-    },
+    Over,
+    /// In the order of the policy.
+    Live,
     /// Kept until a time.
     Kept,
 }
 
-/// Where an item lies: its shelf, and its key there (an age, or an expiry).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Spot {
-    pub shelf: Shelf,
-    pub key: u64,
-}
-
-/// What decides an item's place.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Standing {
-    pub born: u64,
-    pub used: u64,
-    pub expiry: u64,
-    pub dead: bool,
-    pub level: i8,
-    pub class: u8,
-    pub octave: i8,
-    pub tenant: u32,
-}
-
-/// One shelf by kind, for victims of one kind only.
+/// Items by age or time.
 type Sorted = BTreeSet<(u64, Item)>;
 
-/// All items that can go.
+/// All that can go.
 #[derive(Debug)]
 pub(crate) struct Worth {
-    eviction: Eviction,
-    shelves: BTreeMap<(Shelf, bool), Sorted>,
-    /// Items of tenants that have a quota, least recently used first.
+    policy: Box<dyn Policy>,
+    by_birth: bool,
+    weighs_cost: bool,
+    /// By kind: blocks, snapshots.
+    over: [Sorted; 2],
+    kept: [Sorted; 2],
+    /// Items of each group in the policy's order.
+    live: [u32; GROUPS],
+    /// Of tenants with a quota, by age.
     tenants: BTreeMap<u32, Sorted>,
 }
 
-/// Limits of a priority; beyond them it counts as the limit.
-pub(crate) const LEVELS: i8 = 8;
+fn place_of(group: Group) -> usize {
+    2 * (group.level + LEVELS) as usize + usize::from(group.snapshot)
+}
+
+fn groups() -> impl Iterator<Item = Group> {
+    (-LEVELS..=LEVELS).flat_map(|level| [false, true].map(|snapshot| Group { level, snapshot }))
+}
 
 impl Worth {
     /// Empty; `tenants` are those with a quota.
     pub fn new(eviction: Eviction, tenants: impl Iterator<Item = u32>) -> Self {
-        Worth { eviction, shelves: BTreeMap::new(), tenants: tenants.map(|t| (t, Sorted::new())).collect() }
-    }
-
-    /// Lists an item and returns its place.
-    pub fn insert(&mut self, item: Item, s: &Standing, now_us: u64) -> Spot {
-        let age = if self.eviction == Eviction::Fifo { s.born } else { s.used };
-        let place = if s.dead {
-            Spot { shelf: Shelf::Dead, key: age }
-        } else if s.expiry > now_us {
-            Spot { shelf: Shelf::Kept, key: s.expiry }
-        } else {
-            let by_value = self.eviction == Eviction::Value;
-            let (class, octave) = if by_value { (s.class, s.octave) } else { (0, 0) };
-            Spot { shelf: Shelf::Live { level: s.level, class, octave }, key: age }
-        };
-        self.shelves.entry((place.shelf, item.is_snapshot())).or_default().insert((place.key, item));
-        if let Some(sorted) = self.tenants.get_mut(&s.tenant) {
-            sorted.insert((age, item));
+        let policy = eviction.policy();
+        Worth {
+            by_birth: policy.goes_by_birth(),
+            weighs_cost: policy.weighs_cost(),
+            policy,
+            over: Default::default(),
+            kept: Default::default(),
+            live: [0; GROUPS],
+            tenants: tenants.map(|t| (t, Sorted::new())).collect(),
         }
-        place
     }
 
-    /// Takes an item out of its place.
-    pub fn remove(&mut self, item: Item, place: Spot, s: &Standing) {
-        let shelf = (place.shelf, item.is_snapshot());
-        if let Some(sorted) = self.shelves.get_mut(&shelf) {
-            sorted.remove(&(place.key, item));
-            if sorted.is_empty() {
-                self.shelves.remove(&shelf);
+    /// Whether ages count from when something was stored.
+    pub fn goes_by_birth(&self) -> bool {
+        self.by_birth
+    }
+
+    /// Whether it matters what recomputation would cost.
+    pub fn weighs_cost(&self) -> bool {
+        self.weighs_cost
+    }
+
+    /// What an item's age counts from.
+    pub fn key_of(&self, s: &Standing) -> u64 {
+        if self.by_birth { s.born } else { s.used }
+    }
+
+    /// Lists an item and returns where.
+    pub fn insert(&mut self, item: Item, s: &Standing, now_us: u64) -> List {
+        let (kind, key) = (usize::from(item.is_snapshot()), self.key_of(s));
+        let list = match () {
+            () if s.dead => List::Over,
+            () if s.expiry > now_us => List::Kept,
+            () => List::Live,
+        };
+        match list {
+            List::Over => drop(self.over[kind].insert((key, item))),
+            List::Kept => drop(self.kept[kind].insert((s.expiry, item))),
+            List::Live => {
+                let group = Group { level: s.level, snapshot: item.is_snapshot() };
+                self.live[place_of(group)] += 1;
+                self.policy.insert(group, item, s);
             }
         }
         if let Some(sorted) = self.tenants.get_mut(&s.tenant) {
-            sorted.remove(&(if self.eviction == Eviction::Fifo { s.born } else { s.used }, item));
+            sorted.insert((key, item));
+        }
+        list
+    }
+
+    /// Takes an item out of its list.
+    pub fn remove(&mut self, item: Item, list: List, s: &Standing) {
+        let (kind, key) = (usize::from(item.is_snapshot()), self.key_of(s));
+        match list {
+            List::Over => drop(self.over[kind].remove(&(key, item))),
+            List::Kept => drop(self.kept[kind].remove(&(s.expiry, item))),
+            List::Live => {
+                let group = Group { level: s.level, snapshot: item.is_snapshot() };
+                self.live[place_of(group)] -= 1;
+                self.policy.remove(group, item, s);
+            }
+        }
+        if let Some(sorted) = self.tenants.get_mut(&s.tenant) {
+            sorted.remove(&(key, item));
         }
     }
 
     /// One item whose time to be kept is over.
     pub fn expired(&self, now_us: u64) -> Option<Item> {
-        let heads = [false, true].map(|kind| self.shelves.get(&(Shelf::Kept, kind)).and_then(Sorted::first));
-        heads.into_iter().flatten().find(|(expiry, _)| *expiry <= now_us).map(|(_, item)| *item)
+        let heads = self.kept.iter().filter_map(Sorted::first);
+        heads.into_iter().find(|(expiry, _)| *expiry <= now_us).map(|(_, item)| *item)
     }
 
     /// The first to go of a tenant with a quota.
@@ -137,44 +138,50 @@ impl Worth {
     }
 
     /// The first to go: of snapshots (`Some(true)`), of blocks (`Some(false)`), or of both. `clock` is the newest age.
-    pub fn victim(&self, snapshots: Option<bool>, reuse: &Reuse, clock: u64) -> Option<Item> {
-        let mut best: Option<(u8, f64, (u64, Item))> = None;
-        for ((shelf, kind), sorted) in &self.shelves {
-            if snapshots.is_some_and(|wanted| wanted != *kind) {
-                continue;
-            }
-            let Some(&head) = sorted.first() else { continue };
-            let (rank, value) = match *shelf {
-                Shelf::Dead => (0, 0.0),
-                Shelf::Live { .. } => (1, self.value(*shelf, clock.saturating_sub(head.0), reuse)),
-                Shelf::Kept => (2, 0.0),
-            };
-            let first = match &best {
-                None => true,
-                Some((r, v, h)) => {
-                    (rank, value).partial_cmp(&(*r, *v)).is_none_or(|o| o.then(head.cmp(h)).is_lt())
-                }
-            };
-            if first {
-                best = Some((rank, value, head));
-            }
-        }
-        best.map(|(_, _, (_, item))| item)
+    pub fn victim(&self, snapshots: Option<bool>, clock: u64) -> Option<Item> {
+        let wanted = |kind: bool| snapshots.is_none_or(|s| s == kind);
+        let first = |lists: &[Sorted; 2]| {
+            let heads = [false, true].into_iter().filter(|&kind| wanted(kind));
+            heads.filter_map(|kind| lists[usize::from(kind)].first()).min().map(|&(_, item)| item)
+        };
+        let live = || {
+            let heads = groups().filter(|&g| wanted(g.snapshot) && self.live[place_of(g)] > 0);
+            let heads = heads.filter_map(|g| self.policy.victim(g, clock).map(|head| (g, head)));
+            let heads = heads.map(|(g, head)| (of_level(g.level) * head.worth, head.key, head.item));
+            heads.min_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2)))).map(|head| head.2)
+        };
+        first(&self.over).or_else(live).or_else(|| first(&self.kept))
     }
 
-    /// What an item of a shelf is worth at an age.
-    pub fn value(&self, shelf: Shelf, age: u64, reuse: &Reuse) -> f64 {
-        let Shelf::Live { level, class, octave } = shelf else { return 0.0 };
-        let likelihood = match self.eviction {
-            Eviction::Value => reuse.likelihood(class, age),
-            Eviction::Lru | Eviction::Fifo => 1.0 / (age as f64 + 0.5),
-        };
-        4f64.powi(level.into()) * 2f64.powi(octave.into()) * likelihood
+    /// What something of this standing is worth at an age.
+    pub fn worth(&self, s: &Standing, age: u64) -> f64 {
+        of_level(s.level) * self.policy.worth(s, age)
+    }
+
+    /// So many pages were used at an age.
+    pub fn used(&mut self, past: Past, age: u64, pages: u32) {
+        self.policy.used(past, age, pages);
+    }
+
+    /// So many pages were evicted at an age.
+    pub fn evicted(&mut self, past: Past, age: u64, pages: u32) {
+        self.policy.evicted(past, age, pages);
+    }
+
+    /// What the policy has learned, for a dump.
+    pub fn learnt(&self) -> Vec<f64> {
+        self.policy.learnt()
+    }
+
+    /// Goes on with what another has learned. False when that cannot be.
+    pub fn set_learnt(&mut self, learnt: &[f64]) -> bool {
+        self.policy.set_learnt(learnt)
     }
 
     /// Items listed.
     pub fn len(&self) -> usize {
-        self.shelves.values().map(BTreeSet::len).sum()
+        let listed = self.over.iter().chain(&self.kept).map(BTreeSet::len).sum::<usize>();
+        listed + self.live.iter().map(|&n| n as usize).sum::<usize>()
     }
 
     /// Bytes of bookkeeping, estimated.
@@ -182,11 +189,43 @@ impl Worth {
         2 * size_of::<(u64, Item)>() * (self.len() + self.tenants.values().map(BTreeSet::len).sum::<usize>())
     }
 
-    /// Whether an item lies where it says.
-    pub fn check(&self, item: Item, place: Spot) -> Result<(), Malformed> {
-        let there = self.shelves.get(&(place.shelf, item.is_snapshot()));
-        Malformed::unless(there.is_some_and(|q| q.contains(&(place.key, item))), "place in the order", || {
-            format!("{item:?} is not at {place:?}")
-        })
+    /// Whether items are where they say, and each group's first is one of its own.
+    pub fn check<'a>(
+        &'a self,
+        listed: impl Iterator<Item = (Item, List, Standing)> + 'a,
+        clock: u64,
+    ) -> Result<(), Malformed> {
+        let mut live: BTreeMap<Group, BTreeSet<Item>> = BTreeMap::new();
+        for (item, list, s) in listed {
+            let kind = usize::from(item.is_snapshot());
+            let there = match list {
+                List::Over => self.over[kind].contains(&(self.key_of(&s), item)),
+                List::Kept => self.kept[kind].contains(&(s.expiry, item)),
+                List::Live => {
+                    let group = Group { level: s.level, snapshot: item.is_snapshot() };
+                    live.entry(group).or_default().insert(item)
+                }
+            };
+            Malformed::unless(there, "listed", || format!("{item:?} is not in {list:?}"))?;
+        }
+        for group in groups() {
+            let own = live.get(&group);
+            let counted = own.map_or(0, BTreeSet::len);
+            let head = self.policy.victim(group, clock).map(|head| head.item);
+            let right = head.is_some() == (counted > 0)
+                && head.is_none_or(|item| own.is_some_and(|o| o.contains(&item)));
+            Malformed::unless(right && counted == self.live[place_of(group)] as usize, "groups", || {
+                format!(
+                    "{group:?} has {counted}, counted {}, its first is {head:?}",
+                    self.live[place_of(group)]
+                )
+            })?;
+        }
+        Ok(())
     }
+}
+
+/// How much a priority counts.
+fn of_level(level: i8) -> f64 {
+    4f64.powi(level.into())
 }

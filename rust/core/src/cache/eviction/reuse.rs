@@ -10,11 +10,13 @@
 //!   factor(class)    = uses / exposure,    exposure = sum over pages of ln(1 + age / YOUNG), until use or eviction
 //! ```
 //!
-//! Both sums start from a prior and halve now and then, so that the estimate follows the traffic. `Worth` takes the factor
+//! Both sums start from a prior and halve now and then, so that the estimate follows the traffic. The policy takes the factor
 //! to the power of `TRUST`, since a class is not all there is to know (docs/decisions/0006 has the trials).
 
+use super::Past;
+
 /// Classes of history by uses, then of snapshots.
-const CLASSES: usize = 9;
+pub(super) const CLASSES: usize = 9;
 
 /// What rates are before anything is known, relative to each other.
 const PRIOR: [f64; CLASSES] = [1.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 1.0, 3.0];
@@ -33,7 +35,7 @@ const TRUST: f64 = 0.7;
 
 /// Rates of reuse by class.
 #[derive(Clone, Debug)]
-pub(crate) struct Reuse {
+pub(super) struct Reuse {
     uses: [f64; CLASSES],
     exposure: [f64; CLASSES],
     likelihood: [f64; CLASSES],
@@ -41,20 +43,16 @@ pub(crate) struct Reuse {
     fresh: u32,
 }
 
-/// The class of blocks.
-pub(crate) fn class_of_blocks(uses: u8, grown: bool) -> u8 {
-    match uses {
-        0 => u8::from(grown),
-        1 | 2 => uses + 1,
+/// The class of what has been used so.
+pub(super) fn class_of(past: Past) -> u8 {
+    match past.uses {
+        uses if past.snapshot => 7 + u8::from(uses > 0),
+        0 => u8::from(past.grown),
+        uses @ (1 | 2) => uses + 1,
         3 | 4 => 4,
         5..=8 => 5,
         _ => 6,
     }
-}
-
-/// The class of a snapshot.
-pub(crate) fn class_of_snapshot(uses: u8) -> u8 {
-    7 + u8::from(uses > 0)
 }
 
 impl Reuse {
