@@ -42,8 +42,9 @@ pub(crate) struct Worth {
     /// By kind: blocks, snapshots.
     over: [Sorted; 2],
     kept: [Sorted; 2],
-    /// Items of each group in the policy's order.
+    /// Items of each group in the policy's order, and which groups have any, as bits.
     live: [u32; GROUPS],
+    some: u64,
     /// Of tenants with a quota, by age.
     tenants: BTreeMap<u32, Sorted>,
 }
@@ -52,8 +53,13 @@ fn place_of(group: Group) -> usize {
     2 * (group.level + LEVELS) as usize + usize::from(group.snapshot)
 }
 
-fn groups() -> impl Iterator<Item = Group> {
-    (-LEVELS..=LEVELS).flat_map(|level| [false, true].map(|snapshot| Group { level, snapshot }))
+/// The groups of these bits.
+fn groups(mut bits: u64) -> impl Iterator<Item = Group> {
+    std::iter::from_fn(move || {
+        let place = bits.trailing_zeros();
+        bits &= bits.wrapping_sub(1);
+        (place < u64::BITS).then(|| Group { level: (place / 2) as i8 - LEVELS, snapshot: place % 2 == 1 })
+    })
 }
 
 impl Worth {
@@ -67,6 +73,7 @@ impl Worth {
             over: Default::default(),
             kept: Default::default(),
             live: [0; GROUPS],
+            some: 0,
             tenants: tenants.map(|t| (t, Sorted::new())).collect(),
         }
     }
@@ -99,7 +106,9 @@ impl Worth {
             List::Kept => drop(self.kept[kind].insert((s.expiry, item))),
             List::Live => {
                 let group = Group { level: s.level, snapshot: item.is_snapshot() };
-                self.live[place_of(group)] += 1;
+                let place = place_of(group);
+                self.live[place] += 1;
+                self.some |= 1 << place;
                 self.policy.insert(group, item, s);
             }
         }
@@ -117,7 +126,9 @@ impl Worth {
             List::Kept => drop(self.kept[kind].remove(&(s.expiry, item))),
             List::Live => {
                 let group = Group { level: s.level, snapshot: item.is_snapshot() };
-                self.live[place_of(group)] -= 1;
+                let place = place_of(group);
+                self.live[place] -= 1;
+                self.some &= !(u64::from(self.live[place] == 0) << place);
                 self.policy.remove(group, item, s);
             }
         }
@@ -145,7 +156,7 @@ impl Worth {
             heads.filter_map(|kind| lists[usize::from(kind)].first()).min().map(|&(_, item)| item)
         };
         let live = || {
-            let heads = groups().filter(|&g| wanted(g.snapshot) && self.live[place_of(g)] > 0);
+            let heads = groups(self.some).filter(|g| wanted(g.snapshot));
             let heads = heads.filter_map(|g| self.policy.victim(g, clock).map(|head| (g, head)));
             let heads = heads.map(|(g, head)| (of_level(g.level) * head.worth, head.key, head.item));
             heads.min_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2)))).map(|head| head.2)
@@ -208,11 +219,11 @@ impl Worth {
             };
             Malformed::unless(there, "listed", || format!("{item:?} is not in {list:?}"))?;
         }
-        for group in groups() {
+        for group in groups((1 << GROUPS) - 1) {
             let own = live.get(&group);
             let counted = own.map_or(0, BTreeSet::len);
             let head = self.policy.victim(group, clock).map(|head| head.item);
-            let right = head.is_some() == (counted > 0)
+            let right = (head.is_some(), self.some >> place_of(group) & 1 == 1) == (counted > 0, counted > 0)
                 && head.is_none_or(|item| own.is_some_and(|o| o.contains(&item)));
             Malformed::unless(right && counted == self.live[place_of(group)] as usize, "groups", || {
                 format!(
