@@ -71,7 +71,7 @@ def _ways(rank: Rank) -> dict[str, Any]:
     found = {"chunked": (driver.run(ids, [300, 33, 1, 250]), cold)}
 
     before = driver.run(ids[:boundary], [boundary - 100, 100])
-    pages = driver.spare[: driver.cache.snapshot_pages][::-1]
+    pages = driver.spare[: driver.cache.layout.snapshot_pages][::-1]
     driver.cache.save(0, boundary, pages)
     found["cut elsewhere"] = (before, cold[:boundary])
 
@@ -110,7 +110,7 @@ def _mixed(rank: Rank) -> dict[str, Any]:
         "decoded beside a chunk": (torch.cat((a, d)), cold[330:340]),
         "a chunk beside decode": (torch.cat((b, c)), cold_others),
     }
-    pages = driver.spare[: driver.cache.slab_pages]
+    pages = driver.spare[: driver.cache.layout.slab_pages]
     driver.cache.save(0, 340, pages)
     driver.run(random_tokens(driver.config, 64, seed=98), slab=0)
     driver.run(ids[:340], slab=0)  # the history, which that has overwritten

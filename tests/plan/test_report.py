@@ -98,8 +98,8 @@ def test_json_has_the_numbers_of_the_text(capsys: pytest.CaptureFixture[str]) ->
             "--max-model-len is 2000000; .* 1048576",
         ),
         (
-            ["v4-pro", "--gpu", "b200", "--num", "8", "--pool-gb", "1"],
-            "max_len is 1048576; .*--max-len 198656 or less",
+            ["v4-pro", "--gpu", "b200", "--num", "8", "--pool-gb", "0.5"],
+            "max_len is 1048576; .*--max-len 793600 or less",
         ),
         (["v4-pro", "--gpu", "b200", "--every", "2048,x"], "--every has 'x'"),
         (
@@ -176,13 +176,46 @@ def test_packed_weights_take_what_is_planned(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_workspace_is_bounded_by_limits_alone() -> None:
-    """Eight times the context costs page table and rotary tables, no activations."""
+    """Eight times the context costs page table and rotary tables, no activations; on several ranks also the history of one layer,
+    which they gather."""
     pro = ModelConfig.preset("v4-pro")
     layout = pro.layout("fp8_ds_mla", "mxfp4")
-    short, long = (workspace(pro, layout, Parallel(8), Limits(4096, 64, n)) for n in (131_072, 1_048_576))
-    grown = {b.name for a, b in zip(short, long, strict=True) if a.size != b.size}
-    assert grown == {"page table", "plans, two steps", "rotary tables"}
-    assert bound(long) < sum(b.size for b in long)
+    for tp, gathered in ((1, set()), (8, {"csa", "csa_index"})):
+        short, long = (
+            workspace(pro, layout, Parallel(tp), Limits(4096, 64, n)) for n in (131_072, 1_048_576)
+        )
+        grown = {b.name for a, b in zip(short, long, strict=True) if a.size != b.size}
+        assert grown == {"page table", "plans, two steps", "rotary tables"} | {
+            f"{name} of the longest request, gathered" for name in gathered
+        }
+        assert bound(long) < sum(b.size for b in long)
+
+
+def test_history_is_dealt_out_over_the_ranks_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
+    """Twice the GPUs at the same bytes each hold twice the tokens, but for padding; a block grows to rows for every rank."""
+    of = {
+        n: plan(capsys, "v4-flash", "--gpu", "b200", "--num", str(n), "--tp", str(n), "--pool-gb", "20")
+        for n in (1, 2, 4, 8)
+    }
+    tokens = {n: p["capacity"][1]["tokens_in_all"] for n, p in of.items()}
+    assert [p["capacity"][1]["policy"] for p in of.values()] == ["none"] * 4
+    for n in (2, 4, 8):
+        assert n * tokens[1] * 0.99 < tokens[n] <= n * tokens[1]
+        assert of[n]["layout"]["snapshot_bytes"] == of[1]["layout"]["snapshot_bytes"]
+        assert of[n]["layout"]["block_tokens"] == max(256, 128 * n)
+    # an engine that keeps the window of every token has the same rows on every rank
+    windows = [p["capacity"][0]["tokens_in_all"] for p in of.values()]
+    assert max(windows) - min(windows) < 0.01 * windows[0]
+    attention = {
+        name: sum(
+            r["rank"]
+            for r in plan(capsys, name, "--gpu", "b300", "--num", "8")["weights"]
+            if r["group"] == "attention"
+        )
+        for name in ("v4-flash", "v4-pro")
+    }
+    assert attention["v4-flash"] == pytest.approx(4.6e9, rel=0.02)  # whole
+    assert attention["v4-pro"] < 5e9  # of 18.3
 
 
 def test_the_index_is_counted_in_the_kernels_own_pieces() -> None:

@@ -129,12 +129,9 @@ class PagedCache:
 
     def _check_pages(self, position: int, pages: Sequence[int]) -> None:
         """Raises ValueError where a state at this position does not take so many pages."""
-        self._check_count(position, pages, self.layout.snapshot_pages, self.layout.slab_pages)
-
-    def _check_count(self, position: int, pages: Sequence[int], snapshot: int, slab: int) -> None:
-        what, wanted = ("snapshot", snapshot)
+        what, wanted = ("snapshot", self.layout.snapshot_pages)
         if position % self.layout.block_tokens:
-            what, wanted = ("slab", slab)
+            what, wanted = ("slab", self.layout.slab_pages)
         if len(pages) != wanted:
             raise ValueError(f"a {what} takes {wanted} pages, got {len(pages)}")
 

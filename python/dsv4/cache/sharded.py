@@ -7,7 +7,6 @@ of bytes, one on each rank, and gathered when it is restored.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4.cache.paged import PagedCache
+from dsv4.model.parallel import RankLayout
 from dsv4.ops.reference.state import copy_state
 from dsv4.ops.tables import RESTORE, SAVE
 
@@ -22,20 +22,11 @@ if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
 
 
-def of_rank(layout: LayoutSpec, ranks: int) -> LayoutSpec:
-    """The layout of one rank's pages. Raises ConfigError where a page's rows cannot be dealt out evenly."""
-    from dsv4._core import LayoutSpec
-
-    spec = json.loads(layout.to_json())
-    for component in spec["components"]:
-        if "Stride" in component["kind"]:
-            component["kind"]["Stride"]["ratio"] *= ranks
-    return LayoutSpec.from_json(json.dumps(spec))
-
-
 class ShardedCache(PagedCache):
     """`PagedCache` of a rank, for `layout` as the scheduler sees it. `gather` gives [R, n] of every rank's bytes [n]. `save`
     and `restore` are called by all ranks alike."""
+
+    layout: RankLayout
 
     def __init__(
         self,
@@ -50,25 +41,10 @@ class ShardedCache(PagedCache):
         copy_state: Callable[..., None] = copy_state,
         poison: bool = False,
     ) -> None:
-        super().__init__(of_rank(layout, ranks), pages, slabs, device, copy_state=copy_state, poison=poison)
+        super().__init__(
+            RankLayout(layout, ranks, exact=True), pages, slabs, device, copy_state=copy_state, poison=poison
+        )
         self._rank, self._ranks, self._gather = rank, ranks, gather
-
-    @property
-    def snapshot_pages(self) -> int:
-        """Pages that a saved state at a block boundary takes."""
-        return self._pages_of(self.layout.snapshot_bytes)
-
-    @property
-    def slab_pages(self) -> int:
-        """Pages that the state at any other position takes."""
-        return self._pages_of(self.layout.slab_bytes)
-
-    def _pages_of(self, state: int) -> int:
-        return -(-self._run(state) // self.layout.page_bytes)
-
-    def _run(self, state: int) -> int:
-        """Bytes of a state that one rank keeps."""
-        return -(-state // self._ranks)
 
     def save_all(self, jobs: Sequence[Sequence[int]]) -> None:
         snapshots, whole = self._jobs(jobs)
@@ -97,10 +73,7 @@ class ShardedCache(PagedCache):
     def _room(self, position: int) -> tuple[Tensor, int, range]:
         """Pages for a whole state, uint8 [n, page_bytes], the bytes of it that a rank keeps, and the numbers of the pages."""
         at_boundary = position % self.layout.block_tokens == 0
-        run = self._run(self.layout.snapshot_bytes if at_boundary else self.layout.slab_bytes)
+        run = self.layout.run(self.layout.snapshot_bytes if at_boundary else self.layout.slab_bytes)
         count = -(-run * self._ranks // self.layout.page_bytes)
         packed = torch.zeros((count, self.layout.page_bytes), dtype=torch.uint8, device=self.device)
         return packed, run, range(count)
-
-    def _check_pages(self, position: int, pages: Sequence[int]) -> None:
-        self._check_count(position, pages, self.snapshot_pages, self.slab_pages)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
-from dsv4.model.parallel import Parallel, alternatives
+from dsv4.model.parallel import Parallel, RankLayout, alternatives
 from dsv4.plan.cache import Capacity, Traffic, capacities
 from dsv4.plan.weights import WeightRow, Weights, weight_rows
 from dsv4.plan.workspace import Buffer, Limits, bound, workspace
@@ -38,6 +38,16 @@ class Question:
     held: str
     counted_from: str = ""
     """Where `weights` come from, for a model that is no release."""
+
+    @property
+    def rank_layout(self) -> LayoutSpec:
+        """What one rank keeps of the cache."""
+        return on_rank(self.layout, self.parallel.tp)
+
+
+def on_rank(layout: LayoutSpec, tp: int) -> LayoutSpec:
+    """The layout of one of `tp` ranks' pages; a page still counts for all of its tokens."""
+    return layout if tp == 1 else cast("LayoutSpec", RankLayout(layout, tp))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +82,9 @@ def divide(
     taken = sum(row.rank for row in weight_rows(weights, parallel, held=held, plain=plain))
     slabs = limits.running * layout.slab_bytes
     work = bound(workspace(config, layout, parallel, limits))
-    left = memory - taken - slabs - work
-    pages = layout.pages_for(max(left, 0))
-    return Memory(taken, slabs, work, pages * layout.page_bytes if left >= 0 else left, pages)
+    left, rank = memory - taken - slabs - work, on_rank(layout, parallel.tp)
+    pages = rank.pages_for(max(left, 0))
+    return Memory(taken, slabs, work, pages * rank.page_bytes if left >= 0 else left, pages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +117,10 @@ def answer(q: Question) -> Plan:
     pages, max_len = memory.pages, q.limits.max_len
     if pages < 1:
         raise ConfigError(_does_not_fit(q, memory))
-    if pages * q.layout.block_tokens < max_len:
+    tokens = pages * q.rank_layout.block_tokens
+    if tokens < max_len:
         raise ConfigError(
-            f"max_len is {max_len}; the pool of {pages} pages holds {pages * q.layout.block_tokens} tokens, "
-            f"give --max-len {pages * q.layout.block_tokens} or less"
+            f"max_len is {max_len}; the pool of {pages} pages holds {tokens} tokens, give --max-len {tokens} or less"
         )
     return Plan(
         question=q,
@@ -118,14 +128,19 @@ def answer(q: Question) -> Plan:
         buffers=workspace(q.config, q.layout, q.parallel, q.limits),
         memory=memory,
         max_len=max_len,
-        capacities=_capacities(q, pages),
+        capacities=_capacities(q, pages, q.parallel),
         alternatives=[_alternative(q, p, memory.total) for p in alternatives(q.config, q.num)],
     )
 
 
-def _capacities(q: Question, pages: int) -> list[Capacity]:
+def _capacities(q: Question, pages: int, parallel: Parallel) -> list[Capacity]:
     return capacities(
-        q.layout, pages, q.limits.max_len, every=q.every, budget=q.snapshot_budget, traffic=q.traffic
+        on_rank(q.layout, parallel.tp),
+        pages,
+        q.limits.max_len,
+        every=q.every,
+        budget=q.snapshot_budget,
+        traffic=q.traffic,
     )
 
 
@@ -138,18 +153,20 @@ def _memory(q: Question) -> Memory:
     memory = _divide(q, q.parallel, int(q.gpu.memory_bytes * q.memory_fraction))
     if q.pool_bytes is None:
         return memory
-    pages = q.layout.pages_for(q.pool_bytes)
-    return replace(memory, pool=pages * q.layout.page_bytes, pages=pages)
+    pages = q.rank_layout.pages_for(q.pool_bytes)
+    return replace(memory, pool=pages * q.rank_layout.page_bytes, pages=pages)
 
 
 def _alternative(q: Question, parallel: Parallel, total: int) -> Alternative:
     memory = _divide(q, parallel, total)
-    return Alternative(parallel, memory, _capacities(q, memory.pages)[-1] if memory.pages > 0 else None)
+    return Alternative(
+        parallel, memory, _capacities(q, memory.pages, parallel)[-1] if memory.pages > 0 else None
+    )
 
 
 def _does_not_fit(q: Question, m: Memory) -> str:
     have = int(q.gpu.memory_bytes * q.memory_fraction)
-    need = m.weights + m.slabs + m.workspace + q.layout.page_bytes
+    need = m.weights + m.slabs + m.workspace + q.rank_layout.page_bytes
     return (
         f"{q.config.name} does not fit on {q.num} x {q.gpu.name} as {q.parallel}: a GPU needs {need / 1e9:,.1f} GB "
         f"({m.weights / 1e9:,.1f} of them weights) and {q.memory_fraction:g} of its memory is {have / 1e9:,.1f} GB; "

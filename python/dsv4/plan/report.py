@@ -8,14 +8,14 @@ from typing import Any
 
 from dsv4.plan.build import Alternative, Plan
 from dsv4.plan.cache import Capacity, window_bytes_per_token
-from dsv4.plan.weights import PUBLISHED
+from dsv4.plan.weights import PUBLISHED, whole_attention
 
 NOT_YET = "dsv4 serve runs on one GPU today; a model over several, as planned here, it cannot start yet"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Every number of the report under plain names; bytes are whole numbers."""
-    q, layout = plan.question, plan.question.layout
+    q, layout = plan.question, plan.question.rank_layout
     return {
         "model": q.config.name,
         "gpu": {**asdict(q.gpu), "num": q.num},
@@ -94,7 +94,7 @@ def _head(plan: Plan) -> list[str]:
         *(f"         {note}" for note in q.weights.notes),
         f"gpu      {q.num} x {q.gpu.name}, {_gb(q.gpu.memory_bytes)} each; {q.parallel} ({ranks})",
         *([f"serve    {NOT_YET}"] if q.parallel.ranks > 1 else []),
-        f"cache    rows {formats['window']}, index {formats.get('csa_index', 'none')}, {q.layout.block_tokens} tokens a page",
+        f"cache    rows {formats['window']}, index {formats.get('csa_index', 'none')}, {q.rank_layout.block_tokens} tokens a page",
         f"limits   {q.limits.max_len:,} tokens a request, {q.limits.running:,} running, {q.limits.step_tokens:,} tokens a step",
     ]
 
@@ -186,16 +186,19 @@ def _how_weights(plan: Plan) -> Iterator[str]:
         if p.ep > 1
         else f"all {q.config.num_experts} experts, 1/{p.tp} of the columns"
     )
-    yield f"  a GPU has 1/{p.tp} of heads (wq_b, wo_a, wo_b, sinks), of the shared expert's columns and of the vocabulary; {experts}"
+    heads = "all heads" if whole_attention(q.weights, q.held) else f"1/{p.tp} of heads"
+    yield f"  a GPU has {heads} (wq_b, wo_a, wo_b, sinks), 1/{p.tp} of the shared expert's columns and of the vocabulary; {experts}"
     yield "  and all of the low-rank, key-value, compressor, indexer, gate, hyper-connection and norm weights"
 
 
 def _how_cache(plan: Plan) -> Iterator[str]:
-    layout = plan.question.layout
+    q = plan.question
+    layout = plan.question.rank_layout
     history = [c for c in layout.components if c.kind == "stride"]
     state = [c for c in layout.components if c.kind != "stride"]
     per_token = " + ".join(f"{c.name} {len(c.layers)} layers x {c.row_bytes} B / {c.ratio}" for c in history)
-    yield f"history a token = {per_token} = {layout.history_bytes_per_token:,.4f} B"
+    where = "" if q.parallel.tp == 1 else " on one GPU"
+    yield f"history a token{where} = {per_token} = {layout.history_bytes_per_token:,.4f} B"
     page = " + ".join(f"{len(c.layers)} x {c.layer_stride:,}" for c in history)
     padding = layout.page_bytes / layout.block_tokens / layout.history_bytes_per_token - 1
     yield f"page = {page}, rounded up to 256 = {layout.page_bytes:,} B for {layout.block_tokens} tokens ({padding:.2%} padding)"
@@ -221,14 +224,14 @@ def _how_memory(plan: Plan) -> Iterator[str]:
         have = int(q.gpu.memory_bytes * q.memory_fraction)
         yield (
             f"pool = {q.memory_fraction:g} x {q.gpu.memory_bytes:,} - weights - slabs - workspace = {have:,} - {m.weights:,} "
-            f"- {m.slabs:,} - {m.workspace:,}, in whole pages = {m.pages:,} x {q.layout.page_bytes:,} = {m.pool:,} B"
+            f"- {m.slabs:,} - {m.workspace:,}, in whole pages = {m.pages:,} x {q.rank_layout.page_bytes:,} = {m.pool:,} B"
         )
     else:
-        yield f"pool = {q.pool_bytes:,} B as given, in whole pages = {m.pages:,} x {q.layout.page_bytes:,} = {m.pool:,} B"
+        yield f"pool = {q.pool_bytes:,} B as given, in whole pages = {m.pages:,} x {q.rank_layout.page_bytes:,} = {m.pool:,} B"
 
 
 def _how_capacity(plan: Plan) -> Iterator[str]:
-    q, layout = plan.question, plan.question.layout
+    q, layout = plan.question, plan.question.rank_layout
     block, pages = layout.block_tokens, plan.memory.pages
     yield f"tokens = pages / (1 + snapshots a page x {layout.snapshot_pages}) x {block}; none = {pages:,} x {block} = {pages * block:,}"
     turns = q.traffic
@@ -241,7 +244,7 @@ def _how_capacity(plan: Plan) -> Iterator[str]:
         f"{pages:,} pages hold history"
     )
     if q.parallel.tp > 1:
-        yield f"the {q.parallel.tp} ranks of a TP group hold the same history, so they count once"
+        yield f"row j of a page lies on rank j mod {q.parallel.tp} of a TP group, and 1/{q.parallel.tp} of a snapshot on each: a page of a GPU counts for all its tokens"
 
 
 def _gb(size: int) -> str:

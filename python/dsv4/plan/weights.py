@@ -29,14 +29,16 @@ PUBLISHED = {
 HELD = ("released", "bfloat16", "float32")
 """How weights are kept in memory: quantised as released, or expanded when they are read."""
 
-EXPERTS = "routed experts"
+EXPERTS, ATTENTION = "routed experts", "attention"
+WHOLE_ATTENTION = 6e9
+"""Bytes of attention weights up to which every rank of a `tp` group keeps all of them (Flash 4.6 GB, Pro 18.3)."""
 _GROUPS = (
     ("mtp.", "draft"),
     (".ffn.experts.", EXPERTS),
     (".shared_experts.", "shared experts"),
     (".indexer.", "indexers"),
     (".compressor.", "compressors"),
-    (".attn.", "attention"),
+    (".attn.", ATTENTION),
     (".ffn.gate.", "gates"),
     ("hc_", "hyper-connections"),
     ("embed.", "embedding and head"),
@@ -69,9 +71,9 @@ class Kind:
     def axis(self) -> int | None:
         return self.spec.axis
 
-    def on_rank(self, parallel: Parallel) -> TensorSpec:
+    def on_rank(self, parallel: Parallel, *, whole_attention: bool = False) -> TensorSpec:
         """The piece of one rank; experts that are cut by number keep their shape."""
-        if self.expert and parallel.ep > 1:
+        if (self.expert and parallel.ep > 1) or (whole_attention and self.group == ATTENTION):
             return self.spec
         return Share(0, parallel.tp).of(self.group, self.spec)
 
@@ -145,18 +147,28 @@ def weight_rows(
     """By group and dtype, in the order of the table; `held` is one of HELD. `plain`: dtype of what is not quantised, where
     the rest is as released."""
     sums: dict[tuple[str, str], list[int]] = {}
+    whole = whole_attention(weights, held, plain)
     for kind, count in weights.kinds.items():
         here = count // parallel.ep if kind.expert else count
         for dtype, size in _sizes(kind.spec, held, plain):
             row = sums.setdefault((kind.group, dtype), [0, 0, 0])
             row[0] += count
             row[1] += count * size
-        for dtype, size in _sizes(kind.on_rank(parallel), held, plain):
+        for dtype, size in _sizes(kind.on_rank(parallel, whole_attention=whole), held, plain):
             sums[kind.group, dtype][2] += here * size
     order = list(dict.fromkeys(group for _, group in _GROUPS))
     order = order[1:] + order[:1]
     keys = sorted(sums, key=lambda k: (order.index(k[0]), list(_DTYPE_NAMES.values()).index(k[1])))
     return [WeightRow(*key, *sums[key]) for key in keys]
+
+
+def whole_attention(weights: Weights, held: str, plain: str = "bfloat16") -> bool:
+    """Whether ranks keep attention weights whole, so that prompts exchange no heads."""
+    kinds = ((kind, count) for kind, count in weights.kinds.items() if kind.group == ATTENTION)
+    return (
+        sum(count * size for kind, count in kinds for _, size in _sizes(kind.spec, held, plain))
+        <= WHOLE_ATTENTION
+    )
 
 
 def _sizes(spec: TensorSpec, held: str, plain: str) -> Iterator[tuple[str, int]]:

@@ -160,6 +160,28 @@ def _attention(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Para
     )
     if c.csa_ratio in c.compress_ratios:
         _index(sheet, c, limits)
+    if parallel.tp > 1:
+        _gathered(sheet, c, layout, limits)
+
+
+def _gathered(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits) -> None:
+    """What a prompt's ranks fetch from each other in a layer: the history of the longest request, and the step's tokens."""
+    phase, t = "attention", ("tokens", limits.step_tokens)
+    of = {x.name: x for x in layout.components if x.kind == "stride"}
+    main = max(
+        (x for n, x in of.items() if n != "csa_index"), key=lambda x: x.row_bytes / x.ratio, default=None
+    )
+    for x in filter(None, (main, of.get("csa_index"))):
+        rows = ("rows", -(-limits.max_len // x.ratio))
+        sheet.add(phase, f"{x.name} of the longest request, gathered", rows, ("bytes", x.row_bytes))
+    if main is not None:
+        sheet.add(
+            phase,
+            "compressor inputs, gathered",
+            t,
+            ("channels", 4 * (c.head_dim + c.index_head_dim)),
+            ("bytes", 4),
+        )
 
 
 def _index(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
