@@ -13,6 +13,7 @@ from dsv4.backends import choose
 from dsv4.cache.sharded import ShardedCache
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
+from dsv4.model.parallel import RankLayout
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.ranked import RankedModel, share
 from dsv4.model.weights import load_weights
@@ -169,7 +170,9 @@ def _nano(rank: Rank, prompts: dict[str, Tensor], lengths: dict[str, int]) -> di
     weights = load_weights(Path(str(NANO)), config, torch.float32, share=share(rank))
     layout = config.layout("float32", "float32", block_tokens=256)
     blocks = -(-8192 // 256)
-    cache = ShardedCache(layout, blocks, 1, rank.rank, rank.ranks, rank.gather)
+    cache = ShardedCache(
+        RankLayout(layout, rank.ranks, exact=True), blocks, 1, rank.rank, rank.ranks, rank.gather
+    )
     model = RankedModel(config, weights, cache, choose("reference"), rank)
     table = torch.arange(blocks, dtype=torch.int32)[None]
     written: dict[str, list[int]] = {}

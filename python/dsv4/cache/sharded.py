@@ -8,29 +8,23 @@ of bytes, one on each rank, and gathered when it is restored.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.cache.paged import PagedCache
-from dsv4.model.parallel import RankLayout
 from dsv4.ops.reference.state import copy_state
 from dsv4.ops.tables import RESTORE, SAVE
 
-if TYPE_CHECKING:
-    from dsv4._core import LayoutSpec
-
 
 class ShardedCache(PagedCache):
-    """`PagedCache` of a rank, for `layout` as the scheduler sees it. `gather` gives [R, n] of every rank's bytes [n]. `save`
-    and `restore` are called by all ranks alike."""
-
-    layout: RankLayout
+    """`PagedCache` of a rank; `layout` is the `RankLayout` (model/parallel.py) of its pages. `gather` gives [R, n] of every rank's
+    bytes [n]. `save` and `restore` are called by all ranks alike."""
 
     def __init__(
         self,
-        layout: LayoutSpec,
+        layout: Any,
         pages: int,
         slabs: int,
         rank: int,
@@ -41,9 +35,7 @@ class ShardedCache(PagedCache):
         copy_state: Callable[..., None] = copy_state,
         poison: bool = False,
     ) -> None:
-        super().__init__(
-            RankLayout(layout, ranks, exact=True), pages, slabs, device, copy_state=copy_state, poison=poison
-        )
+        super().__init__(layout, pages, slabs, device, copy_state=copy_state, poison=poison)
         self._rank, self._ranks, self._gather = rank, ranks, gather
 
     def save_all(self, jobs: Sequence[Sequence[int]]) -> None:
