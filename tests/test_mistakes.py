@@ -81,7 +81,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("serve --step-ms fast", ["step_ms is 'fast'", "above 0, auto or none"]),
     ("serve --max-wait never", ["max_wait is 'never'", "seconds from 0 to 1e9"]),
     ("serve --header-timeout 0", ["header_timeout is 0", "seconds above 0"]),
-    ("serve --max-body-bytes 0", ["max_body_bytes is 0", "1024"]),
+    ("serve --max-body-bytes 0", ["max_body_bytes is 0", "above 0"]),
     ("serve --dtype bf16", ["dtype is 'bf16'", "did you mean 'bfloat16'?"]),
     ("serve --device gpu", ["device is 'gpu'", "did you mean 'cuda'?"]),
     ("serve --log-level warn", ["log_level is 'warn'", "did you mean 'warning'?"]),

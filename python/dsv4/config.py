@@ -252,7 +252,7 @@ class ServerConfig:
         range=Range(0, 1e9, unit="seconds"),
     )
     max_body_bytes: int = setting(
-        64 * 2**20, "largest request body", unit="bytes", range=Range(1024, float("inf"))
+        64 * 2**20, "largest request body", unit="bytes", range=Range(1, float("inf"))
     )
     header_timeout: float = setting(10.0, "seconds in which a request's header must arrive", range=_SECONDS)
     body_timeout: float = setting(
@@ -345,8 +345,7 @@ def check_ranges(config: Any) -> None:
             continue
         if f.metadata["unit"] == "bytes":
             if not range_.low <= value:
-                least = f"the smallest is {range_.low} bytes" if range_.low > 1 else "above 0"
-                raise ConfigError(f"{f.name} is {value}; it takes a size such as 2GiB, {least}")
+                raise ConfigError(f"{f.name} is {value}; it takes a size above 0, such as 2GiB")
             continue
         also = ", auto, or none for no limit" if f.metadata["unit"] == "auto" else ""
         fault = range_.fault(value, base_type(hints[f.name]), also)

@@ -18,9 +18,15 @@ def server() -> Iterator[RunningServer]:
         yield server
 
 
-def chat(server: RunningServer, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
-    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2} | body
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers or {})
+def chat(
+    server: RunningServer,
+    headers: dict[str, str] | None = None,
+    *,
+    path: str = "chat/completions",
+    **body: Any,
+) -> httpx.Response:
+    body = {"model": "default", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2} | body
+    return httpx.post(f"{server.url}/v1/{path}", json=body, headers=headers or {})
 
 
 def marked(ttl: str | None) -> dict[str, Any]:
@@ -58,11 +64,11 @@ def test_hints_reach_the_engine(server: RunningServer) -> None:
         ({"messages": [{"role": "system", "content": "s"} | marked("1h"), {"role": "user", "content": "x"}]}, 3600),
         ({"tools": [{"type": "function", "function": {"name": "f"}} | marked("5m")]}, 300),
         ({"system": [{"type": "text", "text": "s"} | marked("1h")]}, 3600),
-        (marked("5m") | {"system": [marked("1h")]}, 3600),
+        (marked("5m") | {"system": [{"type": "text", "text": "s"} | marked("1h")]}, 3600),
     ],
 )  # fmt: skip
 def test_the_longest_cache_control_counts(server: RunningServer, body: dict[str, Any], ttl: float) -> None:
-    answer = chat(server, **body)
+    answer = chat(server, path="messages" if "system" in body else "chat/completions", **body)
     assert answer.status_code == 200, answer.text
     assert server.engine.seen[-1].routing.ttl == ttl
 
