@@ -290,7 +290,12 @@ def test_wrong_paths_and_methods(http: httpx.Client, method: str, path: str, sta
 @pytest.mark.parametrize(
     ("body", "headers", "status", "words"),
     [
-        (gzip.compress(b"{}", mtime=0), {"content-encoding": "gzip"}, 415, ["content-encoding is 'gzip'", "unpacked"]),
+        (
+            gzip.compress(b"{}", mtime=0),
+            {"content-encoding": "gzip"},
+            415,
+            ["content-encoding is 'gzip'", "unpacked"],
+        ),
         (b"{}", {"content-encoding": "br"}, 415, ["content-encoding is 'br'"]),
         (b"{}", {"content-encoding": "identity"}, 400, ["messages"]),
         (gzip.compress(b"{}", mtime=0), {}, 400, ["no UTF-8", "0x8b at 1", "looks like gzip"]),
