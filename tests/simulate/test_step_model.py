@@ -42,11 +42,12 @@ def test_a_decode_at_the_roofline_reads_what_the_specification_says() -> None:
     assert all_of_them == pytest.approx(c["dense_read_us"] + c["expert_read_us"])
 
 
-def test_more_gpus_divide_weights_and_not_the_history() -> None:
+def test_more_gpus_divide_weights_and_history() -> None:
     one, four = (step_coefficients(FLASH, LAYOUT, gpu("b200"), tp, IDEAL) for tp in (1, 4))
     assert four["expert_read_us"] == pytest.approx(one["expert_read_us"] / 4)
     assert one["token_us"] / 4 < four["token_us"] < one["token_us"] / 3
-    assert four["context_read_us"] == one["context_read_us"]
+    for name in ("context_read_us", "entry_read_us", "row_read_us", "context_us", "query_us", "entry_us"):
+        assert four[name] == pytest.approx(one[name] / 4)
     assert one["collective_us"] == 0 < four["collective_us"]
 
 

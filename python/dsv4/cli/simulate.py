@@ -213,25 +213,29 @@ def _read_dump(path: str) -> str:
 def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     """The engine, and lines that tell what was chosen."""
     from dsv4.model import parallel
+    from dsv4.plan.build import on_rank
     from dsv4.plan.weights import find_weights
     from dsv4.plan.workspace import Limits
     from dsv4.simulate.compare import Engine, pool_bytes, smallest_tp
 
     (config, _, _), card = find_weights(a.model), gpu(a.gpu)
-    layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=a.block_size)
     tp = a.tp or smallest_tp(config, card)
     parallel.check(config, tp, 1, tp)
+    layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=a.block_size)
+    block = on_rank(layout, tp).block_tokens  # of which every GPU has as many rows
+    layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=block)
+    page_bytes = on_rank(layout, tp).page_bytes
     if a.pool_gib is None:
         limits = Limits(a.max_num_batched_tokens, a.max_num_seqs, config.max_position)
         size = pool_bytes(config, layout, card, tp, limits, a.memory_fraction)
     else:
         size = round(a.pool_gib * 2**30)
-    pages = layout.pages_for(size)
+    pages = size // page_bytes
     if pages < 1:
-        raise ConfigError(f"--pool-gib is {a.pool_gib:g}; one page is {layout.page_bytes} bytes")
+        raise ConfigError(f"--pool-gib is {a.pool_gib:g}; one page is {page_bytes} bytes")
     coefficients, about = _step_model(a, config, layout, card, tp)
     said = [
-        f"engine     {config.name} on {tp} x {card.name}; pool {pages * layout.page_bytes / 2**30:.2f} GiB: {pages:,} pages "
+        f"engine     {config.name} on {tp} x {card.name}; pool {pages * page_bytes / 2**30:.2f} GiB{' each' if tp > 1 else ''}: {pages:,} pages "
         f"of {layout.block_tokens} tokens, {pages * layout.block_tokens / 1e6:.2f}M tokens",
         f"step model {about}",
     ]

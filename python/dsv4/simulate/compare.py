@@ -12,6 +12,7 @@ from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import Parallel, valid_tp
+from dsv4.plan.build import on_rank
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 from dsv4.simulate.device import as_json
@@ -56,7 +57,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One engine: `tp` GPUs that hold the same history."""
+    """One engine: `tp` GPUs, of which each holds its rows of every page."""
 
     config: ModelConfig
     layout: LayoutSpec
@@ -78,7 +79,8 @@ class Engine:
 
     @property
     def pool_bytes(self) -> int:
-        return self.pages * self.layout.page_bytes
+        """On each GPU."""
+        return self.pages * on_rank(self.layout, self.tp).page_bytes
 
     @property
     def max_len(self) -> int:
@@ -105,7 +107,7 @@ def pool_bytes(
     weights = _weights(config, tp)
     rest = limits.running * layout.slab_bytes + bound(workspace(config, layout, Parallel(tp=tp), limits))
     left = int(gpu.memory_bytes * fraction) - weights - rest
-    if left < layout.page_bytes:
+    if left < on_rank(layout, tp).page_bytes:
         raise ConfigError(
             f"tp is {tp}; {config.name} on {gpu.name} needs {weights / 1e9:,.1f} GB of weights and {rest / 1e9:,.1f} GB "
             f"of state and workspace on each GPU, of {gpu.memory_bytes * fraction / 1e9:,.1f} GB; give a larger --tp"

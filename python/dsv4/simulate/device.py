@@ -57,8 +57,8 @@ def step_coefficients(
 ) -> dict[str, float]:
     """Every coefficient by name, for `dsv4._core.StepModel.from_json`.
 
-    Tensor parallelism divides weights, heads and arithmetic of linear layers; index scores, index keys and history are
-    whole on every GPU, as V4 has one KV head.
+    Tensor parallelism divides weights, history, window rows of a decode step and all arithmetic: each GPU works on its rows of the
+    past for tokens that are on all of them, and on its tokens of a prompt.
     """
     s = shares or Shares()
     copy = gpu.copy_bytes_per_s / 1e6
@@ -67,29 +67,31 @@ def step_coefficients(
     part = {c.name: c for c in layout.components}
 
     def per_token(name: str) -> float:
-        """Bytes of a history component per token of context, all layers."""
-        return len(part[name].layers) * part[name].row_bytes / part[name].ratio if name in part else 0.0
+        """Bytes that a GPU has of a history component per token of context, all layers."""
+        return len(part[name].layers) * part[name].row_bytes / part[name].ratio / tp if name in part else 0.0
 
     csa = len(part["csa"].layers) if "csa" in part else 0
     hca_rows = len(part["hca"].layers) / part["hca"].ratio if "hca" in part else 0.0
     row_flops = 4 * config.num_heads * config.head_dim / tp / (bf16 * s.attention)
-    index_flops = 2 * config.index_heads * config.index_head_dim / (fp8 * s.index)
-    collectives = 2 * config.num_layers if tp > 1 else 0
+    index_flops = 2 * config.index_heads * config.index_head_dim / tp / (fp8 * s.index)
+    # a layer adds up twice and exchanges parts of attention; the indexer its candidates
+    collectives = 3 * config.num_layers + csa if tp > 1 else 0
+    exchanged = config.num_layers * 2 * (2 * config.hidden_size + config.num_heads * config.head_dim / tp)
     window = part["window"]
     return {
         "overhead_us": config.num_layers * s.kernels_per_layer * s.kernel_us,
         "collective_us": collectives * s.collective_us,
-        "collective_token_us": collectives * config.hidden_size * 2 / s.collective_bytes_per_s * 1e6,
-        "copy_us": s.copy_launch_us + 2 * layout.snapshot_bytes / copy,
+        "collective_token_us": exchanged / s.collective_bytes_per_s * 1e6 if tp > 1 else 0,
+        "copy_us": s.copy_launch_us + 2 * layout.snapshot_bytes / tp / copy,
         "dense_read_us": dense / (copy * s.weight_read),
         "expert_read_us": experts / (copy * s.weight_read),
         "experts": config.num_experts,
         "experts_per_token": config.experts_per_token,
         "token_us": flops / (fp8 * s.linear),
-        "row_read_us": len(window.layers) * window.row_bytes * window.tokens / (copy * s.row_read),
+        "row_read_us": len(window.layers) * window.row_bytes * window.tokens / tp / (copy * s.row_read),
         "context_read_us": per_token("csa_index") / (copy * s.index_read)
         + per_token("hca") / (copy * s.row_read),
-        "entry_read_us": csa * part["csa"].row_bytes / (copy * s.row_read) if csa else 0.0,
+        "entry_read_us": csa * part["csa"].row_bytes / tp / (copy * s.row_read) if csa else 0.0,
         "query_us": config.num_layers * config.window * row_flops,
         "context_us": csa / config.csa_ratio * index_flops + hca_rows * row_flops,
         "entry_us": csa * row_flops,
