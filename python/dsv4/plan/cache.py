@@ -53,7 +53,8 @@ def size_pool(
         )
     if pages < 1:
         raise ConfigError(
-            f"the pool holds no page; one page is {layout.page_bytes} bytes, raise --kv-cache-memory"
+            f"kv_cache_memory is {max(free, 0) if memory is None else memory} bytes, which holds no page; "
+            f"the smallest is one page, {layout.page_bytes} bytes"
         )
     return pages, min(wanted, longest)
 
