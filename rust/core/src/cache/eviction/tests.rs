@@ -111,7 +111,9 @@ fn the_first_of_a_group_is_one_of_it_and_every_item_goes_once() {
             for left in (0..own.len()).rev() {
                 let head = listed.policy.victim(group, listed.now).expect("not all have gone");
                 assert!(own.contains(&head.item) && listed.items.contains_key(&head.item), "{head:?}");
-                listed.remove(head.item);
+                let standing = listed.remove(head.item);
+                let age = listed.now - head.key;
+                assert_eq!(head.worth, listed.policy.worth(&standing, age), "one scale for all");
                 let rest = listed.items.values().filter(|(g, _)| *g == group).count();
                 assert_eq!(rest, left);
             }
@@ -192,6 +194,7 @@ fn every_name_reads_as_it_is_written_and_another_is_refused_with_them() {
     let names: std::collections::BTreeSet<_> = Eviction::ALL.map(Eviction::name).into();
     assert_eq!(names.len(), Eviction::ALL.len(), "no name is given twice");
     let refused = "mru".parse::<Eviction>().unwrap_err().to_string();
-    assert_eq!(refused, "eviction is \"mru\"; valid values are value, lru, fifo");
+    let names = Eviction::ALL.map(Eviction::name).join(", ");
+    assert_eq!(refused, format!("eviction is \"mru\"; valid values are {names}"));
     assert!(serde_json::from_str::<Eviction>("\"mru\"").unwrap_err().to_string().contains(&refused));
 }
