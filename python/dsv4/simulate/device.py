@@ -71,12 +71,16 @@ def step_coefficients(
         return len(part[name].layers) * part[name].row_bytes / part[name].ratio / tp if name in part else 0.0
 
     csa = len(part["csa"].layers) if "csa" in part else 0
-    hca_rows = len(part["hca"].layers) / part["hca"].ratio if "hca" in part else 0.0
+    hca = len(part["hca"].layers) if "hca" in part else 0
+    hca_rows = hca / part["hca"].ratio if hca else 0.0
     row_flops = 4 * config.num_heads * config.head_dim / tp / (bf16 * s.attention)
     index_flops = 2 * config.index_heads * config.index_head_dim / tp / (fp8 * s.index)
     # a layer adds up twice and exchanges parts of attention; the indexer its candidates
     collectives = 3 * config.num_layers + csa if tp > 1 else 0
-    exchanged = config.num_layers * 2 * (2 * config.hidden_size + config.num_heads * config.head_dim / tp)
+    # a prompt's token: an all-reduce's worth around the experts; its row and what its compressors take in are gathered, at half
+    # the cost
+    inputs = 4 * (4 * csa * (config.head_dim + config.index_head_dim) + 2 * hca * config.head_dim)
+    exchanged = config.num_layers * (2 * config.hidden_size + config.head_dim) + inputs / 2
     window = part["window"]
     return {
         "overhead_us": config.num_layers * s.kernels_per_layer * s.kernel_us,
