@@ -41,8 +41,8 @@ ORIGINATOR_HEADER = b"originator"
 
 _LOGPROBS = "message.output_text.logprobs"
 
-_ECHOED = ("instructions", "metadata", "parallel_tool_calls", "reasoning", "temperature", "tool_choice")
-_ECHOED += ("tools", "top_p", "max_output_tokens", "text", "prompt_cache_key", "user")
+_ECHOED: tuple[str, ...] = ("instructions", "metadata", "parallel_tool_calls", "reasoning", "temperature")
+_ECHOED += ("tool_choice", "tools", "top_p", "max_output_tokens", "text", "prompt_cache_key", "user")
 _ECHO_DEFAULTS: dict[str, Any] = {
     "metadata": {},
     "parallel_tool_calls": True,

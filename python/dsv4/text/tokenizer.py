@@ -144,10 +144,10 @@ class Tokenizer:
         """A prompt whose known parts are looked up, and whose others are still to be encoded; bytes are ids (int32). `salt` parts what is looked
         up, as it does in the prefix cache. Raises RequestError for a prompt beyond `bound`, unread where its length alone
         says so, and ConfigError for an unknown marker."""
-        segments: Prompt = list(segments)
-        self._check_length(sum(map(len, segments)), bound)
+        parts: Prompt = list(segments)
+        self._check_length(sum(map(len, parts)), bound)
         batch = partial(Batch, partial(_encode, self._plain), self.store, salt)
-        return Draft(self._pieces(segments), batch, bound)
+        return Draft(self._pieces(parts), batch, bound)
 
     def _check_length(self, characters: int, bound: Bound | None) -> None:
         if bound is not None and characters > bound.tokens * self._longest:
