@@ -3,8 +3,8 @@
 //! Safety: handles come from the `new` functions and go to `free` once; `tokens` points at `n` numbers.
 
 use dsv4_core::cache::Eviction;
-use dsv4_core::layout::presets;
 use dsv4_core::cache::pool::PagePool;
+use dsv4_core::layout::presets;
 
 use crate::step::{MOST_NEW, Steps};
 use crate::systems::{Ours, PrefixCache};

@@ -9,8 +9,8 @@ use std::hint::black_box;
 use std::process::ExitCode;
 
 use dsv4_core::cache::Eviction;
-use dsv4_core::layout::presets;
 use dsv4_core::cache::pool::PagePool;
+use dsv4_core::layout::presets;
 use dsv4_peer_bench::measure::{Counting, heap, median, report, report_us, us};
 use dsv4_peer_bench::step::{MOST_NEW, Steps};
 use dsv4_peer_bench::systems::{Floor, Maker, Ours, PrefixCache, all};

@@ -84,7 +84,9 @@ impl Steps {
         let header = self.core.plan(self.out.words()).expect("the buffer is long enough");
         let header = header.expect("there is work");
         let samples = &self.samples[..header.samples as usize];
-        self.core.commit(Step(header.step), samples, &self.accepted[..samples.len()]).expect("it is in flight");
+        self.core
+            .commit(Step(header.step), samples, &self.accepted[..samples.len()])
+            .expect("it is in flight");
         while self.core.events_into(&mut self.events) > 0 {}
         header.decode_rows
     }

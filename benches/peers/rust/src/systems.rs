@@ -1,9 +1,9 @@
 //! What a cache must do to be compared, dsv4's, and a floor: the least that any cache with hashes must do.
 
+use dsv4_core::cache::retention::Hint;
 use dsv4_core::cache::{CacheOptions, Eviction, KvCache};
 use dsv4_core::ids::Step;
 use dsv4_core::layout::{LayoutSpec, presets};
-use dsv4_core::cache::retention::Hint;
 use rustc_hash::FxHashMap;
 
 use crate::workload::chain;
@@ -63,10 +63,8 @@ impl Ours {
     pub fn with_layout(layout: &LayoutSpec, blocks: usize, eviction: Eviction) -> Self {
         let options = CacheOptions { pages: blocks as u32, eviction, ..CacheOptions::default() };
         let cache = KvCache::new(layout, &options).expect("the options are valid");
-        let name = match eviction {
-            Eviction::LRU => "dsv4".to_owned(),
-            other => format!("dsv4 {}", other.name()),
-        };
+        let name =
+            if eviction == Eviction::LRU { "dsv4".to_owned() } else { format!("dsv4 {}", eviction.name()) };
         Ours { cache, name, block: layout.block_tokens as usize }
     }
 }
