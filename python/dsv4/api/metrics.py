@@ -172,14 +172,18 @@ CORE = {
 LOST = "Prompt tokens in whole blocks that were computed in spite of the cache: {}"
 """Of the statistics `lost_<reason>`, which are counters."""
 
+LATE = "kernel_compiles_after_ready"
+"""A statistic of the engine, not of its core."""
+
 ALIASES = (
     ("vllm:num_requests_running", GAUGE, "Requests that run", "running"),
     ("vllm:num_requests_waiting", GAUGE, "Requests that wait", "waiting"),
     ("vllm:num_preemptions", COUNTER, "Running requests that lost their place for want of pages", "preemptions"),
     ("vllm:prefix_cache_queries", COUNTER, "Prompt tokens looked up in the prefix cache", "prompt_tokens"),
     ("vllm:prefix_cache_hits", COUNTER, "Prompt tokens found in the prefix cache and used", "resumed_tokens"),
+    ("dsv4_kernel_compiles_after_ready", COUNTER, "Kernels compiled, or read from the cache on disk, while requests waited", LATE),
 )  # fmt: skip
-"""vLLM's names of statistics of the core: name, kind, help, statistic."""
+"""Statistics under other names, vLLM's and our own: name, kind, help, statistic."""
 
 TENANT = {
     "tokens": (COUNTER, "Tokens computed for a tenant: prompts and outputs"),
@@ -343,8 +347,9 @@ class _Engine(Collector):
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
         for name, value in stats.items():
-            family, help = _kind_of(name)
-            yield self._one(family, f"dsv4_core_{name}", help, value)
+            if name != LATE:
+                family, help = _kind_of(name)
+                yield self._one(family, f"dsv4_core_{name}", help, value)
         for name, family, help, statistic in ALIASES:
             yield self._one(family, name, help, stats.get(statistic, 0))
         yield self._one(

@@ -20,10 +20,12 @@ from torch import Tensor
 from dsv4._core import ALL_LOGITS, FORK, RESET, RESTORE, SAVE
 from dsv4.cache.paged import PagedCache
 from dsv4.engine.buffers import StepPlan
+from dsv4.engine.device_errors import first_line
 from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import Capture, DecodeGraphs
 from dsv4.engine.request import EngineRequest, Sampled
 from dsv4.engine.sampler import Drawn, Judged, Sampler, judge
+from dsv4.engine.warmup import compile_kernels, nothing_is_left
 from dsv4.model.batch import Batch, Row
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import sizes_of
@@ -158,6 +160,12 @@ class LocalDevice:
         """A prompt of `tokens` tokens and the token after it, on the last slab: kernels are compiled before a request waits
         for them, and a step that does not fit into memory fails at start. For an engine without requests: it writes pages,
         which are all free, and state, which a request resets."""
+        try:
+            compile_kernels(self, tokens, self.page_table.shape[1] * self.model.geometry.block_tokens)
+        except (OSError, RuntimeError) as e:
+            log.warning(
+                "kernels are compiled when they are first needed, as at start that failed: %s", first_line(e)
+            )
         begun, slab = time.perf_counter(), len(self.page_table) - 1
         self._hidden_of(Row(slab=slab, start=0, length=tokens, offset=0, reset=True))
         at, position = np.array([slab]), np.array([tokens])
@@ -169,6 +177,13 @@ class LocalDevice:
             self.sampler.draw(self.model.logits(hidden), at, position).tokens.tolist()
         self.cache.reset([slab])
         log.info("warmed up with %d tokens in %.1f s", tokens, time.perf_counter() - begun)
+        nothing_is_left()
+
+    def forget(self) -> None:
+        """Makes state and newest tokens those of a device that has run nothing."""
+        self._newest.zero_()
+        self.cache.slabs.zero_()
+        self.cache.reset(range(len(self.page_table)))
 
     def _hidden_of(self, row: Row) -> Tensor:
         """Streams of the last token of a batch of one row of zeros."""

@@ -96,14 +96,24 @@ class ExtendGraphs:
         wanted[: len(batch.logit_index)] = batch.logit_index
         return replace(columns, of=columns.of | {LOGITS: wanted})
 
+    def rehearse(self) -> None:
+        """Runs every step that can be captured, of padding alone."""
+        for tokens in self.sizes:
+            for rows in self.rows:
+                for end in self.contexts:
+                    self._run(self._padding(_Size(tokens, rows, end))[1])
+
+    def _padding(self, size: _Size) -> tuple[Tensor, Columns]:
+        """A step of padding alone, on the device in one piece and as columns of it."""
+        none = torch.empty(0, dtype=torch.int64)
+        columns = self._columns(Batch(none, none, (), self.page_table, none), size)
+        device = _packed(columns).to(self.decode.pages.device)
+        return device, replace(columns.within(device), rows=())
+
     def _captured(self, size: _Size) -> _Graph:
         """The run before the capture is of padding alone."""
         begun = time.perf_counter()
-        none = torch.empty(0, dtype=torch.int64)
-        batch = Batch(none, none, (), self.page_table, none)
-        columns = self._columns(batch, size)
-        device = _packed(columns).to(self.decode.pages.device)
-        columns = replace(columns.within(device), rows=())
+        device, columns = self._padding(size)
         graph = self._graphs[size] = _Graph(device, self._capture(partial(self._run, columns)))
         log.info(
             "captured a step of %d tokens in %d rows and up to %d tokens of context in %.2f s, %d are held",

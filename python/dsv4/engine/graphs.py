@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dsv4._core import ALL_LOGITS, REPLAY, RESET
 from dsv4.engine.buffers import StepPlan
-from dsv4.engine.sampler import Kind, Sampler
+from dsv4.engine.sampler import KINDS, Kind, Sampler
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import contexts_of, sizes_of
 from dsv4.transfer import to_device
@@ -116,6 +116,15 @@ class DecodeGraphs:
             replay = self._draws[size, kind] = self._capture(partial(self._run_draw, size, kind))
         replay()
         return self._tokens[:rows]
+
+    def rehearse(self) -> None:
+        """Runs every step and draw that can be captured, of padding alone."""
+        self._put()
+        for size in self.sizes:
+            for end in self.contexts:
+                self._run(size, end)
+            for kind in KINDS:
+                self._run_draw(size, kind)
 
     def _run_draw(self, size: int, kind: Kind) -> None:
         _, positions, slabs = self._input[:, :size]

@@ -41,6 +41,7 @@ from dsv4.engine.messages import (
     encode,
     to_engine,
 )
+from dsv4.engine.warmup import late_compiles
 from dsv4.errors import Dsv4Error, EngineDead, RequestError
 
 log = logging.getLogger("dsv4.engine")
@@ -165,7 +166,8 @@ class Host:
 
     def _counts(self, *, tenants: bool) -> Counts:
         core = self.loop.core
-        return Counts(core.stats(), core.tenants() if tenants else None)
+        stats = core.stats() | {"kernel_compiles_after_ready": late_compiles()}
+        return Counts(stats, core.tenants() if tenants else None)
 
 
 Received = tuple[ToEngine, np.ndarray] | None

@@ -91,6 +91,9 @@ class Kind:
     filtered: bool
 
 
+KINDS = tuple(Kind(edited, filtered) for edited in (False, True) for filtered in (False, True))
+
+
 class Sampler:
     """The tables of all slabs, on one device. Row `slabs` of the edit tables changes nothing; it serves requests without
     edits."""

@@ -105,7 +105,7 @@ def _products(qs, ks, acc, scores, ps, bars, run):
             tcgen05_commit(empty.index(old))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["delta"])
 def attend(
     q,
     c1,
@@ -122,7 +122,7 @@ def attend(
     pm,
     st1,
     st2,
-    delta,
+    delta: gl.int64,
     pages_stride,
     scale,
     splits,

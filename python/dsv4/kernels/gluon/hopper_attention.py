@@ -160,7 +160,7 @@ def _values(q, qs, k, weights, bars, run, to, times, COL: gl.constexpr, H: gl.co
     mark(times, CTA, ROLE, 3)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["delta"])
 def attend(
     q,
     c1,
@@ -177,7 +177,7 @@ def attend(
     pm,
     st1,
     st2,
-    delta,
+    delta: gl.int64,
     pages_stride,
     scale,
     splits,

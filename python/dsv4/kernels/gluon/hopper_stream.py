@@ -392,7 +392,7 @@ def _rows(
             wn += step
 
 
-@gluon.jit(do_not_specialize=["work", "lines"])
+@gluon.jit(do_not_specialize=["work", "lines", "delta"])
 def attend(
     q,
     c1,
@@ -409,7 +409,7 @@ def attend(
     pm,
     st1,
     st2,
-    delta,
+    delta: gl.int64,
     pages_stride,
     scale,
     splits,

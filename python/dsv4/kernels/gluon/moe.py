@@ -81,7 +81,7 @@ def _channel(at):
     return at // 64 * 64 + at // 4 % 2 * 32 + at // 8 % 8 * 4 + at % 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SP", "T"])
 def spread_kernel(
     x, experts, weights, places, codes, scales, gates, SP, E, D, KB, x_stride, T,
     TOPK: tl.constexpr, PDL: tl.constexpr,

@@ -421,7 +421,7 @@ def _attend(
         tl.store(place, o.to(out.dtype.element_ty), mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge(
     partial,
     lse,

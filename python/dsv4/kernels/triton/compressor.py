@@ -105,7 +105,20 @@ def _finish(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=[
+        "slabs",
+        "of_token",
+        "first",
+        "count",
+        "opens",
+        "ends",
+        "closed",
+        "target",
+        "slot",
+    ],
+)
 def compress_kernel(
     projected,
     stride,

@@ -19,7 +19,7 @@ from dsv4.transfer import to_device
 _BLOCK = 2048
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["job_words"])
 def copies_kernel(
     slabs, slab_words, pages, page_words, spans, chunks, jobs, job_words, empty, BLOCK: tl.constexpr
 ):

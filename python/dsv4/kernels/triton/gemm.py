@@ -145,7 +145,7 @@ def wide_kernel(
     tl.store(y + out, acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SIZE", "limit"])
 def silu_gate_kernel(a, b, h, limit, SIZE, BLOCK: tl.constexpr):
     """h = silu_gate(a, b), elementwise. Grid: blocks."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

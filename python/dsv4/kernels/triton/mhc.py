@@ -95,7 +95,7 @@ def _sinkhorn(a, eps, ITERS: tl.constexpr):
     return a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def hc_pre_kernel(
     streams,
     fn,
@@ -185,7 +185,7 @@ def hc_pre_kernel(
             tl.store(out, tl.reshape(b, (M, STREAMS * STREAMS)), mask=all)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def hc_post_kernel(
     y,
     streams,

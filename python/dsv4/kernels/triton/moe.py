@@ -39,7 +39,7 @@ ROWS = 128
 """Rows of a tile."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def plan_kernel(
     experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -283,7 +283,7 @@ def run(
     )
     plan_kernel[(count + cdiv(tokens, 8) * steps1,)](
         experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens,
-        BINS=next_pow2(count), CHUNK=min(2048, next_pow2(slots)), BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
+        BINS=next_pow2(count), CHUNK=256 if slots <= 256 else 2048, BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
     )  # fmt: skip
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
     hs = empty(slots, tiles1, dtype=torch.float32)

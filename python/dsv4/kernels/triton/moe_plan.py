@@ -24,7 +24,7 @@ def _chunk(experts, S, E, CHUNK: tl.constexpr):
     return at, tl.where(known, ids, 0), known
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def count_kernel(experts, counts, S, E, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
     """counts [chunks, BINS]: how many slots of a chunk an expert has."""
     if PDL:
@@ -34,7 +34,7 @@ def count_kernel(experts, counts, S, E, BINS: tl.constexpr, CHUNK: tl.constexpr,
     tl.store(counts + tl.program_id(0) * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS, mask=known))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def place_kernel(
     experts, counts, rows, places, plan, S, E,
     BINS: tl.constexpr, CHUNK: tl.constexpr, AT_ONCE: tl.constexpr, BT: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,

@@ -15,7 +15,7 @@ from dsv4.ops.quantised import Quantised
 from dsv4.row_sizes import FP8_BLOCK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def rmsnorm_kernel(
     x,
     weight,
@@ -35,7 +35,7 @@ def rmsnorm_kernel(
     tl.store(y + at, v.to(y.dtype.element_ty), mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "padded"])
 def rmsnorm_quantised_kernel(
     x, weight, y, codes, scales, rows, padded, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, BF16: tl.constexpr,
@@ -55,7 +55,7 @@ def rmsnorm_quantised_kernel(
     tl.store(scales + b.to(tl.int64) * padded + tl.program_id(0), scale, mask=b * GROUP < DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_rope_kernel(
     x,
     weight,

@@ -50,7 +50,7 @@ def exponent_scale(byte):
     return (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "PADDED"])
 def quantise_kernel(
     x, codes, scales, T, PADDED, K, KB, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):

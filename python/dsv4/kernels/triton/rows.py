@@ -28,7 +28,7 @@ def row_constants(codec: Any, rows: int) -> dict[str, Any]:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["target"])
 def write_rows_kernel(
     x,
     x_stride,
@@ -74,7 +74,7 @@ def write_rows_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["ids", "target"])
 def copy_rows_kernel(
     source,
     source_stride,

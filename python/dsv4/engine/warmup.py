@@ -1,0 +1,157 @@
+"""Everything that a request can need is compiled before the first one: a dry run of every kind of step finds the kernels, processes
+compile them beside each other, and they are loaded (`dsv4.kernels.compiling`).
+
+A dry run takes one layer of each kind, as layers of a kind launch the same kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from dsv4.engine.sampler import KINDS, judge
+from dsv4.kernels.device import has_triton
+from dsv4.model.batch import Batch, Row
+
+if TYPE_CHECKING:
+    from dsv4.engine.device import LocalDevice
+    from dsv4.model.v4 import Layer
+
+log = logging.getLogger("dsv4.engine")
+
+TELL_EVERY = 2.0
+"""Seconds between two lines about kernels that are compiled."""
+
+
+def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int) -> None:
+    """Leaves nothing to compile for steps of up to `step_tokens` tokens and requests of up to `max_len`. For a device that holds
+    no request: it writes pages and state, and what is in them afterwards means nothing."""
+    if not has_triton():
+        return
+    from dsv4.kernels.compiling import COMPILATIONS, compile_all
+
+    begun = time.perf_counter()
+    with COMPILATIONS.dry() as found:
+        rehearse(device, step_tokens, max_len)
+    device.forget()
+    collected, told = time.perf_counter(), time.perf_counter()
+    log.info("%d kernels are needed; found in %.1f s", len(found), collected - begun)
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal told
+        if time.perf_counter() - told > TELL_EVERY or done == total:
+            told = time.perf_counter()
+            log.info("%s %d/%d", what, done, total)
+
+    compiled = compile_all(found, progress)
+    loading = time.perf_counter()
+    COMPILATIONS.load()
+    log.info(
+        "compiled %d kernels in %.1f s, loaded %d in %.1f s",
+        compiled, loading - collected, len(found), time.perf_counter() - loading,
+    )  # fmt: skip
+
+
+def nothing_is_left() -> None:
+    """What is compiled from now on keeps requests waiting."""
+    if has_triton():
+        from dsv4.kernels.compiling import COMPILATIONS
+
+        COMPILATIONS.all_ready()
+
+
+def late_compiles() -> int:
+    """Kernels that were compiled, or read from the cache on disk, after `compile_kernels` was done."""
+    compiling = sys.modules.get("dsv4.kernels.compiling")
+    return 0 if compiling is None else compiling.COMPILATIONS.count
+
+
+@torch.inference_mode()
+def rehearse(device: LocalDevice, step_tokens: int, max_len: int) -> None:
+    """Every kind of step once."""
+    model, slab = device.model, len(device.page_table) - 1
+    layers = model.layers
+    model.layers = list(_kinds(layers))
+    try:
+        if device.graphs is not None:
+            device.graphs.rehearse()
+        if device.extends is not None:
+            device.extends.rehearse()
+        lengths = [n for n in _lengths(step_tokens) if n < max_len]
+        longest = lengths[-1]
+        cases = [(max_len, n) for n in lengths] + [(n, n) for n in lengths]
+        cases += [(end, n) for end in _contexts(max_len) for n in {1, 2, min(64, longest), longest}]
+        for end, n in dict.fromkeys(cases):
+            start = max(0, end - n)
+            _eager(device, [Row(slab, start, min(n, end), 0, reset=not start)])
+            if start:
+                _eager(device, [Row(slab, start, n, 0, replay_end=start + n, replay_start=start)])
+        for rows in (2, 3):  # beside decodes
+            _eager(device, [Row(slab, 0, lengths[-1] // 2, 0), *(Row(slab, 5, 1, lengths[-1] // 2 + i) for i in range(rows))])  # fmt: skip
+        _draws(device)
+        _copies(device)
+    finally:
+        model.layers = layers
+
+
+def _kinds(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """One layer of each kind."""
+    seen = set()
+    for layer in layers:
+        kind = (layer.ratio, layer.moe.table is None)
+        if kind not in seen:
+            seen.add(kind)
+            yield layer
+
+
+def _lengths(most: int) -> list[int]:
+    """Tokens of steps: kernels change with the power of two, and where there are few."""
+    powers = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
+    return sorted({n for p in (*powers, most) for n in (p, p + 1, p * 3 // 2) if 0 < n <= most})
+
+
+def _contexts(max_len: int) -> list[int]:
+    """Tokens that rows go up to: powers of two, and ends at which a number of entries is odd."""
+    powers = (1 << i for i in range(7, 32))
+    return [n for p in powers for n in (p, p + 20) if n < max_len] + [max_len]
+
+
+def _eager(device: LocalDevice, rows: list[Row]) -> None:
+    count = sum(row.length for row in rows)
+    device.model.hidden(
+        Batch(
+            token_ids=torch.zeros(count, dtype=torch.int64),
+            positions=torch.cat([torch.arange(row.start, row.start + row.length) for row in rows]),
+            rows=tuple(rows),
+            page_table=device.page_table,
+            logit_index=torch.tensor([count - 1]),
+            device_pages=device.device_pages,
+        )
+    )
+
+
+def _draws(device: LocalDevice) -> None:
+    """Draws outside of a graph, and log-probabilities."""
+    model, slabs = device.model, len(device.page_table)
+    shape = (model.config.hc_mult, model.config.hidden_size)
+    for rows in sorted({*(n for n in (1, 2, 3, 8, 15, 16, 17, 32, 64, 256) if n <= slabs), slabs}):
+        hidden = torch.zeros((rows, *shape), dtype=model.embed.dtype, device=device.device)
+        at = torch.zeros(rows, dtype=torch.int64, device=device.device)
+        logits = model.logits(hidden)
+        for kind in KINDS:
+            device.sampler.tokens(logits, at, at, kind)
+        judge(logits, at, 5)
+
+
+def _copies(device: LocalDevice) -> None:
+    layout, last = device.cache.layout, len(device.page_table) - 1
+    pages = [0] * layout.snapshot_pages
+    for jobs in (1, 2):
+        device.cache.save_all([(last, layout.block_tokens, *pages)] * jobs)
+        device.cache.restore_all([(last, layout.block_tokens, *pages)] * jobs)
+        device.cache.reset([last] * jobs)

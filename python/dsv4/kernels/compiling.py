@@ -1,0 +1,225 @@
+"""Kernels compiled before they are needed: what a dry run would launch is collected, compiled by processes beside each other into Triton's
+cache on disk, and loaded. Compilations are counted.
+
+All goes through `JITFunction._do_compile`, which Triton calls where a kernel with these types, alignments and constants is not in this
+process yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("dsv4.kernels")
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Specialisation:
+    """A kernel with types, alignments and constants of its arguments, as Triton compiles it."""
+
+    module: str
+    kernel: str
+    key: Any
+    signature: dict[str, Any]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, Any]
+    target: tuple[Any, ...]
+    """Backend, architecture and warp size."""
+
+    def function(self) -> Any:
+        """The decorated function."""
+        return getattr(importlib.import_module(self.module), self.kernel)
+
+    def digest(self) -> str:
+        """Names what is compiled, for the mark that it lies in the cache."""
+        import triton
+
+        said = (
+            self.signature,
+            self.constants,
+            self.attributes,
+            sorted(self.options.items(), key=str),
+            self.target,
+        )
+        text = f"{triton.__version__} {self.function().cache_key} {said!r}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def compile(self) -> None:
+        """Into the cache on disk."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        function = self.function()
+        gluon = getattr(function, "is_gluon", lambda: False)()
+        source = (GluonASTSource if gluon else ASTSource)(
+            function, self.signature, self.constants, self.attributes
+        )
+        triton.compile(source, target=GPUTarget(*self.target), options=self.options)
+        _mark(self).parent.mkdir(parents=True, exist_ok=True)
+        _mark(self).touch()
+
+
+class Compilations:
+    """What this process compiles, or reads from the cache on disk, from `watch` on."""
+
+    def __init__(self) -> None:
+        self.count, self.ready = 0, False
+        self._waiting: list[tuple[Specialisation, Any, tuple[Any, ...]]] = []
+        self._collected: dict[Any, tuple[Specialisation, Any, tuple[Any, ...]]] | None = None
+        self._original: Any = None
+
+    def watch(self) -> None:
+        """Begins to count. Does nothing the second time, or where kernels are interpreted."""
+        if self._original is None:
+            from triton.runtime.jit import JITFunction
+
+            self._original = original = JITFunction._do_compile
+
+            def compiled(function: Any, *args: Any, **kwargs: Any) -> Any:
+                if self._collected is not None:
+                    return self._collect(function, *args, **kwargs)
+                self.count += 1
+                if self.ready:
+                    log.warning("a kernel is compiled while requests wait: %s", function)
+                return original(function, *args, **kwargs)
+
+            JITFunction._do_compile = compiled
+
+    @contextlib.contextmanager
+    def dry(self) -> Iterator[list[Specialisation]]:
+        """Nothing that would have to be compiled is launched inside; on leaving, the list holds all of it. What kernels did not write is
+        zero, as it may be an index (`torch.empty` is `torch.zeros` inside: for a process that does nothing else)."""
+        import torch
+
+        self.watch()
+        found: list[Specialisation] = []
+        self._collected, empty, empty_like = {}, torch.empty, torch.empty_like
+        torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+        try:
+            yield found
+        finally:
+            torch.empty, torch.empty_like = empty, empty_like
+            found += [spec for spec, *_ in self._collected.values()]
+            self._waiting = list(self._collected.values())
+            self._collected = None
+
+    def _collect(
+        self, function: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attributes: Any, warmup: bool
+    ) -> None:  # fmt: skip
+        if (known := (id(function), key)) in self._collected:  # type: ignore[operator]
+            return
+        from triton.runtime.driver import driver
+
+        target = driver.active.get_current_target()
+        spec = Specialisation(
+            function.fn.__module__, function.fn.__qualname__, key, dict(signature), dict(constants), dict(attributes),
+            dict(options.__dict__), (target.backend, target.arch, target.warp_size),
+        )  # fmt: skip
+        call = (key, signature, device, constants, options, attributes, warmup)
+        self._collected[known] = (spec, function, call)  # type: ignore[index]
+
+    def all_ready(self) -> None:
+        """Counts from 0 on; what is compiled from now on is told."""
+        self.count, self.ready = 0, True
+
+    def load(self) -> None:
+        """What the last dry run found, from the cache on disk into this process and onto the GPU. What is not there is compiled."""
+        for _, function, call in self._waiting:
+            kernel = self._original(function, *call)
+            if kernel is not None and hasattr(kernel, "_init_handles"):
+                kernel._init_handles()
+        self._waiting = []
+
+
+COMPILATIONS = Compilations()
+
+
+def _mark(spec: Specialisation) -> Path:
+    """The file that says that it lies in Triton's cache, inside of it, so that both go together."""
+    return _cache() / "dsv4" / spec.digest()
+
+
+def _cache() -> Path:
+    from triton import knobs
+
+    return Path(knobs.cache.dir)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One process at a time, so that ranks do not compile the same."""
+    _cache().mkdir(parents=True, exist_ok=True)
+    with (_cache() / "dsv4.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def compile_all(found: list[Specialisation], progress: Progress | None = None, processes: int | None = None) -> int:  # fmt: skip
+    """Compiles what the cache on disk lacks, in `processes` (default: one a processor) beside each other. Gives their number. Raises what
+    the compiler raises."""
+    if all(_mark(spec).exists() for spec in found):
+        return 0
+    with _alone():
+        missing = [spec for spec in found if not _mark(spec).exists()]
+        workers = min(processes or len(os.sched_getaffinity(0)), len(missing))
+        if workers <= 1:
+            for i, spec in enumerate(missing):
+                spec.compile()
+                _tell(progress, i + 1, missing)
+            return len(missing)
+        done, lock = 0, threading.Lock()
+
+        def one_more() -> None:
+            nonlocal done
+            with lock:
+                done += 1
+                _tell(progress, done, missing)
+
+        with ThreadPoolExecutor(workers) as pool:
+            parts = [missing[i::workers] for i in range(workers)]
+            for part in [pool.submit(_in_a_process, part, one_more) for part in parts]:
+                part.result()
+    return len(missing)
+
+
+def _in_a_process(specs: list[Specialisation], one_more: Callable[[], None]) -> None:
+    """Compiles in a process of their own, which gets them on standard input and says a line for each."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", "from dsv4.kernels.compiling import _worker; _worker()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as process:
+        assert process.stdin is not None and process.stdout is not None
+        pickle.dump(specs, process.stdin)
+        process.stdin.close()
+        for _ in process.stdout:
+            one_more()
+    if process.returncode:
+        raise RuntimeError(f"a process that compiles kernels ended with {process.returncode}")
+
+
+def _worker() -> None:
+    for spec in pickle.load(sys.stdin.buffer):
+        spec.compile()
+        print(flush=True)
+
+
+def _tell(progress: Progress | None, done: int, missing: list[Specialisation]) -> None:
+    if progress is not None:
+        progress(done, len(missing), "compiling kernels")

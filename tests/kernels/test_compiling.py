@@ -1,0 +1,73 @@
+"""What is compiled at start is all that is needed; it is compiled once, and what comes later is counted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from dsv4.kernels.compiling import Compilations, compile_all
+from triton.runtime.jit import JITFunction
+
+
+def test_the_start_finds_every_kernel_that_random_steps_need() -> None:
+    """With the kernels for Hopper, which are collected and neither compiled nor run, in a process that does not interpret them."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.dry_run"],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    first, *missed = run.stdout.splitlines()
+    assert int(first.split()[0]) > 40 and missed == []
+
+
+def test_later_compilations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda function, *args: made.append(args) or "kernel")
+    counted = Compilations()
+    counted.watch()
+    compiled = JITFunction._do_compile
+    counted.watch()
+    assert JITFunction._do_compile is compiled  # once
+    assert compiled(SimpleNamespace(), "key") == "kernel" and counted.count == 1
+    counted.all_ready()
+    assert counted.count == 0
+    compiled(SimpleNamespace(), "key")
+    assert counted.count == 1 and len(made) == 2
+
+
+class _Spec:
+    """A kernel that a file stands for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def digest(self) -> str:
+        return self.name
+
+    def compile(self) -> None:
+        from triton import knobs
+
+        marks = Path(knobs.cache.dir) / "dsv4"
+        marks.mkdir(parents=True, exist_ok=True)
+        with (marks / self.name).open("a") as file:
+            file.write("compiled\n")
+
+
+def test_what_the_cache_holds_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    told: list[tuple[int, int, str]] = []
+    specs: list[Any] = [_Spec("a"), _Spec("b")]
+    assert compile_all(specs, lambda *said: told.append(said), processes=1) == 2
+    assert told == [(1, 2, "compiling kernels"), (2, 2, "compiling kernels")]
+    assert compile_all([*specs, _Spec("c")], processes=1) == 1 and compile_all(specs) == 0
+    assert (tmp_path / "dsv4" / "a").read_text() == "compiled\n"
