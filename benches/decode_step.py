@@ -25,6 +25,7 @@ from dsv4.engine.graphs import Capture, DecodeGraphs, Recorder
 from dsv4.engine.sampler import Sampler
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
+from dsv4.model.layout import layers_of
 from dsv4.model.names import TensorSpec, expert_shapes, tensors
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
@@ -41,7 +42,7 @@ def flash(layers: int = 4, experts: int = 128) -> ModelConfig:
     return dataclasses.replace(
         ModelConfig.preset("v4-flash"),
         num_layers=layers,
-        compress_ratios=(4, 128) * (layers // 2),
+        layers=layers_of((4, 128) * (layers // 2), 128),
         num_experts=experts,
         num_hash_layers=1,
         vocab_size=8192,
@@ -111,14 +112,14 @@ class Decoder:
 
     def _fill(self) -> None:
         for i, layer in enumerate(self.model.layers):
-            attn, kind = layer.attn, "csa" if layer.ratio == self.config.csa_ratio else "hca"
+            attn, spec = layer.attn, self.config.layers[i]
             self._write(attn.window)
             if attn.history is not None:
                 self._write(attn.history)
-                self.cache.pools(f"{kind}_pool", i).normal_()
+                self.cache.pools(spec.pool, i).normal_()
             if attn.indexer is not None:
                 self._write(attn.indexer.keys)
-                self.cache.pools("csa_index_pool", i).normal_()
+                self.cache.pools(spec.index_pool, i).normal_()
 
     def _write(self, rows: Rows) -> None:
         for ids in torch.arange(len(rows.region) * rows.rows, device=self.pages.device).split(1 << 15):

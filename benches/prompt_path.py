@@ -68,7 +68,7 @@ class Planner:
     def __init__(self, tokens: int) -> None:
         layout = ModelConfig.preset("v4-flash").layout("fp8_ds_mla", "mxfp4", block_tokens=BLOCK)
         room = tokens + 65536
-        self.core = Core(layout, pages=3 * room // BLOCK, slabs=4, max_step_tokens=room, max_len=room)
+        self.core = Core(layout, dict(pages=3 * room // BLOCK, slabs=4, max_step_tokens=room, max_len=room))
         self.plan = StepPlan(self.core.plan_schema())
         self._id = 0
 

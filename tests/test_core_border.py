@@ -12,24 +12,19 @@ from dsv4 import _core
 from dsv4._core import RESET, Core, LayoutSpec, plan_schema
 from dsv4.engine.buffers import StepPlan
 
+from tests.support.layouts import v4_layout
+
 FLASH = [0, 0] + [4, 128] * 20 + [4]
 PRO = [128, 128] + [4, 128] * 29 + [4]
 SLABS, STEP_TOKENS, MAX_LEN = 4, 100, 1024
 
 
-def v4(ratios: list[int], **changes: Any) -> LayoutSpec:
-    """V4 with the trained row formats."""
-    settings = dict(head_dim=512, index_head_dim=128, row_bytes=584, row_format="fp8_ds_mla")
-    settings |= dict(index_row_bytes=68, index_format="mxfp4")
-    return LayoutSpec.v4(compress_ratios=ratios, **(settings | changes))
-
-
-SMALL = v4([0, 4, 128], block_tokens=128)
+SMALL = v4_layout([0, 4, 128], block_tokens=128)
 
 
 def make_core(**changes: Any) -> Core:
-    settings = dict(pages=64, slabs=SLABS, max_step_tokens=STEP_TOKENS, max_len=MAX_LEN)
-    return Core(SMALL, **(settings | changes))
+    options = dict(pages=64, slabs=SLABS, max_step_tokens=STEP_TOKENS, max_len=MAX_LEN)
+    return Core(SMALL, options | changes)
 
 
 def buffer(core: Core) -> StepPlan:
@@ -41,7 +36,7 @@ def prompt(*tokens: int) -> np.ndarray:
 
 
 def test_flash_and_pro_have_the_published_numbers() -> None:
-    flash, pro = v4(FLASH), v4(PRO)
+    flash, pro = v4_layout(FLASH), v4_layout(PRO)
     assert flash.history_bytes_per_token == 3514.25
     assert pro.history_bytes_per_token == pytest.approx(5031.44, abs=0.005)
     assert (flash.replay_tokens, pro.replay_tokens) == (127 * 43, 127 * 61)
@@ -52,7 +47,7 @@ def test_flash_and_pro_have_the_published_numbers() -> None:
 
 
 def test_components_say_where_everything_lies() -> None:
-    spec = v4(FLASH)
+    spec = v4_layout(FLASH)
     names = ["csa", "csa_index", "hca", "window", "csa_pool", "csa_index_pool", "hca_pool"]
     assert [c.name for c in spec.components] == names
     ends = {"page": 0, "slab": 0, "snapshot": 0}
@@ -75,16 +70,16 @@ def test_components_say_where_everything_lies() -> None:
     )
 
 
-def test_a_layout_goes_through_json() -> None:
-    spec = v4(PRO)
-    again = LayoutSpec.from_json(spec.to_json())
+def test_a_layout_goes_through_data() -> None:
+    spec = v4_layout(PRO)
+    again = LayoutSpec(spec.data())
     assert again == spec and hash(again) == hash(spec) and again.fingerprint == spec.fingerprint
-    assert v4(FLASH) != spec
+    assert v4_layout(FLASH) != spec
 
 
 def test_errors_have_their_class_and_say_what_to_do() -> None:
     with pytest.raises(_core.ConfigError, match=r"block_tokens is 192; it must be a multiple of"):
-        v4(FLASH, block_tokens=192)
+        v4_layout(FLASH, block_tokens=192)
     with pytest.raises(
         ValueError, match='snapshots is "sometimes"; valid values are auto, forks, turns, every:N, none'
     ):
@@ -117,6 +112,80 @@ def test_errors_have_their_class_and_say_what_to_do() -> None:
     assert issubclass(_core.CorruptState, _core.Dsv4Error) and not issubclass(_core.CorruptState, ValueError)
 
 
+UNKNOWN = [
+    (
+        {"evicton": "lru"},
+        'options is with the unknown key "evicton"; did you mean "eviction"\\? Keys are pages, slabs',
+    ),
+    ({"cost": {"tokens_us": 1}}, 'cost is with the unknown key "tokens_us"; did you mean "token_us"'),
+    (
+        {"tenants": [{"id": 1, "weight": 1.0, "quota": 3}]},
+        r'tenants\[0\] is with the .* did you mean "quota_pages"',
+    ),
+    ({"step_budget": "opn"}, 'step_budget is "opn"; did you mean "open"'),
+    (
+        {"step_budget": {"decodes": {"times": 0.5, "floor": 1}}},
+        "step_budget.decodes.times is 0.5; it must be",
+    ),
+    ({"eviction": "mru"}, 'eviction is "mru"; valid values are value, lru, fifo'),
+    ({"snapshots": "every:0"}, "snapshots is .*; valid values are auto, forks"),
+    ({"pages": "many"}, "pages is not usable; "),
+    ({"pages": -1}, "pages is not usable; "),
+    ({"pages": 0}, "pages is 0; it must be 1 to"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNKNOWN)
+def test_options_that_are_not_known_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(_core.ConfigError, match=message):
+        make_core(**options)
+
+
+def test_what_is_no_dict_and_a_missing_option_are_refused() -> None:
+    with pytest.raises(_core.ConfigError, match="options is not usable"):
+        Core(SMALL, 7)  # type: ignore[arg-type]
+    with pytest.raises(_core.ConfigError, match="pages is 0"):
+        Core(SMALL, {"slabs": 1})
+
+
+def test_options_and_policies_are_told_by_the_core() -> None:
+    options = _core.default_options()
+    Core(SMALL, options | {"pages": 8, "slabs": 1})  # the whole of it is taken back
+    assert options["eviction"] in _core.EVICTIONS and options["snapshots"] in _core.SNAPSHOT_POLICIES
+    for policy in _core.SNAPSHOT_POLICIES:
+        make_core(snapshots=policy.replace(":N", ":256"))
+    for eviction in _core.EVICTIONS:
+        make_core(eviction=eviction)
+
+
+BAD_LAYOUTS = [
+    (("rank",), 2, 'layout is with the unknown key "rank"; did you mean'),
+    (
+        ("components", 0, "row_byte"),
+        2,
+        r'components\[0\] is with the unknown key "row_byte"; did you mean "row_bytes"',
+    ),
+    (
+        ("components", 0, "kind"),
+        {"strid": {"ratio": 4}},
+        r'components\[0\].kind.* "strid"; did you mean "stride"',
+    ),
+    (("layers", 1, "history_of"), 2, r"layers\[1\].history_of is Some\(2\); layers that store"),
+    (("layers", 1, "reach"), None, r"layers\[1\].reach is not usable"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), BAD_LAYOUTS)
+def test_a_layout_with_what_is_not_known_is_refused(path: tuple[Any, ...], value: Any, message: str) -> None:
+    data = SMALL.data()
+    place: Any = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(_core.ConfigError, match=message):
+        LayoutSpec(data)
+
+
 def test_buffers_that_do_not_do_are_refused_and_nothing_is_planned() -> None:
     core = make_core()
     words = core.plan_schema()["words"]
@@ -141,7 +210,7 @@ def test_the_schema_says_where_everything_lies() -> None:
     core = make_core()
     schema = core.plan_schema()
     limits = dict(slabs=SLABS, max_step_tokens=STEP_TOKENS, max_len=MAX_LEN)
-    assert schema == plan_schema(SMALL, **limits) == make_core(pages=9, max_waiting=3).plan_schema()
+    assert schema == plan_schema(SMALL, limits) == make_core(pages=9, max_waiting=3).plan_schema()
     places = {f["name"]: f for f in schema["fields"]}
     assert len(places) == len(schema["fields"])
     used = np.zeros(schema["words"], int)
@@ -154,7 +223,7 @@ def test_the_schema_says_where_everything_lies() -> None:
     assert places["token_ids"]["shape"] == places["positions"]["shape"] == [STEP_TOKENS]
     assert places["row_slab"]["shape"] == [SLABS] and places["page_deltas"]["shape"][1] == 3
     assert places["page_deltas"]["shape"][0] >= MAX_LEN // SMALL.block_tokens
-    more = plan_schema(SMALL, **(limits | dict(max_step_tokens=STEP_TOKENS + 16)))
+    more = plan_schema(SMALL, limits | dict(max_step_tokens=STEP_TOKENS + 16))
     assert more["words"] == schema["words"] + 2 * 16  # ids and positions; fields start at multiples of 16
 
 

@@ -4,7 +4,7 @@ Every call detaches the GIL. Errors are subclasses of `Dsv4Error`; a `CorruptSta
 panic) means that the engine must stop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, TypedDict, final, type_check_only
 
 import numpy as np
@@ -13,11 +13,13 @@ import numpy.typing as npt
 __all__ = [
     "ALL_LOGITS",
     "DECODE",
+    "EVICTIONS",
     "FORK",
     "REPLAY",
     "RESET",
     "RESTORE",
     "SAVE",
+    "SNAPSHOT_POLICIES",
     "Component",
     "ConfigError",
     "Core",
@@ -32,6 +34,7 @@ __all__ = [
     "UnknownRequest",
     "__version__",
     "build_info",
+    "default_options",
     "plan_schema",
     "scan_json",
 ]
@@ -39,6 +42,10 @@ __all__ = [
 __version__: str
 build_info: str
 """`release` or `debug`."""
+EVICTIONS: Final[tuple[str, ...]]
+"""The values of the option `eviction`."""
+SNAPSHOT_POLICIES: Final[tuple[str, ...]]
+"""The values of the option `snapshots`; `:N` stands for a number of tokens."""
 
 def scan_json(
     body: bytes, names: Sequence[str]
@@ -133,34 +140,13 @@ class Component:
 class LayoutSpec:
     """The cache of a model, as data. Immutable."""
 
-    @staticmethod
-    def v4(
-        *,
-        compress_ratios: Sequence[int],
-        head_dim: int,
-        index_head_dim: int,
-        row_bytes: int,
-        row_format: str,
-        index_row_bytes: int,
-        index_format: str,
-        csa_ratio: int = 4,
-        hca_ratio: int = 128,
-        window: int = 128,
-        block_tokens: int = 256,
-        draft_slack: int = 0,
-    ) -> LayoutSpec:
-        """The cache of a V4 checkpoint; `compress_ratios` has one entry per layer, draft layers cut off.
+    def __new__(cls, data: Mapping[str, Any]) -> LayoutSpec:
+        """`data`: block_tokens, window, layers (of each reach and history_of) and components (of each name, kind, layers,
+        row_bytes and format), as `dsv4.model.layout` makes it; what each means is said in `rust/core/src/layout/mod.rs`. Raises
+        ConfigError for keys that are not known and numbers that do not fit."""
 
-        Raises ConfigError for a ratio that is none of 0, `csa_ratio`, `hca_ratio`, or a `block_tokens` that
-        is no multiple of a ratio in use.
-        """
-
-    @staticmethod
-    def from_json(text: str) -> LayoutSpec:
-        """Reads what `to_json` writes. Raises ConfigError."""
-
-    def to_json(self) -> str:
-        """The whole spec."""
+    def data(self) -> dict[str, Any]:
+        """What it was made of."""
 
     @property
     def block_tokens(self) -> int:
@@ -200,7 +186,7 @@ class LayoutSpec:
 
     @property
     def replay_tokens(self) -> int:
-        """(window - 1) * layers: what a replay must run to be exact."""
+        """What a replay must run to be exact: the sum of the layers' reaches."""
 
     @property
     def fingerprint(self) -> int:
@@ -256,53 +242,19 @@ class PlanSchema(TypedDict):
     """Least length of the buffer."""
     fields: list[PlanField]
 
-def plan_schema(layout: LayoutSpec, *, slabs: int, max_step_tokens: int, max_len: int) -> PlanSchema:
-    """`Core.plan_schema` of a core with these limits."""
+def plan_schema(layout: LayoutSpec, options: Mapping[str, Any]) -> PlanSchema:
+    """`Core.plan_schema` of a core with these options, of which slabs, max_step_tokens and max_len matter."""
+
+def default_options() -> dict[str, Any]:
+    """Every option of `Core` with its default."""
 
 @final
 class Core:
     """Scheduler and cache of one rank. Thread-safe, but meant for one thread."""
 
-    def __new__(
-        cls,
-        layout: LayoutSpec,
-        *,
-        pages: int,
-        slabs: int,
-        max_step_tokens: int,
-        max_len: int,
-        max_waiting: int = 1024,
-        snapshots: str = "auto",
-        snapshot_budget: float = 0.1,
-        eviction: str = "value",
-        prefix_cache: bool = True,
-        max_in_flight: int = 1,
-        replay_tokens: int | None = None,
-        token_us: float | None = None,
-        context_us_per_1k: float | None = None,
-        replay_factor: float | None = None,
-        restore_us: float | None = None,
-        base_us: float | None = None,
-        decode_us: float | None = None,
-        copy_us: float | None = None,
-        step_us: float | None = None,
-        step_auto: tuple[float, int] | None = None,
-        max_wait_us: int = 30_000_000,
-        tenants: Sequence[tuple[int, float, int | None]] = (),
-    ) -> Core:
-        """An idle core.
-
-        snapshots: `none`, `every:N`, `turns`, `forks` or `auto`. snapshot_budget: largest share of the pool that
-        snapshots fill while memory is short. eviction: `value`, `lru` or `fifo`. max_in_flight: 1 or 2 steps
-        between plan and commit. replay_tokens: None = as many as exactness needs.
-        The cost model, in microseconds: token_us a prefill token, context_us_per_1k what 1,000 tokens of context
-        add to it, replay_factor a replayed token relative to a computed one, restore_us restoring a saved state;
-        of a step base_us, decode_us a row in decode, copy_us a state saved, restored or copied. It is corrected by
-        `observe`. step_us: time that a step with running decodes may take, None = no limit. step_auto: in place of
-        it, (times, floor): so many times as long as the decodes alone, or what `floor` tokens of prompts take.
-        max_wait_us: older requests go ahead of all. tenants: (id, weight, pages that it keeps under pressure or
-        None); others have weight 1 and no quota. Raises ConfigError.
-        """
+    def __new__(cls, layout: LayoutSpec, options: Mapping[str, Any]) -> Core:
+        """An idle core. `options`: pages and slabs, and what shall not have its default (`default_options`); what each means
+        is said in `rust/core/src/options.rs`. Raises ConfigError, for an unknown key with the nearest that is known."""
 
     def submit(
         self,
@@ -478,9 +430,8 @@ class Trace:
 class StepModel:
     """How long a step takes; the formula is in `rust/sim/src/replay/clock.rs`."""
 
-    @staticmethod
-    def from_json(text: str) -> StepModel:
-        """An object with every coefficient (`dsv4.simulate.device`). Raises ConfigError."""
+    def __new__(cls, coefficients: Mapping[str, Any]) -> StepModel:
+        """Every coefficient by name (`dsv4.simulate.device`). Raises ConfigError."""
 
     def parts(
         self, rows: Sequence[tuple[int, int, int]], copies: int
@@ -496,24 +447,13 @@ class Replay:
         cls,
         trace: Trace,
         layout: LayoutSpec,
+        options: Mapping[str, Any],
         *,
-        pages: int,
-        slabs: int,
-        max_step_tokens: int,
-        max_len: int,
-        max_waiting: int,
-        snapshots: str,
-        eviction: str,
-        snapshot_budget: float | None = None,
         model: StepModel | None = None,
         sequential: bool = False,
-        step_us: float | None = None,
-        step_auto: tuple[float, int] | None = None,
-        tenants: Sequence[tuple[int, float, int | None]] = (),
     ) -> Replay:
-        """Settings as in `Core`. The scheduler's costs follow from `model`. `sequential`, or no `model`:
-        requests run one at a time, in order, and no time passes. `tenants`:
-        (number, weight, quota of cached pages). Raises ConfigError."""
+        """Options as in `Core`, but for costs, which follow from `model`. `sequential`, or no `model`: requests run one at
+        a time, in order, and no time passes. Raises ConfigError."""
 
     @staticmethod
     def resume(dump: str, layout: LayoutSpec, model: StepModel) -> Replay:

@@ -50,22 +50,30 @@ def setting(
     aliases: Sequence[str] = (),
     unit: str = "",
     range: Range | None = None,
+    core: str = "",
 ) -> Any:
-    """A dataclass field of a config class. `unit="file"` is a path, `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
+    """A dataclass field of a config class. `core`: the option of the core that has its value as it is. `unit="file"` is a path, `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
     commas between them, `unit="list"` several texts (words after the flag, or commas), `unit="json"` an object,
     `unit="secret"` any text as it is. `range`: which numbers it takes."""
     return field(
         default=default,
-        metadata={"help": help, "choices": choices, "aliases": aliases, "unit": unit, "range": range},
+        metadata={
+            "help": help,
+            "choices": choices,
+            "aliases": aliases,
+            "unit": unit,
+            "range": range,
+            "core": core,
+        },
     )
 
 
-def step_budget(step_ms: float | str | None, device: str) -> dict[str, Any]:
-    """`--step-ms` as arguments of `Core`. A GPU reads all experts for 64 tokens as for 1,024, and launching a step takes as
+def step_budget(step_ms: float | str | None, device: str) -> Any:
+    """`--step-ms` as the core's `step_budget`. A GPU reads all experts for 64 tokens as for 1,024, and launching a step takes as
     long, so prompts get those in any case (docs/scheduling.md)."""
     if step_ms == "auto":
-        return {"step_auto": (4.0, {"cpu": 64, "cuda": 1024}[device])}
-    return {"step_us": None if step_ms is None else 1000 * float(step_ms)}
+        return {"decodes": {"times": 4.0, "floor": {"cpu": 64, "cuda": 1024}[device]}}
+    return "open" if step_ms is None else {"fixed": 1000 * float(step_ms)}
 
 
 def default_step_tokens(device: str, running: int) -> int:
@@ -82,6 +90,20 @@ def backend_names() -> tuple[str, ...]:
     except ImportError:
         return ("auto", "reference")
     return ("auto", *BACKENDS, "reference")
+
+
+def snapshot_policies() -> tuple[str, ...]:
+    """The core's."""
+    from dsv4._core import SNAPSHOT_POLICIES
+
+    return SNAPSHOT_POLICIES
+
+
+def evictions() -> tuple[str, ...]:
+    """The core's."""
+    from dsv4._core import EVICTIONS
+
+    return EVICTIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +147,22 @@ class EngineConfig:
         choices=("cut", "refuse"),
     )
     max_num_seqs: int = setting(
-        16, "requests that run at the same time, one live-state slab each", range=_COUNT
+        16, "requests that run at the same time, one live-state slab each", range=_COUNT, core="slabs"
     )
     max_num_batched_tokens: int | None = setting(
         None,
         "tokens of one step, prefill chunks and decodes together (default: 512 on a CPU, 4096 on a GPU)",
         range=_COUNT,
+        core="max_step_tokens",
     )
     max_num_waiting: int = setting(
-        1024, "requests that may wait; further ones are refused with 429", range=_COUNT
+        1024, "requests that may wait; further ones are refused with 429", range=_COUNT, core="max_waiting"
     )
-    block_size: int = setting(256, "tokens of a history page; a multiple of 128", range=Range(1, such="256"))
+    block_size: int | None = setting(
+        None,
+        "tokens of a history page; a multiple of all compression ratios, 128 in V4 (default: the least such one from 256 on)",
+        range=Range(1, such="256"),
+    )
     kv_cache_dtype: str = setting(
         "auto", "format of window and compressed rows", choices=("auto", "float32", "bfloat16", "fp8_ds_mla")
     )
@@ -153,17 +180,27 @@ class EngineConfig:
         0.9, "share of a GPU's memory to use", aliases=("memory-fraction",), range=SHARE
     )
     num_pages: int | None = setting(None, "exact number of pages instead of --kv-cache-memory", range=_COUNT)
-    enable_prefix_caching: bool = setting(True, "reuse the history and state of equal prefixes")
+    enable_prefix_caching: bool = setting(
+        True, "reuse the history and state of equal prefixes", core="prefix_cache"
+    )
     snapshot_policy: str = setting(
-        "auto", "where state is saved for reuse: auto, forks, turns, every:N, none", aliases=("snapshots",)
+        "auto",
+        "where state is saved for reuse",
+        choices=snapshot_policies,
+        aliases=("snapshots",),
+        core="snapshots",
     )
     snapshot_budget: float = setting(
-        0.1, "largest share of the pool that snapshots fill while memory is short, 0 to 1", range=Range(0, 1)
+        0.1,
+        "largest share of the pool that snapshots fill while memory is short, 0 to 1",
+        range=Range(0, 1),
+        core="snapshot_budget",
     )
     eviction: str = setting(
         "value",
         "which cached page goes first: what saves least, the least recently used, the oldest",
-        choices=("value", "lru", "fifo"),
+        choices=evictions,
+        core="eviction",
     )
     cost_model: str | None = setting(
         None,
@@ -201,7 +238,10 @@ class EngineConfig:
     )
     seed: int = setting(0, "seed of requests that bring none", range=Range(-(2**63), 2**63 - 1))
     replay_tokens: int | None = setting(
-        None, "tokens replayed to rebuild the state; fewer than the default is not exact", range=_COUNT
+        None,
+        "tokens replayed to rebuild the state; fewer than the default is not exact",
+        range=_COUNT,
+        core="replay_tokens",
     )
 
     def __post_init__(self) -> None:
@@ -209,7 +249,6 @@ class EngineConfig:
         check_ranges(self)
         if isinstance(self.step_ms, str) and self.step_ms != "auto":
             raise ConfigError(f"step_ms is {self.step_ms!r}; it takes a number, auto, or none for no limit")
-        check_policy(self.snapshot_policy)
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs ({self.max_num_seqs}), "
@@ -329,11 +368,21 @@ def check_choices(config: Any) -> None:
         choices, value = choices_of(f), getattr(config, f.name)
         several = f.metadata["unit"] == "names"
         for one in str(value).split(",") if several and choices else [value]:
-            if choices and one not in choices:
-                raise ConfigError(
-                    f"{f.name} is {value!r}; valid values are {', '.join(choices)}"
-                    f"{', or several with commas between them' if several else ''}{nearest(str(one), choices)}"
-                )
+            if choices:
+                check_choice(f.name, value, str(one), choices, several=several)
+
+
+def check_choice(name: str, value: Any, one: str, choices: Sequence[str], *, several: bool = False) -> None:
+    """Raises ConfigError where `one` of a value is none of the choices; `NAME:N` is a name with a number above 0."""
+    numbered = [choice.removesuffix("N") for choice in choices if choice.endswith(":N")]
+    if one in choices and one[:-1] not in numbered:
+        return
+    if any(re.fullmatch(f"{re.escape(prefix)}0*[1-9][0-9]{{0,9}}", one) for prefix in numbered):
+        return
+    begun = next((prefix for prefix in numbered if one.startswith(prefix[:-1])), None)
+    meant = f"; write such as {begun}8192" if begun else nearest(one, choices)
+    more = ", or several with commas between them" if several else ""
+    raise ConfigError(f"{name} is {value!r}; valid values are {', '.join(choices)}{more}{meant}")
 
 
 def check_ranges(config: Any) -> None:
@@ -354,12 +403,10 @@ def check_ranges(config: Any) -> None:
             raise ConfigError(f"{f.name} is {shown}; {fault}")
 
 
-def check_policy(policy: str) -> None:
-    """Raises ConfigError for what is no snapshot policy."""
-    if not re.fullmatch("auto|forks|turns|none|every:0*[1-9][0-9]{0,9}", policy):
-        names = ("auto", "forks", "turns", "every:N", "none")
-        meant = "; write such as every:8192" if policy.startswith("every") else nearest(policy, names)
-        raise ConfigError(f"snapshot_policy is {policy!r}; valid values are {', '.join(names)}{meant}")
+def core_options(config: EngineConfig) -> dict[str, Any]:
+    """The options of the core that settings give as they are."""
+    named = ((f.metadata["core"], getattr(config, f.name)) for f in dataclasses.fields(config))
+    return {name: value for name, value in named if name}
 
 
 def choices_of(f: dataclasses.Field[Any]) -> Sequence[str]:

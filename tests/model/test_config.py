@@ -6,10 +6,12 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dsv4._core import LayoutSpec
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import release_totals
@@ -45,6 +47,14 @@ def test_layout_of_the_releases(name: str, per_token: float, replay: int) -> Non
     assert layout.replay_tokens == replay
 
 
+@pytest.mark.parametrize("name", ["flash", "pro"])
+def test_the_core_is_tried_with_the_layouts_of_the_releases(name: str) -> None:
+    preset = Path(__file__).parents[2] / "rust" / "core" / "src" / "layout" / f"{name}.json"
+    assert LayoutSpec(json.loads(preset.read_text())) == ModelConfig.preset(f"v4-{name}").layout(
+        "fp8_ds_mla", "mxfp4"
+    )
+
+
 def test_a_layout_needs_no_torch() -> None:
     """`dsv4 plan` and `dsv4 simulate` start at once."""
     code = (
@@ -68,7 +78,8 @@ def test_a_model_is_found_by_name_directory_or_file(tmp_path: Path) -> None:
 
 def test_values_of_flash() -> None:
     c = ModelConfig.preset("v4-flash")
-    assert (c.layer_kinds.count("swa"), c.layer_kinds.count("csa"), c.layer_kinds.count("hca")) == (2, 21, 20)
+    stored = Counter(spec.history for spec in c.layers)
+    assert stored == {"": 2, "csa": 21, "hca": 20}
     assert (c.num_layers, c.rope_dim, c.index_topk, c.routed_scaling_factor) == (43, 64, 512, 1.5)
     assert (c.rope_theta, c.compress_rope_theta, c.eos_ids, c.draft_layers) == (10000.0, 160000.0, (1,), 3)
     assert c.yarn is not None and (c.yarn.factor, c.yarn.original_max_position) == (16.0, 65536)

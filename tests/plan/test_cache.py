@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from dsv4._core import Core, LayoutSpec, NeverFits
+from dsv4._core import Core, LayoutSpec, NeverFits, default_options
 from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
@@ -36,18 +34,20 @@ def test_a_b200_pool_holds_what_the_arithmetic_says() -> None:
 
 
 def test_the_budget_is_that_of_the_core() -> None:
-    assert inspect.signature(Core).parameters["snapshot_budget"].default == EngineConfig().snapshot_budget
+    assert default_options()["snapshot_budget"] == EngineConfig().snapshot_budget
 
 
 def toy(snapshot_rows: int = 5) -> LayoutSpec:
     """One history row per token, four tokens a page, a state of 2 pages."""
     row = {"layers": [0], "row_bytes": 64, "format": "toy"}
     components = [
-        {"name": "history", "kind": {"Stride": {"ratio": 1}}, **row},
-        {"name": "window", "kind": {"Window": {"tokens": snapshot_rows, "slack": 0}}, **row},
+        {"name": "history", "kind": {"stride": {"ratio": 1}}, **row},
+        {"name": "window", "kind": {"window": {"tokens": snapshot_rows, "slack": 0}}, **row},
     ]
-    text = {"block_tokens": 4, "window": snapshot_rows, "layers": 1, "components": components}
-    return LayoutSpec.from_json(json.dumps(text))
+    layers = [{"reach": snapshot_rows - 1, "history_of": 0}]
+    return LayoutSpec(
+        {"block_tokens": 4, "window": snapshot_rows, "layers": layers, "components": components}
+    )
 
 
 @pytest.mark.parametrize("pages", [1, 2, 3, 7, 50, 51, 52, 53])
@@ -70,7 +70,7 @@ def test_blocks_and_snapshots_fill_the_pool_page_by_page(pages: int, rate: Fract
 
 def test_the_core_admits_exactly_the_planned_request() -> None:
     layout, pages = toy(), 37
-    core = Core(layout, pages=pages, slabs=1, max_step_tokens=8, max_len=1000, snapshots="none")
+    core = Core(layout, dict(pages=pages, slabs=1, max_step_tokens=8, max_len=1000, snapshots="none"))
     [none] = [
         r for r in capacities(layout, pages, 4, every=[], budget=0.1, traffic=Traffic()) if r.policy == "none"
     ]

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 from dsv4._core import ConfigError, LayoutSpec, Replay, StepModel, Trace
+from dsv4.config import step_budget
 from dsv4.gpus import gpu
 from dsv4.model.config import ModelConfig
 from dsv4.simulate.device import step_coefficients
+
+from tests.support.layouts import v4_layout
 
 BLOCK = 4
 EXCERPT = Path(__file__).parent.parent / "data" / "traces" / "mooncake_200.jsonl"
@@ -32,24 +35,22 @@ MODEL = {
     "query_us": 0.2,
     "context_us": 0.001,
     "entry_us": 0.004,
-    "ratio": 2,
     "topk": 8,
-    "replay_tokens": 15,
+    "indexed": [{"ratio": 2, "share": 1.0}],
+    "reaches": [5.0, 5.0, 5.0],
 }
 
 
 def layout(block: int = BLOCK, ratios: tuple[int, ...] = (0, 2, 4)) -> LayoutSpec:
-    return LayoutSpec.v4(
-        compress_ratios=ratios,
-        csa_ratio=2,
-        hca_ratio=4,
+    return v4_layout(
+        ratios,
+        csa=(2,),
+        hca=(4,),
         head_dim=2,
         index_head_dim=2,
         window=6,
-        row_bytes=64,
-        row_format="toy",
-        index_row_bytes=256,
-        index_format="toy",
+        row=(64, "toy"),
+        index_row=(256, "toy"),
         block_tokens=block,
     )
 
@@ -83,11 +84,10 @@ def replay(
         "max_len": 1 << 20,
         "max_waiting": 100,
     }
-    model = StepModel.from_json(json.dumps(MODEL)) if timed else None
-    spec = more.pop("layout", None) or layout()
-    run = Replay(
-        trace, spec, pages=pages, snapshots=snapshots, eviction=eviction, model=model, **settings | more
-    )  # fmt: skip
+    settings |= {"pages": pages, "snapshots": snapshots, "eviction": eviction}
+    model = StepModel(MODEL) if timed else None
+    spec, sequential = more.pop("layout", None) or layout(), more.pop("sequential", False)
+    run = Replay(trace, spec, settings | more, model=model, sequential=sequential)
     while (progress := run.run(50))[0] < progress[1]:
         run.check()
     run.check()
@@ -199,7 +199,7 @@ def test_the_same_run_has_the_same_events(tmp_path: Path) -> None:
 
 
 def step_us(*rows: tuple[int, int]) -> float:
-    fixed, pairs = StepModel.from_json(json.dumps(MODEL)).parts([(*r, 0) for r in rows], 0)
+    fixed, pairs = StepModel(MODEL).parts([(*r, 0) for r in rows], 0)
     return fixed + sum(max(p) for p in pairs)
 
 
@@ -248,7 +248,7 @@ def test_fairness_is_of_the_time_in_which_tenants_compete(tmp_path: Path) -> Non
     assert a["contended_s"] == pytest.approx(b["contended_s"]) and a["contended_s"] < report["virtual_s"]
     assert a["rate"] == pytest.approx(b["rate"]) == pytest.approx(48 / a["contended_s"])
     assert report["jain"] == pytest.approx(1)
-    weighted = replay(write(tmp_path / "t", [alone, *both]), timed=True, tenants=[(2, 3.0, None)])
+    weighted = replay(write(tmp_path / "t", [alone, *both]), timed=True, tenants=[{"id": 2, "weight": 3.0}])
     x, y = (t["rate"] for t in weighted["tenants"])
     assert weighted["jain"] == pytest.approx((x + y) ** 2 / (2 * (x * x + y * y)))
     assert 0.5 < weighted["jain"] < 1
@@ -285,21 +285,23 @@ def test_answers_go_on_while_a_million_tokens_are_read(
     run = Replay(
         Trace.read([str(tmp_path / "t")]),
         spec,
-        pages=6000,
-        slabs=32,
-        max_step_tokens=8192,
-        max_len=2**20,
-        max_waiting=100,
-        snapshots="turns",
-        eviction="lru",
-        model=StepModel.from_json(json.dumps(coefficients)),
-        step_us=budget_ms and 1000 * budget_ms,
+        {
+            "pages": 6000,
+            "slabs": 32,
+            "max_step_tokens": 8192,
+            "max_len": 2**20,
+            "max_waiting": 100,
+            "snapshots": "turns",
+            "eviction": "lru",
+            "step_budget": step_budget(budget_ms, "cuda"),
+        },
+        model=StepModel(coefficients),
     )
     while (progress := run.run(5000))[0] < progress[1]:
         pass
     report = json.loads(run.report())
     rows = [(6600, 1, 0)] * 16
-    fixed, pairs = StepModel.from_json(json.dumps(coefficients)).parts([*rows, (2040 * 512 - 64, 64, 0)], 2)
+    fixed, pairs = StepModel(coefficients).parts([*rows, (2040 * 512 - 64, 64, 0)], 2)
     bound = 1.1 * max(30, (fixed + sum(map(max, pairs))) / 1000)
     assert report["finished"] == 17 and report["preemptions"] == 0
     assert (report["itl_ms"]["max"] <= bound) == held, (report["itl_ms"], bound)

@@ -226,9 +226,8 @@ def test_a_dump_of_the_core_runs_on(capsys: pytest.CaptureFixture[str], tmp_path
     """A stored prefix, a request in the middle of its answer and one that waits: both end, and reuse what was stored."""
     config = ModelConfig.preset("v4-flash")
     layout = config.layout("fp8_ds_mla", "mxfp4")
-    core = Core(
-        layout, pages=64, slabs=1, max_step_tokens=1024, max_len=8192, snapshots="turns", eviction="lru"
-    )
+    options = dict(pages=64, slabs=1, max_step_tokens=1024, max_len=8192, snapshots="turns", eviction="lru")
+    core = Core(layout, options)
     plan = StepPlan(core.plan_schema())
     events = np.zeros((64, 6), np.int64)
 

@@ -13,7 +13,7 @@ from dsv4.errors import ConfigError
 from dsv4.gpus import gpu
 from dsv4.model.config import ModelConfig
 from dsv4.simulate.calibrate import calibrate, read_steps
-from dsv4.simulate.device import ARITHMETIC, READS, Shares, as_json, parse_overrides, step_coefficients
+from dsv4.simulate.device import ARITHMETIC, READS, Shares, parse_overrides, step_coefficients
 
 FLASH = ModelConfig.preset("v4-flash")
 LAYOUT = FLASH.layout("fp8_ds_mla", "mxfp4")
@@ -21,7 +21,7 @@ IDEAL = Shares(1, 1, 1, 1, 1, 1, kernel_us=1e-9, copy_launch_us=1e-9)
 
 
 def time_us(coefficients: dict[str, float], rows: list[tuple[int, int, int]], copies: int = 0) -> float:
-    fixed, pairs = StepModel.from_json(as_json(coefficients)).parts(rows, copies)
+    fixed, pairs = StepModel(coefficients).parts(rows, copies)
     return fixed + sum(max(p) for p in pairs)
 
 
@@ -37,7 +37,7 @@ def test_a_decode_at_the_roofline_reads_what_the_specification_says() -> None:
     assert flops / 2 == pytest.approx(12.4e9, rel=0.05)
     # One token touches 6 of 256 experts of 147 GB; a step of many tokens all of them.
     assert c["expert_read_us"] * per_us == pytest.approx(147.2e9, rel=0.01)
-    one, all_of_them = (StepModel.from_json(as_json(c)).parts([(0, n, 0)], 0)[1][0][0] for n in (1, 4000))
+    one, all_of_them = (StepModel(c).parts([(0, n, 0)], 0)[1][0][0] for n in (1, 4000))
     assert one - c["dense_read_us"] == pytest.approx(c["expert_read_us"] * 6 / 256)
     assert all_of_them == pytest.approx(c["dense_read_us"] + c["expert_read_us"])
 

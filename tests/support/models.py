@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from dsv4.model.config import ModelConfig
+from dsv4.model.layout import LayerSpec
 from torch import Tensor, nn
 
 SCHEDULES = {
@@ -87,7 +88,7 @@ def weight_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         "hc_head_base": (n,),
         "hc_head_scale": (1,),
     }
-    for layer, ratio in enumerate(c.compress_ratios):
+    for layer, spec in enumerate(c.layers):
         p = f"layers.{layer}."
         for side in ("attn", "ffn"):
             shapes[f"{p}{side}_norm.weight"] = (d,)
@@ -96,12 +97,12 @@ def weight_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
                 f"{p}hc_{side}_base": (n * (n + 2),),
                 f"{p}hc_{side}_scale": (3,),
             }
-        shapes |= {f"{p}attn.{k}": s for k, s in _attention_shapes(c, ratio).items()}
+        shapes |= {f"{p}attn.{k}": s for k, s in _attention_shapes(c, spec).items()}
         shapes |= {f"{p}ffn.{k}": s for k, s in _ffn_shapes(c, layer).items()}
     return shapes
 
 
-def _attention_shapes(c: ModelConfig, ratio: int) -> dict[str, tuple[int, ...]]:
+def _attention_shapes(c: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
     d = c.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "wq_a.weight": (c.q_lora_rank, d),
@@ -113,21 +114,21 @@ def _attention_shapes(c: ModelConfig, ratio: int) -> dict[str, tuple[int, ...]]:
         "wo_a.weight": (c.o_groups * c.o_lora_rank, c.num_heads * c.head_dim // c.o_groups),
         "wo_b.weight": (d, c.o_groups * c.o_lora_rank),
     }
-    if ratio:
-        shapes |= {
-            f"compressor.{k}": s for k, s in _compressor_shapes(d, ratio, c.csa_ratio, c.head_dim).items()
-        }
-    if ratio == c.csa_ratio:
-        inner = _compressor_shapes(d, ratio, c.csa_ratio, c.index_head_dim)
+    if spec.stores:
+        shapes |= {f"compressor.{k}": s for k, s in _compressor_shapes(d, spec, c.head_dim).items()}
+    if spec.indexed and spec.stores:
+        inner = _compressor_shapes(d, spec, c.index_head_dim)
         shapes |= {f"indexer.compressor.{k}": s for k, s in inner.items()}
+    if spec.indexed:
         shapes["indexer.wq_b.weight"] = (c.index_heads * c.index_head_dim, c.q_lora_rank)
         shapes["indexer.weights_proj.weight"] = (c.index_heads, d)
     return shapes
 
 
-def _compressor_shapes(d: int, ratio: int, csa_ratio: int, dim: int) -> dict[str, tuple[int, ...]]:
-    wide = dim * (2 if ratio == csa_ratio else 1)
-    return {"wkv.weight": (wide, d), "wgate.weight": (wide, d), "ape": (ratio, wide), "norm.weight": (dim,)}
+def _compressor_shapes(d: int, spec: LayerSpec, dim: int) -> dict[str, tuple[int, ...]]:
+    wide = dim * (2 if spec.overlap else 1)
+    matrices = {"wkv.weight": (wide, d), "wgate.weight": (wide, d)}
+    return {**matrices, "ape": (spec.ratio, wide), "norm.weight": (dim,)}
 
 
 def _ffn_shapes(c: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:

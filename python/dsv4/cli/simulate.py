@@ -101,7 +101,9 @@ def add(commands: Any) -> None:
         metavar="N",
         help="requests that queue in the core [1024]",
     )
-    engine.add_argument("--block-size", type=count(), default=256, metavar="N", help="tokens of a page [256]")
+    engine.add_argument(
+        "--block-size", type=count(), metavar="N", help="tokens of a page (default: as dsv4 serve has it)"
+    )
     engine.add_argument(
         "--index-cache-dtype",
         default="mxfp4",
@@ -248,7 +250,7 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
 
 def _step_model(
     a: argparse.Namespace, config: Any, layout: Any, card: Any, tp: int
-) -> tuple[dict[str, float], str]:
+) -> tuple[dict[str, Any], str]:
     """Coefficients by roofline, overridden or fitted, and how they came about."""
     from dsv4.simulate.calibrate import calibrate, read_steps
     from dsv4.simulate.device import Shares, parse_overrides, step_coefficients

@@ -11,10 +11,10 @@ import torch
 from dsv4._core import Core, LayoutSpec
 from dsv4.backends import choose
 from dsv4.cache.paged import PagedCache
-from dsv4.config import EngineConfig, default_step_tokens, step_budget
+from dsv4.config import EngineConfig, core_options, default_step_tokens, step_budget
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.checks import check
-from dsv4.engine.costs import COST_MODELS, parse_costs
+from dsv4.engine.costs import COST_MODELS, core_costs, parse_costs
 from dsv4.engine.device import LocalDevice
 from dsv4.engine.graphs import Recorder
 from dsv4.engine.loop import EngineLoop
@@ -23,6 +23,7 @@ from dsv4.engine.routing import Tenants
 from dsv4.engine.steps import StepRecord
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
+from dsv4.model.layout import block_size
 from dsv4.model.source import Source
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
@@ -88,8 +89,8 @@ class BuiltEngine:
     def _step_time(self) -> str:
         """What `--step-ms` means here."""
         ms, budget = self.config.step_ms, step_budget(self.config.step_ms, self.config.device)
-        if "step_auto" in budget:
-            times, floor = budget["step_auto"]
+        if ms == "auto":
+            times, floor = budget["decodes"].values()
             return f"step time auto: {times:g} times that of the decodes alone, or of {floor} prompt tokens if longer"
         return "step time open" if ms is None else f"step time {ms:g} ms while requests decode"
 
@@ -98,10 +99,11 @@ class BuiltEngine:
         c, m, layout = self.config, self.memory, self.layout
         history = layout.history_bytes_per_token
         formats = {x.name: x.format for x in layout.components}
+        index = next((formats[s.index] for s in self.model_config.layers if s.indexed), "none")
         tokens = m.pages * layout.block_tokens
         return [
             f"model      {self.name}: {self.model_config.num_layers} layers, vocabulary {self.model_config.vocab_size}, from {self.source.path}",
-            f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {formats.get('csa_index', 'none')}",
+            f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {index}",
             f"device     {c.device}",
             *(f"{'ops' if i == 0 else '':<10} {line}" for i, line in enumerate(self.ops.describe())),
             f"weights    {size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
@@ -258,6 +260,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
     return dataclasses.replace(
         config,
         device=device,
+        block_size=block_size(model.layers, config.block_size),
         async_scheduling=device == "cuda" if config.async_scheduling is None else config.async_scheduling,
         max_num_batched_tokens=config.max_num_batched_tokens
         or default_step_tokens(device, config.max_num_seqs),
@@ -268,21 +271,12 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
 
 
 def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) -> Core:
-    return Core(
-        layout,
-        pages=pages,
-        slabs=config.max_num_seqs,
-        max_step_tokens=config.max_num_batched_tokens,
-        max_len=max_len,
-        max_waiting=config.max_num_waiting,
-        snapshots=config.snapshot_policy,
-        snapshot_budget=config.snapshot_budget,
-        eviction=config.eviction,
-        **step_budget(config.step_ms, config.device),
-        max_wait_us=int(1e6 * config.max_wait),
-        tenants=Tenants(config.tenants).core(layout.page_bytes),
-        prefix_cache=config.enable_prefix_caching,
-        max_in_flight=2 if config.async_scheduling else 1,
-        replay_tokens=config.replay_tokens,
-        **parse_costs(config.cost_model),
-    )
+    options = {
+        "pages": pages,
+        "max_len": max_len,
+        "max_in_flight": 2 if config.async_scheduling else 1,
+        "max_wait_us": int(1e6 * config.max_wait),
+        "step_budget": step_budget(config.step_ms, config.device),
+        "tenants": Tenants(config.tenants).core(layout.page_bytes),
+    }
+    return Core(layout, core_options(config) | core_costs(config.cost_model) | options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dsv4 import requirements
 from dsv4._core import Core
-from dsv4.config import EngineConfig
+from dsv4.config import EngineConfig, core_options
 from dsv4.engine.costs import parse_costs
 from dsv4.engine.routing import Tenants
 from dsv4.model.config import ModelConfig
@@ -26,12 +26,11 @@ def check(config: EngineConfig) -> tuple[Source, Survey]:
         "bfloat16" if name == "auto" else name for name in (config.kv_cache_dtype, config.index_cache_dtype)
     )
     layout = found.config.layout(rows, index, block_tokens=config.block_size)
-    Core(
-        layout,
-        pages=1 + layout.snapshot_pages,
-        slabs=1,
-        max_step_tokens=1,
-        max_len=config.block_size,
-        snapshots=config.snapshot_policy,
-    )
+    limits = {
+        "pages": 1 + layout.snapshot_pages,
+        "slabs": 1,
+        "max_step_tokens": 1,
+        "max_len": layout.block_tokens,
+    }
+    Core(layout, core_options(config) | limits)
     return source, found

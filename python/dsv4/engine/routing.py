@@ -98,9 +98,13 @@ class Tenants:
         """Names of the numbers that are configured, and of 0."""
         return {0: "", **{i: name for name, i in self._ids.items()}}
 
-    def core(self, page_bytes: int) -> list[tuple[int, float, int | None]]:
+    def core(self, page_bytes: int) -> list[dict[str, Any]]:
         """As `tenants` of `Core`: quotas in pages."""
         return [
-            (self._ids[name], weight, None if quota is None else quota // page_bytes)
+            {
+                "id": self._ids[name],
+                "weight": weight,
+                "quota_pages": None if quota is None else quota // page_bytes,
+            }
             for name, (weight, quota) in self.named.items()
         ]

@@ -57,19 +57,17 @@ class Attention:
         self.kv_norm = weights.float("kv_norm.weight")
         self.sink = weights.float("attn_sink")
         self.window = cache.rows("window", layer, codecs.row)
-        self.ratio = config.compress_ratios[layer]
-        self.history = self.compressor = self.indexer = None
-        if self.ratio:
-            kind = "csa" if self.ratio == config.csa_ratio else "hca"
-            self.history = cache.rows(kind, layer, codecs.row)
-            pools = cache.pools(f"{kind}_pool", layer)
+        spec = config.layers[layer]
+        self.ratio, self.history, self.compressor, self.indexer = spec.ratio, None, None, None
+        if spec.history_of is not None:
+            self.history = cache.rows(spec.history, spec.history_of, codecs.row)
+        if spec.stores:
+            pools = cache.pools(spec.pool, layer)
             self.compressor = Compressor(
                 weights.within("compressor"), self.ratio, self.eps, ops, pools, self.history, dtype
             )
-            if kind == "csa":
-                self.indexer = Indexer(
-                    weights.within("indexer"), config, layer, cache, codecs.index, ops, dtype
-                )
+        if spec.indexed:
+            self.indexer = Indexer(weights.within("indexer"), config, spec, cache, codecs.index, ops, dtype)
         readers = [self.wq_b] + ([self.indexer.wq_b] if self.indexer else [])
         self.q_norm = SharedNorm(ops, weights.float("q_norm.weight"), self.eps, "linear", readers)
 
@@ -111,9 +109,10 @@ class Attention:
     ) -> tuple:
         """The history arguments of `sparse_attention`, with this step's entries written first, as its tokens
         see them."""
-        if self.compressor is None:
+        if self.history is None:
             return ()
-        self.compressor(x, step, block_rope)
+        if self.compressor is not None:
+            self.compressor(x, step, block_rope)
         entries = step.entries[self.ratio]
         if self.indexer is None:
             return self.history, entries

@@ -14,7 +14,7 @@ class Row:
 
     Its tokens are `offset .. offset + length - 1` of the batch, at positions `start ..`. `reset`: the slab's
     state starts empty. A replaying row has `replay_end` > 0: history below it is cached already and is not
-    written; layer l takes only positions from `floor(l)` on, as nothing that the first row after `replay_end`
+    written; a layer takes only positions from its `floor` on, as nothing that the first row after `replay_end`
     reads lies further back.
     """
 
@@ -26,12 +26,12 @@ class Row:
     replay_end: int = 0
     replay_start: int = 0
 
-    def floor(self, layer: int, window: int) -> int:
-        """Lowest position that takes part in a layer. A replay that reaches back to position 0 is a plain
-        prefill."""
+    def floor(self, reached: int) -> int:
+        """Lowest position that takes part in a layer before which others reach back by `reached` tokens together. A replay
+        that reaches back to position 0 is a plain prefill."""
         if self.replay_end == 0 or self.replay_start <= 0:
             return 0
-        return self.replay_start + (window - 1) * layer
+        return self.replay_start + reached
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,28 +6,28 @@ Whatever is not supported is refused by name: a value that is ignored gives wron
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import ConfigError
 from dsv4.model.json_fields import Fields, read_json
+from dsv4.model.layout import LayerSpec, block_size, layers_of, layout_of
 from dsv4.model.quantization import check_config as check_quantization
 from dsv4.model.quantization import check_files as check_foreign_files
 from dsv4.model.source import RELEASED as RELEASED
 from dsv4.model.source import find_source, model_name
+from dsv4.row_sizes import row_bytes
 from dsv4.spelling import nearest
 
-LAYER_TYPES = {
-    "sliding_attention": "swa",
-    "compressed_sparse_attention": "csa",
-    "heavily_compressed_attention": "hca",
-}
-"""transformers' names of the layer kinds."""
+if TYPE_CHECKING:
+    from dsv4._core import LayoutSpec
+
+LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
+"""transformers' names of the layer kinds: window only, CSA, HCA."""
 
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("sqrtsoftplus",),
@@ -84,8 +84,7 @@ class Yarn:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A model with Flash's or Pro's structure. `compress_ratios` has one entry per layer, draft layers cut
-    off."""
+    """A model with Flash's or Pro's structure."""
 
     name: str
     vocab_size: int
@@ -111,9 +110,8 @@ class ModelConfig:
     index_head_dim: int
     index_topk: int
     window: int
-    compress_ratios: tuple[int, ...]
-    csa_ratio: int
-    hca_ratio: int
+    layers: tuple[LayerSpec, ...]
+    """Draft layers cut off."""
     rms_eps: float
     rope_theta: float
     compress_rope_theta: float
@@ -182,10 +180,9 @@ class ModelConfig:
         return config
 
     @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """`swa`, `csa` or `hca` per layer."""
-        kinds = {0: "swa", self.csa_ratio: "csa", self.hca_ratio: "hca"}
-        return tuple(kinds[m] for m in self.compress_ratios)
+    def compress_ratios(self) -> tuple[int, ...]:
+        """Tokens per history entry of each layer, 0 where it has a window only."""
+        return tuple(s.ratio for s in self.layers)
 
     @property
     def draft_layers(self) -> int:
@@ -193,32 +190,18 @@ class ModelConfig:
         return {"none": 0, "mtp": 1, "dspark": 3}[self.draft]
 
     def layout(
-        self, row_format: str, index_format: str, *, block_tokens: int = 256, draft_slack: int = 0
-    ) -> Any:
-        """The cache of this model as a `LayoutSpec`. Raises ConfigError from the core for sizes that do not
+        self, row_format: str, index_format: str, *, block_tokens: int | None = None, ranks: int = 1
+    ) -> LayoutSpec:
+        """The cache of this model. `block_tokens` None: the default of `block_size`. Raises ConfigError for sizes that do not
         fit."""
-        from dsv4._core import LayoutSpec
-        from dsv4.row_sizes import row_bytes
-
-        step = math.lcm(*(r for r in self.compress_ratios if r))
-        if block_tokens < 1 or block_tokens % step:
-            close = max(1, round(block_tokens / step)) * step
-            raise ConfigError(
-                f"block_size is {block_tokens}; it must be a multiple of {step}, the nearest is {close}"
-            )
-        return LayoutSpec.v4(
-            compress_ratios=list(self.compress_ratios),
-            csa_ratio=self.csa_ratio,
-            hca_ratio=self.hca_ratio,
+        return layout_of(
+            self.layers,
+            window=self.window,
             head_dim=self.head_dim,
             index_head_dim=self.index_head_dim,
-            window=self.window,
-            row_bytes=row_bytes(row_format, self.head_dim, self.rope_dim),
-            row_format=row_format,
-            index_row_bytes=row_bytes(index_format, self.index_head_dim, self.rope_dim),
-            index_format=index_format,
-            block_tokens=block_tokens,
-            draft_slack=draft_slack,
+            row=(row_bytes(row_format, self.head_dim, self.rope_dim), row_format),
+            index_row=(row_bytes(index_format, self.index_head_dim, self.rope_dim), index_format),
+            block_tokens=block_size(self.layers, block_tokens, ranks),
         )
 
 
@@ -243,8 +226,8 @@ def _check_choices(f: Fields) -> None:
 
 def _read(f: Fields, name: str) -> ModelConfig:
     layers = f.integer("num_hidden_layers", high=4096)
-    csa, hca = _rates(f)
-    ratios, tail = _ratios(f, layers, csa, hca)
+    window = f.integer("sliding_window", low=2)
+    specs, tail = _layers(f, layers, window)
     main, compress, yarn = _rope_sections(f)
     vocab = f.integer("vocab_size")
     draft = _draft(f, tail)
@@ -272,10 +255,8 @@ def _read(f: Fields, name: str) -> ModelConfig:
         index_heads=f.integer("index_n_heads"),
         index_head_dim=f.integer("index_head_dim"),
         index_topk=f.integer("index_topk"),
-        window=f.integer("sliding_window", low=2),
-        compress_ratios=ratios,
-        csa_ratio=csa,
-        hca_ratio=hca,
+        window=window,
+        layers=specs,
         rms_eps=f.number("rms_norm_eps"),
         rope_theta=_theta(f, "rope_theta", main),
         compress_rope_theta=_theta(f, "compress_rope_theta", compress),
@@ -290,42 +271,66 @@ def _read(f: Fields, name: str) -> ModelConfig:
     )
 
 
-def _rates(f: Fields) -> tuple[int, int]:
-    """Tokens per entry of CSA and of HCA; older configs of transformers have them as two plain fields."""
-    rates = f.section("compress_rates")
+def _rates(f: Fields) -> dict[str, tuple[int, ...]]:
+    """Tokens per entry by transformers' names of the two kinds; a model with more than one ratio of a kind has a list. Older
+    configs of transformers have two plain fields."""
+    rates, kinds = f.section("compress_rates"), LAYER_TYPES[1:]
     unknown = next((name for name in rates if name not in LAYER_TYPES), None)
     if unknown is not None:
-        raise ConfigError(f"compress_rates has {unknown!r}; supported are {', '.join(list(LAYER_TYPES)[1:])}")
+        raise ConfigError(f"compress_rates has {unknown!r}; supported are {', '.join(kinds)}")
 
-    def rate(kind: str, plain: str, default: int) -> int:
+    def rate(kind: str, plain: str, default: int) -> tuple[int, ...]:
+        if kind in rates and isinstance(rates.value(kind), list):
+            found = tuple(rates.entries(kind, int))
+            if not found or any(m < 2 for m in found):
+                raise rates.refuse(kind, "one or more whole numbers from 2 on")
+            return found
         for fields, name in ((rates, kind), (f, plain)):
             if name in fields:
-                return fields.integer(name, low=2)
-        return default
+                return (fields.integer(name, low=2),)
+        return (default,)
 
-    csa = rate("compressed_sparse_attention", "compress_rate_csa", 4)
-    hca = rate("heavily_compressed_attention", "compress_rate_hca", 128)
-    if csa == hca:
-        raise ConfigError(f"compress_rates has {csa} tokens for both kinds; they must differ")
-    return csa, hca
+    csa, hca = rate(kinds[0], "compress_rate_csa", 4), rate(kinds[1], "compress_rate_hca", 128)
+    both = next((m for m in csa if m in hca), None)
+    if both is not None:
+        raise ConfigError(f"compress_rates has {both} tokens for both kinds; they must differ")
+    return dict(zip(kinds, (csa, hca), strict=True))
 
 
-def _ratios(f: Fields, layers: int, csa: int, hca: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _layers(f: Fields, layers: int, window: int) -> tuple[tuple[LayerSpec, ...], tuple[int, ...]]:
+    """(the layers, the ratios of draft layers after them)."""
+    rates = _rates(f)
+    ratios, tail = _ratios(f, layers, rates)
+    history_of = None
+    if "history_layers" in f:
+        history_of = f.entries("history_layers", int)
+        if len(history_of) != layers:
+            raise ConfigError(
+                f"history_layers has {len(history_of)} entries; each of the num_hidden_layers ({layers}) needs one"
+            )
+    csa, hca = rates.values()
+    return layers_of(ratios, window, csa=csa, hca=hca, history_of=history_of), tail
+
+
+def _ratios(
+    f: Fields, layers: int, rates: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(one ratio per layer, the draft layers' after them), from either way of writing it."""
-    by_type = {"swa": 0, "csa": csa, "hca": hca}
     forms: dict[str, list[int]] = {}
     if "layer_types" in f:
         types = f.entries("layer_types", str)
         unknown = next((t for t in types if t not in LAYER_TYPES), None)
         if unknown is not None:
             raise ConfigError(f"layer_types has {unknown!r}; supported are {', '.join(LAYER_TYPES)}")
-        forms["layer_types"] = [by_type[LAYER_TYPES[t]] for t in types]
+        several = next((t for t in types if len(rates.get(t, ())) > 1), None)
+        if several is None:
+            forms["layer_types"] = [rates.get(t, (0,))[0] for t in types]
+        elif "compress_ratios" not in f:
+            raise ConfigError(
+                f"layer_types has {several!r}, of which compress_rates has several; give compress_ratios"
+            )
     if "compress_ratios" in f:
-        ratios = f.entries("compress_ratios", int)
-        bad = next((m for m in ratios if m not in by_type.values()), None)
-        if bad is not None:
-            raise ConfigError(f"compress_ratios has {bad!r}; each entry is 0, {csa} (CSA) or {hca} (HCA)")
-        forms["compress_ratios"] = ratios
+        forms["compress_ratios"] = f.entries("compress_ratios", int)
     if not forms:  # the default that transformers takes is neither Flash nor Pro
         raise ConfigError(
             "config.json has neither compress_ratios nor layer_types; one must list the kind of every layer"

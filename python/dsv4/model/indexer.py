@@ -1,4 +1,4 @@
-"""The lightning indexer of CSA layers: which compressed entries a token attends to."""
+"""The lightning indexer: which compressed entries a token attends to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dsv4.cache.paged import PagedCache
 from dsv4.formats import RowFormat
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
+from dsv4.model.layout import LayerSpec
 from dsv4.model.scope import Scope
 from dsv4.model.step import Step
 from dsv4.ops.quantised import Quantised
@@ -23,7 +24,7 @@ class Indexer:
         self,
         weights: Scope,
         config: ModelConfig,
-        layer: int,
+        spec: LayerSpec,
         cache: PagedCache,
         codec: RowFormat,
         ops: Ops,
@@ -31,14 +32,15 @@ class Indexer:
     ) -> None:
         self.ops = ops
         self.heads, self.dim, self.topk = config.index_heads, config.index_head_dim, config.index_topk
-        self.ratio = config.csa_ratio
+        self.ratio = spec.ratio
         self.wq_b = weights.matrix("linear", "wq_b.weight")
         self.weights_proj = weights.matrix("linear", "weights_proj.weight")
-        self.keys = cache.rows("csa_index", layer, codec)
-        pools = cache.pools("csa_index_pool", layer)
-        self.compressor = Compressor(
-            weights.within("compressor"), self.ratio, config.rms_eps, ops, pools, self.keys, dtype
-        )
+        self.keys, self.compressor = cache.rows(spec.index, spec.history_of, codec), None
+        if spec.stores:
+            pools = cache.pools(spec.index_pool, spec.layer)
+            self.compressor = Compressor(
+                weights.within("compressor"), self.ratio, config.rms_eps, ops, pools, self.keys, dtype
+            )
 
     def __call__(
         self,
@@ -49,8 +51,9 @@ class Indexer:
         block_rope: tuple[Tensor, Tensor],
     ) -> Tensor:
         """Selected entries int32 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank
-        query. Writes this step's keys first."""
-        self.compressor(x, step, block_rope)
+        query. Writes this step's keys first, where they are this layer's."""
+        if self.compressor is not None:
+            self.compressor(x, step, block_rope)
         q, weights = self.query(x, qr)
         return self.ops.index_select(
             q, *rope, weights, self.keys, step.tokens, step.entries[self.ratio], self.topk

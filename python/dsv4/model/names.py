@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 from dsv4.model.config import ModelConfig
+from dsv4.model.layout import LayerSpec
 from dsv4.row_sizes import FP4_BLOCK, FP8_BLOCK
 
 DTYPE_BYTES = {
@@ -26,6 +27,10 @@ DTYPE_BYTES = {
     "I64": 8,
 }
 """safetensors dtype names and their bytes; no weight is read from I32, but a refusal should name more than that."""
+
+
+DRAFT = LayerSpec(layer=-1)
+"""A draft layer has a window only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +83,8 @@ def tensors(c: ModelConfig, *, draft: bool = False) -> Iterator[tuple[str, Tenso
     yield "head.weight", TensorSpec((c.vocab_size, c.hidden_size), "bf16", 0)
     yield "norm.weight", TensorSpec((c.hidden_size,), "bf16")
     yield from _head_mix(c, "")
-    for layer, ratio in enumerate(c.compress_ratios):
-        yield from _block(c, f"layers.{layer}.", ratio, hashed=layer < c.num_hash_layers)
+    for spec in c.layers:
+        yield from _block(c, f"layers.{spec.layer}.", spec, hashed=spec.layer < c.num_hash_layers)
     if draft and c.draft == "mtp":
         yield from _mtp(c)
     if draft and c.draft == "dspark":
@@ -92,7 +97,7 @@ def _head_mix(c: ModelConfig, prefix: str) -> Iterator[tuple[str, TensorSpec]]:
     yield f"{prefix}hc_head_scale", TensorSpec((1,), "f32")
 
 
-def _block(c: ModelConfig, p: str, ratio: int, *, hashed: bool) -> Iterator[tuple[str, TensorSpec]]:
+def _block(c: ModelConfig, p: str, spec: LayerSpec, *, hashed: bool) -> Iterator[tuple[str, TensorSpec]]:
     """A transformer block under prefix `p`."""
     d, mix = c.hidden_size, c.hc_mult * (c.hc_mult + 2)
     for part in ("attn", "ffn"):
@@ -100,11 +105,11 @@ def _block(c: ModelConfig, p: str, ratio: int, *, hashed: bool) -> Iterator[tupl
         yield f"{p}hc_{part}_fn", TensorSpec((mix, c.hc_mult * d), "f32")
         yield f"{p}hc_{part}_base", TensorSpec((mix,), "f32")
         yield f"{p}hc_{part}_scale", TensorSpec((3,), "f32")
-    yield from _attention(c, f"{p}attn.", ratio)
+    yield from _attention(c, f"{p}attn.", spec)
     yield from _moe(c, f"{p}ffn.", hashed=hashed)
 
 
-def _attention(c: ModelConfig, p: str, ratio: int) -> Iterator[tuple[str, TensorSpec]]:
+def _attention(c: ModelConfig, p: str, spec: LayerSpec) -> Iterator[tuple[str, TensorSpec]]:
     d, heads, q = c.hidden_size, c.num_heads * c.head_dim, c.q_lora_rank
     yield f"{p}wq_a.weight", TensorSpec((q, d), "fp8")
     yield f"{p}wq_b.weight", TensorSpec((heads, q), "fp8", 0)
@@ -114,19 +119,20 @@ def _attention(c: ModelConfig, p: str, ratio: int) -> Iterator[tuple[str, Tensor
     yield f"{p}q_norm.weight", TensorSpec((q,), "bf16")
     yield f"{p}kv_norm.weight", TensorSpec((c.head_dim,), "bf16")
     yield f"{p}attn_sink", TensorSpec((c.num_heads,), "f32", 0)
-    if ratio:
-        yield from _compressor(f"{p}compressor.", ratio, c.head_dim, d, overlap=ratio == c.csa_ratio)
-    if ratio == c.csa_ratio:
+    if spec.stores:
+        yield from _compressor(f"{p}compressor.", spec, c.head_dim, d)
+    if spec.indexed:
         yield f"{p}indexer.wq_b.weight", TensorSpec((c.index_heads * c.index_head_dim, q), "fp8")
         yield f"{p}indexer.weights_proj.weight", TensorSpec((c.index_heads, d), "bf16")
-        yield from _compressor(f"{p}indexer.compressor.", ratio, c.index_head_dim, d, overlap=True)
+    if spec.indexed and spec.stores:
+        yield from _compressor(f"{p}indexer.compressor.", spec, c.index_head_dim, d)
 
 
-def _compressor(p: str, ratio: int, dim: int, d: int, *, overlap: bool) -> Iterator[tuple[str, TensorSpec]]:
-    width = 2 * dim if overlap else dim
+def _compressor(p: str, spec: LayerSpec, dim: int, d: int) -> Iterator[tuple[str, TensorSpec]]:
+    width = 2 * dim if spec.overlap else dim
     yield f"{p}wkv.weight", TensorSpec((width, d), "bf16")
     yield f"{p}wgate.weight", TensorSpec((width, d), "bf16")
-    yield f"{p}ape", TensorSpec((ratio, width), "f32")
+    yield f"{p}ape", TensorSpec((spec.ratio, width), "f32")
     yield f"{p}norm.weight", TensorSpec((dim,), "bf16")
 
 
@@ -155,7 +161,7 @@ def expert_shapes(c: ModelConfig) -> tuple[tuple[str, tuple[int, int]], ...]:
 
 def _mtp(c: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
     d = c.hidden_size
-    yield from _block(c, "mtp.0.", 0, hashed=False)
+    yield from _block(c, "mtp.0.", DRAFT, hashed=False)
     for name in ("e_proj", "h_proj"):
         yield f"mtp.0.{name}.weight", TensorSpec((d, d), "fp8")
     for name in ("enorm", "hnorm", "norm"):
@@ -168,7 +174,7 @@ def _dspark(c: ModelConfig) -> Iterator[tuple[str, TensorSpec]]:
     and 9.1)."""
     d, rank = c.hidden_size, c.dspark_rank
     for stage in range(3):
-        yield from _block(c, f"mtp.{stage}.", 0, hashed=False)
+        yield from _block(c, f"mtp.{stage}.", DRAFT, hashed=False)
     yield "mtp.0.main_proj.weight", TensorSpec((d, 3 * d), "fp8")
     yield "mtp.0.main_norm.weight", TensorSpec((d,), "bf16")
     yield "mtp.2.norm.weight", TensorSpec((d,), "bf16")

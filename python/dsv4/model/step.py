@@ -20,13 +20,15 @@ from dsv4.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What tables depend on besides the batch. `tile`: tokens of a tile; `ring`: rows of the window ring."""
+    """What tables depend on besides the batch. `tile`: tokens of a tile; `ring`: rows of the window ring; `reached`: per
+    layer, how far the layers before it reach back together."""
 
     window: int
     ring: int
     block_tokens: int
     ratios: tuple[int, ...]
     tile: int
+    reached: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | No
     taken: list[Tensor] = []
     offset = 0
     for row in batch.rows:
-        floor = row.floor(layer, geometry.window)
+        floor = row.floor(geometry.reached[layer])
         skipped = max(0, floor - row.start)
         length = row.length - skipped
         if length <= 0:

@@ -111,9 +111,10 @@ class V4Model:
         self.head = top.matrix("logits", "head.weight")
         self.hc_head = tuple(top.float(f"hc_head_{part}") for part in ("fn", "scale", "base"))
         formats = {c.name: c.format for c in cache.layout.components}
+        index = next((formats[s.index] for s in config.layers if s.indexed), "float32")
         codecs = Codecs(
             row=row_format(formats["window"], config.head_dim, config.rope_dim),
-            index=row_format(formats.get("csa_index", "float32"), config.index_head_dim, config.rope_dim),
+            index=row_format(index, config.index_head_dim, config.rope_dim),
         )
         self.window_codec = codecs.row
         self.layers = [
@@ -121,7 +122,7 @@ class V4Model:
             for i in range(config.num_layers)
         ]
         self.weight_bytes = top.nbytes
-        # CSA and HCA layers turn alike: one table for both
+        # Layers with history turn alike, whatever its ratio: one table for all of them
         tables = {bool(m): RopeTable.for_ratio(config, m, cache.device) for m in config.compress_ratios}
         self.ropes = {m: tables[bool(m)] for m in sorted(set(config.compress_ratios))}
         self.geometry = Geometry(
@@ -130,6 +131,7 @@ class V4Model:
             block_tokens=cache.layout.block_tokens,
             ratios=tuple(m for m in self.ropes if m),
             tile=max(1, _TILE_ROWS // config.num_heads),
+            reached=tuple(sum(s.reach for s in config.layers[:i]) for i in range(config.num_layers)),
         )
 
     def _scope(self, weights: MutableMapping[str, Weight], consume: bool) -> Scope:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -212,7 +213,9 @@ def _how_cache(plan: Plan) -> Iterator[str]:
         f"= {layout.snapshot_pages} pages"
     )
     yield f"window rows of one token = {window_bytes_per_token(layout):,} B in all layers"
-    yield f"replay that rebuilds a state = ({layout.window} - 1) x {layout.layers} layers = {layout.replay_tokens:,} tokens"
+    reaches = Counter(s.reach for s in plan.question.config.layers)
+    how = " + ".join(f"{reach} x {count} layers" for reach, count in reaches.items())
+    yield f"replay that rebuilds a state = {how} = {layout.replay_tokens:,} tokens"
 
 
 def _how_memory(plan: Plan) -> Iterator[str]:

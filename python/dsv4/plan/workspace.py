@@ -97,9 +97,8 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Paralle
     streams = ("streams", c.hc_mult), ("hidden", c.hidden_size)
     sheet.add("always", "residual streams, before and after", t, *streams, ("bytes", 2), ("arrays", 2))
     sheet.add("always", "page table", r, ("pages", pages_of(layout, limits.max_len)), ("bytes", 4))
-    schema = plan_schema(
-        layout, slabs=limits.running, max_step_tokens=limits.step_tokens, max_len=limits.max_len
-    )
+    options = {"slabs": limits.running, "max_step_tokens": limits.step_tokens, "max_len": limits.max_len}
+    schema = plan_schema(layout, options)
     sheet.add("always", "plans, two steps", ("words", schema["words"]), ("bytes", 4), ("steps", 2))
     sheet.add(
         "always",
@@ -158,7 +157,7 @@ def _attention(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Para
     sheet.add(
         phase, "compressor values and gates", t, ("channels", 2 * c.head_dim), ("bytes", 4), ("arrays", 2)
     )
-    if c.csa_ratio in c.compress_ratios:
+    if any(s.indexed for s in c.layers):
         _index(sheet, c, limits)
     if parallel.tp > 1:
         _gathered(sheet, c, layout, limits)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dsv4.errors import ConfigError
-from dsv4.simulate.device import ARITHMETIC, READS, as_json
+from dsv4.simulate.device import ARITHMETIC, READS
 
 ROUNDS = 50
 STARTS = ((1.0, 1.0), (4.0, 1.0), (1.0, 4.0), (1.0, 16.0), (16.0, 1.0))
@@ -30,7 +30,7 @@ STARTS = ((1.0, 1.0), (4.0, 1.0), (1.0, 4.0), (1.0, 16.0), (16.0, 1.0))
 class Fit:
     """A calibrated model and how well it fits."""
 
-    coefficients: dict[str, float]
+    coefficients: dict[str, Any]
     steps: int
     overhead_us: float
     reads: float
@@ -97,11 +97,11 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def calibrate(coefficients: Mapping[str, float], steps: list[Measured]) -> Fit:
+def calibrate(coefficients: Mapping[str, Any], steps: list[Measured]) -> Fit:
     """The model with overhead, reads and arithmetic scaled to the steps."""
     from dsv4._core import StepModel
 
-    model = StepModel.from_json(as_json(coefficients))
+    model = StepModel(coefficients)
     parts = [model.parts(s.rows, s.copies) for s in steps]
     times = np.array([s.us for s in steps])
     # What is left of the fixed part without the overhead is taken as it is.

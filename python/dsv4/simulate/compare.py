@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsv4.config import EngineConfig, check_policy
+from dsv4.config import check_choice, evictions, snapshot_policies
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
@@ -15,7 +15,6 @@ from dsv4.model.parallel import Parallel, valid_tp
 from dsv4.plan.build import on_rank
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
-from dsv4.simulate.device import as_json
 from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
@@ -43,11 +42,11 @@ class Policy:
         name, slash, after = text.strip().partition("/")
         if not name or (slash and not after):
             raise ConfigError(f"policy is {text!r}; write NAME or NAME/EVICTION, such as auto/value")
-        check_policy(name)
-        orders = EngineConfig.__dataclass_fields__["eviction"].metadata["choices"]
-        if slash and after not in orders:
+        check_choice("snapshot_policy", name, name, snapshot_policies())
+        if slash and after not in evictions():
+            orders = ", ".join(evictions())
             raise ConfigError(
-                f"policy is {text!r}; its eviction order is one of {', '.join(orders)}{nearest(after, orders)}"
+                f"policy is {text!r}; its eviction order is one of {orders}{nearest(after, evictions())}"
             )
         return cls(name, after or eviction)
 
@@ -67,12 +66,12 @@ class Engine:
     max_num_seqs: int
     max_step_tokens: int
     max_waiting: int
-    step_budget: Mapping[str, Any]
-    """Arguments of `Core` (`config.step_budget`)."""
+    step_budget: Any
+    """The core's (`config.step_budget`)."""
     snapshot_budget: float | None
     weights: Mapping[str, float]
     """Shares of tenants by name; others have 1."""
-    coefficients: Mapping[str, float]
+    coefficients: Mapping[str, Any]
     """Of the step model, from which the scheduler's costs follow too."""
     sequential: bool
     """One request at a time, and no time passes."""
@@ -131,7 +130,7 @@ def resume(dump: str, engine: Engine, watch: Watch) -> dict[str, dict[str, Any]]
     """The report of a dump's live requests, run to their end under the dump's own options. Raises ConfigError."""
     from dsv4._core import Replay, StepModel
 
-    model = StepModel.from_json(as_json(engine.coefficients))
+    model = StepModel(engine.coefficients)
     return {"dump": _finish("dump", Replay.resume(dump, engine.layout, model), watch)}
 
 
@@ -151,21 +150,20 @@ def _replay(trace: Trace, engine: Engine, policy: Policy) -> Any:
     if unknown:
         raise ConfigError(f"tenant {min(unknown)!r} is not in the trace; it has {', '.join(trace.tenants)}")
     ids = {name: i for i, name in enumerate(trace.tenants)}
-    return Replay(
-        trace,
-        engine.layout,
-        pages=engine.pages,
-        slabs=engine.max_num_seqs,
-        max_step_tokens=max(engine.max_step_tokens, trace.longest_prompt)
+    options = {
+        "pages": engine.pages,
+        "slabs": engine.max_num_seqs,
+        "max_step_tokens": max(engine.max_step_tokens, trace.longest_prompt)
         if engine.sequential
         else engine.max_step_tokens,
-        max_len=engine.max_len,
-        max_waiting=engine.max_waiting,
-        snapshots=policy.snapshots,
-        eviction=policy.eviction,
-        snapshot_budget=engine.snapshot_budget,
-        model=StepModel.from_json(as_json(engine.coefficients)),
-        sequential=engine.sequential,
-        **engine.step_budget,
-        tenants=[(ids[name], weight, None) for name, weight in engine.weights.items()],
-    )
+        "max_len": engine.max_len,
+        "max_waiting": engine.max_waiting,
+        "snapshots": policy.snapshots,
+        "eviction": policy.eviction,
+        "step_budget": engine.step_budget,
+        "tenants": [{"id": ids[name], "weight": weight} for name, weight in engine.weights.items()],
+    }
+    if engine.snapshot_budget is not None:
+        options["snapshot_budget"] = engine.snapshot_budget
+    model = StepModel(engine.coefficients)
+    return Replay(trace, engine.layout, options, model=model, sequential=engine.sequential)

@@ -7,11 +7,11 @@ rate each kind of kernel gets from `Shares`. The formula is in `rust/sim/src/rep
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
@@ -21,7 +21,7 @@ from dsv4.plan.weights import EXPERTS, Weights, weight_rows
 from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
-    from dsv4._core import LayoutSpec
+    from dsv4._core import Component, LayoutSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ class Shares:
 
 def step_coefficients(
     config: ModelConfig, layout: LayoutSpec, gpu: Gpu, tp: int, shares: Shares | None = None
-) -> dict[str, float]:
-    """Every coefficient by name, for `dsv4._core.StepModel.from_json`.
+) -> dict[str, Any]:
+    """Every coefficient by name, for `dsv4._core.StepModel`.
 
     Tensor parallelism divides weights, history, window rows of a decode step and all arithmetic: each GPU works on its rows of the
     past for tokens that are on all of them, and on its tokens of a prompt.
@@ -65,21 +65,28 @@ def step_coefficients(
     fp8, bf16 = gpu.weight_flops / 1e6, gpu.bf16_flops / 1e6
     dense, experts, flops = _linear(config, Parallel(tp=tp))
     part = {c.name: c for c in layout.components}
-
-    def per_token(name: str) -> float:
-        """Bytes that a GPU has of a history component per token of context, all layers."""
-        return len(part[name].layers) * part[name].row_bytes / part[name].ratio / tp if name in part else 0.0
-
-    csa = len(part["csa"].layers) if "csa" in part else 0
-    hca = len(part["hca"].layers) if "hca" in part else 0
-    hca_rows = hca / part["hca"].ratio if hca else 0.0
+    _check_known(config, part)
     row_flops = 4 * config.num_heads * config.head_dim / tp / (bf16 * s.attention)
     index_flops = 2 * config.index_heads * config.index_head_dim / tp / (fp8 * s.index)
+    indexed = [spec for spec in config.layers if spec.indexed]
+    # Of each layer, per token of context: every layer scans what it reads, whoever stores it.
+    scans, scores = 0.0, 0.0
+    for spec in config.layers:
+        if spec.indexed:
+            scans += part[spec.index].row_bytes / spec.ratio / tp / (copy * s.index_read)
+            scores += index_flops / spec.ratio
+        elif spec.ratio:
+            scans += part[spec.history].row_bytes / spec.ratio / tp / (copy * s.row_read)
+            scores += row_flops / spec.ratio
     # a layer adds up twice and exchanges parts of attention; the indexer its candidates
-    collectives = 3 * config.num_layers + csa if tp > 1 else 0
+    collectives = 3 * config.num_layers + len(indexed) if tp > 1 else 0
     # a prompt's token: an all-reduce's worth around the experts; its row and what its compressors take in are gathered, at half
     # the cost
-    inputs = 4 * (4 * csa * (config.head_dim + config.index_head_dim) + 2 * hca * config.head_dim)
+    inputs = 4 * sum(
+        2 * (1 + spec.overlap) * (config.head_dim + spec.indexed * config.index_head_dim)
+        for spec in config.layers
+        if spec.stores
+    )
     exchanged = config.num_layers * (2 * config.hidden_size + config.head_dim) + inputs / 2
     window = part["window"]
     return {
@@ -93,16 +100,30 @@ def step_coefficients(
         "experts_per_token": config.experts_per_token,
         "token_us": flops / (fp8 * s.linear),
         "row_read_us": len(window.layers) * window.row_bytes * window.tokens / tp / (copy * s.row_read),
-        "context_read_us": per_token("csa_index") / (copy * s.index_read)
-        + per_token("hca") / (copy * s.row_read),
-        "entry_read_us": csa * part["csa"].row_bytes / tp / (copy * s.row_read) if csa else 0.0,
+        "context_read_us": scans,
+        "entry_read_us": sum(part[spec.history].row_bytes for spec in indexed) / tp / (copy * s.row_read),
         "query_us": config.num_layers * config.window * row_flops,
-        "context_us": csa / config.csa_ratio * index_flops + hca_rows * row_flops,
-        "entry_us": csa * row_flops,
-        "ratio": config.csa_ratio,
-        "topk": config.index_topk if csa else 0,
-        "replay_tokens": layout.replay_tokens,
+        "context_us": scores,
+        "entry_us": len(indexed) * row_flops,
+        "topk": config.index_topk if indexed else 0,
+        "indexed": [
+            {"ratio": ratio, "share": count / len(indexed)}
+            for ratio, count in sorted(Counter(spec.ratio for spec in indexed).items())
+        ],
+        "reaches": [spec.reach for spec in config.layers],
     }
+
+
+def _check_known(config: ModelConfig, part: Mapping[str, Component]) -> None:
+    """Raises ConfigError for a component whose reading would cost nothing here."""
+    known = {"window"}
+    for spec in config.layers:
+        known |= {spec.history, spec.pool, spec.index, spec.index_pool} if spec.ratio else set()
+    unknown = next((name for name in part if name not in known), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"the step model does not know component {unknown!r} of the layout; {config.name} has {', '.join(sorted(known))}"
+        )
 
 
 def _linear(config: ModelConfig, parallel: Parallel) -> tuple[float, float, float]:
@@ -164,8 +185,3 @@ COEFFICIENTS = (
 """Coefficients that may be given directly."""
 READS = ("dense_read_us", "expert_read_us", "row_read_us", "context_read_us", "entry_read_us")
 ARITHMETIC = ("token_us", "query_us", "context_us", "entry_us")
-
-
-def as_json(coefficients: Mapping[str, float]) -> str:
-    """What `StepModel.from_json` reads."""
-    return json.dumps(dict(coefficients))

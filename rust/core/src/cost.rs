@@ -18,6 +18,7 @@ use crate::ids::SnapshotId;
 
 /// Measured costs of the device, in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct CostModel {
     /// One prefill token.
     pub token_us: f64,

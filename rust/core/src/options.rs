@@ -8,12 +8,13 @@ use crate::error::CoreError;
 use crate::sched::budget::{StepBudget, StepCost};
 use crate::sched::policy::SnapshotPolicy;
 
-/// Limits and policies.
+/// Limits and policies. They cross the border to Python as a dict with these keys; what is left out has its default.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// Pages of the pool.
+    /// Pages of the pool; must be given.
     pub pages: u32,
-    /// Live-state slabs: requests that can run at once.
+    /// Live-state slabs: requests that can run at once; must be given.
     pub slabs: u32,
     /// Tokens of a step.
     pub max_step_tokens: u32,
@@ -47,20 +48,22 @@ pub struct Options {
 
 /// A tenant's share of the device.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Tenant {
     /// As in [`Submit::tenant`].
     pub id: u32,
     /// Its share of prefill tokens relative to others, above 0.
     pub weight: f64,
     /// Cached pages that it keeps at most while others need memory; `None`: no limit.
+    #[serde(default)]
     pub quota_pages: Option<u32>,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Options {
-            pages: 1,
-            slabs: 1,
+            pages: 0,
+            slabs: 0,
             max_step_tokens: 2048,
             max_len: 1 << 20,
             max_waiting: 1024,

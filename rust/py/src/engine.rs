@@ -2,34 +2,23 @@
 
 use std::sync::Mutex;
 
-use dsv4_core::core::Tenant;
-use dsv4_core::cost::CostModel;
-use dsv4_core::error::CoreError;
 use dsv4_core::event::EVENT_WIDTH;
 use dsv4_core::ids::{PinId, RequestId, Step};
-use dsv4_core::sched::budget::{StepBudget, StepCost};
 use dsv4_core::sched::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::arrays::{counts_of, tokens_of, writable};
+use crate::data::{from_python, to_python};
 use crate::door::{enter, enter_locked};
 use crate::layout::PyLayoutSpec;
 use crate::plan::data_of;
 
-/// The budget of a step from Python's two arguments, of which one may be given.
-pub fn budget(us: Option<f64>, auto: Option<(f64, u32)>) -> Result<StepBudget, CoreError> {
-    match (us, auto) {
-        (None, None) => Ok(StepBudget::Open),
-        (Some(us), None) => Ok(StepBudget::Fixed(us)),
-        (None, Some((times, floor))) => Ok(StepBudget::Decodes { times, floor }),
-        (Some(us), Some(_)) => Err(CoreError::Config {
-            field: "step_us".to_owned(),
-            value: us.to_string(),
-            expected: "it must be None where step_auto is given".to_owned(),
-        }),
-    }
+/// Every option of a core with its default.
+#[pyfunction]
+pub fn default_options(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    to_python(py, &Options::default())
 }
 
 /// Scheduler and cache.
@@ -41,79 +30,10 @@ pub struct PyCore {
 #[pymethods]
 impl PyCore {
     #[new]
-    #[pyo3(signature = (layout, *, pages, slabs, max_step_tokens, max_len, max_waiting = 1024, snapshots = "auto",
-                        snapshot_budget = 0.1, eviction = "value", prefix_cache = true, max_in_flight = 1,
-                        replay_tokens = None, token_us = None, context_us_per_1k = None, replay_factor = None,
-                        restore_us = None, base_us = None, decode_us = None, copy_us = None, step_us = None,
-                        step_auto = None, max_wait_us = 30_000_000, tenants = Vec::new()),
-           text_signature = "(layout, *, pages, slabs, max_step_tokens, max_len, max_waiting=1024, snapshots='auto', \
-snapshot_budget=0.1, eviction='value', prefix_cache=True, max_in_flight=1, replay_tokens=None, token_us=None, \
-context_us_per_1k=None, replay_factor=None, restore_us=None, base_us=None, decode_us=None, copy_us=None, step_us=None, \
-step_auto=None, max_wait_us=30000000, tenants=())")]
-    #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
-    fn new(
-        py: Python<'_>,
-        layout: &PyLayoutSpec,
-        pages: u32,
-        slabs: u32,
-        max_step_tokens: u32,
-        max_len: u32,
-        max_waiting: usize,
-        snapshots: &str,
-        snapshot_budget: f64,
-        eviction: &str,
-        prefix_cache: bool,
-        max_in_flight: u32,
-        replay_tokens: Option<u32>,
-        token_us: Option<f64>,
-        context_us_per_1k: Option<f64>,
-        replay_factor: Option<f64>,
-        restore_us: Option<f64>,
-        base_us: Option<f64>,
-        decode_us: Option<f64>,
-        copy_us: Option<f64>,
-        step_us: Option<f64>,
-        step_auto: Option<(f64, u32)>,
-        max_wait_us: u64,
-        tenants: Vec<(u32, f64, Option<u32>)>,
-    ) -> PyResult<Self> {
-        let step = StepCost::default();
-        let step_cost = StepCost {
-            base_us: base_us.unwrap_or(step.base_us),
-            decode_us: decode_us.unwrap_or(step.decode_us),
-            copy_us: copy_us.unwrap_or(step.copy_us),
-        };
-        let tenants =
-            tenants.into_iter().map(|(id, weight, quota_pages)| Tenant { id, weight, quota_pages }).collect();
-        let usual = CostModel::default();
-        let cost = CostModel {
-            token_us: token_us.unwrap_or(usual.token_us),
-            context_us_per_1k: context_us_per_1k.unwrap_or(usual.context_us_per_1k),
-            replay_factor: replay_factor.unwrap_or(usual.replay_factor),
-            restore_us: restore_us.unwrap_or(usual.restore_us),
-        };
-        let core = enter(py, || {
-            let (snapshots, eviction) = (snapshots.parse()?, eviction.parse()?);
-            let options = Options {
-                pages,
-                slabs,
-                max_step_tokens,
-                max_len,
-                max_waiting,
-                snapshots,
-                snapshot_budget,
-                eviction,
-                prefix_cache,
-                max_in_flight,
-                cost,
-                replay_tokens,
-                step_cost,
-                step_budget: budget(step_us, step_auto)?,
-                max_wait_us,
-                tenants,
-            };
-            Core::new(&layout.0, options)
-        })?;
+    #[pyo3(signature = (layout, options))]
+    fn new(py: Python<'_>, layout: &PyLayoutSpec, options: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let options: Options = from_python("options", options)?;
+        let core = enter(py, || Core::new(&layout.spec, options))?;
         Ok(PyCore { core: Mutex::new(core) })
     }
 

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `door.rs` | the one way into the core: GIL detached, errors and panics mapped to Python classes |
 //! | `body.rs` | `scan_json`: the size of a JSON body, and its token ids as arrays |
+//! | `data.rs` | options and layouts: dicts from and to what serde reads |
 //! | `layout.rs` | `LayoutSpec`, `Component` |
 //! | `arrays.rs` | numpy arrays owned by Python, borrowed for a call |
 //! | `engine.rs` | `Core` |
@@ -12,13 +13,17 @@
 
 mod arrays;
 mod body;
+mod data;
 mod door;
 mod engine;
 mod layout;
 mod plan;
 mod simulate;
 
+use dsv4_core::cache::Eviction;
+use dsv4_core::sched::policy::SnapshotPolicy;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 /// The extension module.
 #[pymodule(gil_used = false)]
@@ -32,6 +37,9 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<simulate::PyTrace>()?;
     m.add_class::<simulate::PyStepModel>()?;
     m.add_class::<simulate::PyReplay>()?;
+    m.add("EVICTIONS", PyTuple::new(m.py(), Eviction::ALL.map(Eviction::name))?)?;
+    m.add("SNAPSHOT_POLICIES", PyTuple::new(m.py(), SnapshotPolicy::NAMES)?)?;
+    m.add_function(wrap_pyfunction!(engine::default_options, m)?)?;
     plan::add_to(m)?;
     door::add_exceptions(m)
 }

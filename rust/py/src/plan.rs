@@ -5,6 +5,7 @@ use dsv4_core::plan::{CONSTANTS, FieldPlace, Limits, Schema};
 use pyo3::prelude::*;
 use serde::Serialize;
 
+use crate::data::{from_python, to_python};
 use crate::layout::PyLayoutSpec;
 
 #[derive(Serialize)]
@@ -16,21 +17,19 @@ struct SchemaData {
 /// `{"words": …, "fields": [{"name": …, "section": …, "dtype": …, "offset": …, "shape": …}, …]}`
 pub fn data_of<'py>(py: Python<'py>, schema: &Schema) -> PyResult<Bound<'py, PyAny>> {
     let data = SchemaData { words: schema.words(), fields: schema.fields() };
-    Ok(pythonize::pythonize(py, &data)?)
+    to_python(py, &data)
 }
 
-/// The schema of a core with these limits.
+/// The schema of a core with these limits, which are options of it.
 #[pyfunction]
-#[pyo3(signature = (layout, *, slabs, max_step_tokens, max_len))]
+#[pyo3(signature = (layout, options))]
 pub fn plan_schema<'py>(
     py: Python<'py>,
     layout: &PyLayoutSpec,
-    slabs: u32,
-    max_step_tokens: u32,
-    max_len: u32,
+    options: &Bound<'py, PyAny>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    let options = Options { slabs, max_step_tokens, max_len, ..Options::default() };
-    data_of(py, &Schema::new(Limits::new(&layout.0, &options)))
+    let options: Options = from_python("options", options)?;
+    data_of(py, &Schema::new(Limits::new(&layout.spec, &options)))
 }
 
 /// Puts the function and the numbers that plans are written in into the module.

@@ -5,15 +5,14 @@ use std::io::BufReader;
 use std::sync::{Arc, Mutex};
 
 use dsv4_core::Options;
-use dsv4_core::core::Tenant;
 use dsv4_sim::replay::best::Blocks;
 use dsv4_sim::replay::clock::{Row, StepModel};
 use dsv4_sim::replay::run::{Replay, Settings};
 use dsv4_sim::replay::trace::{TimeUnit, Trace, TraceError};
 use pyo3::prelude::*;
 
+use crate::data::from_python;
 use crate::door::{Failure, enter, enter_locked};
-use crate::engine::budget;
 use crate::layout::PyLayoutSpec;
 
 /// A request trace.
@@ -125,9 +124,11 @@ pub struct PyStepModel(StepModel);
 
 #[pymethods]
 impl PyStepModel {
-    #[staticmethod]
-    fn from_json(py: Python<'_>, text: &str) -> PyResult<Self> {
-        enter(py, || StepModel::from_json(text).map_err(Failure::Invalid)).map(Self)
+    #[new]
+    fn new(py: Python<'_>, coefficients: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let model: StepModel = from_python("step model", coefficients)?;
+        enter(py, || model.validate().map_err(Failure::Invalid))?;
+        Ok(Self(model))
     }
 
     /// (fixed us, [(reads us, arithmetic us)]) of rows (start, tokens, end of replay).
@@ -149,51 +150,21 @@ pub struct PyReplay {
 #[pymethods]
 impl PyReplay {
     #[new]
-    #[pyo3(signature = (trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction,
-                        snapshot_budget = None, model = None, sequential = false, step_us = None, step_auto = None,
-                        tenants = Vec::new()),
-           text_signature = "(trace, layout, *, pages, slabs, max_step_tokens, max_len, max_waiting, snapshots, eviction, \
-                             snapshot_budget=None, model=None, sequential=False, step_us=None, step_auto=None, tenants=())")]
-    #[expect(clippy::too_many_arguments, reason = "keyword-only at the border")]
+    #[pyo3(signature = (trace, layout, options, *, model = None, sequential = false))]
     fn new(
         py: Python<'_>,
         trace: Py<PyTrace>,
         layout: &PyLayoutSpec,
-        pages: u32,
-        slabs: u32,
-        max_step_tokens: u32,
-        max_len: u32,
-        max_waiting: usize,
-        snapshots: &str,
-        eviction: &str,
-        snapshot_budget: Option<f64>,
+        options: &Bound<'_, PyAny>,
         model: Option<&PyStepModel>,
         sequential: bool,
-        step_us: Option<f64>,
-        step_auto: Option<(f64, u32)>,
-        tenants: Vec<(u32, f64, Option<u32>)>,
     ) -> PyResult<Self> {
+        let mut options: Options = from_python("options", options)?;
         let shared = trace.get().trace.clone();
-        let (layout, model) = (&layout.0, model.map(|m| m.0));
+        let (layout, model) = (&layout.spec, model.map(|m| m.0.clone()));
         let replay = enter(py, || -> Result<Replay, Failure> {
-            let mut options = Options {
-                pages,
-                slabs,
-                max_step_tokens,
-                max_len,
-                max_waiting,
-                snapshots: snapshots.parse()?,
-                eviction: eviction.parse()?,
-                step_budget: budget(step_us, step_auto)?,
-                tenants: tenants
-                    .into_iter()
-                    .map(|(id, weight, quota_pages)| Tenant { id, weight, quota_pages })
-                    .collect(),
-                ..Options::default()
-            };
-            snapshot_budget.into_iter().for_each(|share| options.snapshot_budget = share);
             if let Some(model) = &model {
-                (options.cost, options.step_cost) = model.cost(max_step_tokens);
+                (options.cost, options.step_cost) = model.cost(options.max_step_tokens);
             }
             Ok(Replay::new(shared, layout, Settings { options, model: model.filter(|_| !sequential) })?)
         })?;
@@ -202,7 +173,7 @@ impl PyReplay {
 
     #[staticmethod]
     fn resume(py: Python<'_>, dump: &str, layout: &PyLayoutSpec, model: &PyStepModel) -> PyResult<Self> {
-        let (layout, model) = (&layout.0, model.0);
+        let (layout, model) = (&layout.spec, model.0.clone());
         let replay = enter(py, || Replay::resume(dump, layout, model))?;
         let trace = Py::new(py, PyTrace { trace: replay.trace().clone(), blocks: Mutex::new(None) })?;
         Ok(PyReplay { replay: Mutex::new(replay), trace, block: layout.block_tokens })

@@ -91,7 +91,7 @@ struct View<'a> {
 impl View<'_> {
     fn place(&self, layer: usize, entry: u32) -> Option<(usize, usize)> {
         let g = self.geometry;
-        let per_page = g.block / g.layers[layer].ratio();
+        let per_page = g.block / g.layers[layer].ratio;
         let page = *self.table.get(&(entry / per_page))?;
         Some((page as usize, (g.first_row[layer] + entry % per_page) as usize))
     }
@@ -202,9 +202,10 @@ impl Device {
     /// Garbage into the rows of a page that close at or after `offset` tokens into its block.
     fn spoil(&mut self, page: u32, offset: u32) {
         let g = &self.geometry;
-        for (layer, kind) in g.layers.iter().enumerate() {
-            let rows = g.block.checked_div(kind.ratio()).unwrap_or(0);
-            for row in (0..rows).filter(|row| (row + 1) * kind.ratio() > offset) {
+        for layer in 0..g.layers.len() {
+            let ratio = g.own_ratio(layer);
+            let rows = g.block.checked_div(ratio).unwrap_or(0);
+            for row in (0..rows).filter(|row| (row + 1) * ratio > offset) {
                 self.pages[page as usize].rows[(g.first_row[layer] + row) as usize] = GARBAGE;
             }
         }
@@ -358,9 +359,8 @@ impl Device {
                 return Err(format!("the slab is at {}: {copy:?} for {whole} pages", slab.pos));
             }
             for (layer, pools) in slab.pools.iter().enumerate() {
-                let csa = matches!(self.geometry.layers[layer], crate::fake::Compress::Csa(_));
-                let unsaved = if csa { pools[1] } else { pools[0] };
-                if boundary && self.geometry.layers[layer].ratio() > 0 && unsaved != EMPTY {
+                let unsaved = if self.geometry.layers[layer].overlap { pools[1] } else { pools[0] };
+                if boundary && self.geometry.own_ratio(layer) > 0 && unsaved != EMPTY {
                     return Err(format!(
                         "layer {layer} has an open entry at {pos}, which a snapshot does not keep"
                     ));

@@ -11,25 +11,15 @@ use crate::rng::scramble;
 /// An open compressor entry without tokens.
 pub const EMPTY: u64 = 0;
 
-/// How a layer compresses.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Compress {
-    /// Not at all.
-    None,
-    /// With overlap: an entry starts from the low half of the block before.
-    Csa(u32),
-    /// Without overlap.
-    Hca(u32),
-}
-
-impl Compress {
-    /// Tokens per history row, 0 without.
-    pub fn ratio(self) -> u32 {
-        match self {
-            Compress::None => 0,
-            Compress::Csa(r) | Compress::Hca(r) => r,
-        }
-    }
+/// The history of a layer.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct Past {
+    /// Tokens per history row, 0 without history.
+    pub ratio: u32,
+    /// Each row depends on the block before, too.
+    pub overlap: bool,
+    /// The layer whose rows it reads.
+    pub of: usize,
 }
 
 /// What the fake model needs of a layout.
@@ -46,45 +36,82 @@ pub struct Geometry {
     /// Pages of a whole slab.
     pub slab_pages: u32,
     /// Per layer.
-    pub layers: Vec<Compress>,
+    pub layers: Vec<Past>,
+    /// Per layer: the first position that takes part in a replay, from the replay's start.
+    pub floors: Vec<u32>,
     /// First history row of each layer in a page; the last element is the rows of a page.
     pub first_row: Vec<u32>,
 }
 
 impl Geometry {
-    /// From a V4 layout. The index component goes in lockstep with `csa`, so it is left out.
+    /// From a layout of V4's components, whatever their ratios. The index goes in lockstep with the rows that it is of, so
+    /// it is left out. Panics at any other component: what it would do is not modelled here.
     pub fn of(layout: &LayoutSpec, replay_tokens: u32) -> Self {
-        let mut layers = vec![Compress::None; layout.layers as usize];
+        let named = |name: &str| layout.components.iter().find(|c| c.name == name);
+        let mut layers = vec![Past::default(); layout.layers.len()];
         for c in &layout.components {
-            let Kind::Stride { ratio } = c.kind else { continue };
-            let kind = match c.name.as_str() {
-                "csa" => Compress::Csa(ratio),
-                "hca" => Compress::Hca(ratio),
-                _ => continue,
-            };
-            c.layers.iter().for_each(|&l| layers[l as usize] = kind);
+            let main = |suffix: &str| c.name.strip_suffix(suffix).and_then(named);
+            match c.kind {
+                Kind::Window { tokens, slack: 0 } if tokens == layout.window => {}
+                Kind::Stride { ratio } if main("_index").is_some_and(|of| of.kind == c.kind) => {
+                    assert!(
+                        named(&format!("{}_pool", c.name)).is_some(),
+                        "{ratio} tokens of {} in no pool",
+                        c.name
+                    );
+                }
+                Kind::Stride { ratio } => {
+                    let pool = named(&format!("{}_pool", c.name)).map(|pool| pool.kind);
+                    let overlap = match pool {
+                        Some(Kind::Pool { rows: 2, saved: 1 }) => true,
+                        Some(Kind::Pool { rows: 1, saved: 0 }) => false,
+                        _ => panic!("the fake model does not know component {} with pool {pool:?}", c.name),
+                    };
+                    for &l in &c.layers {
+                        layers[usize::from(l)] = Past { ratio, overlap, of: l.into() };
+                    }
+                }
+                Kind::Pool { .. } if main("_pool").is_some_and(|of| of.is_history()) => {}
+                _ => panic!("the fake model does not know component {} of {:?}", c.name, c.kind),
+            }
         }
         let mut first_row = vec![0];
         for l in &layers {
-            let rows = layout.block_tokens.checked_div(l.ratio()).unwrap_or(0);
+            let rows = layout.block_tokens.checked_div(l.ratio).unwrap_or(0);
             first_row.push(first_row[first_row.len() - 1] + rows);
         }
-        let (block, window) = (layout.block_tokens, layout.window);
+        for (l, layer) in layout.layers.iter().enumerate() {
+            if let Some(of) = layer.history_of {
+                layers[l] = layers[usize::from(of)];
+            }
+        }
+        let floors = layout.layers.iter().scan(0, |sum, layer| {
+            let floor = *sum;
+            *sum += layer.reach;
+            Some(floor)
+        });
         Geometry {
-            block,
-            window,
+            block: layout.block_tokens,
+            window: layout.window,
             replay_tokens,
             snapshot_pages: layout.snapshot_pages(),
             slab_pages: layout.slab_pages(),
             layers,
+            floors: floors.collect(),
             first_row,
         }
+    }
+
+    /// The ratio of the history that a layer stores, 0 where it stores none.
+    pub fn own_ratio(&self, layer: usize) -> u32 {
+        let past = self.layers[layer];
+        if past.of == layer { past.ratio } else { 0 }
     }
 
     /// The first position of each layer that takes part in a replay up to `end`.
     pub fn floor(&self, end: u32, layer: usize) -> u32 {
         let start = i64::from(end) - i64::from(self.replay_tokens);
-        if start <= 0 { 0 } else { start as u32 + (self.window - 1) * layer as u32 }
+        if start <= 0 { 0 } else { start as u32 + self.floors[layer] }
     }
 }
 
@@ -115,18 +142,18 @@ pub fn embed(token: u32, salt: &[u8]) -> u64 {
 /// Runs the token at `pos` with input `x`; `replay_end` 0 means that everything takes part and history is written.
 /// Returns the output of the last layer, or `None` where a replay does not get that far.
 pub fn forward(g: &Geometry, m: &mut impl Memory, mut x: u64, pos: u32, replay_end: u32) -> Option<u64> {
-    for (layer, &kind) in g.layers.iter().enumerate() {
+    for (layer, &past) in g.layers.iter().enumerate() {
         let floor = if replay_end > 0 { g.floor(replay_end, layer) } else { 0 };
         if pos < floor {
             return None;
         }
         let tag = 16 * (layer as u64 + 1);
         m.set_window(layer, pos, mix(mix(tag, x), u64::from(pos)));
-        let ratio = kind.ratio();
+        let ratio = g.own_ratio(layer);
         if ratio > 0 {
             let pools = m.pools(layer);
             pools[0] = mix(pools[0], mix(tag + 1, x));
-            if matches!(kind, Compress::Csa(_)) {
+            if past.overlap {
                 pools[1] = mix(pools[1], mix(tag + 2, x));
             }
             if (pos + 1).is_multiple_of(ratio) {
@@ -141,8 +168,8 @@ pub fn forward(g: &Geometry, m: &mut impl Memory, mut x: u64, pos: u32, replay_e
         for p in floor.max((pos + 1).saturating_sub(g.window))..=pos {
             out = mix(out, m.window(layer, p));
         }
-        for entry in 0..(pos + 1).checked_div(ratio).unwrap_or(0) {
-            out = mix(out, m.history(layer, entry));
+        for entry in 0..(pos + 1).checked_div(past.ratio).unwrap_or(0) {
+            out = mix(out, m.history(past.of, entry));
         }
         x = out;
     }

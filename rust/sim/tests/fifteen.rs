@@ -8,16 +8,14 @@ use std::collections::HashMap;
 
 use dsv4_core::Options;
 use dsv4_core::ids::RequestId;
-use dsv4_core::layout::{LayoutSpec, V4Geometry, presets};
+use dsv4_core::layout::LayoutSpec;
+use dsv4_core::layout::presets::{self, Past, toy_model};
 use dsv4_core::sched::explain::Reason;
 use dsv4_core::sched::request::Submit;
 use dsv4_sim::world::World;
 
 fn geometry(csa_ratio: u32, hca_ratio: u32, window: u32, block_tokens: u32) -> LayoutSpec {
-    let compress_ratios = vec![0, csa_ratio, hca_ratio];
-    let toy = presets::toy_geometry();
-    let geometry = V4Geometry { compress_ratios, csa_ratio, hca_ratio, window, block_tokens, ..toy };
-    LayoutSpec::v4(&geometry).unwrap()
+    toy_model(&[Past::None, Past::Overlap(csa_ratio), Past::Plain(hca_ratio)], window, block_tokens, 640)
 }
 
 fn options() -> Options {

@@ -21,6 +21,7 @@ const PAGE_ALIGN: u32 = 256;
 
 /// How a component persists.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Kind {
     /// One row per `ratio` tokens, in history pages, shared and immutable.
     Stride {
@@ -45,8 +46,9 @@ pub enum Kind {
 
 /// One component of the cache, in all layers that have it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Component {
-    /// `csa`, `csa_index`, `hca`, `window`, `csa_pool`, `csa_index_pool`, `hca_pool` in V4.
+    /// `csa`, `csa_index`, `hca`, `window`, `csa_pool`, `csa_index_pool`, `hca_pool` in V4 (`model/layout.py`).
     pub name: String,
     /// How it persists.
     pub kind: Kind,
@@ -96,40 +98,26 @@ pub struct Placement {
     pub snapshot_layer_stride: u32,
 }
 
-/// The numbers of a V4 checkpoint that its cache depends on.
-#[derive(Clone, Debug)]
-pub struct V4Geometry {
-    /// Per layer: 0 (window only), the CSA ratio or the HCA ratio; draft layers cut off.
-    pub compress_ratios: Vec<u32>,
-    /// Tokens per CSA row (4).
-    pub csa_ratio: u32,
-    /// Tokens per HCA row (128).
-    pub hca_ratio: u32,
-    /// Channels of a main row.
-    pub head_dim: u32,
-    /// Channels of an index row.
-    pub index_head_dim: u32,
-    /// Sliding window in tokens, the query included.
-    pub window: u32,
-    /// Bytes and format of window and compressed rows.
-    pub row: (u32, String),
-    /// Bytes and format of index rows.
-    pub index_row: (u32, String),
-    /// Tokens of a page.
-    pub block_tokens: u32,
-    /// Window rows beyond the window, for draft tokens.
-    pub draft_slack: u32,
+/// What an attention layer reads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// Tokens before a position, run again in this layer, that rebuild its state there.
+    pub reach: u32,
+    /// The layer whose history it reads, itself or an earlier one; `None`: no history.
+    pub history_of: Option<u16>,
 }
 
 /// The cache of a model, as data.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LayoutSpec {
     /// Tokens of a page; a multiple of every ratio.
     pub block_tokens: u32,
     /// Sliding window in tokens, the query included.
     pub window: u32,
     /// Attention layers.
-    pub layers: u32,
+    pub layers: Vec<Layer>,
     /// Components in the order in which they lie in memory.
     pub components: Vec<Component>,
 }
@@ -139,64 +127,16 @@ fn align(n: u32, to: u32) -> u32 {
 }
 
 impl LayoutSpec {
-    /// The cache of a V4 checkpoint. Fails when a ratio is none of the two, or `block_tokens` is no multiple of both.
-    pub fn v4(g: &V4Geometry) -> Result<Self, CoreError> {
-        if let Some(bad) = g.compress_ratios.iter().find(|&&r| r != 0 && r != g.csa_ratio && r != g.hca_ratio)
-        {
-            let expected = format!("each entry is 0, {} (CSA) or {} (HCA)", g.csa_ratio, g.hca_ratio);
-            return Err(CoreError::config("compress_ratios", bad, expected));
-        }
-        let with = |ratio: u32| -> Vec<u16> {
-            (0u16..).zip(&g.compress_ratios).filter(|&(_, &r)| r == ratio).map(|(l, _)| l).collect()
-        };
-        let (csa, hca) = (with(g.csa_ratio), with(g.hca_ratio));
-        let all = (0..g.compress_ratios.len() as u16).collect();
-        let c = |name: &str, kind, layers: &Vec<u16>, (row_bytes, format): (u32, &str)| Component {
-            name: name.to_owned(),
-            kind,
-            layers: layers.clone(),
-            row_bytes,
-            format: format.to_owned(),
-        };
-        let (row, index) = ((g.row.0, g.row.1.as_str()), (g.index_row.0, g.index_row.1.as_str()));
-        let pool = |dim: u32| (2 * dim * 4, "float32"); // value and lse per channel
-        let two = Kind::Pool { rows: 2, saved: 1 };
-        let mut components = vec![
-            c("csa", Kind::Stride { ratio: g.csa_ratio }, &csa, row),
-            c("csa_index", Kind::Stride { ratio: g.csa_ratio }, &csa, index),
-            c("hca", Kind::Stride { ratio: g.hca_ratio }, &hca, row),
-            c("window", Kind::Window { tokens: g.window, slack: g.draft_slack }, &all, row),
-            c("csa_pool", two, &csa, pool(g.head_dim)),
-            c("csa_index_pool", two, &csa, pool(g.index_head_dim)),
-            c("hca_pool", Kind::Pool { rows: 1, saved: 0 }, &hca, pool(g.head_dim)),
-        ];
-        components.retain(|x| !x.layers.is_empty());
-        let spec = LayoutSpec {
-            block_tokens: g.block_tokens,
-            window: g.window,
-            layers: all.len() as u32,
-            components,
-        };
-        spec.validate()?;
-        Ok(spec)
-    }
-
-    /// Reads what [`to_json`](Self::to_json) writes.
-    pub fn from_json(text: &str) -> Result<Self, CoreError> {
-        let spec: LayoutSpec =
-            serde_json::from_str(text).map_err(|e| CoreError::config("layout", "no valid JSON", e))?;
-        spec.validate()?;
-        Ok(spec)
-    }
-
     /// The whole spec as JSON.
     pub fn to_json(&self) -> String {
         serde_json::to_string(self).expect("a layout has no map keys or floats")
     }
 
-    fn validate(&self) -> Result<(), CoreError> {
+    /// Refuses what cannot work, by name.
+    pub fn validate(&self) -> Result<(), CoreError> {
+        let layers = self.layers.len() as u32;
         for (field, value) in
-            [("block_tokens", self.block_tokens), ("window", self.window), ("layers", self.layers)]
+            [("block_tokens", self.block_tokens), ("window", self.window), ("layers", layers)]
         {
             if value == 0 {
                 return Err(CoreError::config(field, 0, "it must be at least 1"));
@@ -217,6 +157,7 @@ impl LayoutSpec {
                 ));
             }
         }
+        self.validate_layers()?;
         if !self.components.iter().any(Component::is_history) {
             return Err(CoreError::config(
                 "components",
@@ -242,6 +183,41 @@ impl LayoutSpec {
                 format!("of {slab:.0} B of state"),
                 "the most is 4 GiB",
             ));
+        }
+        Ok(())
+    }
+
+    /// Every component belongs to known layers, each once, and every history that is read to the layer that writes it.
+    fn validate_layers(&self) -> Result<(), CoreError> {
+        let mut writers = vec![false; self.layers.len()];
+        for (i, x) in self.components.iter().enumerate() {
+            if self.components[..i].iter().any(|other| other.name == x.name) {
+                return Err(CoreError::config("components", &x.name, "a name may be there once"));
+            }
+            let field = format!("layers of component {}", x.name);
+            let last = x.layers.last().map_or(0, |&l| usize::from(l));
+            if x.layers.is_empty() || !x.layers.is_sorted_by(|a, b| a < b) || last >= writers.len() {
+                let expected = format!("they must ascend, from 0 to {} at most", writers.len() - 1);
+                return Err(CoreError::config(&field, format!("{:?}", x.layers), expected));
+            }
+            if x.is_history() {
+                x.layers.iter().for_each(|&l| writers[usize::from(l)] = true);
+            }
+        }
+        for (l, layer) in self.layers.iter().enumerate() {
+            let fits = match layer.history_of {
+                None => !writers[l],
+                Some(of) if usize::from(of) == l => writers[l],
+                Some(of) => !writers[l] && usize::from(of) < l && writers[usize::from(of)],
+            };
+            if !fits {
+                let known: Vec<usize> = (0..=l).filter(|&l| writers[l]).collect();
+                let (field, value) = (format!("layers[{l}].history_of"), format!("{:?}", layer.history_of));
+                let expected = format!(
+                    "layers that store history up to it are {known:?}, and it is itself of one that does"
+                );
+                return Err(CoreError::config(&field, value, expected));
+            }
         }
         Ok(())
     }
@@ -329,7 +305,7 @@ impl LayoutSpec {
 
     /// Tokens before a position that, run again against cached history, rebuild its state exactly (spec 8.5).
     pub fn replay_tokens(&self) -> u32 {
-        (self.window - 1) * self.layers
+        self.layers.iter().map(|l| l.reach).sum()
     }
 
     /// Pages that fit into `bytes`.
@@ -384,38 +360,70 @@ mod tests {
     #[test]
     fn json_round_trips_and_the_fingerprint_tells_specs_apart() {
         let spec = presets::flash();
-        assert_eq!(LayoutSpec::from_json(&spec.to_json()).unwrap(), spec);
+        assert_eq!(serde_json::from_str::<LayoutSpec>(&spec.to_json()).unwrap(), spec);
         assert_ne!(spec.fingerprint(), presets::pro().fingerprint());
         let mut other = spec.clone();
         other.components[0].row_bytes += 1;
         assert_ne!(spec.fingerprint(), other.fingerprint());
     }
 
+    fn refused(change: impl FnOnce(&mut LayoutSpec)) -> String {
+        let mut spec = presets::flash();
+        change(&mut spec);
+        spec.validate().unwrap_err().to_string()
+    }
+
     #[test]
     fn bad_specs_are_refused_with_field_value_and_remedy() {
-        let mut g = presets::flash_geometry();
-        g.block_tokens = 192;
         assert_eq!(
-            LayoutSpec::v4(&g).unwrap_err().to_string(),
+            refused(|s| s.block_tokens = 192),
             "block_tokens is 192; it must be a multiple of the ratio 128 of component hca"
         );
-        let mut g = presets::flash_geometry();
-        g.block_tokens = 1 << 30;
-        let said = LayoutSpec::v4(&g).unwrap_err().to_string();
+        let said = refused(|s| s.block_tokens = 1 << 30);
         let most = said.rsplit(' ').next().unwrap().parse().unwrap();
         assert_eq!(
             said,
             format!("block_tokens is 1073741824; a page of that many is over 4 GiB, the most is {most}")
         );
-        g.block_tokens = most;
-        assert!(LayoutSpec::v4(&g).unwrap().page_bytes() > 1 << 31);
-        g.block_tokens += 128;
-        assert!(LayoutSpec::v4(&g).is_err());
-        let mut g = presets::flash_geometry();
-        g.compress_ratios[5] = 7;
+        let mut spec = LayoutSpec { block_tokens: most, ..presets::flash() };
+        assert!(spec.validate().is_ok() && spec.page_bytes() > 1 << 31);
+        spec.block_tokens += 128;
+        assert!(spec.validate().is_err());
+        assert!(refused(|s| s.components[1].name = "csa".to_owned()).contains("components is csa"));
         assert_eq!(
-            LayoutSpec::v4(&g).unwrap_err().to_string(),
-            "compress_ratios is 7; each entry is 0, 4 (CSA) or 128 (HCA)"
+            refused(|s| s.components[0].layers = vec![2, 43]),
+            "layers of component csa is [2, 43]; they must ascend, from 0 to 42 at most"
         );
+    }
+
+    fn without_history(spec: &mut LayoutSpec, layer: u16) {
+        spec.components.iter_mut().filter(|x| x.is_history()).for_each(|x| x.layers.retain(|&l| l != layer));
+    }
+
+    #[test]
+    fn a_layer_reads_the_history_of_itself_or_of_an_earlier_one_that_has_some() {
+        let told = "layers[4].history_of is ";
+        assert!(refused(|s| s.layers[4].history_of = None).starts_with(told)); // it has its own
+        assert!(refused(|s| s.layers[4].history_of = Some(2)).starts_with(told));
+        for bad in [0, 1, 7, 43] {
+            let said = refused(|s| {
+                without_history(s, 4);
+                s.layers[4].history_of = Some(bad);
+            });
+            assert!(said.starts_with(told) && said.contains("[2, 3]"), "{said}");
+        }
+        let mut spec = presets::flash();
+        without_history(&mut spec, 4);
+        spec.layers[4].history_of = Some(2);
+        spec.validate().unwrap();
+    }
+
+    #[test]
+    fn a_replay_is_as_long_as_the_reaches_of_all_layers_together() {
+        let mut spec = presets::flash();
+        assert_eq!(spec.replay_tokens(), 43 * 127);
+        spec.layers[3].reach = 0;
+        spec.layers[5].reach = 200;
+        assert_eq!(spec.replay_tokens(), 41 * 127 + 200);
     }
 }

@@ -34,6 +34,7 @@ const KEPT: usize = 8;
 
 /// Time that a step with running decodes may take. Without them only the limit of tokens bounds a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum StepBudget {
     /// Any.
     #[default]
@@ -69,8 +70,8 @@ impl StepBudget {
     pub fn validate(&self) -> Result<(), CoreError> {
         let (name, value, least) = match *self {
             StepBudget::Open => return Ok(()),
-            StepBudget::Fixed(us) => ("step_us", us, 0.0),
-            StepBudget::Decodes { times, .. } => ("step_auto", times, 1.0),
+            StepBudget::Fixed(us) => ("step_budget.fixed", us, 0.0),
+            StepBudget::Decodes { times, .. } => ("step_budget.decodes.times", times, 1.0),
         };
         if value.is_finite() && value > least {
             return Ok(());
@@ -81,6 +82,7 @@ impl StepBudget {
 
 /// What a step costs besides its prompt tokens, in microseconds, before anything is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct StepCost {
     /// Any step: reading the weights, launching kernels.
     pub base_us: f64,
@@ -338,10 +340,13 @@ mod tests {
         assert_eq!((StepBudget::Open.of(50.0), StepBudget::Open.floor()), (None, 0));
         for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             let e = StepBudget::Fixed(bad).validate().unwrap_err().to_string();
-            assert!(e.starts_with("step_us is ") && e.ends_with("it must be a number above 0"), "{e}");
+            assert!(
+                e.starts_with("step_budget.fixed is ") && e.ends_with("it must be a number above 0"),
+                "{e}"
+            );
         }
         let e = StepBudget::Decodes { times: 1.0, floor: 0 }.validate().unwrap_err().to_string();
-        assert_eq!(e, "step_auto is 1; it must be a number above 1");
+        assert_eq!(e, "step_budget.decodes.times is 1; it must be a number above 1");
         assert!(auto.validate().is_ok() && StepBudget::Open.validate().is_ok());
     }
 

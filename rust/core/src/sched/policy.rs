@@ -17,6 +17,7 @@ use crate::error::CoreError;
 
 /// The value of `snapshots`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum SnapshotPolicy {
     /// Never; resume by replay.
     None,
@@ -28,6 +29,31 @@ pub enum SnapshotPolicy {
     Forks,
     /// Forks, where a hit was lost for want of one, and spacing; admitted by expected use under a budget.
     Auto,
+}
+
+impl SnapshotPolicy {
+    /// Every value, in the order of messages; N is a number of tokens.
+    pub const NAMES: [&str; 5] = ["auto", "forks", "turns", "every:N", "none"];
+}
+
+impl TryFrom<String> for SnapshotPolicy {
+    type Error = CoreError;
+
+    fn try_from(text: String) -> Result<Self, CoreError> {
+        text.parse()
+    }
+}
+
+impl From<SnapshotPolicy> for String {
+    fn from(policy: SnapshotPolicy) -> String {
+        match policy {
+            SnapshotPolicy::None => "none".to_owned(),
+            SnapshotPolicy::Every(n) => format!("every:{n}"),
+            SnapshotPolicy::Turns => "turns".to_owned(),
+            SnapshotPolicy::Forks => "forks".to_owned(),
+            SnapshotPolicy::Auto => "auto".to_owned(),
+        }
+    }
 }
 
 impl FromStr for SnapshotPolicy {
@@ -44,7 +70,7 @@ impl FromStr for SnapshotPolicy {
             _ => Err(CoreError::config(
                 "snapshots",
                 format!("{text:?}"),
-                "valid values are auto, forks, turns, every:N, none",
+                format!("valid values are {}", Self::NAMES.join(", ")),
             )),
         }
     }
@@ -152,6 +178,13 @@ mod tests {
         assert_eq!((due.keep(20, true), due.keep(21, true)), (Keep::Spare, Keep::No));
         assert_eq!(SnapshotPolicy::Every(8).due(4, 18, 18, &found(0)).keep(24, true), Keep::Publish);
         assert_eq!(SnapshotPolicy::None.due(4, 18, 18, &found(0)).keep(20, true), Keep::No);
+    }
+
+    #[test]
+    fn every_name_reads_as_it_is_written() {
+        for name in SnapshotPolicy::NAMES.map(|name| name.replace('N', "7")) {
+            assert_eq!(String::from(name.parse::<SnapshotPolicy>().unwrap()), name);
+        }
     }
 
     #[test]

@@ -4,9 +4,9 @@
 //!   step     = overhead + collective + collective_token * tokens + copy * copies
 //!              + max(linear reads, linear arithmetic) + sum over rows of max(row's reads, row's arithmetic)
 //!   linear   reads dense + experts * (1 - (1 - k / E)^tokens)          arithmetic token * tokens
-//!   row      reads row_read + context_read * end + entry_read * min(selected, end / ratio)
-//!            arithmetic query * len + context * (sum of contexts) + entry * selected
-//!   selected = sum over the row's tokens of min(topk, context / ratio)
+//!   row      reads row_read + context_read * end + sum over ratios m of share[m] * entry_read * min(selected[m], end / m)
+//!            arithmetic query * len + context * (sum of contexts) + sum over ratios m of share[m] * entry * selected[m]
+//!   selected[m] = sum over the row's tokens of min(topk, context / m)
 //! ```
 //!
 //! A row is a token in decode or a piece of a prompt: its tokens share what they read, not what they compute. A replayed
@@ -18,7 +18,7 @@ use dsv4_core::sched::budget::StepCost;
 use serde::{Deserialize, Serialize};
 
 /// Coefficients of one model on some GPUs. Times are us.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StepModel {
     /// Host and launches of a step.
@@ -41,22 +41,32 @@ pub struct StepModel {
     pub token_us: f64,
     /// Reading the window and writing the new rows.
     pub row_read_us: f64,
-    /// Reading index keys and HCA rows, per token of context.
+    /// Reading index keys and the rows of layers without an index, per token of context.
     pub context_read_us: f64,
-    /// Reading one selected CSA row in all layers.
+    /// Reading one selected row in all layers with an index.
     pub entry_read_us: f64,
     /// Attention over the window, per token.
     pub query_us: f64,
-    /// Index scores and HCA, per token and token of context.
+    /// Index scores and the rows of layers without an index, per token and token of context.
     pub context_us: f64,
-    /// Attention over one selected CSA row in all layers.
+    /// Attention over one selected row in all layers with an index.
     pub entry_us: f64,
-    /// Tokens of a CSA row.
-    pub ratio: f64,
-    /// CSA rows that a token selects at most.
+    /// Rows that a token selects at most.
     pub topk: f64,
-    /// Replay of a layout: its tokens.
-    pub replay_tokens: f64,
+    /// The layers with an index, by ratio.
+    pub indexed: Vec<Indexed>,
+    /// Of each layer, how many tokens of a replay it takes from those before it (`Layer::reach`).
+    pub reaches: Vec<f64>,
+}
+
+/// Layers that select rows of one ratio.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Indexed {
+    /// Tokens of a row.
+    pub ratio: f64,
+    /// Which part of all layers with an index they are.
+    pub share: f64,
 }
 
 /// A row of a step: `len` tokens from position `start`; with `replay_end` above 0 they are replayed up to there.
@@ -87,25 +97,27 @@ impl Parts {
 }
 
 impl StepModel {
-    /// Reads the object that names every coefficient. The error names the field.
-    pub fn from_json(text: &str) -> Result<Self, String> {
-        let model: StepModel = serde_json::from_str(text).map_err(|e| format!("step model: {e}"))?;
-        let fields = serde_json::to_value(model).expect("a struct of numbers");
-        for (name, value) in fields.as_object().expect("a struct") {
-            let number = value.as_f64().unwrap_or(f64::NAN);
-            let least =
-                if matches!(name.as_str(), "ratio" | "experts" | "replay_tokens") { 1.0 } else { 0.0 };
-            if number.is_nan() || number < least {
+    /// Refuses numbers that no device has. The error names the field.
+    pub fn validate(&self) -> Result<(), String> {
+        let fields = serde_json::to_value(self).expect("a struct of numbers");
+        let flat = fields.as_object().expect("a struct").iter().filter(|(_, value)| !value.is_array());
+        let flat = flat.map(|(name, value)| (name.clone(), value.as_f64().unwrap_or(f64::NAN)));
+        let ratios = self.indexed.iter().map(|x| ("ratio".to_owned(), x.ratio));
+        let shares = self.indexed.iter().map(|x| ("share".to_owned(), x.share));
+        let reaches = self.reaches.iter().map(|&x| ("reaches".to_owned(), x));
+        for (name, value) in flat.chain(ratios).chain(shares).chain(reaches) {
+            let least = if matches!(name.as_str(), "ratio" | "experts") { 1.0 } else { 0.0 };
+            if !(value >= least && value.is_finite()) {
                 return Err(format!(
-                    "step model: {name} is {value}; it must be a number of at least {least}"
+                    "step model: {name} is {value:?}; it must be a number of at least {least}"
                 ));
             }
         }
-        if model.experts_per_token > model.experts {
-            let (k, all) = (model.experts_per_token, model.experts);
+        if self.experts_per_token > self.experts {
+            let (k, all) = (self.experts_per_token, self.experts);
             return Err(format!("step model: experts_per_token is {k}; it must be at most experts ({all})"));
         }
-        Ok(model)
+        Ok(())
     }
 
     /// Where the time of a step with these rows and `copies` of states goes.
@@ -140,31 +152,40 @@ impl StepModel {
         self.parts((0..header.rows as usize).map(row), header.copies).total_us()
     }
 
-    /// Share of the layers that run a row's tokens, on average: layer `l` skips the first `(window - 1) * l` of a replay.
+    /// Share of the layers that run a row's tokens, on average: a layer skips the start of a replay, as far as the layers
+    /// before it reach back.
     fn share(&self, row: Row) -> f64 {
-        let base = f64::from(row.replay_end) - self.replay_tokens;
-        if row.replay_end == 0 || base <= 0.0 {
+        let mut floor = f64::from(row.replay_end) - self.reaches.iter().sum::<f64>();
+        if row.replay_end == 0 || floor <= 0.0 {
             return 1.0;
         }
-        let middle = f64::from(row.start) + f64::from(row.len) / 2.0;
-        ((middle - base) / self.replay_tokens).clamp(0.0, 1.0)
+        let (start, len) = (f64::from(row.start), f64::from(row.len.max(1)));
+        let mut run = 0.0;
+        for reach in &self.reaches {
+            run += (start + len - floor).clamp(0.0, len);
+            floor += reach;
+        }
+        run / (len * self.reaches.len() as f64)
     }
 
     fn row(&self, row: Row, run: f64) -> (f64, f64) {
         let (start, end) = (f64::from(row.start), f64::from(row.start + row.len));
         let share = run / f64::from(row.len.max(1));
-        let selected = share * self.selected(start, end);
         let contexts = run * (start + end + 1.0) / 2.0;
-        let entries = selected.min(end / self.ratio);
-        let read = self.row_read_us + self.context_read_us * end + self.entry_read_us * entries;
-        let compute = self.query_us * run + self.context_us * contexts + self.entry_us * selected;
+        let mut read = self.row_read_us + self.context_read_us * end;
+        let mut compute = self.query_us * run + self.context_us * contexts;
+        for layers in &self.indexed {
+            let selected = share * self.selected(start, end, layers.ratio);
+            read += layers.share * self.entry_read_us * selected.min(end / layers.ratio);
+            compute += layers.share * self.entry_us * selected;
+        }
         (share * read, compute)
     }
 
     /// Rows that tokens `start..end` select: the integral of `min(topk, context / ratio)`.
-    fn selected(&self, start: f64, end: f64) -> f64 {
-        let full = (self.topk * self.ratio).clamp(start, end);
-        (full * full - start * start) / (2.0 * self.ratio) + self.topk * (end - full)
+    fn selected(&self, start: f64, end: f64, ratio: f64) -> f64 {
+        let full = (self.topk * ratio).clamp(start, end);
+        (full * full - start * start) / (2.0 * ratio) + self.topk * (end - full)
     }
 
     /// What the scheduler is told of it before anything is measured, for prompts that come in pieces of `chunk` tokens:
@@ -195,31 +216,33 @@ mod tests {
     use super::*;
 
     /// Coefficients that are easy to add up.
-    pub(crate) const EASY: StepModel = StepModel {
-        overhead_us: 100.0,
-        collective_us: 10.0,
-        collective_token_us: 0.5,
-        copy_us: 3.0,
-        dense_read_us: 50.0,
-        expert_read_us: 400.0,
-        experts: 4.0,
-        experts_per_token: 1.0,
-        token_us: 1.0,
-        row_read_us: 2.0,
-        context_read_us: 0.01,
-        entry_read_us: 0.1,
-        query_us: 0.2,
-        context_us: 0.001,
-        entry_us: 0.004,
-        ratio: 4.0,
-        topk: 8.0,
-        replay_tokens: 100.0,
-    };
+    pub(crate) fn easy() -> StepModel {
+        StepModel {
+            overhead_us: 100.0,
+            collective_us: 10.0,
+            collective_token_us: 0.5,
+            copy_us: 3.0,
+            dense_read_us: 50.0,
+            expert_read_us: 400.0,
+            experts: 4.0,
+            experts_per_token: 1.0,
+            token_us: 1.0,
+            row_read_us: 2.0,
+            context_read_us: 0.01,
+            entry_read_us: 0.1,
+            query_us: 0.2,
+            context_us: 0.001,
+            entry_us: 0.004,
+            topk: 8.0,
+            indexed: vec![Indexed { ratio: 4.0, share: 1.0 }],
+            reaches: vec![50.0, 30.0, 20.0],
+        }
+    }
 
     #[test]
     fn a_decode_and_a_piece_of_a_prompt_add_up() {
         let rows = [Row { start: 999, len: 1, replay_end: 0 }, Row { start: 0, len: 100, replay_end: 0 }];
-        let p = EASY.parts(rows.into_iter(), 2);
+        let p = easy().parts(rows.into_iter(), 2);
         assert_eq!(p.fixed_us, 100.0 + 10.0 + 0.5 * 101.0 + 6.0);
         let touched = 1.0 - 0.75f64.powi(101);
         assert_eq!(p.pairs[0], (50.0 + 400.0 * touched, 101.0));
@@ -234,22 +257,23 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_replay_runs_half_of_the_layers() {
+    fn a_replay_runs_as_many_layers_as_reach_so_far() {
         let replay = Row { start: 200, len: 100, replay_end: 300 };
-        assert_eq!(EASY.share(replay), 0.5);
-        assert_eq!(EASY.share(Row { start: 280, len: 20, replay_end: 300 }), 0.9);
-        assert_eq!(EASY.share(Row { start: 0, len: 50, replay_end: 50 }), 1.0);
+        // The first layer runs all of it, the second 50 tokens, the third 20.
+        assert_eq!(easy().share(replay), (100.0 + 50.0 + 20.0) / 300.0);
+        assert_eq!(easy().share(Row { start: 270, len: 20, replay_end: 300 }), (20.0 + 20.0 + 10.0) / 60.0);
+        assert_eq!(easy().share(Row { start: 0, len: 50, replay_end: 50 }), 1.0);
         let (whole, half) = (
-            EASY.parts([Row { replay_end: 0, ..replay }].into_iter(), 0),
-            EASY.parts([replay].into_iter(), 0),
+            easy().parts([Row { replay_end: 0, ..replay }].into_iter(), 0),
+            easy().parts([replay].into_iter(), 0),
         );
-        assert!(half.pairs[1].1 < 0.51 * whole.pairs[1].1);
+        assert!(half.pairs[1].1 < 0.57 * whole.pairs[1].1);
     }
 
     #[test]
     fn the_scheduler_hears_the_same_costs() {
-        let (c, s) = EASY.cost(1000);
-        let step = |start, len| EASY.parts([Row { start, len, replay_end: 0 }].into_iter(), 0).total_us();
+        let (c, s) = easy().cost(1000);
+        let step = |start, len| easy().parts([Row { start, len, replay_end: 0 }].into_iter(), 0).total_us();
         assert_eq!(s.base_us, step(0, 1));
         assert!((s.base_us + c.token_us * 1000.0 - step(0, 1000)).abs() < 1e-6);
         // Far out a piece costs what the linear form says there.
@@ -261,15 +285,15 @@ mod tests {
 
     #[test]
     fn bad_coefficients_are_named() {
-        let json = serde_json::to_string(&EASY).unwrap();
-        assert_eq!(StepModel::from_json(&json).unwrap(), EASY);
-        let bad = json.replace("\"ratio\":4.0", "\"ratio\":0.0");
+        assert_eq!(easy().validate(), Ok(()));
+        let bad = StepModel { indexed: vec![Indexed { ratio: 0.0, share: 1.0 }], ..easy() };
         assert_eq!(
-            StepModel::from_json(&bad).unwrap_err(),
+            bad.validate().unwrap_err(),
             "step model: ratio is 0.0; it must be a number of at least 1"
         );
+        let bad = StepModel { experts: 2.0, experts_per_token: 3.0, ..easy() };
         assert!(
-            StepModel::from_json(&json.replace("topk", "top")).unwrap_err().contains("unknown field `top`")
+            bad.validate().unwrap_err().contains("experts_per_token is 3; it must be at most experts (2)")
         );
     }
 }

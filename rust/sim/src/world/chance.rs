@@ -7,7 +7,8 @@ use dsv4_core::cache::Eviction;
 use dsv4_core::core::Tenant;
 use dsv4_core::cost::CostModel;
 use dsv4_core::ids::{RequestId, Step};
-use dsv4_core::layout::{LayoutSpec, V4Geometry, presets};
+use dsv4_core::layout::LayoutSpec;
+use dsv4_core::layout::presets::{Past, toy_model};
 use dsv4_core::sched::budget::{StepBudget, StepCost};
 use dsv4_core::sched::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
@@ -17,16 +18,21 @@ use crate::rng::Rng;
 
 /// A tiny layout. The fields are drawn in the order in which they stand here.
 fn layout(rng: &mut Rng) -> LayoutSpec {
-    let ratios: [&[u32]; 4] = [&[0, 2, 4], &[2, 4, 2], &[4, 0, 2], &[4, 4, 2]];
-    let geometry = V4Geometry {
-        compress_ratios: rng.pick(&ratios).to_vec(),
-        window: rng.pick(&[6, 6, 3]),
-        // Index rows are not modelled; their size says how many pages a snapshot takes.
-        index_row: (rng.pick(&[256, 640]), "toy".to_owned()),
-        block_tokens: rng.pick(&[4, 4, 8]),
-        ..presets::toy_geometry()
-    };
-    LayoutSpec::v4(&geometry).expect("the toy layouts are valid")
+    use Past::{None, Of, Overlap, Plain};
+    let models: [&[Past]; 7] = [
+        &[None, Overlap(2), Plain(4)],
+        &[Overlap(2), Plain(4), Overlap(2)],
+        &[Plain(4), None, Overlap(2)],
+        &[Plain(4), Plain(4), Overlap(2)],
+        // A third ratio, layers that read another's history, none that is plain.
+        &[Overlap(2), Plain(4), Plain(2)],
+        &[Overlap(4), Of(0), Overlap(2)],
+        &[Plain(2), Overlap(2), Of(0)],
+    ];
+    let (model, window) = (rng.pick(&models), rng.pick(&[6, 6, 3]));
+    // Index rows are not modelled; their size says how many pages a snapshot takes.
+    let index_bytes = rng.pick(&[256, 640]);
+    toy_model(model, window, rng.pick(&[4, 4, 8]), index_bytes)
 }
 
 impl World {
