@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from dsv4._core import Core, LayoutSpec
-from dsv4.config import EngineConfig
+from dsv4.config import EngineConfig, core_options
 from dsv4.engine import process
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.checks import check
@@ -117,15 +117,8 @@ def build(
     flights = 2 if config.async_scheduling else 1
     tokens = config.max_num_batched_tokens or max(512, config.max_num_seqs)
     config = dataclasses.replace(config, device="cpu", max_num_batched_tokens=tokens)
-    core = Core(
-        layout_of(config),
-        pages=config.num_pages or 64,
-        slabs=config.max_num_seqs,
-        max_step_tokens=tokens,
-        max_len=MAX_LEN,
-        max_waiting=config.max_num_waiting,
-        max_in_flight=flights,
-    )
+    limits = {"pages": config.num_pages or 64, "max_len": MAX_LEN, "max_in_flight": flights}
+    core = Core(layout_of(config), core_options(config) | limits)
     time.sleep(float(os.environ.get("SCRIPTED_LOAD", "0")))
     breaks = os.environ.get("SCRIPTED_BREAKS")
     device = ScriptedDevice(float(os.environ.get("SCRIPTED_STEP", "0")), int(breaks) if breaks else None)

@@ -11,7 +11,6 @@ Along which axis a tensor is cut stands in the table of tensors (`names.py`). Pl
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from math import ceil, lcm
 from typing import TYPE_CHECKING, Any
@@ -81,14 +80,14 @@ class RankLayout:
     def __init__(self, layout: LayoutSpec, ranks: int, *, exact: bool = False) -> None:
         from dsv4._core import LayoutSpec
 
-        spec, self.ranks = json.loads(layout.to_json()), ranks
-        strides = [c["kind"]["Stride"] for c in spec["components"] if "Stride" in c["kind"]]
+        spec, self.ranks = layout.data(), ranks
+        strides = [c["kind"]["stride"] for c in spec["components"] if "stride" in c["kind"]]
         for stride in strides:
             stride["ratio"] *= ranks
         if not exact:
             step = lcm(*(stride["ratio"] for stride in strides))
             spec["block_tokens"] += -spec["block_tokens"] % step
-        self.spec = LayoutSpec.from_json(json.dumps(spec))
+        self.spec = LayoutSpec(spec)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.spec, name)

@@ -83,7 +83,8 @@ class RankedAttention(Attention):
         if self.compressor is not None:
             self._compress(self.compressor, x, step, block_rope)
         if self.indexer is not None:
-            self._compress(self.indexer.compressor, x, step, block_rope)
+            if self.indexer.compressor is not None:
+                self._compress(self.indexer.compressor, x, step, block_rope)
             query = self.indexer.query(x, qr)
         y = torch.empty_like(x)
         if step.shared is not None:

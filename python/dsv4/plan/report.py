@@ -88,6 +88,7 @@ def _head(plan: Plan) -> list[str]:
         else f", but {published:,} B published"
     )
     formats = {c.name: c.format for c in q.layout.components}
+    index = next((formats[s.index] for s in q.config.layers if s.indexed), "none")
     ranks = f"{q.parallel.ranks} GPUs an engine" if q.parallel.replicas > 1 else f"{q.num} GPUs"
     return [
         f"model    {q.config.name}: {q.config.num_layers} layers, {tensors:,} tensors, {size:,} B{same}",
@@ -95,7 +96,7 @@ def _head(plan: Plan) -> list[str]:
         *(f"         {note}" for note in q.weights.notes),
         f"gpu      {q.num} x {q.gpu.name}, {_gb(q.gpu.memory_bytes)} each; {q.parallel} ({ranks})",
         *([f"serve    {NOT_YET}"] if q.parallel.ranks > 1 else []),
-        f"cache    rows {formats['window']}, index {formats.get('csa_index', 'none')}, {q.rank_layout.block_tokens} tokens a page",
+        f"cache    rows {formats['window']}, index {index}, {q.rank_layout.block_tokens} tokens a page",
         f"limits   {q.limits.max_len:,} tokens a request, {q.limits.running:,} running, {q.limits.step_tokens:,} tokens a step",
     ]
 
