@@ -235,7 +235,7 @@ def _scratch(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
     largest: dict[str, tuple[int, Scratch]] = {}
     kept: dict[str, Scratch] = {}
     for form in REGISTRY.forms():
-        if form.op == "index_select" and c.csa_ratio not in c.compress_ratios:
+        if form.op == "index_select" and not any(s.indexed for s in c.layers):
             continue
         for scratch in form.scratch:
             if scratch.kept:
