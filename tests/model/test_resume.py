@@ -13,6 +13,16 @@ from tests.support.models import random_config, random_weights
 CONFIGS = [
     ("flash", dict(compress_ratios=[0, 0, 4, 128, 4], index_topk=16)),
     ("pro", dict(compress_ratios=[128, 128, 4, 128])),
+    # What a successor may look like: two ratios with an index, layers that read another's history, no HCA.
+    (
+        "flash",
+        dict(
+            compress_ratios=[4, 16, 4, 0, 16],
+            compress_rates={"compressed_sparse_attention": [4, 16]},
+            history_layers=[0, 1, 0, 3, 1],
+            index_topk=16,
+        ),
+    ),
 ]
 TOKENS = 720
 
