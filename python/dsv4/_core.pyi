@@ -336,7 +336,7 @@ class Core:
         a, b, c).
 
         1 TOKEN: a token, b its index in the output, c its sample index in the step. 2 FINISHED: a reason (1
-        stop, 2 length, 3 abort, 4 error), b tokens sampled, c stop token or -1. 3 PREEMPTED: a why (0 memory,
+        stop, 2 length, 3 abort), b tokens sampled, c stop token or -1. 3 PREEMPTED: a why (0 memory,
         1 rollback, 2 priority). 4 RESUMED (at every admission): a tokens whose history is shared, b tokens whose history
         was known, c tokens run again. 5 PREFILL: a tokens computed, b tokens in all.
         """

@@ -11,7 +11,7 @@ import numpy as np
 from dsv4.sampling import SamplingParams
 from dsv4.text.output import Content, Piece
 
-FINISH_REASONS = {1: "stop", 2: "length", 3: "abort", 4: "error"}
+FINISH_REASONS = {1: "stop", 2: "length", 3: "abort"}
 """By the number of the core's FINISHED event."""
 
 

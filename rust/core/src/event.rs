@@ -137,7 +137,6 @@ mod tests {
             (What::Finished { reason: Finish::Stop, outputs: 3, stop: Some(9) }, [2, 1, 3, 9]),
             (What::Finished { reason: Finish::Length, outputs: 3, stop: None }, [2, 2, 3, -1]),
             (What::Finished { reason: Finish::Abort, outputs: 0, stop: None }, [2, 3, 0, -1]),
-            (What::Finished { reason: Finish::Error, outputs: 0, stop: None }, [2, 4, 0, -1]),
             (What::Preempted { loss: Loss::Memory }, [3, 0, 0, 0]),
             (What::Preempted { loss: Loss::Rollback }, [3, 1, 0, 0]),
             (What::Preempted { loss: Loss::Priority }, [3, 2, 0, 0]),

@@ -36,8 +36,6 @@ pub enum Finish {
     Length = 2,
     /// The caller gave it up.
     Abort = 3,
-    /// Its step could not be run.
-    Error = 4,
 }
 
 /// Where a request stands, and what it holds there.

@@ -307,7 +307,6 @@ impl World {
                             Finish::Stop => whole && known.expected.stops && stop == all.last().copied(),
                             Finish::Length => whole && !known.expected.stops,
                             Finish::Abort => live.aborted,
-                            Finish::Error => false,
                         };
                     if !right {
                         return Err(format!("{event:?}, but the output is {:?} of {all:?}", live.outputs));
