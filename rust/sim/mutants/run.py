@@ -21,7 +21,7 @@ def copied() -> dict[Path, str]:
     """The text of each file of the workspace, by its path in it."""
     files = [ROOT / "Cargo.toml", ROOT / "Cargo.lock"]
     for crate in ("core", "sim", "py"):
-        files += [p for p in (ROOT / "rust" / crate).rglob("*") if p.suffix in (".rs", ".toml")]
+        files += [p for p in (ROOT / "rust" / crate).rglob("*") if p.suffix in (".rs", ".toml", ".json")]
     return {p.relative_to(ROOT): p.read_text() for p in files if HERE not in p.parents}
 
 
