@@ -28,6 +28,15 @@ _MAX_STOPS, _MAX_STOP_LENGTH, _MAX_BIASES = 16, 1024, 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """The form that an answer must have, from its first token on, as llguidance reads it: Lark, or a JSON list of grammars."""
+
+    text: str
+    field: str
+    """Of the request, for errors: what asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Names and meanings are vLLM's. `max_tokens=None` means up to the context's end; `logprobs=n` returns the n best
     alternatives beside each token. Raises ValueError with one line naming field, value and limit."""
@@ -50,6 +59,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -81,7 +91,7 @@ class SamplingParams:
     def looks_back(self) -> bool:
         """Whether a token depends on which ones were generated before, or how many."""
         penal = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        return bool(penal or self.min_tokens)
+        return bool(penal or self.min_tokens or self.grammar is not None)
 
     def _check_stops(self) -> None:
         if len(self.stop) > _MAX_STOPS:

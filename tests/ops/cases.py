@@ -306,6 +306,16 @@ def _edit_logits(t: int, g: torch.Generator) -> dict[str, Any]:
     )
 
 
+def _mask_logits(t: int, g: torch.Generator) -> dict[str, Any]:
+    """Five masks: of random bits, with none and with all of them; every third row has none, and some are broken."""
+    logits = torch.randn((t, 300), generator=g)
+    logits[2::7, 5], logits[4::9, 6] = torch.inf, torch.nan
+    masks = torch.randint(-(2**31), 2**31, (5, 10), generator=g).int()
+    masks[3], masks[4] = 0, -1
+    turn = torch.arange(t)
+    return dict(logits=logits, row=torch.where(turn % 3 == 1, -1, turn % 5), masks=masks)
+
+
 def _sample(t: int, g: torch.Generator) -> dict[str, Any]:
     """Greedy, unfiltered, and each filter alone and with the others, in turn; a row with ties, one with an infinity."""
     logits = 2 * torch.randn((t, 300), generator=g)
@@ -369,6 +379,7 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "experts": _experts,
     "swiglu": _swiglu,
     "edit_logits": _edit_logits,
+    "mask_logits": _mask_logits,
     "sample": _sample,
 }
 

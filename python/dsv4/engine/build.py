@@ -16,6 +16,7 @@ from dsv4.engine.buffers import StepPlan
 from dsv4.engine.checks import check
 from dsv4.engine.costs import COST_MODELS, core_costs, parse_costs
 from dsv4.engine.device import LocalDevice
+from dsv4.engine.grammars import Grammars
 from dsv4.engine.graphs import Recorder
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
@@ -32,6 +33,7 @@ from dsv4.ops.weight import Weight
 from dsv4.plan.cache import pages_of, size_pool
 from dsv4.plan.graphs import contexts_of, sizes_of
 from dsv4.plan.weights import Weights
+from dsv4.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
 """Called while weights load: bytes done, bytes in all, tensor name."""
@@ -175,6 +177,11 @@ def build_engine(
         seed=config.seed,
         tenants=Tenants(config.tenants),
         record=record,
+        grammars=Grammars(
+            Tokenizer.from_dir(source.path, vocab_size=model_config.vocab_size),
+            model_config.vocab_size,
+            eos_ids,
+        ),
     )
     memory = MemoryPlan(
         weights=local.model.weight_bytes,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from dsv4.engine.buffers import StepPlan
 from dsv4.engine.device_errors import first_line
 from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import Capture, DecodeGraphs
+from dsv4.engine.masks import Masks
 from dsv4.engine.request import EngineRequest, Sampled
 from dsv4.engine.sampler import Drawn, Judged, Sampler, judge
 from dsv4.engine.warmup import compile_kernels, nothing_is_left
@@ -94,15 +96,28 @@ class _Watch:
 
 
 class Pending:
-    """A launched step."""
+    """A launched step; its draw may be held back."""
 
     def __init__(
-        self, step: int, keys: list[int], drawn: Drawn | None, prompts: list[_PromptPart], watch: _Watch
+        self,
+        step: int,
+        keys: list[int],
+        draw: Callable[[Masks | None], Drawn] | None,
+        prompts: list[_PromptPart],
+        watch: _Watch,
     ) -> None:
-        self._step, self._keys, self._watch = step, keys, watch
-        self._drawn = drawn and drawn.to_host()
+        """`draw`: launches the draw; None where nothing is sampled."""
+        self._step, self._keys, self._watch, self._draw = step, keys, watch, draw
+        self._drawn: Drawn | None = None
         self._prompts = [replace(part, judged=part.judged.to_host()) for part in prompts]
-        watch.stop()
+
+    @torch.inference_mode()
+    def draw(self, masks: Masks | None = None) -> None:
+        """Launches the draw, before any other step is launched. `masks`: of the rows that a grammar binds. Raises what launching
+        raises."""
+        if self._draw is not None:
+            self._drawn = self._draw(masks).to_host()
+        self._watch.stop()
 
     def result(self) -> StepResult:
         """What the step gave. Waits for it; raises what it died of."""
@@ -200,8 +215,11 @@ class LocalDevice:
         )
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, requests: Mapping[int, EngineRequest]) -> Pending:
-        """Starts a step. Raises what launching raises; the caller rolls the step back then."""
+    def launch(
+        self, plan: StepPlan, requests: Mapping[int, EngineRequest], *, held: bool = False
+    ) -> Pending:
+        """Starts a step. `held`: all but its draw, which the caller launches before the next step. Raises what launching raises; the
+        caller rolls the step back then."""
         watch = _Watch(self.device)
         self._change_pages(plan)
         if plan.copies:
@@ -213,10 +231,15 @@ class LocalDevice:
             self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
         prompts = list(self._judged_prompts(plan, requests, hidden, last))
         rows = np.flatnonzero(plan.row_samples)
-        drawn = None
+        draw = None
         if len(rows):
-            drawn = self._draw(plan, rows, requests, hidden, last, captured=captured)
-        return Pending(plan.step, plan.row_req[rows].tolist(), drawn, prompts, watch)
+            slabs, positions = self._sampled(plan, rows, requests)
+            picked = None if captured and not self.sampler.judges(slabs) else last[rows]
+            draw = partial(self._draw, hidden, picked, slabs, positions)
+        pending = Pending(plan.step, plan.row_req[rows].tolist(), draw, prompts, watch)
+        if not held:
+            pending.draw()
+        return pending
 
     def _change_pages(self, plan: StepPlan) -> None:
         if not plan.deltas:
@@ -284,31 +307,37 @@ class LocalDevice:
         )
         return batch, last
 
-    def _draw(
-        self,
-        plan: StepPlan,
-        rows: np.ndarray,
-        requests: Mapping[int, EngineRequest],
-        hidden: Tensor,
-        last: np.ndarray,
-        *,
-        captured: bool,
-    ) -> Drawn:
-        """Tokens of the sampled rows; they are the newest from here on. `captured`: `hidden` is what a graph just gave."""
+    def _sampled(
+        self, plan: StepPlan, rows: np.ndarray, requests: Mapping[int, EngineRequest]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Slabs of the sampled rows, and positions of the tokens that those which are drawn follow."""
         keys, slabs = plan.row_req[rows], plan.row_slab[rows]
         ends = plan.row_start[rows] + plan.row_len[rows]
         # A slab that was given away, or a request that went back, as after a preemption, begins anew.
         for i in np.flatnonzero((self._holder[slabs] != keys) | (self._next[slabs] != ends - 1)):
             self._begin(int(slabs[i]), requests[int(keys[i])], int(ends[i]))
         self._holder[slabs], self._next[slabs] = keys, ends
-        if captured and self.graphs is not None and not self.sampler.judges(slabs):
-            self.graphs.mark(ends - 1, slabs)
-            return Drawn(self.graphs.draw(len(rows), self.sampler.kind(slabs)))
-        picked = last[rows]
-        if not np.array_equal(picked, np.arange(len(hidden))):
+        return slabs, ends - 1
+
+    def _draw(
+        self,
+        hidden: Tensor,
+        picked: np.ndarray | None,
+        slabs: np.ndarray,
+        positions: np.ndarray,
+        masks: Masks | None,
+    ) -> Drawn:
+        """A token of each slab; they are the newest from here on. `picked`: places in `hidden`; None where a graph just gave it, and
+        a graph draws."""
+        if masks is not None:
+            self.sampler.constrain(slabs[masks.places], masks.bits)
+        if picked is None and self.graphs is not None:
+            self.graphs.mark(positions, slabs)
+            return Drawn(self.graphs.draw(len(slabs), self.sampler.kind(slabs)))
+        if picked is not None and not np.array_equal(picked, np.arange(len(hidden))):
             hidden = hidden[to_device(torch.from_numpy(picked), self.device)]
-        drawn = self.sampler.draw(self.model.logits(hidden), slabs, ends - 1)
-        self._newest[: len(rows)] = drawn.tokens.clamp(min=0)
+        drawn = self.sampler.draw(self.model.logits(hidden), slabs, positions)
+        self._newest[: len(slabs)] = drawn.tokens.clamp(min=0)
         return drawn
 
     def _begin(self, slab: int, request: EngineRequest, end: int) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,11 +24,13 @@ from dsv4.engine.messages import End, News
 from dsv4.engine.request import FINISH_REASONS, EngineRequest
 from dsv4.engine.routing import PLAIN, Routing, Tenants, now_us
 from dsv4.engine.steps import StepRecord
-from dsv4.errors import EngineDead
+from dsv4.errors import EngineDead, RequestError
 from dsv4.sampling import SamplingParams
 
 if TYPE_CHECKING:
+    from dsv4.engine.grammars import Grammars
     from dsv4.engine.device import LocalDevice, Pending, StepResult
+    from dsv4.engine.masks import Form
 
 log = logging.getLogger("dsv4.engine")
 
@@ -58,6 +60,13 @@ class Flight:
 
     plan: StepPlan
     pending: Pending
+    held: bool = False
+    """Its draw was not launched, as masks depend on the tokens of a step before it."""
+
+
+def _sampled(plan: StepPlan) -> Iterator[tuple[int, int]]:
+    """(place among the step's samples, request)."""
+    return enumerate(plan.row_req[np.flatnonzero(plan.row_samples)].tolist())
 
 
 class EngineLoop:
@@ -76,8 +85,10 @@ class EngineLoop:
         seed: int = 0,
         tenants: Tenants | None = None,
         record: StepRecord | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`plans`: a buffer for each step that may be in flight."""
+        """`plans`: a buffer for each step that may be in flight. `grammars`: without them requests with a grammar are refused."""
+        self.grammars = grammars
         self.core, self.device, self.plans = core, device, plans
         self.eos_ids, self.seed = eos_ids, seed
         self.tenants = tenants or Tenants()
@@ -92,6 +103,8 @@ class EngineLoop:
         self.requests: dict[int, EngineRequest] = {}
         self._looking_back: dict[int, list[int]] = {}
         """By key, tokens so far of those requests whose sampling needs them."""
+        self._bound: dict[int, EngineRequest] = {}
+        """By key, those with a grammar."""
         self._warned, self._finished = False, 0
         self._events = np.zeros((4096, 6), np.int64)
         self._flights: deque[Flight] = deque()
@@ -114,6 +127,7 @@ class EngineLoop:
             raise self.dead
         seed = params.seed if params.seed is not None else self.seed + key
         ends = set(params.stop_token_ids)
+        form = None if params.grammar is None else self._form_of(params, ends | self.eos_ids)
         now = now_us()
         self.core.set_time(now)  # a request's age counts from here
         self.core.submit(
@@ -127,8 +141,16 @@ class EngineLoop:
         )
         request = EngineRequest(key, prompt, params, seed=seed, ends=tuple(sorted(ends | self.eos_ids)))
         self.requests[key] = request
+        if form is not None:
+            request.form, self._bound[key] = form, request
         if request.output is not None:
             self._looking_back[key] = request.output
+
+    def _form_of(self, params: SamplingParams, ends: set[int]) -> Form:
+        grammar = params.grammar
+        if self.grammars is None:
+            raise RequestError(f"{grammar.field} cannot be honoured by this engine", grammar.field, "invalid_value", 400)
+        return self.grammars.form(grammar, ends=ends, least=params.min_tokens)
 
     def abort(self, key: int) -> None:
         """Ends a request at any time; what is told last of it is `abort`. Unknown keys are ignored: it may have just ended."""
@@ -156,17 +178,44 @@ class EngineLoop:
             self._turn = (self._turn + 1) % len(self.plans)
             self._tell_events(None)
             self._launch(plan)
+            self._draw_held()
         busy = bool(self._flights)
         if busy and (len(self._flights) == len(self.plans) or not planned):
             result = self._land()
         self._tell_events(result)
+        self._draw_held()
         return planned or busy
 
     def _launch(self, plan: StepPlan) -> None:
         try:
-            self._flights.append(Flight(plan, self.device.launch(plan, self.requests)))
+            held = bool(self._bound) and any(key in self._bound for _, key in _sampled(plan))
+            pending = self.device.launch(plan, self.requests, held=held)
+            self._flights.append(Flight(plan, pending, held))
         except Exception as e:  # whatever the device or a kernel raises must not take the engine down
             self._give_up([plan], e, before=self._flights)
+
+    def _draw_held(self) -> None:
+        """Launches the draw of the oldest step, if it was held back: the tokens of all steps before it are committed, so that
+        grammars know what may come next. The device computes the step's forward meanwhile."""
+        if not self._flights or not self._flights[0].held:
+            return
+        flight = self._flights[0]
+        sampled = [(i, self._bound.get(key)) for i, key in _sampled(flight.plan)]
+        some = [(i, r) for i, r in sampled if r is not None and r.form is not None]
+        try:
+            masks, failed = self.grammars.maker.masks([(i, r.form, r.output or ()) for i, r in some])
+            flight.pending.draw(masks)
+        except Exception as e:  # as in `_launch`
+            later, self._flights = self._flights, deque()
+            self._give_up([f.plan for f in later], e)
+            self._tell_events(None)
+            return
+        self._flights[0] = replace(flight, held=False)
+        for place, request in some:
+            if place in failed:
+                self._fail(request.key, failed[place])
+        if failed:
+            self._tell_events(None)
 
     def _land(self) -> StepResult | None:
         """Waits for the oldest step and commits it. None when it failed, and those launched after it with it."""
@@ -299,6 +348,7 @@ class EngineLoop:
         self.core.forget(request.key)
         del self.requests[request.key]
         self._looking_back.pop(request.key, None)
+        self._bound.pop(request.key, None)
         self._finished += 1
         if not self._warned and self._finished % WARN_EVERY == 0:
             self._warned = self._warn_of_misses()

@@ -1,7 +1,7 @@
 """Logits to tokens. A row's token depends on its logits, its own request and its position, never on the batch.
 
-Order: logit bias, penalties, min_tokens (the op `edit_logits`), then temperature, min_p, top_k, top_p and one draw (the op
-`sample`). Log-probabilities are those of the model's own logits, before any of that.
+Order: logit bias, penalties, min_tokens (the op `edit_logits`), the grammar's mask (the op `mask_logits`), then temperature, min_p,
+top_k, top_p and one draw (the op `sample`). Log-probabilities are those of the model's own logits, before any of that.
 
 What sampling needs of a request lies on the device in tables by slab, sent when the request starts there. So a step's tokens are
 drawn without asking the host, and stay on the device as the next step's input.
@@ -85,9 +85,10 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What has to be launched for a step's draw: edits of logits, and the selection of top_k and top_p."""
+    """What has to be launched for a step's draw: edits of logits, masks of grammars, and the selection of top_k and top_p."""
 
     edited: bool
+    masked: bool
     filtered: bool
 
 
@@ -109,9 +110,11 @@ class Sampler:
         self._penalties = make(slabs + 1, 3, dtype=torch.float32)
         self._penalties[:, 0] = 1
         self._until = make(slabs + 1, dtype=torch.int64)
+        self._mask_row = torch.full((slabs,), -1, device=device)
+        self._masks = make(slabs, -(-vocab // 32), dtype=torch.int32)
         # What the host has to know beforehand, as it decides what is launched.
         self._filtered, self._edited = np.zeros(slabs, bool), np.zeros(slabs, bool)
-        self._tops = np.full(slabs, -1)
+        self._masked, self._tops = np.zeros(slabs, bool), np.full(slabs, -1)
 
     def begin(
         self,
@@ -130,13 +133,16 @@ class Sampler:
         self._filtered[slab] = p.top_k > 0 or p.top_p < 1
         self._tops[slab] = -1 if p.logprobs is None else p.logprobs
         penal = bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
-        edited = self._edited[slab] = penal or bool(p.logit_bias) or p.min_tokens > len(output)
+        masked = self._masked[slab] = p.grammar is not None
+        self._mask_row[slab] = slab if masked else -1
+        least = 0 if masked else p.min_tokens  # masks see to it, as they know when the answer has to end
+        edited = self._edited[slab] = penal or bool(p.logit_bias) or least > len(output)
         self._row[slab] = slab if edited else self._plain
         if not edited:
             return
         penalties = [p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
         self._penalties[slab] = self._sent(penalties, torch.float32)
-        self._until[slab] = len(prompt) + p.min_tokens - 1
+        self._until[slab] = len(prompt) + least - 1
         bias, marks = self._bias[slab].zero_(), self._marks[slab].zero_()
         biased = {t: b for t, b in p.logit_bias.items() if t < self._vocab}
         if biased:
@@ -149,7 +155,7 @@ class Sampler:
             marks[prompt_ids] = (
                 marks[prompt_ids] | PROMPT
             )  # of a token that comes twice both writes are equal
-        if p.min_tokens:
+        if least:
             ended = self._sent(sorted({t for t in ends if t < self._vocab}), torch.int64)
             marks[ended] += END
 
@@ -158,7 +164,11 @@ class Sampler:
 
     def kind(self, slabs: np.ndarray) -> Kind:
         """Of a draw for these slabs."""
-        return Kind(bool(self._edited[slabs].any()), bool(self._filtered[slabs].any()))
+        return Kind(*(bool(x[slabs].any()) for x in (self._edited, self._masked, self._filtered)))
+
+    def constrain(self, slabs: np.ndarray, masks: np.ndarray) -> None:
+        """The next draw of these slabs, of requests with a grammar, takes only tokens that int32 [N, ceil(V / 32)] has the bits of."""
+        self._masks[self._sent(slabs, torch.int64)] = self._sent(masks, torch.int32)
 
     def judges(self, slabs: np.ndarray) -> bool:
         """Whether one of them wants log-probabilities."""
@@ -167,22 +177,25 @@ class Sampler:
     def draw(self, logits: Tensor, slabs: np.ndarray, positions: np.ndarray) -> Drawn:
         """A token for each row of float32 [S, V]: of slab `slabs[s]`, after the token at `positions[s]`. Does not wait."""
         at, position = self._sent(slabs, torch.int64), self._sent(positions, torch.int64)
-        tokens = self.tokens(logits, at, position, self.kind(slabs))
         places = np.flatnonzero(self._tops[slabs] >= 0)
         if not len(places):
-            return Drawn(tokens)
+            return Drawn(self.tokens(logits, at, position, self.kind(slabs)))
         tops = self._tops[slabs[places]]
         rows = self._sent(places, torch.int64)
-        judged = judge(logits[rows], tokens[rows].clamp(min=0), int(tops.max()))
+        own = logits[rows]  # a copy, as masks are written into the logits
+        tokens = self.tokens(logits, at, position, self.kind(slabs))
+        judged = judge(own, tokens[rows].clamp(min=0), int(tops.max()))
         return Drawn(tokens, judged, places.tolist(), tops.tolist())
 
     def tokens(self, logits: Tensor, at: Tensor, position: Tensor, kind: Kind) -> Tensor:
-        """int64 [S] for float32 [S, V], slabs and positions int64 [S] on the device. A CUDA graph can hold it where no op is on
-        the reference."""
+        """int64 [S] for float32 [S, V], slabs and positions int64 [S] on the device. Masks are written into the
+        logits. A CUDA graph can hold it where no op is on the reference."""
         row = self._row[at]
         if kind.edited:
             tables = self._bias, self._marks, self._penalties, self._until
             logits = self._ops.edit_logits(logits, row, *tables, position)
+        if kind.masked:
+            self._ops.mask_logits(logits, self._mask_row[at], self._masks)
         tokens = self._ops.sample(logits, self._knobs[at], self._seed[at], position, kind.filtered)
         if kind.edited:  # the plain row counts as well, to no effect
             said = tokens.clamp(min=0)

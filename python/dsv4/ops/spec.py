@@ -260,6 +260,15 @@ SPECS: dict[str, OpSpec] = dict(
             "vLLM's logit_bias, repetition, presence and frequency penalty and min_tokens; row s by the tables' row[s]",
         ),
         _spec(
+            "mask_logits",
+            "logits float32[S,V]; row int64[S]; masks int32[M,V/32]",
+            "",
+            0.0,
+            "-inf for every token whose bit in masks[row[s]] is 0 (token t is bit t % 32 of word t / 32), rows below 0 stay; so do "
+            "NaN and +inf, by which a broken row is known",
+            writes="logits",
+        ),
+        _spec(
             "sample",
             "logits float32[S,V]; knobs float64[S,4]; seed int64[S]; position int64[S]; filtered value",
             "token int64[S]",

@@ -85,6 +85,8 @@ class Tokenizer:
             if name not in READ_MARKS and (t["special"] or _CONTROL.match(name))
         )
         """Ids that are no text in the answer of a chat."""
+        self.control = self.hidden | self.hidden_in_chats | {added[m]["id"] for m in READ_MARKS if m in added}
+        """Ids of tokens that stand for themselves and not for their letters."""
         alphabet = _byte_alphabet()
         self._bytes: dict[int, bytes] = {
             i: bytes(alphabet[c] for c in token)

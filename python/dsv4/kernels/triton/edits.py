@@ -1,4 +1,4 @@
-"""Edits of logits on the GPU: the op `edit_logits` in one launch, the same bits as the reference's."""
+"""Edits of logits on the GPU: the ops `edit_logits` and `mask_logits` in one launch each, the same bits as the reference's."""
 
 from __future__ import annotations
 
@@ -61,7 +61,35 @@ def edit_logits(
     return out
 
 
+@triton.jit
+def mask_kernel(logits, row, masks, V, words, stride, CHUNK: tl.constexpr):
+    """Grid: chunks x rows."""
+    s, at = tl.program_id(1), tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    r = tl.load(row + s)
+    if r >= 0:
+        live = at < V
+        value = tl.load(logits + s.to(tl.int64) * stride + at, mask=live, other=0.0)
+        word = tl.load(masks + r * words + at // 32, mask=live, other=0)
+        barred = ((word >> (at % 32)) & 1) == 0
+        value = tl.where(barred & (value < float("inf")), -float("inf"), value)
+        tl.store(logits + s.to(tl.int64) * stride + at, value, mask=live)
+
+
+def mask_logits(logits: Tensor, row: Tensor, masks: Tensor) -> None:
+    """float32 [S, V] in place, see the reference."""
+    rows, vocab = logits.shape
+    if rows:
+        mask_kernel[(cdiv(vocab, CHUNK), rows)](
+            logits, row, masks, vocab, masks.shape[1], logits.stride(0), CHUNK=CHUNK, num_warps=8
+        )
+
+
 _TYPES = {"logits": "*fp32", "row": "*i64", "bias": "*fp32", "marks": "*i32", "penalties": "*fp32"}
 _TYPES |= {"until": "*i64", "position": "*i64", "out": "*fp32", "V": "i32", "stride": "i32"}
 
-AOT = [Aot(edit_kernel, _TYPES, {"CHUNK": CHUNK}, num_warps=8)]
+_MASK_TYPES = {"logits": "*fp32", "row": "*i64", "masks": "*i32", "V": "i32", "words": "i32", "stride": "i32"}
+
+AOT = [
+    Aot(edit_kernel, _TYPES, {"CHUNK": CHUNK}, num_warps=8),
+    Aot(mask_kernel, _MASK_TYPES, {"CHUNK": CHUNK}, num_warps=8),
+]

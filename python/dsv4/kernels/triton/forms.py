@@ -121,6 +121,7 @@ FORMS = [
     _form("experts", "moe_few:few_experts", "one launch", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", fits=_FITS + "few_experts", when=f"FP4, up to {ONE_LAUNCH} tokens", packed=True),
     _form("experts", "moe:experts", "", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", when="FP4", packed=True),
     _form("edit_logits", "edits"),
+    _form("mask_logits", "edits"),
     _form("sample", "sampling"),
 ]  # fmt: skip
 """Within the backend, the first that fits a call runs it."""

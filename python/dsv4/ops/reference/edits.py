@@ -1,4 +1,4 @@
-"""Bias, penalties and minimum length, as changes of logits."""
+"""Bias, penalties, minimum length and masks, as changes of logits."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def edit_logits(
     value = value - torch.where(count > 0, presence + frequency * count, 0)
     early = (position < until[row]).unsqueeze(1)
     return torch.where((mark & END != 0) & early, -torch.inf, value)
+
+
+def mask_logits(logits: Tensor, row: Tensor, masks: Tensor) -> None:
+    """Rows [S, V] with row[s] >= 0, in place: -inf where masks[row[s]], int32 [M, ceil(V / 32)], has no bit. What is no number
+    or +inf stays: by it a broken row is known."""
+    some = torch.nonzero(row >= 0).flatten()
+    if not len(some):
+        return
+    value = logits[some]
+    bits = masks[row[some]].unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=masks.device) & 1
+    barred = bits.flatten(1)[:, : value.shape[1]] == 0
+    logits[some] = torch.where(barred & (value < torch.inf), -torch.inf, value)

@@ -14,7 +14,7 @@ _MODULES = {
     "index": ("index_select", "index_candidates", "merge_candidates"),
     "attention": ("sparse_attention", "partial_attention", "merge_attention"),
     "moe": ("route", "experts", "swiglu"),
-    "edits": ("edit_logits",),
+    "edits": ("edit_logits", "mask_logits"),
     "sample": ("sample",),
 }
 

@@ -1,0 +1,142 @@
+"""Grammars of requests, compiled with llguidance for the model's vocabulary, and the last ones kept.
+
+Compiling is bounded: the text in bytes, the grammar in symbols, what is done at once in steps of the library's lexer and parser,
+and what is kept in bytes of text. What does not fit, or is no grammar, is refused with one line that names the field.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from functools import cached_property
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from dsv4.engine.masks import Form, MaskMaker
+from dsv4.errors import RequestError
+from dsv4.sampling import Grammar
+from dsv4.text.tokenizer import Tokenizer
+
+MOST_TEXT = 2**20
+"""Bytes of a grammar."""
+
+KEPT = 64 * 2**20
+"""Bytes of the texts of compiled grammars that are kept. What is compiled takes some fifty times as much."""
+
+_OVERHEAD = 16384
+"""Counted beside the text of each."""
+
+LIMITS = LLParserLimits(
+    max_items_in_row=2000,
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=500_000,
+    step_max_items=100_000,
+    max_lexer_states=100_000,
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+"""Tens of milliseconds for a mask at most, half a second for a grammar."""
+
+SLICES = (r"[^\"\\\x00-\x1F\x7F｜<]{1,10}", r"[^\"\\\x00-\x1F\x7F｜<]{1,30}", r"[^｜<]+")
+"""Sets of tokens that are taken as a whole where the grammar takes all of them, as within strings and free text."""
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance reads it."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab: int, end: int) -> None:
+        self._tokenizer, self.eos_token_id = tokenizer, end
+        self.tokens = [tokenizer.token_bytes(token) for token in range(vocab)]
+        self.special_token_ids = sorted(token for token in tokenizer.control if token < vocab)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return self._tokenizer.encode_segments([text])
+
+
+class Grammars:
+    """The compiled grammars of one model. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer | None, vocab: int, ends: Iterable[int]) -> None:
+        """`tokenizer`: None for a model without one, which takes no grammar. `ends`: tokens that end an answer."""
+        self._tokenizer, self._vocab = tokenizer, vocab
+        self._ends = sorted(token for token in ends if token < vocab)
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._held = 0
+        self._lock, self._loading = threading.Lock(), threading.Lock()
+        self.maker = MaskMaker(vocab)
+
+    @cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        assert self._tokenizer is not None
+        end = self._ends[0] if self._ends else 0
+        wrapped = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab, end))
+        return LLTokenizer(
+            wrapped, n_vocab=self._vocab, eos_token=self._ends or None, slices=list(SLICES)
+        )
+
+    def warm(self) -> None:
+        """Reads the vocabulary, which takes a second or two, before a request waits for it."""
+        if self._tokenizer is not None and self._ends:
+            with self._loading:
+                _ = self._vocabulary
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether it is compiled."""
+        with self._lock:
+            return grammar.text in self._compiled
+
+    def form(self, grammar: Grammar, *, ends: Iterable[int], least: int) -> Form:
+        """The grammar for one request (see `Form`). Raises RequestError for what is none, or too large."""
+        matcher = self._matcher(grammar)
+        return Form(matcher.deep_copy(), grammar.field, ends=tuple(ends), least=least)
+
+    def compile(self, grammar: Grammar) -> None:
+        """So that it is known. Raises RequestError."""
+        self._matcher(grammar)
+
+    def _matcher(self, grammar: Grammar) -> LLMatcher:
+        with self._lock:
+            if (found := self._compiled.get(grammar.text)) is not None:
+                self._compiled.move_to_end(grammar.text)
+                return found
+        matcher = self._made(grammar)
+        with self._lock:
+            if grammar.text not in self._compiled:
+                self._held += _size(grammar.text)
+            self._compiled[grammar.text] = matcher
+            while self._held > KEPT and len(self._compiled) > 1:
+                text, _ = self._compiled.popitem(last=False)
+                self._held -= _size(text)
+        return matcher
+
+    def _made(self, grammar: Grammar) -> LLMatcher:
+        if self._tokenizer is None or not self._ends:
+            lacks = "no tokenizer" if self._tokenizer is None else "no token that ends an answer"
+            raise _refused(grammar, f"asks for a form of the answer, but this model has {lacks}")
+        if (size := len(grammar.text.encode())) > MOST_TEXT:
+            raise _refused(grammar, f"makes a grammar of {size} bytes; the limit is {MOST_TEXT}")
+        self.warm()
+        matcher = LLMatcher(self._vocabulary, grammar.text, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise _refused(grammar, f"is no form that an answer can be held to: {_line(matcher.get_error())}")
+        # The first mask makes the lexer's first states, which the copies share; a grammar without any answer shows here.
+        if not any(matcher.compute_bitmask()):
+            raise _refused(grammar, "is a form that no answer has")
+        return matcher
+
+
+def _size(text: str) -> int:
+    return len(text) + _OVERHEAD
+
+
+def _line(error: str) -> str:
+    text = " ".join(error.split())
+    return text if len(text) <= 300 else text[:300] + "…"
+
+
+def _refused(grammar: Grammar, text: str) -> RequestError:
+    return RequestError(f"{grammar.field} {text}", grammar.field, "invalid_value", 400)
