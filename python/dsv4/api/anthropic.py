@@ -15,6 +15,7 @@ import orjson
 from dsv4.api.anthropic_input import read_messages, routing_for
 from dsv4.api.conversation import Asked, Conversation, encode
 from dsv4.api.generation import Job, run
+from dsv4.api.grammar import held_to
 from dsv4.api.http import Call
 from dsv4.api.info import tokenize_bound
 from dsv4.api.params import sampling_params
@@ -70,7 +71,7 @@ async def messages(call: Call) -> None:
     """The handler of `/v1/messages`."""
     options, chat, strict, params, routing = await call.aside(lambda: _read(call))
     asked = await encode(call, chat, call.service.bound("messages"), routing)
-    job = Job(0, asked.prompt, params, routing, reading=asked.reading)
+    job = Job(0, asked.prompt, held_to(params, asked.grammar), routing, reading=asked.reading)
     answer = Answer(options, f"msg_{call.request_id}", asked, strict)
     if options.stream:
         await _stream(call, answer, job)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv4.api.conversation import EFFORTS, MAX_MESSAGES, MAX_TOOLS, Conversation, settled
 from dsv4.api.fields import Fields, refuse
-from dsv4.api.grammar import anthropic_tools_wanted, check_format
+from dsv4.api.grammar import anthropic_choice, format_of
 from dsv4.api.http import Call, header
 from dsv4.api.noise import without_noise
 from dsv4.api.parts import missing, parts_of, text_of, unread
@@ -21,6 +21,7 @@ from dsv4.api.thoughts import unsealed
 from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError, show
 from dsv4.text.chat import Ending
+from dsv4.text.form import Format
 
 SESSION_HEADER = b"x-claude-code-session-id"
 
@@ -41,17 +42,18 @@ def read_messages(fields: Fields) -> tuple[Conversation, list[str]]:
         _add_message(messages, Fields(message, f"messages[{i}]."), f"messages[{i}].content")
     messages = without_noise(messages)
     tools, left_out = _tools(fields)
-    choice = fields.nested("tool_choice")
-    wanted = anthropic_tools_wanted(choice)
+    choice = anthropic_choice(fields.nested("tool_choice")).among(tools)
     thinking, effort = _thinking(fields)
     return Conversation(
         messages,
-        tools if wanted else [],
+        tools if choice.tools else [],
         thinking,
         effort,
         _ending(messages),
         fields.nested("chat_template_kwargs").boolean("drop_thinking", True),
-        parallel_calls=not choice.boolean("disable_parallel_tool_use"),
+        parallel_calls=not fields.nested("tool_choice").boolean("disable_parallel_tool_use"),
+        choice=choice,
+        format=_format(fields),
     ), left_out
 
 
@@ -80,12 +82,19 @@ def routing_for(call: Call) -> Routing:
 
 def _check_refused(fields: Fields) -> None:
     """What changes the answer and cannot be done."""
-    for holder in (fields.nested("output_format"), fields.nested("output_config").nested("format")):
-        check_format(holder)
     if servers := fields.get("mcp_servers"):
         raise refuse(
             "mcp_servers", servers, "nothing", "; this server calls no others: give the tools in tools"
         )
+
+
+def _format(fields: Fields) -> Format | None:
+    """By its older name and by the newer one."""
+    old, new = (
+        format_of(holder)
+        for holder in (fields.nested("output_format"), fields.nested("output_config").nested("format"))
+    )
+    return new or old
 
 
 def _add_message(messages: list[Message], message: Fields, where: str) -> None:

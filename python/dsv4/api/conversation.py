@@ -9,16 +9,20 @@ from typing import Any
 import numpy as np
 
 from dsv4.api.fields import Fields, refuse
-from dsv4.api.grammar import tools_wanted
+from dsv4.api.grammar import ANY, Choice, of_chat, openai_choice, openai_format
 from dsv4.api.http import Call
 from dsv4.api.noise import without_noise
 from dsv4.api.reply import Reply
 from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError, show
+from dsv4.sampling import Grammar
 from dsv4.text.chat import TASKS, Ending, encode_chat, ending_of
 from dsv4.text.draft import Bound, Draft
+from dsv4.text.form import Format
 from dsv4.text.recall import Recall
 from dsv4.text.stream import Reading
+from dsv4.text.tokenizer import Tokenizer
+from dsv4.text.tools import shown_tools
 
 MAX_MESSAGES = 65536
 MAX_TOOLS = 1024
@@ -50,7 +54,10 @@ class Conversation:
     ending: Ending = "opened"
     drop_thinking: bool = True
     parallel_calls: bool = True
-    """False: of the answer's calls only the first comes back."""
+    """False: the answer has at most one call."""
+    choice: Choice = ANY
+    format: Format | None = None
+    """What the answer is to be, if it calls nothing."""
 
     def reading(self) -> Reading:
         """How the answer is to be read; once `encode` has taken the messages."""
@@ -61,6 +68,12 @@ class Conversation:
             ending=self.ending,
             most_calls=None if self.parallel_calls else 1,
         )
+
+    def grammar(self, tokenizer: Tokenizer, reading: Reading) -> Grammar | None:
+        """What holds the answer to its form. Raises RequestError."""
+        choice, format = self.choice, self.format
+        parallel = self.parallel_calls
+        return of_chat(tokenizer, reading, self.messages, self.tools, choice, format, parallel=parallel)
 
 
 def read_conversation(fields: Fields) -> Conversation:
@@ -87,11 +100,15 @@ def read_conversation(fields: Fields) -> Conversation:
             )
         messages = [*messages[:-1], {**messages[-1], "task": task}]
     tools = _tools(fields)
-    if fields.get("tool_choice") == "none":
+    choice = openai_choice(fields)
+    if not choice.tools:
         messages = [{k: v for k, v in m.items() if k != "tools"} for m in messages]
     drop = template.boolean("drop_thinking", True)
     parallel = fields.boolean("parallel_tool_calls", True)
-    return Conversation(messages, tools, thinking, effort, ending, drop, parallel)
+    choice = choice.among(shown_tools(messages, tools))
+    tools = tools if choice.tools else []
+    form = openai_format(fields)
+    return Conversation(messages, tools, thinking, effort, ending, drop, parallel, choice, form)
 
 
 def _switch(fields: Fields, template: Fields, name: str) -> bool | None:
@@ -106,7 +123,7 @@ _NOT_IN_MESSAGES = {
     "function_call": "send it as tool_calls",
     "audio": "this model reads text only",
     "images": "this model reads text only",
-    "response_format": "answers are not forced into a format here; ask for it in the message's text",
+    "response_format": "send it beside the messages",
 }
 """What other servers read there, and what to do instead."""
 
@@ -133,9 +150,8 @@ def _check_message(message: Fields) -> None:
 
 
 def _tools(fields: Fields) -> list[dict[str, Any]]:
-    """The tools that the model gets to see: none of them when `tool_choice` says so."""
+    """The request's tools, checked."""
     tools = fields.items("tools", dict, MAX_TOOLS)
-    wanted = tools_wanted(fields)
     for i, tool in enumerate(tools):
         if tool.get("type", "function") != "function":
             raise refuse(f"tools[{i}].type", tool["type"], "'function'")
@@ -147,7 +163,7 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
         function.text("description", longest=2**31)
         function.nested("parameters")
         function.boolean("strict")
-    return tools if wanted else []
+    return tools
 
 
 def reasoning_of(fields: Fields) -> bool:
@@ -203,6 +219,8 @@ class Asked:
     recall: Recall
     """Keeps the answer as it was sampled."""
     reading: Reading
+    grammar: Grammar | None = None
+    """What holds the answer to its form."""
 
     def keep(self, reply: Reply) -> None:
         """Keeps an answer for when it is sent back, if it is a whole turn as the client sees it."""
@@ -234,7 +252,9 @@ async def encode(call: Call, chat: Conversation, bound: Bound, routing: Routing)
 
     try:
         prompt = await service.lanes.encode(begin, size=call.size)
-        return Asked(prompt, recall, await call.aside(chat.reading))
+        reading = await call.aside(chat.reading)
+        grammar = await call.aside(lambda: chat.grammar(tokenizer, reading))
+        return Asked(prompt, recall, reading, grammar)
     except RecursionError:
         raise RequestError(
             "messages hold JSON that nests too deep", "messages", "invalid_value", 400

@@ -24,9 +24,14 @@ _SAMPLING = """
     stop_token_ids include_stop_str_in_output ignore_eos cache_salt priority user deadline_ms prompt_cache_key cache_control
     retention_priority
 """
+_FORMS = """
+    response_format guided_json guided_regex guided_choice guided_grammar guided_json_object json_schema regex ebnf grammar format
+    structured_outputs structured_outputs.json structured_outputs.regex structured_outputs.choice structured_outputs.grammar
+    structured_outputs.json_object structured_outputs.structural_tag
+"""
 _SHARED = f"""
     {_SAMPLING} model stream stream_options stream_options.include_usage stream_options.continuous_usage_stats n best_of
-    max_tokens max_completion_tokens logprobs response_format return_token_ids return_tokens_as_token_ids request_id rid
+    max_tokens max_completion_tokens logprobs {_FORMS} return_token_ids return_tokens_as_token_ids request_id rid
 """
 HONOURED: Mapping[str, frozenset[str]] = {
     CHAT: frozenset(
@@ -81,8 +86,8 @@ HARMLESS: Mapping[str, str] = {
     "max_dynamic_patch": _NO_IMAGES,
     "min_dynamic_patch": _NO_IMAGES,
     "use_audio_in_video": _NO_IMAGES,
-    "guided_decoding_backend": _ONLY_WITH,
-    "guided_whitespace_pattern": _ONLY_WITH,
+    "guided_decoding_backend": "there is one",
+    "guided_whitespace_pattern": "blanks in JSON have one pattern, with a bound",
     "truncation_side": _ONLY_WITH,
     "custom_params": _ONLY_WITH,
     "routed_experts_start_len": _ONLY_WITH,
@@ -137,7 +142,7 @@ class Refused:
     false_asks: bool = False
 
 
-_GRAMMAR = "answers are not forced into a format here; ask for it in a message and check the answer"
+_GRAMMAR = "response_format, structured_outputs and guided_* hold an answer to a form"
 _NOT_RETURNED = "it is not given out; leave it out"
 _ONE_HOST = "prompt and answer are computed by this one server; leave it out"
 _SAMPLER = (
@@ -151,18 +156,9 @@ _TEXT_ONLY = "this model reads text only"
 _NO_SEARCH = "nothing is searched here; give the model a tool that does"
 
 REFUSED: Mapping[str, Refused] = {
-    "structured_outputs": Refused(_GRAMMAR),
-    "guided_json": Refused(_GRAMMAR),
-    "guided_regex": Refused(_GRAMMAR),
-    "guided_choice": Refused(_GRAMMAR),
-    "guided_grammar": Refused(_GRAMMAR),
-    "guided_json_object": Refused(_GRAMMAR),
-    "structural_tag": Refused(_GRAMMAR),
-    "json_schema": Refused(_GRAMMAR),
-    "regex": Refused(_GRAMMAR),
-    "ebnf": Refused(_GRAMMAR),
-    "grammar": Refused(_GRAMMAR),
-    "format": Refused(_GRAMMAR),
+    "structural_tag": Refused(
+        "calls are held to their form where tools are given; response_format holds whole answers"
+    ),
     "stop_regex": Refused("stop takes texts"),
     "no_stop_trim": Refused("the field is include_stop_str_in_output"),
     "use_beam_search": Refused("answers are sampled; n gives several"),
@@ -278,7 +274,7 @@ _MAX_OUTPUT = "the field is max_output_tokens"
 _TOOLS = "tools and tool_choice have taken its place"
 _OF_RESPONSES = {
     "input": Refused("it is for /v1/responses"),
-    "text": Refused(_GRAMMAR),
+    "text": Refused("the field is response_format"),
     "include": Refused(_NOT_RETURNED),
     "previous_response_id": Refused(_STATELESS),
     "conversation": Refused(_STATELESS),
@@ -334,6 +330,7 @@ REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
         **_OF_RESPONSES,
     },
     RESPONSES: {
+        **{name: Refused("the field is text.format") for name in _FORMS.split() if "." not in name},
         "previous_response_id": Refused(_STATELESS),
         "conversation": Refused(_STATELESS),
         "prompt": Refused("prompts are not stored here; send instructions and input"),
@@ -347,7 +344,7 @@ REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
         "max_tokens": Refused(_MAX_OUTPUT),
         "max_completion_tokens": Refused(_MAX_OUTPUT),
         "messages": Refused("the field is input"),
-        "response_format": Refused(_GRAMMAR, ({"type": "text"},)),
+        "response_format": Refused("the field is text.format", ({"type": "text"},)),
         "reasoning_effort": Refused('the field is reasoning: {"effort": "high"}'),
     },
 }

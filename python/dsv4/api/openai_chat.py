@@ -17,7 +17,7 @@ from dsv4.api.conversation import Asked, Conversation, encode, read_conversation
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import Job, UsageSum, jobs_for, run
-from dsv4.api.grammar import check_format
+from dsv4.api.grammar import held_to
 from dsv4.api.http import Call
 from dsv4.api.known_fields import CHAT, check_known
 from dsv4.api.openai_usage import usage_body, usage_so_far
@@ -65,6 +65,7 @@ async def chat_completions(call: Call) -> None:
     """The handler."""
     options, chat, strict, params, routing = await call.aside(lambda: _read(call))
     asked = await encode(call, chat, call.service.bound("messages"), routing)
+    params = held_to(params, asked.grammar)
     jobs = jobs_for([asked.prompt], params, options.n, routing, asked.reading)
     answer = Answer(call.service, options, f"chatcmpl-{answer_id_of(call)}", int(time.time()), asked, strict)
     if options.stream:
@@ -83,7 +84,6 @@ def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParam
     options = _options(fields, service)
     chat = read_conversation(fields)
     strict = StrictTools(chat.tools)
-    check_format(fields.nested("response_format"))
     params = sampling_params(
         fields,
         max_tokens=max_tokens_of(fields, None),

@@ -18,7 +18,7 @@ import orjson
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse, token_ids
 from dsv4.api.generation import UsageSum, jobs_for, run
-from dsv4.api.grammar import check_format
+from dsv4.api.grammar import held_to, openai_format
 from dsv4.api.http import Call
 from dsv4.api.known_fields import COMPLETIONS, check_known
 from dsv4.api.openai_usage import usage_body, usage_so_far
@@ -36,7 +36,7 @@ from dsv4.api.sse import EventStream
 from dsv4.engine.request import RequestOutput, Sampled
 from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError
-from dsv4.sampling import SamplingParams
+from dsv4.sampling import Grammar, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 """As OpenAI and vLLM have it for this endpoint."""
@@ -96,7 +96,9 @@ def _read(call: Call) -> tuple[Options, list[Any], SamplingParams, Routing]:
         prompt_logprobs=options.logprobs if options.echo else None,
         defaults=service.engine.sampling_defaults,
     )
-    check_format(fields.nested("response_format"))
+    if (format := openai_format(fields)) is not None:
+        service.tokenizer(format.field)
+        params = held_to(params, Grammar(format.text(), format.field))
     most = service.engine.config.max_num_waiting
     if len(prompts) * options.n > most:
         text = f"{len(prompts)} prompts times n {options.n} are more than the queue holds; at most {most}"

@@ -17,7 +17,7 @@ import orjson
 from dsv4.api.conversation import Conversation, encode
 from dsv4.api.fields import refuse
 from dsv4.api.generation import Job, run
-from dsv4.api.grammar import check_format
+from dsv4.api.grammar import held_to
 from dsv4.api.http import Call, header
 from dsv4.api.info import tokenize_bound
 from dsv4.api.known_fields import RESPONSES, check_known
@@ -106,6 +106,7 @@ async def input_tokens(call: Call) -> None:
 async def _job(call: Call, chat: Conversation, params: SamplingParams, routing: Routing, reply: Reply) -> Job:
     asked = await encode(call, chat, call.service.bound("input"), routing)
     reply.keep = asked.keep
+    params = held_to(params, asked.grammar)
     return Job(0, asked.prompt, params, routing, reading=asked.reading)
 
 
@@ -113,7 +114,6 @@ def _read(call: Call) -> tuple[Options, Conversation, ResponsesTools, SamplingPa
     """Everything in the body, checked. Raises RequestError."""
     fields, service = call.fields, call.service
     check_known(fields, RESPONSES)
-    check_format(fields.nested("text").nested("format"))
     if _LOGPROBS in fields.items("include", str, 64):
         raise refuse("include", _LOGPROBS, f"{ENCRYPTED!r}", "; chat completions have log-probabilities")
     model = service.check_model(fields)

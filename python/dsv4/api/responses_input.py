@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv4.api.conversation import EFFORTS, MAX_TOOLS, Conversation, settled
 from dsv4.api.fields import Fields
-from dsv4.api.grammar import tools_wanted
+from dsv4.api.grammar import format_of, openai_choice, shown_name
 from dsv4.api.parts import missing, parts_of, text_of, unread
 from dsv4.api.thoughts import unsealed
 from dsv4.errors import RequestError, show
@@ -81,25 +81,23 @@ class ResponsesTools:
         self.shown.append({"type": "function", "function": function})
 
 
-def shown_name(name: str, namespace: str | None) -> str:
-    """A tool's name for the model, which knows no namespaces."""
-    return f"{namespace.rstrip('_')}__{name}" if namespace else name
-
-
 def read_input(fields: Fields) -> tuple[Conversation, ResponsesTools]:
     """The conversation of a body, and its tools. Raises RequestError."""
     tools = ResponsesTools()
     for i, tool in enumerate(fields.items("tools", dict, MAX_TOOLS)):
         tools.add(Fields(tool, f"tools[{i}]."))
     thinking, effort = _thinking(fields)
+    choice = openai_choice(fields).among(tools.shown)
     return Conversation(
         _messages(fields, tools),
-        tools.shown if tools_wanted(fields) else [],
+        tools.shown if choice.tools else [],
         thinking,
         effort,
         "opened",
         fields.nested("chat_template_kwargs").boolean("drop_thinking", True),
         parallel_calls=fields.boolean("parallel_tool_calls", True),
+        choice=choice,
+        format=format_of(fields.nested("text").nested("format")),
     ), tools
 
 

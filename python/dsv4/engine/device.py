@@ -215,9 +215,7 @@ class LocalDevice:
         )
 
     @torch.inference_mode()
-    def launch(
-        self, plan: StepPlan, requests: Mapping[int, EngineRequest], *, held: bool = False
-    ) -> Pending:
+    def launch(self, plan: StepPlan, requests: Mapping[int, EngineRequest], *, held: bool = False) -> Pending:
         """Starts a step. `held`: all but its draw, which the caller launches before the next step. Raises what launching raises; the
         caller rolls the step back then."""
         watch = _Watch(self.device)

@@ -74,9 +74,7 @@ class Grammars:
         assert self._tokenizer is not None
         end = self._ends[0] if self._ends else 0
         wrapped = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab, end))
-        return LLTokenizer(
-            wrapped, n_vocab=self._vocab, eos_token=self._ends or None, slices=list(SLICES)
-        )
+        return LLTokenizer(wrapped, n_vocab=self._vocab, eos_token=self._ends or None, slices=list(SLICES))
 
     def warm(self) -> None:
         """Reads the vocabulary, which takes a second or two, before a request waits for it."""

@@ -28,8 +28,8 @@ from dsv4.errors import EngineDead, RequestError
 from dsv4.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from dsv4.engine.grammars import Grammars
     from dsv4.engine.device import LocalDevice, Pending, StepResult
+    from dsv4.engine.grammars import Grammars
     from dsv4.engine.masks import Form
 
 log = logging.getLogger("dsv4.engine")
@@ -149,7 +149,9 @@ class EngineLoop:
     def _form_of(self, params: SamplingParams, ends: set[int]) -> Form:
         grammar = params.grammar
         if self.grammars is None:
-            raise RequestError(f"{grammar.field} cannot be honoured by this engine", grammar.field, "invalid_value", 400)
+            raise RequestError(
+                f"{grammar.field} cannot be honoured by this engine", grammar.field, "invalid_value", 400
+            )
         return self.grammars.form(grammar, ends=ends, least=params.min_tokens)
 
     def abort(self, key: int) -> None:

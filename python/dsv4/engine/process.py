@@ -20,6 +20,7 @@ import numpy as np
 from dsv4 import garbage
 from dsv4._core import NeverFits, Overloaded
 from dsv4.config import EngineConfig
+from dsv4.engine.compiler import Compiled, Compiler
 from dsv4.engine.link import Link
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.messages import (
@@ -81,9 +82,10 @@ Build = Callable[..., Built]
 class Host:
     """Carries out messages and runs steps, on the thread that calls `run`."""
 
-    def __init__(self, built: Built, link: Link, inbox: queue.SimpleQueue[Received]) -> None:
+    def __init__(self, built: Built, link: Link, inbox: Inbox) -> None:
         self.built, self.loop, self.link = built, built.loop, link
         self._inbox = inbox
+        self._compiler = Compiler(self.loop.grammars, inbox)
         self._taken = 0
         self._told = -1
         """What was last told: messages taken, where nothing was left to do."""
@@ -107,7 +109,7 @@ class Host:
         """Carries out what has come, and waits for it when there is nothing else to do; False when it is to end."""
         while True:
             busy = self.loop.has_work()
-            if not busy and self._told != self._taken:
+            if not busy and not self._compiler.busy and self._told != self._taken:
                 self._tell(News())
             try:
                 received = self._inbox.get(block=not busy)
@@ -115,31 +117,47 @@ class Host:
                 return True
             if received is None:
                 return False
-            self._taken += 1
-            self._do(*received)
+            if isinstance(received, Compiled):
+                self._compiled(received)
+            else:
+                self._taken += 1
+                self._do(*received)
 
     def _do(self, message: ToEngine, payload: np.ndarray) -> None:
         if isinstance(message, Submit):
             self._submit(message, payload)
         elif isinstance(message, Abort):
             for key in message.keys:
+                self._compiler.forget(key)
                 self.loop.abort(key)
         elif isinstance(message, Stop):
             for key in message.keys:
+                self._compiler.forget(key)
                 self.loop.stop(key)
         elif isinstance(message, Ask):
             self.link.send(encode(self._answer(message, payload)))
 
+    def _compiled(self, compiled: Compiled) -> None:
+        """Requests whose grammar is there, or could not be made."""
+        for m, prompt in self._compiler.waiting(compiled.text):
+            if compiled.error is None:
+                self._submit(m, prompt)
+            else:
+                self._refuse(m.key, compiled.error)
+
     def _submit(self, m: Submit, prompt: np.ndarray) -> None:
+        if self._compiler.takes(m, prompt):
+            return
         try:
             self.loop.submit(m.key, prompt, m.params, routing=m.routing, parent=m.parent)
         except Exception as e:
-            refusal = as_request_error(e)
-            self.link.send(
-                encode(Refused(m.key, refusal.message, refusal.param, refusal.code, refusal.status))
-            )
+            self._refuse(m.key, e)
         else:
             self.loop.requests[m.key].submitted = m.submitted
+
+    def _refuse(self, key: int, error: Exception) -> None:
+        e = as_request_error(error)
+        self.link.send(encode(Refused(key, e.message, e.param, e.code, e.status)))
 
     def _answer(self, m: Ask, prompt: np.ndarray) -> Answered:
         try:
@@ -151,7 +169,7 @@ class Host:
             return Answered(m.ticket, None, (type(e).__name__, str(e)))
 
     def _tell(self, news: News) -> None:
-        news.taken, news.idle = self._taken, not self.loop.has_work()
+        news.taken, news.idle = self._taken, not (self.loop.has_work() or self._compiler.busy)
         if self.loop.doubtful:
             news.doubt = f"the last {self.loop.failed_in_row} steps failed: {self.loop.last_failure}"
         self._last = now = time.monotonic()
@@ -170,11 +188,11 @@ class Host:
         return Counts(stats, core.tenants() if tenants else None)
 
 
-Received = tuple[ToEngine, np.ndarray] | None
-"""A message with its payload; None at the end."""
+Inbox = queue.SimpleQueue[tuple[ToEngine, np.ndarray] | Compiled | None]
+"""Messages with their payloads, and grammars that have been compiled; None at the end."""
 
 
-def receive_all(link: Link, inbox: queue.SimpleQueue[Received], gone: Callable[[], None]) -> None:
+def receive_all(link: Link, inbox: Inbox, gone: Callable[[], None]) -> None:
     """Fills `inbox` until the other side says that it is over, or is gone, upon which it calls `gone`."""
     while (received := link.receive()) is not None:
         message = to_engine(received[0])
@@ -234,7 +252,7 @@ def first_message(link: Link) -> Begin | None:
 def serve(link: Link, begin: Begin, build: Build, gone: Callable[[], None]) -> int:
     """Everything from the first message to the last; the exit code. `gone`: called when the parent has ended, at any time, also
     in the middle of a step that does not end."""
-    inbox: queue.SimpleQueue[Received] = queue.SimpleQueue()
+    inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=receive_all, args=(link, inbox, gone), name="dsv4-inbox", daemon=True).start()
     try:
         built = build(begin.config, _shown(link), eos_ids=frozenset(begin.eos_ids))

@@ -77,14 +77,14 @@ class Calls:
     """What the model sees, in OpenAI's shape."""
     must: bool = False
     """There has to be one, and nothing but calls."""
-    only: str | None = None
-    """The one tool that may be called."""
+    only: Sequence[str] | None = None
+    """The tools that may be called; None for all."""
     several: bool = True
 
     def grammar(self, marker: str, head: str) -> tuple[str, list[dict[str, Any]]]:
         """Rules for `calls`, and the grammars they name. `head`: the terminal before the block's marker."""
         functions = [_function(tool) for tool in self.tools]
-        functions = [f for f in functions if f and (self.only is None or f.get("name") == self.only)]
+        functions = [f for f in functions if f and (self.only is None or f["name"] in self.only)]
         rules = [f'calls: {head} {marker} "tool_calls>\\n<" {marker} call']
         rules.append(f"call: {' | '.join(f't{i}' for i in range(len(functions)))}")
         end = f'"\\n</" {marker} "tool_calls>"'
@@ -96,7 +96,9 @@ class Calls:
         rules.append(f'more: NEXT {marker} param | "\\n</" {marker} end')
         named: list[dict[str, Any]] = []
         for i, function in enumerate(functions):
-            begin = f'"invoke name=" {_quoted(json.dumps(function["name"], ensure_ascii=False) + ">" + chr(10))}'
+            begin = (
+                f'"invoke name=" {_quoted(json.dumps(function["name"], ensure_ascii=False) + ">" + chr(10))}'
+            )
             begin = _quoted(f'invoke name="{function["name"]}">\n')
             strict = list(_strict(i, function, marker, named)) if function.get("strict") else None
             if strict is None or not strict:
@@ -175,7 +177,11 @@ def _strict(
     what no grammar can."""
     root = function.get("parameters")
     properties = root.get("properties") if isinstance(root, Mapping) else None
-    if not isinstance(properties, Mapping) or _more_than_properties(root) or not all(map(_is_key, properties)):
+    if (
+        not isinstance(properties, Mapping)
+        or _more_than_properties(root)
+        or not all(map(_is_key, properties))
+    ):
         return
     values = [_value(f"a{number}_{k}", schema, root) for k, schema in enumerate(properties.values())]
     grammars = [grammar for _, grammar in values if grammar is not None]
@@ -211,7 +217,8 @@ def _is_key(key: str) -> bool:
     return bool(key) and not set('"\n<>｜') & set(key)
 
 
-_OF_TEXT = {"type", "title", "description", "default", "examples", "$comment", "minLength", "maxLength"}
+_OF_TEXT = {"type", "title", "description", "default", "examples", "$comment"}
+_OF_CHOICE = _OF_TEXT | {"enum", "const"}
 
 
 def _value(name: str, schema: Any, root: Mapping[str, Any]) -> tuple[str, dict[str, Any] | None]:
@@ -219,13 +226,13 @@ def _value(name: str, schema: Any, root: Mapping[str, Any]) -> tuple[str, dict[s
     no more is asked of it than its length, or that it is one of some; otherwise as JSON, which may be a string too."""
     if isinstance(schema, Mapping):
         kind, some = schema.get("type"), schema.get("enum", [schema["const"]] if "const" in schema else None)
-        if isinstance(some, list) and some and all(isinstance(v, str) and "｜DSML｜" not in v for v in some):
-            if schema.keys() <= {"type", "enum", "const", *_OF_TEXT} - {"minLength", "maxLength"}:
-                return "(" + " | ".join(_quoted(f'true">{v}</') for v in some) + ")", None
+        plain = (
+            isinstance(some, list) and some and all(isinstance(v, str) and "｜DSML｜" not in v for v in some)
+        )
+        if plain and schema.keys() <= _OF_CHOICE:
+            return "(" + " | ".join(_quoted(f'true">{v}</') for v in some) + ")", None
         if kind == "string" and schema.keys() <= _OF_TEXT:
-            low, high = schema.get("minLength"), schema.get("maxLength")
-            if low is None and high is None:
-                return '"true\\">" RAW', None
+            return '"true\\">" RAW', None
     grammar = {"name": name, "json_schema": _with_options(_moved(schema, root))}
     return f'"false\\">" @{name} "</"', grammar
 
