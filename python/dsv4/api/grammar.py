@@ -196,7 +196,7 @@ def _grammar(value: Any, field: str) -> Format:
     text = _text(value, field, "a grammar in Lark or GBNF")
     try:
         lark = any_to_lark(text)
-    except (ValueError, RecursionError) as e:
+    except Exception as e:  # the library raises it bare
         raise refuse(field, text, "a grammar in Lark or GBNF", f"; {str(e)[:200]}") from None
     return _checked(Format("lark", lark, field), len(text))
 

@@ -55,7 +55,8 @@ class Format:
         if self.kind == "json":
             return {"json_schema": _with_options(self.value)}
         if self.kind == "regex":
-            return {"lark_grammar": LLMatcher.grammar_from_regex(self.value)}
+            made = json.loads(LLMatcher.grammar_from_regex(self.value))
+            return {"lark_grammar": made["grammars"][0]["lark_grammar"]}
         if self.kind == "choice":
             return {"lark_grammar": "start: " + " | ".join(_quoted(text) for text in self.value)}
         return {"lark_grammar": self.value}
