@@ -55,7 +55,7 @@ def test_a_grammar_that_is_none_fails_alone(llm: LLM) -> None:
     good = Grammar(Format("choice", ["yes", "no"], "guided_choice").text(), "guided_choice")
     llm.submit([5, 6, 7], SamplingParams(max_tokens=8, grammar=good), outputs.append)
     for text in ("start: nothing", '{"grammars": 7}', "start: /" + "(a|b)" * 300_000 + "/"):
-        with pytest.raises(RequestError, match="^guided_grammar ") as refused:
+        with pytest.raises(RequestError, match=r"^guided_grammar ") as refused:
             llm.submit([5], SamplingParams(grammar=Grammar(text, "guided_grammar")), outputs.append)
         assert refused.value.param == "guided_grammar" and "\n" not in refused.value.message
     while llm.has_work():

@@ -51,12 +51,19 @@ def _integer(r: random.Random, depth: int) -> dict[str, Any]:
 
 def _number(r: random.Random, depth: int) -> dict[str, Any]:
     low = r.randint(-9, 9)
-    return {"type": "number", r.choice(("minimum", "exclusiveMinimum")): low, "maximum": low + r.randint(1, 50)}
+    return {
+        "type": "number",
+        r.choice(("minimum", "exclusiveMinimum")): low,
+        "maximum": low + r.randint(1, 50),
+    }
 
 
 def _string(r: random.Random, depth: int) -> dict[str, Any]:
     if r.random() < 0.4:
-        return {"type": "string", "pattern": r.choice(("^[a-f]{2,5}$", "^[A-Z][0-9]{1,3}$", r"^\d{4}-\d{2}$", "^(yes|no)$"))}
+        return {
+            "type": "string",
+            "pattern": r.choice(("^[a-f]{2,5}$", "^[A-Z][0-9]{1,3}$", r"^\d{4}-\d{2}$", "^(yes|no)$")),
+        }
     low = r.randint(0, 3)
     return {"type": "string", "minLength": low, "maxLength": low + r.randint(0, 6)}
 
