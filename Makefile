@@ -6,6 +6,7 @@
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
+#   make grammar  answers to 1,000 random schemas (SCHEMAS=1000)
 #   make bench-gpu  kernels against the GPU's limits (needs CUDA; PYTHON=python3, ARGS="--quick --only attention")
 #   make bench-peers  the core beside other engines' caches (ARGS="--trace FILE"; fetches peers from the registries)
 #   make wheel   the wheel that pip installs            make seeds   the simulator on many seeds (SEEDS=10000)
@@ -15,6 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 SEEDS ?= 10000
+SCHEMAS ?= 1000
 JOBS ?= 8
 WORKERS ?= 3
 # pip's own reader of TOML, as Python 3.10 has none.
@@ -31,7 +33,7 @@ LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate 
   tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test test-gpu test-lowest test-clients test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test grammar test-gpu test-lowest test-clients test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -116,6 +118,9 @@ fmt: setup
 	cargo fmt --all
 	$(BIN)/ruff format python tests benches examples
 	$(BIN)/ruff check --fix python tests benches examples
+
+grammar: setup
+	GRAMMAR_SCHEMAS=$(SCHEMAS) $(BIN)/python -m pytest -q tests/grammar -n $(WORKERS)
 
 bench:
 	cargo bench --workspace --quiet

@@ -13,7 +13,7 @@ from dsv4.backends import choose
 from dsv4.engine.request import Sampled
 from dsv4.engine.sampler import Sampler, judge
 from dsv4.ops.reference.sample import draws as draws_of
-from dsv4.sampling import SamplingParams
+from dsv4.sampling import Grammar, SamplingParams
 
 EOS = 1
 
@@ -242,3 +242,45 @@ def test_bad_values_are_one_line_with_the_field(field: str, value: object) -> No
     with pytest.raises(ValueError) as e:
         SamplingParams(**{field: value})
     assert str(e.value).startswith(field) and "\n" not in str(e.value)
+
+
+ANY = Grammar("start: /.*/", "response_format")
+
+
+def bits_of(*rows: tuple[int, ...], vocab: int = 50) -> np.ndarray:
+    """Masks that take these tokens."""
+    masks = np.zeros((len(rows), -(-vocab // 32)), np.int32)
+    for mask, tokens in zip(masks, rows, strict=True):
+        for token in tokens:
+            mask.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+    return masks
+
+
+def test_rows_with_a_grammar_take_what_their_mask_has_and_others_all() -> None:
+    rows = logits(3)
+    states = [state(7, grammar=ANY), state(7), state(7, grammar=ANY, logit_bias={3: 100.0}, min_tokens=9)]
+    sampler, plain = begun(states, 50), begun([state(7), state(7), state(7)], 50)
+    sampler.constrain(np.array([0, 2]), bits_of((31, 49), (EOS, 40)))
+    at = np.arange(3), np.zeros(3, int)
+    tokens = sampler.draw(rows.clone(), *at).tokens.tolist()
+    assert tokens[0] in (31, 49) and tokens[2] in (EOS, 40)  # a bias and a minimum do not lead out of it
+    assert tokens[1] == plain.draw(rows.clone(), *at).tokens.tolist()[1]
+
+
+def test_log_probabilities_are_those_without_a_mask() -> None:
+    rows = logits(1)
+    with_mask, without = state(logprobs=3, grammar=ANY), state(logprobs=3)
+    sampler = begun([with_mask], 50)
+    sampler.constrain(np.array([0]), bits_of((5,)))
+    drawn = sampler.draw(rows.clone(), np.array([0]), np.array([0])).sampled()[0]
+    assert drawn.token == 5 and drawn.logprob == float(torch.log_softmax(rows, -1)[0, 5])
+    assert drawn.top == begun([without], 50).draw(rows.clone(), np.array([0]), np.array([0])).sampled()[0].top
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_broken_row_is_known_under_a_mask(broken: float) -> None:
+    rows = logits(1)
+    rows[0, 7] = broken
+    sampler = begun([state(grammar=ANY)], 50)
+    sampler.constrain(np.array([0]), bits_of((5,)))
+    assert sampler.draw(rows, np.array([0]), np.array([0])).tokens.tolist() == [-2]

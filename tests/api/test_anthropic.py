@@ -333,7 +333,10 @@ def test_sampling_parameters_arrive(model: Model) -> None:
             {"tool_choice": {"type": "any"}},
             "tool_choice.type asks for a call, but there are no tools",
         ),
-        ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "sl"}}, "tool_choice.name is 'sl'; it takes the name of"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "tool", "name": "sl"}},
+            "tool_choice.name is 'sl'; it takes the name of",
+        ),
         ({"tools": [{"input_schema": {}}]}, "tools[0].name is missing"),
         (
             {"output_config": {"format": {"type": "json_schema", "schema": 7}}},

@@ -275,7 +275,10 @@ def test_parameters_and_session_arrive(model: Model) -> None:
         ({"conversation": "c"}, "conversation is 'c'"),
         ({"background": True}, "background is true"),
         ({"tool_choice": "required"}, "tool_choice asks for a call, but there are no tools"),
-        ({"tool_choice": {"type": "function", "name": "a"}}, "tool_choice.name is 'a'; it takes the name of one of the tools"),
+        (
+            {"tool_choice": {"type": "function", "name": "a"}},
+            "tool_choice.name is 'a'; it takes the name of one of the tools",
+        ),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type is 'xml'"),
         ({"include": ["message.output_text.logprobs"]}, "include is 'message.output_text.logprobs'"),
         ({"tools": [{"type": "function"}]}, "tools[0].name is missing"),

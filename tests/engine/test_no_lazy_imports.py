@@ -45,7 +45,7 @@ llm.submit(long[:50], params, done.append, routing=Routing(priority=1))
 llm.abort(llm.submit(long, params, done.append))
 while llm.has_work():
     llm.step()
-broken = lambda *_: 1 / 0
+broken = lambda *_, **__: 1 / 0
 llm._loop.device.launch = broken
 llm.submit(long, params, done.append)
 llm.step()

@@ -11,7 +11,8 @@ import pytest
 from dsv4.engine.grammars import Grammars
 from dsv4.engine.masks import Form
 from dsv4.sampling import Grammar
-from dsv4.text.form import Calls, Format, chat_grammar
+from dsv4.text.call_grammar import Calls
+from dsv4.text.form import Format, chat_grammar
 from dsv4.text.output import OutputParser, ToolArguments, ToolStart
 
 from tests.support.fake_engine import EOS, small_tokenizer
@@ -53,7 +54,7 @@ TOOLS = [WEATHER, STRICT, BARE]
 
 @cache
 def grammars() -> Grammars:
-    return Grammars(small_tokenizer(), VOCAB, [EOS])
+    return Grammars(small_tokenizer, VOCAB, [EOS])
 
 
 def form_of(text: str) -> Form:
@@ -161,7 +162,9 @@ def test_masks_are_what_trying_every_token_gives(seed: int) -> None:
         one_by_one = [t for t in range(VOCAB) if t != EOS and slow.validate_tokens([t])]
         one_by_one += [EOS] * slow.is_accepting()
         mask = allowed(form, output[:n]).tolist()
-        if mask != sorted(one_by_one):  # where the next letters are certain they come as the tokenizer cuts them
+        if mask != sorted(
+            one_by_one
+        ):  # where the next letters are certain they come as the tokenizer cuts them
             certain = slow.compute_ff_bytes()
             assert len(mask) == 1 and mask[0] in one_by_one
             assert certain.startswith(small_tokenizer_once().token_bytes(mask[0])), (mask, certain)

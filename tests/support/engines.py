@@ -64,13 +64,20 @@ class ReachableEngine(AsyncEngine):
 
 
 @contextlib.asynccontextmanager
-async def tiny_engine(path: Path, *, restarts: int = 0, **settings: Any) -> AsyncIterator[ReachableEngine]:
-    """An engine over what `write_tiny` wrote; shut down at the end."""
+async def tiny_engine(
+    path: Path,
+    *,
+    restarts: int = 0,
+    prepare: Callable[[BuiltEngine], None] = lambda built: None,
+    **settings: Any,
+) -> AsyncIterator[ReachableEngine]:
+    """An engine over what `write_tiny` wrote; shut down at the end. `prepare`: changes what was built before it runs."""
     defaults: dict[str, Any] = dict(num_pages=20, max_num_seqs=2, block_size=128, device="cpu")
     built: list[BuiltEngine] = []
 
     def build(*arguments: Any, **options: Any) -> BuiltEngine:
         built.append(build_engine(*arguments, **options))
+        prepare(built[-1])
         return built[-1]
 
     engine = ReachableEngine(
@@ -103,10 +110,10 @@ def break_steps(engine: ReachableEngine, error: Callable[[], BaseException | Non
     """Before each step `error` is asked; what it returns is raised in place of the step."""
     run = engine.built.loop.device.launch
 
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **options: Any) -> Any:
         if (e := error()) is not None:
             raise e
-        return run(*args)
+        return run(*args, **options)
 
     engine.built.loop.device.launch = broken  # type: ignore[method-assign]
 

@@ -79,7 +79,7 @@ class ScriptedDevice:
         self._seconds, self._breaks, self._steps = step_seconds, breaks, itertools.count(1)
         self._sums: dict[int, int] = {}
 
-    def launch(self, plan: StepPlan, requests: Mapping[int, EngineRequest]) -> Pending:
+    def launch(self, plan: StepPlan, requests: Mapping[int, EngineRequest], *, held: bool = False) -> Pending:
         if next(self._steps) == self._breaks:
             raise RuntimeError(LOST)
         rows = np.flatnonzero(plan.row_samples)

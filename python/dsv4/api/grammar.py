@@ -17,7 +17,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 from dsv4.api.fields import Fields, refuse
 from dsv4.errors import RequestError, kind, show
 from dsv4.sampling import Grammar, SamplingParams
-from dsv4.text.form import Calls, Format, chat_grammar
+from dsv4.text.call_grammar import Calls
+from dsv4.text.form import Format, chat_grammar
 from dsv4.text.stream import Reading
 from dsv4.text.tokenizer import Tokenizer
 from dsv4.text.tools import shown_tools
@@ -47,7 +48,7 @@ class Choice:
 
     def among(self, tools: Sequence[Mapping[str, Any]]) -> Choice:
         """Itself. Raises RequestError where it asks for tools that are not there."""
-        names = [str((tool.get("function") or {}).get("name")) for tool in tools]
+        names = [function["name"] for function in Calls(tools).functions()]
         for name in self.only or ():
             if name not in names:
                 known = ", ".join(map(show, names[:8])) or "there are none"
@@ -75,6 +76,8 @@ def openai_choice(fields: Fields) -> Choice:
     holder = chosen.nested("allowed_tools") if chosen.get("allowed_tools") is not None else chosen
     must = holder.choice("mode", ("auto", "required"), "auto") == "required"
     tools = holder.items("tools", dict, 1024)
+    if not tools:
+        raise refuse(f"{holder.where}tools", tools, "at least one tool")
     allowed = [_name_in(Fields(tool, f"{holder.where}tools[{i}]."))[0] for i, tool in enumerate(tools)]
     return Choice(True, must, tuple(allowed), f"{holder.where}tools")
 
@@ -271,6 +274,9 @@ def of_chat(
     shown = shown_tools(messages, tools)
     calls = Calls(shown, choice.must, choice.only, parallel) if shown and reading.tools else None
     field = format.field if format is not None else choice.field if choice.must else "tools"
+    if format is not None and reading.continues:
+        text = f"{field} is about a whole answer, but the last message is to be continued; send it without that message"
+        raise RequestError(text, field, "invalid_value", 400)
     try:
         text = chat_grammar(tokenizer, thinking=reading.thinking, format=format, calls=calls)
     except ValueError as e:

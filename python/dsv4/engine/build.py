@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -178,7 +179,7 @@ def build_engine(
         tenants=Tenants(config.tenants),
         record=record,
         grammars=Grammars(
-            Tokenizer.from_dir(source.path, vocab_size=model_config.vocab_size),
+            partial(Tokenizer.from_dir, source.path, vocab_size=model_config.vocab_size),
             model_config.vocab_size,
             eos_ids,
         ),

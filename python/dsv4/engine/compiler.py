@@ -37,7 +37,7 @@ class Compiler:
         self._waiting: dict[str, list[tuple[Submit, np.ndarray]]] = {}
         self._threads = ThreadPoolExecutor(THREADS, "dsv4-grammar")
         if grammars is not None:
-            self._threads.submit(grammars.warm)
+            self._threads.submit(grammars.vocabulary)
 
     @property
     def busy(self) -> bool:
@@ -64,6 +64,10 @@ class Compiler:
         """A request that nobody waits for any more."""
         for waiting in self._waiting.values():
             waiting[:] = [(m, prompt) for m, prompt in waiting if m.key != key]
+
+    def close(self) -> None:
+        """Nothing is compiled any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, grammar: Grammar) -> None:
         error: Exception | None = None

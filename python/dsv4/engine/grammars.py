@@ -8,35 +8,25 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from dsv4.engine.masks import Form, MaskMaker
 from dsv4.errors import RequestError
 from dsv4.sampling import Grammar
+from dsv4.text.lark import LIMITS
 from dsv4.text.tokenizer import Tokenizer
 
 MOST_TEXT = 2**20
 """Bytes of a grammar."""
 
-KEPT = 64 * 2**20
-"""Bytes of the texts of compiled grammars that are kept. What is compiled takes some fifty times as much."""
+KEPT = 8 * 2**20
+"""Bytes of the texts of compiled grammars that are kept."""
 
 _OVERHEAD = 16384
-"""Counted beside the text of each."""
-
-LIMITS = LLParserLimits(
-    max_items_in_row=2000,
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=500_000,
-    step_max_items=100_000,
-    max_lexer_states=100_000,
-    max_grammar_size=500_000,
-    verbose_errors=False,
-)
-"""Tens of milliseconds for a mask at most, half a second for a grammar."""
+"""Counted beside the text of each, so that there are no more than 512."""
 
 SLICES = (r"[^\"\\\x00-\x1F\x7F｜<]{1,10}", r"[^\"\\\x00-\x1F\x7F｜<]{1,30}", r"[^｜<]+")
 """Sets of tokens that are taken as a whole where the grammar takes all of them, as within strings and free text."""
@@ -54,15 +44,16 @@ class _Vocabulary:
 
     def __call__(self, text: bytes | str) -> list[int]:
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return self._tokenizer.encode_segments([text])
+        return self._tokenizer.encode_letters(text)
 
 
 class Grammars:
     """The compiled grammars of one model. Thread-safe."""
 
-    def __init__(self, tokenizer: Tokenizer | None, vocab: int, ends: Iterable[int]) -> None:
-        """`tokenizer`: None for a model without one, which takes no grammar. `ends`: tokens that end an answer."""
-        self._tokenizer, self._vocab = tokenizer, vocab
+    def __init__(self, load: Callable[[], Tokenizer | None], vocab: int, ends: Iterable[int]) -> None:
+        """`load`: reads the tokenizer, slowly, once it is needed; None for a model without one, which takes no grammar. `ends`: tokens
+        that end an answer."""
+        self._load, self._vocab = load, vocab
         self._ends = sorted(token for token in ends if token < vocab)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._held = 0
@@ -70,17 +61,18 @@ class Grammars:
         self.maker = MaskMaker(vocab)
 
     @cached_property
-    def _vocabulary(self) -> LLTokenizer:
-        assert self._tokenizer is not None
-        end = self._ends[0] if self._ends else 0
-        wrapped = TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab, end))
-        return LLTokenizer(wrapped, n_vocab=self._vocab, eos_token=self._ends or None, slices=list(SLICES))
+    def _vocabulary(self) -> LLTokenizer | None:
+        tokenizer = self._load()
+        if tokenizer is None or not self._ends:
+            return None
+        wrapped = TokenizerWrapper(_Vocabulary(tokenizer, self._vocab, self._ends[0]))
+        return LLTokenizer(wrapped, n_vocab=self._vocab, eos_token=self._ends, slices=list(SLICES))
 
-    def warm(self) -> None:
-        """Reads the vocabulary, which takes a second or two, before a request waits for it."""
-        if self._tokenizer is not None and self._ends:
-            with self._loading:
-                _ = self._vocabulary
+    def vocabulary(self) -> LLTokenizer | None:
+        """The vocabulary as the library has it, or None where answers cannot be held to a form; read when it is first asked for, which
+        takes a second or two."""
+        with self._loading:
+            return self._vocabulary
 
     def knows(self, grammar: Grammar) -> bool:
         """Whether it is compiled."""
@@ -112,13 +104,14 @@ class Grammars:
         return matcher
 
     def _made(self, grammar: Grammar) -> LLMatcher:
-        if self._tokenizer is None or not self._ends:
-            lacks = "no tokenizer" if self._tokenizer is None else "no token that ends an answer"
-            raise _refused(grammar, f"asks for a form of the answer, but this model has {lacks}")
         if (size := len(grammar.text.encode())) > MOST_TEXT:
             raise _refused(grammar, f"makes a grammar of {size} bytes; the limit is {MOST_TEXT}")
-        self.warm()
-        matcher = LLMatcher(self._vocabulary, grammar.text, log_level=0, limits=LIMITS)
+        vocabulary = self.vocabulary()
+        if vocabulary is None:
+            raise _refused(
+                grammar, "asks for a form, but this model has no tokenizer, or no token that ends an answer"
+            )
+        matcher = LLMatcher(vocabulary, grammar.text, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise _refused(grammar, f"is no form that an answer can be held to: {_line(matcher.get_error())}")
         # The first mask makes the lexer's first states, which the copies share; a grammar without any answer shows here.

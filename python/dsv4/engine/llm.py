@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +22,14 @@ from dsv4.engine.remote import Progress
 from dsv4.engine.request import RequestOutput, Sampled, Usage
 from dsv4.engine.routing import PLAIN, Routing
 from dsv4.errors import RequestError
-from dsv4.sampling import SamplingParams
+from dsv4.sampling import Grammar, SamplingParams
 from dsv4.text.blocks import Blocks, Call
+from dsv4.text.call_grammar import Calls
 from dsv4.text.chat import encode_chat, ending_of
 from dsv4.text.draft import Bound
+from dsv4.text.form import chat_grammar
 from dsv4.text.stream import Reading
+from dsv4.text.tools import shown_tools
 
 Prompt = str | TokenIds
 
@@ -246,6 +250,11 @@ class LLM:
             continue_final_message=continue_final_message,
         )
         reading = Reading.of_chat(messages, tools, thinking=thinking, ending=ending)
+        params = params or self.get_default_sampling_params()
+        if params.grammar is None and reading.tools and self.tokenizer is not None:
+            calls = Calls(shown_tools(messages, tools))
+            text = chat_grammar(self.tokenizer, thinking=reading.thinking, calls=calls)
+            params = dataclasses.replace(params, grammar=text and Grammar(text, "tools"))
         return self.generate([ids], params, reading=reading)[0]
 
     def chat_ids(

@@ -94,11 +94,14 @@ class Host:
 
     def run(self) -> None:
         """Until it is told to end, or the other side is gone. Raises EngineDead."""
-        while self._take():
-            if self.loop.step() and time.monotonic() - self._last > SIGN_OF_LIFE:
-                self._tell(News())
-            if self.loop.doubtful and not self.loop.has_work():
-                self.loop.check_itself()
+        try:
+            while self._take():
+                if self.loop.step() and time.monotonic() - self._last > SIGN_OF_LIFE:
+                    self._tell(News())
+                if self.loop.doubtful and not self.loop.has_work():
+                    self.loop.check_itself()
+        finally:
+            self._compiler.close()
 
     def ready(self) -> Ready:
         """What there is to say before the first message is taken."""

@@ -107,6 +107,13 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Paralle
         ("vocabulary", c.vocab_size),
         ("bytes", 8),
     )
+    sheet.add(
+        "always",
+        "sampling tables: masks",
+        ("requests", limits.running),
+        ("words", -(-c.vocab_size // 32)),
+        ("bytes", 4),
+    )
     tables = len({bool(m) for m in c.compress_ratios})
     sheet.add(
         "always",

@@ -130,6 +130,10 @@ class Tokenizer:
         """Ids of a prompt in which only `Marker`s are special tokens. Raises ConfigError for a marker that is unknown."""
         return self.draft(segments).finish().tolist()
 
+    def encode_letters(self, text: str) -> list[int]:
+        """Ids of text in which nothing is a special token; nothing is looked up or kept."""
+        return _encode(self._plain, [text])[0]
+
     def draft_text(self, text: str, *, salt: str = "", bound: Bound | None = None) -> Draft:
         """`draft` for raw text, in which special tokens are recognised."""
         if self._added is None:
