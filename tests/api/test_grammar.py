@@ -63,7 +63,7 @@ class Asked:
     def takes(self, text: str) -> bool:
         """A whole answer, special tokens recognised."""
         assert self.grammar is not None
-        matcher = self._grammars.form(self.grammar, ends=[EOS], least=0).matcher
+        matcher = self._grammars.constraint(self.grammar, ends=[EOS], least=0).matcher
         ids = self._tokenizer.encode(text)
         return matcher.validate_tokens([*ids, EOS]) == len(ids) + 1
 

@@ -101,10 +101,10 @@ def test_one_that_fails_later_ends_its_own_request(tmp_path: Path) -> None:
         async with engine_with(slow, tmp_path) as engine:
             masks = slow.maker.masks
 
-            def fails(forms):  # noqa: ANN001, ANN202
-                made, failed = masks(forms)
+            def fails(constrained):  # noqa: ANN001, ANN202
+                made, failed = masks(constrained)
                 return made, failed | {
-                    place: "guided_regex cannot" for place, _, said in forms if len(said) == 3
+                    place: "guided_regex cannot" for place, _, said in constrained if len(said) == 3
                 }
 
             slow.maker.masks = fails  # type: ignore[method-assign]

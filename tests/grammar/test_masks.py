@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 from dsv4.engine.grammars import Grammars
-from dsv4.engine.masks import Form
+from dsv4.engine.masks import Constraint
 from dsv4.sampling import Grammar
 from dsv4.text.call_grammar import Calls
 from dsv4.text.form import Format, chat_grammar
@@ -57,11 +57,11 @@ def grammars() -> Grammars:
     return Grammars(small_tokenizer, VOCAB, [EOS])
 
 
-def form_of(text: str) -> Form:
-    return grammars().form(Grammar(text, "x"), ends=[EOS], least=0)
+def form_of(text: str) -> Constraint:
+    return grammars().constraint(Grammar(text, "x"), ends=[EOS], least=0)
 
 
-def allowed(form: Form, output: list[int]) -> np.ndarray:
+def allowed(form: Constraint, output: list[int]) -> np.ndarray:
     """Tokens that may follow."""
     masks, failed = grammars().maker.masks([(0, form, output)])
     assert not failed
@@ -180,9 +180,9 @@ def test_an_answer_ends_where_its_form_does_and_not_before() -> None:
 def test_min_tokens_bars_the_end_unless_nothing_else_may_come() -> None:
     text, tokenizer = Format("regex", "(ab)*", "x").text(), small_tokenizer_once()
     assert EOS in allowed(form_of(text), [])
-    longer = grammars().form(Grammar(text, "x"), ends=[EOS], least=3)
+    longer = grammars().constraint(Grammar(text, "x"), ends=[EOS], least=3)
     assert EOS not in allowed(longer, []) and len(allowed(longer, []))
-    over = grammars().form(Grammar(Format("choice", ["yes"], "x").text(), "x"), ends=[EOS], least=50)
+    over = grammars().constraint(Grammar(Format("choice", ["yes"], "x").text(), "x"), ends=[EOS], least=50)
     assert allowed(over, tokenizer.encode("yes")).tolist() == [EOS]
 
 

@@ -22,6 +22,8 @@ Two processes. What runs beside the caller knows nothing of torch; what runs bes
 | `async_engine.py` | the engine behind asyncio, in a process of its own that is started again when it is lost |
 | `llm.py` | blocking use from Python, without another process |
 | `sampler.py` | logits to tokens |
+| `grammars.py`, `masks.py` | grammars of answers, compiled; which tokens they let come next |
+| `compiler.py` | requests whose grammar is being compiled |
 
 Which way imports go is in docs/architecture.md.
 """

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
-from dsv4.engine.masks import Form, MaskMaker
+from dsv4.engine.masks import Constraint, MaskMaker
 from dsv4.errors import RequestError
 from dsv4.sampling import Grammar
 from dsv4.text.lark import LIMITS
@@ -79,10 +79,10 @@ class Grammars:
         with self._lock:
             return grammar.text in self._compiled
 
-    def form(self, grammar: Grammar, *, ends: Iterable[int], least: int) -> Form:
-        """The grammar for one request (see `Form`). Raises RequestError for what is none, or too large."""
+    def constraint(self, grammar: Grammar, *, ends: Iterable[int], least: int) -> Constraint:
+        """The grammar for one request (see `Constraint`). Raises RequestError for what is none, or too large."""
         matcher = self._matcher(grammar)
-        return Form(matcher.deep_copy(), grammar.field, ends=tuple(ends), least=least)
+        return Constraint(matcher.deep_copy(), grammar.field, ends=tuple(ends), least=least)
 
     def compile(self, grammar: Grammar) -> None:
         """So that it is known. Raises RequestError."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from dsv4.sampling import SamplingParams
 if TYPE_CHECKING:
     from dsv4.engine.device import LocalDevice, Pending, StepResult
     from dsv4.engine.grammars import Grammars
-    from dsv4.engine.masks import Form
+    from dsv4.engine.masks import Constraint
 
 log = logging.getLogger("dsv4.engine")
 
@@ -60,8 +60,8 @@ class Flight:
 
     plan: StepPlan
     pending: Pending
-    held: bool = False
-    """Its draw was not launched, as masks depend on the tokens of a step before it."""
+    held: Sequence[tuple[int, int]] = ()
+    """Places among its samples, and requests, that a grammar binds; its draw is not launched as long as there are any."""
 
 
 def _sampled(plan: StepPlan) -> Iterator[tuple[int, int]]:
@@ -127,7 +127,7 @@ class EngineLoop:
             raise self.dead
         seed = params.seed if params.seed is not None else self.seed + key
         ends = set(params.stop_token_ids)
-        form = None if params.grammar is None else self._form_of(params, ends | self.eos_ids)
+        constraint = None if params.grammar is None else self._constraint_of(params, ends | self.eos_ids)
         now = now_us()
         self.core.set_time(now)  # a request's age counts from here
         self.core.submit(
@@ -141,18 +141,18 @@ class EngineLoop:
         )
         request = EngineRequest(key, prompt, params, seed=seed, ends=tuple(sorted(ends | self.eos_ids)))
         self.requests[key] = request
-        if form is not None:
-            request.form, self._bound[key] = form, request
+        if constraint is not None:
+            request.constraint, self._bound[key] = constraint, request
         if request.output is not None:
             self._looking_back[key] = request.output
 
-    def _form_of(self, params: SamplingParams, ends: set[int]) -> Form:
+    def _constraint_of(self, params: SamplingParams, ends: set[int]) -> Constraint:
         grammar = params.grammar
         if self.grammars is None:
             raise RequestError(
                 f"{grammar.field} cannot be honoured by this engine", grammar.field, "invalid_value", 400
             )
-        return self.grammars.form(grammar, ends=ends, least=params.min_tokens)
+        return self.grammars.constraint(grammar, ends=ends, least=params.min_tokens)
 
     def abort(self, key: int) -> None:
         """Ends a request at any time; what is told last of it is `abort`. Unknown keys are ignored: it may have just ended."""
@@ -190,8 +190,8 @@ class EngineLoop:
 
     def _launch(self, plan: StepPlan) -> None:
         try:
-            held = bool(self._bound) and any(key in self._bound for _, key in _sampled(plan))
-            pending = self.device.launch(plan, self.requests, held=held)
+            held = [(i, key) for i, key in _sampled(plan) if key in self._bound] if self._bound else []
+            pending = self.device.launch(plan, self.requests, held=bool(held))
             self._flights.append(Flight(plan, pending, held))
         except Exception as e:  # whatever the device or a kernel raises must not take the engine down
             self._give_up([plan], e, before=self._flights)
@@ -202,20 +202,21 @@ class EngineLoop:
         if not self._flights or not self._flights[0].held:
             return
         flight = self._flights[0]
-        sampled = [(i, self._bound.get(key)) for i, key in _sampled(flight.plan)]
-        some = [(i, r) for i, r in sampled if r is not None and r.form is not None]
+        bound = [(place, self._bound.get(key)) for place, key in flight.held]  # None: it has ended meanwhile
         try:
-            masks, failed = self.grammars.maker.masks([(i, r.form, r.output or ()) for i, r in some])
+            masks, failed = self.grammars.maker.masks(
+                [(place, r.constraint, r.output or ()) if r else (place, None, ()) for place, r in bound]
+            )
             flight.pending.draw(masks)
         except Exception as e:  # as in `_launch`
             later, self._flights = self._flights, deque()
             self._give_up([f.plan for f in later], e)
             self._tell_events(None)
             return
-        self._flights[0] = replace(flight, held=False)
-        for place, request in some:
+        self._flights[0] = replace(flight, held=())
+        for place, key in flight.held:
             if place in failed:
-                self._fail(request.key, failed[place])
+                self._fail(key, failed[place])
         if failed:
             self._tell_events(None)
 

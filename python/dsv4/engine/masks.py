@@ -1,6 +1,6 @@
 """Which tokens may come next, by the grammars of requests: a bit for each token of the vocabulary.
 
-A form follows the tokens that are committed and nothing else, so steps that failed and requests that were preempted change nothing
+A constraint follows the tokens that are committed and nothing else, so steps that failed and requests that were preempted change nothing
 in it. Masks are made on the host while the device runs the step's forward; the library works on threads of its own and holds no lock.
 """
 
@@ -23,7 +23,7 @@ class Masks:
     bits: np.ndarray
 
 
-class Form:
+class Constraint:
     """The grammar of one live request, and how far its answer has come in it."""
 
     def __init__(self, matcher: LLMatcher, field: str, *, ends: Sequence[int], least: int) -> None:
@@ -64,20 +64,24 @@ class MaskMaker:
     def __init__(self, vocab: int) -> None:
         self._words, self._executor = -(-vocab // 32), LLExecutor()
 
-    def masks(self, forms: Sequence[tuple[int, Form, Sequence[int]]]) -> tuple[Masks, dict[int, str]]:
-        """`forms`: place among the step's samples, form, and the answer so far. By place also what failed; its mask bars nothing."""
-        bits = np.full((len(forms), self._words), -1, np.int32)
+    def masks(
+        self, constrained: Sequence[tuple[int, Constraint | None, Sequence[int]]]
+    ) -> tuple[Masks, dict[int, str]]:
+        """`constrained`: place among the step's samples, what holds it (None: nothing any more), and the answer so far. By place also
+        what failed; its mask bars nothing."""
+        bits = np.full((len(constrained), self._words), -1, np.int32)
         failed: dict[int, str] = {}
-        todo: list[tuple[LLMatcher, int]] = []
-        for i, (place, form, output) in enumerate(forms):
-            if (fault := form.follow(output)) is not None:
+        todo: dict[int, Constraint] = {}
+        for i, (place, one, output) in enumerate(constrained):
+            if one is None:
+                continue
+            if (fault := one.follow(output)) is not None:
                 failed[place] = fault
-            elif not form.free:
-                todo.append((form.matcher, i))
+            elif not one.free:
+                todo[i] = one
         if todo:
-            fill_next_token_bitmask_par(self._executor, todo, bits)
-        for matcher, i in todo:
-            place, form, _ = forms[i]
-            if matcher.is_error() or not form.finish(bits[i]):
-                failed[place], bits[i] = form.fault(), -1
-        return Masks(np.array([place for place, *_ in forms], np.int64), bits), failed
+            fill_next_token_bitmask_par(self._executor, [(one.matcher, i) for i, one in todo.items()], bits)
+        for i, one in todo.items():
+            if one.matcher.is_error() or not one.finish(bits[i]):
+                failed[constrained[i][0]], bits[i] = one.fault(), -1
+        return Masks(np.array([place for place, *_ in constrained], np.int64), bits), failed

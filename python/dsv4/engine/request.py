@@ -12,7 +12,7 @@ from dsv4.sampling import SamplingParams
 from dsv4.text.output import Content, Piece
 
 if TYPE_CHECKING:  # the server's process makes no masks
-    from dsv4.engine.masks import Form
+    from dsv4.engine.masks import Constraint
 
 FINISH_REASONS = {1: "stop", 2: "length", 3: "abort"}
 """By the number of the core's FINISHED event."""
@@ -96,7 +96,7 @@ class EngineRequest:
         self.key, self.prompt, self.params, self.seed, self.ends = key, prompt, params, seed, ends
         self.output: list[int] | None = [] if params.looks_back else None
         """Tokens so far, where sampling has to know them after a preemption."""
-        self.form: Form | None = None
+        self.constraint: Constraint | None = None
         """What its grammar says of the next token."""
         self.judged = 1
         """Prompt tokens whose log-probabilities were told, the first one, which has none, included."""

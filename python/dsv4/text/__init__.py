@@ -10,5 +10,7 @@
 | `recall.py` | answers that come back, as the tokens that were sampled |
 | `output.py` | generated text to reasoning, content and tool calls |
 | `tools.py` | which tools a chat shows, and the schemas of their parameters |
+| `form.py` | the form that an answer is to have, as a grammar |
+| `call_grammar.py`, `lark.py` | tool calls as rules of it; pieces of grammars |
 | `blocks.py` | pieces put together to text, thoughts and calls |
 """
