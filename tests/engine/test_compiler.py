@@ -18,6 +18,7 @@ from dsv4.text.form import Format
 
 from tests.support.engines import ReachableEngine, tiny_engine, write_tiny
 from tests.support.fake_engine import small_tokenizer
+from tests.support.letters import VOCABULARY, Letters
 
 END = 1
 
@@ -26,7 +27,7 @@ class Slow(Grammars):
     """Compiles when it is told to."""
 
     def __init__(self) -> None:
-        super().__init__(small_tokenizer, 256, [END])
+        super().__init__(Letters, VOCABULARY, [END])  # type: ignore[arg-type]
         self.go, self.begun = threading.Event(), list[str]()
 
     def _made(self, grammar: Grammar):  # noqa: ANN202

@@ -15,8 +15,9 @@ from dsv4.text.form import Format
 
 from tests.support.engines import write_tiny
 from tests.support.fake_engine import small_tokenizer
+from tests.support.letters import VOCABULARY, Letters
 
-VOCAB, END = 256, 1
+END = 1
 LETTERS = Grammar(Format("regex", "([ab]{3}-){60}c", "guided_regex").text(), "guided_regex")
 
 
@@ -29,7 +30,7 @@ def start(path: Path, **settings: Any) -> LLM:
     """The first 256 tokens of the small model's tokenizer are single letters."""
     defaults = dict(device="cpu", block_size=128, num_pages=96, max_num_seqs=4, max_num_batched_tokens=64)
     llm = LLM(str(path), **defaults | settings)
-    llm._loop.grammars = Grammars(small_tokenizer, VOCAB, [END])
+    llm._loop.grammars = Grammars(Letters, VOCABULARY, [END])  # type: ignore[arg-type]
     return llm
 
 

@@ -327,7 +327,7 @@ class LocalDevice:
     ) -> Drawn:
         """A token of each slab; they are the newest from here on. `picked`: places in `hidden`; None where a graph just gave it, and
         a graph draws."""
-        if masks is not None:
+        if masks is not None and len(masks.places):
             self.sampler.constrain(slabs[masks.places], masks.bits)
         if picked is None and self.graphs is not None:
             self.graphs.mark(positions, slabs)
