@@ -27,7 +27,7 @@ MOST = 2**18
 """Bytes of a schema, pattern or grammar."""
 
 DEEPEST = 64
-"""Levels of a schema. The library reads 128 levels of JSON, and takes two for a level of objects."""
+"""Levels of a schema. The library reads 128 levels of JSON, and a grammar has some around it."""
 
 MOST_CHOICES = 4096
 
@@ -226,8 +226,12 @@ _READERS = {
 }
 _IN_VLLM = {"json": _schema, "regex": _regex, "choice": _choices, "grammar": _grammar, "json_object": _object}
 
-FORMATS = ("response_format", "structured_outputs", *_READERS)
-"""Fields that ask for a form of the answer."""
+_ASKING = ("response_format", "structured_outputs", *_READERS, "text", "output_format", "output_config")
+
+
+def asks_for_form(fields: Fields) -> bool:
+    """Whether a body, of any dialect, may ask for a form of the answer."""
+    return any(fields.get(name) is not None for name in _ASKING)
 
 
 def _text(value: Any, field: str, what: str) -> str:

@@ -21,6 +21,8 @@ from starlette.types import Receive, Scope, Send
 from dsv4._core import scan_json
 from dsv4.api.errors import RETRY_AFTER, ErrorBody, error_body, internal_error, shaped
 from dsv4.api.fields import Fields
+from dsv4.api.grammar import asks_for_form
+from dsv4.api.lanes import QUICK
 from dsv4.errors import RequestError, kind, show
 
 if TYPE_CHECKING:
@@ -67,8 +69,9 @@ class Call:
         self.started = False
 
     async def aside(self, work: Callable[[], T]) -> T:
-        """`work()` on what the body holds, off the event loop where the body is long."""
-        return await self.service.lanes.run(work, size=self.size)
+        """`work()` on what the body holds, off the event loop where the body is long, or asks for a form that has to be looked at."""
+        size = max(self.size, QUICK + 1) if asks_for_form(self.fields) else self.size
+        return await self.service.lanes.run(work, size=size)
 
     async def respond(
         self, body: Any, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()
