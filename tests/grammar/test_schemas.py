@@ -20,14 +20,14 @@ SCHEMAS = int(os.environ.get("GRAMMAR_SCHEMAS", "150"))
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one step in flight", "two steps in flight"])
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    yield LLM(device="cpu", num_pages=96, max_num_seqs=16, async_scheduling=request.param == 2)
+    yield LLM(device="cpu", num_pages=160, max_num_seqs=32, async_scheduling=request.param == 2)
 
 
 def test_every_answer_fits_its_schema(llm: LLM) -> None:
     share = range(llm.config.async_scheduling, SCHEMAS, 2)  # half of them each
     finished = 0
-    for begin in range(0, len(share), 16):
-        seeds = share[begin : begin + 16]
+    for begin in range(0, len(share), 32):
+        seeds = share[begin : begin + 32]
         finished += sum(answers_fit(llm, list(seeds)))
     assert finished > 0.8 * len(share), finished
 

@@ -122,16 +122,10 @@ def format_of(wanted: Fields) -> Format | None:
     if given == "json_schema":
         holder = wanted.nested("json_schema") if wanted.get("json_schema") is not None else wanted
         holder.boolean("strict")
-        name = (
-            "schema"
-            if holder.get("schema") is not None or holder.get("json_schema") is None
-            else "json_schema"
-        )
-        if holder.get(name) is None:
-            raise RequestError(
-                f"{holder.where}schema is missing", f"{holder.where}schema", "missing_field", 400
-            )
-        return _schema(holder.get(name), f"{holder.where}{name}")
+        where = f"{holder.where}schema"
+        if holder.get("schema") is None:
+            raise RequestError(f"{where} is missing", where, "missing_field", 400)
+        return _schema(holder.get("schema"), where)
     raise refuse(field, given, _TYPES)
 
 
@@ -142,15 +136,14 @@ def openai_format(fields: Fields) -> Format | None:
     """The form that a body in OpenAI's shape asks for, in the words of OpenAI, vLLM, SGLang, llama.cpp or Ollama. RequestError for
     two of them."""
     found = [format_of(fields.nested("response_format"))]
-    readers: Mapping[str, Callable[[Any, str], Format | None]] = _READERS
-    found += [_read(readers[name], fields.get(name), name) for name in readers]
+    found += [_read(reader, fields.get(name), name) for name, reader in _READERS.items()]
     if fields.get("structured_outputs") is not None:
         inside = fields.nested("structured_outputs")
         if inside.get("structural_tag") is not None:
             raise refuse(
                 "structured_outputs.structural_tag", inside.get("structural_tag"), "nothing", _NO_TAGS
             )
-        found += [_read(_IN_VLLM[name], inside.get(name), inside.where + name) for name in _IN_VLLM]
+        found += [_read(read, inside.get(name), inside.where + name) for name, read in _IN_VLLM.items()]
     forms = [form for form in found if form is not None]
     if len(forms) > 1:
         first, second = forms[0].field, forms[1].field
@@ -163,7 +156,11 @@ def openai_format(fields: Fields) -> Format | None:
 _NO_TAGS = "; calls are held to their form where tools are given"
 
 
-def _read(reader: Callable[[Any, str], Format | None], value: Any, field: str) -> Format | None:
+_Reader = Callable[[Any, str], Format | None]
+"""Of a value and its field."""
+
+
+def _read(reader: _Reader, value: Any, field: str) -> Format | None:
     return None if value is None or value == "" or value is False else reader(value, field)
 
 
@@ -200,7 +197,9 @@ def _grammar(value: Any, field: str) -> Format:
     try:
         lark = any_to_lark(text)
     except Exception as e:  # the library raises it bare
-        raise refuse(field, text, "a grammar in Lark or GBNF", f"; {str(e)[:200]}") from None
+        raise refuse(
+            field, text, "a grammar in Lark or GBNF", f"; {' '.join(str(e).split())[:200]}"
+        ) from None
     return _checked(Format("lark", lark, field), len(text))
 
 
@@ -212,7 +211,7 @@ def _ollama(value: Any, field: str) -> Format:
     return Format("json", _OBJECT, field) if value == "json" else _schema(value, field)
 
 
-_READERS = {
+_READERS: Mapping[str, _Reader] = {
     "guided_json": _schema,
     "guided_regex": _regex,
     "guided_choice": _choices,
@@ -224,7 +223,13 @@ _READERS = {
     "grammar": _grammar,
     "format": _ollama,
 }
-_IN_VLLM = {"json": _schema, "regex": _regex, "choice": _choices, "grammar": _grammar, "json_object": _object}
+_IN_VLLM: Mapping[str, _Reader] = {
+    "json": _schema,
+    "regex": _regex,
+    "choice": _choices,
+    "grammar": _grammar,
+    "json_object": _object,
+}
 
 _ASKING = ("response_format", "structured_outputs", *_READERS, "text", "output_format", "output_config")
 
