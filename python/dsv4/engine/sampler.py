@@ -9,6 +9,7 @@ drawn without asking the host, and stay on the device as the next step's input.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ class Kind:
     filtered: bool
 
 
-KINDS = tuple(Kind(edited, filtered) for edited in (False, True) for filtered in (False, True))
+KINDS = tuple(Kind(*flags) for flags in itertools.product((False, True), repeat=3))
 
 
 class Sampler:
