@@ -198,7 +198,7 @@ def test_an_engine_that_was_shut_down_says_so(model: Path) -> None:
 def test_llm_says_that_the_device_is_gone_and_goes_on_saying_it(model: Path) -> None:
     llm = LLM(str(model), num_pages=20, max_num_seqs=2, block_size=128, device="cpu")
 
-    def gone(*_: Any) -> Any:
+    def gone(*_: Any, held: bool = False) -> Any:
         raise GONE[0]
 
     llm._loop.device.launch = gone  # type: ignore[method-assign]
@@ -211,10 +211,10 @@ def test_llm_keeps_nothing_of_a_call_that_failed(model: Path) -> None:
     llm = LLM(str(model), num_pages=20, max_num_seqs=1, block_size=128, device="cpu")
     run, errors = llm._loop.device.launch, iter([ValueError("boom")])
 
-    def once(*arguments: Any) -> Any:
+    def once(*arguments: Any, **named: Any) -> Any:
         for e in errors:
             raise e
-        return run(*arguments)
+        return run(*arguments, **named)
 
     llm._loop.device.launch = once  # type: ignore[method-assign]
     params = SamplingParams(max_tokens=3, ignore_eos=True)
