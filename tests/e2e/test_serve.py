@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,40 @@ def test_streaming_equals_not_streaming(nano: Serving) -> None:
     assert text == whole.choices[0].message.content and text.startswith("I am Nano, a tiny language model")
     assert whole.choices[0].finish_reason == "stop"
     assert usage.completion_tokens == whole.usage.completion_tokens
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"tool_choice": "required", "tools": [WEATHER]},
+        {"tools": [WEATHER]},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": WEATHER["function"]["parameters"]}}},
+    ],
+    ids=["required", "auto", "schema"],
+)  # fmt: skip
+def test_an_answer_with_a_form_is_streamed_as_it_is_whole(nano: Serving, form: dict[str, Any]) -> None:
+    """At temperature 1."""
+    for seed in range(3):
+        options = {"temperature": 1, "seed": seed, "max_tokens": 80, **form}
+        messages = [{"role": "user", "content": "Is it warm there?"}]
+        create = partial(nano.client.chat.completions.create, model="default", messages=messages, **options)
+        choice = create().choices[0]
+        calls = [(c.function.name, c.function.arguments) for c in choice.message.tool_calls or ()]
+        text, streamed, reason = "", list[list[str]](), None
+        for chunk in create(stream=True):
+            delta, reason = chunk.choices[0].delta, chunk.choices[0].finish_reason or reason
+            text += delta.content or ""
+            for call in delta.tool_calls or ():
+                if call.function.name:
+                    streamed.append([call.function.name, ""])
+                streamed[call.index][1] += call.function.arguments or ""
+        assert (text, reason) == (choice.message.content or "", choice.finish_reason)
+        assert list(map(tuple, streamed)) == calls
+        if reason == "tool_calls":
+            assert all(name == "get_weather" and type(json.loads(body)) is dict for name, body in calls)
+        elif reason == "stop" and "response_format" in form:
+            assert type(json.loads(text)) is dict
+        assert reason != "stop" or "tool_choice" not in form
 
 
 def test_a_tool_call_and_its_result(nano: Serving) -> None:
