@@ -65,15 +65,14 @@ class ExtendGraphs:
 
     def hidden(self, batch: Batch) -> Tensor:
         """Streams [S, n, d] after the last layer of the tokens in `batch.logit_index`. Valid until the next call of a graph."""
-        if fresh := [row.slab for row in batch.rows if row.reset]:
-            self.model.cache.reset(fresh)
+        self.model.reset_fresh(batch)
         size = _Size(
             tokens=next(n for n in self.sizes if n >= len(batch.token_ids)),
             rows=next(n for n in self.rows if n > len(batch.rows)),
             end=next(n for n in self.contexts if n >= max(row.start + row.length for row in batch.rows)),
         )
         graph = self._graphs.get(size) or self._captured(size)
-        graph.columns.copy_(to_device(_packed(self._columns(batch, size)), graph.columns.device))
+        graph.columns.copy_(to_device(self._columns(batch, size).packed(), graph.columns.device))
         graph.replay()
         return self.decode.output[: len(batch.logit_index)]
 
@@ -107,7 +106,7 @@ class ExtendGraphs:
         """A step of padding alone, on the device in one piece and as columns of it."""
         none = torch.empty(0, dtype=torch.int64)
         columns = self._columns(Batch(none, none, (), self.page_table, none), size)
-        device = _packed(columns).to(self.decode.pages.device)
+        device = columns.packed().to(self.decode.pages.device)
         return device, replace(columns.within(device), rows=())
 
     def _captured(self, size: _Size) -> _Graph:
@@ -125,7 +124,3 @@ class ExtendGraphs:
         wanted = columns.of[LOGITS]
         hidden = self.model.extend(columns, wanted, self.decode.pages, self.decode.newest)
         self.decode.output[: len(wanted)].copy_(hidden)
-
-
-def _packed(columns: Columns) -> Tensor:
-    return torch.cat(list(columns.of.values()))

@@ -230,8 +230,7 @@ class RankedModel(V4Model):
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
-        if fresh := [row.slab for row in batch.rows if row.reset]:
-            self.cache.reset(fresh)
+        self.reset_fresh(batch)
         device, window = self.embed.device, self.geometry.window
         replays = any(row.replay_end for row in batch.rows)
         owner = owners(batch, self.rank.ranks, self.unit)

@@ -60,11 +60,14 @@ class Columns:
         """The same on a device, by one copy."""
         if device.type == "cpu":
             return self
-        columns = torch.cat(list(self.of.values()))
-        return self.within(to_device(columns, device))
+        return self.within(to_device(self.packed(), device))
+
+    def packed(self) -> Tensor:
+        """All columns, one after the other: int64."""
+        return torch.cat(list(self.of.values()))
 
     def within(self, columns: Tensor) -> Columns:
-        """The same with columns that lie one after the other in int64 [all of them]."""
+        """The same with the columns that `packed` gave."""
         parts = columns.split([len(x) for x in self.of.values()])
         return replace(self, of=dict(zip(self.of, parts, strict=True)))
 
@@ -129,9 +132,8 @@ def padded(columns: Columns, rows: int, sink: int, end: int, geometry: Geometry)
     for name in ("slabs", "start", "length", "offset", "floor"):
         of[name] = _filled(of[name], rows, sink if name == "slabs" else 0)
     kept = of.pop("kept", torch.arange(tokens))
-    of["kept"] = _filled(
-        kept, tokens, int(kept[-1])
-    )  # what is copied twice is copied to where it went before
+    # What is copied twice is copied to where it went before.
+    of["kept"] = _filled(kept, tokens, int(kept[-1]))
     for m in geometry.ratios:
         blocks = len(of[f"{m} first"])
         for name in ("first", "count", "target", "position"):

@@ -156,8 +156,7 @@ class V4Model:
         page table. Rows of one batch do not see each other. A row's state must be that of its start (or
         `reset`).
         """
-        if fresh := [row.slab for row in batch.rows if row.reset]:
-            self.cache.reset(fresh)
+        self.reset_fresh(batch)
         device = self.embed.device
         pages = batch.page_table if batch.device_pages is None else batch.device_pages
         replays = any(row.replay_end for row in batch.rows)
@@ -179,6 +178,11 @@ class V4Model:
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
         return streams[to_device(torch.searchsorted(alive, batch.logit_index), device)]
 
+    def reset_fresh(self, batch: Batch) -> None:
+        """Empties the state of the rows that begin."""
+        if fresh := [row.slab for row in batch.rows if row.reset]:
+            self.cache.reset(fresh)
+
     @torch.inference_mode()
     def decode(
         self, token_ids: Tensor, positions: Tensor, slabs: Tensor, pages: Tensor, newest: Tensor, end: int
@@ -190,8 +194,8 @@ class V4Model:
 
     @torch.inference_mode()
     def extend(self, columns: Columns, logit_index: Tensor, pages: Tensor, newest: Tensor) -> Tensor:
-        """Streams [S, n, d] after the last layer of tokens `logit_index` int64 [S]: `hidden` of a step without replaying rows whose fresh
-        slabs are reset, from its columns and the rest on the model's device. As `decode`, for a CUDA graph."""
+        """Streams [S, n, d] after the last layer of tokens `logit_index` int64 [S]: `hidden` of a step without replaying rows, after
+        `reset_fresh`, from its columns and the rest on the model's device. As `decode`, for a CUDA graph."""
         return self._through(step_of(columns, pages, self.geometry), newest)[logit_index]
 
     def _through(self, step: Step, newest: Tensor) -> Tensor:
