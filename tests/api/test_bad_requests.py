@@ -109,7 +109,7 @@ def test_every_field_with_every_bad_value(http: httpx.Client, path: str, base: d
         assert response.status_code < 500, (value, response.text)
         if response.status_code >= 400:
             check_refusal(response)
-            assert time.perf_counter() - began < 2
+            assert time.perf_counter() - began < 20
     assert http.get("/health").status_code == 200
 
 

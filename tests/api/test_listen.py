@@ -154,7 +154,7 @@ def test_serving_on_a_unix_socket(tokenizer: Tokenizer, tmp_path: Path) -> None:
     curl = ["curl", "-s", "--unix-socket", path, "http://localhost/v1/models"]
     assert b'"tiny"' in subprocess.run(curl, capture_output=True, check=True).stdout
     server.stop()
-    thread.join(15)
+    thread.join(60)
     service.close()
     assert not thread.is_alive()
 

@@ -301,7 +301,7 @@ def test_damage_is_one_line(plain: Path, tmp_path: Path, name: str) -> None:
     start = time.monotonic()
     with pytest.raises(CheckpointError, match=message) as error:
         load_weights(tmp_path, ModelConfig.from_dir(tmp_path), torch.float32)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 20
     assert "\n" not in str(error.value) and len(str(error.value)) < 250
 
 

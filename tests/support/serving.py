@@ -35,11 +35,11 @@ def running(engine: Any, name: str = "tiny", **settings: Any) -> Iterator[Runnin
     sock = bind("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
-    assert ready.wait(10), "the server did not start"
+    assert ready.wait(60), "the server did not start"
     try:
         yield RunningServer(service, server, sock.getsockname()[1])
     finally:
         server.stop()
-        thread.join(15)
+        thread.join(60)
         service.close()
         assert not thread.is_alive(), "the server did not stop"

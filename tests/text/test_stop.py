@@ -64,4 +64,4 @@ def test_long_stop_strings_cost_no_more_per_character() -> None:
     start = time.perf_counter()
     for _ in range(2000):
         matcher.push("abab")
-    assert time.perf_counter() - start < 2.0  # takes about 0.05 s
+    assert time.perf_counter() - start < 10  # takes about 0.05 s
