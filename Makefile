@@ -2,7 +2,7 @@
 #   make serve   the small model that ships, on http://127.0.0.1:8000   (ARGS="MODEL --port 9000 ...")
 #   make test    everything that CI runs
 #   make test-lowest  a part of the tests with the lowest versions of tests/lowest.txt (Python 3.10 to 3.12; 7 GB in .venv-lowest)
-#   make test-clients  Claude Code, Codex, aider, SDKs and frameworks, unmodified, against a scripted model (2 GB in .venv-clients)
+#   make test-clients  Claude Code, Codex, aider, SDKs and frameworks, unmodified, against a scripted model (3 GB in .venv-clients)
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
@@ -86,12 +86,16 @@ test-lowest: setup .venv-lowest/built
 
 # Each of the newest version, in environments of their own, as they pin each other's.
 .venv-clients/built:
-	@echo "test-clients: clients in .venv-clients: 2 GB on disk, 1 to 5 minutes"
+	@echo "test-clients: clients in .venv-clients: 3 GB on disk, 1 to 5 minutes"
 	$(PYTHON) -m venv .venv-clients/sdks
 	.venv-clients/sdks/bin/pip install --disable-pip-version-check -q openai anthropic litellm claude-agent-sdk openai-codex-cli-bin
 	$(PYTHON) -m venv .venv-clients/frameworks
 	.venv-clients/frameworks/bin/pip install --disable-pip-version-check -q langchain-openai langchain-anthropic \
 	  "pydantic-ai-slim[openai,anthropic]"
+	$(PYTHON) -m venv .venv-clients/tools
+	.venv-clients/tools/bin/pip install --disable-pip-version-check -q llama-index-llms-openai-like instructor "smolagents[openai]"
+	$(PYTHON) -m venv .venv-clients/llm
+	.venv-clients/llm/bin/pip install --disable-pip-version-check -q llm
 	$(PYTHON) -m venv .venv-clients/aider
 	.venv-clients/aider/bin/pip install --disable-pip-version-check -q aider-chat
 	touch $@

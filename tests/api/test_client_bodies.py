@@ -1,5 +1,6 @@
-"""Bodies as unmodified clients sent them (their texts cut short): Claude Code 2.1 and Codex 0.163 in the fourth request of a tool
-loop, aider 0.86 with a file. `make test-clients` runs the clients themselves."""
+"""Bodies as unmodified clients sent them (long texts cut short): Claude Code 2.1, Codex 0.163, smolagents 1.26, LlamaIndex 0.14 and llm
+in the fourth request of a tool loop, aider 0.86 with a file, Instructor 1.17 asking for an object in two dialects. `make test-clients` runs
+the clients themselves."""
 
 from __future__ import annotations
 
@@ -39,7 +40,10 @@ def sent(server: RunningServer, name: str, **more: Any) -> tuple[httpx.Response,
     return answer, engine.tokenizer.decode(engine.seen[-1].prompt, skip_special=False)
 
 
-@pytest.mark.parametrize("name", ["claude_code", "codex", "aider"])
+NAMES = sorted(path.stem for path in BODIES.glob("*.json"))
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_recorded_body_is_answered(server: RunningServer, name: str) -> None:
     whole, read = sent(server, name, stream=False)
     streamed, again = sent(server, name, stream=True)
@@ -88,7 +92,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(value[key])
 
 
-@pytest.mark.parametrize("name", ["claude_code", "codex", "aider"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_body_is_refused_or_answered_but_never_a_fault(server: RunningServer, name: str) -> None:
     recorded = json.loads((BODIES / f"{name}.json").read_text(encoding="utf-8"))
     rng, url = random.Random(3), server.url + recorded["path"]

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dsv4.engine.grammars import Grammars
 
-from tests.clients.shell_model import DONE, MARK, ShellModel
+from tests.clients.shell_model import DONE, EXTRACT, MARK, ShellModel
 from tests.support.fake_engine import EOS, FakeEngine, small_tokenizer
 from tests.support.serving import RunningServer, running
 
 ROOT = Path(os.environ.get("CLIENTS", "/nonexistent"))
-"""Where the virtual environments are: `sdks`, `frameworks` and `aider`."""
+"""Where the virtual environments are: `sdks`, `frameworks`, `tools`, `llm` and `aider`."""
 
 pytestmark = pytest.mark.skipif(not ROOT.exists(), reason="run by make test-clients")
 HERE = Path(__file__).parent
@@ -60,13 +61,40 @@ def loops(server: RunningServer) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("openai", 4), ("anthropic", 2), ("litellm", 4), ("frameworks", 6)]
+    ("home", "name", "count", "structured"),
+    [
+        ("sdks", "openai", 4, 0),
+        ("sdks", "anthropic", 2, 0),
+        ("sdks", "litellm", 4, 0),
+        ("frameworks", "frameworks", 6, 0),
+        ("tools", "llama_index", 2, 3),
+        ("llm", "llm", 2, 2),
+        ("tools", "instructor", 0, 10),
+        ("tools", "smolagents", 0, 1),
+    ],
 )
-def test_sdk(server: RunningServer, tmp_path: Path, name: str, count: int) -> None:
-    """`count`: conversations with tools."""
-    home = ROOT / ("frameworks" if name == "frameworks" else "sdks")
-    run(server, tmp_path, str(home / "bin/python"), str(HERE / f"sdk_{name}.py"), server.url)
+def test_sdk(
+    server: RunningServer, tmp_path: Path, home: str, name: str, count: int, structured: int
+) -> None:
+    """`count`: conversations with tools, each prompt beginning with the one before (smolagents writes calls as text of its own).
+    `structured`: answers that were held to the client's schema."""
+    run(server, tmp_path, str(ROOT / home / "bin/python"), str(HERE / f"sdk_{name}.py"), server.url)
     assert sum(n == TURNS + 1 for n in loops(server)) == count, loops(server)
+    assert held(server) == structured
+
+
+def held(server: RunningServer) -> int:
+    """Structured answers that had a grammar, each of which takes what the client got."""
+    engine, found = server.engine, 0
+    grammars = Grammars(lambda: engine.tokenizer, engine.model_config.vocab_size, [EOS])
+    for seen in engine.seen:
+        if EXTRACT not in engine.tokenizer.decode(seen.prompt) or seen.params.grammar is None:
+            continue
+        matcher = grammars.constraint(seen.params.grammar, ends=[EOS], least=0).matcher
+        tokens = engine.tokenizer.encode(engine.script(seen.prompt))
+        assert matcher.validate_tokens([*tokens, EOS]) == len(tokens) + 1
+        found += 1
+    return found
 
 
 def test_claude_code(server: RunningServer, tmp_path: Path) -> None:
