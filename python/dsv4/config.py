@@ -277,6 +277,14 @@ class ServerConfig:
     api_key: str | None = setting(
         None, "bearer token that requests must carry (default: none)", unit="secret"
     )
+    keys_file: str | None = setting(
+        None,
+        "TOML file with tenants, hashes of their keys and their limits; read again at SIGHUP",
+        unit="file",
+    )
+    admin_key: str | None = setting(
+        None, "bearer token that opens /admin as well (default: none, and /admin is closed)", unit="secret"
+    )
     allow_origin: tuple[str, ...] = setting(
         (),
         "origins of web pages that may use the server from a browser, such as https://chat.example.com; * is any",
@@ -322,7 +330,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         check_ranges(self)
-        _check_key(self.api_key)
+        _check_key("api_key", self.api_key)
+        _check_key("admin_key", self.admin_key)
+        if self.admin_key is not None and self.admin_key == self.api_key:
+            raise ConfigError("admin_key is the api_key; give each a value of its own")
         for origin in self.allow_origin:
             _check_origin(origin)
         if not re.fullmatch("0?[0-7]{3}", self.uds_mode):
@@ -348,15 +359,15 @@ def _check_origin(origin: str) -> None:
     )
 
 
-def _check_key(key: str | None) -> None:
+def _check_key(name: str, key: str | None) -> None:
     """Raises ConfigError for a key that no request could carry, or that every request carries. Never shows it."""
     if key is None:
         return
     if not key.strip():
         held = "empty" if not key else "only white space"
-        raise ConfigError(f"api_key is {held}; give a key, or leave the setting out to serve without one")
+        raise ConfigError(f"{name} is {held}; give a key, or leave the setting out to serve without one")
     if any(c.isspace() or not c.isprintable() for c in key):
-        raise ConfigError("api_key holds white space or a control character, which no header can carry")
+        raise ConfigError(f"{name} holds white space or a control character, which no header can carry")
 
 
 C = TypeVar("C", EngineConfig, ServerConfig)

@@ -35,14 +35,22 @@ class EngineDead(Dsv4Error):
 class RequestError(Dsv4Error):
     """A request that is refused or failed, in the terms of the HTTP API.
 
-    `param` names the field at fault, `code` is machine-readable, `status` is the HTTP status.
+    `param` names the field at fault, `code` is machine-readable, `status` is the HTTP status; `retry_after`: seconds
+    after which it may be taken, where that is known.
     """
 
     def __init__(
-        self, message: str, param: str | None = None, code: str = "invalid_value", status: int = 400
+        self,
+        message: str,
+        param: str | None = None,
+        code: str = "invalid_value",
+        status: int = 400,
+        *,
+        retry_after: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message, self.param, self.code, self.status = message, param, code, status
+        self.retry_after = retry_after
 
 
 _SHOWN = 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -38,7 +39,13 @@ def lowest() -> dict[str, str]:
     except metadata.PackageNotFoundError:
         return {}
     found = (_LINE.fullmatch(line.strip()) for line in lines)
-    return {m["name"]: m["lowest"] or "" for m in found if m and "extra" not in (m["marker"] or "")}
+    return {m["name"]: m["lowest"] or "" for m in found if m and _applies(m["marker"] or "")}
+
+
+def _applies(marker: str) -> bool:
+    """Whether a line is meant for this interpreter, and for no extra."""
+    below = re.search(r"python_version\s*<\s*[\"']([\d.]+)", marker)
+    return "extra" not in marker and (below is None or sys.version_info[:2] < _numbers(below[1]))
 
 
 def unmet() -> Iterator[Unmet]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from dsv4.api.limits import Meter
 from dsv4.api.metrics import Metrics
 from dsv4.api.request_log import Record
 from dsv4.engine.request import RequestOutput, Timing
@@ -20,6 +21,7 @@ class Generation:
         "done",
         "first",
         "last",
+        "meter",
         "metrics",
         "prompt",
         "record",
@@ -27,10 +29,17 @@ class Generation:
     )
 
     def __init__(
-        self, metrics: Metrics, record: Record, prompt: int, params: SamplingParams, *, again: bool
+        self,
+        metrics: Metrics,
+        record: Record,
+        meter: Meter,
+        prompt: int,
+        params: SamplingParams,
+        *,
+        again: bool,
     ) -> None:
-        """`prompt`: its tokens. `again`: another generation of the same request has the same prompt."""
-        self.metrics, self.record, self.prompt = metrics, record, prompt
+        """`prompt`: its tokens, which the meter has taken. `again`: another generation of the same request has the same prompt."""
+        self.metrics, self.record, self.meter, self.prompt = metrics, record, meter, prompt
         self.arrived = record.arrived
         self.first = self.last = 0.0
         self.tokens, self.done, self.again = 0, False, again
@@ -50,6 +59,12 @@ class Generation:
             self.done = True
             self._finish(now, output)
 
+    def refused(self) -> None:
+        """It was not taken, or has ended with an error."""
+        if not self.done and not self.first and not self.again:
+            self.meter.take(-(self.prompt - (self.cached or 0)))
+        self.done = True
+
     def close(self) -> None:
         """A generation that nobody waits for any more was aborted."""
         if not self.done:
@@ -57,7 +72,9 @@ class Generation:
 
     def _cached(self, tokens: int) -> None:
         self.cached = tokens
-        self.record.cached_tokens += 0 if self.again else tokens
+        if not self.again:
+            self.record.cached_tokens += tokens
+            self.meter.take(-tokens)
 
     def _tokens(self, now: float, count: int) -> None:
         m = self.metrics
@@ -71,6 +88,7 @@ class Generation:
             self.record.first = self.record.first or now
         self.last = self.record.last = now
         self.tokens += count
+        self.meter.take(count)
         self.record.output_tokens += count
         m.output_tokens.inc(count)
 

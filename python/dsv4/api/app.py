@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -20,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dsv4.api import anthropic, info, prefixes, responses
 from dsv4.api.absent import why_absent
-from dsv4.api.errors import ErrorBody, error_body, internal_error, shaped
+from dsv4.api.errors import ErrorBody, error_body, internal_error, retry_headers, shaped
 from dsv4.api.http import Handler, PostEndpoint, header
 from dsv4.api.openai_chat import chat_completions
 from dsv4.api.openai_completions import completions
@@ -33,6 +31,18 @@ from dsv4.spelling import nearest
 OPEN_PATHS = frozenset({"/health"})
 """Answered without a key, for probes. Everything else is closed when a key is set, whatever is added
 later."""
+
+EXPOSED = (
+    "x-request-id",
+    "retry-after",
+    "x-dsv4-warning",
+    *(
+        f"x-ratelimit-{what}-{of}"
+        for what in ("limit", "remaining", "reset")
+        for of in ("requests", "tokens")
+    ),
+)
+"""Headers that a web page of another origin may read."""
 
 
 def create_app(service: Service) -> ASGIApp:
@@ -81,7 +91,6 @@ class Edge:
         self._shapes = {
             path: endpoint.errors for endpoint, path in paths.items() if isinstance(endpoint, PostEndpoint)
         }
-        self._key = None if service.config.api_key is None else _digest(service.config.api_key.encode())
         # What a cache keeps for one origin is not for another; Starlette says so in every answer from 1.8 on only.
         self._varies = bool(service.config.allow_origin) and "*" not in service.config.allow_origin
         self._inner: ASGIApp = self._guarded
@@ -92,7 +101,7 @@ class Edge:
                 allow_origins=service.config.allow_origin,
                 allow_methods=("GET", "POST", "DELETE"),
                 allow_headers=("*",),
-                expose_headers=("x-request-id", "retry-after", "x-dsv4-warning"),
+                expose_headers=EXPOSED,
             )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,13 +127,18 @@ class Edge:
         if connection is not None and connection.over and scope["path"] not in PROBES:
             self.service.connections.refuse()
             refused = _too_many(self.service.connections.most)
-            await _error(scope, refused, {"retry-after": "1"})(scope, receive, send)
-        elif self._key is not None and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
+            await _error(scope, refused)(scope, receive, send)
+            return
+        caller = self.service.callers.of(scope)
+        if caller is not None:
+            scope["dsv4_caller"], record = caller, scope["dsv4_record"]
+            record.tenant = caller.tenant.name
+        elif scope["path"] not in OPEN_PATHS:
             text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             refused = RequestError(text, None, "invalid_api_key", 401)
             await _error(scope, refused, {"www-authenticate": "Bearer"})(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
 
     def _sending(self, scope: Scope, record: Record, send: Send) -> Send:
         """Adds to the head of an answer. A request that is not read to its end costs the connection."""
@@ -138,6 +152,10 @@ class Edge:
                     headers.append((b"connection", b"close"))
                 if self._varies and not any(name.lower() == b"vary" for name, _ in headers):
                     headers.append((b"vary", b"Origin"))
+                if (caller := scope.get("dsv4_caller")) is not None:
+                    headers += caller.meter.headers(
+                        anthropic=scope["dsv4_error_body"] is anthropic.error_body
+                    )
                 message["headers"] = headers
             await send(message)
 
@@ -148,25 +166,10 @@ class Edge:
         shape = self._shapes.get(scope["path"], error_body)
         return anthropic.error_body if header(scope, anthropic.VERSION_HEADER) else shape
 
-    def _has_key(self, scope: Scope) -> bool:
-        given = (_bearer(header(scope, b"authorization")), header(scope, b"x-api-key").strip(" \t"))
-        return any([hmac.compare_digest(_digest(g.encode("latin-1")), self._key or b"") for g in given])
-
 
 def _too_many(most: int) -> RequestError:
     text = f"the server has all of its {most} connections in use; try again"
-    return RequestError(text, None, "too_many_connections", 503)
-
-
-def _bearer(credentials: str) -> str:
-    """The key of an `Authorization` header: a scheme, whose case does not matter, spaces, the key (RFC 9110, 11.4)."""
-    scheme, _, key = credentials.strip(" \t").replace("\t", " ").partition(" ")
-    return key.lstrip(" ") if scheme.lower() == "bearer" else ""
-
-
-def _digest(key: bytes) -> bytes:
-    """Equal lengths whatever was sent, so that comparing takes the same time."""
-    return hashlib.sha256(key).digest()
+    return RequestError(text, None, "too_many_connections", 503, retry_after=1)
 
 
 def _record_of(scope: Scope) -> Record:
@@ -190,7 +193,8 @@ def _error(scope: Scope, error: RequestError, headers: dict[str, str] | None = N
     record: Record = scope["dsv4_record"]
     record.reason = error.code
     body = orjson.dumps(shaped(scope, error, record.request_id))
-    return Response(body, error.status, headers, media_type="application/json")
+    again = {k.decode(): v.decode() for k, v in retry_headers(error)}
+    return Response(body, error.status, again | (headers or {}), media_type="application/json")
 
 
 async def _request_error(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@ the same RequestError."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,13 @@ def shaped(scope: Scope, error: RequestError, request_id: str) -> dict[str, Any]
     """The JSON of an error as the client of a request reads it; the edge has put the shape there."""
     body: ErrorBody = scope.get("dsv4_error_body", error_body)
     return body(error, request_id)
+
+
+def retry_headers(error: RequestError) -> tuple[tuple[bytes, bytes], ...]:
+    """`Retry-After` of an error after which to try again; nothing for others."""
+    if error.retry_after is not None:
+        return ((b"retry-after", b"%d" % max(math.ceil(error.retry_after), 1)),)
+    return ((b"retry-after", RETRY_AFTER[error.status]),) if error.status in RETRY_AFTER else ()
 
 
 def error_event(error: RequestError) -> bytes:

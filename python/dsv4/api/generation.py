@@ -92,15 +92,21 @@ async def _pump(call: Call, job: Job, news: asyncio.Queue[tuple[int, RequestOutp
 
 
 async def _one(call: Call, job: Job) -> AsyncGenerator[RequestOutput, None]:
-    generation = Generation(
-        call.service.metrics, call.record, len(job.prompt), job.params, again=job.parent is not None
+    meter, routing, again = call.caller.meter, job.routing, job.parent is not None
+    if routing.session is not None:
+        routing = dataclasses.replace(routing, session=meter.tenant.session(routing.session))
+    params = meter.admit(
+        0 if again else len(job.prompt),
+        job.params,
+        refuse=call.service.engine.config.max_tokens_overflow == "refuse",
     )
+    generation = Generation(call.service.metrics, call.record, meter, len(job.prompt), params, again=again)
     request_id = f"{call.request_id}-{job.index}"
     stream = call.service.engine.generate(
         job.prompt,
-        job.params,
+        params,
         request_id=request_id,
-        routing=job.routing,
+        routing=routing,
         fork_of=None if job.parent is None else f"{call.request_id}-{job.parent}",
         reading=job.reading,
     )
@@ -112,7 +118,7 @@ async def _one(call: Call, job: Job) -> AsyncGenerator[RequestOutput, None]:
                     _raise_if_cut(output)
                 yield output
     except RequestError:  # it was not taken
-        generation.done = True
+        generation.refused()
         raise
     finally:
         generation.close()

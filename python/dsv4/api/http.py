@@ -19,13 +19,14 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from dsv4._core import scan_json
-from dsv4.api.errors import RETRY_AFTER, ErrorBody, error_body, internal_error, shaped
+from dsv4.api.errors import ErrorBody, error_body, internal_error, retry_headers, shaped
 from dsv4.api.fields import Fields
 from dsv4.api.grammar import asks_for_form
 from dsv4.api.lanes import QUICK
 from dsv4.errors import RequestError, kind, show
 
 if TYPE_CHECKING:
+    from dsv4.api.caller import Caller
     from dsv4.api.request_log import Record
     from dsv4.api.service import Service
 
@@ -57,12 +58,24 @@ class ClientGone(Exception):
 class Call:
     """One request as handlers see it."""
 
-    __slots__ = ("fields", "receive", "record", "request_id", "scope", "send", "service", "size", "started")
+    __slots__ = (
+        "caller",
+        "fields",
+        "receive",
+        "record",
+        "request_id",
+        "scope",
+        "send",
+        "service",
+        "size",
+        "started",
+    )
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self.receive, self.send = scope, receive, send
         self.service: Service = scope["app"].state.service
         self.record: Record = scope["dsv4_record"]
+        self.caller: Caller = scope["dsv4_caller"]
         self.request_id = self.record.request_id
         self.fields, self.size = Fields({}), 0
         """The body, and its bytes."""
@@ -89,8 +102,8 @@ class Call:
 
     async def refuse(self, error: RequestError) -> None:
         """Sends an error."""
-        headers = [(b"retry-after", RETRY_AFTER[error.status])] if error.status in RETRY_AFTER else []
-        await self.respond(shaped(self.scope, error, self.request_id), error.status, tuple(headers))
+        body = shaped(self.scope, error, self.request_id)
+        await self.respond(body, error.status, retry_headers(error))
 
 
 Handler = Callable[[Call], Awaitable[None]]
@@ -108,8 +121,9 @@ class PostEndpoint:
         try:
             if self.generates:
                 call.service.refuse_while_draining()
-            await self._read(call)
-            await unless_gone(self.handler(call), receive)
+            with call.caller.meter.request():
+                await self._read(call)
+                await unless_gone(self.handler(call), receive)
         except ClientGone as e:
             call.record.reason = e.reason
             call.service.metrics.disconnects.inc()
@@ -131,7 +145,7 @@ class PostEndpoint:
         body = await read_body(
             call.scope,
             call.receive,
-            limit=config.max_body_bytes,
+            limit=min(config.max_body_bytes, call.caller.tenant.max_body_bytes or config.max_body_bytes),
             idle=config.body_timeout,
             rate=config.body_min_rate,
         )

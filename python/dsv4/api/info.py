@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import dsv4
+from dsv4.api.caller import Caller
 from dsv4.api.conversation import encode, read_conversation
 from dsv4.api.errors import RETRY_AFTER
 from dsv4.api.fields import Fields
@@ -34,6 +35,12 @@ def service_of(request: Request) -> Service:
     """The engine and what belongs to it."""
     service: Service = request.app.state.service
     return service
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks."""
+    caller: Caller = request.scope["dsv4_caller"]
+    return caller
 
 
 async def root(request: Request) -> Response:

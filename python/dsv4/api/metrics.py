@@ -219,10 +219,12 @@ class Metrics:
         connections: Callable[[], Mapping[str, float]] = dict,
         info: Mapping[str, Mapping[str, object]] | None = None,
         process: Callable[[], tuple[int, int]] = lambda: (os.getpid(), 0),
+        refused: Callable[[], Mapping[str, Mapping[str, int]]] = dict,
     ) -> None:
         """`stats`: the engine's counters; `model`: the value of the `model_name` label; `tenants`: what each was
         served; `connections`: open, limit, refused; `info`: labels of gauges that are 1, by name; `process`:
-        the id of the engine's process, and how many came before it."""
+        the id of the engine's process, and how many came before it; `refused`: requests beyond the limits of each tenant in the
+        file of keys, by limit."""
         own = {"registry": None}
         self.finished = Counter("dsv4_requests", "Generations by how they ended", ("finish_reason",), **own)  # type: ignore[arg-type]
         for reason in FINISH_REASONS:
@@ -256,7 +258,7 @@ class Metrics:
                 made = Counter(name, spec.help, registry=None)
             setattr(self, spec.attribute, made)
         self.registry.register(_Generations(self, model))
-        self.registry.register(_Engine(stats, model, tenants, connections, info or {}))
+        self.registry.register(_Engine(stats, model, tenants, connections, info or {}, refused))
         ProcessCollector(registry=self.registry)
         self.registry.register(_EngineProcess(process))
 
@@ -337,7 +339,9 @@ class _Engine(Collector):
         tenants: Callable[[], Mapping[str, Mapping[str, float]]],
         connections: Callable[[], Mapping[str, float]],
         info: Mapping[str, Mapping[str, object]],
+        refused: Callable[[], Mapping[str, Mapping[str, int]]],
     ) -> None:
+        self._refused = refused
         self._stats, self._tenants, self._connections, self._info = stats, tenants, connections, info
         self._labels = {"model_name": model}
 
@@ -364,6 +368,7 @@ class _Engine(Collector):
             for tenant, counts in served.items():
                 series.add_metric((self._labels["model_name"], tenant), counts[name])
             yield series
+        yield self._beyond_limits()
         counts = self._connections()
         yield GAUGE("dsv4_connections", "Open connections", value=counts.get("open", 0))
         yield GAUGE("dsv4_connections_limit", "Connections that are served", value=counts.get("limit", 0))
@@ -377,6 +382,14 @@ class _Engine(Collector):
             own = self._labels if name.startswith("vllm:") else {}
             shown.add_sample(name, own | {k: str(v) for k, v in labels.items()}, 1)
             yield shown
+
+    def _beyond_limits(self) -> Metric:
+        help = "Requests refused with 429 for a limit of their tenant in the file of keys"
+        series = COUNTER("dsv4_tenant_refused", help, labels=("model_name", "tenant", "reason"))
+        for tenant, counts in self._refused().items():
+            for reason, count in counts.items():
+                series.add_metric((self._labels["model_name"], tenant, reason), count)
+        return series
 
     def _one(self, family: Any, name: str, help: str, value: float) -> Metric:
         made: Metric = family(name, help, labels=tuple(self._labels))

@@ -8,11 +8,12 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
+from dsv4.api.caller import Caller
 from dsv4.api.conversation import encode, read_conversation
 from dsv4.api.fields import Fields
 from dsv4.api.generation import jobs_for, run
 from dsv4.api.http import Call
-from dsv4.api.info import json_response, service_of
+from dsv4.api.info import caller_of, json_response, service_of
 from dsv4.api.known_fields import CHAT, COMPLETIONS, check_known
 from dsv4.api.params import sampling_params
 from dsv4.api.routing import routing_of
@@ -25,6 +26,7 @@ async def pin(call: Call) -> None:
     blocks and the states on them until they are unpinned. Answers with the pin's id and what of the prompt was cached
     before."""
     fields, service = call.fields, call.service
+    check_may_pin(call.caller)
     service.check_model(fields)
     await call.aside(lambda: check_known(fields, COMPLETIONS if fields.get("messages") is None else CHAT))
     routing = await call.aside(lambda: routing_of(call))
@@ -35,9 +37,19 @@ async def pin(call: Call) -> None:
         async for _, output in outputs:
             cached = output.usage.cached_tokens if output.usage else cached
     number = await service.engine.pin(prompt, routing.salt)
+    service.pins[number] = call.caller.tenant.name
     await call.respond(
         {"id": f"pin-{number}", "object": "prefix", "prompt_tokens": len(prompt), "cached_tokens": cached}
     )
+
+
+def check_may_pin(caller: Caller) -> None:
+    """RequestError 403 for a tenant that may keep nothing: what is kept takes room from all."""
+    if not caller.pin:
+        text = (
+            f"tenant {caller.tenant.name!r} may keep no prefixes; `pin = true` in the file of keys allows it"
+        )
+        raise RequestError(text, None, "pin_not_allowed", 403)
 
 
 async def _prompt(call: Call, routing: Routing) -> np.ndarray:
@@ -54,11 +66,16 @@ async def _prompt(call: Call, routing: Routing) -> np.ndarray:
 
 
 async def unpin(request: Request) -> Response:
-    """Ends a pin; 404 when there is none of that id."""
-    name = request.path_params["id"]
-    number = name.removeprefix("pin-")
-    known = number.isdecimal() and len(number) < 19 and await service_of(request).engine.unpin(int(number))
-    if not known:
+    """Ends a pin; 404 when this caller has none of that id."""
+    name, service, caller = request.path_params["id"], service_of(request), caller_of(request)
+    check_may_pin(caller)
+    text = name.removeprefix("pin-")
+    number = int(text) if text.isdecimal() and len(text) < 19 else -1
+    own = caller.admin or service.pins.get(number, "") == caller.tenant.name
+    known = number >= 0 and own and await service.engine.unpin(number)
+    if known:
+        service.pins.pop(number, None)
+    else:
         raise RequestError(
             f"there is no pin {name!r}; POST /v1/prefixes makes one", "id", "pin_not_found", 404
         )
@@ -69,5 +86,5 @@ async def end_session(request: Request) -> Response:
     """A session (`prompt_cache_key`) is over: what only it used is the first to go. `cached` says whether anything of it
     was there."""
     key = request.path_params["key"]
-    cached = await service_of(request).engine.end_session(key)
+    cached = await service_of(request).engine.end_session(caller_of(request).tenant.session(key))
     return json_response({"id": key, "object": "session", "deleted": True, "cached": cached})

@@ -44,6 +44,8 @@ class Record:
     path: str
     """As it was sent, without the query."""
     client: str
+    tenant: str = ""
+    """Of a key; never what a request says of itself."""
     route: str = OTHER
     """The path of its endpoint: one of few, where `path` may be anything."""
     arrived: float = field(default_factory=time.monotonic)
@@ -85,6 +87,8 @@ class Record:
             "reason": self.reason or None,
             "client": _printable(self.client),
         }
+        if self.tenant:
+            said["tenant"] = _printable(self.tenant)
         if self.generations:
             said |= {
                 "prompt_tokens": self.prompt_tokens,

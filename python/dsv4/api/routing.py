@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dsv4.api.caller import TENANT_HEADER
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.http import Call, header
 from dsv4.engine.routing import Routing
-
-TENANT_HEADER = b"x-dsv4-tenant"
-"""Goes before the body's `user`: a gateway sets it, clients choose `user`."""
 
 TTLS = {"5m": 300.0, "1h": 3600.0}
 """`cache_control.ttl`, in seconds. Without it `ephemeral` means the first."""
@@ -18,17 +16,20 @@ TTLS = {"5m": 300.0, "1h": 3600.0}
 
 def salt_of(fields: Fields) -> str:
     """`cache_salt`: what is cached is shared only under an equal one."""
-    return fields.text("cache_salt", "", longest=512) or ""
+    salt = fields.text("cache_salt", "", longest=512) or ""
+    if "\0" in salt:  # stands between a tenant's name and its salts
+        raise refuse("cache_salt", salt, "text without U+0000")
+    return salt
 
 
 def routing_of(call: Call) -> Routing:
     """Raises RequestError naming the field."""
-    fields = call.fields
-    tenant = header(call.scope, TENANT_HEADER)
+    fields, own = call.fields, call.caller.tenant
+    tenant = own.name or header(call.scope, TENANT_HEADER)
     if len(tenant) > 512:
         raise refuse("x-dsv4-tenant", tenant, "at most 512 characters", f"; this has {len(tenant)}")
     return Routing(
-        salt=salt_of(fields),
+        salt=own.salted(salt_of(fields)),
         priority=fields.integer("priority", -(2**31), 2**31 - 1, 0) or 0,
         tenant=tenant or fields.text("user", "", longest=512) or "",
         deadline_ms=fields.number("deadline_ms", 0, 1e9),

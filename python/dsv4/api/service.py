@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dsv4.api.caller import Callers
 from dsv4.api.connections import connections_for
 from dsv4.api.fields import Fields
 from dsv4.api.lanes import Lanes
@@ -37,13 +38,18 @@ class Service:
         """Names with `*` for any characters, such as `claude-*`: other names that clients may ask for."""
         names = tuple(n for n in given if n not in self.patterns) or (name,)
         self.name, self.names = names[0], tuple(dict.fromkeys((*names, DEFAULT_NAME)))
+        self.callers = Callers(config)
         queue = engine.config.max_num_seqs + engine.config.max_num_waiting
         self.connections = connections_for(config.max_connections, queue)
         info = describe_build(engine.config, engine.stats().get("pages"))
         counts, process = self.connections.counts, lambda: (engine.pid, engine.restarts)
-        self.metrics = Metrics(engine.stats, self.name, engine.tenants, counts, info, process)
+        self.metrics = Metrics(
+            engine.stats, self.name, engine.tenants, counts, info, process, self.callers.refused
+        )
         self.started = int(time.time())
         self.draining = False
+        self.pins: dict[int, str] = {}
+        """By number, the tenant that made it."""
         self.lanes = Lanes()
 
     @property

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4 import garbage, requirements
 from dsv4.api import logs
 from dsv4.api.connections import check_file_limit, raise_file_limit
+from dsv4.api.keys import Keys
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
 from dsv4.api.loading import Loading
 from dsv4.cli.common import LoadProgress, add_settings, note, read_settings
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_names(arguments.served_model_name, engine_config.model)
     logs.set_up(server_config.log_level, server_config.log_format)
     requirements.check()
+    Keys(server_config)  # a file that cannot be read is known before anything slow
     from dsv4.engine.async_engine import AsyncEngine
 
     engine = AsyncEngine(engine_config)
@@ -90,6 +92,7 @@ def load(engine: AsyncEngine, server_config: ServerConfig) -> Service:
     further = ", and every other" if server_config.any_model_name else ""
     note(f"names      {', '.join((*service.names, *service.patterns))}{further}")
     note(f"server     {service.connections.describe()}")
+    note(f"keys       {service.callers.keys.describe()}")
     garbage.settle()
     return service
 
@@ -113,7 +116,7 @@ def ready_text(service: Any, places: Sequence[Any]) -> str:
     curl = f"curl {urls[0]}"
     if isinstance(places[0], str):
         curl = f"curl --unix-socket {shlex.quote(places[0])} http://localhost"
-    key = " -H 'authorization: Bearer KEY'" if service.config.api_key is not None else ""
+    key = " -H 'authorization: Bearer KEY'" if service.callers.keys.required else ""
     if service.engine.tokenizer is None:
         path, body = "/v1/completions", '{"model":"default","prompt":[1,2,3]}'
     else:
