@@ -11,6 +11,7 @@ import pytest
 from dsv4 import _core
 from dsv4._core import RESET, Core, LayoutSpec, plan_schema
 from dsv4.engine.buffers import StepPlan
+from dsv4.model.layout import over_ranks
 
 from tests.support.layouts import v4_layout
 
@@ -75,6 +76,25 @@ def test_a_layout_goes_through_data() -> None:
     again = LayoutSpec(spec.data())
     assert again == spec and hash(again) == hash(spec) and again.fingerprint == spec.fingerprint
     assert v4_layout(FLASH) != spec
+    one = {k: v for k, v in spec.data().items() if k != "ranks"}
+    assert LayoutSpec(one) == spec and spec.ranks == 1
+
+
+def test_a_rank_of_a_layout_has_its_rows_of_a_page_and_its_run_of_a_state() -> None:
+    one, two = v4_layout(FLASH), v4_layout(FLASH, ranks=2)
+    half = v4_layout(FLASH, block_tokens=128)
+    assert (two.ranks, two.block_tokens, two.page_bytes) == (2, 256, half.page_bytes)
+    assert two.history_bytes_per_token == one.history_bytes_per_token / 2
+    for whole, part, same in zip(one.components, two.components, half.components, strict=True):
+        where = [(c.offset, c.layer_stride, c.rows) for c in (part, same)]
+        assert where[0] == where[1] and part.ratio == whole.ratio
+    assert (two.slab_bytes, two.snapshot_bytes) == (one.slab_bytes, one.snapshot_bytes)
+    assert two.snapshot_pages == -(-one.snapshot_bytes // 2 // two.page_bytes)
+    assert two.fingerprint != one.fingerprint
+    four = over_ranks(one, 4)
+    assert (four.ranks, four.block_tokens, four.page_bytes) == (4, 512, half.page_bytes)
+    with pytest.raises(_core.ConfigError, match="multiple of the ratio 128 of component hca times 4 ranks"):
+        v4_layout(FLASH, ranks=4)
 
 
 def test_errors_have_their_class_and_say_what_to_do() -> None:

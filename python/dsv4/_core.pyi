@@ -141,7 +141,7 @@ class LayoutSpec:
     """The cache of a model, as data. Immutable."""
 
     def __new__(cls, data: Mapping[str, Any]) -> LayoutSpec:
-        """`data`: block_tokens, window, layers (of each reach and history_of) and components (of each name, kind, layers,
+        """`data`: block_tokens, ranks (1 if left out), window, layers (of each reach and history_of) and components (of each name, kind, layers,
         row_bytes and format), as `dsv4.model.layout` makes it; what each means is said in `rust/core/src/layout/mod.rs`. Raises
         ConfigError for keys that are not known and numbers that do not fit."""
 
@@ -153,6 +153,10 @@ class LayoutSpec:
         """Tokens of a page."""
 
     @property
+    def ranks(self) -> int:
+        """Ranks that hold a page together: row j lies on rank j mod R."""
+
+    @property
     def window(self) -> int:
         """Sliding window in tokens, the query included."""
 
@@ -162,15 +166,15 @@ class LayoutSpec:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page, padding included."""
+        """Bytes of a rank's page, padding included."""
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes of a slab, padding included."""
+        """Bytes of a slab, whole on every rank, padding included."""
 
     @property
     def snapshot_bytes(self) -> int:
-        """Bytes of a saved state."""
+        """Bytes of a saved state, all ranks' runs of it together."""
 
     @property
     def snapshot_pages(self) -> int:
@@ -182,7 +186,7 @@ class LayoutSpec:
 
     @property
     def history_bytes_per_token(self) -> float:
-        """Sum over stride components of layers * row_bytes / ratio; no padding."""
+        """Sum over stride components of layers * row_bytes / ratio, over ranks; no padding."""
 
     @property
     def replay_tokens(self) -> int:

@@ -13,7 +13,6 @@ from dsv4.backends import choose
 from dsv4.cache.sharded import ShardedCache
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
-from dsv4.model.parallel import RankLayout
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.ranked import RankedModel, share
 from dsv4.model.weights import load_weights
@@ -168,11 +167,9 @@ def _nano(rank: Rank, prompts: dict[str, Tensor], lengths: dict[str, int]) -> di
     """Greedy tokens of the model that ships, each prompt in one chunk (cut where it is long enough)."""
     config = ModelConfig.from_dir(Path(str(NANO)))
     weights = load_weights(Path(str(NANO)), config, torch.float32, share=share(rank))
-    layout = config.layout("float32", "float32", block_tokens=256)
+    layout = config.layout("float32", "float32", block_tokens=256, ranks=rank.ranks)
     blocks = -(-8192 // 256)
-    cache = ShardedCache(
-        RankLayout(layout, rank.ranks, exact=True), blocks, 1, rank.rank, rank.ranks, rank.gather
-    )
+    cache = ShardedCache(layout, blocks, 1, rank.rank, rank.gather)
     model = RankedModel(config, weights, cache, choose("reference"), rank)
     table = torch.arange(blocks, dtype=torch.int32)[None]
     written: dict[str, list[int]] = {}

@@ -17,7 +17,7 @@ from dsv4.backends import choose
 from dsv4.cache.sharded import ShardedCache
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import EXPERT_AXIS, tensors
-from dsv4.model.parallel import RankLayout, Share
+from dsv4.model.parallel import Share
 from dsv4.model.rank import Rank
 from dsv4.model.ranked import RankedModel, share
 from dsv4.ops.weight import Weight, part
@@ -89,11 +89,10 @@ class RankDriver(Driver):
         assert self.rank is not None
         r = self.rank
         self.cache = ShardedCache(
-            RankLayout(self.layout, r.ranks, exact=True),
+            self.config.layout(self.row, self.index, block_tokens=self.block_tokens, ranks=r.ranks),
             pages,
             self.slabs,
             r.rank,
-            r.ranks,
             r.gather,
             self.device,
             poison=self.poison,

@@ -1,14 +1,13 @@
 """The cache of one of R ranks: its rows of every page, and its part of every saved state.
 
-Row j of a page's component lies on rank j mod R, so a rank's pages are those of a layout with R times the tokens per row, and a
-page id means the same block of tokens on every rank. Slabs are whole on every rank. A saved state is cut into R equal runs
+Row j of a page's component lies on rank j mod R, and a page id means the same block of tokens on every rank. Slabs are whole on every rank. A saved state is cut into R equal runs
 of bytes, one on each rank, and gathered when it is restored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,18 +16,20 @@ from dsv4.cache.paged import PagedCache
 from dsv4.ops.reference.state import copy_state
 from dsv4.ops.tables import RESTORE, SAVE
 
+if TYPE_CHECKING:
+    from dsv4._core import LayoutSpec
+
 
 class ShardedCache(PagedCache):
-    """`PagedCache` of a rank; `layout` is the `RankLayout` (model/parallel.py) of its pages. `gather` gives [R, n] of every rank's
+    """`PagedCache` of rank `rank` of `layout.ranks`. `gather` gives [R, n] of every rank's
     bytes [n]. `save` and `restore` are called by all ranks alike."""
 
     def __init__(
         self,
-        layout: Any,
+        layout: LayoutSpec,
         pages: int,
         slabs: int,
         rank: int,
-        ranks: int,
         gather: Callable[[Tensor], Tensor],
         device: torch.device | str = "cpu",
         *,
@@ -36,7 +37,7 @@ class ShardedCache(PagedCache):
         poison: bool = False,
     ) -> None:
         super().__init__(layout, pages, slabs, device, copy_state=copy_state, poison=poison)
-        self._rank, self._ranks, self._gather = rank, ranks, gather
+        self._rank, self._ranks, self._gather = rank, layout.ranks, gather
 
     def save_all(self, jobs: Sequence[Sequence[int]]) -> None:
         snapshots, whole = self._jobs(jobs)
@@ -65,7 +66,8 @@ class ShardedCache(PagedCache):
     def _room(self, position: int) -> tuple[Tensor, int, range]:
         """Pages for a whole state, uint8 [n, page_bytes], the bytes of it that a rank keeps, and the numbers of the pages."""
         at_boundary = position % self.layout.block_tokens == 0
-        run = self.layout.run(self.layout.snapshot_bytes if at_boundary else self.layout.slab_bytes)
+        state = self.layout.snapshot_bytes if at_boundary else self.layout.slab_bytes
+        run = -(-state // self._ranks)
         count = -(-run * self._ranks // self.layout.page_bytes)
         packed = torch.zeros((count, self.layout.page_bytes), dtype=torch.uint8, device=self.device)
         return packed, run, range(count)

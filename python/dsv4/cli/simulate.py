@@ -215,7 +215,7 @@ def _read_dump(path: str) -> str:
 def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     """The engine, and lines that tell what was chosen."""
     from dsv4.model import parallel
-    from dsv4.plan.build import on_rank
+    from dsv4.model.layout import over_ranks
     from dsv4.plan.weights import find_weights
     from dsv4.plan.workspace import Limits
     from dsv4.simulate.compare import Engine, pool_bytes, smallest_tp
@@ -224,9 +224,9 @@ def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
     tp = a.tp or smallest_tp(config, card)
     parallel.check(config, tp, 1, tp)
     layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=a.block_size)
-    block = on_rank(layout, tp).block_tokens  # of which every GPU has as many rows
+    block = over_ranks(layout, tp).block_tokens  # of which every GPU has as many rows
     layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=block)
-    page_bytes = on_rank(layout, tp).page_bytes
+    page_bytes = over_ranks(layout, tp).page_bytes
     if a.pool_gib is None:
         limits = Limits(a.max_num_batched_tokens, a.max_num_seqs, config.max_position)
         size = pool_bytes(config, layout, card, tp, limits, a.memory_fraction)

@@ -192,7 +192,7 @@ class ModelConfig:
     def layout(
         self, row_format: str, index_format: str, *, block_tokens: int | None = None, ranks: int = 1
     ) -> LayoutSpec:
-        """The cache of this model. `block_tokens` None: the default of `block_size`. Raises ConfigError for sizes that do not
+        """The cache of this model, as one of `ranks` holds it. `block_tokens` None: the default of `block_size`. Raises ConfigError for sizes that do not
         fit."""
         return layout_of(
             self.layers,
@@ -202,6 +202,7 @@ class ModelConfig:
             row=(row_bytes(row_format, self.head_dim, self.rope_dim), row_format),
             index_row=(row_bytes(index_format, self.index_head_dim, self.rope_dim), index_format),
             block_tokens=block_size(self.layers, block_tokens, ranks),
+            ranks=ranks,
         )
 
 

@@ -119,9 +119,10 @@ def layout_of(
     row: tuple[int, str],
     index_row: tuple[int, str],
     block_tokens: int,
+    ranks: int = 1,
 ) -> LayoutSpec:
-    """The cache of these layers. `row` is (bytes, format) of window rows and entries, `index_row` of index keys. Raises
-    ConfigError for sizes that do not fit."""
+    """The cache of these layers, as one of `ranks` holds it. `row` is (bytes, format) of window rows and entries, `index_row` of
+    index keys. Raises ConfigError for sizes that do not fit."""
     from dsv4._core import LayoutSpec
 
     history: list[dict[str, Any]] = []
@@ -148,8 +149,18 @@ def layout_of(
     return LayoutSpec(
         {
             "block_tokens": block_tokens,
+            "ranks": ranks,
             "window": window,
             "layers": [{"reach": s.reach, "history_of": s.history_of} for s in layers],
             "components": history + state,
         }
     )
+
+
+def over_ranks(layout: LayoutSpec, ranks: int) -> LayoutSpec:
+    """The layout as one of `ranks` holds it; its block grows to the next that is possible."""
+    from dsv4._core import LayoutSpec
+
+    step = math.lcm(*(c.ratio for c in layout.components if c.kind == "stride")) * ranks
+    block = -(-layout.block_tokens // step) * step
+    return LayoutSpec(layout.data() | {"ranks": ranks, "block_tokens": block})

@@ -12,16 +12,12 @@ Along which axis a tensor is cut stands in the table of tensors (`names.py`). Pl
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import ceil, lcm
-from typing import TYPE_CHECKING, Any
+from math import ceil
 
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
 from dsv4.model.names import TensorSpec, is_attention
 from dsv4.row_sizes import FP4_BLOCK, FP8_BLOCK
-
-if TYPE_CHECKING:
-    from dsv4._core import LayoutSpec
 
 BLOCKS = {"fp8": (FP8_BLOCK, FP8_BLOCK), "fp4": (1, FP4_BLOCK)}
 """Rows and columns of a matrix that share a scale, by storage."""
@@ -69,42 +65,6 @@ class Share:
             return spec
         axis, first, end = cut
         return replace(spec, shape=(*spec.shape[:axis], end - first, *spec.shape[axis + 1 :]))
-
-
-class RankLayout:
-    """What a rank of R keeps of a layout, with the attributes of a `LayoutSpec`: rows of R times as many tokens, so that a page is the
-    rank's part of a block of tokens, and 1 / R of the bytes of every saved state. `spec`: the LayoutSpec of the rank's pages.
-
-    The block grows to the next multiple of every ratio times R, unless `exact`. Raises ConfigError where it is none then."""
-
-    def __init__(self, layout: LayoutSpec, ranks: int, *, exact: bool = False) -> None:
-        from dsv4._core import LayoutSpec
-
-        spec, self.ranks = layout.data(), ranks
-        strides = [c["kind"]["stride"] for c in spec["components"] if "stride" in c["kind"]]
-        for stride in strides:
-            stride["ratio"] *= ranks
-        if not exact:
-            step = lcm(*(stride["ratio"] for stride in strides))
-            spec["block_tokens"] += -spec["block_tokens"] % step
-        self.spec = LayoutSpec(spec)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.spec, name)
-
-    def run(self, state: int) -> int:
-        """Bytes of a saved state of so many that one rank keeps."""
-        return -(-state // self.ranks)
-
-    @property
-    def snapshot_pages(self) -> int:
-        """Pages that a saved state at a block boundary takes."""
-        return -(-self.run(self.spec.snapshot_bytes) // self.spec.page_bytes)
-
-    @property
-    def slab_pages(self) -> int:
-        """Pages that the state at any other position takes."""
-        return -(-self.run(self.spec.slab_bytes) // self.spec.page_bytes)
 
 
 ALL = Share()

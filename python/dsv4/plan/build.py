@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
-from dsv4.model.parallel import Parallel, RankLayout, alternatives
+from dsv4.model.layout import over_ranks
+from dsv4.model.parallel import Parallel, alternatives
 from dsv4.plan.cache import Capacity, Traffic, capacities
 from dsv4.plan.weights import WeightRow, Weights, weight_rows
 from dsv4.plan.workspace import Buffer, Limits, bound, workspace
@@ -42,12 +43,7 @@ class Question:
     @property
     def rank_layout(self) -> LayoutSpec:
         """What one rank keeps of the cache."""
-        return on_rank(self.layout, self.parallel.tp)
-
-
-def on_rank(layout: LayoutSpec, tp: int) -> LayoutSpec:
-    """The layout of one of `tp` ranks' pages; a page still counts for all of its tokens."""
-    return layout if tp == 1 else cast("LayoutSpec", RankLayout(layout, tp))
+        return over_ranks(self.layout, self.parallel.tp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +78,7 @@ def divide(
     taken = sum(row.rank for row in weight_rows(weights, parallel, held=held, plain=plain))
     slabs = limits.running * layout.slab_bytes
     work = bound(workspace(config, layout, parallel, limits))
-    left, rank = memory - taken - slabs - work, on_rank(layout, parallel.tp)
+    left, rank = memory - taken - slabs - work, over_ranks(layout, parallel.tp)
     pages = rank.pages_for(max(left, 0))
     return Memory(taken, slabs, work, pages * rank.page_bytes if left >= 0 else left, pages)
 
@@ -135,7 +131,7 @@ def answer(q: Question) -> Plan:
 
 def _capacities(q: Question, pages: int, parallel: Parallel) -> list[Capacity]:
     return capacities(
-        on_rank(q.layout, parallel.tp),
+        over_ranks(q.layout, parallel.tp),
         pages,
         q.limits.max_len,
         every=q.every,

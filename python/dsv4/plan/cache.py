@@ -124,8 +124,8 @@ class _Pool:
 
     def full_window(self) -> Capacity:
         layout = self.layout
-        ranks = getattr(layout, "ranks", 1)  # which hold the same rows in such an engine
-        block = ranks * layout.page_bytes + layout.block_tokens * window_bytes_per_token(layout)
+        # whose ranks all hold the same rows
+        block = layout.ranks * layout.page_bytes + layout.block_tokens * window_bytes_per_token(layout)
         blocks = self.pages * layout.page_bytes // block
         said = "comparison: engines that store window rows as long as history"
         return self._capacity(FULL_WINDOW, block, blocks, blocks // pages_of(layout, self.max_len), said)

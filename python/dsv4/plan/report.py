@@ -194,12 +194,13 @@ def _how_weights(plan: Plan) -> Iterator[str]:
 
 
 def _how_cache(plan: Plan) -> Iterator[str]:
-    q = plan.question
     layout = plan.question.rank_layout
     history = [c for c in layout.components if c.kind == "stride"]
     state = [c for c in layout.components if c.kind != "stride"]
     per_token = " + ".join(f"{c.name} {len(c.layers)} layers x {c.row_bytes} B / {c.ratio}" for c in history)
-    where = "" if q.parallel.tp == 1 else " on one GPU"
+    where = ""
+    if layout.ranks > 1:
+        where, per_token = " on one GPU", f"({per_token}) / {layout.ranks} ranks"
     yield f"history a token{where} = {per_token} = {layout.history_bytes_per_token:,.4f} B"
     page = " + ".join(f"{len(c.layers)} x {c.layer_stride:,}" for c in history)
     padding = layout.page_bytes / layout.block_tokens / layout.history_bytes_per_token - 1

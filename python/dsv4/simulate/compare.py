@@ -11,8 +11,8 @@ from dsv4.config import check_choice, evictions, snapshot_policies
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
+from dsv4.model.layout import over_ranks
 from dsv4.model.parallel import Parallel, valid_tp
-from dsv4.plan.build import on_rank
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 from dsv4.spelling import nearest
@@ -79,7 +79,7 @@ class Engine:
     @property
     def pool_bytes(self) -> int:
         """On each GPU."""
-        return self.pages * on_rank(self.layout, self.tp).page_bytes
+        return self.pages * over_ranks(self.layout, self.tp).page_bytes
 
     @property
     def max_len(self) -> int:
@@ -106,7 +106,7 @@ def pool_bytes(
     weights = _weights(config, tp)
     rest = limits.running * layout.slab_bytes + bound(workspace(config, layout, Parallel(tp=tp), limits))
     left = int(gpu.memory_bytes * fraction) - weights - rest
-    if left < on_rank(layout, tp).page_bytes:
+    if left < over_ranks(layout, tp).page_bytes:
         raise ConfigError(
             f"tp is {tp}; {config.name} on {gpu.name} needs {weights / 1e9:,.1f} GB of weights and {rest / 1e9:,.1f} GB "
             f"of state and workspace on each GPU, of {gpu.memory_bytes * fraction / 1e9:,.1f} GB; give a larger --tp"

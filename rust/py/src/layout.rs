@@ -67,6 +67,8 @@ pub struct PyLayoutSpec {
     #[pyo3(get)]
     block_tokens: u32,
     #[pyo3(get)]
+    ranks: u32,
+    #[pyo3(get)]
     window: u32,
     #[pyo3(get)]
     layers: usize,
@@ -97,9 +99,11 @@ impl PyLayoutSpec {
         let spec: LayoutSpec = from_python("layout", data)?;
         enter(py, || spec.validate())?;
         let placed = spec.components.iter().zip(spec.placements());
-        let parts = placed.map(|(c, place)| PyComponent::new(py, c, place, c.rows(spec.block_tokens)));
+        let parts =
+            placed.map(|(c, place)| PyComponent::new(py, c, place, c.rows(spec.block_tokens, spec.ranks)));
         Ok(PyLayoutSpec {
             block_tokens: spec.block_tokens,
+            ranks: spec.ranks,
             window: spec.window,
             layers: spec.layers.len(),
             page_bytes: spec.page_bytes(),

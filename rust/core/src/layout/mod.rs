@@ -7,6 +7,8 @@
 //! ```
 //!
 //! A [`LayoutSpec`] lists components. Every byte count, stride and offset follows from it and from nowhere else.
+//! With `ranks` R row j of a page lies on rank j mod R: a page, here, is one rank's part of a block, and a saved state is cut
+//! into R equal runs of bytes. Slabs are whole on every rank.
 
 pub mod presets;
 
@@ -61,10 +63,10 @@ pub struct Component {
 }
 
 impl Component {
-    /// Rows of one layer: in a page for `Stride`, in a slab otherwise.
-    pub fn rows(&self, block_tokens: u32) -> u32 {
+    /// Rows of one layer: in a rank's page for `Stride`, in a slab otherwise.
+    pub fn rows(&self, block_tokens: u32, ranks: u32) -> u32 {
         match self.kind {
-            Kind::Stride { ratio } => block_tokens / ratio,
+            Kind::Stride { ratio } => block_tokens / ratio / ranks,
             Kind::Window { tokens, slack } => tokens + slack,
             Kind::Pool { rows, .. } => rows,
         }
@@ -112,14 +114,21 @@ pub struct Layer {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayoutSpec {
-    /// Tokens of a page; a multiple of every ratio.
+    /// Tokens of a page; a multiple of every ratio times `ranks`.
     pub block_tokens: u32,
+    /// Ranks that hold a page together, each as many rows of it.
+    #[serde(default = "one")]
+    pub ranks: u32,
     /// Sliding window in tokens, the query included.
     pub window: u32,
     /// Attention layers.
     pub layers: Vec<Layer>,
     /// Components in the order in which they lie in memory.
     pub components: Vec<Component>,
+}
+
+fn one() -> u32 {
+    1
 }
 
 fn align(n: u32, to: u32) -> u32 {
@@ -135,8 +144,9 @@ impl LayoutSpec {
     /// Refuses what cannot work, by name.
     pub fn validate(&self) -> Result<(), CoreError> {
         let layers = self.layers.len() as u32;
+        let (block, ranks) = (self.block_tokens, self.ranks);
         for (field, value) in
-            [("block_tokens", self.block_tokens), ("window", self.window), ("layers", layers)]
+            [("block_tokens", block), ("ranks", ranks), ("window", self.window), ("layers", layers)]
         {
             if value == 0 {
                 return Err(CoreError::config(field, 0, "it must be at least 1"));
@@ -144,10 +154,12 @@ impl LayoutSpec {
         }
         for x in &self.components {
             if let Kind::Stride { ratio } = x.kind
-                && (ratio == 0 || !self.block_tokens.is_multiple_of(ratio))
+                && ratio.checked_mul(ranks).is_none_or(|step| step == 0 || !block.is_multiple_of(step))
             {
-                let expected = format!("it must be a multiple of the ratio {ratio} of component {}", x.name);
-                return Err(CoreError::config("block_tokens", self.block_tokens, expected));
+                let among = if ranks == 1 { String::new() } else { format!(" times {ranks} ranks") };
+                let expected =
+                    format!("it must be a multiple of the ratio {ratio} of component {}{among}", x.name);
+                return Err(CoreError::config("block_tokens", block, expected));
             }
             if x.row_bytes == 0 {
                 return Err(CoreError::config(
@@ -169,7 +181,7 @@ impl LayoutSpec {
         let (page, slab) = (self.rough_bytes(true), self.rough_bytes(false));
         if page > most {
             let ratios = self.components.iter().filter_map(|x| match x.kind {
-                Kind::Stride { ratio } => Some(ratio),
+                Kind::Stride { ratio } => Some(ratio * ranks),
                 _ => None,
             });
             let (step, fits) = (ratios.max().unwrap_or(1), f64::from(self.block_tokens) * most / page);
@@ -226,8 +238,10 @@ impl LayoutSpec {
     fn rough_bytes(&self, history: bool) -> f64 {
         let of = |x: &Component| {
             let rows = match x.kind {
-                Kind::Stride { ratio } => f64::from(self.block_tokens) / f64::from(ratio),
-                _ => f64::from(x.rows(self.block_tokens)),
+                Kind::Stride { ratio } => {
+                    f64::from(self.block_tokens) / f64::from(ratio) / f64::from(self.ranks)
+                }
+                _ => f64::from(x.rows(self.block_tokens, self.ranks)),
             };
             x.layers.len() as f64 * (rows * f64::from(x.row_bytes) + f64::from(REGION_ALIGN))
         };
@@ -241,7 +255,7 @@ impl LayoutSpec {
             .iter()
             .map(|x| {
                 let n = x.layers.len() as u32;
-                let layer_stride = align(x.rows(self.block_tokens) * x.row_bytes, REGION_ALIGN);
+                let layer_stride = align(x.rows(self.block_tokens, self.ranks) * x.row_bytes, REGION_ALIGN);
                 let snapshot_layer_stride = align(x.saved_rows() * x.row_bytes, REGION_ALIGN);
                 let end = if x.is_history() { &mut page } else { &mut slab };
                 let p = Placement {
@@ -263,30 +277,35 @@ impl LayoutSpec {
         regions.map(|(x, p)| x.layers.len() as u32 * p.layer_stride).sum()
     }
 
-    /// Bytes of a page, padding included.
+    /// Bytes of a rank's page, padding included.
     pub fn page_bytes(&self) -> u32 {
         align(self.region_sum(true), PAGE_ALIGN)
     }
 
-    /// Bytes of a slab, padding included.
+    /// Bytes of a slab, whole on every rank, padding included.
     pub fn slab_bytes(&self) -> u32 {
         align(self.region_sum(false), PAGE_ALIGN)
     }
 
-    /// Bytes of a snapshot.
+    /// Bytes of a snapshot, all ranks' runs of it together.
     pub fn snapshot_bytes(&self) -> u32 {
         let saved = self.components.iter().zip(self.placements());
         saved.map(|(x, p)| x.layers.len() as u32 * p.snapshot_layer_stride).sum()
     }
 
-    /// Pages that a snapshot takes.
+    /// Pages that a snapshot takes, on each rank its run.
     pub fn snapshot_pages(&self) -> u32 {
-        self.snapshot_bytes().div_ceil(self.page_bytes())
+        self.run(self.snapshot_bytes()).div_ceil(self.page_bytes())
+    }
+
+    /// Bytes of a saved state of so many that each rank keeps.
+    fn run(&self, state: u32) -> u32 {
+        state.div_ceil(self.ranks)
     }
 
     /// Pages that a whole slab takes: the state at a position that is no block boundary.
     pub fn slab_pages(&self) -> u32 {
-        self.slab_bytes().div_ceil(self.page_bytes())
+        self.run(self.slab_bytes()).div_ceil(self.page_bytes())
     }
 
     /// Pages of the larger of the two kinds of saved state: what a row of a plan's copy lists has room for.
@@ -294,13 +313,13 @@ impl LayoutSpec {
         self.snapshot_pages().max(self.slab_pages())
     }
 
-    /// Bytes of history per token, without any padding.
+    /// Bytes of history per token on each rank, without any padding.
     pub fn history_bytes_per_token(&self) -> f64 {
         let per_token = |x: &Component| match x.kind {
             Kind::Stride { ratio } => x.layers.len() as f64 * f64::from(x.row_bytes) / f64::from(ratio),
             _ => 0.0,
         };
-        self.components.iter().map(per_token).sum()
+        self.components.iter().map(per_token).sum::<f64>() / f64::from(self.ranks)
     }
 
     /// Tokens before a position that, run again against cached history, rebuild its state exactly (spec 8.5).
@@ -342,13 +361,37 @@ mod tests {
     }
 
     #[test]
+    fn ranks_divide_a_page_and_a_saved_state_but_no_slab() {
+        for (ranks, one) in [(2, presets::flash()), (8, presets::pro())] {
+            let spec = LayoutSpec { ranks, block_tokens: 128 * ranks, ..one.clone() };
+            spec.validate().unwrap();
+            let half = LayoutSpec { block_tokens: 128, ..one.clone() };
+            assert_eq!(spec.page_bytes(), half.page_bytes()); // R times the tokens, 1 / R of the rows
+            assert_eq!(spec.history_bytes_per_token() * f64::from(ranks), one.history_bytes_per_token());
+            assert_eq!((spec.slab_bytes(), spec.snapshot_bytes()), (one.slab_bytes(), one.snapshot_bytes()));
+            assert_eq!(
+                spec.snapshot_pages(),
+                one.snapshot_bytes().div_ceil(ranks).div_ceil(spec.page_bytes())
+            );
+            assert_ne!(spec.fingerprint(), LayoutSpec { ranks: 1, ..spec.clone() }.fingerprint());
+        }
+        assert_eq!(
+            refused(|s| s.ranks = 4),
+            "block_tokens is 256; it must be a multiple of the ratio 128 of component hca times 4 ranks"
+        );
+        assert!(refused(|s| s.ranks = 0).contains("ranks is 0; it must be at least 1"));
+        assert!(refused(|s| s.ranks = u32::MAX).contains("component csa times 4294967295 ranks"));
+    }
+
+    #[test]
     fn regions_do_not_overlap_and_fill_page_and_slab() {
-        for spec in [presets::flash(), presets::pro(), presets::toy(4, 6, 3)] {
+        let sharded = LayoutSpec { ranks: 2, ..presets::flash() };
+        for spec in [presets::flash(), sharded, presets::pro(), presets::toy(4, 6, 3)] {
             let mut ends = [0, 0, 0];
             for (x, p) in spec.components.iter().zip(spec.placements()) {
                 let home = usize::from(!x.is_history());
                 assert_eq!((p.offset, p.snapshot_offset), (ends[home], ends[2]), "{}", x.name);
-                assert!(p.layer_stride >= x.rows(spec.block_tokens) * x.row_bytes);
+                assert!(p.layer_stride >= x.rows(spec.block_tokens, spec.ranks) * x.row_bytes);
                 ends[home] += p.layer_stride * x.layers.len() as u32;
                 ends[2] += p.snapshot_layer_stride * x.layers.len() as u32;
             }

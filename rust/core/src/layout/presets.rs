@@ -69,8 +69,13 @@ pub fn toy_model(layers: &[Past], window: u32, block_tokens: u32, index_bytes: u
         Past::Plain(_) => Layer { reach: window - 1, history_of: Some(l) },
         Past::Of(of) => Layer { reach: window - 1, history_of: Some(of) },
     };
-    let spec =
-        LayoutSpec { block_tokens, window, layers: numbered().map(layer).collect(), components: pages };
+    let spec = LayoutSpec {
+        block_tokens,
+        ranks: 1,
+        window,
+        layers: numbered().map(layer).collect(),
+        components: pages,
+    };
     spec.validate().expect("a toy is valid");
     spec
 }
@@ -101,5 +106,5 @@ pub fn toy(block_tokens: u32, window: u32, layers: u16) -> LayoutSpec {
         c("pool", Kind::Pool { rows: 2, saved: 1 }, 64),
     ];
     let layers = all.iter().map(|&l| Layer { reach: window - 1, history_of: Some(l) }).collect();
-    LayoutSpec { block_tokens, window, layers, components }
+    LayoutSpec { block_tokens, ranks: 1, window, layers, components }
 }
