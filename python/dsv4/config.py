@@ -293,6 +293,9 @@ class ServerConfig:
     allow_dump: bool = setting(
         False, "answer GET /dump with the core's state, which holds the prompts of all clients"
     )
+    profile_dir: str | None = setting(
+        None, "directory for the traces of POST /admin/profile (default: none are taken)", unit="file"
+    )
     drain_timeout: float = setting(
         30.0,
         "seconds that running requests may take to end after SIGTERM",

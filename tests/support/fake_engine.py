@@ -74,6 +74,7 @@ class FakeEngine:
         """Every request taken: prompt, params, routing, fork_of, reading."""
         self.pins: dict[int, tuple[list[int], str]] = {}
         self.ended: list[str] = []
+        self.asked: list[tuple[Any, ...]] = []
         self.unwell: str | None = None
         """What /health says, with 503."""
         self.died: str | None = None
@@ -214,6 +215,16 @@ class FakeEngine:
     async def end_session(self, key: str) -> bool:
         self.ended.append(key)
         return key == "known"
+
+    async def ask(self, what: str, *arguments: Any) -> Any:
+        self.asked.append((what, *arguments))
+        return {"clear_prefix": 7}[what]
+
+    async def explain(self, request_id: str) -> list[dict[str, Any]]:
+        return [{"reason": "none"}] if request_id == "live" else []
+
+    async def dump(self) -> str:
+        return "{}"
 
     def tenants(self) -> dict[str, dict[str, float]]:
         return {"": {"live": self.live, "tokens": 5, "prefill_us": 1.5}}

@@ -16,8 +16,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsv4.api import anthropic, info, prefixes, responses
+from dsv4.api import admin, anthropic, info, prefixes, responses
 from dsv4.api.absent import why_absent
+from dsv4.api.caller import Caller
 from dsv4.api.errors import ErrorBody, error_body, internal_error, retry_headers, shaped
 from dsv4.api.http import Handler, PostEndpoint, header
 from dsv4.api.openai_chat import chat_completions
@@ -31,6 +32,9 @@ from dsv4.spelling import nearest
 OPEN_PATHS = frozenset({"/health"})
 """Answered without a key, for probes. Everything else is closed when a key is set, whatever is added
 later."""
+
+MONITORING = frozenset({"/metrics", "/stats", "/dump"})
+"""What tells a tenant of others, and so is not for every key in a file of tenants."""
 
 EXPOSED = (
     "x-request-id",
@@ -65,6 +69,17 @@ def create_app(service: Service) -> ASGIApp:
             _post("/tokenize", info.tokenize),
             _post("/detokenize", info.detokenize),
             Route("/dump", info.dump),
+            Route("/admin/cache", admin.cache),
+            *(
+                Route(path, admin.flush, methods=["POST"])
+                for path in (*sorted(admin.ALIASES), "/admin/cache/flush")
+            ),
+            Route("/admin/tenants", admin.tenants),
+            Route("/admin/drain", admin.drain, methods=["POST"]),
+            Route("/admin/resume", admin.resume, methods=["POST"]),
+            Route("/admin/requests/{id:path}", admin.explain),
+            _post("/admin/profile", admin.profile),
+            Route("/admin/dump", admin.dump),
             Route("/health", info.health),
             Route("/metrics", info.metrics),
             Route("/version", info.version),
@@ -138,7 +153,30 @@ class Edge:
             refused = RequestError(text, None, "invalid_api_key", 401)
             await _error(scope, refused, {"www-authenticate": "Bearer"})(scope, receive, send)
             return
+        if caller is not None and (refused := self._beyond_rights(caller, scope["path"])) is not None:
+            await _error(scope, refused)(scope, receive, send)
+            return
         await self.app(scope, receive, send)
+
+    def _beyond_rights(self, caller: Caller, path: str) -> RequestError | None:
+        """What to say to who asks for something that a key of another kind opens."""
+        if admin.is_admin(path) and not caller.admin:
+            known = self.service.callers.keys.has_admin
+            text = (
+                f"{_short(path)} takes an admin's key"
+                if known
+                else "this server has no admin's key, so /admin is closed"
+            )
+            how = (
+                "send one"
+                if known
+                else "start it with --admin-key, or a tenant with admin = true in --keys-file"
+            )
+            return RequestError(f"{text}; {how}", None, "admin_required", 403)
+        if path in MONITORING and not caller.monitor:
+            text = f"{path} has the figures of all tenants; `monitor = true` in the file of keys opens it for this one"
+            return RequestError(text, None, "monitor_required", 403)
+        return None
 
     def _sending(self, scope: Scope, record: Record, send: Send) -> Send:
         """Adds to the head of an answer. A request that is not read to its end costs the connection."""

@@ -22,6 +22,7 @@ class Caller:
     meter: Meter
     admin: bool
     pin: bool
+    monitor: bool
 
     @property
     def tenant(self) -> Tenant:
@@ -44,12 +45,13 @@ class Callers:
         given = [_bearer(header(scope, b"authorization")), header(scope, b"x-api-key").strip(" \t")]
         owner = self.keys.find(as_sent for key in given if (as_sent := _utf8(key)))
         if owner is None:
-            return None if self.keys.required else Caller(self._anyone, admin=False, pin=True)
+            return None if self.keys.required else Caller(self._anyone, False, True, True)
         named = owner.name if owner.name and not owner.admin else ""
         if not named:  # it may say for whom it asks
             said = _utf8(header(scope, TENANT_HEADER))
             named = said if said in self.meters else owner.name
-        return Caller(self.meters.get(named, self._anyone), owner.admin, owner.pin or owner.admin)
+        meter, admin = self.meters.get(named, self._anyone), owner.admin
+        return Caller(meter, admin, admin or owner.pin, admin or owner.monitor)
 
     def reload(self) -> None:
         """Reads the keys again. What a tenant has used of its limits stays used."""

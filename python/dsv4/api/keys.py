@@ -49,6 +49,8 @@ class Tenant:
     """Its keys open the admin routes too, and may name another tenant."""
     pin: bool = False
     """It may keep prefixes in the cache."""
+    monitor: bool = False
+    """It may read the figures of the whole server."""
     share_cache: bool = False
     """It takes part in the cache that all share, in place of one of its own."""
     requests_per_minute: int | None = _limit("requests a minute")
@@ -67,7 +69,7 @@ class Tenant:
         return f"{self.name}\0{key}" if self.name else key
 
 
-ANYONE = Tenant(pin=True)
+ANYONE = Tenant(pin=True, monitor=True)
 """Who has no key where none is needed, and the key that is for all (`--api-key`)."""
 
 ADMIN = Tenant(admin=True, pin=True)

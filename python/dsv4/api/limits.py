@@ -123,6 +123,15 @@ class Meter:
         if self._tokens is not None:
             self._tokens.take(tokens)
 
+    def shown(self) -> dict[str, object]:
+        """As JSON: limits, and what is used of them."""
+        limits = {f.name: getattr(self.tenant, f.name) for f in dataclasses.fields(Tenant) if f.metadata}
+        left = {
+            name: None if bucket is None else math.floor(bucket.level)
+            for name, bucket in (("requests", self._requests), ("tokens", self._tokens))
+        }
+        return {"limits": limits, "left": left, "running": self.running, "refused": self.refused}
+
     def headers(self, *, anthropic: bool) -> list[tuple[bytes, bytes]]:
         """What is left, as OpenAI's or Anthropic's clients read it."""
         found: list[tuple[bytes, bytes]] = []

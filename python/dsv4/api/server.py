@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drain_then_exit(self) -> None:
-        self.service.draining = True
+        self.service.draining = self.service.ending = True
         timeout = self.service.config.drain_timeout
         log.info("draining: running requests may end within %g s", timeout)
         try:

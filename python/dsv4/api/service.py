@@ -47,7 +47,8 @@ class Service:
             engine.stats, self.name, engine.tenants, counts, info, process, self.callers.refused
         )
         self.started = int(time.time())
-        self.draining = False
+        self.draining = self.ending = False
+        """No new requests are taken; and that is for good."""
         self.pins: dict[int, str] = {}
         """By number, the tenant that made it."""
         self.lanes = Lanes()

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4._core import UnknownRequest
 from dsv4.config import EngineConfig
 from dsv4.engine import remote
 from dsv4.engine.answers import Answers
@@ -242,6 +243,16 @@ class AsyncEngine:
         """What only this session used goes first when memory is short. False when nothing of it is cached."""
         known: bool = await self.ask("end_session", session_id(key))
         return known
+
+    async def explain(self, request_id: str) -> list[dict[str, Any]]:
+        """What the live choices of a request reused of the cache and why not more (see `Core.explain`); empty where it has none."""
+        names = (f"{request_id}-{i}" for i in itertools.count())
+        keys = [self._names[name] for name in itertools.takewhile(self._names.__contains__, names)]
+        found = []
+        for key in keys:
+            with contextlib.suppress(UnknownRequest):  # it has just ended
+                found.append(await self.ask("explain", key))
+        return found
 
     async def dump(self) -> str:
         """The core between two steps as JSON (see `Core.dump`). No step runs meanwhile."""

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from dsv4.engine.messages import (
     encode,
     to_engine,
 )
+from dsv4.engine.profile import Profiling
 from dsv4.engine.warmup import late_compiles
 from dsv4.errors import Dsv4Error, EngineDead, RequestError
 
@@ -61,6 +62,9 @@ LAST_WORDS = 5.0
 
 ASKED = frozenset({"pin", "unpin", "end_session", "dump", "check", "explain", "clear_prefix"})
 """Calls of the core that others may make."""
+
+PROFILE = "profile_"
+"""How calls of `Profiling` begin."""
 
 
 class Built(Protocol):
@@ -84,7 +88,7 @@ class Host:
 
     def __init__(self, built: Built, link: Link, inbox: Inbox) -> None:
         self.built, self.loop, self.link = built, built.loop, link
-        self._inbox = inbox
+        self._inbox, self._profiling = inbox, Profiling()
         self._compiler = Compiler(self.loop.grammars, inbox)
         self._taken = 0
         self._told = -1
@@ -96,7 +100,10 @@ class Host:
         """Until it is told to end, or the other side is gone. Raises EngineDead."""
         try:
             while self._take():
-                if self.loop.step() and time.monotonic() - self._last > SIGN_OF_LIFE:
+                stepped = self.loop.step()
+                if stepped and self._profiling.running:
+                    self._profiling.step()
+                if stepped and time.monotonic() - self._last > SIGN_OF_LIFE:
                     self._tell(News())
                 if self.loop.doubtful and not self.loop.has_work():
                     self.loop.check_itself()
@@ -164,12 +171,17 @@ class Host:
 
     def _answer(self, m: Ask, prompt: np.ndarray) -> Answered:
         try:
-            if m.what not in ASKED:
-                raise ValueError(f"there is nothing called {m.what}")
             arguments = [*m.arguments, prompt] if prompt.size else m.arguments
-            return Answered(m.ticket, getattr(self.loop.core, m.what)(*arguments), None)
+            return Answered(m.ticket, self._called(m.what)(*arguments), None)
         except Exception as e:
             return Answered(m.ticket, None, (type(e).__name__, str(e)))
+
+    def _called(self, what: str) -> Callable[..., Any]:
+        if what in ASKED:
+            return getattr(self.loop.core, what)
+        if what in {PROFILE + name for name in ("begin", "state", "end")}:
+            return getattr(self._profiling, what.removeprefix(PROFILE))
+        raise ValueError(f"there is nothing called {what}")
 
     def _tell(self, news: News) -> None:
         news.taken, news.idle = self._taken, not (self.loop.has_work() or self._compiler.busy)

@@ -1,0 +1,81 @@
+"""A trace of some steps by torch's profiler, for chrome://tracing or Perfetto. In the engine's process; nothing of it is loaded before."""
+
+from __future__ import annotations
+
+import logging
+
+from dsv4.errors import Dsv4Error
+
+log = logging.getLogger("dsv4.engine")
+
+
+class Profile:
+    """Traces from its creation until so many steps have ended."""
+
+    def __init__(self, path: str, steps: int) -> None:
+        """`path`: the file to write, which is packed where it ends with .gz. Raises OSError where it cannot be written."""
+        open(path, "wb").close()
+        import torch
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        self.path, self.steps, self.done = path, steps, 0
+        self.over, self.fault = False, ""
+        self._profiler = profile(activities=activities)
+        self._profiler.start()
+
+    def step(self) -> None:
+        """A step has ended."""
+        self.done += 1
+        if self.done >= self.steps:
+            self.finish()
+
+    def finish(self) -> None:
+        """Writes the file, unless it is written. What goes wrong is kept in `fault`: it must not end the engine."""
+        if self.over:
+            return
+        self.over = True
+        try:
+            self._profiler.stop()
+            self._profiler.export_chrome_trace(self.path)
+        except Exception as e:
+            log.exception("the profile could not be written")
+            self.fault = f"{type(e).__name__}: {e}"
+
+
+class Profiling:
+    """At most one profile at a time."""
+
+    def __init__(self) -> None:
+        self._profile: Profile | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether steps are traced now."""
+        return self._profile is not None and not self._profile.over
+
+    def step(self) -> None:
+        """A step has ended."""
+        if self._profile is not None and not self._profile.over:
+            self._profile.step()
+
+    def begin(self, path: str, steps: int) -> None:
+        """Raises Dsv4Error where one is taken already."""
+        if self.running:
+            raise Dsv4Error("a profile is being taken; try again when it is done")
+        self._profile = Profile(path, steps)
+
+    def state(self) -> bool:
+        """Whether it is over."""
+        return not self.running
+
+    def end(self) -> int:
+        """Ends it, if it is not over yet; the steps that it has. Raises Dsv4Error where it could not be written."""
+        if self._profile is None:
+            return 0
+        self._profile.finish()
+        if self._profile.fault:
+            raise Dsv4Error(self._profile.fault)
+        return self._profile.done
