@@ -16,7 +16,7 @@ from pathlib import Path
 import openai
 import pytest
 from dsv4 import doctor
-from dsv4.cli import build_parser
+from dsv4.cli import build_parser, common
 
 from tests.record_golden import WEATHER
 
@@ -165,6 +165,21 @@ def test_serve_prints_its_plan_answers_and_drains() -> None:
         assert text and text == whole.choices[0].message.content
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_warmup_says_why_nothing_is_compiled() -> None:
+    run = dsv4("warmup", "--device", "cpu")
+    assert run.returncode == 2
+    assert run.stderr == "dsv4: error: nothing is compiled: device is cpu; run it on a machine with the GPU that will serve\n"
+
+
+def test_every_stage_of_a_start_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "LINE_EVERY", 0.0)
+    with common.LoadProgress() as progress:
+        progress(2**30, 2**31, "embed")
+        progress(3, 12, "compiling", "kernels")
+        progress(12, 120, "capturing", "graphs")
+    assert capsys.readouterr().err == "weights 50% (1.0 of 2.0 GiB)\nkernels 25% (3 of 12)\ngraphs 10% (12 of 120)\n"
 
 
 def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

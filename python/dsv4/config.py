@@ -53,7 +53,8 @@ def setting(
     core: str = "",
 ) -> Any:
     """A dataclass field of a config class. `core`: the option of the core that has its value as it is. `unit="file"` is a path, `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
-    commas between them, `unit="list"` several texts (words after the flag, or commas), `unit="json"` an object,
+    commas between them, `unit="list"` several texts (words after the flag, or commas), `unit="counts"` several numbers in the same way,
+    which are kept once each and in order, `unit="json"` an object,
     `unit="secret"` any text as it is. `range`: which numbers it takes."""
     return field(
         default=default,
@@ -222,7 +223,21 @@ class EngineConfig:
     max_wait: float = setting(
         30.0, "seconds after which a waiting request goes ahead of all", range=Range(0, 1e9, unit="seconds")
     )
-    enforce_eager: bool = setting(False, "on a GPU, launch a decode step kernel by kernel: no CUDA graphs")
+    enforce_eager: bool = setting(False, "on a GPU, launch each step kernel by kernel: no CUDA graphs")
+    cudagraph_capture_sizes: tuple[int, ...] = setting(
+        (),
+        "rows of the decode steps that are captured as CUDA graphs, such as 1,2,4,8: a step is padded to the next one, and a larger one "
+        "runs without a graph (default: 1 to 256 in 14 sizes, as far as max_num_seqs needs)",
+        aliases=("cuda-graph-sizes", "cuda-graph-bs"),
+        unit="counts",
+        range=_COUNT,
+    )
+    capture_context: int | None = setting(
+        None,
+        "graphs are captured at start for contexts of up to so many tokens; those of longer ones when they first come, which holds "
+        "a step up; 0 captures none at start (default: all)",
+        range=Range(0, such="128k"),
+    )
     async_scheduling: bool | None = setting(
         None, "launch step k+1 while the device runs step k: two steps in flight (default: on a GPU)"
     )
@@ -406,6 +421,11 @@ def check_ranges(config: Any) -> None:
         value, range_ = getattr(config, f.name), f.metadata["range"]
         if range_ is None or value is None or isinstance(value, str):
             continue
+        if f.metadata["unit"] == "counts":
+            fault = next(((one, why) for one in value if (why := range_.fault(one, int))), None)
+            if fault is not None:
+                raise ConfigError(f"{f.name} has {fault[0]}; {fault[1]}")
+            continue
         if f.metadata["unit"] == "bytes":
             if not range_.low <= value:
                 raise ConfigError(f"{f.name} is {value}; it takes a size above 0, such as 2GiB")
@@ -447,6 +467,8 @@ def _convert(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         texts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
         words = [word.strip() for text in texts for word in str(text).split(",")]
         return tuple(dict.fromkeys(words))
+    if unit == "counts":
+        return _counts(name, value, f.metadata["range"])
     if unit == "auto" and str(value).lower() == "auto":
         return "auto"
     unset = ("none", "null") if kind is str else ("none", "null", "auto")
@@ -471,6 +493,21 @@ def _convert(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         ) from None
 
 
+def _counts(name: str, value: Any, range_: Range) -> tuple[int, ...]:
+    """'1,2,4' or ['1', '2 4'] -> (1, 2, 4)."""
+    texts = value if isinstance(value, (list, tuple)) else () if value in (None, "none") else (value,)
+    words = [word for text in texts for word in str(text).replace(",", " ").split()]
+    found = set()
+    for word in words:
+        try:
+            found.add(parse_count(word))
+        except ValueError:
+            raise ConfigError(
+                f"{name} has {word!r}; it takes {range_.words(int, word)}, or several with commas between them"
+            ) from None
+    return tuple(sorted(found))
+
+
 def _parse_json(name: str, value: Any) -> dict[str, Any] | None:
     """The object of a JSON text; a YAML mapping is one already."""
     try:
@@ -493,7 +530,7 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
             names = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"])]
             shown = help_of(f).replace("%", "%%")
             several: dict[str, Any] = (
-                {"action": "extend", "nargs": "+"} if f.metadata["unit"] == "list" else {}
+                {"action": "extend", "nargs": "+"} if f.metadata["unit"] in ("list", "counts") else {}
             )
             if base_type(hints[f.name]) is bool:
                 group.add_argument(
@@ -522,7 +559,7 @@ def _metavar(f: dataclasses.Field[Any], kind: type) -> str:
     unit, choices = f.metadata["unit"], choices_of(f)
     if choices:
         return "|".join(choices) + (",…" if unit == "names" else "")
-    of_unit = {"bytes": "SIZE", "file": "FILE"}.get(unit)
+    of_unit = {"bytes": "SIZE", "file": "FILE", "counts": "N"}.get(unit)
     return of_unit or {int: "N", float: "X"}.get(kind) or f.name.split("_")[-1].upper()
 
 

@@ -54,7 +54,7 @@ def test_padded_steps_equal_the_ordinary_path(kind: str) -> None:
     weights = random_weights(config, 1)
     plain, other = (Driver(config, weights, slabs=5, max_len=512) for _ in range(2))
     decode = DecodeGraphs(other.model, other.page_table, torch.zeros(9, dtype=torch.int64), None, as_it_is)
-    graphs = ExtendGraphs(decode, other.page_table, 256, as_it_is)
+    graphs = ExtendGraphs(decode, other.page_table, 256)
     ids = [random_tokens(config, 512, seed) for seed in range(4)]
     at, draw = [0] * 4, random.Random(kind)
     for turn in range(10):
@@ -82,7 +82,7 @@ def test_a_full_size_has_no_padding_row() -> None:
     weights = random_weights(config, 1)
     plain, other = (Driver(config, weights, slabs=2, max_len=512) for _ in range(2))
     decode = DecodeGraphs(other.model, other.page_table, torch.zeros(9, dtype=torch.int64), None, as_it_is)
-    graphs = ExtendGraphs(decode, other.page_table, 256, as_it_is)
+    graphs = ExtendGraphs(decode, other.page_table, 256)
     ids = random_tokens(config, 256)
     for start, end in ((0, 64), (64, 192), (192, 256)):
         chunk = Chunk(0, ids[start:end], start)

@@ -13,6 +13,7 @@ pytest.importorskip("dsv4._core")
 from dsv4 import LLM, SamplingParams
 from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import Capture, Recorder
+from dsv4.engine.warmup import late_compiles
 from dsv4.model.batch import Batch, Row
 from torch import Tensor
 
@@ -103,7 +104,7 @@ def test_replays_of_chunks(name: str) -> None:
         return logits, *after
 
     def captured(capture: Capture) -> ExtendGraphs:
-        return ExtendGraphs(decoder.graphs(capture), decoder.host_pages, 512, capture)
+        return ExtendGraphs(decoder.graphs(capture), decoder.host_pages, 512)
 
     direct, graphs = outcome(captured(lambda region: region).hidden), captured(Recorder())
     assert direct[0].isfinite().all()
@@ -132,10 +133,10 @@ def test_the_engine_on_the_model_that_ships() -> None:
         print([line for line in llm.describe() if line.startswith("graphs")])
         said[eager] = [o.token_ids for o in llm.generate(prompts, params)]
         llm.core.check()
-    held = set(llm._loop.device.graphs._replays)
-    print(f"captured {sorted(held)}")
-    assert {end for _, end in held} == {2048, 4096} and 4 in {size for size, _ in held}
+    graphs = llm._loop.device.graphs
+    assert set(graphs._replays) == {(size, end) for size in (1, 2, 4) for end in (2048, 4096)}
     assert llm._loop.device.extends._graphs, "no step with a prompt was captured"
+    assert graphs.late == 0 and late_compiles() == 0
     pairs = [(a, b) for x, y in zip(said[True], said[False], strict=True) for a, b in zip(x, y, strict=True)]
     same = sum(a == b for a, b in pairs) / len(pairs)
     print(f"{same:.0%} of {len(pairs)} tokens are the same")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,3 +73,30 @@ def test_what_the_cache_holds_is_not_compiled_again(tmp_path: Path, monkeypatch:
     assert told == [(1, 2, "compiling kernels"), (2, 2, "compiling kernels")]
     assert compile_all([*specs, _Spec("c")], processes=1) == 1 and compile_all(specs) == 0
     assert (tmp_path / "dsv4" / "a").read_text() == "compiled\n"
+
+
+def test_processes_that_need_the_same_compile_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the ranks of a model do. The second looks at the cache again when it is its turn."""
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    looked = threading.Barrier(2, timeout=60)
+
+    class Meeting(_Spec):
+        """No one begins before both have seen that there is something to do."""
+
+        met = threading.local()
+
+        def digest(self) -> str:
+            if not getattr(self.met, "yes", False):
+                self.met.yes = True
+                looked.wait()
+            return self.name
+
+    specs: list[Any] = [Meeting(name) for name in "abc"]
+    with ThreadPoolExecutor(2) as pool:
+        counts = [x.result(60) for x in [pool.submit(compile_all, specs, None, 1) for _ in range(2)]]
+    assert sorted(counts) == [0, 3]
+    assert {(tmp_path / "dsv4" / name).read_text() for name in "abc"} == {"compiled\n"}

@@ -172,8 +172,8 @@ CORE = {
 LOST = "Prompt tokens in whole blocks that were computed in spite of the cache: {}"
 """Of the statistics `lost_<reason>`, which are counters."""
 
-LATE = "kernel_compiles_after_ready"
-"""A statistic of the engine, not of its core."""
+LATE, LATE_GRAPHS = "kernel_compiles_after_ready", "graph_captures_after_ready"
+"""Statistics of the engine, not of its core."""
 
 ALIASES = (
     ("vllm:num_requests_running", GAUGE, "Requests that run", "running"),
@@ -182,6 +182,7 @@ ALIASES = (
     ("vllm:prefix_cache_queries", COUNTER, "Prompt tokens looked up in the prefix cache", "prompt_tokens"),
     ("vllm:prefix_cache_hits", COUNTER, "Prompt tokens found in the prefix cache and used", "resumed_tokens"),
     ("dsv4_kernel_compiles_after_ready", COUNTER, "Kernels compiled, or read from the cache on disk, while requests waited", LATE),
+    ("dsv4_graph_captures_after_ready", COUNTER, "CUDA graphs captured while requests waited", LATE_GRAPHS),
 )  # fmt: skip
 """Statistics under other names, vLLM's and our own: name, kind, help, statistic."""
 
@@ -351,7 +352,7 @@ class _Engine(Collector):
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
         for name, value in stats.items():
-            if name != LATE:
+            if name not in (LATE, LATE_GRAPHS):
                 family, help = _kind_of(name)
                 yield self._one(family, f"dsv4_core_{name}", help, value)
         for name, family, help, statistic in ALIASES:

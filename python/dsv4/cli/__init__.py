@@ -8,6 +8,7 @@ dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 simulate TRACE      a request trace against the real core in virtual time
 dsv4 trace agents        makes a trace of agent sessions
 dsv4 key [TENANT]        a new API key and its hash, for --keys-file
+dsv4 warmup [MODEL]      compiles the kernels that a server needs, without serving
 dsv4 doctor              what this machine has, what will be used, what is missing
 dsv4 version             the versions of package and core
 """
@@ -21,7 +22,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dsv4.cli import chat, doctor, generate, key, plan, serve, simulate, streams, trace, version, words
+from dsv4.cli import chat, doctor, generate, key, plan, serve, simulate, streams, trace, version, warmup, words
 from dsv4.cli.common import note
 
 INTERRUPTED = 130
@@ -64,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", prog="dsv4", title="commands"
     )
-    for module in (serve, generate, chat, plan, simulate, trace, key, doctor, version):
+    for module in (serve, generate, chat, plan, simulate, trace, key, warmup, doctor, version):
         module.add(commands)
     return parser
 

@@ -70,42 +70,50 @@ def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[st
 
 
 class LoadProgress:
-    """Shows the reading of weights: a bar on a terminal, else a line every few seconds. Standard error
-    only."""
+    """Shows how far a start is (`dsv4.engine.progress`): a bar on a terminal, else a line every few seconds. Standard error only."""
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
         self._task: Any = None
+        self._stage, self._begun = "", 0.0
         self._next = time.monotonic() + LINE_EVERY
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> LoadProgress:
         if self._terminal:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
-            columns = (
-                TextColumn("weights"),
-                BarColumn(),
-                DownloadColumn(binary_units=True),
-                TransferSpeedColumn(),
-            )
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[shown]}"))
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.start()
-            self._task = self._bar.add_task("weights", total=None)
+            self._task = self._bar.add_task("weights", total=None, shown="")
         return self
 
-    def __call__(self, done: int, total: int, name: str) -> None:
-        """Called by the loader: bytes done, bytes in all, the tensor just read."""
+    def __call__(self, done: int, total: int, name: str, stage: str = "weights") -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._begun = stage, now
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
-        elif time.monotonic() >= self._next:
-            self._next = time.monotonic() + LINE_EVERY
-            note(f"weights {100 * done / max(total, 1):.0f}% ({done / 2**30:.1f} of {total / 2**30:.1f} GiB)")
+            text = _shown(done, total, stage, now - self._begun)
+            self._bar.update(self._task, description=stage, completed=done, total=total, shown=text)
+        elif now >= self._next:
+            self._next = now + LINE_EVERY
+            note(
+                f"{stage} {100 * done / max(total, 1):.0f}% ({_shown(done, total, stage, now - self._begun)})"
+            )
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _shown(done: int, total: int, stage: str, seconds: float) -> str:
+    """`1.0 of 4.0 GiB, 2.0 GiB/s` of weights, `3 of 80` of others."""
+    if stage != "weights":
+        return f"{done:,} of {total:,}"
+    rate = f", {done / 2**30 / seconds:.1f} GiB/s" if seconds > 1 else ""
+    return f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB{rate}"
 
 
 class PrefillProgress:

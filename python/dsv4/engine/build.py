@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +22,7 @@ from dsv4.engine.loop import EngineLoop
 from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
 from dsv4.engine.routing import Tenants
 from dsv4.engine.steps import StepRecord
+from dsv4.engine.progress import Progress
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import block_size
@@ -32,12 +32,9 @@ from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from dsv4.plan.cache import pages_of, size_pool
-from dsv4.plan.graphs import contexts_of, sizes_of
+from dsv4.plan.graphs import at_start, contexts_of, extends_of, sizes_of
 from dsv4.plan.weights import Weights
 from dsv4.text.tokenizer import Tokenizer
-
-Progress = Callable[[int, int, str], None]
-"""Called while weights load: bytes done, bytes in all, tensor name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +80,20 @@ class BuiltEngine:
     def _graphs(self) -> str:
         if self.eager is not None:
             return f"off: {self.eager}"
-        sizes, contexts = sizes_of(self.config.max_num_seqs), contexts_of(self.max_model_len)
+        c, contexts = self.config, contexts_of(self.max_model_len)
+        sizes = sizes_of(c.max_num_seqs, c.cudagraph_capture_sizes)
+        chunks = extends_of(c.max_num_batched_tokens or 0, self.max_model_len)
+        when = "captured at start"
+        if c.capture_context is not None and c.capture_context < self.max_model_len:
+            begun = at_start(contexts, c.capture_context)
+            when = (
+                f"captured at start up to {begun[0]:,}, longer ones when they first come"
+                if begun
+                else "captured when they first come"
+            )
         return (
-            f"decode steps of {', '.join(map(str, sizes))} rows and contexts up to "
-            f"{', '.join(f'{n:,}' for n in contexts)} tokens, captured when they first come; one slab is for padding"
+            f"decode steps of {', '.join(map(str, sizes))} rows, steps with prompts of {', '.join(map(str, chunks)) or 'no'} tokens, contexts up "
+            f"to {', '.join(f'{n:,}' for n in contexts)} tokens, {when}; one slab is for padding"
         )
 
     def _step_time(self) -> str:
@@ -169,7 +176,7 @@ def build_engine(
         schema, steps = core.plan_schema(), 2 if config.async_scheduling else 1
         plans = tuple(StepPlan(schema, pinned=device == "cuda") for _ in range(steps))
         if device == "cuda":
-            local.warm_up(min(config.max_num_batched_tokens, max_len - 1))
+            local.warm_up(min(config.max_num_batched_tokens, max_len - 1), config.capture_context, progress)
     loop = EngineLoop(
         core,
         local,
@@ -231,6 +238,7 @@ def _local_device(
         replay_tokens=config.replay_tokens or layout.replay_tokens,
         step_tokens=config.max_num_batched_tokens or 0,
         capture=Recorder() if eager is None else None,
+        capture_sizes=config.cudagraph_capture_sizes,
     )
     return local, eager
 

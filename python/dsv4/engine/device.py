@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,7 +27,8 @@ from dsv4.engine.graphs import Capture, DecodeGraphs
 from dsv4.engine.masks import Masks
 from dsv4.engine.request import EngineRequest, Sampled
 from dsv4.engine.sampler import Drawn, Judged, Sampler, judge
-from dsv4.engine.warmup import compile_kernels, nothing_is_left
+from dsv4.engine.progress import LogProgress, Progress
+from dsv4.engine.warmup import capture_graphs, compile_kernels, nothing_is_left
 from dsv4.model.batch import Batch, Row
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import sizes_of
@@ -150,33 +151,45 @@ class LocalDevice:
         replay_tokens: int,
         step_tokens: int = 0,
         capture: Capture | None = None,
+        capture_sizes: Sequence[int] = (),
     ) -> None:
-        """`capture`: replay decode steps (see graphs.py), and those with up to `step_tokens` tokens of prompts (extends.py); the last of
-        `slabs` is theirs then."""
+        """`capture`: replay decode steps (see graphs.py) of `capture_sizes` rows, and those with up to `step_tokens` tokens of prompts
+        (extends.py); the last of `slabs` is theirs then."""
         self.model, self.cache, self.replay_tokens = model, cache, replay_tokens
         self.device, self.kind = cache.device, cache.device.type
         self.page_table = torch.zeros((slabs, max_blocks), dtype=torch.int32)
         on_host = self.device.type == "cpu"
         self.device_pages = None if on_host else torch.zeros_like(self.page_table, device=self.device)
         pages = self.page_table if on_host else self.device_pages
-        self._newest = torch.zeros(max(slabs, *sizes_of(slabs)), dtype=torch.int64, device=self.device)
+        self._newest = torch.zeros(
+            max(slabs, *sizes_of(slabs, capture_sizes)), dtype=torch.int64, device=self.device
+        )
         self.sampler = Sampler(model.ops, slabs, model.config.vocab_size, self.device)
         self.graphs = (
-            None if capture is None else DecodeGraphs(model, pages, self._newest, self.sampler, capture)
+            None
+            if capture is None
+            else DecodeGraphs(model, pages, self._newest, self.sampler, capture, capture_sizes)
         )
         self.extends = (
-            None if self.graphs is None else ExtendGraphs(self.graphs, self.page_table, step_tokens, capture)
+            None if self.graphs is None else ExtendGraphs(self.graphs, self.page_table, step_tokens)
         )
         # Whose sampling tables a slab has, and the position that they go on from.
         self._holder, self._next = np.zeros(slabs, np.int64), np.full(slabs, -1)
 
     @torch.inference_mode()
-    def warm_up(self, tokens: int) -> None:
+    def warm_up(
+        self, tokens: int, capture_context: int | None = None, progress: Progress | None = None
+    ) -> None:
         """A prompt of `tokens` tokens and the token after it, on the last slab: kernels are compiled before a request waits
-        for them, and a step that does not fit into memory fails at start. For an engine without requests: it writes pages,
-        which are all free, and state, which a request resets."""
+        for them, and a step that does not fit into memory fails at start; then graphs are captured, for contexts up to
+        `capture_context` (None: all). For an engine without requests: it writes pages, which are all free, and state, which a request
+        resets."""
+        progress, max_len = (
+            progress or LogProgress(),
+            self.page_table.shape[1] * self.model.geometry.block_tokens,
+        )
         try:
-            compile_kernels(self, tokens, self.page_table.shape[1] * self.model.geometry.block_tokens)
+            compile_kernels(self, tokens, max_len, progress)
         except Exception as e:  # whatever a compiler raises: the engine works without this
             log.warning(
                 "kernels are compiled when they are first needed, as at start that failed: %s", first_line(e)
@@ -184,6 +197,7 @@ class LocalDevice:
         begun, slab = time.perf_counter(), len(self.page_table) - 1
         self._hidden_of(Row(slab=slab, start=0, length=tokens, offset=0, reset=True))
         at, position = np.array([slab]), np.array([tokens])
+        capture_graphs(self, capture_context, progress)
         if self.graphs is not None:
             self.graphs.hidden(np.zeros(1, np.int64), position, at)
             self.graphs.draw(1, self.sampler.kind(at)).tolist()
@@ -192,7 +206,7 @@ class LocalDevice:
             self.sampler.draw(self.model.logits(hidden), at, position).tokens.tolist()
         self.cache.reset([slab])
         log.info("warmed up with %d tokens in %.1f s", tokens, time.perf_counter() - begun)
-        nothing_is_left()
+        nothing_is_left(self)
 
     def forget(self) -> None:
         """Makes state and newest tokens those of a device that has run nothing."""

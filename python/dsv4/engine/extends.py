@@ -8,8 +8,7 @@ replay, that ask for the logits of a prompt, or that are longer than the largest
 
 from __future__ import annotations
 
-import logging
-import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,13 +17,11 @@ from torch import Tensor
 
 from dsv4._core import ALL_LOGITS, REPLAY
 from dsv4.engine.buffers import StepPlan
-from dsv4.engine.graphs import Capture, DecodeGraphs, Step
+from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
 from dsv4.model.step import Columns, columns_of, padded
-from dsv4.plan.graphs import extend_contexts_of, extend_rows_of, extends_of
+from dsv4.plan.graphs import at_start, extend_contexts_of, extend_rows_of, extends_of
 from dsv4.transfer import to_device
-
-log = logging.getLogger("dsv4.engine")
 
 LOGITS = "logits"
 """The column of the tokens whose streams are wanted."""
@@ -46,12 +43,12 @@ class _Graph:
 
 
 class ExtendGraphs:
-    """The captured steps with prompts of one model; `decode` has the model, the sink, and where streams for a draw go. `page_table` is
-    the page table on the host. `capture`: as there."""
+    """The captured steps with prompts of one model; `decode` has the model, the sink, where streams for a draw go, and captures. `page_table`
+    is the page table on the host."""
 
-    def __init__(self, decode: DecodeGraphs, page_table: Tensor, step_tokens: int, capture: Capture) -> None:
+    def __init__(self, decode: DecodeGraphs, page_table: Tensor, step_tokens: int) -> None:
         """`step_tokens`: of the longest step."""
-        self.decode, self.model, self.page_table, self._capture = decode, decode.model, page_table, capture
+        self.decode, self.model, self.page_table = decode, decode.model, page_table
         self.contexts = extend_contexts_of(decode.contexts[-1])
         self.sizes, self.rows = extends_of(step_tokens, self.contexts[-1]), extend_rows_of(decode.sink)
         self._graphs: dict[_Size, _Graph] = {}
@@ -71,7 +68,7 @@ class ExtendGraphs:
             rows=next(n for n in self.rows if n > len(batch.rows)),
             end=next(n for n in self.contexts if n >= max(row.start + row.length for row in batch.rows)),
         )
-        graph = self._graphs.get(size) or self._captured(size)
+        graph = self._graph(size)
         graph.columns.copy_(to_device(self._columns(batch, size).packed(), graph.columns.device))
         graph.replay()
         return self.decode.output[: len(batch.logit_index)]
@@ -96,11 +93,22 @@ class ExtendGraphs:
         return replace(columns, of=columns.of | {LOGITS: wanted})
 
     def rehearse(self) -> None:
-        """Runs every step that can be captured, of padding alone."""
-        for tokens in self.sizes:
-            for rows in self.rows:
-                for end in self.contexts:
-                    self._run(self._padding(_Size(tokens, rows, end))[1])
+        """Runs, of padding alone, what shows every kernel of the steps that can be captured: kernels depend on the size, on the context,
+        or on whether that is a power of two."""
+        if not self.sizes:
+            return
+        ends = {self.contexts[0], self.contexts[-1]}
+        sizes = [_Size(tokens, rows, end) for tokens in self.sizes for rows in self.rows for end in ends]
+        sizes += [_Size(self.sizes[0], self.rows[0], end) for end in self.contexts]
+        for size in dict.fromkeys(sizes):
+            self._run(self._padding(size)[1])
+
+    def captures(self, capture_context: int | None) -> Iterator[Callable[[], object]]:
+        """What captures the steps of contexts up to `capture_context` tokens (None: all), one each, the largest first."""
+        for tokens in reversed(self.sizes):
+            for end in at_start(self.contexts, capture_context):
+                for rows in reversed(self.rows):
+                    yield partial(self._graph, _Size(tokens, rows, end))
 
     def _padding(self, size: _Size) -> tuple[Tensor, Columns]:
         """A step of padding alone, on the device in one piece and as columns of it."""
@@ -109,15 +117,16 @@ class ExtendGraphs:
         device = columns.packed().to(self.decode.pages.device)
         return device, replace(columns.within(device), rows=())
 
-    def _captured(self, size: _Size) -> _Graph:
+    def _graph(self, size: _Size) -> _Graph:
         """The run before the capture is of padding alone."""
-        begun = time.perf_counter()
-        device, columns = self._padding(size)
-        graph = self._graphs[size] = _Graph(device, self._capture(partial(self._run, columns)))
-        log.info(
-            "captured a step of %d tokens in %d rows and up to %d tokens of context in %.2f s, %d are held",
-            size.tokens, size.rows, size.end, time.perf_counter() - begun, len(self._graphs),
-        )  # fmt: skip
+        if (graph := self._graphs.get(size)) is None:
+            device, columns = self._padding(size)
+            what = (
+                f"a step of {size.tokens} tokens in {size.rows} rows and up to {size.end:,} tokens of context"
+            )
+            graph = self._graphs[size] = _Graph(
+                device, self.decode.capture(partial(self._run, columns), what)
+            )
         return graph
 
     def _run(self, columns: Columns) -> None:

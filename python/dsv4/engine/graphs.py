@@ -11,15 +11,15 @@ The draw (head and sampling) is a graph of its own behind the forward's, so that
 only. It comes in kinds: with and without edits of logits, with and without top_k or top_p. Steps whose requests want
 log-probabilities draw without a graph.
 
-A graph is captured when its size and context first come, not at start: there are many pairs, few are used, and the kernels
-are compiled then anyway. It takes about as long as three steps without graphs.
+All of them are captured at start (`warmup.py`), the largest first, or those of contexts up to `capture_context`; what was left out
+is captured when it first comes, which is told and counted. A capture takes about as long as three steps without graphs.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -30,7 +30,7 @@ from dsv4._core import ALL_LOGITS, REPLAY, RESET
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.sampler import KINDS, Kind, Sampler
 from dsv4.model.v4 import V4Model
-from dsv4.plan.graphs import contexts_of, sizes_of
+from dsv4.plan.graphs import at_start, contexts_of, sizes_of
 from dsv4.transfer import to_device
 
 log = logging.getLogger("dsv4.engine")
@@ -70,12 +70,22 @@ class DecodeGraphs:
     `Recorder`; tests run the steps as they are."""
 
     def __init__(
-        self, model: V4Model, pages: Tensor, newest: Tensor, sampler: Sampler, capture: Capture
+        self,
+        model: V4Model,
+        pages: Tensor,
+        newest: Tensor,
+        sampler: Sampler,
+        capture: Capture,
+        sizes: Sequence[int] = (),
     ) -> None:
+        """`sizes`: rows of steps that are captured, ascending (default: those of `dsv4.plan.graphs`)."""
         self.model, self.pages, self.newest, self._capture = model, pages, newest, capture
         self.sampler = sampler
+        self.held = self.late = 0
+        """Graphs that there are, of chunks too (`extends.py`), and of them those captured after `ready`."""
+        self.ready = False
         self.sink = len(pages) - 1
-        self.sizes = sizes_of(self.sink)
+        self.sizes = sizes_of(self.sink, sizes)
         self.contexts = contexts_of(pages.shape[1] * model.geometry.block_tokens)
         self._input = torch.zeros((3, self.sizes[-1]), dtype=torch.int64, device=pages.device)
         shape = (self.sizes[-1], model.config.hc_mult, model.config.hidden_size)
@@ -99,7 +109,7 @@ class DecodeGraphs:
         rows = len(slabs)
         size = next(n for n in self.sizes if n >= rows)
         end = next(n for n in self.contexts if n > positions.max())
-        replay = self._replays.get((size, end)) or self._captured(size, end)
+        replay = self._replay(size, end)
         self._put(token_ids, positions, slabs)
         replay()
         return self.output[:rows]
@@ -112,19 +122,43 @@ class DecodeGraphs:
         """Tokens int64 [R] of the rows that `hidden` or `mark` was just called with, -2 where logits are not finite; they are the newest
         from here on. Valid until the next call."""
         size = next(n for n in self.sizes if n >= rows)
-        if (replay := self._draws.get((size, kind))) is None:
-            replay = self._draws[size, kind] = self._capture(partial(self._run_draw, size, kind))
-        replay()
+        self._drawing(size, kind)()
         return self._tokens[:rows]
 
     def rehearse(self) -> None:
-        """Runs every step and draw that can be captured, of padding alone."""
+        """Runs, of padding alone, what shows every kernel of the steps and draws that can be captured: kernels depend on the size or
+        on the context, so not every pair has to come."""
         self._put()
+        for end in self.contexts:
+            self._run(self.sizes[-1], end)
         for size in self.sizes:
-            for end in self.contexts:
-                self._run(size, end)
-            for kind in KINDS:
-                self._run_draw(size, kind)
+            self._run(size, self.contexts[0])
+            self._run_draw(size, KINDS[-1])
+        for kind in KINDS:
+            self._run_draw(self.sizes[0], kind)
+
+    def captures(self, capture_context: int | None) -> Iterator[Callable[[], object]]:
+        """What captures the steps of contexts up to `capture_context` tokens (None: all) and every draw, one each, the largest first."""
+        for end in at_start(self.contexts, capture_context):
+            for size in reversed(self.sizes):
+                yield partial(self._replay, size, end)
+        if capture_context != 0:
+            for size in reversed(self.sizes):
+                for kind in reversed(KINDS):
+                    yield partial(self._drawing, size, kind)
+
+    def capture(self, run: Step, what: str) -> Step:
+        """Captures `run`. `what`: named in the log where requests wait for it."""
+        begun = time.perf_counter()
+        replay = self._capture(run)
+        self.held += 1
+        if self.ready:
+            self.late += 1
+            log.warning(
+                "%s is captured while requests wait: %.2f s; %d graphs are held (--capture-context has it done at start)",
+                what, time.perf_counter() - begun, self.held,
+            )  # fmt: skip
+        return replay
 
     def _run_draw(self, size: int, kind: Kind) -> None:
         _, positions, slabs = self._input[:, :size]
@@ -136,14 +170,17 @@ class DecodeGraphs:
         token_ids, positions, slabs = self._input[:, :size]
         self.output[:size].copy_(self.model.decode(token_ids, positions, slabs, self.pages, self.newest, end))
 
-    def _captured(self, size: int, end: int) -> Step:
-        begun, free = time.perf_counter(), self._free()
-        self._put()  # the run before the capture is of padding alone
-        replay = self._replays[size, end] = self._capture(partial(self._run, size, end))
-        log.info(
-            "captured a decode step of %d rows and up to %d tokens in %.2f s; it took %.1f MiB, %d are held",
-            size, end, time.perf_counter() - begun, (free - self._free()) / 2**20, len(self._replays),
-        )  # fmt: skip
+    def _replay(self, size: int, end: int) -> Step:
+        if (replay := self._replays.get((size, end))) is None:
+            self._put()  # the run before the capture is of padding alone
+            what = f"a decode step of {size} rows and up to {end:,} tokens"
+            replay = self._replays[size, end] = self.capture(partial(self._run, size, end), what)
+        return replay
+
+    def _drawing(self, size: int, kind: Kind) -> Step:
+        if (replay := self._draws.get((size, kind))) is None:
+            what = f"a draw of {size} rows, {kind.words()}"
+            replay = self._draws[size, kind] = self.capture(partial(self._run_draw, size, kind), what)
         return replay
 
     def _put(self, *columns: np.ndarray) -> None:
@@ -153,10 +190,3 @@ class DecodeGraphs:
         for row, column in zip(values, columns, strict=False):
             row[: len(column)] = column
         self._input.copy_(to_device(torch.from_numpy(values), self._input.device))
-
-    def _free(self) -> int:
-        """Bytes of the GPU that are neither used nor kept by torch for later."""
-        if not self._input.is_cuda:
-            return 0
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]

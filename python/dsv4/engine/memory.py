@@ -99,7 +99,7 @@ def demand_of(
     max_len = min(config.max_model_len or model.max_position, model.max_position)
     graphed = config.device == "cuda" and not config.enforce_eager
     tokens = config.max_num_batched_tokens or config.max_num_seqs
-    graphs = steps_of(config.max_num_seqs, max_len, tokens) if graphed else 0
+    graphs = steps_of(config.max_num_seqs, max_len, tokens, config.cudagraph_capture_sizes) if graphed else 0
     return Demand(model, tensors, layout, held, width, pages, config.max_num_seqs, tokens, max_len, graphs)
 
 

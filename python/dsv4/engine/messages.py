@@ -80,11 +80,12 @@ class Log(_Message):
 
 
 class Loading(_Message):
-    """How much of the weights is read, in bytes, and the tensor just read."""
+    """How far the start is: see `warmup.Progress`."""
 
     done: int
     total: int
     name: str
+    stage: str
 
 
 class Counts(_Message):

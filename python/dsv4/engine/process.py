@@ -43,7 +43,8 @@ from dsv4.engine.messages import (
     to_engine,
 )
 from dsv4.engine.profile import Profiling
-from dsv4.engine.warmup import late_compiles
+from dsv4.engine.progress import Progress
+from dsv4.engine.warmup import late_captures, late_compiles
 from dsv4.errors import Dsv4Error, EngineDead, RequestError
 
 log = logging.getLogger("dsv4.engine")
@@ -55,7 +56,7 @@ COUNT_EVERY = 0.1
 """Seconds between two counts while requests run."""
 
 SHOW_EVERY = 0.1
-"""Seconds between two messages about weights that are read."""
+"""Seconds between two messages about how far the start is."""
 
 LAST_WORDS = 5.0
 """Seconds that the last messages may take."""
@@ -199,7 +200,11 @@ class Host:
 
     def _counts(self, *, tenants: bool) -> Counts:
         core = self.loop.core
-        stats = core.stats() | {"kernel_compiles_after_ready": late_compiles()}
+        late = {
+            "kernel_compiles_after_ready": late_compiles(),
+            "graph_captures_after_ready": late_captures(self.loop.device),
+        }
+        stats = core.stats() | late
         return Counts(stats, core.tenants() if tenants else None)
 
 
@@ -243,16 +248,16 @@ def as_request_error(error: Exception) -> RequestError:
     return RequestError(f"{type(error).__name__}: {error}", None, "internal_error", 500)
 
 
-def _shown(link: Link) -> Callable[[int, int, str], None]:
-    """Progress of loading as messages, not too many."""
+def _shown(link: Link) -> Progress:
+    """Progress of the start as messages, not too many."""
     last = 0.0
 
-    def show(done: int, total: int, name: str) -> None:
+    def show(done: int, total: int, name: str, stage: str = "weights") -> None:
         nonlocal last
         now = time.monotonic()
         if done == total or now - last > SHOW_EVERY:
             last = now
-            link.send(encode(Loading(done, total, name)))
+            link.send(encode(Loading(done, total, name, stage)))
 
     return show
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from dsv4 import errors
 from dsv4.config import EngineConfig
 from dsv4.engine.child import Child
 from dsv4.engine.messages import Begin, Failed, Loading, Log, Ready, encode, from_engine
+from dsv4.engine.progress import Progress
 from dsv4.errors import CheckpointError, ConfigError, Dsv4Error, EngineDead
-
-Progress = Callable[[int, int, str], None]
-"""Called while weights load: bytes done, bytes in all, tensor name."""
 
 PROCESS = "dsv4.engine.process"
 """What is started; tests put another module in its place."""
@@ -49,7 +46,7 @@ def await_ready(
             if isinstance(message, Log):
                 write(message)
             elif isinstance(message, Loading) and progress is not None:
-                progress(message.done, message.total, message.name)
+                progress(message.done, message.total, message.name, message.stage)
             elif isinstance(message, Failed):
                 failed = message
     except BaseException:  # Ctrl-C, above all

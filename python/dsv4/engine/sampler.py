@@ -92,6 +92,19 @@ class Kind:
     masked: bool
     filtered: bool
 
+    def words(self) -> str:
+        """`edited, masked`, or `plain`."""
+        return (
+            ", ".join(
+                name
+                for name, on in zip(
+                    ("edited", "masked", "filtered"), (self.edited, self.masked, self.filtered), strict=True
+                )
+                if on
+            )
+            or "plain"
+        )
+
 
 KINDS = tuple(Kind(*flags) for flags in itertools.product((False, True), repeat=3))
 

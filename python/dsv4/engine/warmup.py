@@ -1,5 +1,5 @@
-"""Everything that a request can need is compiled before the first one: a dry run of every kind of step finds the kernels, processes
-compile them beside each other, and they are loaded (`dsv4.kernels.compiling`).
+"""Everything that a request can need is compiled and captured before the first one: a dry run of every kind of step finds the
+kernels, processes compile them beside each other, they are loaded (`dsv4.kernels.compiling`), and graphs are captured.
 
 A dry run takes one layer of each kind, as layers of a kind launch the same kernels.
 """
@@ -20,15 +20,13 @@ from dsv4.model.batch import Batch, Row
 
 if TYPE_CHECKING:
     from dsv4.engine.device import LocalDevice
+    from dsv4.engine.progress import Progress
     from dsv4.model.v4 import Layer
 
 log = logging.getLogger("dsv4.engine")
 
-TELL_EVERY = 2.0
-"""Seconds between two lines about kernels that are compiled."""
 
-
-def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int) -> None:
+def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int, progress: Progress) -> None:
     """Leaves nothing to compile for steps of up to `step_tokens` tokens and requests of up to `max_len`. For a device that holds
     no request: it writes pages and state, and what is in them afterwards means nothing."""
     if not has_triton():
@@ -39,16 +37,9 @@ def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int) -> None
     with COMPILATIONS.dry() as found:
         rehearse(device, step_tokens, max_len)
     device.forget()
-    collected, told = time.perf_counter(), time.perf_counter()
+    collected = time.perf_counter()
     log.info("%d kernels are needed; found in %.1f s", len(found), collected - begun)
-
-    def progress(done: int, total: int, what: str) -> None:
-        nonlocal told
-        if time.perf_counter() - told > TELL_EVERY or done == total:
-            told = time.perf_counter()
-            log.info("%s %d/%d", what, done, total)
-
-    compiled = compile_all(found, progress)
+    compiled = compile_all(found, lambda done, total, what: progress(done, total, what, "kernels"))
     loading = time.perf_counter()
     COMPILATIONS.load()
     log.info(
@@ -57,8 +48,34 @@ def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int) -> None
     )  # fmt: skip
 
 
-def nothing_is_left() -> None:
-    """What is compiled from now on keeps requests waiting."""
+def capture_graphs(device: LocalDevice, capture_context: int | None, progress: Progress) -> None:
+    """Captures the steps of contexts up to `capture_context` tokens (None: all), and every draw. For a device that holds no request."""
+    if device.graphs is None or device.extends is None:
+        return
+    captures = [*device.extends.captures(capture_context), *device.graphs.captures(capture_context)]
+    begun, free = time.perf_counter(), _free(device)
+    for done, capture in enumerate(captures):
+        capture()
+        progress(done + 1, len(captures), "capturing", "graphs")
+    if captures:
+        log.info(
+            "captured %d graphs in %.1f s; they took %.1f MiB",
+            device.graphs.held, time.perf_counter() - begun, (free - _free(device)) / 2**20,
+        )  # fmt: skip
+
+
+def _free(device: LocalDevice) -> int:
+    """Bytes of the GPU that are neither used nor kept by torch for later."""
+    if device.kind != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def nothing_is_left(device: LocalDevice) -> None:
+    """What is compiled or captured from now on keeps requests waiting."""
+    if device.graphs is not None:
+        device.graphs.ready = True
     if has_triton():
         from dsv4.kernels.compiling import COMPILATIONS
 
@@ -69,6 +86,12 @@ def late_compiles() -> int:
     """Kernels that were compiled, or read from the cache on disk, after `compile_kernels` was done."""
     compiling = sys.modules.get("dsv4.kernels.compiling")
     return 0 if compiling is None else compiling.COMPILATIONS.count
+
+
+def late_captures(device: object) -> int:
+    """Graphs that were captured after the start."""
+    graphs = getattr(device, "graphs", None)
+    return 0 if graphs is None else graphs.late
 
 
 @torch.inference_mode()
@@ -82,15 +105,13 @@ def rehearse(device: LocalDevice, step_tokens: int, max_len: int) -> None:
             device.graphs.rehearse()
         if device.extends is not None:
             device.extends.rehearse()
-        lengths = [n for n in _lengths(step_tokens) if n < max_len]
-        longest = lengths[-1]
-        cases = [(max_len, n) for n in lengths] + [(n, n) for n in lengths]
-        cases += [(end, n) for end in _contexts(max_len) for n in {1, 2, min(64, longest), longest}]
-        for end, n in dict.fromkeys(cases):
+        for end, n in _cases(step_tokens, max_len):
             start = max(0, end - n)
             _eager(device, [Row(slab, start, min(n, end), 0, reset=not start)])
-            if start:
-                _eager(device, [Row(slab, start, n, 0, replay_end=start + n, replay_start=start)])
+        lengths = _lengths(min(step_tokens, max_len - 1))
+        for n in lengths[::3]:
+            start = max_len - n
+            _eager(device, [Row(slab, start, n, 0, replay_end=max_len, replay_start=start)])
         for rows in (2, 3):  # beside decodes
             _eager(device, [Row(slab, 0, lengths[-1] // 2, 0), *(Row(slab, 5, 1, lengths[-1] // 2 + i) for i in range(rows))])  # fmt: skip
         _draws(device)
@@ -113,6 +134,15 @@ def _lengths(most: int) -> list[int]:
     """Tokens of steps: kernels change with the power of two, and where there are few."""
     powers = [1 << i for i in range(most.bit_length()) if 1 << i <= most]
     return sorted({n for p in (*powers, most) for n in (p, p + 1, p * 3 // 2) if 0 < n <= most})
+
+
+def _cases(step_tokens: int, max_len: int) -> Iterator[tuple[int, int]]:
+    """(end, tokens) of steps of one row: kernels depend on how many tokens there are, and on how many before them or on whether that is a
+    power of two."""
+    lengths = _lengths(min(step_tokens, max_len - 1))
+    cases = [(max_len, n) for n in lengths] + [(n, n) for n in lengths]
+    cases += [(end, n) for end in _contexts(max_len) for n in (1, lengths[-1])]
+    yield from dict.fromkeys(cases)
 
 
 def _contexts(max_len: int) -> list[int]:

@@ -154,10 +154,11 @@ COMPILATIONS = Compilations()
 
 def _mark(spec: Specialisation) -> Path:
     """The file that says that it lies in Triton's cache, inside of it, so that both go together."""
-    return _cache() / "dsv4" / spec.digest()
+    return cache_dir() / "dsv4" / spec.digest()
 
 
-def _cache() -> Path:
+def cache_dir() -> Path:
+    """Triton's cache on disk."""
     from triton import knobs
 
     return Path(knobs.cache.dir)
@@ -166,8 +167,8 @@ def _cache() -> Path:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """One process at a time, so that ranks do not compile the same."""
-    _cache().mkdir(parents=True, exist_ok=True)
-    with (_cache() / "dsv4.lock").open("w") as file:
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with (cache_dir() / "dsv4.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of captured steps. Padding rows are alike, so together they cost the experts that one row reads."""
 
@@ -16,9 +18,11 @@ EXTEND_ROWS = (33, 257)
 """Their rows, one of them for padding. Kernels take a step with as many rows as tokens for a decode step, so none is in EXTENDS."""
 
 
-def sizes_of(running: int) -> tuple[int, ...]:
-    """Sizes that steps of up to `running` rows take; larger steps than the largest run without a graph."""
-    return tuple(n for i, n in enumerate(SIZES) if i == 0 or SIZES[i - 1] < running)
+def sizes_of(running: int, chosen: Sequence[int] = ()) -> tuple[int, ...]:
+    """Sizes that steps of up to `running` rows take, of `chosen` ones in ascending order (default: SIZES); larger steps than the
+    largest run without a graph."""
+    sizes = chosen or SIZES
+    return tuple(n for i, n in enumerate(sizes) if i == 0 or sizes[i - 1] < running)
 
 
 def contexts_of(max_len: int) -> tuple[int, ...]:
@@ -45,11 +49,18 @@ def extend_contexts_of(max_len: int) -> tuple[int, ...]:
     return (*(n for n in powers if n < max_len), max_len)
 
 
-def steps_of(running: int, max_len: int, step_tokens: int) -> int:
+def at_start(contexts: Sequence[int], capture_context: int | None) -> tuple[int, ...]:
+    """Of ascending contexts those that are captured at start, the longest first, so that later captures find room in the memory of
+    earlier ones: what requests of up to `capture_context` tokens take (None: all)."""
+    most = contexts[-1] if capture_context is None else capture_context
+    return tuple(reversed([n for i, n in enumerate(contexts) if (contexts[i - 1] if i else 0) < most]))
+
+
+def steps_of(running: int, max_len: int, step_tokens: int, chosen: Sequence[int] = ()) -> int:
     """Steps that are captured at most."""
     extends = (
         len(extends_of(step_tokens, max_len))
         * len(extend_rows_of(running))
         * len(extend_contexts_of(max_len))
     )
-    return len(sizes_of(running)) * len(contexts_of(max_len)) + extends
+    return len(sizes_of(running, chosen)) * len(contexts_of(max_len)) + extends
