@@ -170,16 +170,24 @@ def test_serve_prints_its_plan_answers_and_drains() -> None:
 def test_warmup_says_why_nothing_is_compiled() -> None:
     run = dsv4("warmup", "--device", "cpu")
     assert run.returncode == 2
-    assert run.stderr == "dsv4: error: nothing is compiled: device is cpu; run it on a machine with the GPU that will serve\n"
+    assert (
+        run.stderr
+        == "dsv4: error: nothing is compiled: device is cpu; run it on a machine with the GPU that will serve\n"
+    )
 
 
-def test_every_stage_of_a_start_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_of_a_start_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(common, "LINE_EVERY", 0.0)
     with common.LoadProgress() as progress:
         progress(2**30, 2**31, "embed")
         progress(3, 12, "compiling", "kernels")
         progress(12, 120, "capturing", "graphs")
-    assert capsys.readouterr().err == "weights 50% (1.0 of 2.0 GiB)\nkernels 25% (3 of 12)\ngraphs 10% (12 of 120)\n"
+    assert (
+        capsys.readouterr().err
+        == "weights 50% (1.0 of 2.0 GiB)\nkernels 25% (3 of 12)\ngraphs 10% (12 of 120)\n"
+    )
 
 
 def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,20 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dsv4.cli import chat, doctor, generate, key, plan, serve, simulate, streams, trace, version, warmup, words
+from dsv4.cli import (
+    chat,
+    doctor,
+    generate,
+    key,
+    plan,
+    serve,
+    simulate,
+    streams,
+    trace,
+    version,
+    warmup,
+    words,
+)
 from dsv4.cli.common import note
 
 INTERRUPTED = 130

@@ -46,8 +46,8 @@ from dsv4.engine.messages import (
     encode,
     from_engine,
 )
-from dsv4.engine.prompt import TokenIds, as_prompt
 from dsv4.engine.progress import Progress
+from dsv4.engine.prompt import TokenIds, as_prompt
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.routing import PLAIN, Routing, Tenants, session_id
 from dsv4.errors import Dsv4Error, RequestError

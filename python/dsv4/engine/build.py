@@ -20,9 +20,9 @@ from dsv4.engine.grammars import Grammars
 from dsv4.engine.graphs import Recorder
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
+from dsv4.engine.progress import Progress
 from dsv4.engine.routing import Tenants
 from dsv4.engine.steps import StepRecord
-from dsv4.engine.progress import Progress
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import block_size

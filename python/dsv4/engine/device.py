@@ -25,9 +25,9 @@ from dsv4.engine.device_errors import first_line
 from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import Capture, DecodeGraphs
 from dsv4.engine.masks import Masks
+from dsv4.engine.progress import LogProgress, Progress
 from dsv4.engine.request import EngineRequest, Sampled
 from dsv4.engine.sampler import Drawn, Judged, Sampler, judge
-from dsv4.engine.progress import LogProgress, Progress
 from dsv4.engine.warmup import capture_graphs, compile_kernels, nothing_is_left
 from dsv4.model.batch import Batch, Row
 from dsv4.model.v4 import V4Model

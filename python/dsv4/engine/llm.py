@@ -17,8 +17,8 @@ from dsv4.engine.build import build_engine
 from dsv4.engine.frontend import Frontend
 from dsv4.engine.messages import News
 from dsv4.engine.process import as_request_error
-from dsv4.engine.prompt import TokenIds
 from dsv4.engine.progress import Progress
+from dsv4.engine.prompt import TokenIds
 from dsv4.engine.request import RequestOutput, Sampled, Usage
 from dsv4.engine.routing import PLAIN, Routing
 from dsv4.errors import RequestError
