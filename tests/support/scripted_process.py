@@ -101,6 +101,7 @@ class ScriptedEngine:
     config: EngineConfig
     loop: EngineLoop
     max_model_len: int
+    layout: LayoutSpec
 
     def describe(self) -> list[str]:
         return ["model      scripted", "device     none"]
@@ -118,13 +119,14 @@ def build(
     tokens = config.max_num_batched_tokens or max(512, config.max_num_seqs)
     config = dataclasses.replace(config, device="cpu", max_num_batched_tokens=tokens)
     limits = {"pages": config.num_pages or 64, "max_len": MAX_LEN, "max_in_flight": flights}
-    core = Core(layout_of(config), core_options(config) | limits)
+    layout = layout_of(config)
+    core = Core(layout, core_options(config) | limits)
     time.sleep(float(os.environ.get("SCRIPTED_LOAD", "0")))
     breaks = os.environ.get("SCRIPTED_BREAKS")
     device = ScriptedDevice(float(os.environ.get("SCRIPTED_STEP", "0")), int(breaks) if breaks else None)
     plans = tuple(StepPlan(core.plan_schema()) for _ in range(flights))
     loop = EngineLoop(core, device, plans, eos_ids=eos_ids, seed=config.seed)  # type: ignore[arg-type]
-    return ScriptedEngine(config, loop, MAX_LEN)
+    return ScriptedEngine(config, loop, MAX_LEN, layout)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ class Generation:
             m.mean_between.observe((self.last - self.first) / (self.tokens - 1))
         if usage is None:
             return
+        if not self.again:
+            self.record.explanation = usage.explanation
         if self.cached is None:
             self._cached(usage.cached_tokens)
         m.cached_tokens.inc(usage.cached_tokens)

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsv4.api import admin, anthropic, info, prefixes, responses
+from dsv4.api import admin, anthropic, info, prefixes, responses, static, stats
 from dsv4.api.absent import why_absent
 from dsv4.api.caller import Caller
 from dsv4.api.errors import ErrorBody, error_body, internal_error, retry_headers, shaped
@@ -30,7 +30,7 @@ from dsv4.errors import RequestError
 from dsv4.spelling import nearest
 
 OPEN_PATHS = frozenset({"/health"})
-"""Answered without a key, for probes. Everything else is closed when a key is set, whatever is added
+"""Answered without a key, for probes. Everything else but the page is closed when a key is set, whatever is added
 later."""
 
 MONITORING = frozenset({"/metrics", "/stats", "/dump"})
@@ -82,7 +82,9 @@ def create_app(service: Service) -> ASGIApp:
             Route("/admin/dump", admin.dump),
             Route("/health", info.health),
             Route("/metrics", info.metrics),
+            Route("/stats", stats.stats),
             Route("/version", info.version),
+            Route("/page/{name}", static.part),
             Route("/", info.root),
         ],
         exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
@@ -136,6 +138,7 @@ class Edge:
         finally:
             record.route = self._paths.get(scope.get("endpoint"), scope["path"])
             record.end(self.service.metrics)
+            self.service.recent.add(record)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: GuardedProtocol | None = scope.get("dsv4_connection")
@@ -148,7 +151,7 @@ class Edge:
         if caller is not None:
             scope["dsv4_caller"], record = caller, scope["dsv4_record"]
             record.tenant = caller.tenant.name
-        elif scope["path"] not in OPEN_PATHS:
+        elif not _is_open(scope):
             text = "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'"
             refused = RequestError(text, None, "invalid_api_key", 401)
             await _error(scope, refused, {"www-authenticate": "Bearer"})(scope, receive, send)
@@ -203,6 +206,10 @@ class Edge:
         """The shape of this request's errors: its endpoint's, or that of a client who says whose API it expects."""
         shape = self._shapes.get(scope["path"], error_body)
         return anthropic.error_body if header(scope, anthropic.VERSION_HEADER) else shape
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] in OPEN_PATHS or static.is_open(scope)
 
 
 def _too_many(most: int) -> RequestError:

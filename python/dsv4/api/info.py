@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import dsv4
+from dsv4.api import static
 from dsv4.api.caller import Caller
 from dsv4.api.conversation import encode, read_conversation
 from dsv4.api.errors import RETRY_AFTER
@@ -44,11 +45,14 @@ def caller_of(request: Request) -> Caller:
 
 
 async def root(request: Request) -> Response:
-    """Says what this is, for people who open the address in a browser."""
+    """The page for browsers; what this is, for programs."""
+    if static.wants_page(request.scope):
+        return static.send(request, "index.html")
     routes = [f"{' '.join(sorted(r.methods - {'HEAD'}))} {r.path}" for r in request.app.routes]
     service = service_of(request)
     return json_response(
-        {"name": "dsv4", "version": dsv4.__version__, "model": service.name, "endpoints": routes}
+        {"name": "dsv4", "version": dsv4.__version__, "model": service.name, "endpoints": routes},
+        **{"vary": "Accept, Origin"},
     )
 
 

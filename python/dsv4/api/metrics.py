@@ -173,6 +173,7 @@ LOST = "Prompt tokens in whole blocks that were computed in spite of the cache: 
 """Of the statistics `lost_<reason>`, which are counters."""
 
 LATE, LATE_GRAPHS = "kernel_compiles_after_ready", "graph_captures_after_ready"
+ENGINE = frozenset({LATE, LATE_GRAPHS, "busy_us", "page_bytes", "slab_bytes"})
 """Statistics of the engine, not of its core."""
 
 ALIASES = (
@@ -185,6 +186,8 @@ ALIASES = (
     ("dsv4_graph_captures_after_ready", COUNTER, "CUDA graphs captured while requests waited", LATE_GRAPHS),
 )  # fmt: skip
 """Statistics under other names, vLLM's and our own: name, kind, help, statistic."""
+
+BYTES = "Bytes of the pool by what they hold; all kinds together are the pool"
 
 TENANT = {
     "tokens": (COUNTER, "Tokens computed for a tenant: prompts and outputs"),
@@ -282,6 +285,15 @@ class Metrics:
         self.requests.labels(path, method, f"{status // 100}xx").inc()
         self.durations.labels(path, method).observe(seconds)
 
+    def ended(self) -> dict[str, int]:
+        """Generations by how they ended."""
+        return {reason: int(_value(self.finished.labels(reason))) for reason in FINISH_REASONS}
+
+    def tokens(self) -> dict[str, int]:
+        """Tokens of prompts, of these from the cache, and generated."""
+        prompt, cached, generated = map(_value, (self.prompt_tokens, self.cached_tokens, self.output_tokens))
+        return {"prompt": int(prompt), "cached": int(cached), "generated": int(generated)}
+
     def render(self) -> bytes:
         """The text format of Prometheus."""
         return generate_latest(_WithoutCreated(self.registry))  # type: ignore[arg-type]
@@ -352,7 +364,7 @@ class _Engine(Collector):
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
         for name, value in stats.items():
-            if name not in (LATE, LATE_GRAPHS):
+            if name not in ENGINE:
                 family, help = _kind_of(name)
                 yield self._one(family, f"dsv4_core_{name}", help, value)
         for name, family, help, statistic in ALIASES:
@@ -363,6 +375,7 @@ class _Engine(Collector):
             "Share of the pages that requests and pins hold, 0 to 1; what could be evicted counts as free",
             _used(stats),
         )
+        yield from self._sizes(stats)
         served = self._tenants()
         for name, (family, help) in TENANT.items():
             series = family(f"dsv4_tenant_{name}", help, labels=("model_name", "tenant"))
@@ -391,6 +404,16 @@ class _Engine(Collector):
             for reason, count in counts.items():
                 series.add_metric((self._labels["model_name"], tenant, reason), count)
         return series
+
+    def _sizes(self, stats: Mapping[str, Any]) -> Iterable[Metric]:
+        sizes = GAUGE("dsv4_cache_bytes", BYTES, labels=("model_name", "kind"))
+        for kind, size in bytes_by_kind(stats).items():
+            sizes.add_metric((self._labels["model_name"], kind), size)
+        yield sizes
+        held = (stats.get("slabs", 0) - stats.get("free_slabs", 0)) * stats.get("slab_bytes", 0)
+        yield self._one(GAUGE, "dsv4_state_bytes", "Live states of running requests, beside the pool", held)
+        busy = stats.get("busy_us", 0) / 1e6
+        yield self._one(COUNTER, "dsv4_step_seconds", "Time that the device computed steps; the rest it was idle", busy)
 
     def _one(self, family: Any, name: str, help: str, value: float) -> Metric:
         made: Metric = family(name, help, labels=tuple(self._labels))
@@ -431,6 +454,26 @@ def _kind_of(statistic: str) -> tuple[Any, str]:
     if statistic.startswith("lost_"):
         return COUNTER, LOST.format(statistic.removeprefix("lost_"))
     return CORE.get(statistic, (GAUGE, f"The core's statistic {statistic}"))
+
+
+def bytes_by_kind(stats: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of the pool by what they hold, which together are all of it: running and parked requests, pinned history, the rest of the
+    cached history, saved states, pages freed but still in use by a step, nothing."""
+    pinned = stats.get("pinned_pages", 0)
+    pages = {
+        "pinned": pinned,
+        "history": max(stats.get("cached_pages", 0) - pinned, 0),
+        "snapshots": stats.get("snapshot_pages", 0),
+        "leaving": stats.get("deferred_pages", 0),
+        "free": stats.get("free_pages", 0),
+    }
+    pages["requests"] = max(stats.get("pages", 0) - sum(pages.values()), 0)
+    return {kind: n * stats.get("page_bytes", 0) for kind, n in pages.items()}
+
+
+def _value(counter: Counter) -> float:
+    (family,) = counter.collect()
+    return float(family.samples[0].value)
 
 
 def _used(stats: Mapping[str, Any]) -> float:

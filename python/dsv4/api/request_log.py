@@ -28,7 +28,10 @@ OTHER = "other"
 """The route of a request for which there is no endpoint."""
 
 PROBES = frozenset({"/health", "/metrics"})
-"""Logged at `debug`, as they come every few seconds. Answered on connections over the limit as well."""
+"""Answered on connections over the limit as well."""
+
+QUIET = PROBES | {"/stats"}
+"""Logged at `debug`, as they come every few seconds."""
 
 
 def new_request_id() -> str:
@@ -57,6 +60,8 @@ class Record:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    explanation: dict[str, Any] | None = None
+    """What of its prompt was reused, and why not more: of its last one, where it had several."""
     first: float = 0.0
     last: float = 0.0
     """Times of the first and the last token."""
@@ -72,7 +77,7 @@ class Record:
         self.status = self.status or CLIENT_GONE
         if metrics is not None:
             metrics.request_ended(self.method, self.route, self.status, seconds)
-        level = logging.DEBUG if self.path in PROBES else logging.INFO
+        level = logging.DEBUG if self.path in QUIET else logging.INFO
         if log.isEnabledFor(level):
             fields = self.fields(seconds)
             log.log(level, "%s", _text(fields), extra={FIELDS: fields})

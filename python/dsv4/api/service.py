@@ -14,6 +14,7 @@ from dsv4.api.connections import connections_for
 from dsv4.api.fields import Fields
 from dsv4.api.lanes import Lanes
 from dsv4.api.metrics import Metrics, describe_build
+from dsv4.api.recent import Recent
 from dsv4.config import LONGEST_NAME, ServerConfig
 from dsv4.errors import RequestError, show
 from dsv4.text.chat import BOS, FIM
@@ -46,6 +47,7 @@ class Service:
         self.metrics = Metrics(
             engine.stats, self.name, engine.tenants, counts, info, process, self.callers.refused
         )
+        self.recent = Recent()
         self.started = int(time.time())
         self.draining = self.ending = False
         """No new requests are taken; and that is for good."""

@@ -23,6 +23,8 @@ GAUGES = frozenset(
         "parked",
         "in_flight",
         "snapshots",
+        "page_bytes",
+        "slab_bytes",
         "step_predicted_us",
         "step_measured_us",
     ]

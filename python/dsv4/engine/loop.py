@@ -100,6 +100,8 @@ class EngineLoop:
         self.failed_in_row = 0
         """Steps that failed since the last token, and why the last of them did."""
         self.last_failure = ""
+        self.busy_us = 0.0
+        """Time that the device computed."""
         self.requests: dict[int, EngineRequest] = {}
         self._looking_back: dict[int, list[int]] = {}
         """By key, tokens so far of those requests whose sampling needs them."""
@@ -230,6 +232,7 @@ class EngineLoop:
             self._give_up([flight.plan, *(f.plan for f in later)], e)
             return None
         self.core.observe(result.step, result.us)
+        self.busy_us += result.us
         if self._record is not None:
             self._record(flight.plan, result.us)
         self._commit(result)

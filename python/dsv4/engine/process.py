@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv4 import garbage
-from dsv4._core import NeverFits, Overloaded
+from dsv4._core import LayoutSpec, NeverFits, Overloaded
 from dsv4.config import EngineConfig
 from dsv4.engine.compiler import Compiled, Compiler
 from dsv4.engine.link import Link
@@ -75,6 +75,8 @@ class Built(Protocol):
     def config(self) -> EngineConfig: ...
     @property
     def loop(self) -> EngineLoop: ...
+    @property
+    def layout(self) -> LayoutSpec: ...
     @property
     def max_model_len(self) -> int: ...
     def describe(self) -> list[str]: ...
@@ -199,12 +201,14 @@ class Host:
         self.link.send(encode(news))
 
     def _counts(self, *, tenants: bool) -> Counts:
-        core = self.loop.core
-        late = {
+        core, layout = self.loop.core, self.built.layout
+        stats = core.stats() | {
             "kernel_compiles_after_ready": late_compiles(),
             "graph_captures_after_ready": late_captures(self.loop.device),
+            "busy_us": round(self.loop.busy_us),
+            "page_bytes": layout.page_bytes,
+            "slab_bytes": layout.slab_bytes,
         }
-        stats = core.stats() | late
         return Counts(stats, core.tenants() if tenants else None)
 
 
