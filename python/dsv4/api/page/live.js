@@ -15,12 +15,13 @@ const KINDS = [
 ];
 /** Why not more of a prompt was reused. */
 const REASONS = {
-  none: "nothing was lost",
+  none: "all was reused",
   never_stored: "seen for the first time",
-  below_block: "less than a block",
+  below_block: "the rest is less than a block",
+  disabled: "reuse is off",
   history_evicted: "history was evicted",
   snapshot_evicted: "the saved state was evicted",
-  salt: "another salt",
+  salt: "known under another salt only",
   declined_by_cost: "computing was cheaper",
 };
 
@@ -82,9 +83,9 @@ function draw() {
     card("Running", count(r.running), `of ${count(r.most_running)} places · ${count(r.waiting)} waiting${r.parked ? ` · ${count(r.parked)} parked` : ""}`, samples.map((x) => x.stats.requests.running), r.most_running),
     card("Generated", figure(rate(generated, ten, newest)), `tokens/s · ${count(t.generated)} in all`, rates(generated)),
     card("Prompts", figure(rate(prompt, ten, newest)), `tokens/s · ${count(t.prompt)} in all`, rates(prompt)),
-    card("Cache hits", hit(c.reused_tokens, c.looked_up_tokens), `of all prompt tokens · last minute ${hit(reused, looked)}`, null),
+    card("Cache hits", hit(c.reused_tokens, c.looked_up_tokens), `of prompt tokens · last minute ${hit(reused, looked)}`, samples.map((x) => x.stats.cache.reused_tokens / (x.stats.cache.looked_up_tokens || 1)), 1),
     card("Step", s.count ? `${figure(1000 * (mean(ten, newest) || s.last_s))} ms` : "–", s.count ? `predicted ${figure(1000 * s.predicted_s)} ms · ${count(s.count)} steps` : "no step yet", samples.slice(1).map((x, i) => mean(samples[i], x) || 0)),
-    card("Idle", idle === null ? "–" : `${Math.round(100 * idle)}%`, "of the device's last 10 s", null),
+    card("Idle", idle === null ? "–" : `${Math.round(100 * idle)}%`, "of the device's last 10 s", rates((x) => x.steps.busy_s).map((busy) => Math.min(Math.max(1 - busy, 0), 1)), 1),
   );
   memory(c);
   recent(now.recent);
@@ -163,7 +164,7 @@ function facts(now) {
     ["Version", now.version],
     ["Up", span(now.uptime_s)],
     ["Connections", `${count(now.connections.open)} of ${count(now.connections.limit)}`],
-    ["Answers", Object.entries(now.requests.ended).map(([how, n]) => `${count(n)} ${how}`).join(", ")],
+    ["Answers", Object.entries(now.requests.ended).filter(([, n]) => n).map(([how, n]) => `${count(n)} ${how}`).join(", ") || "none yet"],
     ["Preemptions", count(now.requests.preemptions)],
     ["Blocks evicted", count(now.cache.evicted_blocks)],
     ["Tokens run again", count(now.cache.replayed_tokens)],

@@ -28,8 +28,8 @@ export function setUp(onKey) {
   for (const name of FIELDS) if (typeof kept[name] === "string") $(name).value = kept[name];
   $("key").value = key.get();
   $("keep").checked = Boolean(read(localStorage, "dsv4.key"));
-  $("form").addEventListener("input", (event) => {
-    if (event.target.id === "key" || event.target.id === "keep") return;
+  document.addEventListener("input", (event) => {
+    if (!FIELDS.includes(event.target.id)) return;
     write(localStorage, STORE, JSON.stringify(Object.fromEntries(FIELDS.map((name) => [name, $(name).value]))));
     applied();
   });
@@ -52,15 +52,12 @@ function applied() {
   const [tools, why] = toolsGiven();
   $("tools").setAttribute("aria-invalid", String(Boolean(why)));
   $("tools-note").textContent = why ?? (tools.length ? tools.map((t) => t.function.name).join(", ") : "");
-  const effort = $("effort").selectedOptions[0].textContent;
-  $("summary").textContent = [
-    $("effort").value === "off" ? "no thinking" : `thinking ${effort.toLowerCase()}`,
+  const said = [
     $("system").value.trim() && "system text",
     tools.length && `${tools.length} tool${tools.length > 1 ? "s" : ""}`,
     ...NUMBERS.map((name) => $(name).value && `${name} ${$(name).value}`),
-  ]
-    .filter(Boolean)
-    .join(" · ");
+  ].filter(Boolean);
+  $("summary").textContent = said.join(" · ") || "the model's own sampling";
 }
 
 function toolsGiven() {
