@@ -65,10 +65,14 @@ def test_nothing_in_the_files_asks_for_more() -> None:
     assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=", files["index.html"])
     for name, text in files.items():
         assert not re.search(r"(?:src|href|url\(|import|fetch\()\W{0,3}(?:https?:)?//", text), name
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser", text), name
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|DOMParser", text
+        ), name
 
 
-@pytest.mark.parametrize("name", ["nothing.js", "appp.js", "..%2finfo.py", "%2e%2e/static.py", "", "a" * 5000])
+@pytest.mark.parametrize(
+    "name", ["nothing.js", "appp.js", "..%2finfo.py", "%2e%2e/static.py", "", "a" * 5000]
+)
 def test_nothing_but_its_files(served: RunningServer, name: str) -> None:
     got = httpx.get(f"{served.url}/page/{name}")
     assert got.status_code == 404 and "error" in got.json()
@@ -79,7 +83,13 @@ def test_nothing_but_its_files(served: RunningServer, name: str) -> None:
 def test_the_page_needs_no_key_and_all_else_does(locked: RunningServer) -> None:
     assert httpx.get(locked.url, headers=BROWSER).status_code == 200
     assert httpx.get(f"{locked.url}/page/app.js").status_code == 200
-    for path, headers in (("/", {}), ("/stats", BROWSER), ("/v1/models", BROWSER), ("/pages", BROWSER), ("/page", BROWSER)):
+    for path, headers in (
+        ("/", {}),
+        ("/stats", BROWSER),
+        ("/v1/models", BROWSER),
+        ("/pages", BROWSER),
+        ("/page", BROWSER),
+    ):
         assert httpx.get(locked.url + path, headers=headers).status_code == 401, path
     assert httpx.post(locked.url, headers=BROWSER).status_code in (401, 405)
 
@@ -88,8 +98,13 @@ def test_stats_tell_of_the_last_requests(locked: RunningServer) -> None:
     key = {"authorization": "Bearer sesame"}
     before = httpx.get(f"{locked.url}/stats", headers=key).json()
     body = {"prompt": "What is cached of this?", "max_tokens": 3}
-    done = httpx.post(f"{locked.url}/v1/completions", json=body, headers=key | {"x-request-id": "asked-1"}).json()
-    assert httpx.post(f"{locked.url}/v1/completions", json=body | {"max_tokens": -1}, headers=key).status_code == 400
+    done = httpx.post(
+        f"{locked.url}/v1/completions", json=body, headers=key | {"x-request-id": "asked-1"}
+    ).json()
+    assert (
+        httpx.post(f"{locked.url}/v1/completions", json=body | {"max_tokens": -1}, headers=key).status_code
+        == 400
+    )
     after = httpx.get(f"{locked.url}/stats", headers=key).json()
     newest, usage = after["recent"][0], done["usage"]
     assert len(after["recent"]) == len(before["recent"]) + 1

@@ -75,7 +75,9 @@ class Page:
 
     def read(self, css: str) -> list[str]:
         """The text of all of these, at one moment: the live view makes them anew every second."""
-        found: list[str] = self.js("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)", css)
+        found: list[str] = self.js(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)", css
+        )
         return found
 
     def js(self, script: str, *arguments: Any) -> Any:

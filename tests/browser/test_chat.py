@@ -25,7 +25,11 @@ def serve(tokenizer: Tokenizer, page: Page) -> Iterator[Callable[..., RunningSer
 
     def start(answer: str | Callable[[str], str], step: float = 0.0, **settings: object) -> RunningServer:
         def script(prompt: Sequence[int]) -> str:
-            return answer if isinstance(answer, str) else answer(tokenizer.decode(list(prompt), skip_special=False))
+            return (
+                answer
+                if isinstance(answer, str)
+                else answer(tokenizer.decode(list(prompt), skip_special=False))
+            )
 
         engine = FakeEngine(script, tokenizer=tokenizer, step_seconds=step)
         server = running(engine, name="small", **settings)
@@ -102,10 +106,18 @@ def test_stopping_aborts_the_request(serve: Callable[..., RunningServer], page: 
 
 def test_settings_are_sent_and_kept(serve: Callable[..., RunningServer], page: Page) -> None:
     server = serve("fine")
-    page.fill(system="You are a pirate.", temperature="0.25", top_p="0.5", top_k="7", max_tokens="3", seed="11")
+    page.fill(
+        system="You are a pirate.", temperature="0.25", top_p="0.5", top_k="7", max_tokens="3", seed="11"
+    )
     page.say("Hello")
     params = server.engine.seen[-1].params
-    assert (params.temperature, params.top_p, params.top_k, params.max_tokens, params.seed) == (0.25, 0.5, 7, 3, 11)
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens, params.seed) == (
+        0.25,
+        0.5,
+        7,
+        3,
+        11,
+    )
     assert "pirate" in server.engine.tokenizer.decode(server.engine.seen[-1].prompt)
     assert "temperature 0.25" in page.at("summary").text and "system text" in page.at("summary").text
     page.reload()

@@ -22,7 +22,12 @@ class BusyEngine(FakeEngine):
     def stats(self) -> dict[str, Any]:
         pages = {"pages": 100, "free_pages": 40, "cached_pages": 35, "pinned_pages": 5, "snapshot_pages": 15}
         steps = {"steps": 70, "busy_us": 700_000, "step_measured_us": 12_000, "step_predicted_us": 11_000}
-        tokens = {"prompt_tokens": 1000, "resumed_tokens": 750, "replayed_tokens": 20, "lost_history_evicted": 1234}
+        tokens = {
+            "prompt_tokens": 1000,
+            "resumed_tokens": 750,
+            "replayed_tokens": 20,
+            "lost_history_evicted": 1234,
+        }
         return {"running": 3, "waiting": 2, "parked": 1, "page_bytes": MIB, **pages, **steps, **tokens}
 
 
@@ -52,8 +57,17 @@ def test_figures(page: Page, live: RunningServer) -> None:
     assert "100%" in found["Idle"]
     (legend,) = page.read("#legend")
     legend = " ".join(legend.split())
-    kinds = {"Running requests": 10, "Pinned prefixes": 5, "Cached history": 30, "Saved states": 15, "Free": 40}
-    assert all(f"{kind} {n if n >= 100 else f'{n:.1f}' if n >= 10 else f'{n:.2f}'} MiB" in legend for kind, n in kinds.items()), legend
+    kinds = {
+        "Running requests": 10,
+        "Pinned prefixes": 5,
+        "Cached history": 30,
+        "Saved states": 15,
+        "Free": 40,
+    }
+    assert all(
+        f"{kind} {n if n >= 100 else f'{n:.1f}' if n >= 10 else f'{n:.2f}'} MiB" in legend
+        for kind, n in kinds.items()
+    ), legend
     (row,) = page.read("#recent tr")
     assert "seen for the first time" in row and "4" in row.split()
     (lost,), (facts,) = page.read("#lost"), page.read("#facts")
@@ -92,7 +106,10 @@ def test_the_keyboard_is_enough(page: Page, live: RunningServer) -> None:
     page.wait(lambda: page.all("article.answer"))
     page.answered()
     page.at("tab-chat").send_keys(Keys.ARROW_RIGHT)
-    assert page.at("live").is_displayed() and page.driver.switch_to.active_element.get_attribute("id") == "tab-live"
+    assert (
+        page.at("live").is_displayed()
+        and page.driver.switch_to.active_element.get_attribute("id") == "tab-live"
+    )
     page.at("open-settings").send_keys(Keys.ENTER)
     page.wait(lambda: page.at("settings").is_displayed())
     page.driver.switch_to.active_element.send_keys(Keys.ESCAPE)

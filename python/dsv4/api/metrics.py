@@ -413,7 +413,9 @@ class _Engine(Collector):
         held = (stats.get("slabs", 0) - stats.get("free_slabs", 0)) * stats.get("slab_bytes", 0)
         yield self._one(GAUGE, "dsv4_state_bytes", "Live states of running requests, beside the pool", held)
         busy = stats.get("busy_us", 0) / 1e6
-        yield self._one(COUNTER, "dsv4_step_seconds", "Time that the device computed steps; the rest it was idle", busy)
+        yield self._one(
+            COUNTER, "dsv4_step_seconds", "Time that the device computed steps; the rest it was idle", busy
+        )
 
     def _one(self, family: Any, name: str, help: str, value: float) -> Metric:
         made: Metric = family(name, help, labels=tuple(self._labels))

@@ -68,5 +68,7 @@ def send(request: Request, name: str) -> Response:
 def read_all() -> dict[str, tuple[bytes, str]]:
     """By name, the bytes and the tag of every file."""
     folder = resources.files("dsv4") / "api" / "page"
-    bodies = {file.name: file.read_bytes() for file in folder.iterdir() if file.name.rpartition(".")[2] in TYPES}
+    bodies = {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.name.rpartition(".")[2] in TYPES
+    }
     return {name: (body, f'"{hashlib.sha256(body).hexdigest()[:16]}"') for name, body in bodies.items()}

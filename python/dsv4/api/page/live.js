@@ -54,7 +54,7 @@ async function tick() {
     onRefused(null);
   } catch (error) {
     onRefused(error);
-    if (error.status === 401) return;
+    if (error.status === 401 || error.status === 403) return;
   }
   if (looking && !document.hidden) timer = setTimeout(tick, EVERY);
 }
