@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +24,7 @@ from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages
 from dsv4.engine.progress import Progress
 from dsv4.engine.routing import Tenants
 from dsv4.engine.steps import StepRecord
+from dsv4.engine.taken import Card, Taken
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import block_size
@@ -35,6 +37,8 @@ from dsv4.plan.cache import pages_of, size_pool
 from dsv4.plan.graphs import at_start, contexts_of, extends_of, sizes_of
 from dsv4.plan.weights import Weights
 from dsv4.text.tokenizer import Tokenizer
+
+log = logging.getLogger("dsv4.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class BuiltEngine:
     source: Source
     eager: str | None
     """Why decode steps are not captured; None where they are."""
+    taken: Taken | None = None
+    """What the start took of a GPU, and what was planned; None elsewhere."""
 
     @property
     def max_model_len(self) -> int:
@@ -127,6 +133,7 @@ class BuiltEngine:
             f"eviction {c.eviction}; "
             f"replay {c.replay_tokens or layout.replay_tokens:,} tokens; cost {c.cost_model}",
             f"graphs     {self._graphs()}",
+            *([] if self.taken is None else [f"memory     {self.taken.describe()}"]),
             f"context    {m.max_model_len:,} tokens; a max_tokens beyond it is {'cut' if c.max_tokens_overflow == 'cut' else 'refused'}",
             f"scheduler  {c.max_num_seqs} running, {c.max_num_waiting} waiting, {c.max_num_batched_tokens} tokens a step, "
             f"{2 if c.async_scheduling else 1} steps in flight; "
@@ -201,6 +208,13 @@ def build_engine(
         page_table=local.page_table.numel() * 4,
         max_model_len=max_len,
     )
+    taken = None
+    if device == "cuda":
+        planned = dataclasses.replace(demand, pages=pages)
+        tensors = {"weights": memory.weights, "pool": memory.pool, "slabs": memory.slabs}
+        taken = Taken.of(planned, Card.now(), **tensors)
+        if (fault := taken.fault()) is not None:
+            log.warning("%s", fault)
     return BuiltEngine(
         config,
         model_config,
@@ -211,6 +225,7 @@ def build_engine(
         dtype,
         source,
         eager,
+        taken,
     )
 
 

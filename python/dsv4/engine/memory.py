@@ -19,6 +19,7 @@ from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import Parallel
 from dsv4.plan.build import divide
 from dsv4.plan.graphs import steps_of
+from dsv4.plan.outside import ALLOCATOR, LIBRARIES
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 
@@ -43,6 +44,7 @@ def usable_memory(config: EngineConfig) -> Free:
         least = host_memory()[0]
         return Free(least.free, least.rule)
     free, total = torch.cuda.mem_get_info()
+    free -= LIBRARIES.size + ALLOCATOR.size  # they come later; the context is there already
     share = int(total * config.gpu_memory_utilization)
     if config.kv_cache_memory is None and config.num_pages is None and share < free:
         return Free(share, f"gpu_memory_utilization {config.gpu_memory_utilization:g} of the GPU's memory")
@@ -77,14 +79,24 @@ class Demand:
         return sum(row.rank for row in rows)
 
     @property
-    def bytes(self) -> int:
-        """All of it. The workspace is an upper bound: a step is never larger than all that can run at once."""
+    def padding(self) -> int:
+        """Of the workspace, the slab of captured steps' padding rows."""
+        return self.layout.slab_bytes if self.graphs else 0
+
+    @property
+    def workspace(self) -> int:
+        """An upper bound: a step is never larger than all that can run at once."""
         tokens = min(self.step_tokens, self.running * self.max_len)
         limits = Limits(max(tokens, self.running), self.running, self.max_len, self.graphs)
         work = bound(workspace(self.config, self.layout, Parallel(), limits)) * self.width // 2
         arrays = 16 * (self.step_tokens - tokens)  # a plan's arrays have all the room that was asked for
+        return work + max(arrays, 0)
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
         slabs, pool = self.running * self.layout.slab_bytes, self.pages * self.layout.page_bytes
-        return self.weights + pool + slabs + work + max(arrays, 0)
+        return self.weights + pool + slabs + self.workspace
 
 
 def demand_of(

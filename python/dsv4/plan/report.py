@@ -9,6 +9,7 @@ from typing import Any
 
 from dsv4.plan.build import Alternative, Plan
 from dsv4.plan.cache import Capacity, window_bytes_per_token
+from dsv4.plan.outside import OUTSIDE
 from dsv4.plan.weights import PUBLISHED, whole_attention
 
 NOT_YET = "dsv4 serve runs on one GPU today; a model over several, as planned here, it cannot start yet"
@@ -32,6 +33,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "notes": list(q.weights.notes),
         "weights": [asdict(row) for row in plan.weights],
         "memory": {**asdict(plan.memory), "total": plan.memory.total},
+        "outside": [asdict(x) for x in OUTSIDE],
         "workspace": [asdict(b) for b in plan.buffers],
         "layout": {
             "block_tokens": layout.block_tokens,
@@ -120,16 +122,18 @@ def _weights(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     m, q = plan.memory, plan.question
     have = q.gpu.memory_bytes
+    left = have - m.total - sum(x.size for x in OUTSIDE)
     rows = [
         ("weights", f"{m.weights:,}", f"{m.weights / have:.1%}"),
         (f"state: {q.limits.running:,} slabs", f"{m.slabs:,}", f"{m.slabs / have:.1%}"),
         ("workspace, at most", f"{m.workspace:,}", f"{m.workspace / have:.1%}"),
         (f"pool: {m.pages:,} pages", f"{m.pool:,}", f"{m.pool / have:.1%}"),
-        ("left for CUDA, NCCL, fragments", f"{have - m.total:,}", f"{1 - m.total / have:.1%}"),
+        *((f"{x.name}, about", f"{x.size:,}", f"{x.size / have:.1%}") for x in OUTSIDE),
+        ("left", f"{left:,}", f"{left / have:.1%}"),
     ]
     lines = ["memory of one GPU", *_table(("", "bytes", ""), rows, left=1)]
-    if m.total > have:
-        lines.append(f"  that is {_gb(m.total - have)} more than the GPU has")
+    if left < 0:
+        lines.append(f"  that is {_gb(-left)} more than the GPU has")
     return lines
 
 

@@ -5,7 +5,7 @@ at a time, and of a long row only candidates are kept. Buffers of one phase are 
 the bound is what stays plus the largest phase. What kernels take beside that they state themselves (`Form.scratch`); ops run one after
 the other, so a phase counts that of the op that takes most. Activations are counted as if no kernel were fused.
 
-What is not in it lies outside the memory fraction: the CUDA context, NCCL's buffers and the allocator's fragments.
+What is not in it lies outside the memory fraction: `plan/outside.py`, and NCCL's buffers.
 """
 
 from __future__ import annotations
