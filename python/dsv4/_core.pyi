@@ -345,6 +345,19 @@ class Core:
         was known, c tokens run again. 5 PREFILL: a tokens computed, b tokens in all.
         """
 
+    def cache_changes(self) -> list[tuple[Any, ...]]:
+        """What entered and left the prefix tree since the last call, in order. Whoever sets the option `cache_changes` calls
+        it after each step; without it the list is empty.
+
+        (blocks, parent, tokens, salt, session): blocks that follow each other were stored: their names of 64 bits, the name of
+        the block before them or None, their tokens (uint32), salt and session. (blocks,): blocks were removed, the last of a
+        prefix first. A name is a hash of the tokens up to its block's end, of the salt and of the layout: equal in every
+        engine of the same layout."""
+
+    def cache_picture(self) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        """`cache_changes`, and then all that is in the prefix tree, predecessors first, for whoever starts anew; later
+        changes go on from there."""
+
     def explain(self, req: int) -> dict[str, Any]:
         """What of the prompt was reused: prompt_tokens, history_matched, resumed_at, replayed, cached_tokens
         (resumed_at - replayed), reason, preemptions. Kept after the end until `forget`, or 4096 later ends.

@@ -251,6 +251,12 @@ class EngineConfig:
         "seconds with work at hand and no step ending after which GET /health says 503",
         range=Range(0, float("inf"), open=True, unit="seconds"),
     )
+    kv_events_config: Mapping[str, Any] | None = setting(
+        None,
+        "tell routers of a fleet what is cached, as vLLM does, as JSON: "
+        """'{"endpoint": "tcp://127.0.0.1:5557", "replay_endpoint": "tcp://127.0.0.1:5558", "topic": ""}'""",
+        unit="json",
+    )
     seed: int = setting(0, "seed of requests that bring none", range=Range(-(2**63), 2**63 - 1))
     replay_tokens: int | None = setting(
         None,

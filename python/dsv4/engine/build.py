@@ -19,6 +19,7 @@ from dsv4.engine.costs import COST_MODELS, core_costs, parse_costs
 from dsv4.engine.device import LocalDevice
 from dsv4.engine.grammars import Grammars
 from dsv4.engine.graphs import Recorder
+from dsv4.engine.kv_events import KvEvents, KvEventsConfig
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
 from dsv4.engine.progress import Progress
@@ -139,6 +140,7 @@ class BuiltEngine:
             f"{2 if c.async_scheduling else 1} steps in flight; "
             f"{self._step_time()}; tenants {c.tenants or 'equal'}; "
             f"first after {c.max_wait:g} s",
+            *([] if self.loop.events is None else [f"events     {self.loop.events.describe()}"]),
         ]
 
 
@@ -174,7 +176,9 @@ def build_engine(
         memory=config.kv_cache_memory,
         free=room_for_pages(config, demand, free),
     )
-    core = _core(config, layout, pages, max_len)
+    told = KvEventsConfig.of(config.kv_events_config)
+    core = _core(config, layout, pages, max_len, changes=told is not None)
+    events = None if told is None else KvEvents(told, core, layout.block_tokens)
     with allocating("lower --kv-cache-memory (or --num-pages), --max-num-seqs or --max-num-batched-tokens"):
         weights = load_weights(
             source.path, model_config, dtype, progress, packed=packed, device=device, found=found
@@ -192,6 +196,7 @@ def build_engine(
         seed=config.seed,
         tenants=Tenants(config.tenants),
         record=record,
+        events=events,
         grammars=Grammars(
             partial(Tokenizer.from_dir, source.path, vocab_size=model_config.vocab_size),
             model_config.vocab_size,
@@ -301,9 +306,10 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
     )
 
 
-def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int) -> Core:
+def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int, *, changes: bool) -> Core:
     options = {
         "pages": pages,
+        "cache_changes": changes,
         "max_len": max_len,
         "max_in_flight": 2 if config.async_scheduling else 1,
         "max_wait_us": int(1e6 * config.max_wait),

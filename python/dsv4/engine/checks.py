@@ -7,6 +7,7 @@ from dsv4 import requirements
 from dsv4._core import Core
 from dsv4.config import EngineConfig, core_options
 from dsv4.engine.costs import parse_costs
+from dsv4.engine.kv_events import KvEventsConfig
 from dsv4.engine.routing import Tenants
 from dsv4.model.config import ModelConfig
 from dsv4.model.source import Source, find_source
@@ -19,6 +20,7 @@ def check(config: EngineConfig) -> tuple[Source, Survey]:
     requirements.check()
     parse_costs(config.cost_model)
     Tenants(config.tenants)
+    KvEventsConfig.of(config.kv_events_config)
     source = find_source(config.model, config.revision)
     found = survey(source.path, ModelConfig.from_dir(source.path))
     # What `auto` means depends on the device; what is wrong with a block size or a policy does not.

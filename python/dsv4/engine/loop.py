@@ -30,6 +30,7 @@ from dsv4.sampling import SamplingParams
 if TYPE_CHECKING:
     from dsv4.engine.device import LocalDevice, Pending, StepResult
     from dsv4.engine.grammars import Grammars
+    from dsv4.engine.kv_events import KvEvents
     from dsv4.engine.masks import Constraint
 
 log = logging.getLogger("dsv4.engine")
@@ -86,9 +87,12 @@ class EngineLoop:
         tenants: Tenants | None = None,
         record: StepRecord | None = None,
         grammars: Grammars | None = None,
+        events: KvEvents | None = None,
     ) -> None:
         """`plans`: a buffer for each step that may be in flight. `grammars`: without them requests with a grammar are refused."""
         self.grammars = grammars
+        self.events = events
+        """Told of each step, where others mirror the cache."""
         self.core, self.device, self.plans = core, device, plans
         self.eos_ids, self.seed = eos_ids, seed
         self.tenants = tenants or Tenants()
@@ -141,6 +145,8 @@ class EngineLoop:
             parent=parent if parent in self.requests else None,
             **routing.core(self.tenants, now),
         )
+        if self.events is not None:
+            self.events.name_session(routing.session)
         request = EngineRequest(key, prompt, params, seed=seed, ends=tuple(sorted(ends | self.eos_ids)))
         self.requests[key] = request
         if constraint is not None:
@@ -188,6 +194,8 @@ class EngineLoop:
             result = self._land()
         self._tell_events(result)
         self._draw_held()
+        if self.events is not None:
+            self.events.wake()
         return planned or busy
 
     def _launch(self, plan: StepPlan) -> None:

@@ -112,6 +112,8 @@ class Host:
                     self.loop.check_itself()
         finally:
             self._compiler.close()
+            if self.loop.events is not None:
+                self.loop.events.close()
 
     def ready(self) -> Ready:
         """What there is to say before the first message is taken."""

@@ -19,6 +19,7 @@
 //! One thread owns a core. With two steps in flight, `plan` of the second comes before `commit` of the first; an input token
 //! that the first one samples is then written as a placeholder, and results of requests that ended meanwhile are ignored.
 
+use crate::cache::Change;
 use crate::error::{CoreError, Malformed};
 use crate::event::Event;
 use crate::ids::{PinId, RequestId, Step};
@@ -234,6 +235,17 @@ impl Core {
     /// Evicts all prefixes that nobody uses. Returns the pages that became free.
     pub fn clear_prefix(&mut self) -> u32 {
         self.memory.clear()
+    }
+
+    /// What entered and left the prefix tree since the last call, in order; nothing unless `cache_changes` is on.
+    pub fn cache_changes(&mut self) -> Vec<Change> {
+        self.memory.cache_changes()
+    }
+
+    /// [`Core::cache_changes`], and then all that is in the prefix tree, predecessors first, for whoever starts anew: later
+    /// changes go on from there.
+    pub fn cache_picture(&mut self) -> (Vec<Change>, Vec<Change>) {
+        (self.memory.cache_changes(), self.memory.cache_picture())
     }
 
     /// Keeps the known whole blocks of `tokens` and the saved states on them until [`Core::unpin`]. Pins yield, the oldest

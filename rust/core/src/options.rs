@@ -30,6 +30,8 @@ pub struct Options {
     pub eviction: Eviction,
     /// Off: no prefix is reused.
     pub prefix_cache: bool,
+    /// Changes of what is cached are kept until [`Core::cache_changes`](crate::Core::cache_changes) takes them.
+    pub cache_changes: bool,
     /// Steps that may be planned and not yet committed: 1 or 2.
     pub max_in_flight: u32,
     /// What starting points cost.
@@ -71,6 +73,7 @@ impl Default for Options {
             snapshot_budget: 0.1,
             eviction: Eviction::default(),
             prefix_cache: true,
+            cache_changes: false,
             max_in_flight: 1,
             cost: CostModel::default(),
             replay_tokens: None,

@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod mirror;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,6 +20,7 @@ use dsv4_core::cache::{CacheOptions, Eviction, KvCache, Lost, Sequence};
 use dsv4_core::fence::Tickets;
 use dsv4_core::ids::{PageId, PinId, Step, Ticket};
 use dsv4_core::layout::{LayoutSpec, presets};
+use mirror::Mirror;
 
 const BLOCK: usize = 4;
 const QUOTAS: [(u32, u32); 2] = [(1, 4), (2, 7)];
@@ -61,6 +63,7 @@ struct World {
     /// What decides who goes first, where the oracle knows it.
     age: Option<Age>,
     cache: KvCache,
+    mirror: Mirror,
     blocks: BTreeMap<Prefix, Facts>,
     states: BTreeMap<Prefix, Facts>,
     live: Vec<Live>,
@@ -106,11 +109,13 @@ impl World {
             eviction,
             snapshot_budget: [0.0, 0.2, 0.5, 1.0][rng.below(4) as usize],
             admit_by_value: age.is_none() && rng.below(2) == 0,
+            changes: true,
             quotas: if rng.below(2) == 0 { QUOTAS.to_vec() } else { Vec::new() },
             ..CacheOptions::default()
         };
         World {
             cache: KvCache::new(&layout, &options).unwrap(),
+            mirror: Mirror::default(),
             content: vec![None; pages as usize],
             rng,
             layout,
@@ -528,9 +533,10 @@ impl World {
         }
     }
 
-    fn check(&self) {
+    fn check(&mut self) {
         self.cache.check(self.running().map(|l| &l.seq), std::iter::empty()).unwrap();
         let (blocks, states) = self.cached();
+        self.check_mirror(&blocks);
         self.compare("blocks", &blocks, &self.blocks);
         self.compare("states", &states, &self.states);
         let own = self.live.iter().flat_map(|l| &l.seq.pages()[l.seq.published_blocks() as usize..]);
@@ -547,6 +553,18 @@ impl World {
                 assert_eq!(self.content[page as usize], should, "block {b} of a running sequence");
             }
         }
+    }
+
+    /// Who follows the changes knows what is cached, also who starts anew at any time.
+    fn check_mirror(&mut self, blocks: &BTreeSet<Prefix>) {
+        let changes = self.cache.take_changes();
+        if self.rng.below(16) == 0 {
+            self.mirror = Mirror::default();
+            self.mirror.follow(self.cache.picture(), BLOCK);
+        } else {
+            self.mirror.follow(changes, BLOCK);
+        }
+        assert_eq!(&self.mirror.prefixes(), blocks);
     }
 
     fn compare(&self, what: &str, is: &BTreeSet<Prefix>, should: &BTreeMap<Prefix, Facts>) {
@@ -580,12 +598,15 @@ impl World {
         self.leaving.clear();
         self.leased.clear();
         self.copies.clear();
+        self.mirror = Mirror::default();
+        self.mirror.follow(self.cache.picture(), BLOCK);
         self.check();
         loop {
             let evict = |w: &mut Self| w.cache.evict_history(1);
             let gone = if exact { self.follow(Some(false), evict) } else { evict(self) };
             assert_eq!(gone, twin.evict_history(gone.max(1)));
             assert_eq!(self.cache.prefixes(), twin.prefixes());
+            self.check_mirror(&self.cached().0);
             if gone == 0 {
                 return;
             }

@@ -2,12 +2,14 @@
 
 use std::sync::Mutex;
 
+use dsv4_core::cache::Change;
 use dsv4_core::event::EVENT_WIDTH;
 use dsv4_core::ids::{PinId, RequestId, Step};
 use dsv4_core::sched::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
+use numpy::PyArray1;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict, PyList, PyTuple};
 
 use crate::arrays::{counts_of, tokens_of, writable};
 use crate::data::{from_python, to_python};
@@ -19,6 +21,18 @@ use crate::plan::data_of;
 #[pyfunction]
 pub fn default_options(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
     to_python(py, &Options::default())
+}
+
+/// Changes of the cache as tuples: blocks that were stored (blocks, parent, tokens, salt, session), or removed (blocks,).
+fn changes_of(py: Python<'_>, changes: Vec<Change>) -> PyResult<Bound<'_, PyList>> {
+    let tuple = |change| match change {
+        Change::Stored { parent, blocks, tokens, salt, session } => {
+            let tokens = PyArray1::from_vec(py, tokens);
+            (blocks, parent, tokens, PyBytes::new(py, &salt), session).into_pyobject(py)
+        }
+        Change::Removed { blocks } => (blocks,).into_pyobject(py),
+    };
+    PyList::new(py, changes.into_iter().map(tuple).collect::<PyResult<Vec<Bound<'_, PyTuple>>>>()?)
 }
 
 /// Scheduler and cache.
@@ -156,6 +170,15 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
         let mut out = writable::<i64>("out", out, 2, Some(EVENT_WIDTH))?;
         let rows = out.as_slice_mut()?;
         enter_locked(py, &self.core, |core| Ok(core.events_into(rows)))
+    }
+
+    fn cache_changes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        changes_of(py, enter_locked(py, &self.core, |core| Ok(core.cache_changes()))?)
+    }
+
+    fn cache_picture<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyList>, Bound<'py, PyList>)> {
+        let (changes, all) = enter_locked(py, &self.core, |core| Ok(core.cache_picture()))?;
+        Ok((changes_of(py, changes)?, changes_of(py, all)?))
     }
 
     fn explain<'py>(&self, py: Python<'py>, req: u64) -> PyResult<Bound<'py, PyDict>> {

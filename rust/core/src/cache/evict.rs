@@ -111,6 +111,9 @@ impl KvCache {
         let mut popped = std::mem::take(&mut self.popped);
         let whole = self.tree.pop_blocks(id, count, &mut popped);
         debug_assert!(whole || self.tree.node(id).start == start);
+        if let Some(changes) = &mut self.changes {
+            changes.removed(&popped);
+        }
         popped.drain(..).for_each(|p| self.pool.release(p));
         self.popped = popped;
         self.worth.evicted(facts.past(), self.now - facts.used, count);

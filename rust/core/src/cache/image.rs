@@ -162,6 +162,10 @@ impl KvCache {
         let taken = blocks > 0 && self.pool.alloc(blocks, &mut pages);
         let id = taken.then(|| self.tree.append(above, &n.tokens, &pages, n.facts, false))?;
         self.tree.unpin(id);
+        if let Some(changes) = &mut self.changes {
+            let (before, seed) = (self.tree.node(above).pages.last(), self.salts[&self.tree.node(id).root].1);
+            changes.name_blocks(seed, before.copied(), &pages, &n.tokens);
+        }
         self.quotas.add(n.facts.tenant, blocks);
         if let Some(s) = n.snapshot {
             let mut pages = Vec::new();

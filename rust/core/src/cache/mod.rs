@@ -12,6 +12,7 @@
 //! | `evict.rs` | room for what is needed: who goes |
 //! | `states.rs` | snapshots: room, admission, what replaces what |
 //! | `keep.rs` | pins, sessions, time |
+//! | `changes.rs` | what entered and left the tree, where someone mirrors it |
 //! | `image.rs` | the cache as data, for a dump |
 //! | `check.rs` | every count from scratch |
 //! | `pool.rs`, `tree.rs`, `snapshot.rs` | what is cached: pages, prefixes, saved states |
@@ -25,6 +26,7 @@
 //! A request that publishes a block which the tree already has adopts the tree's page, so a running request's published
 //! prefix always consists of pinned pages of the tree (docs/decisions/0003).
 
+mod changes;
 mod check;
 mod evict;
 pub mod eviction;
@@ -40,6 +42,8 @@ mod worth;
 
 use std::collections::{BTreeMap, HashMap};
 
+pub use self::changes::Change;
+use self::changes::Changes;
 use self::keep::Pin;
 pub use crate::cache::eviction::Eviction;
 use crate::cache::ghosts::{Ghosts, name_of};
@@ -74,6 +78,8 @@ pub struct CacheOptions {
     pub cost: CostModel,
     /// Tokens of an exact replay.
     pub replay_tokens: u32,
+    /// Whether changes of what is cached are kept for [`KvCache::take_changes`].
+    pub changes: bool,
 }
 
 impl Default for CacheOptions {
@@ -87,6 +93,7 @@ impl Default for CacheOptions {
             quotas: Vec::new(),
             cost: CostModel::default(),
             replay_tokens: u32::MAX,
+            changes: false,
         }
     }
 }
@@ -206,6 +213,7 @@ pub struct KvCache {
     now: u64,
     now_us: u64,
     popped: Vec<PageId>,
+    changes: Option<Changes>,
     counters: CacheCounters,
 }
 
@@ -236,6 +244,7 @@ impl KvCache {
             now: 0,
             now_us: 0,
             popped: Vec::new(),
+            changes: options.changes.then(|| Changes::new(layout.block_tokens, options.pages)),
             counters: CacheCounters::default(),
             options: options.clone(),
         })
@@ -450,6 +459,12 @@ impl KvCache {
         seq.cursor = self.tree.append(seq.cursor, rest, pages, facts, may_grow);
         seq.edge = (seq.cursor, self.now);
         pages.iter().for_each(|&p| self.pool.retain(p));
+        if let Some(changes) = &mut self.changes {
+            let before = from.checked_sub(1).map(|i| seq.pages[i as usize]);
+            let (salt, seed) = &self.salts[&seq.root];
+            changes.name_blocks(*seed, before, pages, rest);
+            changes.note(changes.stored(before, pages, rest.to_vec(), salt, seq.hint.retention.session));
+        }
         self.quotas.add(facts.tenant, full - from);
         seq.published = full;
     }
@@ -546,6 +561,25 @@ impl KvCache {
     /// The layout whose pages these are.
     pub fn fingerprint(&self) -> u64 {
         self.fingerprint
+    }
+
+    /// What entered and left the tree since the last call, in order. Whoever turned [`CacheOptions::changes`] on calls it.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        self.changes.as_mut().map_or_else(Vec::new, Changes::take)
+    }
+
+    /// All that is in the tree, as if it had just been stored in an empty one.
+    pub fn picture(&self) -> Vec<Change> {
+        let Some(changes) = &self.changes else { return Vec::new() };
+        let mut ids: Vec<u32> = self.tree.ids().collect();
+        ids.sort_by_key(|&id| (self.tree.node(id).start, id));
+        let stored = |id| {
+            let n = self.tree.node(id);
+            let before = self.tree.node(n.parent).pages.last().copied();
+            let tokens = n.pages.iter().flat_map(|&p| self.tree.tokens_of(p)).copied().collect();
+            changes.stored(before, &n.pages, tokens, &self.salts[&n.root].0, None)
+        };
+        ids.into_iter().map(stored).collect()
     }
 
     /// What happened so far.

@@ -69,6 +69,7 @@ impl World {
                 Tenant { id: 1, weight: 3.0, quota_pages: Some(rng.range(0, pages)) },
             ],
             prefix_cache: rng.chance(95),
+            cache_changes: false,
             max_in_flight: overrides.max_in_flight.unwrap_or(in_flight),
             cost: CostModel {
                 token_us: 10.0,

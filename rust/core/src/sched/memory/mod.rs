@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 
 use self::slabs::Slabs;
 use crate::cache::snapshot::SnapshotPages;
-use crate::cache::{CacheImage, CacheOptions, KvCache, Match, Sequence, Shortage};
+use crate::cache::{CacheImage, CacheOptions, Change, KvCache, Match, Sequence, Shortage};
 use crate::error::{CoreError, Malformed};
 use crate::fence::{Tickets, Until};
 use crate::ids::{PageId, PinId, SlabId, SnapshotId, Step, Ticket};
@@ -46,6 +46,7 @@ impl Memory {
             cost: options.cost,
             admit_by_value: options.snapshots == SnapshotPolicy::Auto,
             replay_tokens,
+            changes: options.cache_changes,
         };
         Ok(Memory {
             cache: KvCache::new(layout, &cache_options)?,
@@ -304,6 +305,16 @@ impl Memory {
     /// Evicts all prefixes that nobody uses. Returns the pages that became free.
     pub fn clear(&mut self) -> u32 {
         self.cache.clear()
+    }
+
+    /// What entered and left the tree since the last call.
+    pub fn cache_changes(&mut self) -> Vec<Change> {
+        self.cache.take_changes()
+    }
+
+    /// All that is in the tree.
+    pub fn cache_picture(&self) -> Vec<Change> {
+        self.cache.picture()
     }
 
     /// Goes on from the cache of a dump.
