@@ -24,7 +24,10 @@ _FLOAT_RANGES = {
     "frequency_penalty": (-2.0, 2.0),
     "repetition_penalty": (0.01, 100.0),
 }
-_MAX_STOPS, _MAX_STOP_LENGTH, _MAX_BIASES = 16, 1024, 1024
+RANGES: Mapping[str, tuple[float, float]] = {**_INT_RANGES, **_FLOAT_RANGES}
+"""The least and the most of each number; whole numbers where both are."""
+
+MAX_STOPS, MAX_STOP_LENGTH, MAX_BIASES = 16, 1024, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +97,20 @@ class SamplingParams:
         return bool(penal or self.min_tokens or self.grammar is not None)
 
     def _check_stops(self) -> None:
-        if len(self.stop) > _MAX_STOPS:
-            raise ValueError(f"stop has {len(self.stop)} strings; the limit is {_MAX_STOPS}")
+        if len(self.stop) > MAX_STOPS:
+            raise ValueError(f"stop has {len(self.stop)} strings; the limit is {MAX_STOPS}")
         for s in self.stop:
-            if not isinstance(s, str) or not 0 < len(s) <= _MAX_STOP_LENGTH:
+            if not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_LENGTH:
                 raise ValueError(
-                    f"stop has {show(s)}; each entry must be text of 1 to {_MAX_STOP_LENGTH} characters"
+                    f"stop has {show(s)}; each entry must be text of 1 to {MAX_STOP_LENGTH} characters"
                 )
         for t in self.stop_token_ids:
             if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < 2**31:
                 raise ValueError(f"stop_token_ids has {show(t)}; each entry must be a token id")
 
     def _check_bias(self) -> None:
-        if len(self.logit_bias) > _MAX_BIASES:
-            raise ValueError(f"logit_bias has {len(self.logit_bias)} entries; the limit is {_MAX_BIASES}")
+        if len(self.logit_bias) > MAX_BIASES:
+            raise ValueError(f"logit_bias has {len(self.logit_bias)} entries; the limit is {MAX_BIASES}")
         for token, bias in self.logit_bias.items():
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise ValueError(f"logit_bias has the key {show(token)}; keys are token ids")

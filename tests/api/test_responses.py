@@ -280,7 +280,7 @@ def test_parameters_and_session_arrive(model: Model) -> None:
             "tool_choice.name is 'a'; it takes the name of one of the tools",
         ),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type is 'xml'"),
-        ({"include": ["message.output_text.logprobs"]}, "include is 'message.output_text.logprobs'"),
+        ({"top_logprobs": 21}, "top_logprobs is 21"),
         ({"tools": [{"type": "function"}]}, "tools[0].name is missing"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [{}]}]}, "tools[0].tools[0].name is missing"),
         ({"max_output_tokens": 0}, "max_output_tokens is 0"),
@@ -353,3 +353,15 @@ def test_openais_client(model: Model) -> None:
         assert {"response.created", "response.reasoning_text.delta", "response.completed"} <= kinds
         with pytest.raises(openai.BadRequestError, match="previous_response_id"):
             client.responses.create(model="default", input="Hi", previous_response_id="r")
+
+
+@pytest.mark.parametrize("wish", [{"top_logprobs": 2}, {"include": ["message.output_text.logprobs"]}])
+def test_log_probabilities_of_the_text(model: Model, wish: dict[str, Any]) -> None:
+    """Of its tokens alone, the same streamed and whole; the thoughts' are not told."""
+    text = "Hm, let me see.</think>Two words and more."
+    got = model.says(text, reasoning={"effort": "high"}, **wish)
+    (judged,) = [item["content"][0]["logprobs"] for item in got["output"] if item["type"] == "message"]
+    assert "".join(one["token"] for one in judged) == "Two words and more."
+    top = wish.get("top_logprobs", 0)
+    assert all(one["logprob"] <= 0 and bytes(one["bytes"]).decode() == one["token"] for one in judged)
+    assert all(len(one["top_logprobs"]) == top for one in judged)

@@ -101,12 +101,12 @@ def of_anthropic(news: list[RequestOutput]) -> tuple[Any, Any]:
 def of_responses(news: list[RequestOutput]) -> tuple[Any, Any]:
     def made() -> responses.Answer:
         tools = ResponsesTools()
-        options = responses.Options("m", True, True, {}, ())
-        return responses.Answer(options, "id", tools, StrictTools([]))
+        options = responses.Options("m", True, True, None, {}, ())
+        return responses.Answer(None, options, "id", tools, StrictTools([]))
 
     whole, streamed = made(), made()
     for output in news:
-        whole.reply.read(output)
+        whole.read(output)
     response = openai_response(b"".join(streamed.events(output) for output in news).decode())
     said = [{k: v for k, v in r.items() if k != "created_at"} for r in (whole.whole(), response)]
     return [r | {"output": _without_ids(r["output"])} for r in said]

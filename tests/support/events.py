@@ -90,6 +90,8 @@ def openai_response(stream: str) -> dict[str, Any]:
         elif kind.endswith(".delta"):
             assert event["delta"] and holder is not None
             holder[field] += event["delta"]
+            if event.get("logprobs"):
+                holder["logprobs"] = holder["logprobs"] + event["logprobs"]
         else:
             assert kind.endswith(".done") and holder is not None and event[field] == holder[field]
     last = events[-1]["response"]

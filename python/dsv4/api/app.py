@@ -23,6 +23,7 @@ from dsv4.api.errors import ErrorBody, error_body, internal_error, retry_headers
 from dsv4.api.http import Handler, PostEndpoint, header
 from dsv4.api.openai_chat import chat_completions
 from dsv4.api.openai_completions import completions
+from dsv4.api.openapi import openapi
 from dsv4.api.protocol import GuardedProtocol
 from dsv4.api.request_log import PROBES, Record, new_request_id
 from dsv4.api.service import Service
@@ -85,6 +86,7 @@ def create_app(service: Service) -> ASGIApp:
             Route("/stats", stats.stats),
             Route("/version", info.version),
             Route("/page/{name}", static.part),
+            Route("/openapi.json", openapi),
             Route("/", info.root),
         ],
         exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},

@@ -23,6 +23,7 @@ def token_ids(field: str, value: Any, vocab: int) -> np.ndarray:
     if type(value) not in (list, np.ndarray):
         raise refuse(field, value, "a list of token ids")
     if type(value) is list:
+        value = [int(t) if type(t) is float and t.is_integer() else t for t in value]
         bad = next((t for t in value if type(t) is not int), 0)
         if type(bad) is not int:
             raise refuse(field, bad, f"token ids, all whole numbers; it holds {kind(bad)}")

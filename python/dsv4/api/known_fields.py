@@ -46,7 +46,7 @@ HONOURED: Mapping[str, frozenset[str]] = {
     COMPLETIONS: frozenset(f"{_SHARED} prompt suffix echo skip_special_tokens".split()),
     RESPONSES: frozenset(
         f"""{_SAMPLING} model stream input instructions tools tool_choice parallel_tool_calls max_output_tokens include
-        reasoning reasoning.effort reasoning.summary text text.format
+        reasoning reasoning.effort reasoning.summary text text.format top_logprobs
         """.split()
     ),
 }
@@ -338,7 +338,6 @@ REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
         "truncation": Refused("prompts are not cut; send a shorter one", ("disabled",)),
         "context_management": Refused("prompts are not cut; send a shorter one"),
         "image": Refused("answers are text"),
-        "top_logprobs": Refused("chat completions have log-probabilities", (0,)),
         "moderation": Refused("nothing is moderated here"),
         "n": Refused("a request has one answer; chat completions have n", (1,)),
         "max_tokens": Refused(_MAX_OUTPUT),

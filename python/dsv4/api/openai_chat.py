@@ -239,9 +239,13 @@ class Answer:
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self.service.tokenizer("messages").token_bytes(token)
-        text = self.service.piece(token, as_id=self.options.tokens_as_ids)
-        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+        return judged_token(self.service, token, logprob, as_id=self.options.tokens_as_ids)
+
+
+def judged_token(service: Service, token: int, logprob: float, *, as_id: bool = False) -> dict[str, Any]:
+    """A token and its log-probability as OpenAI's dialects show them."""
+    raw = service.tokenizer("messages").token_bytes(token)
+    return {"token": service.piece(token, as_id=as_id), "logprob": logprob, "bytes": list(raw)}
 
 
 def _end(reply: Reply) -> dict[str, Any]:

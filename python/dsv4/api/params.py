@@ -52,10 +52,8 @@ def sampling_params(
 
 def max_tokens_of(fields: Fields, default: int | None) -> int | None:
     """`max_completion_tokens`, else `max_tokens`, else the default; None means what the context holds."""
-    for name in ("max_completion_tokens", "max_tokens"):
-        if fields.get(name) is not None:
-            return fields.integer(name, 0, 2**31 - 1)
-    return default
+    given = [fields.integer(name, 0, 2**31 - 1) for name in ("max_completion_tokens", "max_tokens")]
+    return next((value for value in given if value is not None), default)
 
 
 def choices_of(fields: Fields) -> int:
@@ -76,10 +74,8 @@ def include_usage_of(fields: Fields) -> tuple[bool, bool]:
 
 def answer_id_of(call: Call) -> str:
     """The answer's id after its prefix: `request_id` of vLLM, `rid` of SGLang, else the id of the request."""
-    for name in ("request_id", "rid"):
-        if given := call.fields.text(name, longest=128):
-            return given
-    return call.request_id
+    given = [call.fields.text(name, longest=128) for name in ("request_id", "rid")]
+    return next(filter(None, given), call.request_id)
 
 
 def _stops(fields: Fields) -> tuple[str, ...]:

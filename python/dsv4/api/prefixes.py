@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from dsv4.api.caller import Caller
 from dsv4.api.conversation import encode, read_conversation
-from dsv4.api.fields import Fields
+from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import jobs_for, run
 from dsv4.api.http import Call
 from dsv4.api.info import caller_of, json_response, service_of
@@ -58,7 +58,10 @@ async def _prompt(call: Call, routing: Routing) -> np.ndarray:
         chat = await call.aside(lambda: read_conversation(fields))
         return (await encode(call, chat, service.bound("messages"), routing)).prompt
     if type(fields.get("prompt")) is not str and fields.get("prompt") is not None:
-        return await call.aside(lambda: fields.token_ids("prompt", service.vocab_size))
+        ids = await call.aside(lambda: fields.token_ids("prompt", service.vocab_size))
+        if len(ids):
+            return ids
+        raise refuse("prompt", fields.get("prompt"), "at least one token id")
     text = fields.text("prompt", longest=2**31)
     if not text:
         raise RequestError("prompt or messages is missing", "prompt", "missing_field", 400)

@@ -15,21 +15,22 @@ from typing import Any
 import orjson
 
 from dsv4.api.conversation import Conversation, encode
-from dsv4.api.fields import refuse
 from dsv4.api.generation import Job, run
 from dsv4.api.grammar import held_to
 from dsv4.api.http import Call, header
 from dsv4.api.info import tokenize_bound
 from dsv4.api.known_fields import RESPONSES, check_known
+from dsv4.api.openai_chat import MAX_TOP_LOGPROBS, judged_token
 from dsv4.api.params import sampling_params
 from dsv4.api.reply import News, Reply
 from dsv4.api.responses_input import ENCRYPTED, ResponsesTools, ToolName, read_input
 from dsv4.api.routing import routing_of
+from dsv4.api.service import Service
 from dsv4.api.sse import EventStream, Headers
 from dsv4.api.strict_tools import StrictTools
 from dsv4.api.thoughts import sealed
 from dsv4.api.warnings import warning_headers
-from dsv4.engine.request import RequestOutput
+from dsv4.engine.request import RequestOutput, Sampled
 from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
@@ -60,6 +61,8 @@ class Options:
     stream: bool
     encrypted: bool
     """Thoughts come in `encrypted_content` too, for clients that keep that alone."""
+    logprobs: int | None
+    """Alternatives per token of the text; None without log-probabilities."""
     echo: dict[str, Any]
     """What an answer repeats of its request."""
     headers: Headers
@@ -69,7 +72,7 @@ async def responses(call: Call) -> None:
     """The handler."""
     options, chat, tools, params, routing = await call.aside(lambda: _read(call))
     strict = await call.aside(lambda: StrictTools(chat.tools))
-    answer = Answer(options, f"resp_{call.request_id}", tools, strict)
+    answer = Answer(call.service, options, f"resp_{call.request_id}", tools, strict)
     try:
         job = await _job(call, chat, params, routing, answer.reply)
     except RequestError as e:
@@ -83,7 +86,7 @@ async def responses(call: Call) -> None:
         await _stream(call, answer, job)
         return
     async for _, output in run(call, [job]):
-        answer.reply.read(output)
+        answer.read(output)
     await call.respond(answer.whole(), headers=options.headers)
 
 
@@ -114,8 +117,8 @@ def _read(call: Call) -> tuple[Options, Conversation, ResponsesTools, SamplingPa
     """Everything in the body, checked. Raises RequestError."""
     fields, service = call.fields, call.service
     check_known(fields, RESPONSES)
-    if _LOGPROBS in fields.items("include", str, 64):
-        raise refuse("include", _LOGPROBS, f"{ENCRYPTED!r}", "; chat completions have log-probabilities")
+    wanted, top = fields.items("include", str, 64), fields.integer("top_logprobs", 0, MAX_TOP_LOGPROBS)
+    logprobs = (top or 0) if top or _LOGPROBS in wanted else None
     model = service.check_model(fields)
     chat, tools = read_input(fields)
     if fields.nested("text").get("verbosity") not in (None, "medium"):
@@ -123,14 +126,15 @@ def _read(call: Call) -> tuple[Options, Conversation, ResponsesTools, SamplingPa
     options = Options(
         model=model,
         stream=fields.boolean("stream"),
-        encrypted=ENCRYPTED in fields.items("include", str, 64),
+        encrypted=ENCRYPTED in wanted,
+        logprobs=logprobs,
         echo={k: fields.get(k) if fields.get(k) is not None else _ECHO_DEFAULTS.get(k) for k in _ECHOED},
         headers=warning_headers(tools.left_out),
     )
     params = sampling_params(
         fields,
         max_tokens=fields.integer("max_output_tokens", 1, 2**31 - 1),
-        logprobs=None,
+        logprobs=logprobs,
         defaults=service.engine.sampling_defaults,
     )
     return options, chat, tools, params, routing_of(call)
@@ -139,13 +143,32 @@ def _read(call: Call) -> tuple[Options, Conversation, ResponsesTools, SamplingPa
 class Answer:
     """Builds the JSON of an answer, whole or in events."""
 
-    def __init__(self, options: Options, id: str, tools: ResponsesTools, strict: StrictTools) -> None:
-        self.options, self.id, self.tools = options, id, tools
+    def __init__(
+        self, service: Service, options: Options, id: str, tools: ResponsesTools, strict: StrictTools
+    ) -> None:
+        self.service, self.options, self.id, self.tools = service, options, id, tools
         self.reply = Reply(strict)
         self._created = int(time.time())
         self._begun = False
         self._sequence = 0
         self._open: int | None = None  # the item whose end has not been sent
+        self._judged: dict[int, list[dict[str, Any]]] = {}  # by item: its tokens' log-probabilities
+        self._unplaced: list[Sampled] = []  # of tokens whose text is held back
+
+    def read(self, output: RequestOutput) -> list[News]:
+        """What an output brings, in order. Only the tokens of texts are judged."""
+        news = self.reply.read(output)
+        self._unplaced += output.logprobs or ()
+        if (text := _last_text(news)) is not None:
+            self._judged.setdefault(text.number, []).extend(map(self._entry, self._unplaced))
+        self._unplaced = [] if news else self._unplaced
+        return news
+
+    def _entry(self, judged: Sampled) -> dict[str, Any]:
+        top = judged.top[: self.options.logprobs or 0]
+        return judged_token(self.service, judged.token, judged.logprob) | {
+            "top_logprobs": [judged_token(self.service, *one) for one in top]
+        }
 
     def whole(self) -> dict[str, Any]:
         """The answer as it is at its end."""
@@ -165,12 +188,15 @@ class Answer:
 
     def events(self, output: RequestOutput) -> bytes:
         """Frames for what one output brought."""
-        news = self.reply.read(output)
+        told = {index: len(judged) for index, judged in self._judged.items()}
+        news = self.read(output)
         frames = []
         if not self._begun and (output.started or news or output.finished):
             frames.append(self.begin())
+        last = _last_text(news)
         for one in news:
-            frames.append(self._news(one))
+            judged = self._judged.get(one.number, [])[told.get(one.number, 0) :] if one is last else []
+            frames.append(self._news(one, judged))
         if output.finished:
             frames.append(self._close())
             whole = self.whole()
@@ -186,19 +212,19 @@ class Answer:
         body["error"] = {"code": code, "message": error.message}
         return self._event("response.failed", response=body)
 
-    def _news(self, news: News) -> bytes:
+    def _news(self, news: News, judged: list[dict[str, Any]]) -> bytes:
         frames, block, index = b"", news.block, news.number
         if news.begins:
             frames += self._close()
             self._open = index
             item = self._item(index, "in_progress", empty=True)
             frames += self._event("response.output_item.added", output_index=index, item=item)
-            if part := _part(block, ""):
+            if part := self._part(index, ""):
                 frames += self._of(index, "response.content_part.added", content_index=0, part=part)
         text = getattr(news.piece, "text", "")
         if not text or self._custom(block):  # a custom tool's text is inside of JSON until its end
             return frames
-        return frames + self._of(index, f"{_KINDS[type(block)]}.delta", **_content(block), delta=text)
+        return frames + self._of(index, f"{_KINDS[type(block)]}.delta", **_content(block, judged), delta=text)
 
     def _close(self) -> bytes:
         """The end of the item at hand."""
@@ -214,8 +240,9 @@ class Answer:
             done = {"name": item["name"], "arguments": block.arguments}
             frames += self._of(index, "response.function_call_arguments.done", **done)
         else:
-            frames += self._of(index, f"{_KINDS[type(block)]}.done", **_content(block), text=block.text)
-            part = _part(block, block.text)
+            about = _content(block, self._judged.get(index, []))
+            frames += self._of(index, f"{_KINDS[type(block)]}.done", **about, text=block.text)
+            part = self._part(index, block.text)
             frames += self._of(index, "response.content_part.done", content_index=0, part=part)
         return frames + self._event("response.output_item.done", output_index=index, item=item)
 
@@ -239,11 +266,20 @@ class Answer:
         item: dict[str, Any] = {"id": self._item_id(index), "status": status}
         if isinstance(block, ToolCall):
             return item | self._call(index, block, empty)
-        parts = [] if empty else [_part(block, block.text)]
+        parts = [] if empty else [self._part(index, block.text)]
         if isinstance(block, Thinking):
             hidden = sealed(block.text) if self.options.encrypted and not empty else None
             return item | {"type": "reasoning", "summary": [], "content": parts, "encrypted_content": hidden}
         return item | {"type": "message", "role": "assistant", "content": parts}
+
+    def _part(self, index: int, text: str) -> dict[str, Any] | None:
+        block = self.reply.blocks.all[index]
+        if isinstance(block, ToolCall):
+            return None
+        if isinstance(block, Thinking):
+            return {"type": "reasoning_text", "text": text}
+        judged = self._judged.get(index, []) if text else []
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": judged}
 
     def _call(self, index: int, call: ToolCall, empty: bool) -> dict[str, Any]:
         number = sum(isinstance(b, ToolCall) for b in self.reply.blocks.all[:index])
@@ -303,19 +339,16 @@ _KINDS: dict[type[Block], str] = {
 }
 
 
-def _content(block: Block) -> dict[str, Any]:
+def _last_text(news: list[News]) -> News | None:
+    """The last piece of text, which the log-probabilities of an output go to."""
+    return next((one for one in reversed(news) if type(one.block) is Text), None)
+
+
+def _content(block: Block, judged: list[dict[str, Any]]) -> dict[str, Any]:
     """Which part of an item an event is about, where items have parts."""
     if isinstance(block, ToolCall):
         return {}
-    return {"content_index": 0} | ({"logprobs": []} if type(block) is Text else {})
-
-
-def _part(block: Block, text: str) -> dict[str, Any] | None:
-    if isinstance(block, ToolCall):
-        return None
-    if isinstance(block, Thinking):
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"content_index": 0} | ({"logprobs": judged} if type(block) is Text else {})
 
 
 def _input(arguments: str) -> str:

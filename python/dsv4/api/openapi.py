@@ -1,0 +1,185 @@
+"""`GET /openapi.json`: this server's endpoints, their bodies, answers and refusals as an OpenAPI document, made of the limits that the
+handlers themselves use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+import dsv4
+from dsv4.api.info import json_response, service_of
+from dsv4.api.openapi_answers import ANSWERS, error_of
+from dsv4.api.openapi_requests import ref, request_schemas
+from dsv4.api.service import Service
+
+OpenApi = dict[str, Any]
+
+_REASONS = {
+    400: "A value that is not taken; the message names the field, the value and what it takes.",
+    401: "The API key is missing or wrong.",
+    403: "The server was not started for it.",
+    404: "There is no such model, or no such thing.",
+    408: "The request took too long to arrive.",
+    413: "The body is larger than the server takes.",
+    415: "The body is packed.",
+    429: "As many requests wait as may; try again.",
+    431: "The header is larger than the server takes.",
+    500: "The generation failed.",
+    503: "The server starts, stops, or has no connection left; try again.",
+}
+_OF_A_BODY = (400, 404, 408, 413, 415)
+_OF_A_GENERATION = (*_OF_A_BODY, 429, 500)
+_ALWAYS = (401, 408, 431, 503)
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path."""
+
+    summary: str
+    answer: str | None
+    """Schema of a whole answer; None for text."""
+    body: str | None = None
+    errors: tuple[int, ...] = ()
+    streams: str | None = None
+    """What a stream of it holds."""
+    anthropic: bool = False
+    """Errors have Anthropic's shape."""
+    media: str = "application/json"
+    path: str | None = None
+    """What the part of the path in braces is."""
+    tenant: bool = True
+    """It is done for a tenant."""
+    also: Mapping[int, str] | None = None
+    """Other statuses with a body of their own, by schema."""
+
+
+_SSE = "Server-sent events"
+_CHUNKS = f"{_SSE}: chunks as `data:`, then `[DONE]`."
+OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("post", "/v1/chat/completions"): Operation(
+        "A chat's next message", "ChatAnswer", "ChatRequest", _OF_A_GENERATION, _CHUNKS
+    ),
+    ("post", "/v1/completions"): Operation(
+        "Text that follows a text", "CompletionAnswer", "CompletionRequest", _OF_A_GENERATION, _CHUNKS
+    ),
+    ("post", "/beta/chat/completions"): Operation(
+        "/v1/chat/completions by DeepSeek's name", "ChatAnswer", "ChatRequest", _OF_A_GENERATION, _CHUNKS
+    ),
+    ("post", "/beta/completions"): Operation(
+        "/v1/completions by DeepSeek's name", "CompletionAnswer", "CompletionRequest", _OF_A_GENERATION, _CHUNKS
+    ),
+    ("post", "/v1/responses"): Operation(
+        "OpenAI's Responses API without its store",
+        "ResponsesAnswer",
+        "ResponsesRequest",
+        _OF_A_GENERATION,
+        f"{_SSE} of the Responses API, to `response.completed`.",
+    ),
+    ("post", "/v1/responses/input_tokens"): Operation(
+        "Counts what /v1/responses would read", "InputTokens", "ResponsesCountRequest", _OF_A_BODY
+    ),
+    ("post", "/v1/messages"): Operation(
+        "Anthropic's dialect",
+        "MessagesAnswer",
+        "MessagesRequest",
+        _OF_A_GENERATION,
+        f"{_SSE} of Anthropic's, to `message_stop`.",
+        anthropic=True,
+    ),
+    ("post", "/v1/messages/count_tokens"): Operation(
+        "Counts what /v1/messages would read", "TokenCount", "CountTokensRequest", _OF_A_BODY, anthropic=True
+    ),
+    ("post", "/v1/prefixes"): Operation(
+        "Computes a prompt and keeps it", "Pinned", "PrefixRequest", _OF_A_GENERATION
+    ),
+    ("delete", "/v1/prefixes/{id}"): Operation(
+        "Keeps a prompt no longer", "Unpinned", errors=(404,), path="The id that POST /v1/prefixes gave."
+    ),
+    ("delete", "/v1/sessions/{key}"): Operation(
+        "A session is over", "SessionOver", path="The session's `prompt_cache_key`."
+    ),
+    ("get", "/v1/models"): Operation("What is served", "Models"),
+    ("get", "/v1/models/{name}"): Operation("One of the models", "Model", errors=(400, 404), path="Its name."),
+    ("post", "/tokenize"): Operation("Text or a chat as token ids", "Tokens", "TokenizeRequest", _OF_A_BODY),
+    ("post", "/detokenize"): Operation("Token ids as text", "Text", "DetokenizeRequest", _OF_A_BODY, tenant=False),
+    ("get", "/dump"): Operation("The core's state between two steps", "Dump", errors=(403,)),
+    ("get", "/health"): Operation("Whether requests are taken and make progress", "Health", also={503: "Health"}),
+    ("get", "/metrics"): Operation("For Prometheus", None, media="text/plain"),
+    ("get", "/version"): Operation("The version", "Version"),
+    ("get", "/openapi.json"): Operation("This document", "OpenApi"),
+    ("get", "/"): Operation("What this is", "Root"),
+}
+"""By method and path."""
+
+_TENANT = {
+    "name": "x-dsv4-tenant",
+    "in": "header",
+    "description": "Whose share of the prefill it uses; goes before the body's `user`.",
+    "schema": {"type": "string", "maxLength": 512},
+}
+_VERSION = {
+    "name": "anthropic-version",
+    "in": "header",
+    "description": "Its presence asks for Anthropic's shapes; any version is taken.",
+    "schema": {"type": "string"},
+}
+_REQUEST_ID = {"x-request-id": {"schema": {"type": "string"}, "description": "The client's, if it sent a plain one."}}
+
+
+def document(service: Service) -> OpenApi:
+    """The document of one server."""
+    paths: dict[str, dict[str, Any]] = {}
+    keyed = service.config.api_key is not None
+    for (method, path), operation in OPERATIONS.items():
+        paths.setdefault(path, {})[method] = _operation(method, path, operation, keyed)
+    schemes = {
+        "bearer": {"type": "http", "scheme": "bearer"},
+        "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    }
+    schemas = {**request_schemas(service.vocab_size), **ANSWERS, "OpenApi": {"type": "object"}}
+    components: dict[str, Any] = {"schemas": schemas} | ({"securitySchemes": schemes} if keyed else {})
+    about = {"title": "dsv4", "version": dsv4.__version__, "summary": "Serves DeepSeek-V4 in OpenAI's and Anthropic's dialects"}
+    return {"openapi": "3.1.0", "info": about, "paths": paths, "components": components}
+
+
+def _operation(method: str, path: str, operation: Operation, keyed: bool) -> dict[str, Any]:
+    name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "").replace(".", "_") or "root"
+    made: dict[str, Any] = {"operationId": f"{method}_{name}", "summary": operation.summary}
+    made["parameters"] = [] if operation.anthropic else [_VERSION]
+    if operation.path is not None:
+        found = path[path.index("{") + 1 : path.index("}")]
+        schema = {"type": "string", "minLength": 1}
+        told = {"name": found, "in": "path", "required": True, "description": operation.path, "schema": schema}
+        made["parameters"].append(told)
+    if operation.body is not None:
+        made["parameters"] += [_TENANT] if operation.tenant else []
+        content = {"application/json": {"schema": ref(operation.body)}}
+        made["requestBody"] = {"required": True, "content": content}
+    made["responses"] = _responses(operation)
+    if keyed and path != "/health":
+        made["security"] = [{"bearer": []}, {"x-api-key": []}]
+    return made
+
+
+def _responses(operation: Operation) -> dict[str, Any]:
+    schema = {"type": "string"} if operation.answer is None else ref(operation.answer)
+    content: dict[str, Any] = {operation.media: {"schema": schema}}
+    if operation.streams is not None:
+        content["text/event-stream"] = {"schema": {**ref("Event"), "description": operation.streams}}
+    found: dict[int, Any] = {200: {"description": "The answer", "headers": _REQUEST_ID, "content": content}}
+    for status in sorted({*operation.errors, *_ALWAYS}):
+        found[status] = {"description": _REASONS[status], "content": error_of(operation.anthropic)}
+    for status, schema_name in (operation.also or {}).items():
+        content = {"application/json": {"schema": {"anyOf": [ref(schema_name), ref("Error")]}}}
+        found[status] = {"description": _REASONS[status], "content": content}
+    return {str(status): told for status, told in found.items()}
+
+
+async def openapi(request: Request) -> Response:
+    """The handler."""
+    return json_response(document(service_of(request)))
