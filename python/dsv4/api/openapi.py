@@ -23,6 +23,7 @@ _REASONS = {
     401: "The API key is missing or wrong.",
     403: "The server was not started for it.",
     404: "There is no such model, or no such thing.",
+    409: "Not in the state that the server is in.",
     408: "The request took too long to arrive.",
     413: "The body is larger than the server takes.",
     415: "The body is packed.",
@@ -31,8 +32,9 @@ _REASONS = {
     500: "The generation failed.",
     503: "The server starts, stops, or has no connection left; try again.",
 }
-_OF_A_BODY = (400, 404, 408, 413, 415)
-_OF_A_GENERATION = (*_OF_A_BODY, 429, 500)
+_OF_A_BODY = (400, 403, 404, 408, 413, 415, 429)
+_OF_A_GENERATION = (*_OF_A_BODY, 500)
+_OF_OPERATORS = (403, 500)
 _ALWAYS = (401, 408, 431, 503)
 
 
@@ -50,6 +52,8 @@ class Operation:
     anthropic: bool = False
     """Errors have Anthropic's shape."""
     media: str = "application/json"
+    other: str | None = None
+    """Another media type of the answer, which browsers are given."""
     path: str | None = None
     """What the part of the path in braces is."""
     tenant: bool = True
@@ -58,6 +62,7 @@ class Operation:
     """Other statuses with a body of their own, by schema."""
 
 
+_FLUSH = "Forgets what no request uses"
 _SSE = "Server-sent events"
 _CHUNKS = f"{_SSE}: chunks as `data:`, then `[DONE]`."
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
@@ -71,7 +76,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "/v1/chat/completions by DeepSeek's name", "ChatAnswer", "ChatRequest", _OF_A_GENERATION, _CHUNKS
     ),
     ("post", "/beta/completions"): Operation(
-        "/v1/completions by DeepSeek's name", "CompletionAnswer", "CompletionRequest", _OF_A_GENERATION, _CHUNKS
+        "/v1/completions by DeepSeek's name",
+        "CompletionAnswer",
+        "CompletionRequest",
+        _OF_A_GENERATION,
+        _CHUNKS,
     ),
     ("post", "/v1/responses"): Operation(
         "OpenAI's Responses API without its store",
@@ -98,21 +107,57 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Computes a prompt and keeps it", "Pinned", "PrefixRequest", _OF_A_GENERATION
     ),
     ("delete", "/v1/prefixes/{id}"): Operation(
-        "Keeps a prompt no longer", "Unpinned", errors=(404,), path="The id that POST /v1/prefixes gave."
+        "Keeps a prompt no longer", "Unpinned", errors=(403, 404), path="The id that POST /v1/prefixes gave."
     ),
     ("delete", "/v1/sessions/{key}"): Operation(
-        "A session is over", "SessionOver", path="The session's `prompt_cache_key`."
+        "A session is over", "SessionOver", errors=(403,), path="The session's `prompt_cache_key`."
     ),
     ("get", "/v1/models"): Operation("What is served", "Models"),
-    ("get", "/v1/models/{name}"): Operation("One of the models", "Model", errors=(400, 404), path="Its name."),
+    ("get", "/v1/models/{name}"): Operation(
+        "One of the models", "Model", errors=(400, 404), path="Its name."
+    ),
     ("post", "/tokenize"): Operation("Text or a chat as token ids", "Tokens", "TokenizeRequest", _OF_A_BODY),
-    ("post", "/detokenize"): Operation("Token ids as text", "Text", "DetokenizeRequest", _OF_A_BODY, tenant=False),
-    ("get", "/dump"): Operation("The core's state between two steps", "Dump", errors=(403,)),
-    ("get", "/health"): Operation("Whether requests are taken and make progress", "Health", also={503: "Health"}),
-    ("get", "/metrics"): Operation("For Prometheus", None, media="text/plain"),
+    ("post", "/detokenize"): Operation(
+        "Token ids as text", "Text", "DetokenizeRequest", _OF_A_BODY, tenant=False
+    ),
+    ("get", "/dump"): Operation("The core's state between two steps", "Dump", errors=_OF_OPERATORS),
+    ("get", "/admin/cache"): Operation(
+        "What the cache holds, for whom, and what is pinned", "Object", errors=_OF_OPERATORS
+    ),
+    ("post", "/admin/cache/flush"): Operation(_FLUSH, "Flushed", errors=_OF_OPERATORS),
+    ("post", "/flush_cache"): Operation(f"{_FLUSH}, by SGLang's name", "Flushed", errors=_OF_OPERATORS),
+    ("post", "/reset_prefix_cache"): Operation(f"{_FLUSH}, by vLLM's name", "Flushed", errors=_OF_OPERATORS),
+    ("get", "/admin/tenants"): Operation(
+        "Limits of tenants and what is left of them", "Object", errors=_OF_OPERATORS
+    ),
+    ("post", "/admin/drain"): Operation("Takes no new requests", "Draining", errors=_OF_OPERATORS),
+    ("post", "/admin/resume"): Operation("Takes requests again", "Draining", errors=(*_OF_OPERATORS, 409)),
+    ("get", "/admin/requests/{id}"): Operation(
+        "What a request that runs reused, and why not more",
+        "Explained",
+        errors=(*_OF_OPERATORS, 404),
+        path="Its id.",
+    ),
+    ("post", "/admin/profile"): Operation(
+        "Traces some steps into a file", "Profiled", "ProfileRequest", (*_OF_A_GENERATION, 409), tenant=False
+    ),
+    ("get", "/admin/dump"): Operation("/dump for operators", "Dump", errors=_OF_OPERATORS),
+    ("get", "/health"): Operation(
+        "Whether requests are taken and make progress", "Health", also={503: "Health"}
+    ),
+    ("get", "/metrics"): Operation("For Prometheus", None, errors=(403,), media="text/plain"),
+    ("get", "/stats"): Operation("What the server does now", "Object", errors=(403,)),
+    ("get", "/page/{name}"): Operation(
+        "A file of the page",
+        None,
+        errors=(404,),
+        media="text/html",
+        other="text/javascript",
+        path="Its name.",
+    ),
     ("get", "/version"): Operation("The version", "Version"),
     ("get", "/openapi.json"): Operation("This document", "OpenApi"),
-    ("get", "/"): Operation("What this is", "Root"),
+    ("get", "/"): Operation("What this is; for browsers the page", "Root", other="text/html"),
 }
 """By method and path."""
 
@@ -128,13 +173,15 @@ _VERSION = {
     "description": "Its presence asks for Anthropic's shapes; any version is taken.",
     "schema": {"type": "string"},
 }
-_REQUEST_ID = {"x-request-id": {"schema": {"type": "string"}, "description": "The client's, if it sent a plain one."}}
+_REQUEST_ID = {
+    "x-request-id": {"schema": {"type": "string"}, "description": "The client's, if it sent a plain one."}
+}
 
 
 def document(service: Service) -> OpenApi:
     """The document of one server."""
     paths: dict[str, dict[str, Any]] = {}
-    keyed = service.config.api_key is not None
+    keyed = service.callers.keys.required
     for (method, path), operation in OPERATIONS.items():
         paths.setdefault(path, {})[method] = _operation(method, path, operation, keyed)
     schemes = {
@@ -143,7 +190,11 @@ def document(service: Service) -> OpenApi:
     }
     schemas = {**request_schemas(service.vocab_size), **ANSWERS, "OpenApi": {"type": "object"}}
     components: dict[str, Any] = {"schemas": schemas} | ({"securitySchemes": schemes} if keyed else {})
-    about = {"title": "dsv4", "version": dsv4.__version__, "summary": "Serves DeepSeek-V4 in OpenAI's and Anthropic's dialects"}
+    about = {
+        "title": "dsv4",
+        "version": dsv4.__version__,
+        "summary": "Serves DeepSeek-V4 in OpenAI's and Anthropic's dialects",
+    }
     return {"openapi": "3.1.0", "info": about, "paths": paths, "components": components}
 
 
@@ -154,14 +205,20 @@ def _operation(method: str, path: str, operation: Operation, keyed: bool) -> dic
     if operation.path is not None:
         found = path[path.index("{") + 1 : path.index("}")]
         schema = {"type": "string", "minLength": 1}
-        told = {"name": found, "in": "path", "required": True, "description": operation.path, "schema": schema}
+        told = {
+            "name": found,
+            "in": "path",
+            "required": True,
+            "description": operation.path,
+            "schema": schema,
+        }
         made["parameters"].append(told)
     if operation.body is not None:
         made["parameters"] += [_TENANT] if operation.tenant else []
         content = {"application/json": {"schema": ref(operation.body)}}
         made["requestBody"] = {"required": True, "content": content}
     made["responses"] = _responses(operation)
-    if keyed and path != "/health":
+    if keyed and path != "/health" and not path.startswith("/page/"):
         made["security"] = [{"bearer": []}, {"x-api-key": []}]
     return made
 
@@ -169,6 +226,10 @@ def _operation(method: str, path: str, operation: Operation, keyed: bool) -> dic
 def _responses(operation: Operation) -> dict[str, Any]:
     schema = {"type": "string"} if operation.answer is None else ref(operation.answer)
     content: dict[str, Any] = {operation.media: {"schema": schema}}
+    if operation.other is not None:
+        content |= {
+            media: {"schema": {"type": "string"}} for media in (operation.other, "text/css", "image/svg+xml")
+        }
     if operation.streams is not None:
         content["text/event-stream"] = {"schema": {**ref("Event"), "description": operation.streams}}
     found: dict[int, Any] = {200: {"description": "The answer", "headers": _REQUEST_ID, "content": content}}

@@ -23,7 +23,10 @@ def answer(required: Mapping[str, Schema], others: Mapping[str, Schema] | None =
 
 
 _TOKENS = _all(COUNT)
-_EXPLANATION = {**dict.fromkeys(("history_matched", "resumed_at", "replayed", "preemptions"), COUNT), "reason": TEXT}
+_EXPLANATION = {
+    **dict.fromkeys(("history_matched", "resumed_at", "replayed", "preemptions"), COUNT),
+    "reason": TEXT,
+}
 _COUNTS = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), COUNT)
 _USAGE = answer(
     {
@@ -37,11 +40,16 @@ _USAGE = answer(
     {"completion_tokens_details": answer({"reasoning_tokens": COUNT})},
 )
 _REASON = one_of("stop", "length", "tool_calls")
-_STOP_REASON = {"type": ["string", "integer", "null"], "description": "The stop string or token that ended it."}
+_STOP_REASON = {
+    "type": ["string", "integer", "null"],
+    "description": "The stop string or token that ended it.",
+}
 _END = {"finish_reason": _REASON, "stop_reason": _STOP_REASON}
 _STRICT = {"strict_error": TEXT | {"description": "What of a call does not fit the schema of a strict tool."}}
 _JUDGED = {"token": TEXT, "logprob": NUMBER, "bytes": optional(_TOKENS)}
-_LOGPROBS = answer({"content": _all(answer({**_JUDGED, "top_logprobs": _all(answer(_JUDGED))})), "refusal": {"type": "null"}})
+_LOGPROBS = answer(
+    {"content": _all(answer({**_JUDGED, "top_logprobs": _all(answer(_JUDGED))})), "refusal": {"type": "null"}}
+)
 _CALL = any_of(
     answer(
         {"id": TEXT, "type": one_of("function"), "function": answer({"name": TEXT, "arguments": TEXT})},
@@ -49,7 +57,8 @@ _CALL = any_of(
     answer({"id": TEXT, "type": one_of("custom"), "custom": answer({"name": TEXT, "input": TEXT})}),
 )
 _MESSAGE = answer(
-    {"role": one_of("assistant"), "content": optional(TEXT)}, {"reasoning_content": TEXT, "tool_calls": _all(_CALL)}
+    {"role": one_of("assistant"), "content": optional(TEXT)},
+    {"reasoning_content": TEXT, "tool_calls": _all(_CALL)},
 )
 _HEAD = {"id": TEXT, "created": COUNT, "model": TEXT}
 _CHAT = answer(
@@ -90,9 +99,13 @@ _COMPLETION = answer(
 _STATUS = one_of("in_progress", "completed", "incomplete")
 _ITEM_HEAD = {"id": TEXT, "status": _STATUS}
 _NAMED = {"call_id": TEXT, "name": TEXT}
-_TEXT_PART = answer({"type": one_of("output_text"), "text": TEXT, "annotations": _all(OBJECT), "logprobs": _all(OBJECT)})
+_TEXT_PART = answer(
+    {"type": one_of("output_text"), "text": TEXT, "annotations": _all(OBJECT), "logprobs": _all(OBJECT)}
+)
 _ITEM = any_of(
-    answer({**_ITEM_HEAD, "type": one_of("message"), "role": one_of("assistant"), "content": _all(_TEXT_PART)}),
+    answer(
+        {**_ITEM_HEAD, "type": one_of("message"), "role": one_of("assistant"), "content": _all(_TEXT_PART)}
+    ),
     answer(
         {
             **_ITEM_HEAD,
@@ -175,7 +188,9 @@ _ANTHROPIC_MODEL = answer(
 )
 
 ANSWERS: dict[str, Schema] = {
-    "Error": answer({"error": answer({"message": TEXT, "type": TEXT, "param": optional(TEXT), "code": optional(TEXT)})}),
+    "Error": answer(
+        {"error": answer({"message": TEXT, "type": TEXT, "param": optional(TEXT), "code": optional(TEXT)})}
+    ),
     "AnthropicError": answer(
         {"type": one_of("error"), "error": answer({"type": TEXT, "message": TEXT}), "request_id": TEXT}
     ),
@@ -204,6 +219,13 @@ ANSWERS: dict[str, Schema] = {
     "Version": answer({"version": TEXT}),
     "Root": answer({"name": TEXT, "version": TEXT, "model": TEXT, "endpoints": _all(TEXT)}),
     "Dump": OBJECT,
+    "Object": OBJECT,
+    "Flushed": answer({"object": one_of("cache"), "flushed": FLAG, "freed_pages": COUNT}),
+    "Draining": answer({"draining": FLAG, **dict.fromkeys(("running", "waiting", "parked"), COUNT)}),
+    "Explained": answer(
+        {"id": TEXT, "object": one_of("explanation"), "generations": {"type": ["array", "object"]}}
+    ),
+    "Profiled": answer({"object": one_of("profile"), "file": TEXT, "steps": COUNT}),
 }
 """By name. `Event` is one of a stream; what its data holds is told where the stream is."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dsv4.api.admin import MOST_STEPS
 from dsv4.api.conversation import EFFORTS, MAX_MESSAGES, MAX_TOOLS
 from dsv4.api.known_fields import CHAT, COMPLETIONS, HARMLESS, HARMLESS_BY_ENDPOINT, RESPONSES
 from dsv4.api.openai_chat import MAX_TOP_LOGPROBS
@@ -394,5 +395,6 @@ def request_schemas(vocab: int) -> dict[str, Schema]:
         "CountTokensRequest": fields(_ANTHROPIC_MESSAGES, {"model": text(512), **_ANTHROPIC}),
         "PrefixRequest": any_of(pinned, chats[0]),
         "TokenizeRequest": any_of(fields({"prompt": ANY_TEXT}, {**counted, **no_chat, **strings}), chats[1]),
+        "ProfileRequest": fields({}, {"steps": integer(1, MOST_STEPS), "seconds": number(0.1, 600)}),
         "DetokenizeRequest": fields({}, {"model": text(512), "tokens": {**tokens, "minItems": 0}}),
     }
