@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable
 from importlib import resources
@@ -26,10 +25,9 @@ from dsv4.engine.sampler import Sampler
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import layers_of
-from dsv4.model.names import TensorSpec, expert_shapes, tensors
+from dsv4.model.survey import without_files
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
-from dsv4.ops.weight import Fp4Weight, Fp8Weight, Weight
 from torch import Tensor
 
 NANO = str(resources.files("dsv4") / "data" / "nano")
@@ -49,46 +47,6 @@ def flash(layers: int = 4, experts: int = 128) -> ModelConfig:
     )
 
 
-def random_weights(config: ModelConfig, device: str) -> dict[str, Weight]:
-    """In the release's formats, of a scale that keeps activations near 1."""
-    weights = {
-        name: _random(name, spec, config, device)
-        for name, spec in tensors(config)
-        if ".ffn.experts." not in name
-    }
-    for layer in range(config.num_layers):
-        for part, (out, width) in expert_shapes(config):
-            codes = torch.randint(
-                256, (config.num_experts, out, width // 2), dtype=torch.uint8, device=device
-            )
-            scales = _bytes(0.5 / math.sqrt(width), (config.num_experts, out, width // 32), device)
-            weights[f"layers.{layer}.ffn.experts.{part}"] = Fp4Weight(codes, scales, torch.bfloat16)
-    return weights
-
-
-def _bytes(scale: float, shape: tuple[int, ...], device: str) -> Tensor:
-    """ue8m0 scales around `scale`."""
-    byte = 127 + round(math.log2(scale))
-    return torch.randint(byte, byte + 2, shape, dtype=torch.uint8, device=device)
-
-
-def _random(name: str, spec: TensorSpec, config: ModelConfig, device: str) -> Weight:
-    if spec.storage == "i64":
-        return torch.rand((spec.shape[0], config.num_experts), device=device).argsort(-1)[:, : spec.shape[1]]
-    x = torch.randn(spec.shape, device=device)
-    if spec.storage == "fp8":
-        grid = tuple(-(-n // 128) for n in spec.shape)
-        codes = (64 * x).clamp(-448, 448).to(torch.float8_e4m3fn)
-        return Fp8Weight(codes, _bytes(1 / 64 / math.sqrt(spec.shape[1]), grid, device), torch.bfloat16)
-    if name.endswith("norm.weight"):
-        x = 1 + 0.1 * x
-    elif name.endswith(("attn_sink", "ape", "base", "scale", "bias")):
-        x = 0.5 * x
-    else:
-        x = x / math.sqrt(spec.shape[-1])
-    return x if spec.storage == "f32" else x.bfloat16()
-
-
 class Decoder:
     """A model over a cache of random state for `rows` requests, a slab and `max_len` tokens of pages each."""
 
@@ -96,11 +54,8 @@ class Decoder:
         torch.manual_seed(0)
         config = ModelConfig.from_dir(NANO) if name == "nano" else flash()
         dtype = torch.bfloat16
-        weights = (
-            load_weights(NANO, config, dtype, packed=True, device=device)
-            if name == "nano"
-            else random_weights(config, device)
-        )
+        found = None if name == "nano" else without_files(config, seed=0)
+        weights = load_weights(NANO, config, dtype, packed=True, device=device, found=found)
         layout = config.layout("fp8_ds_mla", "mxfp4")
         blocks = -(-max_len // layout.block_tokens)
         self.config, self.rows = config, rows

@@ -81,6 +81,7 @@ def main() -> None:
     begun = time.perf_counter()
     llm = LLM(
         None if args.model == "nano" else flash(args.layers),
+        load_format="auto" if args.model == "nano" else "dummy",
         max_num_seqs=max(args.rows),
         max_model_len=args.max_len,
         max_num_batched_tokens=args.step_tokens,

@@ -118,6 +118,15 @@ class EngineConfig:
     revision: str | None = setting(
         None, "branch, tag or commit of org/name (default: main, or the newest in the cache)"
     )
+    load_format: str = setting(
+        "auto",
+        "where weights come from: auto and safetensors read MODEL's files; dummy makes them up from --seed in the release's "
+        "formats, and needs config.json alone",
+        choices=("auto", "safetensors", "dummy"),
+    )
+    num_layers: int | None = setting(
+        None, "use only the first layers of the model, to try or measure it (default: all)", range=_COUNT
+    )
     generation_config: str = setting(
         "auto",
         "defaults of sampling: auto (generation_config.json of the model), none, or another such file",
@@ -257,7 +266,9 @@ class EngineConfig:
         """'{"endpoint": "tcp://127.0.0.1:5557", "replay_endpoint": "tcp://127.0.0.1:5558", "topic": ""}'""",
         unit="json",
     )
-    seed: int = setting(0, "seed of requests that bring none", range=Range(-(2**63), 2**63 - 1))
+    seed: int = setting(
+        0, "seed of requests that bring none, and of --load-format dummy", range=Range(-(2**63), 2**63 - 1)
+    )
     replay_tokens: int | None = setting(
         None,
         "tokens replayed to rebuild the state; fewer than the default is not exact",

@@ -8,7 +8,6 @@ from dsv4.spelling import nearest
 
 _ONE_GPU = "the engine runs on one GPU; start one server for each and share them out in front"
 _PARSED = "reasoning and tool calls are always told apart; leave it out"
-_STORED = "weights are used in the formats that the checkpoint has; leave it out"
 _PROMPTS = "prompts are written in DeepSeek-V4's own format; leave it out"
 _NO_DRAFTS = "speculative decoding is not there yet"
 
@@ -37,7 +36,7 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("tool-call-parser", "reasoning-parser", "enable-auto-tool-choice", "enable-reasoning"), _PARSED
     ),
-    **dict.fromkeys(("quantization", "load-format"), _STORED),
+    "quantization": "weights are used in the formats that the checkpoint has; leave it out",
     **dict.fromkeys(("chat-template", "tokenizer-mode", "jinja"), _PROMPTS),
     **dict.fromkeys(
         ("speculative-config", "speculative-algorithm", "speculative-num-steps", "num-speculative-tokens"),

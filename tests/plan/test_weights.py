@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from dsv4.errors import ConfigError
 from dsv4.model.config import RELEASED, ModelConfig
 from dsv4.model.parallel import Parallel, alternatives, choose
-from dsv4.plan.weights import EXPERTS, PUBLISHED, Kind, Weights, weight_rows
+from dsv4.plan.weights import EXPERTS, PUBLISHED, Kind, Weights, find_weights, weight_rows
 
 from tests.model.test_config import RELEASES
+from tests.support.checkpoints import write_release
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -89,3 +92,19 @@ def test_layouts_follow_from_what_is_given() -> None:
 def test_what_cannot_be_cut_is_refused(given: dict[str, int], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         choose(ModelConfig.preset("v4-flash"), **given)
+
+
+def test_a_part_of_a_model_and_one_that_is_made_up_are_counted_from_their_config(tmp_path: Path) -> None:
+    whole, weights, _ = find_weights("v4-flash")
+    few, less, where = find_weights("v4-flash", num_layers=8)
+    assert (few.num_layers, few.left_out, few.draft) == (8, 35, "none")
+    assert less.files[1] < weights.files[1] / 4 and where == (
+        "the first 8 layers of the release; 35 are left out"
+    )
+    write_release(tmp_path, compress_ratios=[0, 4, 128])
+    config, found, where = find_weights(str(tmp_path), num_layers=2)
+    assert config.num_layers == 2 and where.startswith("the headers in")
+    _, same, where = find_weights(str(tmp_path), num_layers=2, dummy=True)
+    assert same.kinds == found.kinds and where == "config.json; weights are made up"
+    with pytest.raises(ConfigError, match=r"num_layers is 44; v4-flash takes 3 .* to 43"):
+        find_weights("v4-flash", num_layers=whole.num_layers + 1)

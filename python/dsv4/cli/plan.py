@@ -23,6 +23,7 @@ NUMBERS = {
     "max_num_seqs": (),
     "max_num_batched_tokens": ("max-step-tokens",),
     "block_size": (),
+    "num_layers": (),
     "gpu_memory_utilization": (),
     "snapshot_budget": (),
 }
@@ -93,6 +94,13 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--revision", metavar="NAME", help="branch, tag or commit of org/name [main, or the newest]"
     )
+    parser.add_argument(
+        "--load-format",
+        default="auto",
+        type=one_of("auto", "safetensors", "dummy"),
+        metavar="auto|safetensors|dummy",
+        help="dummy counts weights from config.json alone, as serve --load-format dummy makes them [auto]",
+    )
     parser.add_argument("--draft", action="store_true", help="count the drafter's weights too")
     parser.add_argument(
         "--graphs",
@@ -134,7 +142,9 @@ def question(a: argparse.Namespace) -> Question:
         raise ConfigError(f"MODEL is missing; it is one of {MODELS}")
     if a.gpu is None:
         raise ConfigError(f"--gpu is missing; known are {', '.join(GPUS)}")
-    config, weights, counted_from = find_weights(model, a.revision, draft=a.draft)
+    config, weights, counted_from = find_weights(
+        model, a.revision, draft=a.draft, num_layers=a.num_layers, dummy=a.load_format == "dummy"
+    )
     max_len = config.max_position if a.max_len is None else a.max_len
     if not 1 <= max_len <= config.max_position:
         raise ConfigError(f"--max-model-len is {max_len}; {config.name} takes 1 to {config.max_position}")

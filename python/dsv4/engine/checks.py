@@ -11,7 +11,7 @@ from dsv4.engine.kv_events import KvEventsConfig
 from dsv4.engine.routing import Tenants
 from dsv4.model.config import ModelConfig
 from dsv4.model.source import Source, find_source
-from dsv4.model.survey import Survey, survey
+from dsv4.model.survey import Survey, survey, without_files
 
 
 def check(config: EngineConfig) -> tuple[Source, Survey]:
@@ -21,8 +21,10 @@ def check(config: EngineConfig) -> tuple[Source, Survey]:
     parse_costs(config.cost_model)
     Tenants(config.tenants)
     KvEventsConfig.of(config.kv_events_config)
-    source = find_source(config.model, config.revision)
-    found = survey(source.path, ModelConfig.from_dir(source.path))
+    dummy = config.load_format == "dummy"
+    source = find_source(config.model, config.revision, weights=not dummy)
+    model = ModelConfig.from_dir(source.path).first(config.num_layers)
+    found = without_files(model, config.seed) if dummy else survey(source.path, model)
     # What `auto` means depends on the device; what is wrong with a block size or a policy does not.
     rows, index = (
         "bfloat16" if name == "auto" else name for name in (config.kv_cache_dtype, config.index_cache_dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,6 +127,8 @@ class ModelConfig:
     """`none`, `mtp` (one block, preview) or `dspark` (three blocks, GA)."""
     dspark_rank: int
     """Rank of DSpark's Markov head; 0 without."""
+    left_out: int = 0
+    """Further layers of the checkpoint that are not used (`first`)."""
 
     @classmethod
     def from_dir(cls, path: str | Path) -> ModelConfig:
@@ -178,6 +180,26 @@ class ModelConfig:
         config = _read(fields, name)
         _check_sizes(config)
         return config
+
+    def first(self, num_layers: int | None) -> ModelConfig:
+        """The model with its first layers alone and no drafter, whose inputs are the last ones'; None: as it is. Raises ConfigError
+        where there are not so many, or none of them stores history."""
+        if num_layers is None or num_layers == self.num_layers:
+            return self
+        least = 1 + next((s.layer for s in self.layers if s.stores), 0)
+        if not least <= num_layers <= self.num_layers:
+            raise ConfigError(
+                f"num_layers is {num_layers}; {self.name} takes {least} (its first layer with history) to {self.num_layers}"
+            )
+        return replace(
+            self,
+            num_layers=num_layers,
+            layers=self.layers[:num_layers],
+            num_hash_layers=min(self.num_hash_layers, num_layers),
+            draft="none",
+            dspark_rank=0,
+            left_out=self.left_out + self.num_layers - num_layers,
+        )
 
     @property
     def compress_ratios(self) -> tuple[int, ...]:

@@ -23,6 +23,10 @@ BLOCKS = {"fp8": (FP8_BLOCK, FP8_BLOCK), "fp4": (1, FP4_BLOCK)}
 """Rows and columns of a matrix that share a scale, by storage."""
 
 
+Cut = tuple[int, int, int] | None
+"""(axis, first, end) of what a rank keeps of a matrix; None: all of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """What one of `ranks` ranks keeps of each tensor: an equal run along the tensor's axis (of a vocabulary that ranks do not
@@ -42,7 +46,7 @@ class Share:
         step = ceil(size / self.ranks)
         return min(self.rank * step, size), min((self.rank + 1) * step, size)
 
-    def cut(self, name: str, spec: TensorSpec) -> tuple[int, int, int] | None:
+    def cut(self, name: str, spec: TensorSpec) -> Cut:
         """(axis, first, end) of what this rank keeps, or None where it keeps all. Raises ConfigError where that would divide
         numbers that share a scale unevenly."""
         axis = spec.axis

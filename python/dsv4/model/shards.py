@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -173,10 +174,11 @@ def _place(file: Path, name: str, info: Any, base: int, size: int) -> Stored:
 
 
 class ShardReader:
-    """Reads bytes of tensors; keeps the files open until it is left."""
+    """Reads bytes of tensors, for any number of threads; keeps the files open until it is left."""
 
     def __enter__(self) -> ShardReader:
         self._open: dict[Path, int] = {}
+        self._opening = threading.Lock()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -199,6 +201,7 @@ class ShardReader:
         return data
 
     def _descriptor(self, file: Path) -> int:
-        if file not in self._open:
-            self._open[file] = os.open(file, os.O_RDONLY)
-        return self._open[file]
+        with self._opening:
+            if file not in self._open:
+                self._open[file] = os.open(file, os.O_RDONLY)
+            return self._open[file]

@@ -56,6 +56,8 @@ class Survey:
     """Tensors that are no weights and are left out."""
     asked: str
     """`expert_dtype` of config.json."""
+    seed: int | None = None
+    """Of the weights that are made up in place of files (`dummy.py`); None: there are files."""
 
     @property
     def files(self) -> int:
@@ -74,6 +76,14 @@ class Survey:
         """What differs from the release, one line each. `width`: bytes of an expanded number; not `packed`: all of them
         are."""
         lines = []
+        if self.seed is not None:
+            lines.append(
+                f"made up from seed {self.seed} in the release's formats: answers mean nothing (--load-format dummy)"
+            )
+        if self.config.left_out:
+            lines.append(
+                f"{self.config.left_out} layers are left out (--num-layers {self.config.num_layers})"
+            )
         if self.config.expert_dtype not in (self.asked, "bf16"):
             lines.append(
                 f"experts are {self.config.expert_dtype} in the files; config.json means {self.asked}"
@@ -111,11 +121,26 @@ def survey(path: Path, config: ModelConfig, *, draft: bool = False) -> Survey:
     return examine(index_checkpoint(path, config.num_experts), config, draft=draft)
 
 
+def without_files(config: ModelConfig, seed: int, *, draft: bool = False) -> Survey:
+    """What `survey` would find if there were files as the release has them."""
+    return Survey(
+        config,
+        stored={},
+        kept=dict(tensors(config, draft=draft)),
+        rescaled=(),
+        expanded=(),
+        buffers=0,
+        asked=config.expert_dtype,
+        seed=seed,
+    )
+
+
 def examine(found: Mapping[str, Stored], config: ModelConfig, *, draft: bool = False) -> Survey:
     """Raises CheckpointError where a tensor is missing, foreign, of another shape or dtype, or of a quantisation that is
     not supported. Of the files only scales that are numbers are read."""
     check_tensors(found)
-    stored = {name: place for name, place in found.items() if not is_buffer(name)}
+    of_model = {n: place for n, place in found.items() if not _is_left_out(n, config)}
+    stored = {name: place for name, place in of_model.items() if not is_buffer(name)}
     expected = dict(tensors(config, draft=draft))
     missing = [name for name in expected if name not in stored]
     if missing:
@@ -144,9 +169,17 @@ def examine(found: Mapping[str, Stored], config: ModelConfig, *, draft: bool = F
         kept=kept,
         rescaled=tuple(n for n in floats if n not in expanded),
         expanded=tuple(n for n in expected if n in expanded and storage[n] in ("fp8", "fp4")),
-        buffers=len(found) - len(stored),
+        buffers=len(of_model) - len(stored),
         asked=asked,
     )
+
+
+def _is_left_out(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is of a layer that `--num-layers` leaves out."""
+    if not config.left_out or not name.startswith("layers."):
+        return False
+    layer = name.split(".", 2)[1]
+    return layer.isdecimal() and 0 <= int(layer) - config.num_layers < config.left_out
 
 
 def _refuse_others(stored: Mapping[str, Stored], storage: Mapping[str, str]) -> None:

@@ -27,7 +27,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "release": {
             "tensors": q.weights.files[0],
             "bytes": q.weights.files[1],
-            "published": PUBLISHED.get(q.config.name),
+            "published": _published(plan),
         },
         "counted_from": q.counted_from or "the config of a release",
         "notes": list(q.weights.notes),
@@ -65,6 +65,12 @@ def _alternative_json(a: Alternative) -> dict[str, Any]:
     }
 
 
+def _published(plan: Plan) -> int | None:
+    """Bytes of the release that this is, in whole."""
+    config = plan.question.config
+    return None if config.left_out else PUBLISHED.get(config.name)
+
+
 def as_text(plan: Plan) -> str:
     """The whole report."""
     parts = (
@@ -81,7 +87,7 @@ def as_text(plan: Plan) -> str:
 def _head(plan: Plan) -> list[str]:
     q = plan.question
     tensors, size = q.weights.files
-    published = PUBLISHED.get(q.config.name)
+    published = _published(plan)
     same = (
         ""
         if published is None
@@ -253,6 +259,7 @@ def _how_capacity(plan: Plan) -> Iterator[str]:
         f"{pages:,} pages hold history"
     )
     if q.parallel.tp > 1:
+        yield f"a page covers {block:,} tokens, a multiple of 128 x {q.parallel.tp}: up to {block - 1:,} tokens of a prefix beyond whole pages are read again"
         yield f"row j of a page lies on rank j mod {q.parallel.tp} of a TP group, and 1/{q.parallel.tp} of a snapshot on each: a page of a GPU counts for all its tokens"
 
 

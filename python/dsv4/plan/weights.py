@@ -102,17 +102,26 @@ class Weights:
 
 
 def find_weights(
-    model: str, revision: str | None = None, *, draft: bool = False
+    model: str,
+    revision: str | None = None,
+    *,
+    draft: bool = False,
+    num_layers: int | None = None,
+    dummy: bool = False,
 ) -> tuple[ModelConfig, Weights, str]:
     """(config, weights, where they were counted) of MODEL as users write it: from the headers of its files where there are
-    any. The last is empty for a release. Raises ConfigError, CheckpointError."""
+    any, unless `dummy`. The last is empty for a release. `num_layers`: of its first layers alone. Raises ConfigError, CheckpointError."""
     config, path = ModelConfig.find(model, revision)
-    if path is not None and has_weights(path):
+    config = config.first(num_layers)
+    if path is not None and has_weights(path) and not dummy:
         from dsv4.model.survey import survey  # brings numpy
 
         found = survey(path, config, draft=draft)
         return found.config, Weights.found(found), f"the headers in {path} (files: {found.files})"
-    source = "" if path is None and model in RELEASED else "config.json; there are no weights beside it"
+    beside = "weights are made up" if dummy else "there are no weights beside it"
+    source = "" if path is None and model in RELEASED and not dummy else f"config.json; {beside}"
+    if config.left_out and path is None and not dummy:
+        source = f"the first {config.num_layers} layers of the release; {config.left_out} are left out"
     return config, Weights.released(config, draft=draft), source
 
 
