@@ -9,6 +9,7 @@
 #   make grammar  answers to 1,000 random schemas (SCHEMAS=1000)
 #   make bench-gpu  kernels against the GPU's limits (needs CUDA; PYTHON=python3, ARGS="--quick --only attention")
 #   make bench-peers  the core beside other engines' caches (ARGS="--trace FILE"; fetches peers from the registries)
+#   make soak    hours of mixed requests, every one accounted for (HOURS=2); make streams: 10,000 at once (STREAMS=10000)
 #   make wheel   the wheel that pip installs            make seeds   the simulator on many seeds (SEEDS=10000)
 #   make fuzz    each fuzz target for a minute          make coverage  lines of the core that no test runs
 
@@ -18,6 +19,8 @@ ARGS ?=
 SEEDS ?= 10000
 SCHEMAS ?= 1000
 JOBS ?= 8
+HOURS ?= 2
+STREAMS ?= 10000
 WORKERS ?= 3
 # pip's own reader of TOML, as Python 3.10 has none.
 define NEEDS
@@ -33,7 +36,7 @@ LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate 
   tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test grammar test-gpu test-lowest test-clients test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test grammar test-gpu test-lowest test-clients test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers soak streams counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -135,6 +138,13 @@ bench-gpu:
 bench-peers: setup
 	$(BIN)/pip install -q matplotlib xxhash cbor2
 	$(BIN)/python -m benches.peers $(ARGS)
+
+# Both leave with 1 where a request is lost, an answer is wrong, or memory pages or descriptors do not come back.
+soak: setup
+	$(BIN)/python -m benches.soak --hours $(HOURS) $(ARGS)
+
+streams: setup
+	$(BIN)/python -m benches.many_streams --streams $(STREAMS) $(ARGS)
 
 counts:
 	benches/counts.sh

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,9 @@ _PINS = 2**32
 _NO_PROMPT = np.empty(0, np.int32)
 
 
+_OVER = object()
+
+
 class _Home:
     """What the callers on one event loop wait for. Only that loop's thread touches it."""
 
@@ -78,14 +83,43 @@ class _Home:
         """By key, of live requests: what was sent, and to which process."""
         self.asked: dict[int, asyncio.Future[Any]] = {}
         """By ticket."""
+        self._work: deque[Callable[[], object] | Generator[None, None, None]] = deque()
+        """What is to be done, in order; of what takes several turns, the rest."""
 
     def post(self, what: Callable[..., object], *arguments: Any) -> bool:
-        """Calls it on the loop, from any thread. False when the loop is closed."""
+        """Calls it on the loop, from any thread, after what was posted before. A generator goes on at each turn of the loop, so that
+        it looks at its sockets in between. False when the loop is closed."""
         try:
-            self.loop.call_soon_threadsafe(what, *arguments)
+            self.loop.call_soon_threadsafe(self._take, functools.partial(what, *arguments))
         except RuntimeError:
             return False
         return True
+
+    def _take(self, what: Callable[[], object]) -> None:
+        self._work.append(what)
+        if len(self._work) == 1:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        try:
+            while self._work and self._turn():
+                self._work.popleft()
+        except BaseException:
+            self._work.popleft()
+            raise
+        finally:
+            if self._work:
+                self.loop.call_soon(self._go_on)
+
+    def _turn(self) -> bool:
+        """One turn of what comes first; whether that was the last of it."""
+        first = self._work[0]
+        if not isinstance(first, Generator):
+            made = first()
+            if not isinstance(made, Generator):
+                return True
+            first = self._work[0] = made
+        return next(first, _OVER) is _OVER
 
     def forget(self, key: int) -> bool:
         """False when it had ended."""
@@ -395,8 +429,8 @@ class AsyncEngine:
         if not news.empty:
             self._post(lambda home: self._deliver(home, news))
 
-    def _deliver(self, home: _Home, news: News) -> None:
-        whole = home.answers.read(news)
+    def _deliver(self, home: _Home, news: News) -> Generator[None, None, None]:
+        whole = yield from home.answers.turns(news)
         for end in news.ends:
             home.submissions.pop(end.key, None)
         if whole:
