@@ -180,7 +180,8 @@ def ledger(found: dict[str, float], seen: Counter[str]) -> dict[str, Any]:
             "sent = finished + aborted + refused": sum(seen.values())
             == generations + sum(seen[s] for s in ("400", "401", "404", "429")) + seen["half_body"],
             "generations = whole + cut": generations == seen["finished"] + seen["cut"],
-            "core finished = generations": int(watch.summed(found, "dsv4_core_finished_total")) == generations,
+            "core finished = generations": int(watch.summed(found, "dsv4_core_finished_total"))
+            == generations,
             "429": statuses("429") == seen["429"] == watch.summed(found, "dsv4_tenant_refused_total"),
             "400 and 401": statuses("400", "401") == seen["400"] + seen["401"],
             "no error": ended["error"] == 0 and statuses("500", "503") == 0,
@@ -235,7 +236,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hours", type=float, default=2.0)
     parser.add_argument("--workers", type=int, default=48)
-    parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between two requests of a worker")
+    parser.add_argument(
+        "--pause", type=float, default=1.0, help="mean seconds between two requests of a worker"
+    )
     parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON")
@@ -243,7 +246,16 @@ def main() -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
         file.write(KEYS)
         file.flush()
-        flags = ["--keys-file", file.name, "--max-num-seqs", "16", "--num-pages", "256", "--block-size", "128"]
+        flags = [
+            "--keys-file",
+            file.name,
+            "--max-num-seqs",
+            "16",
+            "--num-pages",
+            "256",
+            "--block-size",
+            "128",
+        ]
         with server([*flags, "--ping-interval", "0.05"], args.step_ms) as (port, *pids):
             told = run(port, pids, args)
     print(json.dumps(told, indent=1))

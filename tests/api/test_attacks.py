@@ -108,7 +108,9 @@ def test_probes_are_answered_where_every_connection_is_taken(
                 assert httpx.get(server.url + path, timeout=60).status_code == 200
             if attack is not kept_alive:  # those give way
                 refused = httpx.get(server.url + "/v1/models", timeout=60)
-                assert refused.status_code == 503 and refused.json()["error"]["code"] == "too_many_connections"
+                assert (
+                    refused.status_code == 503 and refused.json()["error"]["code"] == "too_many_connections"
+                )
         wait_until(lambda: server.service.connections.counts()["open"] == 0, 30)
         assert httpx.get(server.url + "/v1/models", timeout=60).status_code == 200
 

@@ -106,7 +106,10 @@ class World:
 
     def _levels(self) -> dict[str, int]:
         stats = self.core.stats()
-        return {k: stats[k] for k in ("available_pages", "free_slabs", "running", "waiting", "parked", "in_flight")}
+        return {
+            k: stats[k]
+            for k in ("available_pages", "free_slabs", "running", "waiting", "parked", "in_flight")
+        }
 
     def _tell(self, news: News) -> None:
         for key, token in news.samples():
