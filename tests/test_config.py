@@ -139,7 +139,10 @@ def test_auto_and_none_leave_a_number_open() -> None:
         ("host: {a: 1}\n", ["line 1", "host is {'a': 1}", "text"]),
         ("host: [a, b]\n", ["line 1", "host is ['a', 'b']", "text"]),
         ("port: 1\nmax-num-seqs: 1\nmax_num_seqs: 2\n", ["line 3", "max_num_seqs", "twice", "line 2"]),
-        ("tensor_parallel_size: 2\n", ["line 1", "tensor_parallel_size", "one GPU"]),
+        (
+            "pipeline_parallel_size: 2\n",
+            ["line 1", "pipeline_parallel_size", "one group of tensor-parallel ranks"],
+        ),
         ("a: b: c\n", ["line 1", "no YAML"]),
         ("- port\n", ["key: value"]),
         ("a\x00b: 1\n", ["no YAML"]),
@@ -174,7 +177,7 @@ def test_yaml_values_mean_what_they_mean_as_flags(tmp_path: Path) -> None:
         ("DSV4_PROT", "1", ["DSV4_PROT", "did you mean 'port'?"]),
         ("DSV4_MAX_NUM_SEQS", "many", ["DSV4_MAX_NUM_SEQS", "max_num_seqs is 'many'"]),
         ("DSV4_PORT", "70000", ["DSV4_PORT", "port is 70000", "65535"]),
-        ("DSV4_TENSOR_PARALLEL_SIZE", "2", ["DSV4_TENSOR_PARALLEL_SIZE", "one GPU"]),
+        ("DSV4_DATA_PARALLEL_SIZE", "2", ["DSV4_DATA_PARALLEL_SIZE", "one group of tensor-parallel ranks"]),
         ("DSV4_ENFORCE_EAGER", "maybe", ["DSV4_ENFORCE_EAGER", "true or false"]),
     ],
 )

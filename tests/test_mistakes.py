@@ -14,7 +14,7 @@ from dsv4.config import backend_names
 from dsv4.engine.request import Usage
 from dsv4.spelling import nearest
 
-ONE_GPU = "the engine runs on one GPU"
+ONE_GROUP = "an engine is one group of tensor-parallel ranks"
 
 MISTAKES: list[tuple[str, list[str]]] = [
     # commands
@@ -24,11 +24,14 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("trace", ["KIND", "agents"]),
     ("trace agent", ["'agent'", "did you mean 'agents'?"]),
     # flags of a command, also where another one is missing
-    ("serve --tensor-parallel-size 2", ["--tensor-parallel-size", ONE_GPU]),
-    ("serve --tp=8", ["--tp", ONE_GPU]),
-    ("serve --pipeline-parallel-size 2", [ONE_GPU]),
-    ("serve --data-parallel-size 2", [ONE_GPU]),
-    ("serve --enable-expert-parallel", [ONE_GPU]),
+    ("serve --tensor-parallel-size 0", ["tensor_parallel_size is 0", "the nearest is 1"]),
+    ("serve --tp=3", ["tensor_parallel_size is 3", "1 or 2 ranks", "the nearest is 2"]),
+    ("generate --tp two hi", ["tensor_parallel_size is 'two'"]),
+    ("serve --rank-timeout 0", ["rank_timeout is 0"]),
+    ("serve --tensor-split 1,1", [ONE_GROUP]),
+    ("serve --pipeline-parallel-size 2", [ONE_GROUP]),
+    ("serve --data-parallel-size 2", [ONE_GROUP]),
+    ("serve --enable-expert-parallel", [ONE_GROUP]),
     ("serve --quantization fp8", ["--quantization", "formats that the checkpoint has"]),
     ("serve --trust-remote-code", ["no code of a checkpoint"]),
     ("serve --reasoning-parser deepseek_v4", ["leave it out"]),
@@ -144,11 +147,11 @@ def test_a_mistake_is_told_in_one_line(
     [
         ("serve --stream", ["did you mean"]),
         ("serve --quantization fp8", ["--eviction"]),
-        ("serve --tp 2", ["--dtype"]),
+        ("serve --dp 2", ["--dtype"]),
         ("plan v4-flash --gpu 4090", ["did you mean"]),
         ("plan v4-flash --gpu a100", ["did you mean"]),
         ("simulate x.jsonl --gpu V100-SXM2", ["did you mean"]),
-        ("plan v4-flash --gpu h100 --enable-expert-parallel", [ONE_GPU]),
+        ("plan v4-flash --gpu h100 --enable-expert-parallel", [ONE_GROUP]),
         ("serve --rope-scaling x", ["did you mean"]),
         ("serve --port abc", ["64k"]),
         ("trace agents --seed x", ["64k"]),

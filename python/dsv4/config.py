@@ -136,6 +136,18 @@ class EngineConfig:
         """defaults of sampling that come first, as JSON: '{"temperature": 0.6, "top_p": 0.95}'""",
         unit="json",
     )
+    tensor_parallel_size: int | None = setting(
+        None,
+        "ranks that run the model together, a process and on a GPU machine a GPU each (default: the least of 1, 2, 4, 8 that hold "
+        "weights, workspace and one request of --max-model-len on the GPUs that there are; 1 on a CPU)",
+        aliases=("tp", "tp-size"),
+        range=_COUNT,
+    )
+    rank_timeout: float = setting(
+        60.0,
+        "seconds after which a rank that does not answer, or that the others wait for, is named and the engine ended",
+        range=_SECONDS,
+    )
     dtype: str = setting("auto", "dtype of weights and activations", choices=("auto", "float32", "bfloat16"))
     device: str = setting("auto", "where to run", choices=("auto", "cpu", "cuda"))
     backend: str = setting(
@@ -181,7 +193,7 @@ class EngineConfig:
     )
     kv_cache_memory: int | None = setting(
         None,
-        "bytes of the page pool (default: part of what is free)",
+        "bytes of the page pool, of each rank where there are several (default: part of what is free)",
         aliases=("kv-cache-memory-bytes",),
         unit="bytes",
         range=Range(1, float("inf")),

@@ -6,7 +6,10 @@ from collections.abc import Collection
 
 from dsv4.spelling import nearest
 
-_ONE_GPU = "the engine runs on one GPU; start one server for each and share them out in front"
+_ONE_GROUP = (
+    "an engine is one group of tensor-parallel ranks (--tensor-parallel-size); start one server for each group and share "
+    "requests out in front"
+)
 _PARSED = "reasoning and tool calls are always told apart; leave it out"
 _PROMPTS = "prompts are written in DeepSeek-V4's own format; leave it out"
 _NO_DRAFTS = "speculative decoding is not there yet"
@@ -14,9 +17,6 @@ _NO_DRAFTS = "speculative decoding is not there yet"
 REASONS: dict[str, str] = {
     **dict.fromkeys(
         (
-            "tensor-parallel-size",
-            "tp",
-            "tp-size",
             "pipeline-parallel-size",
             "pp",
             "pp-size",
@@ -31,7 +31,7 @@ REASONS: dict[str, str] = {
             "tensor-split",
             "split-mode",
         ),
-        _ONE_GPU,
+        _ONE_GROUP,
     ),
     **dict.fromkeys(
         ("tool-call-parser", "reasoning-parser", "enable-auto-tool-choice", "enable-reasoning"), _PARSED
@@ -74,8 +74,8 @@ def why_not(name: str, known: Collection[str]) -> str:
     nearest name. Names are flags, or keys with _ for -."""
     plain = name.lstrip("-").replace("_", "-").lower()
     written = {n.lstrip("-").replace("_", "-"): n for n in known}
-    # `dsv4 plan` and `dsv4 simulate` know of several GPUs.
-    if plain in REASONS and not (REASONS[plain] is _ONE_GPU and "tp" in written):
+    # `dsv4 plan` knows of other ways to use several GPUs.
+    if plain in REASONS and not (REASONS[plain] is _ONE_GROUP and "dp" in written):
         return f": {REASONS[plain]}"
     here = written.get(RENAMED.get(plain, ""))
     return f"; here it is {here!r}" if here else nearest(name, known)

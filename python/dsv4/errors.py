@@ -21,7 +21,16 @@ except ImportError:  # ops, kernels and their benches also run from a source tre
         """A setting, array or config.json that cannot work."""
 
 
-__all__ = ["CheckpointError", "ConfigError", "Dsv4Error", "EngineDead", "RequestError", "kind", "show"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Dsv4Error",
+    "EngineDead",
+    "RankLost",
+    "RequestError",
+    "kind",
+    "show",
+]
 
 
 class CheckpointError(Dsv4Error, ValueError):
@@ -30,6 +39,10 @@ class CheckpointError(Dsv4Error, ValueError):
 
 class EngineDead(Dsv4Error):
     """The engine cannot go on: its device is lost, or every step fails. Only a new process helps."""
+
+
+class RankLost(EngineDead):
+    """A rank of the engine is gone, or does not go on; the message says which."""
 
 
 class RequestError(Dsv4Error):

@@ -6,6 +6,7 @@ keeps no pointer to a buffer, so any number of them may take turns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,24 @@ class StepPlan:
         section, values = self._fields[name]
         # A section's elements are counted by the number of its name in the header.
         return int(values) if section == "header" else values[: int(self._fields[section][1])]
+
+    def packed(self) -> np.ndarray:
+        """int32 [n], a copy: what the step uses of each field, one after the other."""
+        return np.concatenate([part.view(np.int32) for part in self._used()])
+
+    def unpack(self, words: np.ndarray) -> None:
+        """Becomes the plan of the same schema that `words` int32 [n] was packed from."""
+        at = 0
+        for part in self._used():  # the header, which says how long the others are, comes first
+            own = part.view(np.int32)
+            own[:] = words[at : at + len(own)]
+            at += len(own)
+
+    def _used(self) -> Iterator[np.ndarray]:
+        for section, values in self._fields.values():
+            yield (values[None] if section == "header" else values[: int(self._fields[section][1])]).reshape(
+                -1
+            )
 
 
 def _pinned(words: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,17 +20,33 @@ from dsv4.engine.costs import COST_MODELS, core_costs, parse_costs
 from dsv4.engine.device import LocalDevice
 from dsv4.engine.grammars import Grammars
 from dsv4.engine.graphs import Recorder
+from dsv4.engine.group import Group
 from dsv4.engine.kv_events import KvEvents, KvEventsConfig
 from dsv4.engine.loop import EngineLoop
-from dsv4.engine.memory import allocating, check_fits, demand_of, room_for_pages, size, usable_memory
+from dsv4.engine.memory import (
+    Demand,
+    Free,
+    allocating,
+    check_fits,
+    demand_of,
+    of_rank,
+    room_for_pages,
+    size,
+    usable_memory,
+)
 from dsv4.engine.progress import Progress
+from dsv4.engine.rank_count import can_share, least_ranks, ranks_of, threads_of
+from dsv4.engine.ranked import FollowingDevice, LeadingDevice, limits_of, model_of
 from dsv4.engine.routing import Tenants
 from dsv4.engine.steps import StepRecord
 from dsv4.engine.taken import Card, Taken
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import block_size
+from dsv4.model.parallel import ALL, Share
+from dsv4.model.rank import Rank
 from dsv4.model.source import Source
+from dsv4.model.survey import Survey
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
@@ -72,6 +89,8 @@ class BuiltEngine:
     source: Source
     eager: str | None
     """Why decode steps are not captured; None where they are."""
+    ranks_are: str
+    """Why there are so many ranks."""
     taken: Taken | None = None
     """What the start took of a GPU, and what was planned; None elsewhere."""
 
@@ -103,6 +122,17 @@ class BuiltEngine:
             f"to {', '.join(f'{n:,}' for n in contexts)} tokens, {when}; one slab is for padding"
         )
 
+    def _ranks(self) -> str:
+        """How many, and what each has."""
+        ranks = self.config.tensor_parallel_size or 1
+        if ranks == 1:
+            return f"1 ({self.ranks_are})"
+        by = "NCCL" if self.config.device == "cuda" else f"gloo, {torch.get_num_threads()} threads each"
+        return (
+            f"{ranks} ({self.ranks_are}), a process each, over {by}; what follows is of each one: 1/{ranks} of every page, of expert "
+            f"columns and of the vocabulary; a rank is given up after {self.config.rank_timeout:g} s"
+        )
+
     def _step_time(self) -> str:
         """What `--step-ms` means here."""
         ms, budget = self.config.step_ms, step_budget(self.config.step_ms, self.config.device)
@@ -122,6 +152,7 @@ class BuiltEngine:
             f"model      {self.name}: {self.model_config.num_layers} layers, vocabulary {self.model_config.vocab_size}, from {self.source.path}",
             f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {index}",
             f"device     {c.device}",
+            f"ranks      {self._ranks()}",
             *(f"{'ops' if i == 0 else '':<10} {line}" for i, line in enumerate(self.ops.describe())),
             f"weights    {size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             *(f"           {note}" for note in m.notes),
@@ -147,9 +178,10 @@ class BuiltEngine:
 def build_engine(
     config: EngineConfig, progress: Progress | None = None, *, eos_ids: frozenset[int] = frozenset()
 ) -> BuiltEngine:
-    """Resolves every `auto`, loads weights and sets up cache and core. `eos_ids`: tokens that end an answer.
+    """Resolves every `auto`, loads weights and sets up cache and core; with several ranks starts the processes of the others.
+    `eos_ids`: tokens that end an answer.
 
-    Raises ConfigError (settings, config.json) and CheckpointError (weights), each with one line, before any slow work
+    Raises ConfigError (settings, config.json), CheckpointError (weights) and RankLost, each with one line, before any slow work
     where it can.
     """
     source, found = check(config)
@@ -157,15 +189,101 @@ def build_engine(
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     config = _resolve(config, model_config, device, dtype)
-    layout = model_config.layout(
-        config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size
-    )
-    record = None if config.record_steps is None else StepRecord(config.record_steps)
     ops = choose(config.backend, device)
     free = usable_memory(config)
     packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
-    held = "released" if packed else str(dtype).removeprefix("torch.")
-    demand = demand_of(config, model_config, Weights.found(found), layout, held=held, width=dtype.itemsize)
+    sizing = Sizing(config, found, dtype, packed)
+    ranks, why = _ranks(sizing, free)
+    config = dataclasses.replace(
+        config,
+        tensor_parallel_size=ranks,
+        block_size=block_size(model_config.layers, config.block_size, ranks),
+    )
+    sizing = dataclasses.replace(sizing, config=config)
+    group = None if ranks == 1 else Group(ranks, config.rank_timeout)
+    try:
+        return _build(sizing, source, ops, free, progress, eos_ids, group, why)
+    except BaseException:
+        if group is not None:
+            group.close()
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Sizing:
+    """What memory is counted for."""
+
+    config: EngineConfig
+    found: Survey
+    dtype: torch.dtype
+    packed: bool
+
+    def layout(self, ranks: int) -> LayoutSpec:
+        """Of one of so many ranks. Raises ConfigError for a block that they cannot share."""
+        config = self.config
+        return self.found.config.layout(
+            config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size, ranks=ranks
+        )
+
+    def demand(self, ranks: int) -> Demand:
+        held = "released" if self.packed else str(self.dtype).removeprefix("torch.")
+        return demand_of(
+            self.config,
+            self.found.config,
+            Weights.found(self.found),
+            self.layout(ranks),
+            held=held,
+            width=self.dtype.itemsize,
+        )
+
+
+def _ranks(sizing: Sizing, free: Free) -> tuple[int, str]:
+    """How many ranks the engine has, and why. Raises ConfigError where there are not so many GPUs."""
+    config, wanted = sizing.config, sizing.config.tensor_parallel_size
+    gpus = torch.cuda.device_count() if config.device == "cuda" else 0
+    if wanted is not None:
+        if gpus and wanted > gpus:
+            raise ConfigError(
+                f"tensor_parallel_size is {wanted}; there are {gpus} GPUs here (CUDA_VISIBLE_DEVICES counts), so the largest is {gpus}"
+            )
+        return wanted, "tensor_parallel_size"
+    if not gpus:
+        return 1, "the default on a CPU"
+
+    def fits(ranks: int) -> bool:
+        demand = sizing.demand(ranks)
+        pages = room_for_pages(config, demand, free) // demand.layout.page_bytes
+        return pages * demand.layout.block_tokens >= demand.max_len
+
+    valid = [n for n in ranks_of(sizing.found) if can_share(sizing.found.config.layers, config.block_size, n)]
+    chosen = least_ranks(valid, gpus, fits)
+    return (
+        chosen,
+        f"the least of 1, 2, 4, 8 whose plan holds a request of {sizing.demand(chosen).max_len:,} tokens, of {gpus} GPUs",
+    )
+
+
+def _build(
+    sizing: Sizing,
+    source: Source,
+    ops: Ops,
+    free: Free,
+    progress: Progress | None,
+    eos_ids: frozenset[int],
+    group: Group | None,
+    why: str,
+) -> BuiltEngine:
+    config, found, dtype, packed = sizing.config, sizing.found, sizing.dtype, sizing.packed
+    model_config, ranks = found.config, config.tensor_parallel_size or 1
+    layout = sizing.layout(ranks)
+    record = None if config.record_steps is None else StepRecord(config.record_steps)
+    if group is not None:
+        settle_rank(config, 0, ranks)
+        group.greet(config)
+        others = group.free() if config.device == "cuda" else free.bytes
+        free = dataclasses.replace(free, bytes=min(free.bytes, others))
+        free = free if config.device == "cuda" else of_rank(free, ranks)
+    demand = sizing.demand(ranks)
     check_fits(config, demand, free)
     pages, max_len = size_pool(
         layout,
@@ -179,15 +297,33 @@ def build_engine(
     told = KvEventsConfig.of(config.kv_events_config)
     core = _core(config, layout, pages, max_len, changes=told is not None)
     events = None if told is None else KvEvents(told, core, layout.block_tokens)
+    schema, steps = core.plan_schema(), 2 if config.async_scheduling else 1
+    warm_up = min(config.max_num_batched_tokens or 1, max_len - 1) if config.device == "cuda" else 0
+    local: LocalDevice
     with allocating("lower --kv-cache-memory (or --num-pages), --max-num-seqs or --max-num-batched-tokens"):
-        weights = load_weights(
-            source.path, model_config, dtype, progress, packed=packed, device=device, found=found
-        )
-        local, eager = _local_device(config, layout, model_config, weights, ops, pages, max_len)
-        schema, steps = core.plan_schema(), 2 if config.async_scheduling else 1
-        plans = tuple(StepPlan(schema, pinned=device == "cuda") for _ in range(steps))
-        if device == "cuda":
-            local.warm_up(min(config.max_num_batched_tokens, max_len - 1), config.capture_context, progress)
+        if group is None:
+            weights = _weights(config, found, dtype, progress, packed, source)
+            local, eager = _local_device(config, layout, model_config, weights, ops, pages, max_len)
+        else:
+            group.load(packed=packed)
+            weights = _weights(
+                config,
+                found,
+                dtype,
+                group.told(progress),
+                packed,
+                source,
+                Share(0, ranks, whole_attention=True),
+            )
+            rank = group.form(pages, max_len, schema, warm_up)
+            model, cache = model_of(config, layout, model_config, weights, ops, pages, rank)
+            local = LeadingDevice(group, model, cache, **limits_of(config, layout, max_len))
+            eager = f"there are {ranks} ranks"
+        plans = tuple(StepPlan(schema, pinned=config.device == "cuda") for _ in range(steps))
+        if warm_up:
+            local.warm_up(warm_up, config.capture_context, progress)
+        if group is not None:
+            group.await_all()
     loop = EngineLoop(
         core,
         local,
@@ -202,6 +338,7 @@ def build_engine(
             model_config.vocab_size,
             eos_ids,
         ),
+        group=group,
     )
     memory = MemoryPlan(
         weights=local.model.weight_bytes,
@@ -214,7 +351,7 @@ def build_engine(
         max_model_len=max_len,
     )
     taken = None
-    if device == "cuda":
+    if config.device == "cuda":
         planned = dataclasses.replace(demand, pages=pages)
         tensors = {"weights": memory.weights, "pool": memory.pool, "slabs": memory.slabs}
         taken = Taken.of(planned, Card.now(), **tensors)
@@ -230,8 +367,66 @@ def build_engine(
         dtype,
         source,
         eager,
+        why,
         taken,
     )
+
+
+def _weights(
+    config: EngineConfig,
+    found: Survey,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    packed: bool,
+    source: Source,
+    share: Share = ALL,
+) -> dict[str, Weight]:
+    return load_weights(
+        source.path,
+        found.config,
+        dtype,
+        progress,
+        packed=packed,
+        device=config.device,
+        found=found,
+        share=share,
+    )
+
+
+def settle_rank(config: EngineConfig, rank: int, ranks: int) -> None:
+    """What a process has to be before it is one of several ranks. On the CPU all have as many threads, so that what all compute has
+    the same bits on all."""
+    if config.device == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(threads_of(ranks, len(os.sched_getaffinity(0))))
+
+
+def follower_weights(
+    config: EngineConfig, rank: int, ranks: int, *, packed: bool
+) -> tuple[ModelConfig, dict[str, Weight]]:
+    """What a rank that is not rank 0 loads, by settings that are resolved. Raises ConfigError and CheckpointError."""
+    source, found = check(config)
+    share = Share(rank, ranks, whole_attention=True)
+    dtype = _dtype(config.dtype, config.device)
+    return found.config, _weights(config, found, dtype, None, packed, source, share)
+
+
+def following_device(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    weights: dict[str, Weight],
+    pages: int,
+    max_len: int,
+    rank: Rank,
+) -> FollowingDevice:
+    """The device of that rank, which consumes the weights."""
+    layout = model_config.layout(
+        config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size, ranks=rank.ranks
+    )
+    ops = choose(config.backend, config.device)
+    model, cache = model_of(config, layout, model_config, weights, ops, pages, rank)
+    return FollowingDevice(rank, model, cache, **limits_of(config, layout, max_len))
 
 
 def _local_device(
@@ -296,7 +491,6 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
     return dataclasses.replace(
         config,
         device=device,
-        block_size=block_size(model.layers, config.block_size),
         async_scheduling=device == "cuda" if config.async_scheduling is None else config.async_scheduling,
         max_num_batched_tokens=config.max_num_batched_tokens
         or default_step_tokens(device, config.max_num_seqs),

@@ -8,8 +8,10 @@ from dsv4._core import Core
 from dsv4.config import EngineConfig, core_options
 from dsv4.engine.costs import parse_costs
 from dsv4.engine.kv_events import KvEventsConfig
+from dsv4.engine.rank_count import check_ranks
 from dsv4.engine.routing import Tenants
 from dsv4.model.config import ModelConfig
+from dsv4.model.layout import block_size
 from dsv4.model.source import Source, find_source
 from dsv4.model.survey import Survey, survey, without_files
 
@@ -25,11 +27,13 @@ def check(config: EngineConfig) -> tuple[Source, Survey]:
     source = find_source(config.model, config.revision, weights=not dummy)
     model = ModelConfig.from_dir(source.path).first(config.num_layers)
     found = without_files(model, config.seed) if dummy else survey(source.path, model)
+    check_ranks(config, found)
     # What `auto` means depends on the device; what is wrong with a block size or a policy does not.
     rows, index = (
         "bfloat16" if name == "auto" else name for name in (config.kv_cache_dtype, config.index_cache_dtype)
     )
-    layout = found.config.layout(rows, index, block_tokens=config.block_size)
+    block = block_size(found.config.layers, config.block_size, config.tensor_parallel_size or 1)
+    layout = found.config.layout(rows, index, block_tokens=block)
     limits = {
         "pages": 1 + layout.snapshot_pages,
         "slabs": 1,

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 from dsv4.engine.link import Link
@@ -116,6 +117,15 @@ def _paths() -> dict[str, str]:
     known = [*site.getsitepackages(), site.getusersitepackages(), *before.split(os.pathsep)]
     paths = before if here in known else os.pathsep.join(filter(None, (here, before)))
     return {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+
+
+def stacks() -> str:
+    """What the threads of this process do."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"{names.get(number, number)}:\n" + "".join(traceback.format_stack(frame)).rstrip()
+        for number, frame in sys._current_frames().items()
+    )
 
 
 def adopt(arguments: list[str]) -> Link:

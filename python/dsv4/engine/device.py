@@ -233,14 +233,7 @@ class LocalDevice:
         """Starts a step. `held`: all but its draw, which the caller launches before the next step. Raises what launching raises; the
         caller rolls the step back then."""
         watch = _Watch(self.device)
-        self._change_pages(plan)
-        if plan.copies:
-            for source, slab, _, pages in _copies(plan, FORK):
-                self.cache.fork(source, slab, *pages[:2])
-            self.cache.restore_all([(slab, at, *pages) for _, slab, at, pages in _copies(plan, RESTORE)])
-        hidden, last, captured = self._forward(plan)
-        if plan.copies:
-            self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
+        hidden, last, captured = self._computed(plan)
         prompts = list(self._judged_prompts(plan, requests, hidden, last))
         rows = np.flatnonzero(plan.row_samples)
         draw = None
@@ -252,6 +245,18 @@ class LocalDevice:
         if not held:
             pending.draw()
         return pending
+
+    def _computed(self, plan: StepPlan) -> tuple[Tensor, np.ndarray, bool]:
+        """What a plan does before its draw; returns what `_forward` does."""
+        self._change_pages(plan)
+        if plan.copies:
+            for source, slab, _, pages in _copies(plan, FORK):
+                self.cache.fork(source, slab, *pages[:2])
+            self.cache.restore_all([(slab, at, *pages) for _, slab, at, pages in _copies(plan, RESTORE)])
+        found = self._forward(plan)
+        if plan.copies:
+            self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
+        return found
 
     def _change_pages(self, plan: StepPlan) -> None:
         if not plan.deltas:
@@ -346,11 +351,15 @@ class LocalDevice:
         if picked is None and self.graphs is not None:
             self.graphs.mark(positions, slabs)
             return Drawn(self.graphs.draw(len(slabs), self.sampler.kind(slabs)))
-        if picked is not None and not np.array_equal(picked, np.arange(len(hidden))):
-            hidden = hidden[to_device(torch.from_numpy(picked), self.device)]
-        drawn = self.sampler.draw(self.model.logits(hidden), slabs, positions)
+        drawn = self.sampler.draw(self._logits(hidden, picked), slabs, positions)
         self._newest[: len(slabs)] = drawn.tokens.clamp(min=0)
         return drawn
+
+    def _logits(self, hidden: Tensor, picked: np.ndarray | None) -> Tensor:
+        """Of the streams at `picked`, or of all."""
+        if picked is not None and not np.array_equal(picked, np.arange(len(hidden))):
+            hidden = hidden[to_device(torch.from_numpy(picked), self.device)]
+        return self.model.logits(hidden)
 
     def _begin(self, slab: int, request: EngineRequest, end: int) -> None:
         self.sampler.begin(
@@ -365,22 +374,34 @@ class LocalDevice:
     def _judged_prompts(
         self, plan: StepPlan, requests: Mapping[int, EngineRequest], hidden: Tensor, last: np.ndarray
     ) -> Iterator[_PromptPart]:
-        """Logits at prompt position j judge prompt token j + 1; LOGIT_ROWS of them are made at a time."""
-        for r in np.flatnonzero(plan.row_flags & ALL_LOGITS):
-            start, length, request = (
-                int(plan.row_start[r]),
-                int(plan.row_len[r]),
-                requests[int(plan.row_req[r])],
-            )
-            first, targets = int(last[r]) - length + 1, request.prompt[start + 1 : start + length + 1]
-            if start + len(targets) < request.judged:
-                continue  # all are known: the prompt is computed again after a preemption
-            top = request.params.prompt_logprobs or 0
-            for at in range(0, len(targets), LOGIT_ROWS):
-                some = targets[at : at + LOGIT_ROWS]
-                logits = self.model.logits(hidden[first + at : first + at + len(some)])
+        """Logits at prompt position j judge prompt token j + 1."""
+        for r, request, targets in judged_rows(plan, requests):
+            start, top = int(plan.row_start[r]), request.params.prompt_logprobs or 0
+            for at, logits in self._prompt_logits(plan, r, len(targets), hidden, last):
+                some = targets[at : at + len(logits)]
                 judged = judge(logits, to_device(torch.as_tensor(some, dtype=torch.int64), self.device), top)
                 yield _PromptPart(request.key, start + 1 + at, some.tolist(), top, judged)
+
+    def _prompt_logits(
+        self, plan: StepPlan, row: int, count: int, hidden: Tensor, last: np.ndarray
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Logits of the first `count` tokens of a row, each with where they begin; LOGIT_ROWS of them are made at a time."""
+        first = int(last[row]) - int(plan.row_len[row]) + 1
+        for at in range(0, count, LOGIT_ROWS):
+            yield at, self.model.logits(hidden[first + at : first + min(at + LOGIT_ROWS, count)])
+
+
+def judged_rows(
+    plan: StepPlan, requests: Mapping[int, EngineRequest]
+) -> Iterator[tuple[int, EngineRequest, np.ndarray]]:
+    """(row, its request, prompt tokens int32 [n] that its first n tokens judge), where any is to be judged."""
+    for r in np.flatnonzero(plan.row_flags & ALL_LOGITS).tolist():
+        start, request = int(plan.row_start[r]), requests[int(plan.row_req[r])]
+        targets = request.prompt[start + 1 : start + int(plan.row_len[r]) + 1]
+        if (
+            start + len(targets) >= request.judged
+        ):  # else all are known: it is computed again after a preemption
+            yield r, request, targets
 
 
 def _copies(plan: StepPlan, kind: int) -> Iterator[tuple[int, int, int, list[int]]]:

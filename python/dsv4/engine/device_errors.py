@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 import sys
 
+from dsv4.errors import RankLost
+
 _STICKY = re.compile(
     r"illegal memory access|illegaladdress|illegal_address|device-side assert|cudaerrorassert|cuda_error_assert"
     r"|launch failure|launchfailure|launch_failed|launch timed out|launchtimeout|launch_timeout"
@@ -30,6 +32,8 @@ def lost(error: BaseException, device: str) -> str | None:
 
     On a GPU the device is asked unless the error says it; the question waits for what the GPU is doing.
     """
+    if isinstance(error, RankLost):
+        return str(error)
     named = _named(error)
     if named is None and device == "cuda" and (answer := _probe()) is not None:
         named = answer

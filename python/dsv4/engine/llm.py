@@ -1,9 +1,11 @@
-"""Blocking use from Python: `LLM().generate(...)`. No thread, no event loop, no other process: the caller's thread drives the engine."""
+"""Blocking use from Python: `LLM().generate(...)`. No event loop and no process of its own: the caller's thread drives the engine. With
+several ranks the others are processes, which end with the `LLM`."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +101,7 @@ class LLM:
         self._keys = itertools.count(1)
         self._answers, self._told = Answers(), deque[News]()
         self._loop.tell = self._told.append
+        self._close = weakref.finalize(self, self._loop.close)
         self._waiting: dict[int, tuple[Answer, Callable[[RequestOutput], None]]] = {}
         """By key, who waits for what becomes of a request."""
 
@@ -206,6 +209,10 @@ class LLM:
         """Ends a request at any time; one that has ended, or never was, is ignored."""
         self._loop.abort(key)
         self._deliver()
+
+    def close(self) -> None:
+        """Ends the processes of other ranks at once; without them, or when nothing holds the `LLM` any more, there is no need to."""
+        self._close()
 
     def abort_all(self) -> None:
         """Ends every request."""

@@ -30,6 +30,7 @@ from dsv4.sampling import SamplingParams
 if TYPE_CHECKING:
     from dsv4.engine.device import LocalDevice, Pending, StepResult
     from dsv4.engine.grammars import Grammars
+    from dsv4.engine.group import Group
     from dsv4.engine.kv_events import KvEvents
     from dsv4.engine.masks import Constraint
 
@@ -88,9 +89,11 @@ class EngineLoop:
         record: StepRecord | None = None,
         grammars: Grammars | None = None,
         events: KvEvents | None = None,
+        group: Group | None = None,
     ) -> None:
-        """`plans`: a buffer for each step that may be in flight. `grammars`: without them requests with a grammar are refused."""
-        self.grammars = grammars
+        """`plans`: a buffer for each step that may be in flight. `grammars`: without them requests with a grammar are refused. `group`:
+        the ranks of `device`, if there are several."""
+        self.grammars, self.group = grammars, group
         self.events = events
         """Told of each step, where others mirror the cache."""
         self.core, self.device, self.plans = core, device, plans
@@ -173,6 +176,11 @@ class EngineLoop:
         if key in self.requests:
             self.core.stop(key)
             self._tell_events(None)
+
+    def close(self) -> None:
+        """Ends the other ranks, if there are any."""
+        if self.group is not None:
+            self.group.close()
 
     def has_work(self) -> bool:
         return bool(self._flights) or self.core.has_work()
@@ -257,11 +265,14 @@ class EngineLoop:
             self.dead = EngineDead(gone)
             raise self.dead from error
         self._count_failure(f"{type(error).__name__}: {device_errors.first_line(error)}")
-        while before:
-            self._tell_events(self._land())
+        failed_before = False
+        while before is not None and self._flights:
+            result = self._land()
+            failed_before = failed_before or result is None
+            self._tell_events(result)
         keys = {key for plan in plans for key in plan.row_req.tolist()}
-        for plan in reversed(plans):
-            self.core.rollback(plan.step)
+        if not failed_before:  # else they were rolled back with that step
+            self.core.rollback(plans[0].step)
         for key in keys & self.requests.keys():
             self._fail(key, f"the step failed: {type(error).__name__}: {error}")
 

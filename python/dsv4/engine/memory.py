@@ -51,9 +51,14 @@ def usable_memory(config: EngineConfig) -> Free:
     return Free(free, "the GPU's memory")
 
 
+def of_rank(free: Free, ranks: int) -> Free:
+    """What one of several ranks on the same host may use."""
+    return free if ranks == 1 else Free(free.bytes // ranks, f"{free.rule}, shared by {ranks} ranks")
+
+
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What an engine takes, in the counts that settings give."""
+    """What an engine takes, or one rank of it, in the counts that settings give."""
 
     config: ModelConfig
     tensors: Weights
@@ -75,7 +80,7 @@ class Demand:
 
     @property
     def weights(self) -> int:
-        rows = weight_rows(self.tensors, Parallel(), held=self.held, plain=self.plain)
+        rows = weight_rows(self.tensors, Parallel(self.layout.ranks), held=self.held, plain=self.plain)
         return sum(row.rank for row in rows)
 
     @property
@@ -88,7 +93,9 @@ class Demand:
         """An upper bound: a step is never larger than all that can run at once."""
         tokens = min(self.step_tokens, self.running * self.max_len)
         limits = Limits(max(tokens, self.running), self.running, self.max_len, self.graphs)
-        work = bound(workspace(self.config, self.layout, Parallel(), limits)) * self.width // 2
+        work = (
+            bound(workspace(self.config, self.layout, Parallel(self.layout.ranks), limits)) * self.width // 2
+        )
         arrays = 16 * (self.step_tokens - tokens)  # a plan's arrays have all the room that was asked for
         return work + max(arrays, 0)
 
@@ -100,19 +107,26 @@ class Demand:
 
 
 def demand_of(
-    config: EngineConfig, model: ModelConfig, tensors: Weights, layout: LayoutSpec, *, held: str, width: int
+    config: EngineConfig,
+    model: ModelConfig,
+    tensors: Weights,
+    layout: LayoutSpec,
+    *,
+    held: str,
+    width: int,
 ) -> Demand:
-    """Of settings whose `auto`s are resolved. A pool whose size is not given counts as one page."""
+    """Of one rank, for settings whose `auto`s are resolved. A pool whose size is not given counts as one page."""
     pages = 1
     if config.num_pages is not None:
         pages = config.num_pages
     elif config.kv_cache_memory is not None:
         pages = config.kv_cache_memory // layout.page_bytes
     max_len = min(config.max_model_len or model.max_position, model.max_position)
-    graphed = config.device == "cuda" and not config.enforce_eager
+    graphed = config.device == "cuda" and not config.enforce_eager and layout.ranks == 1
     tokens = config.max_num_batched_tokens or config.max_num_seqs
     graphs = steps_of(config.max_num_seqs, max_len, tokens, config.cudagraph_capture_sizes) if graphed else 0
-    return Demand(model, tensors, layout, held, width, pages, config.max_num_seqs, tokens, max_len, graphs)
+    running = config.max_num_seqs
+    return Demand(model, tensors, layout, held, width, pages, running, tokens, max_len, graphs)
 
 
 def room_for_pages(config: EngineConfig, demand: Demand, free: Free) -> int:
@@ -123,7 +137,14 @@ def room_for_pages(config: EngineConfig, demand: Demand, free: Free) -> int:
     limits = Limits(demand.step_tokens, demand.running, demand.max_len, demand.graphs)
     d = demand
     return divide(
-        d.config, d.tensors, d.layout, Parallel(), limits, free.bytes, held=d.held, plain=d.plain
+        d.config,
+        d.tensors,
+        d.layout,
+        Parallel(d.layout.ranks),
+        limits,
+        free.bytes,
+        held=d.held,
+        plain=d.plain,
     ).pool
 
 

@@ -45,7 +45,7 @@ from dsv4.engine.messages import (
 from dsv4.engine.profile import Profiling
 from dsv4.engine.progress import Progress
 from dsv4.engine.warmup import late_captures, late_compiles
-from dsv4.errors import Dsv4Error, EngineDead, RequestError
+from dsv4.errors import Dsv4Error, EngineDead, RankLost, RequestError
 
 log = logging.getLogger("dsv4.engine")
 
@@ -98,6 +98,8 @@ class Host:
         """What was last told: messages taken, where nothing was left to do."""
         self._last = self._counted = 0.0
         self.loop.tell = self._tell
+        if self.loop.group is not None:
+            self.loop.group.on_lost = self._lost
 
     def run(self) -> None:
         """Until it is told to end, or the other side is gone. Raises EngineDead."""
@@ -134,9 +136,19 @@ class Host:
                 return False
             if isinstance(received, Compiled):
                 self._compiled(received)
+            elif isinstance(received, RankLost):
+                raise received
             else:
                 self._taken += 1
                 self._do(*received)
+
+    def _lost(self, why: str) -> None:
+        """A rank is lost, whatever this one does: where a collective does not end, the process does."""
+        self._inbox.put(RankLost(why))
+        time.sleep(LAST_WORDS)
+        self.link.send(encode(Failed("EngineDead", why)))
+        self.link.flush(LAST_WORDS)
+        os._exit(1)
 
     def _do(self, message: ToEngine, payload: np.ndarray) -> None:
         if isinstance(message, Submit):
@@ -211,11 +223,13 @@ class Host:
             "page_bytes": layout.page_bytes,
             "slab_bytes": layout.slab_bytes,
         }
+        if self.loop.group is not None:
+            stats |= self.loop.group.counts()
         return Counts(stats, core.tenants() if tenants else None)
 
 
-Inbox = queue.SimpleQueue[tuple[ToEngine, np.ndarray] | Compiled | None]
-"""Messages with their payloads, and grammars that have been compiled; None at the end."""
+Inbox = queue.SimpleQueue[tuple[ToEngine, np.ndarray] | Compiled | RankLost | None]
+"""Messages with their payloads, grammars that have been compiled, and the end of a rank; None at the end."""
 
 
 def receive_all(link: Link, inbox: Inbox, gone: Callable[[], None]) -> None:
@@ -285,7 +299,10 @@ def serve(link: Link, begin: Begin, build: Build, gone: Callable[[], None]) -> i
         host = Host(built, link, inbox)
         garbage.settle()
         link.send(encode(host.ready()))
-        host.run()
+        try:
+            host.run()
+        finally:
+            built.loop.close()
         return 0
     except Dsv4Error as e:
         failed = Failed(type(e).__name__, str(e))

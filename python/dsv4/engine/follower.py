@@ -1,0 +1,181 @@
+"""The process of a rank that is not rank 0: `python -m dsv4.engine.follower`. It has its part of the model and of the cache, carries out
+the plans that rank 0 gives it, and decides nothing.
+
+A thread takes messages from the socket and answers at once what may not wait for a step. The process ends when it is told to, and
+when rank 0's is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsv4.engine.child import adopt, stacks
+from dsv4.engine.link import Link
+from dsv4.engine.messages import Failed
+from dsv4.engine.process import LAST_WORDS, Relay
+from dsv4.engine.rank_messages import (
+    Done,
+    Hello,
+    Here,
+    Load,
+    Loaded,
+    Meet,
+    Met,
+    Ping,
+    Pong,
+    Quit,
+    Serve,
+    Serves,
+    ShowStacks,
+    Stacks,
+    Step,
+    ToRank,
+    encode,
+    to_rank,
+)
+from dsv4.errors import Dsv4Error
+
+if TYPE_CHECKING:
+    from dsv4.engine.buffers import StepPlan
+    from dsv4.engine.ranked import FollowingDevice
+    from dsv4.model.rank import Rank
+
+log = logging.getLogger("dsv4.engine")
+
+
+class Follower:
+    """A rank, from its settings to its end. Its thread calls `run`."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.rank: Rank | None = None
+        self._inbox: queue.SimpleQueue[tuple[ToRank, np.ndarray]] = queue.SimpleQueue()
+
+    def receive_all(self) -> None:
+        """The thread that takes messages, until the other side is gone, which ends the process."""
+        while (received := self.link.receive()) is not None:
+            message = to_rank(received[0])
+            if isinstance(message, Ping):
+                said = 0 if self.rank is None else self.rank.said
+                self.link.send(encode(Pong(said, held_bytes())))
+            elif isinstance(message, ShowStacks):
+                self.link.send(encode(Stacks(stacks())))
+            else:
+                self._inbox.put((message, received[1]))
+        os._exit(1)
+
+    def run(self) -> None:
+        """Until it is told to end. Raises what it cannot go on for."""
+        message, _ = self._inbox.get()
+        assert isinstance(message, Hello), message
+        logging.getLogger().setLevel(message.log_level)
+        device, plan, meeting = self._build(message)
+        while True:
+            received, payload = self._inbox.get()
+            if isinstance(received, Step):
+                plan.unpack(payload)
+                self.link.send(encode(self._step(device, plan, received)))
+            elif isinstance(received, Meet):
+                self._meet(message, meeting, received.time)
+                self.link.send(encode(Met()))
+            elif isinstance(received, Quit):
+                return
+
+    def _build(self, hello: Hello) -> tuple[FollowingDevice, StepPlan, str]:
+        """Loads and meets the others, as it is told."""
+        from dsv4.engine.buffers import StepPlan
+        from dsv4.engine.build import follower_weights, following_device, settle_rank
+        from dsv4.engine.memory import usable_memory
+
+        settle_rank(hello.config, hello.rank, hello.ranks)
+        self.link.send(encode(Here(usable_memory(hello.config).bytes)))
+        load, _ = self._next(Load)
+        model_config, weights = follower_weights(hello.config, hello.rank, hello.ranks, packed=load.packed)
+        self.link.send(encode(Loaded()))
+        serve, _ = self._next(Serve)
+        self._meet(hello, serve.meeting, 0)
+        assert self.rank is not None
+        device = following_device(hello.config, model_config, weights, serve.pages, serve.max_len, self.rank)
+        if serve.warm_up:
+            device.warm_up(serve.warm_up)
+        self.link.send(encode(Serves()))
+        plan = StepPlan(serve.schema, pinned=hello.config.device == "cuda")  # type: ignore[arg-type]
+        return device, plan, serve.meeting
+
+    def _next(self, kind: type) -> tuple[ToRank, np.ndarray]:
+        received, payload = self._inbox.get()
+        if isinstance(received, Quit):
+            sys.exit(0)
+        assert isinstance(received, kind), received
+        return received, payload
+
+    def _meet(self, hello: Hello, meeting: str, times: int) -> None:
+        from dsv4.engine.meeting import meet
+        from dsv4.model.rank import Rank
+
+        if self.rank is not None:
+            self.rank.leave()
+        group = meet(meeting, hello.rank, hello.ranks, hello.config.device, times, hello.config.rank_timeout)
+        if self.rank is None:
+            self.rank = Rank(group)
+        else:
+            self.rank.join(group)
+
+    def _step(self, device: FollowingDevice, plan: StepPlan, step: Step) -> Done:
+        """Takes part in a step. One that fails here fails on all ranks: this one leaves the group."""
+        from dsv4.model.rank import PeerLost
+
+        assert self.rank is not None
+        begun, error = time.perf_counter(), None
+        try:
+            device.follow(plan, step.judged)
+        except PeerLost:
+            error = ""
+        except Exception as e:
+            log.error("step %d failed", plan.step, exc_info=e)
+            error = f"{type(e).__name__}: {e}"
+        if error is not None:
+            self.rank.leave()
+        return Done(1e6 * (time.perf_counter() - begun), error)
+
+
+def held_bytes() -> int:
+    """Memory that this process holds: of its GPU where it uses one, else of the host."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.memory_reserved())
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """The process."""
+    link = adopt(sys.argv[1:])
+    logging.basicConfig(level=logging.INFO, handlers=[Relay(link)])
+    follower = Follower(link)
+    threading.Thread(target=follower.receive_all, name="dsv4-inbox", daemon=True).start()
+    code = 0
+    try:
+        follower.run()
+    except Dsv4Error as e:
+        link.send(encode(Failed(type(e).__name__, str(e))))
+        code = 1
+    except Exception as e:
+        log.critical("the process of a rank failed", exc_info=True)
+        link.send(encode(Failed(type(e).__name__, f"{type(e).__name__}: {e}")))
+        code = 1
+    link.flush(LAST_WORDS)
+    sys.stderr.flush()
+    os._exit(code)  # as in `process.py`
+
+
+if __name__ == "__main__":
+    main()

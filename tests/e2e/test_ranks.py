@@ -1,0 +1,246 @@
+"""An engine of two ranks in processes of their own, over gloo: whatever a request goes through, its tokens and log-probabilities are
+those of the cold run, to the bit. One rank gives the same tokens, and log-probabilities within a tolerance."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dsv4 import LLM, SamplingParams
+from dsv4.engine import group
+from dsv4.engine.llm import Completion
+from dsv4.engine.routing import Routing
+from dsv4.errors import ConfigError, EngineDead, RequestError
+
+from tests.engine.test_process import nothing_stays
+from tests.support.checkpoints import write_random
+from tests.support.scripted import children, environment
+
+NEAR = 1e-4
+"""How far log-probabilities of one rank and of two may lie apart."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random(tmp_path_factory.mktemp("model"), "flash", compress_ratios=[0, 4, 128], index_topk=24)
+
+
+@contextlib.contextmanager
+def engine(model: Path, **settings: Any) -> Iterator[LLM]:
+    defaults: dict[str, Any] = dict(
+        tensor_parallel_size=2,
+        device="cpu",
+        max_model_len=2048,
+        max_num_batched_tokens=300,
+        max_num_seqs=4,
+        num_pages=64,
+        rank_timeout=120,
+    )
+    llm = LLM(str(model), **defaults | settings)
+    try:
+        yield llm
+    finally:
+        llm.close()
+
+
+@pytest.fixture(scope="module")
+def warm(model: Path) -> Iterator[LLM]:
+    """Two steps in flight, and little room: 10 pages of 256 tokens."""
+    with engine(
+        model, async_scheduling=True, num_pages=10, max_model_len=1100, snapshot_policy="every:256"
+    ) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def cold(model: Path) -> Iterator[LLM]:
+    with engine(model, enable_prefix_caching=False, max_num_seqs=1) as llm:
+        yield llm
+
+
+def tokens(seed: int, n: int) -> list[int]:
+    r = random.Random(seed)
+    return [r.randrange(3, 256) for _ in range(n)]
+
+
+def sampled(n: int, seed: int = 0, temperature: float = 1.0, **options: Any) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=n, temperature=temperature, seed=seed, ignore_eos=True, logprobs=5, **options
+    )
+
+
+def same(a: Completion, b: Completion) -> bool:
+    return (a.token_ids, a.logprobs, a.prompt_logprobs) == (b.token_ids, b.logprobs, b.prompt_logprobs)
+
+
+def test_a_prefix_is_reused_to_the_bit(warm: LLM, cold: LLM) -> None:
+    prefix = tokens(1, 700)
+    warm.generate([prefix], sampled(1))
+    for k, n in enumerate((513, 650, 700)):
+        ids = prefix[:n] + tokens(2 + k, 20)
+        again = warm.generate([ids], sampled(4))[0]
+        assert again.usage is not None and again.usage.explanation["history_matched"] == 512
+        assert same(again, cold.generate([ids], sampled(4))[0])
+    warm.core.check()
+    assert warm.core.stats()["snapshots_used"] > 0
+
+
+def test_a_replay_is_exact(model: Path, cold: LLM) -> None:
+    costs = "token_us=1,replay_factor=0,restore_us=1e9"
+    with engine(model, snapshot_policy="none", cost_model=costs) as llm:
+        prefix = tokens(10, 800)
+        llm.generate([prefix], sampled(1))
+        again = llm.generate([prefix + tokens(11, 30)], sampled(4))[0]
+        assert again.usage is not None and again.usage.explanation["replayed"] > 300
+        assert same(again, cold.generate([prefix + tokens(11, 30)], sampled(4))[0])
+
+
+def test_choices_fork(warm: LLM, cold: LLM) -> None:
+    before, ids = warm.core.stats()["forks"], tokens(27, 257)
+    done = [Completion() for _ in range(4)]
+    parent = warm.submit(ids, sampled(6, temperature=0), done[0].add)
+    for k in range(1, 4):
+        warm.submit(ids, sampled(6, seed=k), done[k].add, parent=parent)
+    while warm.has_work():
+        warm.step()
+    assert warm.core.stats()["forks"] == before + 3
+    for k, choice in enumerate(done):
+        assert same(choice, cold.generate([ids], sampled(6, seed=k, temperature=k and 1.0))[0])
+
+
+def test_a_request_that_gives_way_goes_on_where_it_was(model: Path, cold: LLM) -> None:
+    with engine(model, max_num_seqs=1, async_scheduling=True, snapshot_policy="none") as llm:
+        first, second, low, high = Completion(), Completion(), tokens(30, 200), tokens(31, 60)
+        llm.submit(low, sampled(20, 1), first.add)
+        while len(first.token_ids) < 9:
+            llm.step()
+        llm.submit(high, sampled(5, 2), second.add, routing=Routing(priority=1))
+        while llm.has_work():
+            llm.step()
+        llm.core.check()
+        stats = llm.core.stats()
+        assert (stats["unparked"], stats["recomputed_tokens"], stats["replayed_tokens"]) == (1, 0, 0)
+    assert same(first, cold.generate([low], sampled(20, 1))[0])
+    assert same(second, cold.generate([high], sampled(5, 2))[0])
+
+
+def test_one_rank_gives_the_same(model: Path, cold: LLM) -> None:
+    """Log-probabilities of prompts too, penalties, a biased token and a prompt that is aborted between."""
+    alone = LLM(str(model), device="cpu", num_pages=64, max_model_len=2048, max_num_seqs=1)
+    for k, n in enumerate((3, 700)):
+        params = sampled(6, temperature=0, prompt_logprobs=2, presence_penalty=1.0, logit_bias={7: 2.0})
+        one, two = (llm.generate([tokens(40 + k, n)], params)[0] for llm in (alone, cold))
+        assert one.token_ids == two.token_ids and one.prompt_logprobs and two.prompt_logprobs
+        pairs = list(
+            zip(one.logprobs + one.prompt_logprobs[1:], two.logprobs + two.prompt_logprobs[1:], strict=True)
+        )  # type: ignore[operator]
+        assert max(abs(a.logprob - b.logprob) for a, b in pairs) < NEAR
+        cold.submit(tokens(50, 900), sampled(50), lambda output: None)
+        cold.step()
+        cold.abort_all()
+    cold.core.check()
+
+
+def test_a_prompt_that_ranks_cut_keeps_its_log_probabilities(warm: LLM, cold: LLM) -> None:
+    params = sampled(2, temperature=0, prompt_logprobs=1)
+    assert same(warm.generate([tokens(60, 640)], params)[0], cold.generate([tokens(60, 640)], params)[0])
+
+
+@contextlib.contextmanager
+def breaking(monkeypatch: pytest.MonkeyPatch, how: str, at: int) -> Iterator[None]:
+    """Ranks that are started meanwhile do something wrong at a step."""
+    with monkeypatch.context() as patch:
+        patch.setattr(group, "PROCESS", "tests.support.breaking_rank")
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        patch.setenv("BREAKS_HOW", how)
+        patch.setenv("BREAKS_AT", str(at))
+        yield
+
+
+@pytest.mark.parametrize("how", ["raise", "raise after"])
+def test_a_step_that_fails_on_one_rank_costs_its_requests_alone(
+    model: Path, cold: LLM, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with breaking(monkeypatch, how, 4), engine(model, async_scheduling=True) as llm:
+        with pytest.raises(RequestError, match="rank 1: ValueError: a rank's own fault"):
+            llm.generate([tokens(80, 20)], sampled(20))
+        assert same(
+            llm.generate([tokens(81, 20)], sampled(4))[0], cold.generate([tokens(81, 20)], sampled(4))[0]
+        )
+        llm.core.check()
+
+
+def test_a_step_that_fails_on_rank_0_costs_its_requests_alone(
+    model: Path, cold: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the ranks wait in the midst of it: its draw fails."""
+    expected = cold.generate([tokens(81, 20)], sampled(4))[0]
+    for part in ("_computed", "_logits"):
+        with monkeypatch.context() as patch:
+
+            def fails(*arguments: Any) -> None:
+                raise ValueError("rank 0's own fault")
+
+            patch.setattr(cold._loop.device, part, fails)
+            with pytest.raises(RequestError, match="rank 0's own fault"):
+                cold.generate([tokens(80, 20)], sampled(2))
+        assert same(cold.generate([tokens(81, 20)], sampled(4))[0], expected)
+
+
+def test_a_rank_that_is_killed_ends_the_engine_by_name(model: Path) -> None:
+    with nothing_stays(), engine(model) as llm:
+        (pid,) = children(os.getpid())[-1:]
+        begun: list[Any] = []
+        llm.submit(tokens(90, 20), sampled(1000), begun.append)
+        while not begun:
+            llm.step()
+        os.kill(pid, 9)
+        with pytest.raises(EngineDead, match=r"rank 1 of 2 is gone, it was killed by SIGKILL"):
+            while llm.has_work():
+                llm.step()
+        with pytest.raises((EngineDead, RequestError), match="rank 1 of 2"):
+            llm.generate([tokens(91, 20)], sampled(1))
+
+
+def test_a_rank_that_hangs_is_named_with_the_stacks_of_all(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        breaking(monkeypatch, "hang", 3),
+        nothing_stays(),
+        engine(model, rank_timeout=4) as llm,
+        pytest.raises(EngineDead, match="rank 1 of 2 has not gone on for"),
+    ):
+        llm.generate([tokens(90, 20)], sampled(20))
+    told = caplog.text
+    assert "rank 0 is at" in told and "rank 1 is at" in told
+    assert (
+        "in launch" in told.partition("rank 1 is at")[0] and "in breaks" in told.partition("rank 1 is at")[2]
+    )
+
+
+def test_a_rank_that_is_stopped_is_named(model: Path) -> None:
+    with nothing_stays(), engine(model, rank_timeout=3) as llm:
+        os.kill(children(os.getpid())[-1], 19)
+        with pytest.raises(EngineDead, match=r"rank 1 of 2 has not .*; it is stopped \(SIGSTOP\)"):
+            llm.generate([tokens(90, 20)], sampled(2000))
+
+
+def test_a_rank_that_cannot_start_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "PROCESS", "this.is.no.module")
+    with nothing_stays(), pytest.raises(EngineDead, match="rank 1 of 2 is gone, it ended with exit code 1"):
+        LLM(str(model), device="cpu", num_pages=8, max_num_seqs=1, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize(("ranks", "nearest"), [(3, 2), (4, 2), (8, 2)])
+def test_a_model_that_ranks_do_not_divide_is_refused(model: Path, ranks: int, nearest: int) -> None:
+    with pytest.raises(ConfigError, match=f"tensor_parallel_size is {ranks}; .*the nearest is {nearest}"):
+        LLM(str(model), device="cpu", tensor_parallel_size=ranks)
+    with pytest.raises(ConfigError, match="block_size is 128; it must be a multiple of 256"):
+        LLM(str(model), device="cpu", tensor_parallel_size=2, block_size=128)
