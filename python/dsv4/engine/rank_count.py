@@ -68,7 +68,9 @@ def _cut_specs(found: Survey) -> Iterator[tuple[str, TensorSpec]]:
         axis = _OUTPUT.get(part, spec.axis) if is_attention(name) else spec.axis
         if axis is None or (is_attention(name) and part not in _OUTPUT):
             continue
-        stored = replace(spec, axis=axis, storage=QUANTISED.get(found.stored[name].dtype, spec.storage))
+        place = found.stored.get(name)  # None: weights are made up
+        storage = spec.storage if place is None else QUANTISED.get(place.dtype, spec.storage)
+        stored = replace(spec, axis=axis, storage=storage)
         if (key := (part, stored)) not in seen:
             seen.add(key)
             yield name, stored
