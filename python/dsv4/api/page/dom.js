@@ -36,6 +36,9 @@ export function bytes(n) {
   return `${unit ? figure(n) : count(n)} ${units[unit]}`;
 }
 
+/** 12.0 ms, 3.40 s */
+export const brief = (seconds) => (seconds < 1 ? `${figure(1000 * seconds)} ms` : `${figure(seconds)} s`);
+
 /** 2 h 5 min */
 export function span(seconds) {
   const s = Math.round(seconds);

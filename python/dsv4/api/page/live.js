@@ -1,7 +1,7 @@
 // The live view: what the engine does now, from GET /stats once a second while it is looked at.
 
 import { json } from "./api.js";
-import { $, bytes, count, figure, h, span, svg } from "./dom.js";
+import { $, brief, bytes, count, figure, h, span, svg } from "./dom.js";
 
 const EVERY = 1000;
 const KEPT = 120; // samples
@@ -15,7 +15,7 @@ const KINDS = [
 ];
 /** Why not more of a prompt was reused. */
 const REASONS = {
-  none: "all was reused",
+  none: "all that was known",
   never_stored: "seen for the first time",
   below_block: "the rest is less than a block",
   disabled: "reuse is off",
@@ -84,7 +84,7 @@ function draw() {
     card("Generated", figure(rate(generated, ten, newest)), `tokens/s · ${count(t.generated)} in all`, rates(generated)),
     card("Prompts", figure(rate(prompt, ten, newest)), `tokens/s · ${count(t.prompt)} in all`, rates(prompt)),
     card("Cache hits", hit(c.reused_tokens, c.looked_up_tokens), `of prompt tokens · last minute ${hit(reused, looked)}`, samples.map((x) => x.stats.cache.reused_tokens / (x.stats.cache.looked_up_tokens || 1)), 1),
-    card("Step", s.count ? `${figure(1000 * (mean(ten, newest) || s.last_s))} ms` : "–", s.count ? `predicted ${figure(1000 * s.predicted_s)} ms · ${count(s.count)} steps` : "no step yet", samples.slice(1).map((x, i) => mean(samples[i], x) || 0)),
+    card("Step", s.count ? brief(mean(ten, newest) || s.last_s) : "–", s.count ? `predicted ${brief(s.predicted_s)} · ${count(s.count)} steps` : "no step yet", samples.slice(1).map((x, i) => mean(samples[i], x) || 0)),
     card("Idle", idle === null ? "–" : `${Math.round(100 * idle)}%`, "of the device's last 10 s", rates((x) => x.steps.busy_s).map((busy) => Math.min(Math.max(1 - busy, 0), 1)), 1),
   );
   memory(c);
@@ -117,7 +117,7 @@ function memory(c) {
   $("memory").replaceChildren(...parts);
   $("legend").replaceChildren(
     ...present.map(([kind, name]) =>
-      h("li", {}, h("span", { class: `dot ${kind}` }), `${name} `, h("b", {}, bytes(c.bytes[kind])), h("span", { class: "note" }, ` ${figure((100 * c.bytes[kind]) / Math.max(all, 1))}%`)),
+      h("li", {}, h("span", { class: `dot ${kind}` }), `${name} `, h("b", {}, bytes(c.bytes[kind])), h("span", { class: "note" }, ` ${Math.round((100 * c.bytes[kind]) / Math.max(all, 1))}%`)),
     ),
   );
 }
@@ -138,7 +138,7 @@ function recent(hits) {
         h("td", {}, h("span", { class: "share", "aria-hidden": "true" }, bar), ` ${count(hit.cached_tokens)}${replayed}`),
         h("td", {}, hit.cached_tokens >= hit.prompt_tokens - 1 ? "–" : (REASONS[hit.reason] ?? hit.reason)),
         h("td", { class: "right" }, count(hit.output_tokens)),
-        h("td", { class: "right" }, hit.first_s === null ? "–" : `${figure(hit.first_s)} s`),
+        h("td", { class: "right" }, hit.first_s === null ? "–" : brief(hit.first_s)),
       );
     }),
   );
