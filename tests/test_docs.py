@@ -26,7 +26,18 @@ BASES = [
 ]
 """Where a path in a text may begin, beside the page's own folder."""
 
-COMMANDS = ("serve", "chat", "generate", "plan", "simulate", "trace", "key", "doctor")
+COMMANDS = (
+    "serve",
+    "chat",
+    "generate",
+    "connect",
+    "completion",
+    "plan",
+    "simulate",
+    "trace",
+    "key",
+    "doctor",
+)
 OTHERS_FLAGS = {
     "--restart",
     "--features",

@@ -70,7 +70,9 @@ def test_variables_find_their_series(series: dict[str, set[str]]) -> None:
 
 def test_panels_have_places_of_their_own() -> None:
     places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
-    taken = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
+    taken = [
+        (x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])
+    ]
     assert len(taken) == len(set(taken)) and max(x for x, _ in taken) < 24
     ids = [panel["id"] for panel in DASHBOARD["panels"]]
     assert len(ids) == len(set(ids))
@@ -78,5 +80,11 @@ def test_panels_have_places_of_their_own() -> None:
 
 def test_what_only_we_count_is_shown() -> None:
     text = json.dumps(DASHBOARD)
-    for name in ("dsv4_cache_bytes", "dsv4_step_seconds_total", "lost_history_evicted", "replayed_tokens", "snapshots_used"):
+    for name in (
+        "dsv4_cache_bytes",
+        "dsv4_step_seconds_total",
+        "lost_history_evicted",
+        "replayed_tokens",
+        "snapshots_used",
+    ):
         assert name in text

@@ -4,12 +4,14 @@ wait until then.
 dsv4 serve [MODEL]       the HTTP server; without MODEL the small model that ships
 dsv4 generate PROMPT     one answer on standard output
 dsv4 chat [MODEL]        talk in the terminal
+dsv4 connect CLIENT      how a coding agent uses a server
 dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 simulate TRACE      a request trace against the real core in virtual time
 dsv4 trace agents        makes a trace of agent sessions
 dsv4 key [TENANT]        a new API key and its hash, for --keys-file
 dsv4 warmup [MODEL]      compiles the kernels that a server needs, without serving
 dsv4 doctor              what this machine has, what will be used, what is missing
+dsv4 completion SHELL    a script with which a shell completes dsv4
 dsv4 version             the versions of package and core
 """
 
@@ -24,6 +26,8 @@ from typing import Any, NoReturn
 
 from dsv4.cli import (
     chat,
+    completion,
+    connect,
     doctor,
     generate,
     key,
@@ -78,7 +82,20 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", prog="dsv4", title="commands"
     )
-    for module in (serve, generate, chat, plan, simulate, trace, key, warmup, doctor, version):
+    for module in (
+        serve,
+        generate,
+        chat,
+        connect,
+        plan,
+        simulate,
+        trace,
+        key,
+        warmup,
+        doctor,
+        completion,
+        version,
+    ):
         module.add(commands)
     return parser
 

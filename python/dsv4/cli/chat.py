@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.common import add_settings, dim, note, read_settings
+from dsv4.cli.common import add_settings, dim, model_of, note, read_settings
 from dsv4.cli.generate import add_sampling, sampling_of
+from dsv4.cli.remote import Server, add_server, answerer
 from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError, RequestError, kind
 from dsv4.spelling import nearest
@@ -34,8 +37,10 @@ def add(commands: Any) -> None:
         "chat",
         help="talk in the terminal",
         usage="%(prog)s [MODEL] [flags]",
-        description=f"Talks to a model in the terminal, or line by line from a pipe.\n\n{HELP}",
+        description=f"Talks to a model in the terminal, or line by line from a pipe. With --url it is one of a running server,\n"
+        f"dsv4's or another of OpenAI's API, and MODEL its name there.\n\n{HELP}",
     )
+    add_server(parser, url=None)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--think", action="store_true", help="let the model think first")
     parser.add_argument(
@@ -48,6 +53,12 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Reads lines until /exit or the end of input."""
+    if arguments.url is not None:
+        return run_remote(arguments)
+    if arguments.key is not None:
+        raise ConfigError(
+            "key is for --url, the address of a server; without it the model runs in this process"
+        )
     (config,) = read_settings(arguments, EngineConfig)
     params = sampling_of(arguments, None)
     tools = read_tools(arguments.tools) if arguments.tools else []
@@ -58,16 +69,42 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError(
             "this model's directory has no tokenizer; chat needs one", "model", "no_tokenizer", 400
         )
-    session = Session(llm, params(llm), system=arguments.system, think=arguments.think, tools=tools)
+    title = f"{llm.model_config.name}, {llm.max_model_len:,} tokens of context"
+    talk(
+        Session(local(llm, params(llm)), arguments, tools), title, HELP if config.model else f"{TRY}\n{HELP}"
+    )
+    return 0
+
+
+def run_remote(arguments: argparse.Namespace) -> int:
+    """The same with a server's model."""
+    for f in dataclasses.fields(EngineConfig):
+        if f.name not in ("model", "seed") and getattr(arguments, f.name, None) is not None:
+            raise ConfigError(f"{f.name} is a setting of the engine; with --url that is the server's")
+    if arguments.yaml is not None:
+        raise ConfigError("config holds settings of the engine; with --url those are the server's")
+    given = {name: getattr(arguments, name) for name in ("max_tokens", "temperature", "top_p")}
+    given["seed"] = arguments.seed and int(arguments.seed)
+    tools = read_tools(arguments.tools) if arguments.tools else []
+    server = Server.of(arguments.url, arguments.key)
+    model = server.model(model_of(arguments))
+    length = model.get("max_model_len")
+    title = f"{model['id']} at {server.url}" + (f", {length:,} tokens of context" if length else "")
+    sampling = {name: value for name, value in given.items() if value is not None}
+    talk(Session(answerer(server, model["id"], sampling), arguments, tools), title, HELP)
+    return 0
+
+
+def talk(session: Session, title: str, help: str) -> None:
+    """Line after line. `title`: whom one talks to."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing for input())
-        note(f"{llm.model_config.name}, {llm.max_model_len:,} tokens of context")
-        note(dim(HELP if config.model else f"{TRY}\n{HELP}"))
+        note(title)
+        note(dim(help))
     while (line := read_line("\n> ")) is not None:
         if not session.handle(line):
             break
-    return 0
 
 
 def read_tools(path: str) -> list[dict[str, Any]]:
@@ -106,20 +143,30 @@ def read_line(prompt: str) -> str | None:
         return ""
 
 
+Answerer = Callable[[list[dict[str, Any]], list[dict[str, Any]], bool], "Reply"]
+"""Shows the answer to messages as it comes: (messages, tools, whether to think first). Raises RequestError."""
+
+
+def local(llm: LLM, params: SamplingParams) -> Answerer:
+    """Answers of a model in this process."""
+    from dsv4.cli.talking import Printer, answer
+    from dsv4.text.stream import Reading
+
+    def reply_to(messages: list[dict[str, Any]], tools: list[dict[str, Any]], think: bool) -> Reply:
+        prompt = llm.chat_ids(messages, thinking=think, tools=tools or None)
+        reading = Reading.of_chat(messages, tools, thinking=think)
+        return answer(llm, prompt, params, reading=reading, show=Printer().show)
+
+    return reply_to
+
+
 class Session:
     """A conversation and its settings."""
 
-    def __init__(
-        self,
-        llm: LLM,
-        params: SamplingParams,
-        *,
-        system: str | None,
-        think: bool,
-        tools: list[dict[str, Any]] | None = None,
-    ) -> None:
-        self.llm, self.params, self.system, self.think = llm, params, system, think
-        self.tools, self.attached = tools or [], ""
+    def __init__(self, answer: Answerer, arguments: argparse.Namespace, tools: list[dict[str, Any]]) -> None:
+        """`answer`: gives the next answer to messages, with tools, after thoughts or not."""
+        self.answer, self.system, self.think = answer, arguments.system, arguments.think
+        self.tools, self.attached = tools, ""
         self.turns: list[dict[str, Any]] = []
 
     def handle(self, line: str) -> bool:
@@ -204,15 +251,11 @@ class Session:
 
     def _reply(self) -> Reply | None:
         """The next answer, shown as it comes; None when it was refused."""
-        from dsv4.cli.talking import Printer, answer, write
-        from dsv4.text.stream import Reading
+        from dsv4.cli.talking import write
 
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
-            messages = [*system, *self.turns]
-            prompt = self.llm.chat_ids(messages, thinking=self.think, tools=self.tools or None)
-            reading = Reading.of_chat(messages, self.tools, thinking=self.think)
-            reply = answer(self.llm, prompt, self.params, reading=reading, show=Printer().show)
+            reply = self.answer([*system, *self.turns], self.tools, self.think)
         except RequestError as e:
             note(f"{e.message} (/reset starts anew)")
             return None

@@ -43,6 +43,8 @@ class Reply:
 
     blocks: Blocks = field(default_factory=Blocks)
     token_ids: list[int] = field(default_factory=list)
+    tokens: int = 0
+    """How many came; a server gives no ids."""
     finish_reason: str = "abort"
     usage: Usage | None = None
     began: float = field(default_factory=time.monotonic)
@@ -56,14 +58,14 @@ class Reply:
     def speed(self) -> str:
         """`12 prompt tokens (0 cached), first token after 0.31 s; 40 tokens, 21.3 tokens/s`."""
         if self.usage is None:
-            return f"interrupted after {len(self.token_ids)} tokens"
-        if not self.token_ids:
+            return f"interrupted after {self.tokens} tokens" if self.tokens else "interrupted"
+        if not self.tokens:
             return f"{self.usage.prompt_tokens:,} prompt tokens, no token asked for"
-        seconds, further = self.last - self.first, len(self.token_ids) - 1
+        seconds, further = self.last - self.first, self.tokens - 1
         rate = f", {further / seconds:.1f} tokens/s" if further > 0 and seconds > 0 else ""
         prompt = f"{self.usage.prompt_tokens:,} prompt tokens ({self.usage.cached_tokens:,} cached)"
         wait = f"first token after {self.first - self.began:.2f} s"
-        return f"{prompt}, {wait}; {len(self.token_ids):,} tokens{rate}"
+        return f"{prompt}, {wait}; {self.tokens:,} tokens{rate}"
 
 
 class Printer:
@@ -105,7 +107,7 @@ def answer(
 
     reply, progress = Reply(), PrefillProgress(len(prompt))
     stream = _stream(llm, prompt, params, reading)
-    with _interrupts() as interrupted, contextlib.closing(stream) as outputs:
+    with interrupts() as interrupted, contextlib.closing(stream) as outputs:
         for output in outputs:
             if output.error is not None:
                 raise RequestError(output.error, None, "generation_failed", 500)
@@ -116,6 +118,7 @@ def answer(
                 reply.last = time.monotonic()
                 reply.first = reply.first or reply.last
                 reply.token_ids += output.token_ids
+                reply.tokens = len(reply.token_ids)
             for piece in output.pieces:
                 reply.blocks.add(piece)
                 show(piece)
@@ -134,7 +137,7 @@ def _stream(
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
+def interrupts() -> Iterator[threading.Event]:
     """Turns Ctrl-C into a flag: an exception in the middle of a step would leave the engine half-way. A
     second one is an exception again, for a step that never ends."""
     flag = threading.Event()

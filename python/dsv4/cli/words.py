@@ -30,13 +30,13 @@ def check(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Arg
                 command.error(f"unknown flag {name}{why_not(name, flags)}")
             if name in ("-h", "--help", "-V", "--version"):
                 return command
-        elif (below := _commands(command)) is not None:
+        elif (below := commands_of(command)) is not None:
             if word not in below:
                 command.error(
                     f"unknown {_kind(command)} {word!r}; there are: {', '.join(below)}{nearest(word, below)}"
                 )
             command = below[word]
-    below = _commands(command)
+    below = commands_of(command)
     if below is not None:
         if command is parser:
             parser.print_help(sys.stderr)
@@ -90,6 +90,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
             )
         return text
 
+    choose.choices = choices  # type: ignore[attr-defined]
     return choose
 
 
@@ -98,7 +99,8 @@ def _is_flag(word: str) -> bool:
     return len(word) > 1 and word[0] == "-" and " " not in word and not _NUMBER.match(word)
 
 
-def _commands(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser] | None:
+def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser] | None:
+    """Its subcommands; None where it has none."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return action.choices
