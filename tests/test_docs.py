@@ -36,6 +36,7 @@ COMMANDS = (
     "simulate",
     "trace",
     "key",
+    "warmup",
     "doctor",
 )
 OTHERS_FLAGS = {
