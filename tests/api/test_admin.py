@@ -135,7 +135,10 @@ def test_draining_and_back(served: RunningServer) -> None:
 
 def test_requests_that_run_are_explained(served: RunningServer) -> None:
     told = httpx.get(served.url + "/admin/requests/live", headers=ADMIN).json()
-    assert told == {"id": "live", "object": "explanation", "generations": [{"reason": "none"}]}
+    assert told == {"id": "live", "object": "explanation", "generations": [{"reason": "none"}], "ended": None}
+    httpx.post(served.url + "/v1/completions", json=BODY, headers={"x-request-id": "was"})
+    ended = httpx.get(served.url + "/admin/requests/was", headers=ADMIN).json()["ended"]
+    assert ended["id"] == "was" and ended["reason"] == "never_stored" and ended["output_tokens"] == 2
     gone = httpx.get(served.url + "/admin/requests/a/b", headers=ADMIN)
     assert gone.status_code == 404 and "'a/b'" in gone.json()["error"]["message"]
 

@@ -78,13 +78,15 @@ def _draining(service: Any) -> dict[str, Any]:
 
 
 async def explain(request: Request) -> Response:
-    """What a request that runs reused of the cache and why not more; 404 where none of that id runs."""
+    """What a request that runs, or one of the last that ended, reused of the cache and why not more; 404 where there is none of that id."""
     service, name = service_of(request), request.path_params["id"]
-    found = await service.engine.explain(name)
-    if not found:
-        text = f"no request {name[:128]!r} runs; ids are in the log and in the header x-request-id"
+    live = await service.engine.explain(name)
+    if not live and (ended := service.recent.find(name)) is not None:
+        return json_response({"id": name, "object": "explanation", "generations": [], "ended": ended})
+    if not live:
+        text = f"no request {name[:128]!r} runs or is kept; ids are in the log and in the header x-request-id"
         raise RequestError(text, "id", "request_not_found", 404)
-    return json_response({"id": name, "object": "explanation", "generations": found})
+    return json_response({"id": name, "object": "explanation", "generations": live, "ended": None})
 
 
 async def profile(call: Call) -> None:

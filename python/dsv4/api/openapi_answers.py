@@ -223,7 +223,7 @@ ANSWERS: dict[str, Schema] = {
     "Flushed": answer({"object": one_of("cache"), "flushed": FLAG, "freed_pages": COUNT}),
     "Draining": answer({"draining": FLAG, **dict.fromkeys(("running", "waiting", "parked"), COUNT)}),
     "Explained": answer(
-        {"id": TEXT, "object": one_of("explanation"), "generations": {"type": ["array", "object"]}}
+        {"id": TEXT, "object": one_of("explanation"), "generations": _all(OBJECT), "ended": optional(OBJECT)}
     ),
     "Profiled": answer({"object": one_of("profile"), "file": TEXT, "steps": COUNT}),
 }

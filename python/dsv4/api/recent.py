@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -9,7 +10,11 @@ from typing import Any
 
 from dsv4.api.request_log import Record
 
-KEPT = 20
+SHOWN = 20
+"""In the live view."""
+
+KEPT = 1024
+"""That can be looked up by their ids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,4 +57,11 @@ class Recent:
     def shown(self) -> list[dict[str, Any]]:
         """The newest first."""
         now = time.monotonic()
-        return [hit.shown(now) for hit in reversed(self._hits)]
+        return [hit.shown(now) for hit in itertools.islice(reversed(self._hits), SHOWN)]
+
+    def find(self, request_id: str) -> dict[str, Any] | None:
+        """The last one of an id, as the client or the server gave it; None where it is not kept."""
+        now = time.monotonic()
+        return next(
+            (hit.shown(now) for hit in reversed(self._hits) if hit.record.request_id == request_id), None
+        )
