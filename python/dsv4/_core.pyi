@@ -5,6 +5,7 @@ panic) means that the engine must stop.
 """
 
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, Final, Literal, TypedDict, final, type_check_only
 
 import numpy as np
@@ -36,6 +37,7 @@ __all__ = [
     "build_info",
     "default_options",
     "plan_schema",
+    "read_columns",
     "scan_json",
 ]
 
@@ -57,6 +59,10 @@ def scan_json(
     1,024 such lists. Last the body with `null` in their place, where they are not counted; a member that is
     there twice stays. Nothing is checked: of a body that is no JSON the rest is none either.
     """
+
+def read_columns(path: str | PathLike[str], offset: int, stride: int, out: npt.NDArray[np.uint8]) -> bool:
+    """Fills `out` (uint8 [rows, n]): row i from byte `offset + i * stride` of the file, the GIL detached. False where the file
+    ends before. Raises OSError."""
 
 class Dsv4Error(Exception):
     """Base of all errors of the core."""

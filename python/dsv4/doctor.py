@@ -14,9 +14,12 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from dsv4 import requirements
+from dsv4.host import Host, words_of
 from dsv4.host_memory import MACHINE, host_memory
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
+SHARED = 48 * MIB
+"""Bytes of /dev/shm that an engine over several GPUs takes at most, NCCL's own included: 64 MiB, a container's default, do."""
 
 NEEDED = (
     "torch",
@@ -55,13 +58,18 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> list[Finding]:
-    """All findings, in order of printing. Never raises: a check that fails is a finding itself."""
+def examine(model: str | None = None, host: Host | None = None) -> list[Finding]:
+    """All findings, in order of printing. Never raises: a check that fails is a finding itself. `model`: whose ranks are asked for;
+    None: those of the releases. `host`: None is this one."""
+
+    def gpu() -> Iterator[Finding]:
+        yield from _machine(Host.here() if host is None else host, model)
+
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         _packages,
         _core,
-        _torch,
+        gpu,
         _processor,
         _memory,
         _disk,
@@ -118,10 +126,21 @@ def _core() -> Iterator[Finding]:
     yield Finding("core", "ok", f"{core.__version__}, {core.build_info}")
 
 
-def _torch() -> Iterator[Finding]:
+def _machine(host: Host, model: str | None) -> Iterator[Finding]:
+    yield from _gpus(host)
+    yield from _links(host)
+    yield from _shared(host)
+    yield from _ranks(host, model)
+
+
+def _gpus(host: Host) -> Iterator[Finding]:
     import torch
 
-    if not torch.cuda.is_available():
+    if host.visible is not None:
+        yield Finding(
+            "visible", "ok", f"CUDA_VISIBLE_DEVICES={host.visible}: {len(host.cards)} GPUs of it here"
+        )
+    if not host.cards:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         yield Finding(
             "gpu",
@@ -129,10 +148,72 @@ def _torch() -> Iterator[Finding]:
             f"none (torch {torch.__version__}, {built}); the reference backend runs on the CPU",
             "fine for small models; for released weights use a machine with GPUs",
         )
+    for i, card in enumerate(host.cards):
+        node = "NUMA node unknown" if card.numa < 0 else f"NUMA node {card.numa}"
+        sm = "sm_{}{}".format(*card.capability)
+        yield Finding("gpu", "ok", f"{i}: {card.name}, {card.memory_bytes / GIB:.0f} GiB, {sm}, {node}")
+
+
+def _links(host: Host) -> Iterator[Finding]:
+    """How GPUs reach each other, pairs that are alike in one line."""
+    for link, peer, pairs in host.groups():
+        shown = ", ".join(f"{a}-{b}" for a, b in pairs[:8]) + (", ..." if len(pairs) > 8 else "")
+        which = f"all {len(pairs)} pairs" if len(pairs) == len(host.links) > 1 else f"GPUs {shown}"
+        how = "peer access" if peer else "no peer access: ranks exchange through the host's memory"
+        fix = (
+            ""
+            if peer
+            else "look for ACS in the BIOS, or a virtual machine without it; NCCL_DEBUG=INFO says more"
+        )
+        yield Finding("links", "ok" if peer else "note", f"{which}: {words_of(link)}, {how}", fix)
+    nodes = {card.numa for card in host.cards if card.numa >= 0}
+    if len(nodes) > 1:
+        yield Finding(
+            "links", "note", f"GPUs are on {len(nodes)} NUMA nodes: {', '.join(map(str, sorted(nodes)))}"
+        )
+
+
+def _shared(host: Host) -> Iterator[Finding]:
+    """/dev/shm, in which NCCL and the processes of an engine meet."""
+    if host.shared is None:
+        yield Finding("shared memory", "note", "no /dev/shm", "mount a tmpfs there")
         return
-    for i in range(torch.cuda.device_count()):
-        p = torch.cuda.get_device_properties(i)
-        yield Finding("gpu", "ok", f"{i}: {p.name}, {p.total_memory / GIB:.0f} GiB, sm_{p.major}{p.minor}")
+    free, size = host.shared
+    fine = free >= SHARED
+    yield Finding(
+        "shared memory",
+        "ok" if fine else "note",
+        f"{free / MIB:,.0f} of {size / MIB:,.0f} MiB free in /dev/shm",
+        "" if fine else f"several GPUs need {SHARED // MIB} MiB: docker run --shm-size 1g",
+    )
+
+
+def _ranks(host: Host, model: str | None) -> Iterator[Finding]:
+    """Over how many of these GPUs the planner lays a model, with the default settings."""
+    from dsv4.plan.ranks import least
+    from dsv4.plan.weights import find_weights
+
+    if not host.cards:
+        yield Finding("ranks", "ok", "no GPU: one rank, on the CPU")
+        return
+    num, memory = len(host.cards), min(card.memory_bytes for card in host.cards)
+    for name in ("v4-flash", "v4-pro") if model is None else (model,):
+        config, weights, _ = find_weights(name)
+        ranks, tokens = least(config, weights, memory, num)
+        if ranks is not None:
+            yield Finding("ranks", "ok", f"{config.name}: {ranks} of {num} GPUs hold {tokens:,} tokens")
+            continue
+        short = (
+            f"hold {tokens:,} of the {config.max_position:,} tokens of one request"
+            if tokens
+            else "do not hold the weights"
+        )
+        yield Finding(
+            "ranks",
+            "note",
+            f"{config.name}: {num} GPUs {short}",
+            f"dsv4 plan {name} --gpu NAME --num N, more GPUs, or a smaller --max-model-len",
+        )
 
 
 def _processor() -> Iterator[Finding]:

@@ -15,6 +15,9 @@ def add(commands: Any) -> None:
         help="what this machine has, what will be used, what is missing",
         description="Examines this machine.",
     )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="whose number of ranks is shown (default: the releases')"
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.set_defaults(run=run)
 
@@ -23,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 1 when something without which dsv4 cannot serve is missing."""
     from dsv4.doctor import examine
 
-    findings = examine()
+    findings = examine(arguments.model)
     cannot = [f for f in findings if f.level == "missing"]
     if arguments.json:
         print(

@@ -12,7 +12,7 @@ from dsv4.model.names import TensorSpec, scale_name
 from dsv4.model.parallel import Cut
 from dsv4.model.shards import ShardReader, Stored
 from dsv4.model.survey import BYTE_SCALES, QUANTISED, Survey, scale_bits
-from dsv4.ops.weight import Fp4Weight, Fp8Weight, Weight, part
+from dsv4.ops.weight import Fp4Weight, Fp8Weight, Weight
 
 PACKED: dict[str, type[Fp4Weight] | type[Fp8Weight]] = {"fp4": Fp4Weight, "fp8": Fp8Weight}
 _TORCH = {
@@ -62,25 +62,7 @@ class Files:
 
     def read(self, name: str, cut: Cut) -> Weight:
         """What a rank keeps of the stored values; a quantised matrix packed (decoding to float32), or expanded where it cannot
-        be kept so. Runs of rows are read alone."""
-        value = self._rows(name, cut)
-        if cut is None or cut[0] == 0:
-            return value
-        return part(value, *cut)
-
-    def _places(self, name: str, cut: Cut) -> tuple[Stored, Stored | None]:
-        """What is read: where the values lie, and the scales of quantised ones."""
-        place = self.found.stored[name]
-        scale = self.found.stored[scale_name(name)] if place.dtype in QUANTISED else None
-        if cut is None or cut[0] != 0:
-            return place, scale
-        _, first, end = cut
-        if scale is not None:
-            block = PACKED[QUANTISED[place.dtype]].sharing[0]
-            scale = scale.rows(first // block, -(-end // block))
-        return place.rows(first, end), scale
-
-    def _rows(self, name: str, cut: Cut) -> Weight:
+        be kept so. Nothing else is read, of columns neither."""
         place, scale = self._places(name, cut)
         value = self._tensor(place)
         if scale is None:
@@ -97,6 +79,20 @@ class Files:
             zero = (bits == 0).repeat_interleave(rows, 0).repeat_interleave(columns, 1)
             value.view(torch.uint8)[zero[: value.shape[0], : value.shape[1]]] = 0
         return kind(value, (bits >> 23).to(torch.uint8), torch.float32)
+
+    def _places(self, name: str, cut: Cut) -> tuple[Stored, Stored | None]:
+        """What is read: where the values lie, and the scales of quantised ones."""
+        place = self.found.stored[name]
+        scale = self.found.stored[scale_name(name)] if place.dtype in QUANTISED else None
+        if cut is None:
+            return place, scale
+        axis, first, end = cut
+        run = Stored.columns if axis else Stored.rows
+        each = self.found.kept[name].shape[axis] // place.shape[axis]  # numbers in a byte
+        if scale is not None:
+            block = PACKED[QUANTISED[place.dtype]].sharing[axis]
+            scale = run(scale, first // block, -(-end // block))
+        return run(place, first // each, end // each), scale
 
     def _tensor(self, place: Stored) -> Tensor:
         """As stored; E8M0, I8 and U8 as uint8."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from dsv4._core import read_columns
 from dsv4.errors import CheckpointError
 from dsv4.model.json_fields import read_json
 from dsv4.model.names import DTYPE_BYTES, canonical_name, is_buffer, stacked_experts
@@ -37,12 +38,26 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     size: int
+    stride: int = 0
+    """Bytes from row to row of a matrix of which these are some columns; 0: its rows lie together."""
 
     def rows(self, first: int, end: int) -> Stored:
         """Rows first .. end - 1 alone."""
         each = self.size // self.shape[0]
         at, size = self.offset + first * each, (end - first) * each
         return replace(self, shape=(end - first, *self.shape[1:]), offset=at, size=size)
+
+    def columns(self, first: int, end: int) -> Stored:
+        """Columns first .. end - 1 alone, of a matrix."""
+        rows, width = self.shape
+        each = self.size // (rows * width)
+        return replace(
+            self,
+            shape=(rows, end - first),
+            offset=self.offset + first * each,
+            size=rows * (end - first) * each,
+            stride=width * each,
+        )
 
 
 def index_checkpoint(path: Path, experts: int) -> dict[str, Stored]:
@@ -188,6 +203,8 @@ class ShardReader:
     def read(self, place: Stored) -> np.ndarray:
         """The stored bytes, uint8 [place.size]. Raises CheckpointError."""
         data = np.empty(place.size, np.uint8)
+        if place.stride:
+            return self._columns(place, data)
         view, done = memoryview(data), 0  # type: ignore[arg-type]
         try:
             fd = self._descriptor(place.file)
@@ -198,6 +215,15 @@ class ShardReader:
                 done += got
         except OSError as e:
             raise CheckpointError(f"{place.file}: {e.strerror}") from None
+        return data
+
+    def _columns(self, place: Stored, data: np.ndarray) -> np.ndarray:
+        try:
+            whole = read_columns(place.file, place.offset, place.stride, data.reshape(place.shape[0], -1))
+        except OSError as e:
+            raise CheckpointError(f"{place.file}: {e.strerror or e}") from None
+        if not whole:
+            raise CheckpointError(f"{place.file.name} became shorter while it was read")
         return data
 
     def _descriptor(self, file: Path) -> int:

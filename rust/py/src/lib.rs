@@ -5,6 +5,7 @@
 //! | `door.rs` | the one way into the core: GIL detached, errors and panics mapped to Python classes |
 //! | `body.rs` | `scan_json`: the size of a JSON body, and its token ids as arrays |
 //! | `data.rs` | options and layouts: dicts from and to what serde reads |
+//! | `files.rs` | `read_columns`: of a matrix in a file |
 //! | `layout.rs` | `LayoutSpec`, `Component` |
 //! | `arrays.rs` | numpy arrays owned by Python, borrowed for a call |
 //! | `engine.rs` | `Core` |
@@ -16,6 +17,7 @@ mod body;
 mod data;
 mod door;
 mod engine;
+mod files;
 mod layout;
 mod plan;
 mod simulate;
@@ -31,6 +33,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     m.add("build_info", if cfg!(debug_assertions) { "debug" } else { "release" })?;
     m.add_function(wrap_pyfunction!(body::scan_json, m)?)?;
+    m.add_function(wrap_pyfunction!(files::read_columns, m)?)?;
     m.add_class::<layout::PyComponent>()?;
     m.add_class::<layout::PyLayoutSpec>()?;
     m.add_class::<engine::PyCore>()?;
