@@ -99,7 +99,12 @@ def train_tokenizer(texts: list[str], out: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(out), pretty=False)
+    made = json.loads(tokenizer.to_str())
+    # As in the releases, whose marks of roles, thoughts and calls are added tokens but not special ones.
+    for token in made["added_tokens"]:
+        if "▁of▁" not in token["content"] and "▁pad▁" not in token["content"] and "▁no▁" not in token["content"]:
+            token["special"], token["normalized"] = False, True
+    out.write_text(json.dumps(made, ensure_ascii=False, separators=(",", ":")))
     print(f"vocabulary {tokenizer.get_vocab_size()}", flush=True)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,14 +157,18 @@ def test_a_run_that_is_lost_goes_back(monkeypatch: Any, tmp_path: Path) -> None:
     import train
     from config import Run
 
+    now = [1000.0]
+    monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: now[0]))
+
     class Model:
-        """A loss of 2 until step 60, of 9 from there; a lower rate does not diverge."""
+        """A loss of 2 until step 60, of 9 from there; a lower rate does not diverge. A step takes a millisecond."""
 
         run, device = Run(checkpoint_seconds=0, own=3, own_seconds=0.1), "cpu"
         steps, tokens, progress, caution, restored = 0, 0, 0.0, 1.0, 0
 
         def step(self, ids: Any, weights: Any) -> dict[str, Any]:
             self.steps += 1
+            now[0] += 0.001
             loss = torch.tensor(9.0 if self.steps > 60 and self.caution == 1 else 2.0)
             return {"loss": loss, "index": loss, "draft": loss, "each": loss.expand(weights.shape)}
 
@@ -195,8 +199,8 @@ def test_a_run_that_is_lost_goes_back(monkeypatch: Any, tmp_path: Path) -> None:
 
     model, eyes = Model(), Eyes()
     batch = (np.zeros((1, 9), np.int32), np.ones((1, 8), np.int8))
-    until = time.time() + 0.5
-    log = train.Log(tmp_path / "log.jsonl", time.time(), append=False)
+    until = now[0] + 0.5
+    log = train.Log(tmp_path / "log.jsonl", now[0], append=False)
     pauses = train.Pauses(model, eyes, eyes, log)
     train.train(model, iter(lambda: batch, None), until, log, tmp_path / "c.pt", pauses)
     log.file.close()
