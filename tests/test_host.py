@@ -70,7 +70,7 @@ def test_two_gpus_and_what_they_hold() -> None:
     assert _line(findings, "shared memory").text == "1,024 of 1,024 MiB free in /dev/shm"
     flash, pro = [f for f in findings if f.name == "ranks"]
     assert flash.level == "ok" and flash.text.startswith("v4-flash: 2 of 2 GPUs hold ")
-    assert (pro.level, pro.text) == ("note", "v4-pro: 2 GPUs do not hold the weights")
+    assert (pro.level, pro.text) == ("note", "v4-pro: 2 of 2 GPUs do not hold the weights")
     [asked] = [f for f in _said(_h200(8), "v4-pro") if f.name == "ranks"]
     assert asked.text.startswith("v4-pro: 8 of 8 GPUs hold ")
 

@@ -190,7 +190,7 @@ def _shared(host: Host) -> Iterator[Finding]:
 
 def _ranks(host: Host, model: str | None) -> Iterator[Finding]:
     """Over how many of these GPUs the planner lays a model, with the default settings."""
-    from dsv4.plan.ranks import least
+    from dsv4.plan.ranks import planned
     from dsv4.plan.weights import find_weights
 
     if not host.cards:
@@ -199,8 +199,8 @@ def _ranks(host: Host, model: str | None) -> Iterator[Finding]:
     num, memory = len(host.cards), min(card.memory_bytes for card in host.cards)
     for name in ("v4-flash", "v4-pro") if model is None else (model,):
         config, weights, _ = find_weights(name)
-        ranks, tokens = least(config, weights, memory, num)
-        if ranks is not None:
+        ranks, tokens, enough = planned(config, weights, memory, num)
+        if enough:
             yield Finding("ranks", "ok", f"{config.name}: {ranks} of {num} GPUs hold {tokens:,} tokens")
             continue
         short = (
@@ -211,7 +211,7 @@ def _ranks(host: Host, model: str | None) -> Iterator[Finding]:
         yield Finding(
             "ranks",
             "note",
-            f"{config.name}: {num} GPUs {short}",
+            f"{config.name}: {ranks} of {num} GPUs {short}",
             f"dsv4 plan {name} --gpu NAME --num N, more GPUs, or a smaller --max-model-len",
         )
 

@@ -91,7 +91,7 @@ def test_json_has_the_numbers_of_the_text(capsys: pytest.CaptureFixture[str]) ->
         ),
         (
             ["v4-pro", "--gpu", "h100", "--num", "8"],
-            r"v4-pro does not fit on 8 x h100 as TP8: a GPU needs .*\(dsv4 serve runs on one GPU today\)",
+            r"v4-pro does not fit on 8 x h100 as TP8: a GPU needs .*for more of them with --num$",
         ),
         (
             ["v4-pro", "--gpu", "b200", "--num", "8", "--max-len", "2000000"],
@@ -114,12 +114,21 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list
     assert out == "" and err.count("\n") == 1 and re.search(said, err), err
 
 
-def test_a_plan_of_several_gpus_says_that_serve_takes_one(capsys: pytest.CaptureFixture[str]) -> None:
-    for layout, servable in ((["--num", "2"], False), (["--num", "2", "--dp", "2"], False), ([], True)):
+def test_a_plan_of_several_gpus_says_how_it_is_served(capsys: pytest.CaptureFixture[str]) -> None:
+    for layout, servable, said in (
+        (["--num", "2"], True, "\nserve    dsv4 serve MODEL --tensor-parallel-size 2\n"),
+        (
+            ["--num", "2", "--dp", "2"],
+            False,
+            "\nserve    an engine is one group of tensor-parallel ranks; data",
+        ),
+        ([], True, "\ncache "),
+    ):
         flags = ["v4-flash", "--gpu", "b300", *layout]
         assert plan(capsys, *flags)["servable_today"] is servable
         assert main(["plan", *flags]) == 0
-        assert ("dsv4 serve runs on one GPU today" in capsys.readouterr().out) is not servable
+        out = capsys.readouterr().out
+        assert said in out and ("\nserve " in out) is bool(layout)
 
 
 def test_the_engine_has_the_planned_bytes(capsys: pytest.CaptureFixture[str]) -> None:

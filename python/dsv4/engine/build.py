@@ -35,7 +35,7 @@ from dsv4.engine.memory import (
     usable_memory,
 )
 from dsv4.engine.progress import Progress
-from dsv4.engine.rank_count import can_share, least_ranks, ranks_of, threads_of
+from dsv4.engine.rank_count import can_share, ranks_of, threads_of
 from dsv4.engine.ranked import FollowingDevice, LeadingDevice, limits_of, model_of
 from dsv4.engine.routing import Tenants
 from dsv4.engine.steps import StepRecord
@@ -53,6 +53,7 @@ from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from dsv4.plan.cache import pages_of, size_pool
 from dsv4.plan.graphs import at_start, contexts_of, extends_of, sizes_of
+from dsv4.plan.ranks import least_ranks
 from dsv4.plan.weights import Weights
 from dsv4.text.tokenizer import Tokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dsv4.config import EngineConfig
@@ -11,9 +11,6 @@ from dsv4.model.layout import LayerSpec, block_size
 from dsv4.model.names import TensorSpec, is_attention
 from dsv4.model.parallel import BLOCKS, Share, valid_tp
 from dsv4.model.survey import QUANTISED, Survey
-
-TRIED = (1, 2, 4, 8)
-"""Ranks that are taken by themselves."""
 
 _OUTPUT = {"wo_a": 0, "wo_b": 1}
 """Attention matrices that are kept whole and read in parts, along these axes."""
@@ -47,12 +44,6 @@ def can_share(layers: Sequence[LayerSpec], block: int | None, ranks: int) -> boo
     except ConfigError:
         return False
     return True
-
-
-def least_ranks(valid: Collection[int], most: int, fits: Callable[[int], bool]) -> int:
-    """The least of TRIED that fits on `most` GPUs, or the most there is: what is missing is said of that."""
-    possible = [n for n in TRIED if n in valid and n <= most] or [1]
-    return next((n for n in possible if fits(n)), possible[-1])
 
 
 def threads_of(ranks: int, cores: int) -> int:

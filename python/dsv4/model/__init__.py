@@ -7,7 +7,7 @@
 | `names.py` | one table of tensor names, storage formats and shapes |
 | `parallel.py` | TP, DP and EP: which layouts are possible, and a rank's share of each tensor |
 | `shards.py`, `survey.py` | safetensors files: what is where, and whether it is the model; `quantization.py` what is refused |
-| `weights.py` | tensors, as floats or packed; `export.py` the way back |
+| `weights.py` | tensors, as floats or packed, from `files.py` or made up by `dummy.py`; `export.py` the way back |
 | `batch.py`, `step.py` | a step's input and its index tables |
 | `v4.py`, `attention.py`, `compressor.py`, `indexer.py`, `moe.py`, `rope.py` | the forward, in ops |
 | `rank.py`, `cut.py`, `ranked.py` | the same on one of R ranks: what they say, which tokens are where, the forward |

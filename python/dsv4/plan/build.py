@@ -166,5 +166,5 @@ def _does_not_fit(q: Question, m: Memory) -> str:
     return (
         f"{q.config.name} does not fit on {q.num} x {q.gpu.name} as {q.parallel}: a GPU needs {need / 1e9:,.1f} GB "
         f"({m.weights / 1e9:,.1f} of them weights) and {q.memory_fraction:g} of its memory is {have / 1e9:,.1f} GB; "
-        "plan for a larger GPU, or for more of them with --num (dsv4 serve runs on one GPU today)"
+        "plan for a larger GPU, or for more of them with --num"
     )

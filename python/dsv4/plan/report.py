@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from dsv4.model.parallel import Parallel
 from dsv4.plan.build import Alternative, Plan
 from dsv4.plan.cache import Capacity, window_bytes_per_token
 from dsv4.plan.outside import OUTSIDE
 from dsv4.plan.weights import PUBLISHED, whole_attention
 
-NOT_YET = "dsv4 serve runs on one GPU today; a model over several, as planned here, it cannot start yet"
+NOT_YET = "an engine is one group of tensor-parallel ranks; data and expert parallelism, as planned here, it has not yet"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "model": q.config.name,
         "gpu": {**asdict(q.gpu), "num": q.num},
         "parallel": {**asdict(q.parallel), "name": str(q.parallel), "pools": q.parallel.pools},
-        "servable_today": q.parallel.ranks == 1,
+        "servable_today": q.parallel.ranks == q.parallel.tp,
         "limits": asdict(q.limits),
         "release": {
             "tensors": q.weights.files[0],
@@ -103,10 +104,17 @@ def _head(plan: Plan) -> list[str]:
         *([f"counted  from {q.counted_from}"] if q.counted_from else []),
         *(f"         {note}" for note in q.weights.notes),
         f"gpu      {q.num} x {q.gpu.name}, {_gb(q.gpu.memory_bytes)} each; {q.parallel} ({ranks})",
-        *([f"serve    {NOT_YET}"] if q.parallel.ranks > 1 else []),
+        *_serve(q.parallel),
         f"cache    rows {formats['window']}, index {index}, {q.rank_layout.block_tokens} tokens a page",
         f"limits   {q.limits.max_len:,} tokens a request, {q.limits.running:,} running, {q.limits.step_tokens:,} tokens a step",
     ]
+
+
+def _serve(parallel: Parallel) -> list[str]:
+    """How a plan of several GPUs is served."""
+    if parallel.ranks > parallel.tp:
+        return [f"serve    {NOT_YET}"]
+    return [f"serve    dsv4 serve MODEL --tensor-parallel-size {parallel.tp}"] if parallel.tp > 1 else []
 
 
 def _weights(plan: Plan) -> list[str]:
