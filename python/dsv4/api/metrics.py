@@ -8,6 +8,7 @@ counter ever falls.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +176,22 @@ LOST = "Prompt tokens in whole blocks that were computed in spite of the cache: 
 LATE, LATE_GRAPHS = "kernel_compiles_after_ready", "graph_captures_after_ready"
 ENGINE = frozenset({LATE, LATE_GRAPHS, "busy_us", "page_bytes", "slab_bytes"})
 """Statistics of the engine, not of its core."""
+
+RANK = {
+    "bytes": (
+        GAUGE,
+        "dsv4_rank_memory_bytes",
+        "Memory that a rank's process holds: of its GPU, on a CPU of the host",
+        1,
+    ),
+    "step_us": (
+        COUNTER,
+        "dsv4_rank_step_seconds",
+        "Time that a rank spent in steps, waiting for others included",
+        1e-6,
+    ),
+}
+"""By the end of a statistic `rank_N_...`: kind, name, help, and what a unit of it is."""
 
 ALIASES = (
     ("vllm:num_requests_running", GAUGE, "Requests that run", "running"),
@@ -364,7 +381,7 @@ class _Engine(Collector):
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
         for name, value in stats.items():
-            if name not in ENGINE:
+            if name not in ENGINE and not name.startswith("rank_"):
                 family, help = _kind_of(name)
                 yield self._one(family, f"dsv4_core_{name}", help, value)
         for name, family, help, statistic in ALIASES:
@@ -376,6 +393,7 @@ class _Engine(Collector):
             _used(stats),
         )
         yield from self._sizes(stats)
+        yield from self._of_ranks(stats)
         served = self._tenants()
         for name, (family, help) in TENANT.items():
             series = family(f"dsv4_tenant_{name}", help, labels=("model_name", "tenant"))
@@ -396,6 +414,15 @@ class _Engine(Collector):
             own = self._labels if name.startswith("vllm:") else {}
             shown.add_sample(name, own | {k: str(v) for k, v in labels.items()}, 1)
             yield shown
+
+    def _of_ranks(self, stats: Mapping[str, Any]) -> Iterable[Metric]:
+        """Where there are several ranks."""
+        for what, (family, name, help, unit) in RANK.items():
+            series = family(name, help, labels=("model_name", "rank"))
+            for statistic, value in stats.items():
+                if found := re.fullmatch(f"rank_([0-9]+)_{what}", statistic):
+                    series.add_metric((self._labels["model_name"], found[1]), value * unit)
+            yield series
 
     def _beyond_limits(self) -> Metric:
         help = "Requests refused with 429 for a limit of their tenant in the file of keys"

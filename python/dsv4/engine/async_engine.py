@@ -26,7 +26,7 @@ from dsv4._core import UnknownRequest
 from dsv4.config import EngineConfig
 from dsv4.engine import remote
 from dsv4.engine.answers import Answers
-from dsv4.engine.child import Child
+from dsv4.engine.child import Child, state_of
 from dsv4.engine.counts import Tally
 from dsv4.engine.frontend import Frontend
 from dsv4.engine.link import Link
@@ -186,6 +186,10 @@ class AsyncEngine:
         """Where to send; None while there is no process."""
         self._number = self._sent = 0
         """Of the process, and of messages to it."""
+        self._heard = 0
+        """Messages from the process."""
+        self._given_up: str | None = None
+        """Why it was ended, if it was from here."""
         self._lost = 0
         """Processes in a row that ended by themselves and gave no token."""
         self._restarting = ""
@@ -343,6 +347,9 @@ class AsyncEngine:
         with self._lock:
             self._number += 1
             self._sent, self._link, self._doubt, self._shown = 0, self._child.link, None, False
+        if (self.config.tensor_parallel_size or 1) > 1:
+            name = "dsv4-rank-0"
+            threading.Thread(target=self._watch_rank_0, args=(self._child,), name=name, daemon=True).start()
 
     def _supervise(self) -> None:
         """The thread that reads what the process tells, and starts another one when it is gone."""
@@ -376,6 +383,19 @@ class AsyncEngine:
             self._child.kill()
             self._die(f"{type(e).__name__}: {e}")
 
+    def _watch_rank_0(self, child: Child) -> None:
+        """The thread that ends a process of several ranks which does not answer any more; the ranks watch each other else."""
+        ranks, limit = self.config.tensor_parallel_size, self.config.rank_timeout
+        tick, silent, heard = min(1.0, limit / 4), 0.0, -1
+        while not child.wait(tick):  # counted by looks, so that a pause of this process is not the other's
+            silent = silent + tick if heard == self._heard else 0.0
+            heard = self._heard
+            if silent > limit:
+                self._given_up = f"rank 0 of {ranks} has not answered for {silent:.0f} s{state_of(child.pid)}"
+                log.critical("%s", self._given_up)
+                child.show_stacks()
+                child.kill()
+
     def _restart(self) -> None:
         """Another process, to which goes what the last one had not begun. Raises what it could not start for."""
         ready: Ready | None = None
@@ -405,7 +425,9 @@ class AsyncEngine:
     def _read_all(self) -> str | None:
         """Reads until the process is gone. Returns its last words."""
         link, last_words = self._child.link, None
+        self._given_up = None
         while (received := link.receive()) is not None:
+            self._heard += 1
             message = from_engine(received[0])
             if isinstance(message, News):
                 self._read(message)
@@ -413,7 +435,7 @@ class AsyncEngine:
                 last_words = message.text
             else:
                 self._read_other(message)
-        return last_words
+        return last_words or self._given_up
 
     def _read(self, news: News) -> None:
         with self._lock:

@@ -128,6 +128,27 @@ def stacks() -> str:
     )
 
 
+def state_of(pid: int) -> str:
+    """What keeps a process from running, for the end of a sentence."""
+    with contextlib.suppress(OSError, IndexError):
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return {
+            "T": "; it is stopped (SIGSTOP)",
+            "t": "; a debugger holds it",
+            "D": "; it waits in the kernel",
+        }.get(letter, "")
+    return ""
+
+
+def held_bytes() -> int:
+    """Memory that this process holds: of its GPU where it uses one, else of the host."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.memory_reserved())
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def adopt(arguments: list[str]) -> Link:
     """What a child does first. `arguments`: those that `Child` gives it."""
     descriptor, parent = map(int, arguments)

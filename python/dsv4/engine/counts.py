@@ -31,6 +31,12 @@ GAUGES = frozenset(
 )
 """Statistics of the core that tell what is now. All others count, and never fall."""
 
+
+def is_gauge(name: str) -> bool:
+    """Whether a statistic tells what is now; memory of a rank does (`rank_N_bytes`)."""
+    return name in GAUGES or (name.startswith("rank_") and name.endswith("_bytes"))
+
+
 _NOW_ZERO = ("running", "in_flight")
 """Gauges of an engine that is gone."""
 
@@ -49,8 +55,8 @@ class Tally:
 
     def begin_anew(self) -> None:
         """The process is gone; what it counted stays."""
-        gauges = {k: 0 if k in _NOW_ZERO else v for k, v in self._now.stats.items() if k in GAUGES}
-        self._before = {k: v for k, v in self.stats().items() if k not in GAUGES}
+        gauges = {k: 0 if k in _NOW_ZERO else v for k, v in self._now.stats.items() if is_gauge(k)}
+        self._before = {k: v for k, v in self.stats().items() if not is_gauge(k)}
         self._tenants_before = {n: {**c, "live": 0} for n, c in self._tenants().items()}
         self._now = Counts({**gauges, **dict.fromkeys(self._before, 0)}, {})
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsv4.engine.child import adopt, stacks
+from dsv4.engine.child import adopt, held_bytes, stacks
 from dsv4.engine.link import Link
 from dsv4.engine.messages import Failed
 from dsv4.engine.process import LAST_WORDS, Relay
@@ -145,15 +145,6 @@ class Follower:
         if error is not None:
             self.rank.leave()
         return Done(1e6 * (time.perf_counter() - begun), error)
-
-
-def held_bytes() -> int:
-    """Memory that this process holds: of its GPU where it uses one, else of the host."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.memory_reserved())
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:

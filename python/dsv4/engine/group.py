@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dsv4.config import EngineConfig
 from dsv4.engine import remote
-from dsv4.engine.child import Child, stacks
+from dsv4.engine.child import Child, held_bytes, stacks, state_of
 from dsv4.engine.meeting import Meeting, meet
 from dsv4.engine.messages import Failed, Log
 from dsv4.engine.rank_messages import (
@@ -127,6 +127,8 @@ class Group:
         """Which rank ended the group, and how."""
         self.on_lost: Callable[[str], None] = lambda why: None
         """Called with that, on a thread of the group."""
+        self.on_look: Callable[[], None] = lambda: None
+        """Called whenever the ranks are looked at."""
         self.rank: Rank | None = None
         self._error: Dsv4Error | None = None
         self._news = threading.Condition()
@@ -136,6 +138,8 @@ class Group:
         self._open = False
         """A step was begun and not taken to its end, so ranks may wait in the midst of it."""
         self._device = ""
+        self._busy = 0.0
+        """Seconds in steps."""
         self._still, self._before = 0.0, -1
         """Seconds in which no rank went on, and how far they had come."""
         self._meeting = Meeting()
@@ -218,7 +222,7 @@ class Group:
     @contextlib.contextmanager
     def step_at_hand(self) -> Iterator[None]:
         """Ranks that do not go on are found meanwhile. What fails in it is raised as what it is the fault of: StepFailed, RankLost."""
-        self._at_hand += 1
+        self._at_hand, begun = self._at_hand + 1, time.monotonic()
         try:
             yield
         except PeerLost as e:
@@ -230,6 +234,7 @@ class Group:
             raise
         finally:
             self._at_hand -= 1
+            self._busy += time.monotonic() - begun
 
     def await_step(self, step: int) -> None:
         """Waits until every rank has launched the step. Raises StepFailed where one gave it up, and RankLost."""
@@ -281,10 +286,13 @@ class Group:
     # -- what there is to tell
 
     def counts(self) -> dict[str, int]:
-        """By rank: bytes of memory, and microseconds in steps."""
+        """By rank: bytes of memory, and microseconds in steps (of rank 0: in launching them and waiting for the others)."""
         with self._news:
-            told = {f"rank_{p.rank}_bytes": p.bytes for p in self._peers}
-            return told | {f"rank_{p.rank}_step_us": int(p.busy_us) for p in self._peers}
+            told = {peer.rank: (peer.bytes, peer.busy_us) for peer in self._peers}
+        ranks = {0: (held_bytes(), 1e6 * self._busy)} | told
+        return {f"rank_{r}_bytes": n for r, (n, _) in ranks.items()} | {
+            f"rank_{r}_step_us": round(us) for r, (_, us) in ranks.items()
+        }
 
     def close(self) -> None:
         """Ends all other ranks."""
@@ -344,6 +352,7 @@ class Group:
         tick = min(TICK, self.limit / 4)
         while not self._closing.wait(tick) and self.lost is None:
             self._send_all(Ping())
+            self.on_look()
             with self._news:  # counted by looks, so that a pause of this process is none of theirs
                 for peer in self._peers:
                     peer.silent += tick
@@ -354,7 +363,7 @@ class Group:
     def _silent(self) -> str | None:
         for peer in self._peers:
             if peer.silent > (self.limit if peer.serves else max(self.limit, STARTING)):
-                return f"rank {peer.rank} of {self.ranks} has not answered for {peer.silent:.0f} s{_state(peer.child.pid)}"
+                return f"rank {peer.rank} of {self.ranks} has not answered for {peer.silent:.0f} s{state_of(peer.child.pid)}"
         return None
 
     def _stuck(self, tick: float) -> str | None:
@@ -396,19 +405,7 @@ class Group:
         for peer in self._peers:
             if peer.stacks is None:
                 peer.child.show_stacks()
-                state = _state(peer.child.pid) or "; its stack goes to standard error"
+                state = state_of(peer.child.pid) or "; its stack goes to standard error"
                 log.critical("rank %d does not tell where it is%s", peer.rank, state)
             else:
                 log.critical("rank %d is at\n%s", peer.rank, peer.stacks)
-
-
-def _state(pid: int) -> str:
-    """What keeps a process from running, for the end of a sentence."""
-    with contextlib.suppress(OSError, IndexError):
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return {
-            "T": "; it is stopped (SIGSTOP)",
-            "t": "; a debugger holds it",
-            "D": "; it waits in the kernel",
-        }.get(letter, "")
-    return ""

@@ -104,6 +104,10 @@ class Ready(_Message):
     counts: Counts
 
 
+class Alive(_Message):
+    """Rank 0 of several is, whatever its steps do."""
+
+
 class Failed(_Message):
     """It could not start, or cannot go on."""
 
@@ -176,7 +180,7 @@ class News(_Message):
         return zip(keys.tolist(), tokens.tolist(), strict=True)
 
 
-FromEngine = Log | Loading | Ready | Failed | Refused | Answered | News
+FromEngine = Log | Alive | Loading | Ready | Failed | Refused | Answered | News
 
 encode = msgspec.msgpack.Encoder().encode
 to_engine = msgspec.msgpack.Decoder(ToEngine).decode

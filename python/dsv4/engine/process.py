@@ -25,6 +25,7 @@ from dsv4.engine.link import Link
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.messages import (
     Abort,
+    Alive,
     Answered,
     Ask,
     Begin,
@@ -100,6 +101,7 @@ class Host:
         self.loop.tell = self._tell
         if self.loop.group is not None:
             self.loop.group.on_lost = self._lost
+            self.loop.group.on_look = lambda: link.send(encode(Alive()))
 
     def run(self) -> None:
         """Until it is told to end, or the other side is gone. Raises EngineDead."""
