@@ -4,6 +4,7 @@ those of the cold run, to the bit. One rank gives the same tokens, and log-proba
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -13,12 +14,17 @@ from typing import Any
 import pytest
 from dsv4 import LLM, SamplingParams
 from dsv4.engine import group
+from dsv4.engine.grammars import Grammars
 from dsv4.engine.llm import Completion
 from dsv4.engine.routing import Routing
 from dsv4.errors import ConfigError, EngineDead, RequestError
+from dsv4.sampling import Grammar
+from dsv4.text.form import Format
 
 from tests.engine.test_process import nothing_stays
+from tests.record_golden import GOLDEN, cases, prompt_ids
 from tests.support.checkpoints import write_random
+from tests.support.letters import VOCABULARY, Letters
 from tests.support.scripted import children, environment
 
 NEAR = 1e-4
@@ -149,6 +155,52 @@ def test_one_rank_gives_the_same(model: Path, cold: LLM) -> None:
 def test_a_prompt_that_ranks_cut_keeps_its_log_probabilities(warm: LLM, cold: LLM) -> None:
     params = sampled(2, temperature=0, prompt_logprobs=1)
     assert same(warm.generate([tokens(60, 640)], params)[0], cold.generate([tokens(60, 640)], params)[0])
+
+
+@pytest.mark.parametrize("which", ["warm", "cold"])
+def test_a_grammar_binds_several_ranks(model: Path, which: str, request: pytest.FixtureRequest) -> None:
+    """Masks are made while all compute; one that cannot be made leaves the others in the midst of a step, and costs its requests."""
+    llm: LLM = request.getfixturevalue(which)
+    alone = LLM(str(model), device="cpu", num_pages=16, max_num_seqs=1)
+    for one in (llm, alone):
+        one._loop.grammars = Grammars(Letters, VOCABULARY, [1])  # type: ignore[arg-type]
+    grammar = Grammar(Format("regex", "([ab]{3}-){2}c", "guided_regex").text(), "guided_regex")
+    params = SamplingParams(max_tokens=40, seed=3, grammar=grammar)
+    expected = alone.generate([tokens(70, 9)], params)[0].token_ids
+    assert len(expected) == 10 and llm.generate([tokens(70, 9)], params)[0].token_ids == expected
+
+    def fails(*arguments: Any) -> Any:
+        raise ValueError("no mask today")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm._loop.grammars.maker, "masks", fails)
+        with pytest.raises(RequestError, match="no mask today"):
+            llm.generate([tokens(70, 9)], params)
+    assert llm.generate([tokens(70, 9)], params)[0].token_ids == expected
+    llm.core.check()
+
+
+def test_the_model_that_ships_writes_what_it_should_on_two_ranks() -> None:
+    expected = json.loads(GOLDEN.read_text())
+    llm = LLM(max_num_seqs=4, max_model_len=1024, device="cpu", tensor_parallel_size=2)
+    try:
+        names = ("hello", "repeat", "result")
+        prompts = [prompt_ids(cases()[name], llm.tokenizer, llm.model_config) for name in names]
+        done = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=60, skip_special_tokens=False))
+        assert [c.token_ids for c in done] == [expected[name]["ids"] for name in names]
+        assert any("2 (tensor_parallel_size), a process each" in line for line in llm.describe())
+    finally:
+        llm.close()
+
+
+def test_weights_that_are_made_up_are_those_of_one_rank(model: Path) -> None:
+    settings: dict[str, Any] = dict(load_format="dummy", device="cpu", num_pages=8, max_num_seqs=1, num_layers=2)
+    params, told = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True), []
+    for ranks in (1, 2):
+        llm = LLM(str(model), tensor_parallel_size=ranks, **settings)
+        told.append(llm.generate([tokens(75, 9)], params)[0].token_ids)
+        llm.close()
+    assert told[0] == told[1]
 
 
 @contextlib.contextmanager
