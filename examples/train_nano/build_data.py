@@ -102,7 +102,11 @@ def train_tokenizer(texts: list[str], out: Path) -> None:
     made = json.loads(tokenizer.to_str())
     # As in the releases, whose marks of roles, thoughts and calls are added tokens but not special ones.
     for token in made["added_tokens"]:
-        if "▁of▁" not in token["content"] and "▁pad▁" not in token["content"] and "▁no▁" not in token["content"]:
+        if (
+            "▁of▁" not in token["content"]
+            and "▁pad▁" not in token["content"]
+            and "▁no▁" not in token["content"]
+        ):
             token["special"], token["normalized"] = False, True
     out.write_text(json.dumps(made, ensure_ascii=False, separators=(",", ":")))
     print(f"vocabulary {tokenizer.get_vocab_size()}", flush=True)

@@ -194,7 +194,9 @@ def test_the_model_that_ships_writes_what_it_should_on_two_ranks() -> None:
 
 
 def test_weights_that_are_made_up_are_those_of_one_rank(model: Path) -> None:
-    settings: dict[str, Any] = dict(load_format="dummy", device="cpu", num_pages=8, max_num_seqs=1, num_layers=2)
+    settings: dict[str, Any] = dict(
+        load_format="dummy", device="cpu", num_pages=8, max_num_seqs=1, num_layers=2
+    )
     params, told = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True), []
     for ranks in (1, 2):
         llm = LLM(str(model), tensor_parallel_size=ranks, **settings)
