@@ -3,6 +3,7 @@
 #   make test    everything that CI runs
 #   make test-lowest  a part of the tests with the lowest versions of tests/lowest.txt (Python 3.10 to 3.12; 7 GB in .venv-lowest)
 #   make test-clients  Claude Code, Codex, aider, SDKs and frameworks, unmodified, against a scripted model (3 GB in .venv-clients)
+#   make test-tools  lm-eval, aiperf, guidellm and schemathesis, unmodified, against a scripted model (2 GB in .venv-tools)
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
@@ -36,7 +37,7 @@ LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate 
   tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test grammar test-gpu test-lowest test-clients test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers soak streams counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test grammar test-gpu test-lowest test-clients test-tools test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers soak streams counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -111,6 +112,20 @@ test-clients: setup .venv-clients/built
 test-gpu:
 	PYTHONPATH=python:. $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile -p no:benchmark tests \
 	  --ignore tests/kernels/test_aot.py --ignore tests/examples $(ARGS)
+
+.venv-tools/built: setup
+	@echo "test-tools: an evaluation harness, load generators and a fuzzer in .venv-tools: 2 GB on disk, 2 to 10 minutes"
+	for tool in schemathesis lm_eval aiperf guidellm; do $(PYTHON) -m venv .venv-tools/$$tool || exit 1; done
+	.venv-tools/schemathesis/bin/pip install --disable-pip-version-check -q schemathesis
+	.venv-tools/lm_eval/bin/pip install --disable-pip-version-check -q "lm-eval[api]" transformers
+	.venv-tools/aiperf/bin/pip install --disable-pip-version-check -q aiperf
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  $$(ls -d .venv-tools/guidellm/lib/python*/site-packages)/torch.pth  # the torch that is there, as another is 5 GB
+	.venv-tools/guidellm/bin/pip install --disable-pip-version-check -q guidellm
+	touch $@
+
+test-tools: .venv-tools/built
+	TOOLS=$(CURDIR)/.venv-tools $(BIN)/python -m pytest -q tests/clients/test_tools.py $(ARGS)
 
 lint: setup
 	cargo fmt --all --check

@@ -3,11 +3,13 @@ it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from dsv4.api.custom_tools import as_function, read_custom
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.grammar import ANY, Choice, of_chat, openai_choice, openai_format
 from dsv4.api.http import Call
@@ -58,6 +60,10 @@ class Conversation:
     choice: Choice = ANY
     format: Format | None = None
     """What the answer is to be, if it calls nothing."""
+    inputs: Mapping[str, Format | None] = field(default_factory=dict)
+    """Custom tools by name, and what holds their text."""
+    left_out: tuple[str, ...] = ()
+    """What of the request cannot be done."""
 
     def reading(self) -> Reading:
         """How the answer is to be read; once `encode` has taken the messages."""
@@ -73,7 +79,16 @@ class Conversation:
         """What holds the answer to its form. Raises RequestError."""
         choice, format = self.choice, self.format
         parallel = self.parallel_calls
-        return of_chat(tokenizer, reading, self.messages, self.tools, choice, format, parallel=parallel)
+        return of_chat(
+            tokenizer,
+            reading,
+            self.messages,
+            self.tools,
+            choice,
+            format,
+            parallel=parallel,
+            inputs=self.inputs,
+        )
 
 
 def read_conversation(fields: Fields) -> Conversation:
@@ -85,6 +100,7 @@ def read_conversation(fields: Fields) -> Conversation:
         )
     messages = without_noise(fields.items("messages", dict, MAX_MESSAGES))
     for i, message in enumerate(messages):
+        messages[i] = message = _without_customs(message, f"messages[{i}].")
         _check_message(Fields(message, f"messages[{i}]."))
     template = fields.nested("chat_template_kwargs")
     ending = ending_of(
@@ -99,7 +115,7 @@ def read_conversation(fields: Fields) -> Conversation:
                 "task", task, "a prompt whose last message is not continued", "; leave one of them out"
             )
         messages = [*messages[:-1], {**messages[-1], "task": task}]
-    tools = _tools(fields)
+    tools, inputs, left_out = _tools(fields)
     choice = openai_choice(fields)
     if not choice.tools:
         messages = [{k: v for k, v in m.items() if k != "tools"} for m in messages]
@@ -108,7 +124,9 @@ def read_conversation(fields: Fields) -> Conversation:
     choice = choice.among(shown_tools(messages, tools))
     tools = tools if choice.tools else []
     form = openai_format(fields)
-    return Conversation(messages, tools, thinking, effort, ending, drop, parallel, choice, form)
+    return Conversation(
+        messages, tools, thinking, effort, ending, drop, parallel, choice, form, inputs, tuple(left_out)
+    )
 
 
 def _switch(fields: Fields, template: Fields, name: str) -> bool | None:
@@ -149,12 +167,34 @@ def _check_message(message: Fields) -> None:
             raise refuse(f"{function.where}arguments", arguments, "a JSON object as text")
 
 
-def _tools(fields: Fields) -> list[dict[str, Any]]:
-    """The request's tools, checked."""
-    tools = fields.items("tools", dict, MAX_TOOLS)
+def _without_customs(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message whose calls of custom tools are those of functions."""
+    calls = message.get("tool_calls")
+    if type(calls) is not list or not any(type(c) is dict and c.get("type") == "custom" for c in calls):
+        return message
+    return message | {
+        "tool_calls": [
+            as_function(c, f"{where}tool_calls[{i}].") if type(c) is dict and c.get("type") == "custom" else c
+            for i, c in enumerate(calls)
+        ]
+    }
+
+
+def _tools(fields: Fields) -> tuple[list[dict[str, Any]], dict[str, Format | None], list[str]]:
+    """The request's tools, checked: as functions, what holds the texts of custom ones, and what of them cannot be done."""
+    tools, inputs, left_out = (
+        list(fields.items("tools", dict, MAX_TOOLS)),
+        dict[str, Format | None](),
+        list[str](),
+    )
     for i, tool in enumerate(tools):
+        if tool.get("type", "function") == "custom":
+            made, form, unheld = read_custom(Fields(tool, f"tools[{i}].").nested("custom"))
+            inputs[made["name"]], tools[i] = form, {"type": "function", "function": made}
+            left_out += [unheld] if unheld else []
+            continue
         if tool.get("type", "function") != "function":
-            raise refuse(f"tools[{i}].type", tool["type"], "'function'")
+            raise refuse(f"tools[{i}].type", tool["type"], "'function' or 'custom'")
         function = Fields(tool, f"tools[{i}].").nested("function")
         if not function.text("name"):
             raise RequestError(
@@ -163,7 +203,7 @@ def _tools(fields: Fields) -> list[dict[str, Any]]:
         function.text("description", longest=2**31)
         function.nested("parameters")
         function.boolean("strict")
-    return tools
+    return tools, inputs, left_out
 
 
 def reasoning_of(fields: Fields) -> bool:

@@ -211,6 +211,11 @@ def _ollama(value: Any, field: str) -> Format:
     return Format("json", _OBJECT, field) if value == "json" else _schema(value, field)
 
 
+def text_form(syntax: str, text: str, field: str) -> Format:
+    """A form of text in one of the syntaxes of custom tools. Raises RequestError."""
+    return _regex(text, field) if syntax == "regex" else _grammar(text, field)
+
+
 _READERS: Mapping[str, _Reader] = {
     "guided_json": _schema,
     "guided_regex": _regex,
@@ -236,7 +241,11 @@ _ASKING = ("response_format", "structured_outputs", *_READERS, "text", "output_f
 
 def asks_for_form(fields: Fields) -> bool:
     """Whether a body, of any dialect, may ask for a form of the answer."""
-    return any(fields.get(name) is not None for name in _ASKING)
+    tools = fields.get("tools")
+    custom = type(tools) is list and any(
+        type(tool) is dict and tool.get("type") == "custom" for tool in tools
+    )
+    return custom or any(fields.get(name) is not None for name in _ASKING)
 
 
 def _text(value: Any, field: str, what: str) -> str:
@@ -278,10 +287,15 @@ def of_chat(
     format: Format | None,
     *,
     parallel: bool,
+    inputs: Mapping[str, Format | None],
 ) -> Grammar | None:
-    """What holds a chat's answer to its form; `tools`: the request's."""
+    """What holds a chat's answer to its form; `tools`: the request's; `inputs`: what holds the text of custom tools, by name."""
     shown = shown_tools(messages, tools)
-    calls = Calls(shown, choice.must, choice.only, parallel) if shown and reading.tools else None
+    calls = (
+        Calls(shown, choice.must, choice.only, parallel, _grammars(inputs))
+        if shown and reading.tools
+        else None
+    )
     field = format.field if format is not None else choice.field if choice.must else "tools"
     if format is not None and reading.continues:
         text = f"{field} is about a whole answer, but the last message is to be continued; send it without that message"
@@ -291,6 +305,10 @@ def of_chat(
     except ValueError as e:
         raise RequestError(f"{field} cannot be honoured: {e}", field, "unsupported_field", 400) from None
     return None if text is None else Grammar(text, field)
+
+
+def _grammars(inputs: Mapping[str, Format | None]) -> dict[str, tuple[str, str] | None]:
+    return {name: None if form is None else (form.kind, form.value) for name, form in inputs.items()}
 
 
 def held_to(params: SamplingParams, grammar: Grammar | None) -> SamplingParams:

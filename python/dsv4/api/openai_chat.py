@@ -6,14 +6,16 @@ chunk with the `finish_reason` per choice, the usage with `choices: []` when ask
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from dsv4.api.conversation import Asked, Conversation, encode, read_conversation, reasoning_of
+from dsv4.api.custom_tools import input_of
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import Job, UsageSum, jobs_for, run
@@ -31,12 +33,14 @@ from dsv4.api.params import (
 from dsv4.api.reply import Reply
 from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
-from dsv4.api.sse import EventStream
+from dsv4.api.sse import EventStream, Headers
 from dsv4.api.strict_tools import StrictTools
+from dsv4.api.warnings import warning_headers
 from dsv4.engine.request import RequestOutput, Sampled
 from dsv4.engine.routing import Routing
 from dsv4.sampling import SamplingParams
-from dsv4.text.output import Content, Piece, Reasoning, ToolArguments
+from dsv4.text.blocks import Call as ToolCall
+from dsv4.text.output import Content, Piece, Reasoning, ToolArguments, ToolStart
 
 MAX_TOP_LOGPROBS = 20
 
@@ -59,6 +63,9 @@ class Options:
     """Log-probabilities name tokens `token_id:N`."""
     reasoning: bool
     """The answer holds the thoughts."""
+    customs: frozenset[str] = frozenset()
+    """Tools that take text in place of JSON."""
+    headers: Headers = ()
 
 
 async def chat_completions(call: Call) -> None:
@@ -74,7 +81,7 @@ async def chat_completions(call: Call) -> None:
     async for index, output in run(call, jobs):
         answer.replies[index].read(output)
         answer.usage.add(index, output)
-    await call.respond(answer.whole())
+    await call.respond(answer.whole(), headers=options.headers)
 
 
 def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParams, Routing]:
@@ -97,6 +104,9 @@ def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParam
             f"a whole number from 1 to {service.max_model_len}",
             "; the nearest valid value is 1",
         )
+    options = dataclasses.replace(
+        options, customs=frozenset(chat.inputs), headers=warning_headers(chat.left_out)
+    )
     return options, chat, strict, params, routing_of(call)
 
 
@@ -137,6 +147,7 @@ class Answer:
         self.service, self.options, self.prompt = service, options, asked.prompt
         self.usage = UsageSum(per_prompt=options.n)
         self._begun = False
+        self._texts: dict[int, int] = {}  # by choice: its call of a custom tool whose text has not been sent
         self.replies = [Reply(strict, keep=asked.keep) for _ in range(options.n)]
         self._openings: dict[int, str | None] = {}  # the content that a choice's stream began with
         self._head: dict[str, Any] = {"id": id, "created": created, "model": options.model}
@@ -161,7 +172,9 @@ class Answer:
         pieces = [news.piece for news in reply.read(output)]
         if not self.options.reasoning:
             pieces = [piece for piece in pieces if not isinstance(piece, Reasoning)]
-        deltas = [_delta(piece, reply) for piece in pieces]
+        deltas = [delta for piece in pieces for delta in self._deltas(piece, index)]
+        if output.finished and (text := self._text_ends(index)):
+            deltas.append(text)
         judged = self._logprobs(output.logprobs or []) if output.logprobs else None
         tokens = output.token_ids if self.options.token_ids else None
         if not deltas and (judged or tokens):  # text may be held back, probabilities never are
@@ -222,10 +235,38 @@ class Answer:
             message["reasoning_content"] = blocks.reasoning
         if blocks.calls:
             message["tool_calls"] = [
-                {"id": id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for id, call in zip(reply.call_ids, blocks.calls, strict=True)
+                {"id": id, **self._call(call)} for id, call in zip(reply.call_ids, blocks.calls, strict=True)
             ]
         return message
+
+    def _call(self, call: ToolCall) -> dict[str, Any]:
+        if call.name in self.options.customs:
+            return {"type": "custom", "custom": {"name": call.name, "input": input_of(call.arguments)}}
+        return {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+    def _deltas(self, piece: Piece, index: int) -> Iterator[dict[str, Any]]:
+        """A piece as `delta`s. A custom tool's text is inside of JSON until its end."""
+        if isinstance(piece, ToolStart):
+            if text := self._text_ends(index):
+                yield text
+            if piece.name in self.options.customs:
+                self._texts[index] = piece.index
+                call = {
+                    "index": piece.index,
+                    "id": self.replies[index].call_ids[piece.index],
+                    "type": "custom",
+                }
+                yield {"tool_calls": [call | {"custom": {"name": piece.name, "input": ""}}]}
+                return
+        if not (isinstance(piece, ToolArguments) and piece.index == self._texts.get(index)):
+            yield _delta(piece, self.replies[index])
+
+    def _text_ends(self, index: int) -> dict[str, Any] | None:
+        """The text of a custom tool whose call is over."""
+        if (number := self._texts.pop(index, None)) is None:
+            return None
+        text = input_of(self.replies[index].blocks.calls[number].arguments)
+        return {"tool_calls": [{"index": number, "custom": {"input": text}}]} if text else None
 
     def _logprobs(self, judged: Sequence[Sampled]) -> dict[str, Any] | None:
         top = self.options.logprobs
@@ -267,7 +308,7 @@ def _delta(piece: Piece, reply: Reply) -> dict[str, Any]:
 
 
 async def _stream(call: Call, answer: Answer, jobs: Sequence[Job]) -> None:
-    async with EventStream(call, on_error=error_event) as stream:
+    async with EventStream(call, on_error=error_event, headers=answer.options.headers) as stream:
         async for index, output in run(call, jobs):
             if output.prefilled is not None:
                 stream.progress = f"prefill {output.prefilled}/{len(jobs[index].prompt)}"

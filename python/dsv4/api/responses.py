@@ -7,7 +7,6 @@ for each item its beginning, deltas, texts and the whole item again, then `respo
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import orjson
 
 from dsv4.api.conversation import Conversation, encode
+from dsv4.api.custom_tools import input_of
 from dsv4.api.generation import Job, run
 from dsv4.api.grammar import held_to
 from dsv4.api.http import Call, header
@@ -158,7 +158,9 @@ class Answer:
     def read(self, output: RequestOutput) -> list[News]:
         """What an output brings, in order. Only the tokens of texts are judged."""
         news = self.reply.read(output)
-        self._unplaced += output.logprobs or ()
+        if output.logprobs:  # special tokens are never text
+            special = self.service.tokenizer("input").control
+            self._unplaced += [judged for judged in output.logprobs if judged.token not in special]
         if (text := _last_text(news)) is not None:
             self._judged.setdefault(text.number, []).extend(map(self._entry, self._unplaced))
         self._unplaced = [] if news else self._unplaced
@@ -288,7 +290,7 @@ class Answer:
         if known.namespace is not None:
             item["namespace"] = known.namespace
         if known.custom:
-            return item | {"type": "custom_tool_call", "input": "" if empty else _input(call.arguments)}
+            return item | {"type": "custom_tool_call", "input": "" if empty else input_of(call.arguments)}
         return item | {"type": "function_call", "arguments": "" if empty else call.arguments}
 
     def _custom(self, block: Block) -> bool:
@@ -349,18 +351,6 @@ def _content(block: Block, judged: list[dict[str, Any]]) -> dict[str, Any]:
     if isinstance(block, ToolCall):
         return {}
     return {"content_index": 0} | ({"logprobs": judged} if type(block) is Text else {})
-
-
-def _input(arguments: str) -> str:
-    """A custom tool's text, which the model writes as the argument `input`."""
-    for end in ("", "}", '"}'):
-        try:
-            given = json.loads(arguments + end)
-        except ValueError:
-            continue
-        text = given.get("input") if isinstance(given, dict) else None
-        return text if isinstance(text, str) else arguments
-    return ""
 
 
 async def _stream(call: Call, answer: Answer, job: Job) -> None:

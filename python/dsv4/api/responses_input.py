@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4.api.conversation import EFFORTS, MAX_TOOLS, Conversation, settled
+from dsv4.api.custom_tools import read_custom
 from dsv4.api.fields import Fields
 from dsv4.api.grammar import format_of, openai_choice, shown_name
 from dsv4.api.parts import missing, parts_of, text_of, unread
 from dsv4.api.thoughts import unsealed
 from dsv4.errors import RequestError, show
+from dsv4.text.form import Format
 
 MAX_ITEMS = 65536
 ENCRYPTED = "reasoning.encrypted_content"
@@ -22,7 +24,6 @@ ENCRYPTED = "reasoning.encrypted_content"
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 _READ = "input_text and output_text"
-_INPUT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class ResponsesTools:
     shown: list[dict[str, Any]] = field(default_factory=list)
     names: dict[str, ToolName] = field(default_factory=dict)
     """By the name that the model sees."""
+    inputs: dict[str, Format | None] = field(default_factory=dict)
+    """What holds the texts of custom tools."""
     left_out: list[str] = field(default_factory=list)
 
     def add(self, tool: Fields, namespace: str | None = None) -> None:
@@ -63,19 +66,15 @@ class ResponsesTools:
             self.left_out.append(f"a second tool {show(shown)} was left out")
             return
         function: dict[str, Any] = {"name": shown}
-        description = tool.text("description", longest=2**31)
-        if custom and (rule := tool.nested("format")).get("type") == "grammar":
-            grammar = rule.text("definition", "", longest=2**31)
-            description = (
-                f"{description or ''}\n\nThe input follows this {rule.text('syntax')} grammar:\n{grammar}"
-            )
-        if description is not None:
-            function["description"] = description
         if custom:
-            function["parameters"] = _INPUT
-        elif tool.get("parameters") is not None:
+            made, self.inputs[shown], unheld = read_custom(tool)
+            function = made | function
+            self.left_out += [unheld] if unheld else []
+        elif (description := tool.text("description", longest=2**31)) is not None:
+            function["description"] = description
+        if not custom and tool.get("parameters") is not None:
             function["parameters"] = tool.nested("parameters").body
-        if tool.boolean("strict"):
+        if not custom and tool.boolean("strict"):
             function["strict"] = True
         self.names[shown] = ToolName(name, namespace, custom)
         self.shown.append({"type": "function", "function": function})
@@ -98,6 +97,7 @@ def read_input(fields: Fields) -> tuple[Conversation, ResponsesTools]:
         parallel_calls=fields.boolean("parallel_tool_calls", True),
         choice=choice,
         format=format_of(fields.nested("text").nested("format")),
+        inputs=tools.inputs,
     ), tools
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsv4.text.lark import TEXT_RULES, Grammars, fault_of, json_grammar, quoted
+from dsv4.text.lark import TEXT_RULES, Grammars, fault_of, json_grammar, pattern, quoted
 
 MOST_STRICT = 2**18
 """Characters of the schemas of strict tools that are made into rules, in all."""
@@ -44,6 +44,8 @@ class Calls:
     only: Sequence[str] | None = None
     """The tools that may be called; None for all."""
     several: bool = True
+    inputs: Mapping[str, tuple[str, str] | None] = field(default_factory=dict)
+    """Tools that take one text, `input`, and what it is: (`regex`, a pattern), (`lark`, a grammar that begins at `start`), or any."""
 
     def functions(self) -> list[Mapping[str, Any]]:
         """Those that may be called."""
@@ -68,14 +70,33 @@ class Calls:
             begin = quoted(f'invoke name="{function["name"]}">\n')
             room -= len(json.dumps(function.get("parameters"))) if function.get("strict") else 0
             strict = _Strict.of(f"t{i}", function) if function.get("strict") and room > 0 else None
-            if strict is None:
+            if function["name"] in self.inputs:
+                rules.append(
+                    f't{i}: {begin} {_TEXT_HEAD} ({self._input(i, named)}) mark "parameter>\\n</" mark end'
+                )
+            elif strict is None:
                 rules.append(f't{i}: {begin} ("<" mark param | "\\n</" mark end)')
             else:
                 rules += [f"t{i}: {begin} t{i}_begin", *strict.rules()]
                 named += strict.named
         return TEXT_RULES + "\n".join(rules), named
 
+    def _input(self, i: int, named: Grammars) -> str:
+        """The text of the i-th tool up to its closing marker, the grammar of which is added."""
+        held = self.inputs[self.functions()[i]["name"]]
+        if held is None:
+            return "RAW"
+        kind, value = held
+        if (
+            kind == "regex"
+        ):  # in one terminal with what ends it, as a lexer that has begun with more does not go back
+            named.append({"name": f"input{i}", "lark_grammar": f'start: INPUT\nINPUT: {pattern(value)} "</"'})
+            return f"@input{i}"
+        named.append({"name": f"input{i}", "lark_grammar": value})
+        return f'@input{i} "</"'
 
+
+_TEXT_HEAD = '"<" mark "parameter name=\\"input\\" string=\\"true\\">"'
 _BESIDE = {"title", "description", "default", "examples", "$comment"}
 """Words that bar no value."""
 _DEEPEST = 4
