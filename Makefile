@@ -113,7 +113,7 @@ test-gpu:
 	PYTHONPATH=python:. $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile -p no:benchmark tests \
 	  --ignore tests/kernels/test_aot.py --ignore tests/examples $(ARGS)
 
-.venv-tools/built: setup
+.venv-tools/built: | setup
 	@echo "test-tools: an evaluation harness, load generators and a fuzzer in .venv-tools: 2 GB on disk, 2 to 10 minutes"
 	for tool in schemathesis lm_eval aiperf guidellm; do $(PYTHON) -m venv .venv-tools/$$tool || exit 1; done
 	.venv-tools/schemathesis/bin/pip install --disable-pip-version-check -q schemathesis
