@@ -110,8 +110,11 @@ def child_of(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def server(flags: Sequence[str], step_ms: float | None) -> Iterator[tuple[int, int, int]]:
-    """(port, process of the server, process of the engine). `step_ms`: of a scripted engine."""
+def server(
+    flags: Sequence[str], step_ms: float | None, lag: Path | None = None
+) -> Iterator[tuple[int, int, int]]:
+    """(port, process of the server, process of the engine). `step_ms`: of a scripted engine. `lag`: where to write, at the end, how
+    long the turns of its event loop were (`benches/lag.py`)."""
     command = [sys.executable, "-m", "dsv4.cli", "serve", "--port", "0", "--log-level", "warning", *flags]
     env = dict(os.environ)
     if step_ms is not None:
@@ -121,6 +124,8 @@ def server(flags: Sequence[str], step_ms: float | None) -> Iterator[tuple[int, i
             [sys.executable, "-c", SERVE, "--log-level", "warning", *flags],
             environment(step=step_ms / 1e3),
         )
+    if lag is not None:
+        command = [sys.executable, "-m", "benches.lag", str(lag), *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
     assert process.stderr is not None
     try:
