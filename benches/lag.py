@@ -38,7 +38,10 @@ class Watch:
     def told(self) -> dict[str, float]:
         """Milliseconds."""
         ordered = sorted(self.turns) or [0.0]
-        at = {q: ordered[min(int(float(q) * len(ordered)), len(ordered) - 1)] for q in ("0.5", "0.99", "0.999", "1")}
+        at = {
+            q: ordered[min(int(float(q) * len(ordered)), len(ordered) - 1)]
+            for q in ("0.5", "0.99", "0.999", "1")
+        }
         return {q: round(1e3 * t, 2) for q, t in at.items()} | {"turns": len(self.turns)}
 
 

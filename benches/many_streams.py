@@ -176,7 +176,10 @@ def main() -> int:
     # A page for each stream, and as many again for those whose end is not told yet.
     flags = ["--max-num-seqs", n, "--max-num-waiting", n, "--num-pages", str(2 * args.streams + 64)]
     lag = Path(tempfile.mkdtemp()) / "lag.json"
-    with server([*flags, "--max-num-batched-tokens", str(4 * args.streams)], args.step_ms, lag) as (port, *pids):
+    with server([*flags, "--max-num-batched-tokens", str(4 * args.streams)], args.step_ms, lag) as (
+        port,
+        *pids,
+    ):
         load = Load(port, args.tokens)
         warm = Load(port, 3)
         run(warm, 20, 0.0, 1000)

@@ -370,6 +370,9 @@ class ServerConfig:
         5.0, "seconds between keep-alive comments in a stream that has no token yet", range=_SECONDS
     )
     log_level: str = setting("info", "what is logged", choices=("debug", "info", "warning", "error"))
+    otlp_traces_endpoint: str | None = setting(
+        None, "URL to which a span of each request is posted, for OpenTelemetry (default: none)"
+    )
     log_format: str = setting(
         "text", "how it is logged: json has one object per line", choices=("text", "json")
     )

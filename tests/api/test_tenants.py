@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ import httpx
 import pytest
 from dsv4.api.keys import Keys, Tenant, hash_of, new_key
 from dsv4.api.limits import Bucket, Meter, span
+from dsv4.cli import main
 from dsv4.config import ServerConfig, load
 from dsv4.errors import ConfigError, RequestError
 from dsv4.sampling import SamplingParams
@@ -265,6 +269,27 @@ def test_no_file_and_keys_of_the_server_itself(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="admin_key is the api_key"):
         ServerConfig(api_key="k", admin_key="k")
     assert len({new_key() for _ in range(100)}) == 100 and len(new_key()) > 50
+
+
+def test_keys_are_made_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "keys.toml"
+    assert main(["key", 'a "b"']) == 0 and main(["key", "other"]) == 0
+    out, err = capsys.readouterr()
+    file.write_text(out)
+    first, second = re.findall(r"sk-dsv4-\S+", err)
+    keys = Keys(ServerConfig(keys_file=str(file)))
+    found = [keys.find([key]) for key in (first, second, "sk-dsv4-")]
+    assert [t and t.name for t in found] == ['a "b"', "other", None] and "sk-dsv4-" not in out
+
+
+def test_the_hash_of_a_key_that_there_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("mine\n"))
+    assert main(["key", "team", "--stdin"]) == 0
+    assert capsys.readouterr().out == f'[tenants."team"]\nkeys = ["{hash_of("mine")}"]\n'
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert main(["key", "team", "--stdin"]) == 2
 
 
 def test_what_opens_the_server_is_told(tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ class Edge:
             record.route = self._paths.get(scope.get("endpoint"), scope["path"])
             record.end(self.service.metrics)
             self.service.recent.add(record)
+            if self.service.tracer is not None:
+                self.service.tracer.ended(record, scope)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: GuardedProtocol | None = scope.get("dsv4_connection")

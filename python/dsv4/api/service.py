@@ -15,6 +15,7 @@ from dsv4.api.fields import Fields
 from dsv4.api.lanes import Lanes
 from dsv4.api.metrics import Metrics, describe_build
 from dsv4.api.recent import Recent
+from dsv4.api.tracing import Tracer
 from dsv4.config import LONGEST_NAME, ServerConfig
 from dsv4.errors import RequestError, show
 from dsv4.text.chat import BOS, FIM
@@ -48,6 +49,8 @@ class Service:
             engine.stats, self.name, engine.tenants, counts, info, process, self.callers.refused
         )
         self.recent = Recent()
+        endpoint = config.otlp_traces_endpoint
+        self.tracer = None if endpoint is None else Tracer(endpoint, self.name)
         self.started = int(time.time())
         self.draining = self.ending = False
         """No new requests are taken; and that is for good."""
@@ -137,3 +140,5 @@ class Service:
 
     def close(self) -> None:
         self.lanes.close()
+        if self.tracer is not None:
+            self.tracer.close()

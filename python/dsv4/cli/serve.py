@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dsv4 import garbage, requirements
-from dsv4.api import logs
+from dsv4.api import logs, tracing
 from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.keys import Keys
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
@@ -44,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     logs.set_up(server_config.log_level, server_config.log_format)
     requirements.check()
     Keys(server_config)  # a file that cannot be read is known before anything slow
+    tracing.check(server_config.otlp_traces_endpoint)
     from dsv4.engine.async_engine import AsyncEngine
 
     engine = AsyncEngine(engine_config)
