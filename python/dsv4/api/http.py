@@ -118,6 +118,7 @@ class PostEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = Call(scope, receive, send)
+        await call.service.turnstile.wait()
         try:
             if self.generates:
                 call.service.refuse_while_draining()

@@ -16,6 +16,7 @@ from dsv4.api.lanes import Lanes
 from dsv4.api.metrics import Metrics, describe_build
 from dsv4.api.recent import Recent
 from dsv4.api.tracing import Tracer
+from dsv4.api.turnstile import Turnstile
 from dsv4.config import LONGEST_NAME, ServerConfig
 from dsv4.errors import RequestError, show
 from dsv4.text.chat import BOS, FIM
@@ -56,7 +57,7 @@ class Service:
         """No new requests are taken; and that is for good."""
         self.pins: dict[int, str] = {}
         """By number, the tenant that made it."""
-        self.lanes = Lanes()
+        self.lanes, self.turnstile = Lanes(), Turnstile()
 
     @property
     def max_model_len(self) -> int:
