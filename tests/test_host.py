@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from dsv4 import doctor
 from dsv4.doctor import Finding
-from dsv4.host import Card, Host, _smi, bus_ids, link_matrix, numa_node, shared_memory
+from dsv4.host import Card, Host, _smi, bind, bus_ids, cpus_of, link_matrix, numa_node, shared_memory
 
 GIB = 2**30
 TOPOLOGY = """\
@@ -112,3 +114,16 @@ def test_tools_that_fail_or_hang_say_nothing() -> None:
 
     assert _smi("topo", "-m", run=hangs) == ""
     assert shared_memory("/no/such/place") is None
+
+
+def test_a_process_stays_on_the_processors_of_a_node(tmp_path: Path) -> None:
+    (tmp_path / "node1").mkdir()
+    (tmp_path / "node1" / "cpulist").write_text("0,2-3,8-9\n")
+    assert cpus_of(1, tmp_path) == {0, 2, 3, 8, 9} and cpus_of(-1, tmp_path) == set()
+    assert not bind(set()) and not bind({10**6})
+    script = (
+        "import os, threading; from dsv4.host import bind; first = min(os.sched_getaffinity(0)); go = threading.Event(); told = []\n"
+        "t = threading.Thread(target=lambda: (go.wait(), told.append(os.sched_getaffinity(0)))); t.start()\n"
+        "assert bind({first, 10**6}); go.set(); t.join(); assert told == [{first}], told"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=dict(os.environ))

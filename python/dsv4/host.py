@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import shutil
@@ -9,6 +11,8 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+log = logging.getLogger("dsv4.engine")
 
 LINKS = {
     "NV": "NVLink",
@@ -130,6 +134,40 @@ def numa_node(bus: str, root: Path = Path("/sys/bus/pci/devices")) -> int:
         return int((root / f"{domain[-4:]}:{rest}" / "numa_node").read_text())
     except (OSError, ValueError):
         return -1
+
+
+def cpus_of(node: int, root: Path = Path("/sys/devices/system/node")) -> set[int]:
+    """The CPUs of a NUMA node; none where the system does not say."""
+    try:
+        runs = (root / f"node{node}" / "cpulist").read_text().strip().split(",")
+        ends = [(int(run.partition("-")[0]), int(run.rpartition("-")[2])) for run in runs if run]
+    except (OSError, ValueError):
+        return set()
+    return {cpu for first, last in ends for cpu in range(first, last + 1)}
+
+
+def stay_near(device: int) -> None:
+    """Keeps the threads of this process on the CPUs of a CUDA device's NUMA node, as far as it may use any of them, and logs it. Where
+    the system does not say which these are, nothing changes."""
+    import torch
+
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    _, bus = bus_ids(_smi("--query-gpu=index,uuid,pci.bus_id", "--format=csv,noheader")).get(uuid, (None, ""))
+    node = numa_node(bus)
+    if bind(cpus_of(node)):
+        log.info("GPU %d is on NUMA node %d, and so is its process", device, node)
+
+
+def bind(cpus: set[int]) -> bool:
+    """Keeps all threads of this process, and those that they start, on these CPUs. False, and nothing is done, where it may use
+    none of them."""
+    allowed = cpus & os.sched_getaffinity(0)
+    if not allowed:
+        return False
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has just ended
+            os.sched_setaffinity(int(thread), allowed)
+    return True
 
 
 def shared_memory(path: str = "/dev/shm") -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -42,6 +42,7 @@ from dsv4.engine.rank_messages import (
     to_rank,
 )
 from dsv4.errors import Dsv4Error
+from dsv4.host import stay_near
 
 if TYPE_CHECKING:
     from dsv4.engine.buffers import StepPlan
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from dsv4.model.rank import Rank
 
 log = logging.getLogger("dsv4.engine")
+
+Told = TypeVar("Told", bound=ToRank)
 
 
 class Follower:
@@ -74,8 +77,7 @@ class Follower:
 
     def run(self) -> None:
         """Until it is told to end. Raises what it cannot go on for."""
-        message, _ = self._inbox.get()
-        assert isinstance(message, Hello), message
+        message = self._next(Hello)
         logging.getLogger().setLevel(message.log_level)
         device, plan, meeting = self._build(message)
         while True:
@@ -96,11 +98,13 @@ class Follower:
         from dsv4.engine.memory import usable_memory
 
         settle_rank(hello.config, hello.rank, hello.ranks)
+        if hello.config.device == "cuda":
+            stay_near(hello.rank)
         self.link.send(encode(Here(usable_memory(hello.config).bytes)))
-        load, _ = self._next(Load)
+        load = self._next(Load)
         model_config, weights = follower_weights(hello.config, hello.rank, hello.ranks, packed=load.packed)
         self.link.send(encode(Loaded()))
-        serve, _ = self._next(Serve)
+        serve = self._next(Serve)
         self._meet(hello, serve.meeting, 0)
         assert self.rank is not None
         device = following_device(hello.config, model_config, weights, serve.pages, serve.max_len, self.rank)
@@ -110,12 +114,12 @@ class Follower:
         plan = StepPlan(serve.schema, pinned=hello.config.device == "cuda")  # type: ignore[arg-type]
         return device, plan, serve.meeting
 
-    def _next(self, kind: type) -> tuple[ToRank, np.ndarray]:
-        received, payload = self._inbox.get()
+    def _next(self, kind: type[Told]) -> Told:
+        received, _ = self._inbox.get()
         if isinstance(received, Quit):
             sys.exit(0)
         assert isinstance(received, kind), received
-        return received, payload
+        return received
 
     def _meet(self, hello: Hello, meeting: str, times: int) -> None:
         from dsv4.engine.meeting import meet
@@ -156,6 +160,8 @@ def main() -> None:
     code = 0
     try:
         follower.run()
+    except SystemExit:
+        pass
     except Dsv4Error as e:
         link.send(encode(Failed(type(e).__name__, str(e))))
         code = 1

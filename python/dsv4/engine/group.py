@@ -23,6 +23,7 @@ from dsv4.engine import remote
 from dsv4.engine.child import Child, held_bytes, stacks, state_of
 from dsv4.engine.meeting import Meeting, meet
 from dsv4.engine.messages import Failed, Log
+from dsv4.engine.progress import Progress
 from dsv4.engine.rank_messages import (
     Done,
     FromRank,
@@ -175,7 +176,7 @@ class Group:
         """Lets the ranks read their weights."""
         self._send_all(Load(packed))
 
-    def told(self, progress: remote.Progress | None) -> remote.Progress:
+    def told(self, progress: Progress | None) -> Progress:
         """`progress`, which also ends rank 0's reading when another rank is lost."""
 
         def show(done: int, total: int, name: str) -> None:
@@ -299,13 +300,13 @@ class Group:
         if self._closing.is_set():
             return
         self._closing.set()
+        if self.rank is not None:
+            self.rank.leave()  # which ends what others may wait for
         self._send_all(Quit())
         for peer in self._peers:
             if not peer.child.wait(0.0 if self.lost else QUIT_WAIT):
                 peer.child.kill()
             peer.child.link.release()
-        if self.rank is not None:
-            self.rank.leave()
         self._meeting.close()
 
     # -- watching

@@ -28,7 +28,7 @@ class Meeting:
 
 def meet(path: str, rank: int, ranks: int, device: str, time: int, limit: float) -> dist.ProcessGroup:
     """Waits until all ranks are there, for the `time`-th time; at most `limit` seconds on the CPU. Raises RuntimeError."""
-    store = dist.PrefixStore(f"{time}", dist.FileStore(path, -1))  # type: ignore[no-untyped-call]
+    store = dist.PrefixStore(f"{time}", dist.FileStore(path, -1))
     store.set_timeout(timedelta(seconds=limit))
     if device == "cuda":
         options = dist.ProcessGroupNCCL.Options()

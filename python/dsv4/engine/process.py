@@ -47,6 +47,7 @@ from dsv4.engine.profile import Profiling
 from dsv4.engine.progress import Progress
 from dsv4.engine.warmup import late_captures, late_compiles
 from dsv4.errors import Dsv4Error, EngineDead, RankLost, RequestError
+from dsv4.host import stay_near
 
 log = logging.getLogger("dsv4.engine")
 
@@ -100,6 +101,8 @@ class Host:
         self._last = self._counted = 0.0
         self.loop.tell = self._tell
         if self.loop.group is not None:
+            if built.config.device == "cuda":
+                stay_near(0)
             self.loop.group.on_lost = self._lost
             self.loop.group.on_look = lambda: link.send(encode(Alive()))
 
