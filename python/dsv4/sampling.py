@@ -37,6 +37,8 @@ class Grammar:
     text: str
     field: str
     """Of the request, for errors: what asked for it."""
+    chat: bool = False
+    """The answer is read as a chat's, so it spells no markup in letters."""
 
 
 @dataclass(frozen=True, slots=True)

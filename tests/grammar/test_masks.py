@@ -192,3 +192,34 @@ def test_the_marker_in_letters_is_no_text() -> None:
     letters = tokenizer.encode_segments(["<｜DSML｜"])
     assert tokenizer.find("｜DSML｜") not in letters
     assert 0 < matcher.validate_tokens(letters) < len(letters)
+
+
+@pytest.mark.parametrize("mark", ["｜DSML｜", "<think>", "</think>"])
+@pytest.mark.parametrize("cut", ["tokens", "letters"])
+def test_markup_in_letters_is_never_completed_in_a_chat(mark: str, cut: str) -> None:
+    """Within a string of JSON too, where the grammar lets any text stand; what reads the answer would take it for the token."""
+    tokenizer = small_tokenizer_once()
+    text = Format("json", {"type": "object", "properties": {"a": {"type": "string"}}}, "x").text()
+    begun = tokenizer.encode('{"a": "')
+    pieces = [f"b {mark} c"] if cut == "tokens" else list(f"b {mark} c")
+    letters = [token for piece in pieces for token in tokenizer.encode_letters(piece)]
+    assert tokenizer.find(mark) not in letters
+    for chat in (False, True):
+        form = grammars().constraint(Grammar(text, "x", chat=chat), ends=[EOS], least=0)
+        output, stopped = list(begun), None
+        for token in letters:
+            if token not in allowed(form, output):
+                stopped = tokenizer.decode(output)
+                break
+            output.append(token)
+        assert (stopped is not None) == chat
+        assert not chat or (mark not in stopped and stopped.startswith('{"a": "b'))
+
+
+def test_what_must_be_spelled_is() -> None:
+    """A form that asks for markup itself is kept."""
+    text = Format("choice", ["<think>"], "x").text()
+    form, output = grammars().constraint(Grammar(text, "x", chat=True), ends=[EOS], least=0), list[int]()
+    for token in small_tokenizer_once().encode_letters("<think>"):
+        assert token in allowed(form, output)
+        output.append(token)

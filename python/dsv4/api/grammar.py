@@ -304,7 +304,7 @@ def of_chat(
         text = chat_grammar(tokenizer, thinking=reading.thinking, format=format, calls=calls)
     except ValueError as e:
         raise RequestError(f"{field} cannot be honoured: {e}", field, "unsupported_field", 400) from None
-    return None if text is None else Grammar(text, field)
+    return None if text is None else Grammar(text, field, chat=True)
 
 
 def _grammars(inputs: Mapping[str, Format | None]) -> dict[str, tuple[str, str] | None]:

@@ -1,7 +1,7 @@
 """Tools with `strict: true`.
 
 OpenAI promises that their calls fit the tool's schema. The grammar of an answer sees to that (`text/call_grammar.py`), but for schemas
-that no grammar can hold and for the marker of calls spelled in letters, so it is looked at once more: a call that does not fit is not
+that no grammar can hold, so it is looked at once more: a call that does not fit is not
 called finished. It is delivered as the model wrote it, the answer's `finish_reason` is `stop` in place of `tool_calls`, and
 `strict_error` says what does not fit.
 """

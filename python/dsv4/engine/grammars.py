@@ -13,6 +13,7 @@ from functools import cached_property
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from dsv4.engine.bars import Bars
 from dsv4.engine.masks import Constraint, MaskMaker
 from dsv4.errors import RequestError
 from dsv4.sampling import Grammar
@@ -59,13 +60,16 @@ class Grammars:
         self._held = 0
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self.maker = MaskMaker(vocab)
+        self._bars: Bars | None = None
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer | None:
         tokenizer = self._load()
         if tokenizer is None or not self._ends:
             return None
-        wrapped = TokenizerWrapper(_Vocabulary(tokenizer, self._vocab, self._ends[0]))
+        vocabulary = _Vocabulary(tokenizer, self._vocab, self._ends[0])
+        self._bars = Bars(vocabulary.tokens, vocabulary.special_token_ids)
+        wrapped = TokenizerWrapper(vocabulary)
         return LLTokenizer(wrapped, n_vocab=self._vocab, eos_token=self._ends, slices=list(SLICES))
 
     def vocabulary(self) -> LLTokenizer | None:
@@ -82,7 +86,8 @@ class Grammars:
     def constraint(self, grammar: Grammar, *, ends: Iterable[int], least: int) -> Constraint:
         """The grammar for one request (see `Constraint`). Raises RequestError for what is none, or too large."""
         matcher = self._matcher(grammar)
-        return Constraint(matcher.deep_copy(), grammar.field, ends=tuple(ends), least=least)
+        bars = self._bars if grammar.chat else None
+        return Constraint(matcher.deep_copy(), grammar.field, ends=tuple(ends), least=least, bars=bars)
 
     def compile(self, grammar: Grammar) -> None:
         """So that it is known. Raises RequestError."""

@@ -261,7 +261,7 @@ class LLM:
         if params.grammar is None and reading.tools and self.tokenizer is not None:
             calls = Calls(shown_tools(messages, tools))
             text = chat_grammar(self.tokenizer, thinking=reading.thinking, calls=calls)
-            params = dataclasses.replace(params, grammar=text and Grammar(text, "tools"))
+            params = dataclasses.replace(params, grammar=text and Grammar(text, "tools", chat=True))
         return self.generate([ids], params, reading=reading)[0]
 
     def chat_ids(

@@ -13,6 +13,8 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask_par
 
+from dsv4.engine.bars import Bars
+
 
 @dataclass(frozen=True, slots=True)
 class Masks:
@@ -26,9 +28,13 @@ class Masks:
 class Constraint:
     """The grammar of one live request, and how far its answer has come in it."""
 
-    def __init__(self, matcher: LLMatcher, field: str, *, ends: Sequence[int], least: int) -> None:
-        """`ends`: tokens that end the answer; they do not before `least` tokens, unless nothing else may come."""
+    def __init__(
+        self, matcher: LLMatcher, field: str, *, ends: Sequence[int], least: int, bars: Bars | None = None
+    ) -> None:
+        """`ends`: tokens that end the answer; they do not before `least` tokens, unless nothing else may come. `bars`: of a chat, which
+        spells no markup."""
         self.matcher, self._field, self._ends, self._least = matcher, field, frozenset(ends), least
+        self._bars, self._tail = bars, b""
         self._followed = 0
         self.free = False
         """The answer has ended, and whatever comes is nobody's."""
@@ -38,6 +44,8 @@ class Constraint:
         new, self._followed = list(output[self._followed :]), len(output)
         if self.free or not new:
             return None
+        if self._bars is not None:
+            self._tail = self._bars.follow(self._tail, new)
         self.free = not self._ends.isdisjoint(new)
         return None if self.free or self.matcher.consume_tokens(new) else self.fault()
 
@@ -47,7 +55,10 @@ class Constraint:
         return f"{self._field} could not be followed any further: {why[:200]}"
 
     def finish(self, bits: np.ndarray) -> bool:
-        """Bars what ends an answer that is too short yet, in int32 [ceil(V / 32)]; False when nothing is left at all."""
+        """Bars what spells markup, and what ends an answer that is too short yet, in int32 [ceil(V / 32)]; False when nothing is left at
+        all."""
+        if self._bars is not None:
+            self._bars.apply(bits, self._tail)
         if self._followed < self._least:
             for token in self._ends:
                 word, bit = divmod(token, 32)
