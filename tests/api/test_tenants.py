@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from dsv4.text.tokenizer import Tokenizer
 
 from tests.api.test_disconnect import request_bytes, wait_until
 from tests.support.fake_engine import FakeEngine
+from tests.support.scripted import OPTIONS, SERVE, children, environment
 from tests.support.server_process import server_process
 from tests.support.serving import RunningServer, running
 
@@ -321,6 +323,37 @@ def test_the_file_is_read_again_at_sighup(tmp_path: Path) -> None:
         assert status("old") == 401
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(30) == 0
+
+
+def test_a_reload_while_the_model_loads_ends_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[tenants.a]\nkeys = ["{hash_of("k")}"]\n')
+    command = [sys.executable, "-c", SERVE, "--keys-file", str(file), *OPTIONS]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(load=1.0)) as process:
+        assert process.stderr is not None
+        (engine,) = until(lambda: children(process.pid), 60)
+        until(lambda: ignores_hangup(engine), 60)
+        for pid in (process.pid, engine):
+            os.kill(pid, signal.SIGHUP)
+        ready = next(line for line in process.stderr if line.startswith("ready"))
+        answer = httpx.get(ready.split()[1] + "/v1/models", headers={"x-api-key": "k"})
+        assert answer.status_code == 200 and children(process.pid) == [engine]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def until(what: Callable[[], Any], seconds: float) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
+    return found
+
+
+def ignores_hangup(pid: int) -> bool:
+    """Whether a process has come so far that it ignores SIGHUP: signal 1, the lowest bit."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("SigIgn:")[1].split()[0], 16) & 1)
 
 
 def test_a_file_that_became_wrong_changes_nothing(
