@@ -125,7 +125,10 @@ def _mixed(rank: Rank) -> dict[str, Any]:
 
 def _all(rank: Rank) -> tuple[Tensor, dict[str, tuple[float, bool]]]:
     found = _ways(rank) | _replays(rank) | _mixed(rank)
-    logits = _driver(rank, unit=128).run(random_tokens(_config(rank.ranks), TOKENS))
+    ids = random_tokens(_config(rank.ranks), TOKENS)
+    logits = _driver(rank, unit=128).run(ids)  # an entry of 128 tokens lies within a run now
+    found["in longer runs"] = logits, _driver(rank).run(ids)
+    found["in longer runs, in chunks"] = _driver(rank, unit=128).run(ids, [530, 70]), logits
     return logits, {n: (float((a - b).abs().max()), torch.equal(a, b)) for n, (a, b) in found.items()}
 
 
@@ -133,13 +136,47 @@ def _all(rank: Rank) -> tuple[Tensor, dict[str, tuple[float, bool]]]:
 def test_ranks(ranks: int, tmp_path: Path) -> None:
     answers = run_ranks(ranks, _all, tmp_path)
     for logits, ways in answers:
-        assert len(ways) == 9 and all(same for _, same in ways.values()), ways
+        assert len(ways) == 11 and all(same for _, same in ways.values()), ways
         assert torch.equal(logits, answers[0][0])  # on every rank
     config = _config(ranks)
     one = Driver(config, random_weights(config, seed=9), max_len=1024).run(random_tokens(config, TOKENS))
     difference = (answers[0][0] - one).abs().max()
     assert difference <= TOLERANCE * one.std(), difference
     assert torch.equal(answers[0][0].argmax(-1), one.argmax(-1))
+
+
+def _crossing(rank: Rank) -> tuple[bool, int, int]:
+    """Whether a prompt's logits are those of ranks that gather every compressor input, and the bytes that a rank hears with and
+    without that."""
+    ids, heard, logits = random_tokens(_config(2), 512), [], []
+    gather = rank.gather
+    for folds in (True, False):
+        driver, count = _driver(rank, unit=128), [0]
+
+        def counted(x: Tensor, count: list[int] = count) -> Tensor:
+            count[0] += x.nbytes
+            return gather(x)
+
+        rank.gather = counted  # type: ignore[method-assign]
+        if not folds:
+            driver.model.foldable = {}  # type: ignore[attr-defined]
+        logits.append(driver.run(ids))
+        heard.append(count[0])
+        rank.gather = gather  # type: ignore[method-assign]
+    return torch.equal(*logits), *heard
+
+
+def test_of_compressor_inputs_only_the_tails_cross(tmp_path: Path) -> None:
+    config = _config(2)
+    inputs = (
+        0  # float32 of the 256 tokens of a rank: values and scores, two halves each where entries overlap
+    )
+    for spec in config.layers:
+        dims = config.head_dim + (config.index_head_dim if spec.indexed else 0)
+        inputs += 256 * 4 * 2 * (1 + spec.overlap) * dims if spec.stores else 0
+    for same, folded, gathered in run_ranks(2, _crossing, tmp_path):
+        assert same
+        assert gathered - folded > 0.75 * inputs, (gathered, folded, inputs)
 
 
 def _says(rank: Rank) -> dict[str, Tensor]:

@@ -11,23 +11,21 @@ either way. docs/decisions/0020 has a picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dsv4.model.batch import Batch
+from dsv4.model.fold import Fold, fold_of
 from dsv4.model.rank import Rank, ordered
-from dsv4.model.step import Step
+from dsv4.model.step import Geometry, Step
 from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable
 from dsv4.transfer import to_device
 
 Table = TypeVar("Table")
-
-UNIT = 128
-"""Tokens that lie on one rank together."""
 
 _CONTEXT = 900
 """A row of fewer tokens than its context by this factor is shared: gathering its history would move more bytes than its
@@ -131,12 +129,23 @@ class RankStep:
     shared: Group | None
     cut: Group | None
     pages: Tensor | None
+    folds: dict[int, Fold] = field(default_factory=dict)
+    """By ratio, how compressors take in tokens that are cut; a ratio that is not here takes in all tokens on every rank."""
 
     @classmethod
     def of(
-        cls, step: Step, batch: Batch, owner: Tensor, rank: Rank, window: int, device: torch.device
+        cls,
+        step: Step,
+        batch: Batch,
+        owner: Tensor,
+        rank: Rank,
+        geometry: Geometry,
+        device: torch.device,
+        foldable: Mapping[int, bool],
     ) -> RankStep:
-        """From a step's tables and the owner of each of its tokens, all on the CPU; moved to `device`."""
+        """From a step's tables and the owner of each of its tokens, all on the CPU; moved to `device`. `foldable`: ratios whose
+        entries lie within a run, and whether they overlap."""
+        window = geometry.window
 
         def move(x: Tensor) -> Tensor:
             return to_device(x, device)
@@ -154,8 +163,13 @@ class RankStep:
             entries = {m: replace(t, pages=table) for m, t in entries.items()}
             token = places.local[at]
             cut = _group(step, entries, at, token, range(rank.ranks), rank.ranks, window) if len(at) else None
+        folds = {
+            m: fold_of(step, batch, owner, places.local, rank, geometry, m, overlap=overlap)
+            for m, overlap in foldable.items()
+            if places.send is not None
+        }
         if device.type == "cpu":
-            return cls(places, step.token_ids, step.tokens, step.window, blocks, shared, cut, pages)
+            return cls(places, step.token_ids, step.tokens, step.window, blocks, shared, cut, pages, folds)
         on_device = batch.page_table if batch.device_pages is None else batch.device_pages
         return cls(
             places.to(move),
@@ -166,7 +180,13 @@ class RankStep:
             shared and _moved(shared, move, on_device),
             cut and _moved(cut, move, None),
             None if pages is None else move(pages),
+            {m: _moved_fold(f, move) for m, f in folds.items()},
         )
+
+    def block_positions(self, ratio: int) -> Tensor:
+        """First positions of the blocks that this rank folds."""
+        fold = self.folds.get(ratio)
+        return (self.blocks[ratio] if fold is None else fold.blocks).position
 
     @classmethod
     def whole(cls, step: Step, rank: Rank, window: int) -> RankStep:
@@ -249,6 +269,10 @@ def moved(table: Table, move: Callable[[Tensor], Tensor]) -> Table:
     """The table with `move` applied to every tensor."""
     values = {f.name: getattr(table, f.name) for f in fields(table) if f.init and not f.name.startswith("_")}
     return type(table)(**{k: move(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def _moved_fold(fold: Fold, move: Callable[[Tensor], Tensor]) -> Fold:
+    return replace(moved(fold, move), tokens=moved(fold.tokens, move), blocks=moved(fold.blocks, move))
 
 
 def _moved(group: Group, move: Callable[[Tensor], Tensor], pages: Tensor | None) -> Group:

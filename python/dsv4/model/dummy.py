@@ -91,8 +91,8 @@ class Dummy:
 
     def _packed(self, key: int, spec: TensorSpec, rows: range, columns: range) -> Weight:
         kind = spec.storage
-        grid = (_blocks(r, n) for r, n in zip((rows, columns), BLOCKS[kind], strict=True))
-        drawn = _hashed(key + 1, *grid, self.device)
+        high, wide = BLOCKS[kind]
+        drawn = _hashed(key + 1, _blocks(rows, high), _blocks(columns, wide), self.device)
         byte = 127 + math.floor(math.log2(1 / _CODES[kind] / math.sqrt(spec.shape[1])))
         scales = (drawn & 1) + byte
         each = 2 if kind == "fp4" else 1

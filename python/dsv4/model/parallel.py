@@ -23,6 +23,9 @@ BLOCKS = {"fp8": (FP8_BLOCK, FP8_BLOCK), "fp4": (1, FP4_BLOCK)}
 """Rows and columns of a matrix that share a scale, by storage."""
 
 
+UNIT = 128
+"""Tokens of a prompt that lie on one rank together."""
+
 Cut = tuple[int, int, int] | None
 """(axis, first, end) of what a rank keeps of a matrix; None: all of it."""
 

@@ -3,7 +3,7 @@
 | what | where it is | what is said for it |
 | --- | --- | --- |
 | norms, mHC, projections, queries | a cut token on its owner, a shared one everywhere | |
-| window rows, compressor pools | whole on every rank | key-value rows and compressor inputs of cut tokens are gathered |
+| window rows, compressor pools | whole on every rank | key-value rows of cut tokens are gathered; `fold.py` has what crosses of compressors |
 | history, index keys | row j of a page on rank j mod R | shared: candidates gathered, parts to the owner of the head; cut: rows gathered |
 | attention weights | whole on every rank | shared: `wo_a` by group, `wo_b` by input, summed |
 | experts | 1 / R of each one's columns | inputs of cut tokens gathered, sums go back to the owner |
@@ -24,9 +24,9 @@ from dsv4.cache.rows import Rows
 from dsv4.model.attention import Attention, Rope
 from dsv4.model.batch import Batch, resolved
 from dsv4.model.config import ModelConfig
-from dsv4.model.cut import UNIT, Group, Places, RankStep, owners
+from dsv4.model.cut import Group, Places, RankStep, owners
 from dsv4.model.moe import MoE
-from dsv4.model.parallel import Share
+from dsv4.model.parallel import UNIT, Share
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.scope import Scope
 from dsv4.model.step import Step, build_step
@@ -99,8 +99,13 @@ class RankedAttention(Attention):
         return y
 
     def _compress(self, compressor: Any, x: Tensor, step: RankStep, rope: Rope | None) -> None:
-        """Every rank folds all tokens into its pools and writes the entries that it holds."""
-        projected = step.places.all(self.ops.linear_f32(x, compressor.project))
+        """Every rank gets the pools of all rows, and the entries that it holds."""
+        projected = self.ops.linear_f32(x, compressor.project)
+        fold = step.folds.get(self.ratio)
+        if fold is not None and rope is not None:
+            fold(compressor, projected, rope, self.rank)
+            return
+        projected = step.places.all(projected)
         compressor.take(projected, step.tokens, step.blocks[self.ratio], rope)
 
     def _shared(
@@ -217,6 +222,7 @@ class RankedModel(V4Model):
         self.rank, self.unit = rank, unit
         super().__init__(config, weights, cache, ops, consume=consume)
         self.first_id, _ = share(rank).bounds(config.vocab_size)
+        self.foldable = {s.ratio: s.overlap for s in config.layers if s.stores and unit % s.ratio == 0}
 
     def _scope(self, weights: MutableMapping[str, Weight], consume: bool) -> Scope:
         return Scope(weights, self.ops, consume=consume, rank=self.rank)
@@ -231,7 +237,7 @@ class RankedModel(V4Model):
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         self.reset_fresh(batch)
-        device, window = self.embed.device, self.geometry.window
+        device = self.embed.device
         replays = any(row.replay_end for row in batch.rows)
         owner = owners(batch, self.rank.ranks, self.unit)
         alive, streams, step = torch.empty(0), None, None
@@ -240,7 +246,9 @@ class RankedModel(V4Model):
                 plain = build_step(batch, self.geometry, i)
                 if plain is None:
                     return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
-                step = RankStep.of(plain, batch, owner[plain.token], self.rank, window, device)
+                step = RankStep.of(
+                    plain, batch, owner[plain.token], self.rank, self.geometry, device, self.foldable
+                )
                 if batch.newest is not None:
                     step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
                 ropes, scratch = self._rank_ropes(step, plain.end), self._scratch(step)
@@ -281,7 +289,7 @@ class RankedModel(V4Model):
             cos, sin = (x if step.places.send is None else x[step.places.local] for x in every)
             found[m] = (
                 Ropes((cos, sin), every),
-                table.at(step.blocks[m].position, end) if m else None,
+                table.at(step.block_positions(m), end) if m else None,
             )
         return found
 

@@ -120,7 +120,7 @@ def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | No
         )
     replayed = torch.tensor([r.replay_end for r in rows])
     for m in geometry.ratios:
-        blocks = _blocks(start, length, first, slabs, replayed, batch.page_table, geometry.block_tokens, m)
+        blocks = blocks_of(start, length, first, slabs, replayed, batch.page_table, geometry.block_tokens, m)
         of |= {f"{m} {name}": column for name, column in blocks.items()}
     return Columns(tuple(rows), max(x.start + x.length for x in rows), direct, of)
 
@@ -255,7 +255,7 @@ def _entries(t: TokenTable, pages: Tensor, end: int, geometry: Geometry) -> dict
     }
 
 
-def _blocks(
+def blocks_of(
     start: Tensor,
     length: Tensor,
     offset: Tensor,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from dsv4._core import plan_schema
 from dsv4.backends import REGISTRY
 from dsv4.model.config import ModelConfig
-from dsv4.model.parallel import Parallel
+from dsv4.model.parallel import UNIT, Parallel
 from dsv4.ops.forms import Dims, Scratch
 from dsv4.plan.cache import pages_of
 from dsv4.plan.graphs import extends_of
@@ -171,8 +171,8 @@ def _attention(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Para
 
 
 def _gathered(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits) -> None:
-    """What a prompt's ranks fetch from each other in a layer: the history of the longest request, and the step's tokens."""
-    phase, t = "attention", ("tokens", limits.step_tokens)
+    """What a prompt's ranks fetch from each other in a layer: the history of the longest request, and what crosses of its compressors."""
+    phase = "attention"
     of = {x.name: x for x in layout.components if x.kind == "stride"}
     main = max(
         (x for n, x in of.items() if n != "csa_index"), key=lambda x: x.row_bytes / x.ratio, default=None
@@ -181,13 +181,14 @@ def _gathered(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits)
         rows = ("rows", -(-limits.max_len // x.ratio))
         sheet.add(phase, f"{x.name} of the longest request, gathered", rows, ("bytes", x.row_bytes))
     if main is not None:
-        sheet.add(
-            phase,
-            "compressor inputs, gathered",
-            t,
-            ("channels", 4 * (c.head_dim + c.index_head_dim)),
-            ("bytes", 4),
+        tails = (
+            "tokens",
+            -(-limits.step_tokens // UNIT) * max((s.ratio for s in c.layers if s.overlap), default=0),
         )
+        channels = ("channels", 4 * (c.head_dim + c.index_head_dim))
+        sheet.add(phase, "compressor inputs before a run, gathered", tails, channels, ("bytes", 4))
+        made = ("entries", -(-limits.step_tokens // main.ratio) + limits.running)
+        sheet.add(phase, "entries of the step, gathered", made, ("bytes", main.row_bytes))
 
 
 def _index(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
