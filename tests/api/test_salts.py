@@ -98,6 +98,22 @@ def test_in_the_core(seed: int) -> None:
     assert sent.hits > 20, "nothing was ever found: the cache shows nothing"
 
 
+def test_a_live_request_of_another_salt_is_no_parent() -> None:
+    """As when a tenant guesses the id of another one's request."""
+    loop = build(CONFIG).loop
+    ran, params = Ran(loop), SamplingParams(max_tokens=50, temperature=0, ignore_eos=True)
+    prompt = np.arange(5, 505, dtype=np.int32)
+    loop.submit(1, prompt, params, routing=Routing(salt="a"))
+    while not ran.tokens[1]:
+        loop.step()
+    for key, salt in ((2, "b"), (3, "a")):
+        loop.submit(key, prompt, params, routing=Routing(salt=salt), parent=1)
+    while loop.has_work():
+        loop.step()
+    assert ran.cached[2] == 0 and ran.cached[3] > 0
+    assert ran.tokens[1] == ran.tokens[2] == ran.tokens[3] == answer_to(prompt.tolist(), 50)
+
+
 def test_over_http(tmp_path: Path) -> None:
     file, rng, sent = tmp_path / "keys.toml", random.Random(7), Sent()
     file.write_text("".join(f'[tenants.t{i}]\nkeys = ["{hash_of(f"k{i}")}"]\n' for i in range(TENANTS)))

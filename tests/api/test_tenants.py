@@ -122,6 +122,8 @@ def test_limits_of_one_request(served: RunningServer) -> None:
     assert ask(served, "alpha-1", max_tokens=50).json()["usage"]["completion_tokens"] == 50
     long = ask(served, "bêta", prompt="word " * 100).json()["error"]
     assert long["code"] == "context_length_exceeded" and "'beta' may send 20" in long["message"]
+    more = ask(served, "bêta", min_tokens=50, max_tokens=60)
+    assert more.status_code == 400 and "'beta' may have up to 5" in more.json()["error"]["message"]
     large = ask(served, "alpha-1", user="x" * 2000)
     assert large.status_code == 413 and "1024" in large.json()["error"]["message"]
 

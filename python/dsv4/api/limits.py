@@ -107,9 +107,10 @@ class Meter:
             text = f"prompt has {prompt} tokens; tenant {tenant.name!r} may send {tenant.max_prompt_tokens}"
             raise RequestError(text, "prompt", "context_length_exceeded", 400)
         if most is not None and (params.max_tokens is None or params.max_tokens > most):
-            if refuse and params.max_tokens is not None:
-                text = f"max_tokens is {params.max_tokens}; tenant {tenant.name!r} may have up to {most}; the nearest is {most}"
-                raise RequestError(text, "max_tokens", "invalid_value", 400)
+            name = "max_tokens" if refuse and params.max_tokens is not None else "min_tokens"
+            if name == "max_tokens" or params.min_tokens > most:
+                text = f"{name} is {getattr(params, name)}; tenant {tenant.name!r} may have up to {most}; the nearest is {most}"
+                raise RequestError(text, name, "invalid_value", 400)
             params = dataclasses.replace(params, max_tokens=most)
         if self._tokens is not None and (wait := self._tokens.wait(prompt)):
             left = max(int(self._tokens.level), 0)
