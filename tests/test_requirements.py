@@ -92,6 +92,16 @@ def test_a_package_that_is_not_there_is_told(torch_of: dict[str, str | None]) ->
         requirements.check()
 
 
+@pytest.mark.parametrize("name", ["python_version", "python_full_version"])
+@pytest.mark.parametrize(("below", "found"), [("3.1", []), ("99.0", ["nothing-such"])])
+def test_what_other_interpreters_need(
+    monkeypatch: pytest.MonkeyPatch, name: str, below: str, found: list[str]
+) -> None:
+    line = f"nothing-such>=1.0 ; {name} < '{below}'"
+    monkeypatch.setattr(metadata, "requires", lambda _: [line])
+    assert [unmet.name for unmet in requirements.unmet()] == found
+
+
 def test_a_source_tree_that_was_never_installed_has_no_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     def requires(name: str) -> list[str]:
         raise metadata.PackageNotFoundError(name)

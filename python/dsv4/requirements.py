@@ -44,7 +44,8 @@ def lowest() -> dict[str, str]:
 
 def _applies(marker: str) -> bool:
     """Whether a line is meant for this interpreter, and for no extra."""
-    below = re.search(r"python_version\s*<\s*[\"']([\d.]+)", marker)
+    # Builders of wheels write the second form of what pyproject.toml has in the first.
+    below = re.search(r"python(?:_full)?_version\s*<\s*[\"']([\d.]+)", marker)
     return "extra" not in marker and (below is None or sys.version_info[:2] < _numbers(below[1]))
 
 
