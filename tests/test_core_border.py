@@ -459,3 +459,15 @@ def test_threads_may_submit_and_abort_while_another_one_plans() -> None:
             core.commit(plan.step, np.zeros(plan.samples, np.int32), np.ones(plan.samples, np.int32))
     core.check()
     assert core.stats()["finished"] == 800
+
+
+def test_the_budget_of_a_step_is_told_while_requests_decode() -> None:
+    core = make_core(step_budget={"fixed": 5000.0})
+    plan = buffer(core)
+    budgets = []
+    core.submit(1, prompt(1, 2, 3), max_new=3, stop_ids=[])
+    while core.plan(plan.words):
+        budgets.append(core.stats()["step_budget_us"])
+        sampled = int(plan.row_samples.sum())
+        core.commit(plan.step, np.full(sampled, 7, np.int32), np.ones(sampled, np.int32))
+    assert budgets == [0, 5000, 5000]

@@ -21,7 +21,13 @@ class BusyEngine(FakeEngine):
 
     def stats(self) -> dict[str, Any]:
         pages = {"pages": 100, "free_pages": 40, "cached_pages": 35, "pinned_pages": 5, "snapshot_pages": 15}
-        steps = {"steps": 70, "busy_us": 700_000, "step_measured_us": 12_000, "step_predicted_us": 11_000}
+        steps = {
+            "steps": 70,
+            "busy_us": 700_000,
+            "step_measured_us": 12_000,
+            "step_predicted_us": 11_000,
+            "step_budget_us": 40_000,
+        }
         tokens = {
             "prompt_tokens": 1000,
             "resumed_tokens": 750,
@@ -53,7 +59,7 @@ def test_figures(page: Page, live: RunningServer) -> None:
     page.wait(lambda: "–" not in cards(page)["Idle"])
     found = cards(page)
     assert found["Running"].startswith("Running 3 ") and "2 waiting · 1 parked" in found["Running"]
-    assert "75%" in found["Cache hits"] and "predicted 11.0 ms · 70 steps" in found["Step"]
+    assert "75%" in found["Cache hits"] and "predicted 11.0 ms, budget 40.0 ms · 70 steps" in found["Step"]
     assert "100%" in found["Idle"]
     (legend,) = page.read("#legend")
     legend = " ".join(legend.split())

@@ -139,6 +139,10 @@ CORE = {
     "snapshots": (GAUGE, "Saved states"),
     "step_predicted_us": (GAUGE, "Predicted time of the last step, in microseconds"),
     "step_measured_us": (GAUGE, "Measured time of the last step, in microseconds"),
+    "step_budget_us": (
+        GAUGE,
+        "Time that the last planned step may take while requests decode, in microseconds; 0 is any",
+    ),
     "snapshots_taken": (COUNTER, "States saved"),
     "snapshots_used": (COUNTER, "Saved states from which a request went on"),
     "snapshots_evicted": (COUNTER, "Saved states evicted"),

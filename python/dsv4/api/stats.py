@@ -43,6 +43,7 @@ def state_of(service: Service) -> dict[str, Any]:
             "count": core.get("steps", 0),
             "busy_s": core.get("busy_us", 0) / 1e6,
             "last_s": core.get("step_measured_us", 0) / 1e6,
+            "budget_s": core.get("step_budget_us", 0) / 1e6,
             "predicted_s": core.get("step_predicted_us", 0) / 1e6,
         },
         "connections": service.connections.counts(),

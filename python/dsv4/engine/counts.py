@@ -27,6 +27,7 @@ GAUGES = frozenset(
         "slab_bytes",
         "step_predicted_us",
         "step_measured_us",
+        "step_budget_us",
     ]
 )
 """Statistics of the core that tell what is now. All others count, and never fall."""

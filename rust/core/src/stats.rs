@@ -94,6 +94,7 @@ pub(crate) fn stats_of(core: &Core) -> Stats {
         ("deadlines_hopeless", waited.deadlines_hopeless),
         ("step_predicted_us", predicted as u64),
         ("step_measured_us", measured as u64),
+        ("step_budget_us", core.pace.planned_budget_us() as u64),
         ("rollbacks", c.rollbacks),
         ("rows_refused", c.rows_refused),
         ("steps", c.steps),

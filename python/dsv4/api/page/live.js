@@ -84,7 +84,7 @@ function draw() {
     card("Generated", figure(rate(generated, ten, newest)), `tokens/s · ${count(t.generated)} in all`, rates(generated)),
     card("Prompts", figure(rate(prompt, ten, newest)), `tokens/s · ${count(t.prompt)} in all`, rates(prompt)),
     card("Cache hits", hit(c.reused_tokens, c.looked_up_tokens), `of prompt tokens · last minute ${hit(reused, looked)}`, samples.map((x) => x.stats.cache.reused_tokens / (x.stats.cache.looked_up_tokens || 1)), 1),
-    card("Step", s.count ? brief(mean(ten, newest) || s.last_s) : "–", s.count ? `predicted ${brief(s.predicted_s)} · ${count(s.count)} steps` : "no step yet", samples.slice(1).map((x, i) => mean(samples[i], x) || 0)),
+    card("Step", s.count ? brief(mean(ten, newest) || s.last_s) : "–", s.count ? `predicted ${brief(s.predicted_s)}${s.budget_s ? `, budget ${brief(s.budget_s)}` : ""} · ${count(s.count)} steps` : "no step yet", samples.slice(1).map((x, i) => mean(samples[i], x) || 0)),
     card("Idle", idle === null ? "–" : `${Math.round(100 * idle)}%`, "of the device's last 10 s", rates((x) => x.steps.busy_s).map((busy) => Math.min(Math.max(1 - busy, 0), 1)), 1),
   );
   memory(c);

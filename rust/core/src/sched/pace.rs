@@ -13,13 +13,21 @@ pub struct Pace {
     now_us: u64,
     budget: StepBudget,
     max_wait_us: u64,
+    /// Of the step planned last; 0: any time.
+    planned_budget_us: f64,
 }
 
 impl Pace {
     /// At time 0, with nothing measured.
     pub fn new(options: &Options) -> Self {
         let model = StepModel::new(options.cost, options.step_cost);
-        Pace { model, now_us: 0, budget: options.step_budget, max_wait_us: options.max_wait_us }
+        Pace {
+            model,
+            now_us: 0,
+            budget: options.step_budget,
+            max_wait_us: options.max_wait_us,
+            planned_budget_us: 0.0,
+        }
     }
 
     /// The time that it was told last, in microseconds.
@@ -76,6 +84,9 @@ impl Pace {
     /// A step is planned: what it will take is remembered until it is measured.
     pub fn expect(&mut self, header: &StepHeader, context: u64, load_us: f64) {
         let fixed_us = self.model.fixed_work(header.decode_rows, context, header.copies);
+        let alone = self.model.decodes_us(self.model.fixed_work(header.decode_rows, context, 0));
+        self.planned_budget_us =
+            if header.decode_rows > 0 { self.budget.of(alone).unwrap_or(0.0) } else { 0.0 };
         self.model.expect(Step(header.step), Work { fixed_us, load_us }, header.decode_rows);
     }
 
@@ -92,6 +103,11 @@ impl Pace {
     /// Predicted and measured time of the step measured last.
     pub fn last(&self) -> (f64, f64) {
         self.model.last()
+    }
+
+    /// Time that the step planned last may take, in microseconds; 0: any, as nothing decodes or there is no budget.
+    pub fn planned_budget_us(&self) -> f64 {
+        self.planned_budget_us
     }
 
     /// What was learnt, to go on with elsewhere.
