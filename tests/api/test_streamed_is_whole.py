@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from dsv4.api import anthropic, openai_chat, responses
-from dsv4.api.responses_input import ResponsesTools
+from dsv4.api.responses_input import ResponsesTools, ToolName
 from dsv4.api.strict_tools import StrictTools
 from dsv4.engine.request import RequestOutput, Started, Usage
 from dsv4.sampling import SamplingParams
@@ -58,9 +59,11 @@ def outputs(tokenizer: Tokenizer, seed: int) -> list[RequestOutput]:
 SHAPES = shapes()
 
 
-def of_chat(news: list[RequestOutput]) -> tuple[Any, Any]:
+def of_chat(news: list[RequestOutput], customs: Collection[str] = ()) -> tuple[Any, Any]:
     def made() -> openai_chat.Answer:
-        options = openai_chat.Options("m", 1, None, True, False, False, False, False, False, True)
+        options = openai_chat.Options(
+            "m", 1, None, True, False, False, False, False, False, True, customs=frozenset(customs)
+        )
         return openai_chat.Answer(None, options, "id", 0, ASKED, StrictTools([]))
 
     whole, streamed = made(), made()
@@ -70,7 +73,7 @@ def of_chat(news: list[RequestOutput]) -> tuple[Any, Any]:
     frames = b"".join([*(streamed.chunks(0, output) for output in news), streamed.end()])
     (choice,) = whole.whole()["choices"]
     message = choice["message"]
-    calls = [c["function"] for c in message.get("tool_calls") or ()]
+    calls = [_function(c) for c in message.get("tool_calls") or ()]
     said = {
         "content": message["content"],
         "reasoning": message.get("reasoning_content"),
@@ -79,6 +82,13 @@ def of_chat(news: list[RequestOutput]) -> tuple[Any, Any]:
         "stop": choice["stop_reason"],
     }
     return said, assembled(frames.decode())
+
+
+def _function(call: dict[str, Any]) -> dict[str, Any]:
+    """A call of a custom tool as one of a function."""
+    if call["type"] == "function":
+        return call["function"]
+    return {"name": call["custom"]["name"], "arguments": call["custom"]["input"]}
 
 
 def of_anthropic(news: list[RequestOutput]) -> tuple[Any, Any]:
@@ -98,9 +108,9 @@ def of_anthropic(news: list[RequestOutput]) -> tuple[Any, Any]:
     ]
 
 
-def of_responses(news: list[RequestOutput]) -> tuple[Any, Any]:
+def of_responses(news: list[RequestOutput], customs: Collection[str] = ()) -> tuple[Any, Any]:
     def made() -> responses.Answer:
-        tools = ResponsesTools()
+        tools = ResponsesTools(names={name: ToolName(name, custom=True) for name in customs})
         options = responses.Options("m", True, True, None, {}, ())
         return responses.Answer(None, options, "id", tools, StrictTools([]))
 
@@ -120,6 +130,14 @@ def _without_ids(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_streamed_is_whole(tokenizer: Tokenizer, dialect: Any) -> None:
     for seed in range(SEEDS):
         whole, streamed = dialect(outputs(tokenizer, seed))
+        assert streamed == whole, seed
+
+
+@pytest.mark.parametrize("dialect", [of_chat, of_responses])
+def test_streamed_is_whole_with_custom_tools(tokenizer: Tokenizer, dialect: Any) -> None:
+    """Of a tool that takes text, beside one that does not."""
+    for seed in range(SEEDS):
+        whole, streamed = dialect(outputs(tokenizer, seed), ("get_weather",))
         assert streamed == whole, seed
 
 

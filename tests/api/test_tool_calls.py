@@ -70,11 +70,12 @@ def assembled(stream: str) -> dict[str, Any]:
                 if delta.get(key) is not None:
                     got[name] = (got[name] or "") + delta[key]
             for call in delta.get("tool_calls") or ():
+                inside, text = ("custom", "input") if "custom" in call else ("function", "arguments")
                 if "id" in call:
-                    assert call["index"] == len(got["calls"])
-                    got["calls"].append((call["function"]["name"], ""))
+                    assert call["index"] == len(got["calls"]) and call["type"] == inside
+                    got["calls"].append((call[inside]["name"], ""))
                 name, arguments = got["calls"][call["index"]]
-                got["calls"][call["index"]] = (name, arguments + call["function"]["arguments"])
+                got["calls"][call["index"]] = (name, arguments + call[inside][text])
             if choice["finish_reason"] is not None:
                 got |= {"finish": choice["finish_reason"], "stop": choice["stop_reason"]}
     return got

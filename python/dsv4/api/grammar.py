@@ -122,6 +122,8 @@ def format_of(wanted: Fields) -> Format | None:
     if given == "json_schema":
         holder = wanted.nested("json_schema") if wanted.get("json_schema") is not None else wanted
         holder.boolean("strict")
+        holder.text("name", longest=2**31)
+        holder.text("description", longest=2**31)
         where = f"{holder.where}schema"
         if holder.get("schema") is None:
             raise RequestError(f"{where} is missing", where, "missing_field", 400)

@@ -28,10 +28,11 @@ def routing_of(call: Call) -> Routing:
     tenant = own.name or header(call.scope, TENANT_HEADER)
     if len(tenant) > 512:
         raise refuse("x-dsv4-tenant", tenant, "at most 512 characters", f"; this has {len(tenant)}")
+    user = fields.text("user", "", longest=512) or ""
     return Routing(
         salt=own.salted(salt_of(fields)),
         priority=fields.integer("priority", -(2**31), 2**31 - 1, 0) or 0,
-        tenant=tenant or fields.text("user", "", longest=512) or "",
+        tenant=tenant or user,
         deadline_ms=fields.number("deadline_ms", 0, 1e9),
         session=fields.text("prompt_cache_key", longest=512),
         ttl=_ttl(fields),
