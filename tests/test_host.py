@@ -99,7 +99,10 @@ def test_links_that_differ_are_grouped_and_what_lacks_is_said() -> None:
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = _said(Host(shared=None, visible=""))
-    assert _line(findings, "ranks").text == "no GPU: one rank, on the CPU"
+    assert (
+        _line(findings, "ranks").text
+        == "no GPU: one rank, on the CPU (--tensor-parallel-size R takes R processes)"
+    )
     assert _line(findings, "gpu").text.startswith("none (torch ")
     assert _line(findings, "visible").text == "CUDA_VISIBLE_DEVICES=: 0 GPUs of it here"
     assert _line(findings, "shared memory").text == "no /dev/shm"

@@ -18,8 +18,8 @@ from dsv4.host import Host, words_of
 from dsv4.host_memory import MACHINE, host_memory
 
 GIB, MIB = 2**30, 2**20
-SHARED = 48 * MIB
-"""Bytes of /dev/shm that an engine over several GPUs takes at most, NCCL's own included: 64 MiB, a container's default, do."""
+SHARED = 32 * MIB
+"""Less in /dev/shm is noted. Ranks keep nothing there themselves, but NCCL may, above all between GPUs without peer access."""
 
 NEEDED = (
     "torch",
@@ -174,7 +174,7 @@ def _links(host: Host) -> Iterator[Finding]:
 
 
 def _shared(host: Host) -> Iterator[Finding]:
-    """/dev/shm, in which NCCL and the processes of an engine meet."""
+    """/dev/shm, which NCCL uses between the processes of an engine."""
     if host.shared is None:
         yield Finding("shared memory", "note", "no /dev/shm", "mount a tmpfs there")
         return
@@ -184,7 +184,7 @@ def _shared(host: Host) -> Iterator[Finding]:
         "shared memory",
         "ok" if fine else "note",
         f"{free / MIB:,.0f} of {size / MIB:,.0f} MiB free in /dev/shm",
-        "" if fine else f"several GPUs need {SHARED // MIB} MiB: docker run --shm-size 1g",
+        "" if fine else "several GPUs may need more of it, as NCCL uses it: docker run --shm-size 1g",
     )
 
 
@@ -194,7 +194,9 @@ def _ranks(host: Host, model: str | None) -> Iterator[Finding]:
     from dsv4.plan.weights import find_weights
 
     if not host.cards:
-        yield Finding("ranks", "ok", "no GPU: one rank, on the CPU")
+        yield Finding(
+            "ranks", "ok", "no GPU: one rank, on the CPU (--tensor-parallel-size R takes R processes)"
+        )
         return
     num, memory = len(host.cards), min(card.memory_bytes for card in host.cards)
     for name in ("v4-flash", "v4-pro") if model is None else (model,):

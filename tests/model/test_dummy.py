@@ -138,6 +138,7 @@ def _folder(path: Path, **changes: Any) -> str:
 
 def test_an_engine_needs_config_json_alone(tmp_path: Path) -> None:
     model = _folder(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"of a download that was not finished")
     sampling = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
     answers = []
     for seed in (0, 0, 1):
@@ -147,7 +148,7 @@ def test_an_engine_needs_config_json_alone(tmp_path: Path) -> None:
         assert f"made up from seed {seed}" in said and "3 layers are left out" in said, said
         assert llm.tokenizer is None and "none: token ids in, token ids out" in said
     assert answers[0] == answers[1] and len(answers[0]) == 3
-    with pytest.raises(CheckpointError, match=r"has no \.safetensors files"):
+    with pytest.raises(CheckpointError, match="1 of 2 shards are missing"):
         LLM(model)
 
 

@@ -24,7 +24,7 @@ def check(config: EngineConfig) -> tuple[Source, Survey]:
     Tenants(config.tenants)
     KvEventsConfig.of(config.kv_events_config)
     dummy = config.load_format == "dummy"
-    source = find_source(config.model, config.revision, weights=not dummy)
+    source = find_source(config.model, config.revision, weights=None if dummy else True)
     model = ModelConfig.from_dir(source.path).first(config.num_layers)
     found = without_files(model, config.seed) if dummy else survey(source.path, model)
     check_ranks(config, found)

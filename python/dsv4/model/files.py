@@ -36,7 +36,7 @@ class Files:
     def __init__(self, found: Survey) -> None:
         self.found, self.reader = found, ShardReader()
         usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = max(2, min(_MOST_THREADS, usable))
+        self.threads = min(_MOST_THREADS, max(2, usable))
 
     def __enter__(self) -> Files:
         self.reader.__enter__()

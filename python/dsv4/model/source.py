@@ -54,9 +54,9 @@ class Source:
         return _repository_of(self.path)
 
 
-def find_source(model: str | None, revision: str | None = None, *, weights: bool = True) -> Source:
+def find_source(model: str | None, revision: str | None = None, *, weights: bool | None = True) -> Source:
     """Of MODEL as users write it; None is the small model that ships. A directory comes before a repository of that name.
-    Without `weights` there may be none, but not a part of them.
+    Without `weights` (False) there may be none, but not a part of them; None: they are not looked at.
 
     Raises ConfigError where there is nothing, CheckpointError where files are missing or are not what they should be.
     """
@@ -69,7 +69,8 @@ def find_source(model: str | None, revision: str | None = None, *, weights: bool
     try:
         path = _directory(model, revision)
         source = Source(path, model_name(path))
-        _check_whole(source, weights=weights)
+        if weights is not None:
+            _check_whole(source, weights=weights)
     except OSError as e:
         raise ConfigError(f"model is {model!r:.80}: {e.strerror}: {e.filename!s:.200}") from None
     return source

@@ -88,14 +88,14 @@ def load_weights(
             if progress is not None:
                 progress(done, total, name)
     log.info(
-        "%s %.2f GB of %.2f GB in %.1f s, %d threads (rank %d of %d)",
+        "%s %s of %s MB of tensors in %.1f s (rank %d of %d; threads: %d)",
         "read" if found.seed is None else "made up",
-        done / 1e9,
-        sum(origin.size(name, None) for name in expected) / 1e9,
+        f"{done / 1e6:,.1f}",
+        f"{sum(origin.size(name, None) for name in expected) / 1e6:,.1f}",
         time.monotonic() - begun,
-        origin.threads,
         share.rank,
         share.ranks,
+        origin.threads,
     )
     return weights
 
