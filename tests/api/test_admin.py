@@ -150,7 +150,7 @@ def test_no_profile_without_a_place_for_it(served: RunningServer) -> None:
 
 def test_with_the_engine(tmp_path: Path) -> None:
     config = EngineConfig(num_pages=64, max_num_seqs=2, block_size=128)
-    with scripted(step=0.01):
+    with scripted(step=0.05):
         engine = AsyncEngine.from_config(config)
         with running(engine, admin_key="boss", profile_dir=str(tmp_path)) as server:
             with httpx.Client(base_url=server.url, headers=ADMIN, timeout=120) as http:
