@@ -219,3 +219,11 @@ CANNOT = ("no form that an answer can be held to", "it takes a grammar in Lark o
 
 def schema_of(document: dict[str, Any], path: str) -> Any:
     return document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+
+
+def test_special_tokens_are_told(server: RunningServer) -> None:
+    """And are one token each where they are tokenized, as lm-eval does."""
+    told = HTTP.get(server.url + "/tokenizer_info").json()
+    for name, token in (("bos_token", 0), ("eos_token", 1)):
+        answer = HTTP.post(server.url + "/tokenize", json={"prompt": told[name], "add_special_tokens": False})
+        assert answer.json()["tokens"] == [token]

@@ -242,7 +242,7 @@ TAKEN: dict[str, tuple[str, dict[str, Any], str]] = {
         blocks(("user", "Hi"), ("assistant", [USE]), ("user", [BACK])),
         "<tool_result></tool_result>",
     ),
-    "result null": (
+    "result null in blocks": (
         MESSAGES,
         blocks(("user", "Hi"), ("assistant", [USE]), ("user", [{**BACK, "content": None}])),
         "<tool_result></tool_result>",

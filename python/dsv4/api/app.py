@@ -69,6 +69,7 @@ def create_app(service: Service) -> ASGIApp:
             Route("/v1/models/{name:path}", info.one_model),
             _post("/tokenize", info.tokenize),
             _post("/detokenize", info.detokenize),
+            Route("/tokenizer_info", info.tokenizer_info),
             Route("/dump", info.dump),
             Route("/admin/cache", admin.cache),
             *(

@@ -21,6 +21,7 @@ from dsv4.api.metrics import CONTENT_TYPE
 from dsv4.api.routing import routing_of
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
+from dsv4.text.chat import BOS, EOS
 from dsv4.text.draft import Bound
 
 MAX_TOKENS = 2**22
@@ -128,6 +129,19 @@ async def dump(request: Request) -> Response:
 async def give_dump(request: Request) -> Response:
     """The same for who may have it."""
     return Response(await service_of(request).engine.dump(), media_type="application/json")
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """The tokenizer's end and begin, as vLLM tells them: lm-eval's remote tokenizer reads them. There is no chat template."""
+    tokenizer = service_of(request).tokenizer("tokenizer_info")
+    known = {
+        name: mark
+        for name, mark in (("bos_token", BOS), ("eos_token", EOS))
+        if tokenizer.find(mark) is not None
+    }
+    marks = {"bos_token": None, "eos_token": None, **known}
+    body = {"tokenizer_class": "PreTrainedTokenizerFast", **marks, "pad_token": marks["eos_token"]}
+    return json_response({**body, "chat_template": None})
 
 
 async def tokenize(call: Call) -> None:

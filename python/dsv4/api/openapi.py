@@ -120,6 +120,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("post", "/detokenize"): Operation(
         "Token ids as text", "Text", "DetokenizeRequest", _OF_A_BODY, tenant=False
     ),
+    ("get", "/tokenizer_info"): Operation("The tokenizer's special tokens", "TokenizerInfo", errors=(400,)),
     ("get", "/dump"): Operation("The core's state between two steps", "Dump", errors=_OF_OPERATORS),
     ("get", "/admin/cache"): Operation(
         "What the cache holds, for whom, and what is pinned", "Object", errors=_OF_OPERATORS

@@ -215,6 +215,9 @@ ANSWERS: dict[str, Schema] = {
     "SessionOver": answer({"id": TEXT, "object": one_of("session"), "deleted": FLAG, "cached": FLAG}),
     "Tokens": answer({"count": COUNT, "max_model_len": COUNT, "tokens": _TOKENS}, {"token_strs": _all(TEXT)}),
     "Text": answer({"prompt": TEXT}),
+    "TokenizerInfo": answer(
+        {"tokenizer_class": TEXT, **dict.fromkeys(("bos_token", "eos_token", "pad_token"), optional(TEXT))}
+    ),
     "Health": answer({"status": TEXT}),
     "Version": answer({"version": TEXT}),
     "Root": answer({"name": TEXT, "version": TEXT, "model": TEXT, "endpoints": _all(TEXT)}),
