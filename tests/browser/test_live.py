@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from dsv4.api.keys import hash_of, new_key
 from dsv4.text.tokenizer import Tokenizer
 from selenium.webdriver.common.keys import Keys
 
@@ -157,3 +159,21 @@ def test_text_can_be_read(page: Page, live: RunningServer, dark: bool) -> None:
     ground = page.js("return getComputedStyle(document.body).backgroundColor")
     page.fill(theme="light" if dark else "dark")
     assert page.js("return getComputedStyle(document.body).backgroundColor") != ground
+
+
+def test_a_key_that_may_not_see_figures_is_told(page: Page, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    page.expect("401", "403")
+    key = new_key()
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[tenants.team]\nkeys = ["{hash_of(key)}"]\n')
+    with running(BusyEngine(tokenizer=tokenizer), keys_file=str(file)) as server:
+        page.open(server.url)
+        page.fill(key=key)
+        page.wait(lambda: not page.at("banner").is_displayed())
+        page.say("Hello")
+        assert page.all("article.answer")
+        page.at("tab-live").click()
+        page.wait(lambda: "monitor" in page.at("banner-text").text)
+        page.at("tab-chat").click()
+        assert not page.at("banner").is_displayed()
+        page.driver.get("about:blank")

@@ -10,7 +10,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ class Server:
             return {**json.load(response), "id": name}
         raise ConfigError(f"{self.url} serves no model {name!r}; it has {', '.join(found) or 'none'}")
 
-    def stream(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def stream(self, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The chunks of a chat's answer; an empty one wherever there is a sign of life. Raises RequestError."""
         with self._open("/v1/chat/completions", body, SILENT) as response:
             try:

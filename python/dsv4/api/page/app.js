@@ -17,6 +17,7 @@ function view(name, focus) {
   }
   if (focus) $(`tab-${name}`).focus();
   history.replaceState(null, "", name === "live" ? "#live" : location.pathname + location.search);
+  if (name === "chat" && $("banner-key").hidden) $("banner").hidden = true; // what kept the live view from working
   live.look(name === "live");
 }
 
