@@ -179,11 +179,11 @@ class Group:
     def told(self, progress: Progress | None) -> Progress:
         """`progress`, which also ends rank 0's reading when another rank is lost."""
 
-        def show(done: int, total: int, name: str) -> None:
+        def show(done: int, total: int, name: str, stage: str = "weights") -> None:
             if self._error is not None:
                 raise self._error
             if progress is not None:
-                progress(done, total, name)
+                progress(done, total, name, stage)
 
         return show
 

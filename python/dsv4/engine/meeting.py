@@ -15,6 +15,10 @@ NEVER = timedelta(days=7)
 """What a collective may take: ranks that do not go on are found by `Group`, which knows whose fault it is."""
 
 
+LEAST = 20.0
+"""Seconds that ranks have to meet, at least: a busy host may keep one from running for a while."""
+
+
 class Meeting:
     """The place, on rank 0. `path` is how other processes of the same user find it."""
 
@@ -27,9 +31,9 @@ class Meeting:
 
 
 def meet(path: str, rank: int, ranks: int, device: str, time: int, limit: float) -> dist.ProcessGroup:
-    """Waits until all ranks are there, for the `time`-th time; at most `limit` seconds on the CPU. Raises RuntimeError."""
+    """Waits until all ranks are there, for the `time`-th time; at most `limit` seconds, or LEAST. Raises RuntimeError."""
     store = dist.PrefixStore(f"{time}", dist.FileStore(path, -1))
-    store.set_timeout(timedelta(seconds=limit))
+    store.set_timeout(timedelta(seconds=max(limit, LEAST)))
     if device == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = NEVER
