@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from dsv4.api.metrics import Metrics
 from dsv4.config import EngineConfig
 from dsv4.engine.async_engine import AsyncEngine
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,6 +22,8 @@ DASHBOARD = json.loads((Path(__file__).parents[1] / "deploy" / "grafana" / "dsv4
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 SELECTOR = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)\{([^}]*)\}")
 NAME = re.compile(r"\b((?:vllm:|dsv4_|http_|process_)[a-zA-Z0-9_:]+)")
+RANKS = {"rank_0_bytes": 1, "rank_1_bytes": 1, "rank_0_step_us": 1, "rank_1_step_us": 1}
+"""Statistics that an engine of several ranks has besides."""
 FROM_PROMETHEUS = {"instance", "job"}
 """Labels that a scrape adds."""
 
@@ -31,8 +34,10 @@ def series() -> Iterator[dict[str, set[str]]]:
     with scripted():
         engine = AsyncEngine.from_config(EngineConfig(num_pages=64, block_size=128, max_num_seqs=2))
         with running(engine) as server:
+            text = httpx.get(server.url + "/metrics").text
+            ranks = Metrics(lambda: server.engine.stats() | RANKS, "m").render().decode()
             found: dict[str, set[str]] = {}
-            for family in text_string_to_metric_families(httpx.get(server.url + "/metrics").text):
+            for family in (*text_string_to_metric_families(text), *text_string_to_metric_families(ranks)):
                 for sample in family.samples:
                     found.setdefault(sample.name, set()).update(sample.labels)
             yield found
