@@ -16,6 +16,7 @@ import torch
 from dsv4.backends import REGISTRY
 from dsv4.cache.rows import Rows
 from dsv4.ops.forms import Machine
+from dsv4.ops.reference.attention import partial_attention as reference_part
 from dsv4.ops.reference.attention import sparse_attention as reference
 from dsv4.ops.tables import EntryTable, TokenTable
 
@@ -243,8 +244,10 @@ def _together(case: Case, reverse: bool) -> tuple[torch.Tensor, int, int]:
     return torch.cat((one, two)), 0, len(one)
 
 
-def _attend(case: Case, splits: int, programs: int | None, seed: int, reverse: bool = False) -> torch.Tensor:
-    """The op through the source of a kernel: hopper_stream.py's with so many programs, or, if None, hopper_attention.py's.
+def _attend(
+    case: Case, splits: int, programs: int | None, seed: int, reverse: bool = False, part: bool = False
+) -> Any:
+    """The op (part: `partial_attention`, which gives two tensors) through the source of a kernel: hopper_stream.py's with so many programs, or, if None, hopper_attention.py's.
     reverse: the history lies before the window."""
     q, window, history, entries, selected = (
         case[n] for n in ("q", "window", "history", "entries", "selected")
@@ -265,7 +268,7 @@ def _attend(case: Case, splits: int, programs: int | None, seed: int, reverse: b
         kernel, own = hopper_stream, dict(q=bits(q), work=scalar(work), lines=0)
     else:
         blocks = next_pow2(cdiv(portable.max_blocks(ids, entries, selected, 64), splits))
-        kernel, own = hopper_attention, dict(q=flat(q.float()), SPLIT=splits > 1, NBP=blocks)
+        kernel, own = hopper_attention, dict(q=flat(q.float()), SPLIT=part or splits > 1, NBP=blocks)
     _run(
         kernel,
         programs or work,
@@ -284,6 +287,10 @@ def _attend(case: Case, splits: int, programs: int | None, seed: int, reverse: b
         ),
         seed,
     )  # fmt: skip
+    if part:
+        o, natural = torch.empty(q.shape, device=DEVICE), torch.empty(q.shape[:2], device=DEVICE)
+        portable._join(partial.to(DEVICE), lse.to(DEVICE), None, None, o, natural, ranks=False)
+        return o.cpu(), natural.cpu()
     if splits > 1:
         merged = torch.empty(q.shape, device=DEVICE)  # of the interpreter's bfloat16 we ask nothing
         portable.merge(
@@ -317,6 +324,24 @@ def test_roles_as_threads(options: dict[str, Any], splits: int, programs: int | 
     case = full_width(TOKENS, **options)
     got = _attend(case, splits, programs, seed=splits)
     assert close(got, reference(**case)) <= 4e-3
+
+
+@pytest.mark.parametrize(("options", "splits"), [({}, 1), ({"k": None}, 2), ({"k": 0}, 1)], ids=str)
+def test_a_part_as_threads(options: dict[str, Any], splits: int) -> None:
+    """As `sparse_attention`, without the sink and not turned; a token without any key has nothing."""
+    case = full_width(TOKENS, **options)
+    case["window_ids"] = torch.where(torch.arange(128) % 3 == 1, case["window_ids"], -1)
+    case["window_ids"][2] = -1
+    if case["selected"] is not None:
+        case["selected"] = case["selected"].clone()
+        case["selected"][2] = -1
+    got, sums = _attend(case, splits, None, seed=splits, part=True)
+    known = {k: v for k, v in case.items() if k not in ("sink", "cos", "sin")}
+    wanted, lse = reference_part(**known)
+    some = torch.isfinite(lse)
+    assert not some[2].any() or case["selected"] is None
+    assert close(got, wanted) <= 4e-3
+    assert torch.equal(torch.isfinite(sums), some) and float((sums - lse)[some].abs().max()) < 2e-2
 
 
 def long(heads: int, k: int | None, tokens: int, entries: int) -> Case:
@@ -465,3 +490,53 @@ def test_which_kernel_is_taken(
     SPARSE_ATTENTION(**case, splits=splits)
     items = tokens * cdiv(options.get("heads", 64), 64)
     assert taken == [("stays", 2) if stays else ("one item", items * (splits or 1))]
+
+
+class _Launch:
+    """In place of a kernel: stores what it would as one split."""
+
+    def __init__(self, o: torch.Tensor, lse: torch.Tensor) -> None:
+        self.o, self.lse = o, lse
+        self.values: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self._store
+
+    def _store(self, *arguments: Any, **values: Any) -> None:
+        self.values, (parts, sums) = values, arguments[11:13]
+        assert parts.dtype == sums.dtype == torch.float32
+        parts.copy_(self.o.float()[:, None])
+        sums.copy_(1.4426950408889634 * self.lse[:, None])
+
+
+def test_a_part_is_launched_as_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = full_width(TOKENS)
+    known = {k: v for k, v in case.items() if k not in ("sink", "cos", "sin")}
+    assert fits.v4_part(**known)
+    wanted, lse = reference_part(**known)
+    launch = _Launch(wanted, lse)
+    monkeypatch.setattr(hopper_attention, "attend", launch)
+    o, natural = attention.partial_attention(**moved(known, DEVICE), splits=1)
+    assert launch.values["SPLIT"] is True and launch.values["MODE"] == 2
+    assert close(o, wanted) <= 4e-3 and torch.allclose(natural.cpu(), lse, atol=1e-5)
+    narrow = {**known, "q": case["q"].float()}
+    assert not fits.v4_part(**narrow)
+
+
+def test_rows_that_are_not_at_16_bytes_have_no_part_here() -> None:
+    """A history gathered from ranks with one row of a page each: its pages are 584 bytes apart."""
+    case = full_width(TOKENS)
+    known = {k: v for k, v in case.items() if k not in ("sink", "cos", "sin")}
+    gathered = Rows(case["history"].codec, torch.zeros((8, 584), dtype=torch.uint8), 1)
+    assert not fits.v4_part(**{**known, "history": gathered})
+
+
+@on_hopper
+@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize("options", [{}, {"k": None}, {"k": 0}], ids=str)
+def test_a_part_on_a_gpu(options: dict[str, Any], splits: int | None) -> None:
+    case = full_width(TOKENS, **options)
+    known = {k: v for k, v in case.items() if k not in ("sink", "cos", "sin")}
+    wanted, lse = reference_part(**known)
+    o, natural = attention.partial_attention(**moved(known, DEVICE), splits=splits)
+    assert close(o, wanted) <= 4e-3 and torch.allclose(natural.cpu(), lse, atol=2e-2)

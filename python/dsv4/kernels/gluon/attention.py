@@ -42,8 +42,78 @@ def _attend(
 ) -> Tensor:
     """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64.
     times: int32 zeros [items, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only)."""
-    total, heads, _ = q.shape
     out = torch.empty_like(q)
+    partial, lse = _run(
+        kernel,
+        q,
+        sink,
+        scale,
+        (cos, sin),
+        tokens,
+        window,
+        window_ids,
+        history,
+        entries,
+        selected,
+        out,
+        splits,
+        times,
+    )
+    if partial.dim() == 4:
+        portable.merge(partial, lse, sink, cos, sin, out)
+    return out
+
+
+def partial_attention(
+    q: Tensor,
+    scale: float,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None = None,
+    entries: EntryTable | None = None,
+    selected: Tensor | None = None,
+    *,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op `partial_attention` on Hopper: as `sparse_attention`, whose splits are such parts."""
+    parts, sums = _run(
+        hopper_attention,
+        q,
+        None,
+        scale,
+        None,
+        tokens,
+        window,
+        window_ids,
+        history,
+        entries,
+        selected,
+        None,
+        splits,
+        None,
+    )
+    return portable.joined(parts, sums, q)
+
+
+def _run(
+    kernel: Any,
+    q: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    turn: tuple[Tensor, Tensor] | None,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None,
+    entries: EntryTable | None,
+    selected: Tensor | None,
+    out: Tensor | None,
+    splits: int | None,
+    times: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Launches a kernel: into `out` where one split does, else (or where there is no `out`) into what `portable.scratch` gives."""
+    total, heads, _ = q.shape
     if history is None or entries is None or entries.most == 0:
         history, entries, selected = None, None, None
     key_blocks = portable.max_blocks(window_ids, entries, selected, 64)
@@ -53,7 +123,8 @@ def _attend(
     elif splits is None:
         splits = portable.choose_splits(ctas, key_blocks, multiprocessors())
     splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
-    partial, lse = portable.scratch(q, splits)
+    partial, lse = portable.scratch(q, splits, always=out is None)
+    cos, sin = turn or (lse, lse)
     rows = history or window
     mode = 0 if entries is None else 1 if selected is None else 2
     strides = window.region.stride(0), rows.region.stride(0)
@@ -65,10 +136,10 @@ def _attend(
         tokens.slab,
         selected if selected is not None else window_ids,
         entries.visible if entries else window_ids,
-        sink,
+        lse if sink is None else sink,
         cos,
         sin,
-        out,
+        q if out is None else out,
         partial,
         lse,
         strides[0] // 4,
@@ -93,10 +164,8 @@ def _attend(
         hopper_stream.attend[(min(ctas, multiprocessors()),)](*args, ctas, times, lines, **values)
     else:
         blocks = next_pow2(cdiv(key_blocks, splits))
-        kernel.attend[(ctas * splits,)](*args, times, SPLIT=splits > 1, NBP=blocks, **values)
-    if splits > 1:
-        portable.merge(partial, lse, sink, cos, sin, out)
-    return out
+        kernel.attend[(ctas * splits,)](*args, times, SPLIT=out is None or splits > 1, NBP=blocks, **values)
+    return partial, lse
 
 
 sparse_attention = partial(_attend, hopper_attention)

@@ -25,6 +25,21 @@ def v4_attention(
     )
 
 
+def v4_part(
+    q: Tensor, scale: float, tokens: Any, window: Any, window_ids: Tensor, history: Any = None, entries: Any = None, *rest: Any, **options: Any
+) -> bool:  # fmt: skip
+    """V4's dims in bfloat16, over regions whose rows are loaded 16 bytes at a time: those of a gathered history may not be."""
+    read = history if history is not None and entries is not None and entries.most else window
+    return (
+        q.dtype == torch.bfloat16
+        and q.shape[2] == 512
+        and window_ids.shape[1] % BLOCK == 0
+        and window.codec.name == "fp8_ds_mla"
+        and not (window.region.stride(0) % 16 or read.region.stride(0) % 16)
+        and (read.region.data_ptr() - window.region.data_ptr()) % 16 == 0
+    )
+
+
 def busy_attention(
     q: Tensor, sink: Tensor, scale: float, cos: Tensor, sin: Tensor, tokens: Any, window: Any, window_ids: Tensor,
     history: Any = None, entries: Any = None, selected: Tensor | None = None, *, splits: int | None = None, times: Any = None,

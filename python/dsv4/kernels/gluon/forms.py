@@ -36,6 +36,7 @@ FORMS = [
     _form("sparse_attention", "attention:stream", "stream", fits=_FITS + "busy_attention",
           when=f"{_V4}, more than {BUSY} x {HEADS} heads a multiprocessor, selected entries"),
     _form("sparse_attention", "attention:sparse_attention", "hopper", fits=_FITS + "v4_attention", when=_V4, scratch=_ATTENTION),
+    _form("partial_attention", "attention:partial_attention", "hopper", fits=_FITS + "v4_part", when=_V4, untried=True, scratch=_ATTENTION),
     _form("sparse_attention", "attention:blackwell", "blackwell", (10, 10), fits=_FITS + "v4_attention", when=_V4, untried=True, scratch=_ATTENTION),
     _form("index_select", "indexer:index_select", fits=_FITS + "v4_keys", when="mxfp4 of 128 channels, 33 to 64 heads, more entries than top-k", scratch=(INDEX_SCRATCH,)),
     _form("experts", "moe:experts", takes=_FITS + "narrow_scales", fits=_FITS + "many_slots", packed=True,

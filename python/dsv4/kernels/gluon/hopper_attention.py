@@ -254,6 +254,7 @@ SHAPES = [
         (64, 64, 2, False, 16),
         (128, 64, 2, True, 2),
         (64, 2, 1, True, 32),
+        (64, 32, 2, True, 16),  # a rank's pages
     )
 ]
 AOT = [Aot(attend, SIGNATURE, values, matrix=True, archs=(90,)) for values in SHAPES]

@@ -70,6 +70,11 @@ def partial_attention(
     partial, sums = _run(
         q, None, scale, None, tokens, window, window_ids, history, entries, selected, None, splits
     )
+    return joined(partial, sums, q)
+
+
+def joined(partial: Tensor, sums: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits as `scratch` gives them as one part: (o [T, h, D] in q's dtype, lse float32 [T, h])."""
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     _join(partial, sums, None, None, out, lse, ranks=False)
     return out, lse
