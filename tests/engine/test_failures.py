@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,33 @@ def test_a_failed_step_costs_its_own_requests_only(model: Path) -> None:
         await engine.ask("check")
 
     with_engine(model, check)
+
+
+def test_two_steps_in_flight_may_both_fail(model: Path) -> None:
+    """The later one when it is launched, and then the one before it."""
+
+    async def check(engine: ReachableEngine) -> None:
+        launch, calls = engine.built.loop.device.launch, itertools.count()
+
+        def fails() -> None:
+            raise ValueError("the earlier one")
+
+        def broken(*arguments: Any, **options: Any) -> Any:
+            call = next(calls)
+            if call == 3:
+                raise ValueError("the later one")
+            pending = launch(*arguments, **options)
+            if call == 2:
+                pending.result = fails  # type: ignore[method-assign, assignment]
+            return pending
+
+        engine.built.loop.device.launch = broken  # type: ignore[method-assign]
+        failed = await answer(engine, 10)
+        assert failed.finish_reason == "error" and "the earlier one" in (failed.error or "")
+        assert (await answer(engine, 5)).finish_reason == "length"
+        await engine.ask("check")
+
+    with_engine(model, check, async_scheduling=True)
 
 
 def test_requests_that_fail_one_after_the_other_are_at_fault_when_the_engines_own_works(model: Path) -> None:

@@ -386,7 +386,7 @@ class AsyncEngine:
     def _watch_rank_0(self, child: Child) -> None:
         """The thread that ends a process of several ranks which does not answer any more; the ranks watch each other else."""
         ranks, limit = self.config.tensor_parallel_size, self.config.rank_timeout
-        tick, silent, heard = min(1.0, limit / 4), 0.0, -1
+        tick, silent, heard = min(1.0, max(limit / 4, 0.05)), 0.0, -1
         while not child.wait(tick):  # counted by looks, so that a pause of this process is not the other's
             silent = silent + tick if heard == self._heard else 0.0
             heard = self._heard

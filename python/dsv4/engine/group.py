@@ -350,7 +350,7 @@ class Group:
 
     def _watch(self) -> None:
         """The thread that finds ranks which do not answer or do not go on."""
-        tick = min(TICK, self.limit / 4)
+        tick = min(TICK, max(self.limit / 4, 0.05))
         while not self._closing.wait(tick) and self.lost is None:
             self._send_all(Ping())
             self.on_look()
