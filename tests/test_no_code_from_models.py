@@ -52,6 +52,7 @@ ATTRIBUTES = {
     "AutoTokenizer.from_pretrained",
     "AutoConfig.from_pretrained",
 }
+STARTERS = {"run", "Popen", "call", "check_call", "check_output"}
 WORDS = {"trust_remote_code", "allow_pickle"}
 
 ALLOWED: dict[str, set[str]] = {
@@ -79,7 +80,8 @@ def found_in(tree: ast.AST) -> Iterator[str]:
             if name in CALLS or name in ATTRIBUTES:
                 yield name
             yield from (k.arg for k in node.keywords if k.arg in WORDS)
-            yield from ("shell=True" for k in node.keywords if k.arg == "shell")
+            if name.rpartition(".")[2] in STARTERS:
+                yield from ("shell=True" for k in node.keywords if k.arg == "shell")
 
 
 def test_the_scan_finds_what_it_is_for() -> None:
