@@ -5,10 +5,12 @@
 #   make test-clients  Claude Code, Codex, aider, SDKs and frameworks, unmodified, against a scripted model (3 GB in .venv-clients)
 #   make test-tools  lm-eval, aiperf, guidellm and schemathesis, unmodified, against a scripted model (2 GB in .venv-tools)
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
+#   make test-ready  what a GPU engine still compiles or captures under load (needs CUDA)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
 #   make grammar  answers to 1,000 random schemas (SCHEMAS=1000)
 #   make bench-gpu  kernels against the GPU's limits (needs CUDA; PYTHON=python3, ARGS="--quick --only attention")
+#   make bench-engine  decode, prefill, cached prompts, starts, memory, vLLM beside (needs CUDA; ARGS="--budget 480 --model nano")
 #   make bench-peers  the core beside other engines' caches (ARGS="--trace FILE"; fetches peers from the registries)
 #   make soak    hours of mixed requests, every one accounted for (HOURS=2); make streams: 10,000 at once (STREAMS=10000)
 #   make wheel   the wheel that pip installs            make seeds   the simulator on many seeds (SEEDS=10000)
@@ -37,7 +39,7 @@ LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate 
   tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test grammar test-gpu test-lowest test-clients test-tools test-rust test-seeds test-python lint fmt bench bench-gpu bench-peers soak streams counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test grammar test-gpu test-ready test-lowest test-clients test-tools test-rust test-seeds test-python lint fmt bench bench-gpu bench-engine bench-peers soak streams counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -127,6 +129,10 @@ test-gpu:
 test-tools: .venv-tools/built
 	TOOLS=$(CURDIR)/.venv-tools $(BIN)/python -m pytest -q tests/clients/test_tools.py $(ARGS)
 
+# Nothing is left to compile or to capture when the engine is ready: 0 in every line.
+test-ready:
+	PYTHONPATH=python:. $(PYTHON) -m tests.kernels.mixed_load
+
 lint: setup
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
@@ -149,6 +155,10 @@ bench:
 
 bench-gpu:
 	PYTHONPATH=python:. $(PYTHON) -m benches.gpu $(ARGS)
+
+# The engine with real prompts; ARGS="--budget 480" stops in time, with what it has. PYTHON=python3 takes the machine's torch.
+bench-engine:
+	PYTHONPATH=python:. $(PYTHON) -m benches.engine $(ARGS)
 
 bench-peers: setup
 	$(BIN)/pip install -q matplotlib xxhash cbor2

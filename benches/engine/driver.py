@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from dsv4 import LLM, SamplingParams
-from dsv4.engine.request import RequestOutput, Usage
+from dsv4.engine.request import RequestOutput
 
 
 class Job:
     """A greedy request; the times of its tokens appear as it runs."""
 
-    def __init__(self, llm: LLM, ids: np.ndarray, tokens: int) -> None:
-        """`ids` int32 [T]; `tokens`: how many it generates."""
-        self.times: list[float] = []
-        self.usage: Usage | None = None
-        self.begun = time.perf_counter()
-        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-        llm.submit(ids, params, self._take)
+    def __init__(self) -> None:
+        self.begun, self.times = time.perf_counter(), list[float]()
+        self.cached: int | None = None
+        """Prompt tokens that were not computed, once it is over."""
 
-    def _take(self, output: RequestOutput) -> None:
-        if output.error is not None:
-            raise RuntimeError(output.error)
-        self.times += [time.perf_counter()] * len(output.token_ids)
-        self.usage = output.usage or self.usage
+    def took(self, tokens: int) -> None:
+        """So many tokens have come."""
+        self.times += [time.perf_counter()] * tokens
 
     @property
     def ttft(self) -> float:
@@ -34,44 +30,83 @@ class Job:
         return self.times[0] - self.begun
 
 
+class Engine(Protocol):
+    """What is measured."""
+
+    name: str
+    vocab: int
+
+    def submit(self, ids: np.ndarray, tokens: int) -> Job: ...
+    def step(self) -> None: ...
+    def has_work(self) -> bool: ...
+    def abort_all(self) -> None: ...
+
+
+class Dsv4:
+    """This engine, in this process."""
+
+    name = "dsv4"
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm, self.vocab = llm, llm.model_config.vocab_size
+        self.step, self.has_work, self.abort_all = llm.step, llm.has_work, llm.abort_all
+
+    def submit(self, ids: np.ndarray, tokens: int) -> Job:
+        job = Job()
+
+        def take(output: RequestOutput) -> None:
+            if output.error is not None:
+                raise RuntimeError(output.error)
+            job.took(len(output.token_ids))
+            if output.usage is not None:
+                job.cached = output.usage.cached_tokens
+
+        self.llm.submit(ids, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), take)
+        return job
+
+
 class Driver:
     """Submits jobs to an engine and steps it."""
 
-    def __init__(self, llm: LLM, seed: int = 5) -> None:
-        self.llm = llm
+    def __init__(self, engine: Engine, *, steps: int = 60, seed: int = 5) -> None:
+        """`steps`: decode steps that are timed."""
+        self.engine, self.steps = engine, steps
         self.rng = np.random.default_rng(seed)
 
     def ids(self, n: int) -> np.ndarray:
         """Random token ids int32 [n]."""
-        return self.rng.integers(10, self.llm.model_config.vocab_size, n, dtype=np.int32)
+        return self.rng.integers(10, self.engine.vocab, n, dtype=np.int32)
 
     def job(self, ids: np.ndarray, tokens: int = 1) -> Job:
-        return Job(self.llm, ids, tokens)
+        """`ids` int32 [T]; `tokens`: how many it generates."""
+        return self.engine.submit(ids, tokens)
 
     def run(self, until: Callable[[], object] | None = None) -> list[float]:
         """Steps until a condition holds, or nothing is left; the time at the end of each step."""
         ends = []
-        while self.llm.has_work() and not (until and until()):
-            self.llm.step()
+        while self.engine.has_work() and not (until and until()):
+            self.engine.step()
             ends.append(time.perf_counter())
         return ends
 
     def clear(self) -> None:
         """Ends all requests."""
-        self.llm.abort_all()
+        self.engine.abort_all()
         self.run()
 
-    def busy(self, steps: int) -> tuple[float, float]:
+    def busy(self, steps: int) -> dict[str, float]:
         """Of the next `steps` steps: milliseconds of a step in which the GPU works (the union of kernels and copies by torch's
-        profiler), and how many of them there are. NaN without a GPU."""
+        profiler), and how many of them there are. Empty without a GPU."""
+        if not torch.cuda.is_available():
+            for _ in range(steps):
+                self.engine.step()
+            return {}
         from torch.profiler import ProfilerActivity, profile
 
-        if not torch.cuda.is_available():
-            return float("nan"), float("nan")
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as found:
             for _ in range(steps):
-                self.llm.step()
+                self.engine.step()
             torch.cuda.synchronize()
         on_gpu = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         spans = sorted((e.time_range.start, e.time_range.end) for e in on_gpu)
@@ -79,4 +114,9 @@ class Driver:
         for begun, ended in spans:
             total += max(0.0, ended - max(begun, end))
             end = max(end, ended)
-        return total / 1e3 / steps, len(spans) / steps
+        return {"busy_ms": total / 1e3 / steps, "kernels": len(spans) / steps}
+
+
+def rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    """Three digits after the point are enough."""
+    return {k: round(float(v), 3) if isinstance(v, float) else v for k, v in figures.items()}

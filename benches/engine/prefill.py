@@ -13,65 +13,64 @@ PROFILED = 4
 
 
 def cold(driver: Driver, tokens: int) -> dict[str, Any]:
-    """A prompt that nothing is known of, the second of its length (the first compiles kernels): its rate, and wall and busy time of
-    its last steps."""
+    """A prompt that nothing is known of, the second of its length: its rate, and wall and busy time of its last steps."""
     driver.job(driver.ids(tokens))
     driver.run()
     job = driver.job(driver.ids(tokens))
     ends = driver.run()
     steps = np.diff(ends[-8:-1])
-    job2 = driver.job(driver.ids(tokens))
+    third = driver.job(driver.ids(tokens))
     for _ in range(max(0, len(ends) - 2 * PROFILED - 2)):
-        driver.llm.step()
-    busy, kernels = driver.busy(min(PROFILED, max(1, len(ends) - 2)))
+        driver.engine.step()
+    busy = driver.busy(min(PROFILED, max(1, len(ends) - 2)))
     driver.run()
-    assert job2.times
-    wall = 1e3 * median(steps) if len(steps) else float("nan")
-    return {
+    assert third.times
+    found = {
         "tokens": tokens,
         "ttft_ms": 1e3 * job.ttft,
         "tokens_s": tokens / job.ttft,
         "steps": len(ends),
-        "wall_ms": wall,
-        "busy_ms": busy,
-        "idle": 1 - busy / wall,
-        "kernels": kernels,
+        **busy,
     }
+    if len(steps):
+        found["wall_ms"] = 1e3 * median(steps)
+        if busy:
+            found["idle"] = 1 - busy["busy_ms"] / found["wall_ms"]
+    return found
 
 
 def cached(driver: Driver, tokens: int, new: int) -> dict[str, Any]:
-    """A prompt whose first `tokens` tokens were read before and whose last `new` were not: median time to its first token of five."""
+    """A prompt whose first `tokens` tokens were read before and whose last `new` were not: median time to its first token of up to five."""
     base = driver.ids(tokens)
     driver.job(base)
     driver.run()
-    times, replayed = [], 0
-    for _ in range(6):
+    times, computed = [], 0
+    for _ in range(1 + min(5, driver.steps)):
         job = driver.job(np.concatenate((base, driver.ids(new))))
         driver.run()
         times.append(1e3 * job.ttft)
-        assert job.usage is not None
-        replayed = tokens + new - job.usage.cached_tokens
-    return {"tokens": tokens, "new": new, "ttft_ms": median(times[1:]), "not_cached": replayed}
+        computed = tokens + new - (job.cached or 0)
+    return {"tokens": tokens, "new": new, "ttft_ms": median(times[1:]), "not_cached": computed}
 
 
 def beside(driver: Driver, tokens: int, rows: int = 8, context: int = 4000) -> dict[str, Any]:
     """Gaps between the tokens of `rows` decodes, alone and while a prompt of `tokens` tokens is read, and how fast it is read then."""
     jobs = [driver.job(driver.ids(context), 100_000) for _ in range(rows)]
-    driver.run(until=lambda: all(len(job.times) > 60 for job in jobs))
-    alone = np.concatenate([np.diff(job.times[10:]) for job in jobs])
+    driver.run(until=lambda: all(len(job.times) > driver.steps for job in jobs))
+    alone = np.concatenate([np.diff(job.times[min(10, driver.steps // 2) :]) for job in jobs])
     marks = [len(job.times) - 1 for job in jobs]
     long = driver.job(driver.ids(tokens))
     driver.run(until=lambda: long.times)
     gaps = np.concatenate([np.diff(job.times[mark:]) for job, mark in zip(jobs, marks, strict=True)])
     driver.clear()
-    return {
-        "tokens": tokens,
-        "rows": rows,
-        "alone_ms": 1e3 * float(np.median(alone)),
-        "alone_p99_ms": 1e3 * float(np.percentile(alone, 99)),
-        "during_ms": 1e3 * float(np.median(gaps)),
-        "during_p99_ms": 1e3 * float(np.percentile(gaps, 99)),
-        "during_max_ms": 1e3 * float(gaps.max()),
-        "ttft_s": long.ttft,
-        "tokens_s": tokens / long.ttft,
-    }
+    found = {
+        "tokens": tokens, "rows": rows, "context": context,
+        "alone_ms": 1e3 * float(np.median(alone)), "alone_p99_ms": 1e3 * float(np.percentile(alone, 99)),
+        "ttft_s": long.ttft, "tokens_s": tokens / long.ttft,
+    }  # fmt: skip
+    if len(gaps):
+        found |= {
+            "during_ms": 1e3 * float(np.median(gaps)), "during_p99_ms": 1e3 * float(np.percentile(gaps, 99)),
+            "during_max_ms": 1e3 * float(gaps.max()),
+        }  # fmt: skip
+    return found

@@ -1,4 +1,4 @@
-"""Kernels that are compiled after the start, under a mixed load on a GPU: `python -m tests.kernels.mixed_load`."""
+"""Kernels that are compiled and graphs that are captured after the start, under a mixed load on a GPU: `make test-ready`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import random
 
 from dsv4 import LLM, SamplingParams
-from dsv4.engine.warmup import late_compiles
+from dsv4.engine.warmup import late_captures, late_compiles
 
 PARAMS: list[dict[str, object]] = [
     dict(temperature=0),
@@ -33,7 +33,8 @@ def main() -> None:
         for kind in draw.sample(PARAMS, 2):
             llm.generate(prompts, SamplingParams(max_tokens=draw.randint(1, 40), **kind))  # type: ignore[arg-type]
         llm.core.evict_snapshots(100)  # the next hits are replayed
-        print(f"{at_once} at once: {late_compiles()} kernels compiled after the start", flush=True)
+        late = f"{late_compiles()} kernels compiled, {late_captures(llm._loop.device)} graphs captured"
+        print(f"{at_once} at once: {late} after the start", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def add(commands: Any) -> None:
         help="compile the kernels that a server needs, without serving",
         usage="%(prog)s [MODEL] [flags]",
         description="Starts the engine on the GPU, which compiles all kernels into Triton's cache on disk (TRITON_CACHE_DIR), and ends. "
-        "A server with the same settings, on a machine with such a GPU and that cache, compiles nothing.",
+        "A server with the same settings, on a machine with such a GPU and that cache, compiles nothing. With --load-format dummy no "
+        "weights are read, for a checkpoint in the formats of the release.",
         epilog="examples:\n  dsv4 warmup /models/DeepSeek-V4-Flash\n  TRITON_CACHE_DIR=/cache dsv4 warmup /models/DeepSeek-V4-Flash "
         "--max-model-len 256k",
     )
