@@ -68,7 +68,7 @@ def test_values_spread_as_stated() -> None:
         if name.endswith(("norm.weight", "_scale")):
             assert (x - (1 if "norm" in name else 0.5)).abs().max() < 0.5, name
         elif x.dim() > 1 and not name.endswith("ape") and ".gate.tid2eid" not in name:
-            gain = float(x.std()) * x.shape[-1] ** 0.5
+            gain = float(x.std()) * (1 if name == "embed.weight" else x.shape[-1] ** 0.5)
             assert 0.6 < gain < 2.1 and abs(float(x.mean())) < 0.2 * float(x.std()), (name, gain)
 
 
@@ -111,8 +111,8 @@ def _loads(config: ModelConfig, seed: int) -> list[Tensor]:
 
 
 def test_tokens_are_routed_as_by_a_trained_router() -> None:
-    """Balanced but for what some tokens prefer: the busiest expert takes 1.2 to 5 times the mean, the entropy of the loads is that
-    of at least 60% of the experts, and none is idle."""
+    """Balanced but for what some tokens prefer: the busiest expert takes 1.05 to 3.5 times the mean, the entropy of the loads is that
+    of at least 85% of the experts, and none is idle."""
     config = random_config(
         "flash",
         compress_ratios=[0, 4, 128, 4],
@@ -127,7 +127,7 @@ def test_tokens_are_routed_as_by_a_trained_router() -> None:
         share = load / load.sum()
         effective = float(torch.exp(-(share * share.clamp(min=1e-9).log()).sum())) / config.num_experts
         busiest = float(load.max() / load.mean())
-        assert 1.2 < busiest < 5 and effective > 0.6 and int(load.min()) > 0, (busiest, effective)
+        assert 1.05 < busiest < 3.5 and effective > 0.85 and int(load.min()) > 0, (busiest, effective)
 
 
 def _folder(path: Path, **changes: Any) -> str:

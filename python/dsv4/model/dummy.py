@@ -12,11 +12,13 @@ that is the cut of the whole to the bit. Values are spread so that activations s
 | other matrices | normal, of spread 1 / root of the width |
 | norms; scales of hyper-connections | 1 +- 0.1; 0.5 +- 0.1 |
 | sinks, positions of compressors, bases | normal, of spread 0.5 |
-| router | logits of spread 1 and a bias of spread 0.05; layers routed by id: experts drawn for each |
+| embedding | normal, of spread 1: tokens stay unlike, or all would go to the same experts |
+| router | logits of spread 1 and a bias of spread 0.02; layers routed by id: experts drawn for each |
 
-**Routing.** A trained router is balanced but for what a text prefers. Here the bias moves each expert's load by a factor of about
-e^0.4: the busiest of 256 takes two to four times the mean, and none is idle. What spread it is a test states in two numbers
-(tests/model/test_dummy.py): the busiest load over the mean, and the effective number of experts, exp of the entropy of the loads.
+**Routing.** A trained router is balanced but for what a text prefers. Of 256 experts and 1,500 random tokens the busiest takes three to five
+times the mean here, of 32 up to two and a half times, and hardly any is idle. What spread it is a test states in two numbers
+(tests/model/test_dummy.py): the busiest load over the mean, and the effective number of experts, exp of the entropy of the loads: 84% to 89%
+of 256, 92% to 96% of 32.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from dsv4.model.parallel import BLOCKS, Cut
 from dsv4.model.survey import Survey
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Weight
 
-ROUTER_BIAS = 0.05
+ROUTER_BIAS = 0.02
 """Spread of the router's bias."""
 _CODES = {"fp4": 2.93, "fp8": 64.0}
 """Spread of the codes of a storage."""
@@ -114,6 +116,8 @@ def _spread(name: str, spec: TensorSpec) -> tuple[float, float]:
         return 1, 0.1
     if name.endswith("_scale"):
         return 0.5, 0.1
+    if name == "embed.weight":
+        return 0, 1
     if name.endswith("gate.bias"):
         return 0, ROUTER_BIAS
     if name.endswith(("attn_sink", "ape", "_base")):
