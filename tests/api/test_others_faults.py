@@ -315,6 +315,13 @@ TAKEN: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a seed beyond 64 bits": (CHAT, chat(seed=-(2**63) - 1), "seed is"),
+    "an unread display": (MESSAGES, blocks(("user", "Hi"), thinking={"display": 5}), "thinking.display is 5"),
+    "a format's name": (
+        RESPONSES,
+        items(text={"format": {"type": "json_schema", "name": 5, "schema": {}}}),
+        "text.format.name is 5",
+    ),
     "#55974 item_reference": (
         RESPONSES,
         items({"type": "item_reference", "id": "x"}),

@@ -119,6 +119,9 @@ class FakeEngine:
         if room < (0 if wanted == 0 else 1):
             text = f"prompt has {len(prompt)} tokens, the context holds {self.max_model_len}"
             raise RequestError(text, "prompt", "context_length_exceeded", 400)
+        if params.min_tokens > room:
+            text = f"min_tokens is {params.min_tokens}; after this prompt the context holds {room} tokens"
+            raise RequestError(text, "min_tokens", "context_length_exceeded", 400)
         fits = wanted is not None and wanted <= room
         return params if fits else dataclasses.replace(params, max_tokens=room)
 

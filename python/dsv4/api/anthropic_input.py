@@ -202,7 +202,9 @@ def _tools(fields: Fields) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _thinking(fields: Fields) -> tuple[bool, str]:
-    kind = fields.nested("thinking").choice("type", tuple(_THINKING))
+    thinking = fields.nested("thinking")
+    kind = thinking.choice("type", tuple(_THINKING))
+    thinking.text("display")
     config = fields.nested("output_config")
     effort = config.choice("effort", tuple(EFFORTS))
     return settled(None if kind is None else _THINKING[kind], EFFORTS[effort] if effort else None)

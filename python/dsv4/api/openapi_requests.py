@@ -325,7 +325,7 @@ _ANTHROPIC_TOOL = any_of(
             **_CACHED,
         },
     ),
-    fields({"name": NAME, "type": {"type": "string", "pattern": "^[a-z_]+_20[0-9]{6}$"}}),
+    fields({"type": {"type": "string", "pattern": "^[a-z_]+_20[0-9]{6}$"}}, {"name": text(1024)}),
 )
 _ANTHROPIC: dict[str, Schema] = {
     "system": _TEXTS,

@@ -37,7 +37,13 @@ def sampling_params(
             continue
         if type(value) not in (int, float):
             raise refuse(name, value, "a number")
-        values[name] = int(value) if name in _INTEGERS and float(value).is_integer() else value
+        # A number beyond 64 bits is read as a float, which is not what was sent.
+        whole = (
+            name in _INTEGERS
+            and float(value).is_integer()
+            and not (type(value) is float and abs(value) >= 2**63)
+        )
+        values[name] = int(value) if whole else value
     for name in _FLAGS:
         if fields.get(name) is not None:
             values[name] = fields.boolean(name)
