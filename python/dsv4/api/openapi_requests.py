@@ -188,9 +188,8 @@ _CUSTOM_FORMAT = any_of(
 )
 _CUSTOM = fields({"name": NAME}, {"description": ANY_TEXT, "format": _CUSTOM_FORMAT})
 _MESSAGE = any_of(
-    fields(
-        {"role": one_of("user", "tool", "latest_reminder"), "content": _CONTENT}, {"tool_call_id": text(1024)}
-    ),
+    fields({"role": one_of("tool")}, {"content": _CONTENT, "tool_call_id": text(1024)}),
+    fields({"role": one_of("user", "latest_reminder"), "content": _CONTENT}, {"tool_call_id": text(1024)}),
     fields(
         {"role": one_of("system", "developer"), "content": _CONTENT},
         {"tools": array(ref("ChatTool"), MAX_TOOLS)},

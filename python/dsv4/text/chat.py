@@ -266,12 +266,12 @@ def _check_extras(message: Mapping[str, Any], i: int) -> None:
 
 
 def _text(message: Mapping[str, Any], i: int) -> str:
-    """The content as one text: a string, a list of text parts, or nothing for an assistant that only called tools. A
-    refusal is what the assistant said."""
+    """The content as one text: a string, a list of text parts, or nothing for an assistant that only called tools, and for
+    a tool that said nothing. A refusal is what the assistant said."""
     content, where = message.get("content"), f"messages[{i}].content"
     if isinstance(content, str):
         return content
-    if content is None and message["role"] == "assistant":
+    if content is None and message["role"] in ("assistant", "tool"):
         return str(message.get("refusal") or "")
     if not isinstance(content, list):
         raise RequestError(f"{where} is {kind(content)}; it must be text or a list of text parts", where)
