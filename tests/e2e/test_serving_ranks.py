@@ -14,8 +14,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from dsv4.model.config import ModelConfig
+from dsv4.text.tokenizer import Tokenizer
 
 from tests.e2e.test_engine_death import Served, healthy, until
+from tests.record_golden import GOLDEN, NANO, cases, prompt_ids
 from tests.support.checkpoints import write_random
 from tests.support.scripted import alive, children, environment
 
@@ -28,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def served(model: Path, *options: str) -> Iterator[Served]:
+def served(model: Path | str, *options: str) -> Iterator[Served]:
     command = [sys.executable, "-m", "dsv4.cli", "serve", str(model), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
         [*command, "--tp", "2", "--num-pages", "16", "--max-num-seqs", "2", *options],
@@ -99,6 +102,22 @@ def test_whichever_rank_is_lost_it_is_named_and_the_engine_comes_back(model: Pat
         server.end()
     assert server.process.returncode == 0
     until(lambda: not any(map(alive, pids)))
+
+
+def test_the_model_that_ships_writes_what_it_should() -> None:
+    expected, config = json.loads(GOLDEN.read_text()), ModelConfig.from_dir(Path(str(NANO)))
+    tokenizer = Tokenizer.from_dir(str(NANO), vocab_size=config.vocab_size)
+    assert tokenizer is not None
+    with served(str(NANO)) as server:
+        for name in ("hello", "result"):
+            body = {
+                "prompt": prompt_ids(cases()[name], tokenizer, config),
+                "max_tokens": 60,
+                "temperature": 0,
+            }
+            url = f"{server.url}/v1/completions"
+            answer = httpx.post(url, json={**body, "return_token_ids": True}, timeout=240).json()
+            assert answer["choices"][0]["token_ids"] == expected[name]["ids"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
