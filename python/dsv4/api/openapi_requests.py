@@ -324,7 +324,7 @@ _ANTHROPIC_TOOL = any_of(
             **_CACHED,
         },
     ),
-    fields({"type": {"type": "string", "pattern": "^[a-z_]+_20[0-9]{6}$"}}, {"name": text(1024)}),
+    fields({"type": text(1024) | {"not": {"enum": ["custom"]}}}, {"name": text(1024)}),
 )
 _ANTHROPIC: dict[str, Schema] = {
     "system": _TEXTS,
