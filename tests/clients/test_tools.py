@@ -65,7 +65,7 @@ def run(home: Path, tool: str, *arguments: str, **env: str) -> str:
         text=True,
         timeout=1500,
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-4000:]
     return done.stdout
 
 

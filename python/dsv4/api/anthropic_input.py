@@ -182,11 +182,9 @@ def _tools(fields: Fields) -> tuple[list[dict[str, Any]], list[str]]:
     tools, left_out = [], []
     for i, tool in enumerate(fields.items("tools", dict, MAX_TOOLS)):
         given = Fields(tool, f"tools[{i}].")
-        name = given.text("name")
-        if given.get("input_schema") is None and given.text("type", "custom") != "custom":
-            left_out.append(
-                f"tool {show(name)} of type {show(given.get('type'))} is unknown to V4 and was left out"
-            )
+        name, kind = given.text("name"), given.text("type", "custom")
+        if given.get("input_schema") is None and kind != "custom":
+            left_out.append(f"tool {show(name)} of type {show(kind)} is unknown to V4 and was left out")
             continue
         if not name:
             raise missing(f"tools[{i}].name")

@@ -35,7 +35,7 @@ _REASONS = {
 _OF_A_BODY = (400, 403, 404, 408, 413, 415, 429)
 _OF_A_GENERATION = (*_OF_A_BODY, 500)
 _OF_OPERATORS = (403, 500)
-_ALWAYS = (401, 408, 431, 503)
+_ALWAYS = (400, 401, 408, 431, 503)
 
 
 @dataclass(frozen=True, slots=True)
