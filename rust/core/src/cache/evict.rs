@@ -94,6 +94,7 @@ impl KvCache {
             self.worth.evicted(entry.past(), self.now - entry.used, self.snapshot_pages);
         }
         self.quotas.take(entry.tenant, self.snapshot_pages);
+        self.weigh_again(&entry);
         entry.pages.0.into_iter().for_each(|p| self.pool.release(p));
         self.counters.snapshots_evicted += 1;
     }

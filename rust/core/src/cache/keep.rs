@@ -111,14 +111,18 @@ impl KvCache {
         let before = self.session(key).tail.replace((seq.cursor, born));
         if let Some((old, born)) = before
             && old != seq.cursor
-            && is_node(&self.tree, old, born)
+            && self.is_node(old, born)
             && self.tree.node(old).is_free_leaf()
         {
             self.end_blocks(old);
         }
     }
 
-    fn end_blocks(&mut self, id: u32) {
+    pub(super) fn is_node(&self, id: u32, born: u64) -> bool {
+        is_node(&self.tree, id, born)
+    }
+
+    pub(super) fn end_blocks(&mut self, id: u32) {
         if self.tree.node(id).facts.uses == 0 {
             self.unlist_blocks(id);
             self.tree.node_mut(id).facts.ended = true;
@@ -133,7 +137,7 @@ impl KvCache {
     pub fn end_session(&mut self, key: u64) -> bool {
         let Some(session) = self.sessions.remove(key) else { return false };
         let Some((mut at, born)) = session.tail else { return false };
-        if !is_node(&self.tree, at, born) {
+        if !self.is_node(at, born) {
             return false;
         }
         loop {

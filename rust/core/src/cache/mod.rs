@@ -11,6 +11,7 @@
 //! | `mod.rs` | the life of a sequence, from lookup to release |
 //! | `evict.rs` | room for what is needed: who goes |
 //! | `states.rs` | snapshots: room, admission, what replaces what |
+//! | `turns.rs` | which of a turn's two states is gone on from |
 //! | `keep.rs` | pins, sessions, time |
 //! | `changes.rs` | what entered and left the tree, where someone mirrors it |
 //! | `image.rs` | the cache as data, for a dump |
@@ -38,6 +39,7 @@ pub mod retention;
 pub mod snapshot;
 mod states;
 pub(crate) mod tree;
+pub mod turns;
 mod worth;
 
 use std::collections::{BTreeMap, HashMap};
@@ -51,6 +53,7 @@ use crate::cache::pool::PagePool;
 use crate::cache::retention::{Hint, Quotas, Sessions};
 use crate::cache::snapshot::Snapshots;
 use crate::cache::tree::{Facts, NIL, Tree, hash_block};
+use crate::cache::turns::{End, Habit, Habits};
 use crate::cache::worth::Worth;
 use crate::cost::CostModel;
 use crate::error::CoreError;
@@ -124,6 +127,8 @@ pub struct Match {
     pub lost: Lost,
     /// The deepest position at which a saved state was evicted.
     pub snapshot_evicted: Option<u32>,
+    /// The deepest end of an earlier turn, and its position.
+    pub turn: Option<(u32, End)>,
 }
 
 /// A running request's place in the cache. Give it back with [`KvCache::release`].
@@ -140,6 +145,10 @@ pub struct Sequence {
     again: u8,
     /// The edge that it added last, and when: further blocks join it, unless others have used it since.
     edge: (u32, u64),
+    /// Blocks up to the last boundary inside its prompt; 0: it has no turn.
+    asked: u32,
+    /// What its conversation has gone on from so far.
+    habit: Habit,
 }
 
 impl Sequence {
@@ -151,6 +160,11 @@ impl Sequence {
     /// Blocks that are in the tree.
     pub fn published_blocks(&self) -> u32 {
         self.published
+    }
+
+    /// It is a turn: a prompt up to the boundary after so many blocks, and what answers it.
+    pub fn asks(&mut self, blocks: u32) {
+        self.asked = blocks;
     }
 }
 
@@ -200,6 +214,7 @@ pub struct KvCache {
     ghosts: Ghosts,
     quotas: Quotas,
     sessions: Sessions,
+    habits: Habits,
     pins: BTreeMap<PinId, Pin>,
     last_pin: u64,
     /// Blocks and snapshots that no eviction can reach, because their prefix is pinned by name.
@@ -234,6 +249,7 @@ impl KvCache {
             ghosts: Ghosts::new(options.pages),
             quotas: Quotas::new(&options.quotas),
             sessions: Sessions::new(),
+            habits: Habits::default(),
             pins: BTreeMap::new(),
             last_pin: 0,
             pinned_blocks: 0,
@@ -253,7 +269,7 @@ impl KvCache {
     /// How far whole blocks of `tokens` are known, at most `limit` tokens. Changes nothing, recency included.
     pub fn lookup(&self, salt: &[u8], tokens: &[u32], limit: u32) -> Match {
         let limit = limit.min(tokens.len() as u32) / self.block;
-        let nothing = |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None };
+        let nothing = |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None, turn: None };
         if limit == 0 {
             return nothing(Lost::BelowBlock);
         }
@@ -274,7 +290,9 @@ impl KvCache {
         } else {
             self.loss(self.salts[&root].1, tokens, walk.blocks)
         };
-        Match { history: walk.blocks * self.block, snapshots, lost, snapshot_evicted: evicted }
+        let turn = self.last_turn(walk.node, walk.blocks);
+        let turn = turn.map(|(id, t)| (self.tree.node(id).end() * self.block, t.end));
+        Match { history: walk.blocks * self.block, snapshots, lost, snapshot_evicted: evicted, turn }
     }
 
     /// Why block `index` of `tokens` is not known.
@@ -307,6 +325,7 @@ impl KvCache {
         let walk = self.tree.walk(root, &tokens[..upto as usize]);
         assert_eq!(walk.blocks * self.block, upto, "attach goes as far as lookup found");
         // Going on from the end of a path says that its owner is still there, not that others want it, too.
+        let habit = self.goes_on(walk.node, walk.blocks, hint.tenant);
         let n = self.tree.node(walk.node);
         let goes_on =
             n.children == 0 && walk.blocks == n.end() && tokens.len() as u32 / self.block > walk.blocks;
@@ -331,6 +350,8 @@ impl KvCache {
             grown: walk.blocks > 0,
             again: 0,
             edge: (NIL, 0),
+            asked: 0,
+            habit,
         }
     }
 

@@ -1,6 +1,7 @@
 //! Saved states: which pages hold them, which node they belong to, and what decides how long they stay.
 
 use crate::cache::eviction::Past;
+use crate::cache::turns::End;
 use crate::cache::worth::List;
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
@@ -29,6 +30,12 @@ pub(crate) struct Entry {
     pub level: i8,
     /// What it saves, see `Standing::octave`.
     pub octave: i8,
+    /// Which end of a turn it is at.
+    pub end: Option<End>,
+    /// The likelihood that the prompt's end is what the next prompt goes on from.
+    pub drops_output: f64,
+    /// The state at the other end, and when that was stored.
+    pub pair: Option<(SnapshotId, u64)>,
     /// A deeper state of the same path or session has replaced it: first to go.
     pub superseded: bool,
     /// Pins that keep it.

@@ -3,6 +3,7 @@
 use super::{KvCache, Leaving, Sequence};
 use crate::cache::eviction::{Past, Standing};
 use crate::cache::snapshot::{Entry, SnapshotPages};
+use crate::cache::turns::End;
 use crate::cache::worth::List;
 use crate::fence::Until;
 use crate::ids::{PageId, SnapshotId};
@@ -29,16 +30,19 @@ impl KvCache {
         self.octave(self.options.cost.compute((end - 1) * self.block, end * self.block), 1)
     }
 
-    /// What a state at `pos` of the sequence saves: the way from the state before, or a replay, whichever is cheaper.
-    fn saved_by_state(&self, seq: &Sequence, pos: u32) -> f64 {
+    /// What a state at `pos` on the path to `node` saves: the way from the state before, or a replay, whichever is cheaper.
+    fn saved_by_state(&self, node: u32, pos: u32) -> f64 {
         let cost = &self.options.cost;
         let live = |id: u32| {
             let n = self.tree.node(id);
             let at = n.end() * self.block;
             n.snapshot.filter(|&s| at < pos && !self.snapshots.get(s).superseded).map(|_| at)
         };
-        let before = self.tree.path(seq.cursor).find_map(live).unwrap_or(0);
-        let replay = cost.replay_factor * cost.compute(pos.saturating_sub(self.options.replay_tokens), pos);
+        // From a state further back than a replay begins the way is longer than the replay.
+        let from = pos.saturating_sub(self.options.replay_tokens);
+        let near = self.tree.path(node).take_while(|&id| self.tree.node(id).end() * self.block >= from);
+        let before = near.into_iter().find_map(live).unwrap_or(0);
+        let replay = cost.replay_factor * cost.compute(from, pos);
         cost.compute(before, pos).min(if pos > self.options.replay_tokens { replay } else { f64::INFINITY })
             - cost.restore_us
     }
@@ -69,7 +73,8 @@ impl KvCache {
     /// Whether a state saves anything and, while memory is short, more than what goes for it. Both are compared at the age
     /// that the victim has reached.
     fn is_worth_saving(&mut self, seq: &Sequence, pos: u32, short: bool) -> bool {
-        let saved = self.saved_by_state(seq, pos);
+        let wanted = if seq.asked > 0 && pos > seq.asked * self.block { 1.0 - self.drops_output(seq) } else { 1.0 };
+        let saved = wanted * self.saved_by_state(seq.cursor, pos);
         if saved <= 0.0 || !short {
             return saved > 0.0;
         }
@@ -102,7 +107,8 @@ impl KvCache {
             return Err(pages);
         }
         self.now += 1;
-        let octave = self.octave(self.saved_by_state(seq, pos).max(0.0), self.snapshot_pages);
+        let octave = self.octave(self.saved_by_state(seq.cursor, pos).max(0.0), self.snapshot_pages);
+        let end = self.options.admit_by_value.then(|| self.end_at(seq, blocks)).flatten();
         let entry = Entry {
             node,
             pages,
@@ -113,6 +119,9 @@ impl KvCache {
             uses: 0,
             level: seq.hint.level(),
             octave,
+            end,
+            drops_output: self.drops_output(seq),
+            pair: None,
             superseded: false,
             holds: 0,
             listed: None,
@@ -122,18 +131,23 @@ impl KvCache {
         (n.snapshot, n.facts.lost_snapshot) = (Some(id), false);
         self.quotas.add(seq.hint.tenant, self.snapshot_pages);
         self.list_snapshot(id);
-        self.supersede_on_path(node);
-        self.supersede_in_session(seq, id);
+        let pair = (end == Some(End::Output)).then(|| self.pair_up(seq, id)).flatten();
+        self.supersede_on_path(node, pair);
+        self.supersede_in_session(seq, id, pair);
+        if end.is_some() {
+            self.weigh_turn(id);
+        }
         self.counters.snapshots_taken += 1;
         Ok(id)
     }
 
     /// The state before a new one, if nothing branches off between them, is the first to go. With `admit_by_value` the one
     /// before that goes at once: two are kept at each tip, since the next prompt may leave out the end of this one's output.
-    fn supersede_on_path(&mut self, node: u32) {
+    /// Neither is, until a later turn comes, where they are the `pair` of one turn: then the worth of each decides.
+    fn supersede_on_path(&mut self, node: u32, pair: Option<SnapshotId>) {
         let mut at = self.tree.node(node).parent;
         let mut newest = true;
-        while !self.tree.node(at).is_root() && self.tree.node(at).children == 1 {
+        while !self.tree.node(at).is_root() && self.goes_one_way(at) {
             if let Some(id) = self.tree.node(at).snapshot {
                 if !newest {
                     let e = self.snapshots.get(id);
@@ -142,7 +156,9 @@ impl KvCache {
                     }
                     return;
                 }
-                self.supersede(id);
+                if pair != Some(id) {
+                    self.supersede_turn(id);
+                }
                 newest = false;
             }
             at = self.tree.node(at).parent;
@@ -150,16 +166,86 @@ impl KvCache {
     }
 
     /// The newest state of a session replaces the one before.
-    fn supersede_in_session(&mut self, seq: &Sequence, id: SnapshotId) {
+    fn supersede_in_session(&mut self, seq: &Sequence, id: SnapshotId, pair: Option<SnapshotId>) {
         let Some(key) = seq.hint.retention.session else { return };
         let born = self.snapshots.get(id).born;
         let before = self.session(key).snapshot.replace((id, born));
         if let Some((old, born)) = before
             && self.snapshots.is(old, born)
-            && self.tree.node(self.snapshots.get(old).node).children <= 1
+            && pair != Some(old)
+            && self.goes_one_way(self.snapshots.get(old).node)
         {
-            self.supersede(old);
+            self.supersede_turn(old);
         }
+    }
+
+    /// Which end of its turn the boundary after `blocks` of a sequence is.
+    fn end_at(&self, seq: &Sequence, blocks: u32) -> Option<End> {
+        let end = if blocks > seq.asked { End::Output } else { End::Prompt };
+        (seq.asked > 0 && blocks >= seq.asked).then_some(end)
+    }
+
+    /// Makes a state at an output's end and the one at its prompt's end a pair; returns the latter.
+    fn pair_up(&mut self, seq: &Sequence, output: SnapshotId) -> Option<SnapshotId> {
+        let node = self.tree.node_at(seq.cursor, seq.asked);
+        let n = self.tree.node(node);
+        let prompt = n.snapshot.filter(|&s| n.end() == seq.asked && !self.snapshots.get(s).superseded)?;
+        let born = (self.snapshots.get(prompt).born, self.snapshots.get(output).born);
+        let drops_output = self.snapshots.get(output).drops_output;
+        let e = self.snapshots.get_mut(prompt);
+        (e.end, e.drops_output, e.pair) = (Some(End::Prompt), drops_output, Some((output, born.1)));
+        self.snapshots.get_mut(output).pair = Some((prompt, born.0));
+        Some(prompt)
+    }
+
+    /// The other state of a turn, if it is there.
+    fn other_end(&self, id: SnapshotId) -> Option<SnapshotId> {
+        self.snapshots.get(id).pair.filter(|&(other, born)| self.snapshots.is(other, born)).map(|pair| pair.0)
+    }
+
+    /// Values both states of a turn by what each saves beside the other, times the likelihood that it is the one wanted.
+    fn weigh_turn(&mut self, id: SnapshotId) {
+        let other = self.other_end(id);
+        if !self.worth.weighs_cost() {
+            let prompt_goes = self.snapshots.get(id).drops_output < 0.5;
+            let end = if prompt_goes { End::Prompt } else { End::Output };
+            for s in [id, other.unwrap_or(id)] {
+                if other.is_some() && self.snapshots.get(s).end == Some(end) {
+                    self.supersede(s);
+                }
+            }
+            return;
+        }
+        for id in [Some(id), other].into_iter().flatten() {
+            let e = self.snapshots.get(id);
+            let wanted = match e.end {
+                Some(End::Output) => 1.0 - e.drops_output,
+                // Others want it as well, or it serves for both.
+                _ if e.uses > 0 || other.is_none() => 1.0,
+                _ => e.drops_output,
+            };
+            let pos = self.tree.node(e.node).end() * self.block;
+            let octave = self.octave((wanted * self.saved_by_state(e.node, pos)).max(0.0), self.snapshot_pages);
+            self.unlist_snapshot(id);
+            self.snapshots.get_mut(id).octave = octave;
+            self.list_snapshot(id);
+        }
+    }
+
+    /// A state of a turn has gone: what the other one saves is more now.
+    pub(super) fn weigh_again(&mut self, gone: &Entry) {
+        let other = gone.pair.filter(|&(other, born)| self.snapshots.is(other, born));
+        if let Some((other, _)) = other
+            && !self.snapshots.get(other).superseded
+        {
+            self.weigh_turn(other);
+        }
+    }
+
+    /// A later turn has come: neither state of this one is needed for the next.
+    fn supersede_turn(&mut self, id: SnapshotId) {
+        let other = self.other_end(id);
+        [Some(id), other].into_iter().flatten().for_each(|s| self.supersede(s));
     }
 
     pub(super) fn supersede(&mut self, id: SnapshotId) {

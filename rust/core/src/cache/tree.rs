@@ -15,6 +15,7 @@ use hashbrown::HashTable;
 use serde::{Deserialize, Serialize};
 
 use crate::cache::eviction::Past;
+use crate::cache::turns::Turn;
 use crate::cache::worth::List;
 use crate::error::Malformed;
 use crate::ids::{PageId, SnapshotId};
@@ -66,6 +67,8 @@ pub(crate) struct Node {
     /// Explicit pins at or below; they are among `pins`.
     pub holds: u32,
     pub snapshot: Option<SnapshotId>,
+    /// What a turn has left at its end.
+    pub turn: Option<Turn>,
     pub facts: Facts,
     /// Where it is listed among what can go.
     pub listed: Option<List>,
@@ -210,6 +213,7 @@ impl Tree {
             pins: 0,
             holds: 0,
             snapshot: None,
+            turn: None,
             facts,
             listed: None,
         };
@@ -334,7 +338,7 @@ impl Tree {
         let n = self.node_mut(id);
         if may_grow && !n.is_root() && n.children == 0 && n.pins == 1 && n.snapshot.is_none() {
             n.pages.extend_from_slice(pages);
-            (n.facts.used, n.facts.lost_snapshot) = (facts.used, false);
+            (n.facts.used, n.facts.lost_snapshot, n.turn) = (facts.used, false, None);
             return id;
         }
         n.children += 1;
@@ -382,7 +386,7 @@ impl Tree {
         let node = self.node_mut(id);
         debug_assert!(node.is_free_leaf() && node.snapshot.is_none());
         out.extend(node.pages.drain(keep..).rev());
-        node.facts.lost_snapshot = false;
+        (node.facts.lost_snapshot, node.turn) = (false, None);
         let parent = node.parent;
         self.blocks -= n;
         self.unpinned_blocks -= n;

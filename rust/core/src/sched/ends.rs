@@ -19,6 +19,9 @@ pub(crate) fn finish(
     let (outputs, block) = (request.outputs(), core.memory.block());
     if let Stage::Running(run) = request.stage {
         let whole = matches!(reason, Finish::Stop | Finish::Length);
+        if whole {
+            core.memory.end_turn(&run);
+        }
         core.memory.let_go(run, whole, core.flights.fence());
         if whole && core.options.prefix_cache && request.prompt > block {
             core.journal.zero_hits.stored(&request.tokens.all()[..block as usize]);

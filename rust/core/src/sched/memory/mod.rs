@@ -107,7 +107,9 @@ impl Memory {
 
     /// A sequence on the first `upto` known tokens of a request.
     pub fn attach(&mut self, request: &mut Request, upto: u32) -> Sequence {
-        self.cache.attach(&request.salt, request.tokens.all(), upto, request.hint)
+        let mut seq = self.cache.attach(&request.salt, request.tokens.all(), upto, request.hint);
+        seq.asks((request.prompt - 1) / self.block);
+        seq
     }
 
     /// Pages so that the sequence covers `tokens`: all or none.
@@ -184,6 +186,11 @@ impl Memory {
     /// Pages of a saved state at `pos`.
     fn state_pages(&self, pos: u32) -> u32 {
         if pos.is_multiple_of(self.block) { self.snapshot_pages } else { self.slab_pages }
+    }
+
+    /// A request has ended as it should.
+    pub fn end_turn(&mut self, run: &Run) {
+        self.cache.end_turn(&run.seq);
     }
 
     /// Gives back what a running request holds, in use until then.

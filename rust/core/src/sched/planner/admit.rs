@@ -47,8 +47,13 @@ impl Planner<'_, '_> {
             return Ok(false);
         }
         let limit = (n - 1) / block * block;
-        let nothing =
-            Match { history: 0, snapshots: Vec::new(), lost: Lost::NeverStored, snapshot_evicted: None };
+        let nothing = Match {
+            history: 0,
+            snapshots: Vec::new(),
+            lost: Lost::NeverStored,
+            snapshot_evicted: None,
+            turn: None,
+        };
         let found = core.memory.lookup(request, limit).unwrap_or(nothing);
         let mut started = self.start_of(slot, &found, alone);
         while started.is_none() && alone && self.core.memory.break_pin() {

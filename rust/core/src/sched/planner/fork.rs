@@ -109,6 +109,7 @@ impl Planner<'_, '_> {
             snapshots: Vec::new(),
             lost: Lost::Nothing,
             snapshot_evicted: None,
+            turn: None,
         };
         let due = core.options.snapshots.due(block, prompt, n, &found);
         let epoch = core.requests.start(slot, Run::new(slab, seq, at, Start::Running, due))?;
