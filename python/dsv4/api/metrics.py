@@ -120,6 +120,8 @@ OBSERVED = (
     ),
 )  # fmt: skip
 
+STATELESS = "Prompt tokens run although their history was stored, for want of a saved state {}"
+
 COUNTER, GAUGE = CounterMetricFamily, GaugeMetricFamily
 
 CORE = {
@@ -169,6 +171,9 @@ CORE = {
     "rollbacks": (COUNTER, "Steps rolled back"),
     "rows_refused": (COUNTER, "Rows of steps of which no token was accepted; their requests start over"),
     "steps": (COUNTER, "Steps committed"),
+    "stateless_prompt_end": (COUNTER, STATELESS.format("at the end of an earlier prompt")),
+    "stateless_output_end": (COUNTER, STATELESS.format("at the end of an earlier output")),
+    "stateless_elsewhere": (COUNTER, STATELESS.format("elsewhere")),
     "aborts": (COUNTER, "Requests aborted"),
     "finished": (COUNTER, "Requests that ended, aborted ones included"),
 }

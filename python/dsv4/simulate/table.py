@@ -30,6 +30,7 @@ def _rows(reports: list[Report], sequential: bool) -> Iterator[tuple[str, list[s
     yield row("token hit rate", lambda r: _share(r["hits"]["cached"]))
     yield row("history stored", lambda r: _share(r["hits"]["matched"]))
     yield row("stored, yet run for want of state", lambda r: _share(r["hits"]["without_state"]))
+    yield row("… missing: prompt's end / output's end / other", _missing)
     if all(r["hits"]["best_for_pool"] is not None for r in reports):
         yield row("bound: best for this pool", lambda r: _share(r["hits"]["best_for_pool"]))
         yield row("bound: unlimited memory", lambda r: _share(r["hits"]["unlimited"]))
@@ -69,6 +70,10 @@ def _blocks(r: Report) -> str:
     whole = r["tokens"]["whole_blocks"] / max(r["tokens"]["prompt"], 1)
     hits = r["hits"]
     return " / ".join(f"{hits[k] / max(whole, 1e-9):.4f}" for k in ("matched", "best_for_pool", "unlimited"))
+
+
+def _missing(r: Report) -> str:
+    return " / ".join(_count(r["stateless"][k]) for k in ("prompt_end", "output_end", "elsewhere"))
 
 
 def _snapshots(r: Report) -> str:

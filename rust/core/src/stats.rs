@@ -43,6 +43,9 @@ pub struct Counters {
     pub aborts: u64,
     /// Prompt tokens in whole blocks that had to be run, by reason, in the order of [`Reason::ALL`].
     pub lost: [u64; Reason::ALL.len()],
+    /// Prompt tokens that were run although their history was stored, by the state that was missing: at the end of an earlier
+    /// prompt, at the end of its output, or elsewhere.
+    pub stateless: [u64; 3],
 }
 
 /// Everything that `stats()` tells: names and values.
@@ -98,6 +101,9 @@ pub(crate) fn stats_of(core: &Core) -> Stats {
         ("rollbacks", c.rollbacks),
         ("rows_refused", c.rows_refused),
         ("steps", c.steps),
+        ("stateless_prompt_end", c.stateless[0]),
+        ("stateless_output_end", c.stateless[1]),
+        ("stateless_elsewhere", c.stateless[2]),
         ("aborts", c.aborts),
         ("finished", c.finished),
     ];

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::KvCache;
 use super::keep::Pin;
+use super::turns::{End, Habit, Habits, Turn};
 use crate::cache::snapshot::{Entry, SnapshotPages};
 use crate::cache::tree::Facts;
 use crate::error::CoreError;
@@ -17,12 +18,22 @@ enum Above {
     Node(usize),
 }
 
+/// See [`Turn`]; `output` is its node's place.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct TurnImage {
+    end: End,
+    habit: Habit,
+    seen: bool,
+    output: Option<usize>,
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct NodeImage {
     above: Above,
     tokens: Vec<u32>,
     facts: Facts,
     snapshot: Option<SnapshotImage>,
+    turn: Option<TurnImage>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -34,6 +45,10 @@ struct SnapshotImage {
     uses: u8,
     level: i8,
     octave: i8,
+    end: Option<End>,
+    drops_output: f64,
+    /// The node of the state at the turn's other end.
+    pair: Option<usize>,
     superseded: bool,
 }
 
@@ -52,6 +67,7 @@ pub struct CacheImage {
     last_pin: u64,
     /// What the policy of eviction has learned.
     learnt: Vec<f64>,
+    habits: Habits,
     ghosts: Vec<(u64, u8)>,
 }
 
@@ -84,23 +100,32 @@ impl KvCache {
             now: self.now,
             now_us: self.now_us,
             salts: roots.iter().map(|r| r.0.to_vec()).collect(),
-            nodes: ids.iter().map(|&id| self.node_image(id, above(self.tree.node(id).parent))).collect(),
+            nodes: ids.iter().map(|&id| self.node_image(id, above(self.tree.node(id).parent), &index)).collect(),
             sessions,
             pins: self.pins.iter().map(|(&name, pin)| (name, above(pin.cursor), states(pin))).collect(),
             last_pin: self.last_pin,
             learnt: self.worth.learnt(),
+            habits: self.habits.clone(),
             ghosts: self.ghosts.iter().collect(),
         }
     }
 
-    fn node_image(&self, id: u32, above: Above) -> NodeImage {
+    fn node_image(&self, id: u32, above: Above, index: &HashMap<u32, usize>) -> NodeImage {
         let n = self.tree.node(id);
+        let live = |&(output, born): &(u32, u64)| self.is_node(output, born);
+        let turn = n.turn.map(|t| TurnImage {
+            end: t.end,
+            habit: t.habit,
+            seen: t.seen,
+            output: Some(t.output).filter(live).and_then(|(output, _)| index.get(&output).copied()),
+        });
         NodeImage {
             above,
             tokens: n.pages.iter().flat_map(|&p| self.tree.tokens_of(p)).copied().collect(),
             facts: n.facts,
             snapshot: n.snapshot.map(|id| {
                 let e = self.snapshots.get(id);
+                let other = self.other_end(id).map(|s| self.snapshots.get(s).node);
                 SnapshotImage {
                     born: e.born,
                     used: e.used,
@@ -109,9 +134,13 @@ impl KvCache {
                     uses: e.uses,
                     level: e.level,
                     octave: e.octave,
+                    end: e.end,
+                    drops_output: e.drops_output,
+                    pair: other.and_then(|node| index.get(&node).copied()),
                     superseded: e.superseded,
                 }
             }),
+            turn,
         }
     }
 
@@ -129,6 +158,8 @@ impl KvCache {
             let above = *above.ok_or_else(|| wrong("a node without predecessor"))?;
             nodes.push(self.fill_node(above, n).ok_or_else(|| wrong("larger than its pool"))?);
         }
+        self.fill_turns(image, &nodes);
+        self.habits = image.habits.clone();
         for (name, above, states) in &image.pins {
             let cursor = match *above {
                 Above::Salt(i) => roots.get(i),
@@ -156,6 +187,24 @@ impl KvCache {
         Ok(())
     }
 
+    /// Marks of turns and pairs of states, when all nodes are there.
+    fn fill_turns(&mut self, image: &CacheImage, nodes: &[u32]) {
+        for (n, &id) in image.nodes.iter().zip(nodes) {
+            self.tree.node_mut(id).turn = n.turn.map(|t| {
+                let output = t.output.and_then(|i| nodes.get(i)).copied();
+                let output = output.map(|at| (at, self.tree.node(at).facts.born));
+                // An id that no node was born with.
+                Turn { end: t.end, habit: t.habit, seen: t.seen, output: output.unwrap_or((id, u64::MAX)) }
+            });
+            let node = n.snapshot.and_then(|s| s.pair).and_then(|i| nodes.get(i));
+            let other = node.and_then(|&node| self.tree.node(node).snapshot);
+            let pair = other.map(|s| (s, self.snapshots.get(s).born));
+            if let Some(own) = self.tree.node(id).snapshot {
+                self.snapshots.get_mut(own).pair = pair;
+            }
+        }
+    }
+
     fn fill_node(&mut self, above: u32, n: &NodeImage) -> Option<u32> {
         let mut pages = Vec::new();
         let blocks = n.tokens.len() as u32 / self.block;
@@ -180,8 +229,8 @@ impl KvCache {
                 uses: s.uses,
                 level: s.level,
                 octave: s.octave,
-                end: None,
-                drops_output: 0.5,
+                end: s.end,
+                drops_output: s.drops_output,
                 pair: None,
                 superseded: s.superseded,
                 holds: 0,

@@ -40,8 +40,8 @@ impl KvCache {
         };
         // From a state further back than a replay begins the way is longer than the replay.
         let from = pos.saturating_sub(self.options.replay_tokens);
-        let near = self.tree.path(node).take_while(|&id| self.tree.node(id).end() * self.block >= from);
-        let before = near.into_iter().find_map(live).unwrap_or(0);
+        let mut near = self.tree.path(node).take_while(|&id| self.tree.node(id).end() * self.block >= from);
+        let before = near.find_map(live).unwrap_or(0);
         let replay = cost.replay_factor * cost.compute(from, pos);
         cost.compute(before, pos).min(if pos > self.options.replay_tokens { replay } else { f64::INFINITY })
             - cost.restore_us
@@ -199,7 +199,7 @@ impl KvCache {
     }
 
     /// The other state of a turn, if it is there.
-    fn other_end(&self, id: SnapshotId) -> Option<SnapshotId> {
+    pub(super) fn other_end(&self, id: SnapshotId) -> Option<SnapshotId> {
         self.snapshots.get(id).pair.filter(|&(other, born)| self.snapshots.is(other, born)).map(|pair| pair.0)
     }
 

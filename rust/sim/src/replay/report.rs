@@ -25,6 +25,8 @@ pub struct Report {
     pub hits: Hits,
     /// Tokens in whole blocks that were run, by reason.
     pub lost: Vec<(String, u64)>,
+    /// Prompt tokens run for want of a state, by the state that was missing.
+    pub stateless: Stateless,
     /// Saved states.
     pub snapshots: Snapshots,
     /// The pool.
@@ -85,6 +87,17 @@ pub struct Hits {
     pub unlimited: Option<f64>,
     /// Upper bound for this pool, see `best.rs`.
     pub best_for_pool: Option<f64>,
+}
+
+/// Which state was missing, in prompt tokens that were run for want of it.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Stateless {
+    /// At the end of an earlier prompt: its output was rewritten.
+    pub prompt_end: u64,
+    /// At the end of an earlier output.
+    pub output_end: u64,
+    /// Anywhere else, such as where prompts branch.
+    pub elsewhere: u64,
 }
 
 /// Saved states.

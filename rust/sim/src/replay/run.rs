@@ -21,7 +21,9 @@ use dsv4_core::{Core, Options};
 use crate::fake::mix;
 use crate::replay::best::Blocks;
 use crate::replay::clock::StepModel;
-use crate::replay::report::{self, Hits, Pool, Quantiles, Report, Snapshots, Timeline, Tokens};
+use crate::replay::report::{
+    self, Hits, Pool, Quantiles, Report, Snapshots, Stateless, Timeline, Tokens,
+};
 use crate::replay::trace::Trace;
 
 /// What a replay is made of besides its trace.
@@ -442,6 +444,11 @@ impl Replay {
         let lost = stats.iter().filter_map(|(name, &n)| Some((name.strip_prefix("lost_")?.to_owned(), n)));
         r.lost = lost.filter(|&(_, n)| n > 0).collect();
         r.lost.sort();
+        r.stateless = Stateless {
+            prompt_end: stats["stateless_prompt_end"],
+            output_end: stats["stateless_output_end"],
+            elsewhere: stats["stateless_elsewhere"],
+        };
         r.snapshots = self.snapshots(&stats);
         r.pool = self.pool;
         r.itl_ms = Quantiles::of(&mut self.itl_ms.clone());

@@ -1,6 +1,7 @@
 //! Admission: over slabs, pages and page-table changes at once, all or nothing.
 
 use super::Planner;
+use crate::cache::turns::End;
 use crate::cache::{Lost, Match, Sequence};
 use crate::cost::Way;
 use crate::error::CoreError;
@@ -174,6 +175,12 @@ impl Planner<'_, '_> {
             c.matched_tokens += u64::from(history);
             c.resumed_tokens += u64::from(at);
             c.lost[reason as usize] += u64::from(limit - way.first().min(limit));
+            let missing = match found.turn.filter(|&(pos, _)| pos > way.first()) {
+                Some((_, End::Prompt)) => 0,
+                Some((_, End::Output)) => 1,
+                None => 2,
+            };
+            c.stateless[missing] += u64::from(history.saturating_sub(way.first()));
             request.explain = Explain {
                 prompt_tokens,
                 history_matched: history,
