@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -90,3 +91,17 @@ def test_sessions_are_like_those_of_the_field() -> None:
     assert mean(r["output_length"] for r in records) == pytest.approx(520, rel=0.1)
     assert any(r["session"].count(".") for r in records)
     assert "seen before" in list(describe(records))[1]
+
+
+def test_a_share_of_the_sessions_rewrites_outputs_and_the_rest_stays_as_it_was() -> None:
+    plain = generate(SMALL, 3)
+    assert all("output_hash_ids" in r for r in plain)
+    every = generate(dataclasses.replace(SMALL, rewritten=1.0), 3)
+    assert not any("output_hash_ids" in r for r in every)
+    some = generate(dataclasses.replace(SMALL, rewritten=0.5), 3)
+    ways: dict[str, set[bool]] = {}
+    for r in some:
+        ways.setdefault(r["session"].split(".")[0], set()).add("output_hash_ids" in r)
+    assert all(len(way) == 1 for way in ways.values()), "a session and its sub-agents keep to one way"
+    assert {True} in ways.values() and {False} in ways.values()
+    assert list(describe(some))

@@ -53,6 +53,13 @@ def add(commands: Any) -> None:
         metavar="SHARE",
         help="share of sessions with a window of 1M tokens [0.25]",
     )
+    agents.add_argument(
+        "--rewritten",
+        type=number(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="share of sessions that drop or rewrite what the model said, so that outputs never come again [0]",
+    )
     agents.set_defaults(run=run)
 
 
@@ -65,7 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             "a trace has megabytes of JSON, too much for a terminal; give -o FILE, or send it on with | or >"
         )
-    spec = Agents(sessions=a.sessions, hours=a.hours, teams=a.teams, projects=a.projects, long_window=a.long)
+    spec = Agents(
+        sessions=a.sessions,
+        hours=a.hours,
+        teams=a.teams,
+        projects=a.projects,
+        long_window=a.long,
+        rewritten=a.rewritten,
+    )
     records = generate(spec, a.seed)
     if a.out is None:
         write(records, sys.stdout)

@@ -11,7 +11,8 @@ loop of its own. Some sessions have a window of a million tokens and grow into i
 
 Ids are exact: a block's id stands for its content, so a call's `output_hash_ids` are the ids that later prompts of the
 branch have there. Where a branch leaves its parent inside a block, the whole block counts as different. Shared parts are
-whole blocks long.
+whole blocks long. In a share of the sessions outputs are rewritten: the client drops reasoning, or renders calls anew, so what
+the model said never comes again in the same tokens. Their calls have no `output_hash_ids`.
 
 Field figures that the defaults follow: 84 calls a session in the mean and 43 in the median; 154,000 tokens in and 520 out
 a call; 96% of the input seen before; sub-agents in 44% of the sessions.
@@ -79,6 +80,8 @@ class Agents:
     short_at: int = 160_000
     long_at: int = 1_017_000
     """Contexts longer than this are compacted."""
+    rewritten: float = 0.0
+    """Share of sessions whose outputs are rewritten."""
     summary: LogNormal = LogNormal(5_000, 7_000, 30_000)
     first_token_s: float = 1.0
     token_s: float = 0.02
@@ -98,7 +101,9 @@ class Context:
         return Context(self.ids[:whole], whole * BLOCK)
 
 
-class _Generator:
+class Generator:
+    """Calls of sessions, with an id for every block."""
+
     def __init__(self, spec: Agents, seed: int) -> None:
         self.spec, self.rng = spec, random.Random(seed)
         self.next_id = 0
@@ -124,7 +129,9 @@ class _Generator:
         self.append(context, base.length - context.length + tokens)
         return context
 
-    def call(self, at: float, context: Context, who: dict[str, Any], delay: float | None) -> float:
+    def call(
+        self, at: float, context: Context, who: dict[str, Any], delay: float | None, rewritten: bool
+    ) -> float:
         """One model call; returns when it would end."""
         start, output = context.length, self.spec.output.tokens(self.rng)
         record: dict[str, Any] = {
@@ -134,7 +141,8 @@ class _Generator:
             "hash_ids": context.ids.copy(),
         }
         self.append(context, output)
-        record |= {"output_hash_ids": context.ids[start // BLOCK :], **who}
+        said = {} if rewritten else {"output_hash_ids": context.ids[start // BLOCK :]}
+        record |= {**said, **who}
         if delay is not None:
             record["delay"] = round(delay * 1000)
         self.records.append(record)
@@ -147,6 +155,8 @@ class _Generator:
         who = {"session": f"s{number}", "tenant": f"team{project % s.teams}"}
         limit = s.long_at if rng.random() < s.long_window else s.short_at
         uses_subagents = rng.random() < s.with_subagents
+        # Drawn only where it matters, so that a seed gives the trace that it always gave.
+        rewritten = s.rewritten > 0 and rng.random() < s.rewritten
         base = self.projects[project]
         context = self.begin(base, s.task.tokens(rng))
         at, delay = rng.random() * s.hours * 3600, None
@@ -154,11 +164,11 @@ class _Generator:
         # Long windows are taken for long work.
         calls = min(calls * 3, int(s.calls.most)) if limit == s.long_at else calls
         for i in range(calls):
-            end = self.call(at, context, who, delay)
+            end = self.call(at, context, who, delay, rewritten)
             if rng.random() < 1 / s.turn_calls:
                 delay, new = s.pause_s.draw(rng), s.message.tokens(rng)
             elif uses_subagents and rng.random() < 1 / (3 * s.turn_calls):
-                delay, new = self.spawn(end, context, who, f"s{number}.{i}")
+                delay, new = self.spawn(end, context, who, f"s{number}.{i}", rewritten)
             else:
                 delay, new = s.tool_s.draw(rng), s.tool_result.tokens(rng)
             at = end + delay
@@ -166,7 +176,9 @@ class _Generator:
             if context.length > limit:
                 context = self.begin(base, s.summary.tokens(rng) + new)
 
-    def spawn(self, at: float, parent: Context, who: dict[str, Any], name: str) -> tuple[float, int]:
+    def spawn(
+        self, at: float, parent: Context, who: dict[str, Any], name: str, rewritten: bool
+    ) -> tuple[float, int]:
         """Runs sub-agents side by side; returns how long they take and the tokens of their results."""
         s, rng, ends, results = self.spec, self.rng, [at], 0
         for k in range(rng.randint(1, s.subagents)):
@@ -174,7 +186,7 @@ class _Generator:
             context, now, delay = self.begin(base, s.task.tokens(rng)), at + 0.1 * k, None
             mine = who | {"session": f"{name}.{k}"}
             for _ in range(s.subagent_calls.tokens(rng)):
-                end = self.call(now, context, mine, delay)
+                end = self.call(now, context, mine, delay, rewritten)
                 delay = s.tool_s.draw(rng)
                 now = end + delay
                 self.append(context, s.tool_result.tokens(rng))
@@ -187,7 +199,7 @@ class _Generator:
 
 def generate(spec: Agents, seed: int) -> list[dict[str, Any]]:
     """The trace's records in order of time. The same seed gives the same records."""
-    generator = _Generator(spec, seed)
+    generator = Generator(spec, seed)
     for number in range(spec.sessions):
         generator.session(number)
     # Stable: calls of one session stay in order.
@@ -208,7 +220,7 @@ def describe(records: list[dict[str, Any]]) -> Iterator[str]:
         ids, length = r["hash_ids"], r["input_length"]
         known += min(sum(i in seen for i in ids) * BLOCK, length)
         tokens += length
-        seen.update(ids, r["output_hash_ids"])
+        seen.update(ids, r.get("output_hash_ids", ()))
     main = [r["session"] for r in records if "." not in r["session"]]
     sessions = len(set(main))
     longest = max(r["input_length"] + r["output_length"] for r in records)

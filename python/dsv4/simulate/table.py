@@ -30,7 +30,7 @@ def _rows(reports: list[Report], sequential: bool) -> Iterator[tuple[str, list[s
     yield row("token hit rate", lambda r: _share(r["hits"]["cached"]))
     yield row("history stored", lambda r: _share(r["hits"]["matched"]))
     yield row("stored, yet run for want of state", lambda r: _share(r["hits"]["without_state"]))
-    yield row("… missing: prompt's end / output's end / other", _missing)
+    yield row("missing: prompt end / output end / rest", _missing)
     if all(r["hits"]["best_for_pool"] is not None for r in reports):
         yield row("bound: best for this pool", lambda r: _share(r["hits"]["best_for_pool"]))
         yield row("bound: unlimited memory", lambda r: _share(r["hits"]["unlimited"]))

@@ -100,7 +100,10 @@ impl KvCache {
             now: self.now,
             now_us: self.now_us,
             salts: roots.iter().map(|r| r.0.to_vec()).collect(),
-            nodes: ids.iter().map(|&id| self.node_image(id, above(self.tree.node(id).parent), &index)).collect(),
+            nodes: ids
+                .iter()
+                .map(|&id| self.node_image(id, above(self.tree.node(id).parent), &index))
+                .collect(),
             sessions,
             pins: self.pins.iter().map(|(&name, pin)| (name, above(pin.cursor), states(pin))).collect(),
             last_pin: self.last_pin,

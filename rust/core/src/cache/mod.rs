@@ -269,7 +269,8 @@ impl KvCache {
     /// How far whole blocks of `tokens` are known, at most `limit` tokens. Changes nothing, recency included.
     pub fn lookup(&self, salt: &[u8], tokens: &[u32], limit: u32) -> Match {
         let limit = limit.min(tokens.len() as u32) / self.block;
-        let nothing = |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None, turn: None };
+        let nothing =
+            |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None, turn: None };
         if limit == 0 {
             return nothing(Lost::BelowBlock);
         }

@@ -73,7 +73,8 @@ impl KvCache {
     /// Whether a state saves anything and, while memory is short, more than what goes for it. Both are compared at the age
     /// that the victim has reached.
     fn is_worth_saving(&mut self, seq: &Sequence, pos: u32, short: bool) -> bool {
-        let wanted = if seq.asked > 0 && pos > seq.asked * self.block { 1.0 - self.drops_output(seq) } else { 1.0 };
+        let wanted =
+            if seq.asked > 0 && pos > seq.asked * self.block { 1.0 - self.drops_output(seq) } else { 1.0 };
         let saved = wanted * self.saved_by_state(seq.cursor, pos);
         if saved <= 0.0 || !short {
             return saved > 0.0;
@@ -225,7 +226,8 @@ impl KvCache {
                 _ => e.drops_output,
             };
             let pos = self.tree.node(e.node).end() * self.block;
-            let octave = self.octave((wanted * self.saved_by_state(e.node, pos)).max(0.0), self.snapshot_pages);
+            let octave =
+                self.octave((wanted * self.saved_by_state(e.node, pos)).max(0.0), self.snapshot_pages);
             self.unlist_snapshot(id);
             self.snapshots.get_mut(id).octave = octave;
             self.list_snapshot(id);

@@ -230,6 +230,7 @@ mod tests {
             snapshots: Vec::new(),
             lost,
             snapshot_evicted,
+            turn: None,
         };
         let replay = Way::Replay { from: 2, to: 8 };
         assert_eq!(Reason::of(&found(0, Lost::BelowBlock, None), Way::Cold, 0), Reason::BelowBlock);

@@ -15,6 +15,8 @@ pub struct Report {
     pub first_refusal: Option<String>,
     /// From the first arrival to the last token; 0 in sequential runs.
     pub virtual_s: f64,
+    /// Of which the device was in a step.
+    pub busy_s: f64,
     /// Steps.
     pub steps: u64,
     /// Hash of all events and their times: the same run has the same hash.

@@ -21,9 +21,7 @@ use dsv4_core::{Core, Options};
 use crate::fake::mix;
 use crate::replay::best::Blocks;
 use crate::replay::clock::StepModel;
-use crate::replay::report::{
-    self, Hits, Pool, Quantiles, Report, Snapshots, Stateless, Timeline, Tokens,
-};
+use crate::replay::report::{self, Hits, Pool, Quantiles, Report, Snapshots, Stateless, Timeline, Tokens};
 use crate::replay::trace::Trace;
 
 /// What a replay is made of besides its trace.
@@ -319,6 +317,7 @@ impl Replay {
         let model = self.settings.model.as_ref();
         let us = model.map_or(0.0, |m| m.step_us(&self.plan));
         self.now_us += us;
+        self.report.busy_s += us / 1e6;
         let contended = self.accounts.iter().filter(|a| a.live > 0).count() > 1;
         if contended {
             self.accounts.iter_mut().filter(|a| a.live > 0).for_each(|a| a.contended_us += us);
