@@ -115,7 +115,8 @@ impl KvCache {
             self.habits.count(tenant, turn.end);
             self.tree.node_mut(id).turn = Some(turn);
             let (output, born) = turn.output;
-            if turn.end == End::Prompt
+            if self.options.admit_by_value
+                && turn.end == End::Prompt
                 && self.habits.share(tenant, turn.habit) > 0.5
                 && self.is_node(output, born)
                 && self.tree.node(output).is_free_leaf()
@@ -145,7 +146,7 @@ impl KvCache {
     /// Whether a node has only one way on that may be taken again: an output that was rewritten does not count.
     pub(super) fn goes_one_way(&self, id: u32) -> bool {
         let n = self.tree.node(id);
-        let left = n.turn.is_some_and(|t| t.end == End::Prompt && t.seen);
+        let left = self.options.admit_by_value && n.turn.is_some_and(|t| t.end == End::Prompt && t.seen);
         n.children <= 1 + u32::from(left)
     }
 }
