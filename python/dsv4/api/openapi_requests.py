@@ -304,7 +304,7 @@ _BLOCK = any_of(
 )
 _ANSWER_BLOCK = any_of(
     _ANTHROPIC_TEXT,
-    fields({"type": one_of("thinking")}, {"thinking": ANY_TEXT, "signature": ANY_TEXT}),
+    fields({"type": one_of("thinking")}, {"thinking": ANY_TEXT, "signature": {}}),
     fields({"type": text(1024) | {"not": {"enum": ["text", "thinking", "tool_use", "image", "document"]}}}),
     fields({"type": one_of("tool_use"), "id": NAME, "name": NAME}, {"input": OBJECT, **_CACHED}),
 )
