@@ -16,7 +16,7 @@ use crate::sched::explain::Explain;
 use crate::sched::request::{Request, Submit};
 
 /// Raised when what is written changes.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 #[derive(Serialize, Deserialize)]
 struct Dump {

@@ -97,7 +97,7 @@ fn a_dump_of_another_layout_and_what_is_no_dump_are_refused() {
     assert_eq!(e.to_string(), "dump is of another layout; load it with the layout of its model");
     let e = Core::load(&layout(), "{}").unwrap_err().to_string();
     assert!(e.starts_with("dump is missing field") && e.ends_with("it must be what dump() returned"), "{e}");
-    let e = Core::load(&layout(), &text.replace("\"version\":4", "\"version\":9")).unwrap_err();
+    let e = Core::load(&layout(), &text.replace("\"version\":5", "\"version\":9")).unwrap_err();
     assert_eq!(e.to_string(), "dump is of version 9; it must be what dump() returned");
 }
 
