@@ -341,6 +341,8 @@ def _build(
         ),
         group=group,
     )
+    if events is not None:
+        events.start()
     memory = MemoryPlan(
         weights=local.model.weight_bytes,
         packed=packed,

@@ -130,7 +130,7 @@ class KvEvents:
     """Publishes the changes of a cache until `close`."""
 
     def __init__(self, config: KvEventsConfig, cache: Cache, block_tokens: int) -> None:
-        """Binds the sockets. Raises ConfigError when that cannot be, or pyzmq is missing."""
+        """Binds the sockets; nothing is told before `start`. Raises ConfigError when that cannot be, or pyzmq is missing."""
         try:
             import zmq
         except ImportError:
@@ -152,6 +152,9 @@ class KvEvents:
         self._wake, self._closed = threading.Event(), False
         self._encode = msgspec.msgpack.Encoder().encode
         self._thread = threading.Thread(target=self._run, name="dsv4-events", daemon=True)
+
+    def start(self) -> None:
+        """Begins to tell."""
         self._thread.start()
 
     def _bind(self, kind: int, name: str, address: str) -> tuple[Any, str]:
@@ -193,8 +196,8 @@ class KvEvents:
         self._thread.join(5)
 
     def _run(self) -> None:
-        self._send([AllBlocksCleared()])  # whoever knew an engine before this one
         try:
+            self._send([AllBlocksCleared()])  # whoever knew an engine before this one
             while not self._closed:
                 self._wake.wait(IDLE if self._replay is None else IDLE / 10)
                 self._wake.clear()
@@ -205,6 +208,10 @@ class KvEvents:
             log.exception("KV events have ended; routers no longer know what is cached here")
         finally:
             self._context.destroy(linger=1000)
+        while not self._closed:  # the core goes on to note changes
+            self._wake.wait(IDLE)
+            self._wake.clear()
+            self._cache.cache_changes()
 
     def _tell(self, changes: list[Change]) -> None:
         if changes:
@@ -241,7 +248,9 @@ class KvEvents:
                 continue
             first = int.from_bytes(rest[1], "big")
             oldest = self._held[0][0] if self._held else self._next
-            batches = [held for held in self._held if held[0] >= first] if first >= oldest else self._anew()
+            # A number that was not told yet is of an engine before this one.
+            known = oldest <= first <= self._next
+            batches = [held for held in self._held if held[0] >= first] if known else self._anew()
             for number, payload in batches:
                 self._reply(client, number.to_bytes(8, "big"), payload)
             self._reply(client, END, b"")

@@ -211,7 +211,8 @@ class LLM:
         self._deliver()
 
     def close(self) -> None:
-        """Ends the processes of other ranks at once; without them, or when nothing holds the `LLM` any more, there is no need to."""
+        """Ends the processes of other ranks and the telling of events at once; without them, or when nothing holds the `LLM` any more,
+        there is no need to."""
         self._close()
 
     def abort_all(self) -> None:

@@ -178,9 +178,11 @@ class EngineLoop:
             self._tell_events(None)
 
     def close(self) -> None:
-        """Ends the other ranks, if there are any."""
+        """Ends the other ranks and the telling of events, if there are any."""
         if self.group is not None:
             self.group.close()
+        if self.events is not None:
+            self.events.close()
 
     def has_work(self) -> bool:
         return bool(self._flights) or self.core.has_work()

@@ -104,6 +104,8 @@ class Host:
             if built.config.device == "cuda":
                 stay_near(0)
             self.loop.group.on_lost = self._lost
+            if self.loop.group.lost is not None:  # before anyone was to be told
+                inbox.put(RankLost(self.loop.group.lost))
             self.loop.group.on_look = lambda: link.send(encode(Alive()))
 
     def run(self) -> None:
@@ -119,8 +121,6 @@ class Host:
                     self.loop.check_itself()
         finally:
             self._compiler.close()
-            if self.loop.events is not None:
-                self.loop.events.close()
 
     def ready(self) -> Ready:
         """What there is to say before the first message is taken."""
