@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,6 +18,7 @@ from dsv4.config import EngineConfig
 from dsv4.engine.async_engine import AsyncEngine
 from dsv4.text.tokenizer import Tokenizer
 
+from tests.api.test_disconnect import wait_until
 from tests.support.fake_engine import FakeEngine
 from tests.support.scripted import scripted
 from tests.support.serving import RunningServer, running
@@ -146,6 +150,24 @@ def test_requests_that_run_are_explained(served: RunningServer) -> None:
 def test_no_profile_without_a_place_for_it(served: RunningServer) -> None:
     refused = httpx.post(served.url + "/admin/profile", json={}, headers=ADMIN)
     assert refused.status_code == 403 and "--profile-dir" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("phase", ["profile_begin", "profile_state"])
+def test_a_client_gone_ends_its_profile(tokenizer: Tokenizer, tmp_path: Path, phase: str) -> None:
+    class Engine(FakeEngine):
+        async def ask(self, what: str, *arguments: Any) -> Any:
+            self.asked.append((what, *arguments))
+            await asyncio.sleep(600 if what == phase else 0)
+            return 0
+
+    engine = Engine(tokenizer=tokenizer)
+    with running(engine, admin_key="boss", profile_dir=str(tmp_path)) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            head = "POST /admin/profile HTTP/1.1\r\nHost: x\r\nX-Api-Key: boss\r\nContent-Length: 2\r\n\r\n{}"
+            client.sendall(head.encode())
+            wait_until(lambda: any(asked[0] == phase for asked in engine.asked))
+        wait_until(lambda: engine.asked[-1][0] == "profile_end")
+        assert len({asked[1] for asked in engine.asked}) == 1, "it is the one that was begun"
 
 
 def test_with_the_engine(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from dsv4.api import info
 from dsv4.api.http import Call
 from dsv4.api.info import json_response, service_of
+from dsv4.api.request_log import new_request_id
 from dsv4.errors import Dsv4Error, RequestError
 
 PREFIX = "/admin"
@@ -99,10 +100,9 @@ async def profile(call: Call) -> None:
         raise RequestError(text, None, "profile_not_allowed", 403)
     steps = fields.integer("steps", 1, MOST_STEPS, 20) or 20
     seconds = fields.number("seconds", 0.1, 600) or 60.0
-    name = f"dsv4-{time.strftime('%Y%m%d-%H%M%S')}-{call.request_id[:8]}.json.gz"
-    path = os.path.join(
-        os.path.abspath(folder), "".join(c if c.isalnum() or c in "-." else "_" for c in name)
-    )
+    # Not by the request's id: clients may send the same one twice, and a profile is known by its file.
+    name = f"dsv4-{time.strftime('%Y%m%d-%H%M%S')}-{new_request_id()[:8]}.json.gz"
+    path = os.path.join(os.path.abspath(folder), name)
     done = await _trace(call, path, steps, seconds)
     await call.respond({"object": "profile", "file": path, "steps": done})
 
@@ -110,13 +110,13 @@ async def profile(call: Call) -> None:
 async def _trace(call: Call, path: str, steps: int, seconds: float) -> int:
     engine = call.service.engine
     try:
-        await engine.ask("profile_begin", path, steps)
         try:
+            await engine.ask("profile_begin", path, steps)
             end = time.monotonic() + seconds
-            while time.monotonic() < end and not await engine.ask("profile_state"):
+            while time.monotonic() < end and not await engine.ask("profile_state", path):
                 await asyncio.sleep(LOOK_EVERY)
-        finally:
-            done: int = await asyncio.shield(engine.ask("profile_end"))
+        finally:  # also of one whose client went away before it had begun: the engine takes both in this order
+            done: int = await asyncio.shield(engine.ask("profile_end", path))
         return done
     except RequestError:
         raise

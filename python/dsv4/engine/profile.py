@@ -46,36 +46,44 @@ class Profile:
 
 
 class Profiling:
-    """At most one profile at a time."""
+    """At most one profile at a time. Who began one names it by its file, and touches no other."""
 
     def __init__(self) -> None:
-        self._profile: Profile | None = None
+        self._running: Profile | None = None
+        self._kept: dict[str, Profile] = {}
+        """By file, until `end`: another one may run before that."""
 
     @property
     def running(self) -> bool:
         """Whether steps are traced now."""
-        return self._profile is not None and not self._profile.over
+        return self._running is not None and not self._running.over
 
     def step(self) -> None:
         """A step has ended."""
-        if self._profile is not None and not self._profile.over:
-            self._profile.step()
+        if self._running is not None and not self._running.over:
+            self._running.step()
 
     def begin(self, path: str, steps: int) -> None:
-        """Raises Dsv4Error where one is taken already."""
+        """`path`: a file that no other profile has. Raises Dsv4Error where one is taken already, and OSError."""
         if self.running:
             raise Dsv4Error("a profile is being taken; try again when it is done")
-        self._profile = Profile(path, steps)
+        self._running = self._kept[path] = Profile(path, steps)
 
-    def state(self) -> bool:
-        """Whether it is over."""
-        return not self.running
+    def state(self, path: str) -> bool:
+        """Whether it is over. Raises Dsv4Error where there is none, as in an engine that was started again."""
+        if path not in self._kept:
+            raise Dsv4Error("the engine that took it has ended")
+        return self._kept[path].over
 
-    def end(self) -> int:
-        """Ends it, if it is not over yet; the steps that it has. Raises Dsv4Error where it could not be written."""
-        if self._profile is None:
+    def end(self, path: str) -> int:
+        """Ends it, if it is not over yet, and forgets it; the steps that it has, 0 where there is none. Raises Dsv4Error where it
+        could not be written."""
+        ended = self._kept.pop(path, None)
+        if ended is None:
             return 0
-        self._profile.finish()
-        if self._profile.fault:
-            raise Dsv4Error(self._profile.fault)
-        return self._profile.done
+        ended.finish()
+        if ended is self._running:
+            self._running = None
+        if ended.fault:
+            raise Dsv4Error(ended.fault)
+        return ended.done
