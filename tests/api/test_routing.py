@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
+from dsv4.text.tokenizer import Tokenizer
 
+from tests.api.test_disconnect import wait_until
 from tests.support.fake_engine import FakeEngine, small_tokenizer
 from tests.support.serving import RunningServer, running
+
+CLIENT_GONE = b'{path="/v1/prefixes",status="499"} 1.0'
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +115,48 @@ def test_a_prefix_is_pinned_until_it_is_not(server: RunningServer) -> None:
             gone = http.delete(f"/v1/prefixes/{name}")
             assert gone.status_code == 404 and name in gone.json()["error"]["message"]
         assert http.post("/v1/prefixes", json={}).json()["error"]["code"] == "missing_field"
+
+
+def test_a_pin_whose_process_is_gone_is_forgotten(server: RunningServer) -> None:
+    made = httpx.post(f"{server.url}/v1/prefixes", json={"prompt": "Hello there"}).json()["id"]
+    server.engine.pins.clear()  # as a new process has none
+    assert made in {f"pin-{number}" for number in server.service.pins}
+    assert httpx.delete(f"{server.url}/v1/prefixes/{made}").status_code == 404
+    assert not server.service.pins
+
+
+@pytest.mark.parametrize("goes", [True, False])
+def test_a_client_gone_while_its_prefix_is_pinned_leaves_no_pin(tokenizer: Tokenizer, goes: bool) -> None:
+    class Engine(FakeEngine):
+        pinning = may_pin = False
+        unpinned: ClassVar[list[int]] = []
+
+        async def pin(self, tokens: Any, salt: str = "") -> int:
+            self.pinning = True
+            while not self.may_pin:
+                await asyncio.sleep(0.001)
+            return await super().pin(tokens, salt)
+
+        async def unpin(self, pin: int) -> bool:
+            self.unpinned.append(pin)
+            return await super().unpin(pin)
+
+    engine = Engine(tokenizer=tokenizer)
+    with running(engine) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            body = b'{"prompt": "Hello"}'
+            client.sendall(
+                b"POST /v1/prefixes HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            )
+            wait_until(lambda: engine.pinning)
+            if not goes:
+                engine.may_pin = True
+                assert b"pin-1" in client.recv(10_000)
+        if goes:
+            wait_until(lambda: CLIENT_GONE in server.service.metrics.render())
+            engine.may_pin = True
+            wait_until(lambda: engine.unpinned == [1])
+        assert len(engine.pins) == len(server.service.pins) == (not goes)
 
 
 def test_a_session_ends(server: RunningServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import numpy as np
@@ -36,11 +37,28 @@ async def pin(call: Call) -> None:
     async with contextlib.aclosing(run(call, jobs_for([prompt], params, 1, routing))) as outputs:
         async for _, output in outputs:
             cached = output.usage.cached_tokens if output.usage else cached
-    number = await service.engine.pin(prompt, routing.salt)
+    number = await _keep(call, prompt, routing.salt)
     service.pins[number] = call.caller.tenant.name
     await call.respond(
         {"id": f"pin-{number}", "object": "prefix", "prompt_tokens": len(prompt), "cached_tokens": cached}
     )
+
+
+async def _keep(call: Call, prompt: np.ndarray, salt: str) -> int:
+    """The number of a new pin. Ends it at once where the client has gone meanwhile: nobody would know its id."""
+    engine, gone = call.service.engine, False
+
+    async def keep() -> int:
+        number = await engine.pin(prompt, salt)
+        if gone:
+            await engine.unpin(number)
+        return number
+
+    try:
+        return await asyncio.shield(keep())
+    except asyncio.CancelledError:
+        gone = True
+        raise
 
 
 def check_may_pin(caller: Caller) -> None:
@@ -75,10 +93,10 @@ async def unpin(request: Request) -> Response:
     text = name.removeprefix("pin-")
     number = int(text) if text.isdecimal() and len(text) < 19 else -1
     own = caller.admin or service.pins.get(number, "") == caller.tenant.name
-    known = number >= 0 and own and await service.engine.unpin(number)
-    if known:
+    if own:  # also where the engine's process that had it is gone
         service.pins.pop(number, None)
-    else:
+    known = number >= 0 and own and await service.engine.unpin(number)
+    if not known:
         raise RequestError(
             f"there is no pin {name!r}; POST /v1/prefixes makes one", "id", "pin_not_found", 404
         )
