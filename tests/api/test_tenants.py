@@ -213,6 +213,17 @@ def test_requests_a_minute() -> None:
     assert meter.refused == {"requests": 3, "tokens": 0, "concurrent": 0}
 
 
+def test_what_is_refused_for_tokens_pays_no_request() -> None:
+    clock = Clock()
+    meter = Meter(Tenant("a", requests_per_minute=6, tokens_per_minute=600), clock)
+    meter.take(601)
+    for _ in range(20):
+        with pytest.raises(RequestError, match="600 tokens a minute"), meter.request():
+            raise AssertionError
+    assert meter.shown()["left"] == {"requests": 6, "tokens": -1}
+    assert meter.refused == {"requests": 0, "tokens": 20, "concurrent": 0}
+
+
 def test_tokens_a_minute() -> None:
     clock, params = Clock(), SamplingParams(max_tokens=10)
     meter = Meter(Tenant("a", tokens_per_minute=600), clock)

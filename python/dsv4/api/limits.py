@@ -87,12 +87,11 @@ class Meter:
         most = self.tenant.max_concurrent
         if most is not None and self.running >= most:
             raise self._too_much("concurrent", f"runs {most} requests, which is its limit", 1.0)
+        for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
+            if bucket is not None and (wait := bucket.wait(1)):
+                raise self._too_much(what, f"has had its {bucket.most} {what} a minute", wait)
         if self._requests is not None:
-            if wait := self._requests.wait(1):
-                raise self._too_much("requests", f"has had its {self._requests.most} requests a minute", wait)
             self._requests.take(1)
-        if self._tokens is not None and (wait := self._tokens.wait(1)):
-            raise self._too_much("tokens", f"has had its {self._tokens.most} tokens a minute", wait)
         self.running += 1
         try:
             yield
