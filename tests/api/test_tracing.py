@@ -76,6 +76,36 @@ def test_every_request_is_a_span(tokenizer: Tokenizer, collector: tuple[str, lis
     assert b"xyzzy" not in b"".join(got)
 
 
+def test_paths_without_a_route_are_one_name(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And a fault of the library is a line of the log, not one of the request."""
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    told: list[tuple[str, str]] = []
+
+    def start_span(name: str, **about: Any) -> Any:
+        told.append((name, about["attributes"]["http.route"]))
+        raise RuntimeError("out of spans")
+
+    with running(
+        FakeEngine(tokenizer=tokenizer), otlp_traces_endpoint="http://127.0.0.1:1/v1/traces", api_key="k"
+    ) as server:
+        monkeypatch.setattr(server.service.tracer._tracer, "start_span", start_span)
+        key = {"x-api-key": "k"}
+        for path, headers in (
+            ("/a", key),
+            ("/b/c", key),
+            ("/b/c", {}),
+            ("/v1/models", {}),
+            ("/v1/models/tiny", key),
+        ):
+            assert httpx.get(server.url + path, headers=headers).status_code in (200, 401, 404)
+    routes = ["other", "other", "other", "/v1/models", "/v1/models/{name:path}"]
+    assert told == [(f"GET {route}", route) for route in routes]
+    lines = [r.getMessage() for r in caplog.records if "RuntimeError: out of spans" in r.getMessage()]
+    assert len(lines) == len(told) and not any(r.exc_info for r in caplog.records)
+
+
 @pytest.mark.parametrize("endpoint", ["collector:4317", "", "ftp://x/y", "http://"])
 def test_a_place_that_is_none(endpoint: str) -> None:
     with pytest.raises(ConfigError, match="otlp_traces_endpoint is"):

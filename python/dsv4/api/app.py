@@ -25,7 +25,7 @@ from dsv4.api.openai_chat import chat_completions
 from dsv4.api.openai_completions import completions
 from dsv4.api.openapi import openapi
 from dsv4.api.protocol import GuardedProtocol
-from dsv4.api.request_log import PROBES, Record, new_request_id
+from dsv4.api.request_log import OTHER, PROBES, Record, new_request_id
 from dsv4.api.service import Service
 from dsv4.errors import RequestError
 from dsv4.spelling import nearest
@@ -108,6 +108,7 @@ class Edge:
 
     def __init__(self, app: ASGIApp, service: Service, paths: Mapping[Any, str]) -> None:
         self.app, self.service, self._paths = app, service, paths
+        self._known = frozenset(paths.values())
         self._shapes = {
             path: endpoint.errors for endpoint, path in paths.items() if isinstance(endpoint, PostEndpoint)
         }
@@ -139,7 +140,8 @@ class Edge:
             record.reason = "internal_error"
             raise
         finally:
-            record.route = self._paths.get(scope.get("endpoint"), scope["path"])
+            path = scope["path"] if scope["path"] in self._known else OTHER  # refused before it was routed
+            record.route = self._paths.get(scope.get("endpoint"), path)
             record.end(self.service.metrics)
             self.service.recent.add(record)
             if self.service.tracer is not None:

@@ -6,6 +6,7 @@ Names of attributes are those of OpenTelemetry's conventions for HTTP servers an
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ import dsv4
 from dsv4.api.http import header
 from dsv4.api.request_log import QUIET, Record
 from dsv4.errors import ConfigError
+
+log = logging.getLogger("dsv4.api")
 
 CARRIED = ("traceparent", "tracestate")
 """Headers by which a trace goes on."""
@@ -57,9 +60,15 @@ class Tracer:
         self._propagator = TraceContextTextMapPropagator()
 
     def ended(self, record: Record, scope: Scope) -> None:
-        """A request has ended."""
+        """A request has ended. What goes wrong in the library is a line of the log: the request is answered."""
         if record.path in QUIET:
             return
+        try:
+            self._tell(record, scope)
+        except Exception as e:
+            log.warning("no span of request %s: %s: %s", record.request_id, type(e).__name__, e)
+
+    def _tell(self, record: Record, scope: Scope) -> None:
         end, now = time.time_ns(), time.monotonic()
 
         def at(moment: float) -> int:
@@ -103,4 +112,7 @@ class Tracer:
 
     def close(self) -> None:
         """Sends what is left."""
-        self._provider.shutdown()
+        try:
+            self._provider.shutdown()
+        except Exception as e:
+            log.warning("the last spans may be lost: %s: %s", type(e).__name__, e)
