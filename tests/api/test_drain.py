@@ -81,6 +81,27 @@ def test_an_idle_server_stops_at_once() -> None:
         assert process.wait(40) == 0 and time.monotonic() - began < 40  # not the 60 s
 
 
+def test_the_engine_ends_before_what_may_wait_for_others(tokenizer: Tokenizer) -> None:
+    """Such as a collector of traces that does not answer."""
+    order: list[str] = []
+
+    class Engine(FakeEngine):
+        async def shutdown(self) -> None:
+            order.append("engine")
+            raise RuntimeError("it does not end")
+
+    class Observed(Service):
+        def close(self) -> None:
+            order.append("service")
+            super().close()
+
+    service = Observed(Engine(tokenizer=tokenizer), ServerConfig(port=0), "tiny")
+    service.engine.died = "so that it ends at once"
+    with pytest.raises(RuntimeError, match="does not end"):
+        serve(service, bind("127.0.0.1", 0))
+    assert order == ["engine", "service"]
+
+
 def test_an_engine_that_dies_ends_the_server_once_its_answers_are_sent(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(tokenizer=tokenizer)
     config = ServerConfig(port=0)

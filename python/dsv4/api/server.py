@@ -152,7 +152,9 @@ def serve(
             # All is done but to end: a further SIGTERM has nothing to add.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
     finally:
-        service.close()
-        asyncio.run(service.engine.shutdown())
+        try:
+            asyncio.run(service.engine.shutdown())
+        finally:
+            service.close()  # may wait for a collector of traces: not while a model holds the device's memory
     if service.engine.died is not None:
         raise EngineDead(f"the engine has stopped: {service.engine.died}")
