@@ -39,6 +39,32 @@ class Unreachable(ConfigError):
     """Nobody answers at the address."""
 
 
+class NoApi(ConfigError):
+    """What answers is no server of OpenAI's API."""
+
+
+class _SameServer(urllib.request.HTTPRedirectHandler):
+    """Goes on to addresses of the same server only: urllib would take the key along to any."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        """Raises ConfigError where a key would go to another server."""
+        old, new = (urllib.parse.urlsplit(url) for url in (req.full_url, newurl))
+        same = {_place(old)}
+        if _place(old) == ("http", old.hostname, 80):
+            same.add(("https", old.hostname, 443))
+        if _place(new) not in same:
+            fp.close()
+            text = f"{show(req.full_url)} sends on to another server, {show(newurl)}; if that is meant, give it as url"
+            raise ConfigError(text)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _place(parts: urllib.parse.SplitResult) -> tuple[str, str | None, int | None]:
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
     """Where it is, without /v1, and the key that it wants."""
@@ -58,14 +84,11 @@ class Server:
 
     def models(self) -> list[dict[str, Any]]:
         """What it serves. Raises RequestError and ConfigError."""
-        with self._open("/v1/models", None, ANSWERS_WITHIN) as response:
-            try:
-                found = json.load(response)["data"]
-                return [model for model in found if isinstance(model["id"], str)]
-            except (ValueError, KeyError, TypeError):
-                raise ConfigError(
-                    f"{self.url}/v1/models is no list of models; is this a server of OpenAI's API?"
-                ) from None
+        try:
+            found = self._read("/v1/models")["data"]
+            return [model for model in found if isinstance(model["id"], str)]
+        except (KeyError, TypeError):
+            raise self._no_api("/v1/models is no list of models") from None
 
     def model(self, name: str | None) -> dict[str, Any]:
         """Of that name, or the first one. Raises ConfigError when there is none, or no server."""
@@ -77,11 +100,8 @@ class Server:
         path = (
             f"/v1/models/{urllib.parse.quote(name or '', safe='')}"  # it may be an alias, which is not listed
         )
-        with (
-            contextlib.suppress(RequestError, json.JSONDecodeError),
-            self._open(path, None, ANSWERS_WITHIN) as response,
-        ):
-            return {**json.load(response), "id": name}
+        with contextlib.suppress(RequestError, NoApi, TypeError):
+            return {**self._read(path), "id": name}
         raise ConfigError(f"{self.url} serves no model {name!r}; it has {', '.join(found) or 'none'}")
 
     def stream(self, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
@@ -92,9 +112,25 @@ class Server:
                     text = line.decode("utf-8", "replace").strip()
                     if text == "data: [DONE]":
                         return
-                    yield json.loads(text[5:]) if text.startswith("data:") else {}
+                    chunk = json.loads(text[5:]) if text.startswith("data:") else {}
+                    yield chunk if isinstance(chunk, dict) else {}
             except (OSError, http.client.HTTPException, ValueError) as e:
                 raise RequestError(f"the stream broke off: {e}", None, "connection", 502) from None
+
+    def _read(self, path: str) -> Any:
+        """An answer of JSON. Raises RequestError and ConfigError."""
+        try:
+            with self._open(path, None, ANSWERS_WITHIN) as response:
+                return json.load(response)
+        except ValueError as e:
+            if isinstance(e, ConfigError):
+                raise
+            raise self._no_api(f"{path} is no JSON") from None
+        except (OSError, http.client.HTTPException) as e:
+            raise Unreachable(f"{self.url} broke off its answer to {path}: {e}") from None
+
+    def _no_api(self, what: str) -> NoApi:
+        return NoApi(f"{self.url}{what}; is this a server of OpenAI's API?")
 
     @contextlib.contextmanager
     def _open(self, path: str, body: Any, timeout: float) -> Iterator[Any]:
@@ -103,12 +139,14 @@ class Server:
         )
         data = None if body is None else json.dumps(body).encode()
         try:
-            response = urllib.request.urlopen(
+            response = urllib.request.build_opener(_SameServer).open(
                 urllib.request.Request(self.url + path, data, headers), timeout=timeout
             )
         except urllib.error.HTTPError as e:
             with e:
                 raise RequestError(_said(e), None, "refused", e.code) from None
+        except ConfigError:  # sent to another host
+            raise
         except (OSError, http.client.HTTPException, ValueError) as e:
             why = getattr(e, "reason", None) or e
             raise Unreachable(f"{self.url} cannot be reached: {why}") from None
@@ -117,9 +155,16 @@ class Server:
 
 
 def _said(refusal: urllib.error.HTTPError) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-        return str(json.load(refusal)["error"]["message"])
-    return f"{refusal.code} {refusal.reason}"
+    told = None
+    with contextlib.suppress(ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
+        told = _message(json.load(refusal)["error"])
+    return told or f"{refusal.code} {refusal.reason}"
+
+
+def _message(error: Any) -> str | None:
+    """Of an error, which others send as a text alone; None where it says nothing."""
+    said = error.get("message") if isinstance(error, dict) else error
+    return None if said is None else str(said)
 
 
 def answerer(server: Server, model: str, sampling: dict[str, Any]) -> Callable[..., Reply]:
@@ -137,8 +182,8 @@ def answerer(server: Server, model: str, sampling: dict[str, Any]) -> Callable[.
         reply, printer = Reply(), Printer()
         with interrupts() as interrupted, contextlib.closing(server.stream(body)) as chunks:
             for chunk in chunks:
-                if "error" in chunk:
-                    raise RequestError(str(chunk["error"].get("message")), None, "failed", 500)
+                if (error := chunk.get("error")) is not None:
+                    raise RequestError(_message(error) or "the answer failed", None, "failed", 500)
                 for piece in _pieces(chunk, reply):
                     reply.last = time.monotonic()
                     reply.first = reply.first or reply.last
@@ -146,8 +191,8 @@ def answerer(server: Server, model: str, sampling: dict[str, Any]) -> Callable[.
                     printer.show(piece)
                 if (u := chunk.get("usage")) is not None:
                     cached = (u.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-                    reply.usage = Usage(u["prompt_tokens"], u["completion_tokens"], cached, {})
-                    reply.tokens = u["completion_tokens"]
+                    reply.tokens = u.get("completion_tokens") or reply.tokens
+                    reply.usage = Usage(u.get("prompt_tokens") or 0, reply.tokens, cached, {})
                 if interrupted.is_set():
                     break
         return reply
