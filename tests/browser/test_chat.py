@@ -167,3 +167,27 @@ def test_the_key(serve: Callable[..., RunningServer], page: Page) -> None:
     assert session["dsv4.key"] == "sesame" and "sesame" not in str(local)
     page.at("tab-live").click()
     page.wait(lambda: page.all("#cards .card"))
+
+
+def test_answers_to_an_older_key_are_ignored(serve: Callable[..., RunningServer], page: Page) -> None:
+    """A slow no to the first key comes after the yes to the second one."""
+    page.expect("401")
+    serve("secret answer", api_key="sesame")
+    page.js(
+        "const real = window.fetch; window.held = [];"
+        "window.fetch = async (path, init) => {"
+        "  const answer = await real(path, init);"
+        "  if (path !== 'v1/models' || init.headers.authorization !== 'Bearer wrong') return answer;"
+        "  const said = await answer.json();"
+        "  answer.json = async () => { setTimeout(() => { window.over = true; }); return said; };"
+        "  await new Promise((go) => window.held.push(go));"
+        "  return answer;"
+        "}"
+    )
+    page.fill(key="wrong")
+    page.wait(lambda: page.js("return window.held.length") == 1)
+    page.fill(key="sesame")
+    page.wait(lambda: not page.at("banner").is_displayed())
+    page.js("window.held[0]()")
+    page.wait(lambda: page.js("return window.over"))
+    assert not page.at("banner").is_displayed() and page.at("model").get_attribute("value") == "small"

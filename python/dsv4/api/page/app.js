@@ -1,6 +1,6 @@
 // Puts the parts of the page together: the two views, the settings, and how the server is.
 
-import { json } from "./api.js";
+import { json, key } from "./api.js";
 import * as chat from "./chat.js";
 import { $ } from "./dom.js";
 import * as live from "./live.js";
@@ -35,15 +35,17 @@ function refused(error) {
 }
 
 async function models() {
+  const asked = key.get(); // an answer to an older key says nothing of this one
   try {
     const { data } = await json("v1/models");
+    if (key.get() !== asked) return;
     const names = data.map((m) => m.id).filter((name) => name !== "default" || data.length === 1);
     $("model").replaceChildren(...names.map((name) => new Option(name, name)));
     $("model").disabled = names.length < 2;
     document.title = `${names[0]} · dsv4`;
     refused(null);
   } catch (error) {
-    refused(error);
+    if (key.get() === asked) refused(error);
   }
 }
 
