@@ -41,7 +41,8 @@ class Callers:
         """By name, of the tenants in the file."""
 
     def of(self, scope: Scope) -> Caller | None:
-        """Whose request this is; None where it needs a key, or brings one that is unknown where it needs none."""
+        """Whose request this is; None where the server wants a key and this brings none that it knows. A key that is unknown
+        is not looked at where it wants none."""
         given = [_bearer(header(scope, b"authorization")), header(scope, b"x-api-key").strip(" \t")]
         owner = self.keys.find(as_sent for key in given if (as_sent := _utf8(key)))
         if owner is None:

@@ -111,7 +111,3 @@ class EngineRequest:
         begun = self.begun or now
         first = self.first or now
         return Timing(begun - self.submitted, first - begun, now - first)
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return self.params.prompt_logprobs is not None
