@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 # Worker threads of torch sleep instead of spinning, here and in servers that tests start: a busy machine with few cores
 # is otherwise slowed down tenfold. Read when torch is loaded, so it is set before anything imports it.
@@ -19,6 +20,11 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Triton 3.9 warns where this is not said; it is what all versions do.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+# What a request may take where a test says nothing: httpx's own 5 s are too short for a busy machine with few cores. This
+# object is the default of all its functions and clients, so it is changed in place.
+DEFAULT_TIMEOUT_CONFIG.connect = DEFAULT_TIMEOUT_CONFIG.read = 60.0
+DEFAULT_TIMEOUT_CONFIG.write = DEFAULT_TIMEOUT_CONFIG.pool = 60.0
 
 
 @pytest.fixture(autouse=True)

@@ -130,6 +130,7 @@ def test_what_a_pipelining_client_has_sent_is_bounded(tokenizer: Tokenizer) -> N
 
         thread = threading.Thread(target=send, daemon=True)
         thread.start()
+        wait_until(lambda: sent and server.server.server_state.connections)
         last = -1
         while last != sent:  # until no more is taken
             last = sent

@@ -1,5 +1,5 @@
 """A rank that does not do what it should: `python -m tests.support.breaking_rank`. What it does is said by the environment: at step
-BREAKS_AT it raises, sleeps or waits without an end (BREAKS_HOW: raise, sleep, hang)."""
+BREAKS_AT it raises, before or after it has taken the step, or waits without an end (BREAKS_HOW: raise, raise after, hang)."""
 
 from __future__ import annotations
 
