@@ -103,6 +103,9 @@ def test_the_cache(served: RunningServer) -> None:
     assert told["stats"]["pages"] == 100 and told["pins"] == [{"id": made, "tenant": ""}]
     assert httpx.delete(f"{served.url}/v1/prefixes/{made}", headers=ADMIN).status_code == 200
     assert httpx.get(served.url + "/admin/cache", headers=ADMIN).json()["pins"] == []
+    httpx.post(served.url + "/v1/prefixes", json={"prompt": "Hello"})
+    served.engine.pins.clear()  # a new process has none
+    assert httpx.get(served.url + "/admin/cache", headers=ADMIN).json()["pins"] == []
     served.engine.asked.clear()
     for path in ("/admin/cache/flush", "/flush_cache", "/reset_prefix_cache"):
         assert httpx.post(served.url + path, headers=ADMIN).json()["freed_pages"] == 7

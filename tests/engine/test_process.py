@@ -125,7 +125,7 @@ def test_counters_go_on_where_a_lost_process_left_them() -> None:
         before, pid, pin = engine.stats(), engine.pid, await engine.pin(prompt)
         os.kill(pid, signal.SIGKILL)
         await until(lambda: engine.pid != pid and engine.check_alive()[0])
-        await engine.pin(prompt)
+        assert engine.may_hold(await engine.pin(prompt)) and not engine.may_hold(pin)
         assert not await engine.unpin(pin), "that of the lost process, not the one of the same number"
         assert engine.stats()["finished"] == before["finished"] == 1
         await outputs_of(engine, [5, 6, 7], 5)

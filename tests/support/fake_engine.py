@@ -212,6 +212,9 @@ class FakeEngine:
         self.pins[len(self.pins) + 1] = (as_prompt(tokens).tolist(), salt)
         return len(self.pins)
 
+    def may_hold(self, pin: int) -> bool:
+        return pin in self.pins
+
     async def unpin(self, pin: int) -> bool:
         return self.pins.pop(pin, None) is not None
 

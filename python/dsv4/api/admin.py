@@ -36,6 +36,7 @@ def is_admin(path: str) -> bool:
 async def cache(request: Request) -> Response:
     """The core's statistics, pinned prefixes and, by tenant, what was served."""
     service = service_of(request)
+    service.pins = {n: tenant for n, tenant in service.pins.items() if service.engine.may_hold(n)}
     return json_response(
         {
             "stats": service.engine.stats(),

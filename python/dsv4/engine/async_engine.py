@@ -271,10 +271,13 @@ class AsyncEngine:
         pin: int = await self.ask("pin", salt.encode(), prompt=as_prompt(tokens))
         return (self._number - 1) * _PINS + pin
 
+    def may_hold(self, pin: int) -> bool:
+        """Whether a pin is of the process at hand; those of lost ones went with them."""
+        return pin // _PINS == self._number - 1
+
     async def unpin(self, pin: int) -> bool:
         """Ends a pin. False when there is none of that number, as when the process that had it was lost."""
-        process, own = divmod(pin, _PINS)
-        known: bool = process == self._number - 1 and await self.ask("unpin", own)
+        known: bool = self.may_hold(pin) and await self.ask("unpin", pin % _PINS)
         return known
 
     async def end_session(self, key: str) -> bool:
