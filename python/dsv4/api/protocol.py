@@ -186,6 +186,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.pipeline:  # uvicorn reads on after every answer, however many requests wait
+            self.flow.pause_reading()
         if not self.pipeline and not self._in_header and not self.transport.is_closing():
             self.all_connections.idle[self] = None
 
