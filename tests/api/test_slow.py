@@ -87,7 +87,7 @@ def test_a_slow_reader_that_goes_on_reading_is_served(tokenizer: Tokenizer) -> N
         FakeEngine(tokenizer=tokenizer, max_model_len=10**6),
         {"max_tokens": 2_000, "logprobs": 20},
     )
-    with running(engine, write_timeout=2.0) as server, lazy_client(server, **asked, stream=True) as s:
+    with running(engine, write_timeout=5.0) as server, lazy_client(server, **asked, stream=True) as s:
         s.settimeout(60)
         got = b""
         while not got.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
