@@ -46,7 +46,8 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("doctor --jason", ["--jason", "did you mean '--json'?"]),
     # words too many
     ("generate Who are you", ["unexpected 'are'", "quote the prompt: dsv4 generate 'Who are you'"]),
-    ("doctor please", ["unexpected 'please'"]),
+    ("doctor please", ["'please'"]),
+    ("doctor v4-flash please", ["unexpected 'please'"]),
     ("chat /models/x hello", ["unexpected 'hello'", "one MODEL"]),
     ("serve /a --model /b", ["model is given twice", "'/a'", "--model '/b'"]),
     # paths and settings that take the model to check, before torch is imported

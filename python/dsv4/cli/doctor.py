@@ -23,7 +23,11 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 1 when something without which dsv4 cannot serve is missing."""
+    """Exit code 1 when something without which dsv4 cannot serve is missing. Raises ConfigError for a model that is not there."""
+    if arguments.model is not None:
+        from dsv4.plan.weights import find_weights
+
+        find_weights(arguments.model)
     from dsv4.doctor import examine
 
     findings = examine(arguments.model)
