@@ -170,7 +170,10 @@ def test_serving_on_a_unix_socket(tokenizer: Tokenizer, tmp_path: Path) -> None:
     ],
 )
 def test_the_ready_line_names_what_works(place: object, words: list[str]) -> None:
-    service = SimpleNamespace(config=ServerConfig(), engine=SimpleNamespace(tokenizer=None))
+    open_to_all = SimpleNamespace(keys=SimpleNamespace(required=False))
+    service = SimpleNamespace(
+        config=ServerConfig(), engine=SimpleNamespace(tokenizer=None), callers=open_to_all
+    )
     text = ready_text(service, [place])  # type: ignore[arg-type]
     assert all(w in text for w in words), text
 

@@ -52,22 +52,24 @@ def run(arguments: argparse.Namespace) -> int:
     from dsv4.engine.async_engine import AsyncEngine
 
     engine = AsyncEngine(engine_config)
-    try:  # before the slow part, so that a wrong model and a taken port are known at once
-        check_file_limit(raise_file_limit(), server_config.max_connections)
-        sockets = listen(server_config)
-    except BaseException:
-        engine.abandon()
-        raise
+    sockets: list[socket.socket] = []
 
     def close() -> None:
         for sock in sockets:
             sock.close()
-        if server_config.uds is not None:
+        if sockets and server_config.uds is not None:
             remove_dead(server_config.uds)
 
     try:
-        with ends_at_signal("loading the model", close), Loading(sockets):
-            service = load(engine, server_config)
+        with ends_at_signal("loading the model", close):  # before anyone can know that it is there
+            try:  # before the slow part, so that a wrong model and a taken port are known at once
+                check_file_limit(raise_file_limit(), server_config.max_connections)
+                sockets += listen(server_config)
+            except BaseException:
+                engine.abandon()
+                raise
+            with Loading(sockets):
+                service = load(engine, server_config)
         places = [sock.getsockname() for sock in sockets]
         serve(service, sockets, lambda: note(ready_text(service, places)))
     finally:
