@@ -264,6 +264,16 @@ def test_arguments_that_nest_too_deep_inside_their_text(http: httpx.Client) -> N
     assert http.post("/v1/chat/completions", json=CHAT | {"messages": messages}).status_code < 500
 
 
+@pytest.mark.parametrize("tool", [[], "x", 3, None, {}])
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_tools_of_a_message_that_are_none(http: httpx.Client, path: str, choice: Any, tool: Any) -> None:
+    brought = {"role": "system", "content": "Hi", "tools": [tool]}
+    answer = http.post(path, json={**CHAT, "messages": [brought, *CHAT["messages"]], "tool_choice": choice})
+    assert answer.status_code == 400, answer.text
+    check_refusal(answer)
+
+
 def test_unknown_keys_are_tolerated(http: httpx.Client) -> None:
     for path, base in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
         assert (

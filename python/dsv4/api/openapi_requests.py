@@ -292,11 +292,13 @@ _RESPONSES: dict[str, Schema] = {
 
 _CACHED = {"cache_control": CACHE_CONTROL}
 _ANTHROPIC_TEXT = fields({"type": one_of("text"), "text": ANY_TEXT}, _CACHED)
-_TEXTS = any_of(ANY_TEXT, array(_ANTHROPIC_TEXT, MAX_MESSAGES))
+_TEXTS = any_of(
+    ANY_TEXT, array(fields({"type": one_of("text"), "text": ANY_TEXT}, {"cache_control": {}}), MAX_MESSAGES)
+)
 _BLOCK = any_of(
     _ANTHROPIC_TEXT,
     fields(
-        {"type": one_of("tool_result"), "tool_use_id": NAME}, {"content": _TEXTS, "is_error": FLAG, **_CACHED}
+        {"type": one_of("tool_result"), "tool_use_id": NAME}, {"content": _TEXTS, "is_error": {}, **_CACHED}
     ),
     fields(
         {"type": one_of("document"), "source": fields({"type": one_of("text"), "data": ANY_TEXT})}, _CACHED

@@ -49,7 +49,7 @@ class Calls:
 
     def functions(self) -> list[Mapping[str, Any]]:
         """Those that may be called."""
-        found = [tool.get("function") for tool in self.tools]
+        found = [tool.get("function") for tool in self.tools if isinstance(tool, Mapping)]
         named = [f for f in found if isinstance(f, Mapping) and isinstance(f.get("name"), str)]
         return [f for f in named if self.only is None or f["name"] in self.only]
 
