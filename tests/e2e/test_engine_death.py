@@ -48,14 +48,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(*options: str, **settings: object) -> Iterator[Served]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, *OPTIONS, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**settings),
-    )
+def started(command: list[str], env: dict[str, str]) -> Iterator[Served]:
+    """A server that is ready; killed at the end."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
         assert process.stderr is not None
         ready = next(line for line in process.stderr if line.startswith("ready"))
@@ -63,6 +58,10 @@ def served(*options: str, **settings: object) -> Iterator[Served]:
     finally:
         process.kill()
         process.communicate()
+
+
+def served(*options: str, **settings: object) -> contextlib.AbstractContextManager[Served]:
+    return started([sys.executable, "-c", SERVE, *OPTIONS, *options], environment(**settings))
 
 
 def until(holds: Callable[[], bool]) -> None:

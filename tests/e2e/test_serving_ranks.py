@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,7 +17,7 @@ import pytest
 from dsv4.model.config import ModelConfig
 from dsv4.text.tokenizer import Tokenizer
 
-from tests.e2e.test_engine_death import Served, healthy, until
+from tests.e2e.test_engine_death import Served, healthy, started, until
 from tests.record_golden import GOLDEN, NANO, cases, prompt_ids
 from tests.support.checkpoints import write_random
 from tests.support.scripted import alive, children, environment
@@ -31,23 +30,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random(tmp_path_factory.mktemp("model"), "flash", compress_ratios=[0, 4, 128])
 
 
-@contextlib.contextmanager
-def served(model: Path | str, *options: str) -> Iterator[Served]:
+def served(model: Path | str, *options: str) -> contextlib.AbstractContextManager[Served]:
     command = [sys.executable, "-m", "dsv4.cli", "serve", str(model), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, "--tp", "2", "--num-pages", "16", "--max-num-seqs", "2", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
+    return started(
+        [*command, "--tp", "2", "--num-pages", "16", "--max-num-seqs", "2", *options], environment()
     )
-    try:
-        assert process.stderr is not None
-        ready = next(line for line in process.stderr if line.startswith("ready"))
-        yield Served(process, ready.split()[1])
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def ranks(server: Served) -> tuple[int, int]:

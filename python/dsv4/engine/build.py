@@ -36,7 +36,7 @@ from dsv4.engine.memory import (
 )
 from dsv4.engine.progress import Progress
 from dsv4.engine.rank_count import can_share, ranks_of, threads_of
-from dsv4.engine.ranked import FollowingDevice, LeadingDevice, limits_of, model_of
+from dsv4.engine.ranked import FollowingDevice, LeadingDevice, model_of
 from dsv4.engine.routing import Tenants
 from dsv4.engine.steps import StepRecord
 from dsv4.engine.taken import Card, Taken
@@ -318,7 +318,9 @@ def _build(
             )
             rank = group.form(pages, max_len, schema, warm_up)
             model, cache = model_of(config, layout, model_config, weights, ops, pages, rank)
-            local = LeadingDevice(group, model, cache, **limits_of(config, layout, max_len))
+            local = LeadingDevice(
+                group, model, cache, **_limits(config, layout, max_len, config.max_num_seqs)
+            )
             eager = f"there are {ranks} ranks"
         plans = tuple(StepPlan(schema, pinned=config.device == "cuda") for _ in range(steps))
         if warm_up:
@@ -429,7 +431,7 @@ def following_device(
     )
     ops = choose(config.backend, config.device)
     model, cache = model_of(config, layout, model_config, weights, ops, pages, rank)
-    return FollowingDevice(rank, model, cache, **limits_of(config, layout, max_len))
+    return FollowingDevice(rank, model, cache, **_limits(config, layout, max_len, config.max_num_seqs))
 
 
 def _local_device(
@@ -451,14 +453,21 @@ def _local_device(
     local = LocalDevice(
         model,
         cache,
-        slabs=slabs,
-        max_blocks=pages_of(layout, max_len),
-        replay_tokens=config.replay_tokens or layout.replay_tokens,
+        **_limits(config, layout, max_len, slabs),
         step_tokens=config.max_num_batched_tokens or 0,
         capture=Recorder() if eager is None else None,
         capture_sizes=config.cudagraph_capture_sizes,
     )
     return local, eager
+
+
+def _limits(config: EngineConfig, layout: LayoutSpec, max_len: int, slabs: int) -> dict[str, int]:
+    """Sizes of a device, of one GPU or of a rank."""
+    return {
+        "slabs": slabs,
+        "max_blocks": pages_of(layout, max_len),
+        "replay_tokens": config.replay_tokens or layout.replay_tokens,
+    }
 
 
 def _why_eager(config: EngineConfig) -> str | None:

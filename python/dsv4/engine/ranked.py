@@ -19,7 +19,6 @@ from dsv4.engine.masks import Masks
 from dsv4.engine.request import EngineRequest
 from dsv4.engine.sampler import Drawn
 from dsv4.model.ranked import RankedModel
-from dsv4.plan.cache import pages_of
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
@@ -121,12 +120,3 @@ def model_of(
         copy_state=ops.copy_state,
     )
     return RankedModel(model_config, weights, cache, ops, rank, consume=True), cache
-
-
-def limits_of(config: EngineConfig, layout: LayoutSpec, max_len: int) -> dict[str, int]:
-    """Sizes of a rank's device."""
-    return {
-        "slabs": config.max_num_seqs,
-        "max_blocks": pages_of(layout, max_len),
-        "replay_tokens": config.replay_tokens or layout.replay_tokens,
-    }
