@@ -14,6 +14,7 @@ pytest.importorskip("dsv4._core")
 from dsv4 import LLM, SamplingParams
 from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import DecodeGraphs
+from dsv4.plan import graphs as sizes
 from dsv4.plan.graphs import EXTEND_ROWS, EXTENDS, extend_contexts_of, extend_rows_of, extends_of
 from torch import Tensor
 
@@ -90,6 +91,28 @@ def test_a_full_size_has_no_padding_row() -> None:
         batch = dataclasses.replace(other.batch([chunk]), logit_index=torch.tensor([end - start - 1]))
         assert torch.equal(other.model.logits(graphs.hidden(batch)), expected)
     assert same_bytes(plain.cache.pages, other.cache.pages)
+
+
+def test_every_step_can_be_captured_of_padding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at start: more tokens than the context is long are several rows. No page is written."""
+    monkeypatch.setattr(sizes, "SHORTEST", 128)
+    config = random_config("flash")
+    other = Driver(config, random_weights(config, 1), slabs=2, max_len=512)
+    decode = DecodeGraphs(other.model, other.page_table, torch.zeros(9, dtype=torch.int64), None, as_it_is)
+    graphs = ExtendGraphs(decode, other.page_table, 512)
+    pages = other.cache.pages.clone()
+    for take in graphs.captures(None):
+        take()
+    graphs.rehearse()
+    assert {(size.tokens, size.end) for size in graphs._graphs} == {
+        (n, end) for n in (64, 128, 256, 512) for end in (128, 512)
+    }
+    for tokens, rows in {(s.tokens, s.rows) for s in graphs._graphs}:
+        assert (
+            len({len(g.columns) for s, g in graphs._graphs.items() if (s.tokens, s.rows) == (tokens, rows)})
+            == 1
+        )
+    assert same_bytes(pages, other.cache.pages)
 
 
 def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ what would. On the CPU the same load runs without that, so that it is known to w
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ KINDS: list[dict[str, Any]] = [
 def waiting_raises() -> Iterator[None]:
     """On a GPU."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it does not see all that waits
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

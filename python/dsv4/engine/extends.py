@@ -1,8 +1,8 @@
 """Steps with chunks of prompts as CUDA graphs, beside those of single tokens (`graphs.py`): a short prompt, or a chunk beside decodes,
 is little work for a GPU, and launching it kernel by kernel takes the host longer than the GPU.
 
-A step is padded to the next captured size in tokens with a row of the sink, which no page is written for, and to the next size in
-rows with rows that have no tokens. Its input is one copy of small columns; the graph makes the index tables of them. Steps that
+A step is padded to the next captured size in tokens with a row of the sink, which no page is written for (padding alone may be
+longer than the context: then it is several), and to the next size in rows with rows that have no tokens. Its input is one copy of small columns; the graph makes the index tables of them. Steps that
 replay, that ask for the logits of a prompt, or that are longer than the largest size are launched kernel by kernel.
 """
 
@@ -78,12 +78,13 @@ class ExtendGraphs:
         geometry, sink, used = self.model.geometry, self.decode.sink, len(batch.token_ids)
         if more := size.tokens - used:
             # As if all of it were cached: nothing of it is written to a page.
-            row = Row(slab=sink, start=0, length=more, offset=used, replay_end=more)
+            lengths = [min(size.end, more - begun) for begun in range(0, more, size.end)]
+            rows = [Row(sink, 0, n, used + i * size.end, replay_end=n) for i, n in enumerate(lengths)]
             batch = replace(
                 batch,
                 token_ids=torch.cat((batch.token_ids, batch.token_ids.new_zeros(more))),
-                positions=torch.cat((batch.positions, torch.arange(more))),
-                rows=(*batch.rows, row),
+                positions=torch.cat((batch.positions, *(torch.arange(n) for n in lengths))),
+                rows=(*batch.rows, *rows),
             )
         columns = columns_of(batch, geometry)
         assert columns is not None
