@@ -353,10 +353,12 @@ def test_the_file_is_read_again_at_sighup(tmp_path: Path) -> None:
         assert process.wait(30) == 0
 
 
-def test_a_reload_while_the_model_loads_ends_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keys", [True, False], ids=["keys", "none"])
+def test_a_reload_while_the_model_loads_ends_nothing(tmp_path: Path, keys: bool) -> None:
+    """Nor does one afterwards where there is no file, which is logged."""
     file = tmp_path / "keys.toml"
     file.write_text(f'[tenants.a]\nkeys = ["{hash_of("k")}"]\n')
-    command = [sys.executable, "-c", SERVE, "--keys-file", str(file), *OPTIONS]
+    command = [sys.executable, "-c", SERVE, *(("--keys-file", str(file)) if keys else ()), *OPTIONS]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(load=1.0)) as process:
         assert process.stderr is not None
         (engine,) = until(lambda: children(process.pid), 60)
@@ -366,6 +368,10 @@ def test_a_reload_while_the_model_loads_ends_nothing(tmp_path: Path) -> None:
         ready = next(line for line in process.stderr if line.startswith("ready"))
         answer = httpx.get(ready.split()[1] + "/v1/models", headers={"x-api-key": "k"})
         assert answer.status_code == 200 and children(process.pid) == [engine]
+        if not keys:
+            process.send_signal(signal.SIGHUP)
+            assert any("no --keys-file to read again" in line for line in process.stderr)
+            assert httpx.get(ready.split()[1] + "/health").status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
 

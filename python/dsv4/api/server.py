@@ -73,13 +73,16 @@ class Server(uvicorn.Server):
         self.handle_exit(signal.SIGTERM, None)
 
     def reread_keys(self, sig: int = 0, frame: FrameType | None = None) -> None:
-        """A signal handler, for SIGHUP: the file of keys is read again within 0.1 s."""
+        """A signal handler, for SIGHUP: the file of keys is read again within 0.1 s; where there is none that is logged."""
         self._reread = True
 
     async def on_tick(self, counter: int) -> bool:
         if self._reread:
             self._reread = False
-            self.service.callers.reload()
+            if self.service.config.keys_file is None:
+                log.info("SIGHUP: there is no --keys-file to read again; the server goes on")
+            else:
+                self.service.callers.reload()
         if self._asked and self._drain is None:
             self._drain = asyncio.ensure_future(self._drain_then_exit())
         if self._asked > 1 and self._hurry is None:
@@ -144,7 +147,7 @@ def serve(
     """Serves until a signal has drained the engine; then stops the engine. `on_ready` is called once requests
     are taken. Raises EngineDead when the engine has ended by itself, so that a supervisor starts another process."""
     server = make_server(service, on_ready)
-    if service.config.keys_file is not None and threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGHUP, server.reread_keys)
     try:
         server.run(sockets=[sockets] if isinstance(sockets, socket.socket) else list(sockets))

@@ -46,9 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     requirements.check()
     Keys(server_config)  # a file that cannot be read is known before anything slow
     tracing.check(server_config.otlp_traces_endpoint)
-    if server_config.keys_file is not None:
-        # A reload while the model loads ends neither this process nor the engine's, which inherits it; the file is read when it is done.
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # A reload, or a terminal that closes, while the model loads ends neither this process nor the engine's, which inherits it; the
+    # server takes the signal once it is there.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     from dsv4.engine.async_engine import AsyncEngine
 
     engine = AsyncEngine(engine_config)
