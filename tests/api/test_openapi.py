@@ -28,15 +28,9 @@ CALLS = (
     "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
 )
 BASES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": HI, "max_tokens": 4},
-    "/v1/completions": {"prompt": "Hi", "max_tokens": 4},
-    "/v1/responses": {"input": "Hi", "max_output_tokens": 4},
-    "/v1/messages": {"messages": HI, "max_tokens": 4},
-    "/v1/responses/input_tokens": {"input": "Hi"},
-    "/v1/messages/count_tokens": {"messages": HI},
-    "/tokenize": {"prompt": "Hi"},
-    "/detokenize": {"tokens": [5, 6]},
-    "/v1/prefixes": {"prompt": "Hi"},
+    path: dict(told.example)
+    for (_, path), told in OPERATIONS.items()
+    if told.example is not None and not path.startswith(("/beta/", "/admin/"))
 }
 HTTP = httpx.Client(timeout=60)
 

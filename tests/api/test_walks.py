@@ -22,18 +22,8 @@ from tests.support.serving import RunningServer, running
 OPEN = {"/health", "/page/{name}"}
 """What needs no key: probes, and the page, which holds nothing."""
 
-HI = [{"role": "user", "content": "Hi"}]
 BASES: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"messages": HI, "max_tokens": 1},
-    "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
-    "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
-    "/v1/responses/input_tokens": {"input": "Hi"},
-    "/v1/messages": {"messages": HI, "max_tokens": 1},
-    "/v1/messages/count_tokens": {"messages": HI},
-    "/v1/prefixes": {"prompt": "Hi"},
-    "/tokenize": {"prompt": "Hi"},
-    "/detokenize": {"tokens": [5]},
-    "/admin/profile": {},
+    path: dict(told.example) for (_, path), told in OPERATIONS.items() if told.example is not None
 }
 EXTREMES = (
     *(

@@ -13,6 +13,8 @@
 | `fields.py`, `params.py` | reading a body: types and bounds, sampling parameters |
 | `conversation.py` | messages, tools and thinking of a chat, to a prompt |
 | `reply.py` | one choice of an answer: outputs put together, whole or as they come |
+| `dialect.py`, `dialects.py` | what a dialect says of itself; those that are served |
+| `openapi.py`, `openapi_requests.py`, `openapi_answers.py`, `schema.py` | the document of all endpoints |
 | `generation.py` | choices of a request run against the engine and merged; token counts |
 | `openai_chat.py`, `openai_completions.py` | OpenAI's dialects; `openai_usage.py` is common to both |
 | `responses.py`, `responses_input.py` | OpenAI's Responses: answers; bodies as a conversation |
@@ -26,5 +28,5 @@
 | `errors.py`, `absent.py` | error bodies; endpoints that are not here |
 | `metrics.py`, `accounting.py` | Prometheus, as data; what is counted of a generation |
 
-A new dialect is one file with a handler and one line in `app.py`. Nothing here is imported by the engine.
+A new dialect is one file with a handler and a `Dialect`, and its name in `dialects.py`. Nothing here is imported by the engine.
 """

@@ -14,6 +14,7 @@ import orjson
 
 from dsv4.api.anthropic_input import read_messages, routing_for
 from dsv4.api.conversation import Asked, Conversation, encode
+from dsv4.api.dialect import EVENTS, OF_A_BODY, OF_A_GENERATION, Dialect, Operation, Post
 from dsv4.api.generation import Job, run
 from dsv4.api.grammar import held_to
 from dsv4.api.http import Call
@@ -230,3 +231,37 @@ async def _stream(call: Call, answer: Answer, job: Job) -> None:
                 stream.progress = f"prefill {output.prefilled}/{len(job.prompt)}"
             if frames := answer.events(output):
                 await stream.send(frames)
+
+
+_HI = [{"role": "user", "content": "Hi"}]
+DIALECT = Dialect(
+    (
+        Post(
+            "/v1/messages",
+            messages,
+            Operation(
+                "Anthropic's dialect",
+                "MessagesAnswer",
+                "MessagesRequest",
+                OF_A_GENERATION,
+                f"{EVENTS} of Anthropic's, to `message_stop`.",
+                error="AnthropicError",
+                example={"messages": _HI, "max_tokens": 4},
+            ),
+            generates=True,
+        ),
+        Post(
+            "/v1/messages/count_tokens",
+            count_tokens,
+            Operation(
+                "Counts what /v1/messages would read",
+                "TokenCount",
+                "CountTokensRequest",
+                OF_A_BODY,
+                error="AnthropicError",
+                example={"messages": _HI},
+            ),
+        ),
+    ),
+    errors=error_body,
+)

@@ -16,13 +16,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dsv4.api import admin, anthropic, info, prefixes, responses, static, stats
+from dsv4.api import admin, anthropic, info, prefixes, static, stats
 from dsv4.api.absent import why_absent
 from dsv4.api.caller import Caller
+from dsv4.api.dialects import DIALECTS
 from dsv4.api.errors import ErrorBody, error_body, internal_error, retry_headers, shaped
 from dsv4.api.http import Handler, PostEndpoint, header
-from dsv4.api.openai_chat import chat_completions
-from dsv4.api.openai_completions import completions
 from dsv4.api.openapi import openapi
 from dsv4.api.protocol import GuardedProtocol
 from dsv4.api.request_log import OTHER, PROBES, Record, new_request_id
@@ -51,17 +50,14 @@ EXPOSED = (
 
 
 def create_app(service: Service) -> ASGIApp:
-    """The application around one engine. A dialect is one file and one line in this list."""
+    """The application around one engine. Dialects are listed in `dialects.py`."""
     app = Starlette(
         routes=[
-            _post("/v1/chat/completions", chat_completions, generates=True),
-            _post("/v1/completions", completions, generates=True),
-            _post("/beta/chat/completions", chat_completions, generates=True),
-            _post("/beta/completions", completions, generates=True),
-            _post("/v1/responses", responses.responses, generates=True),
-            _post("/v1/responses/input_tokens", responses.input_tokens),
-            _post("/v1/messages", anthropic.messages, generates=True, errors=anthropic.error_body),
-            _post("/v1/messages/count_tokens", anthropic.count_tokens, errors=anthropic.error_body),
+            *(
+                _post(post.path, post.handler, generates=post.generates, errors=dialect.errors)
+                for dialect in DIALECTS
+                for post in dialect.posts
+            ),
             _post("/v1/prefixes", prefixes.pin, generates=True),
             Route("/v1/prefixes/{id}", prefixes.unpin, methods=["DELETE"]),
             Route("/v1/sessions/{key:path}", prefixes.end_session, methods=["DELETE"]),
@@ -92,7 +88,7 @@ def create_app(service: Service) -> ASGIApp:
         ],
         exception_handlers={HTTPException: _http_error, RequestError: _request_error, Exception: _bug},
     )
-    app.state.service = service
+    app.state.service, app.state.dialects = service, DIALECTS
     routes = [route for route in app.routes if isinstance(route, Route)]
     service.metrics.declare((route.path, sorted(route.methods or ())) for route in routes)
     # By endpoint, as not every version of Starlette says which route it took.

@@ -16,6 +16,7 @@ import orjson
 
 from dsv4.api.conversation import Asked, Conversation, encode, read_conversation, reasoning_of
 from dsv4.api.custom_tools import input_of
+from dsv4.api.dialect import EVENTS, OF_A_GENERATION, Dialect, Operation, Post
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.generation import Job, UsageSum, jobs_for, run
@@ -316,3 +317,23 @@ async def _stream(call: Call, answer: Answer, jobs: Sequence[Job]) -> None:
             if frames := answer.chunks(index, output):
                 await stream.send(frames)
         await stream.send(answer.end())
+
+
+def _post(path: str, summary: str) -> Post:
+    told = Operation(
+        summary,
+        "ChatAnswer",
+        "ChatRequest",
+        OF_A_GENERATION,
+        f"{EVENTS}: chunks as `data:`, then `[DONE]`.",
+        example={"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4},
+    )
+    return Post(path, chat_completions, told, generates=True)
+
+
+DIALECT = Dialect(
+    (
+        _post("/v1/chat/completions", "A chat's next message"),
+        _post("/beta/chat/completions", "/v1/chat/completions by DeepSeek's name"),
+    )
+)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import orjson
 
+from dsv4.api.dialect import EVENTS, OF_A_GENERATION, Dialect, Operation, Post
 from dsv4.api.errors import error_event
 from dsv4.api.fields import Fields, refuse, token_ids
 from dsv4.api.generation import UsageSum, jobs_for, run
@@ -294,3 +295,23 @@ async def _stream(call: Call, answer: Answer, jobs: Sequence[Any]) -> None:
             if frame:
                 await stream.send(frame)
         await stream.send(answer.end())
+
+
+def _post(path: str, summary: str) -> Post:
+    told = Operation(
+        summary,
+        "CompletionAnswer",
+        "CompletionRequest",
+        OF_A_GENERATION,
+        f"{EVENTS}: chunks as `data:`, then `[DONE]`.",
+        example={"prompt": "Hi", "max_tokens": 4},
+    )
+    return Post(path, completions, told, generates=True)
+
+
+DIALECT = Dialect(
+    (
+        _post("/v1/completions", "Text that follows a text"),
+        _post("/beta/completions", "/v1/completions by DeepSeek's name"),
+    )
+)

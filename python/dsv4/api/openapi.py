@@ -3,17 +3,19 @@ handlers themselves use."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 import dsv4
+from dsv4.api.dialect import OF_A_BODY, OF_A_GENERATION, Dialect, Operation
+from dsv4.api.dialects import DIALECTS
 from dsv4.api.info import json_response, service_of
 from dsv4.api.openapi_answers import ANSWERS, error_of
-from dsv4.api.openapi_requests import ref, request_schemas
+from dsv4.api.openapi_requests import request_schemas
+from dsv4.api.schema import ref
 from dsv4.api.service import Service
 
 OpenApi = dict[str, Any]
@@ -32,79 +34,12 @@ _REASONS = {
     500: "The generation failed.",
     503: "The server starts, stops, or has no connection left; try again.",
 }
-_OF_A_BODY = (400, 403, 404, 408, 413, 415, 429)
-_OF_A_GENERATION = (*_OF_A_BODY, 500)
 _OF_OPERATORS = (403, 500)
 _ALWAYS = (400, 401, 408, 431, 503)
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One method of one path."""
-
-    summary: str
-    answer: str | None
-    """Schema of a whole answer; None for text."""
-    body: str | None = None
-    errors: tuple[int, ...] = ()
-    streams: str | None = None
-    """What a stream of it holds."""
-    anthropic: bool = False
-    """Errors have Anthropic's shape."""
-    media: str = "application/json"
-    other: str | None = None
-    """Another media type of the answer, which browsers are given."""
-    path: str | None = None
-    """What the part of the path in braces is."""
-    tenant: bool = True
-    """It is done for a tenant."""
-    also: Mapping[int, str] | None = None
-    """Other statuses with a body of their own, by schema."""
-
-
 _FLUSH = "Forgets what no request uses"
-_SSE = "Server-sent events"
-_CHUNKS = f"{_SSE}: chunks as `data:`, then `[DONE]`."
-OPERATIONS: Mapping[tuple[str, str], Operation] = {
-    ("post", "/v1/chat/completions"): Operation(
-        "A chat's next message", "ChatAnswer", "ChatRequest", _OF_A_GENERATION, _CHUNKS
-    ),
-    ("post", "/v1/completions"): Operation(
-        "Text that follows a text", "CompletionAnswer", "CompletionRequest", _OF_A_GENERATION, _CHUNKS
-    ),
-    ("post", "/beta/chat/completions"): Operation(
-        "/v1/chat/completions by DeepSeek's name", "ChatAnswer", "ChatRequest", _OF_A_GENERATION, _CHUNKS
-    ),
-    ("post", "/beta/completions"): Operation(
-        "/v1/completions by DeepSeek's name",
-        "CompletionAnswer",
-        "CompletionRequest",
-        _OF_A_GENERATION,
-        _CHUNKS,
-    ),
-    ("post", "/v1/responses"): Operation(
-        "OpenAI's Responses API without its store",
-        "ResponsesAnswer",
-        "ResponsesRequest",
-        _OF_A_GENERATION,
-        f"{_SSE} of the Responses API, to `response.completed`.",
-    ),
-    ("post", "/v1/responses/input_tokens"): Operation(
-        "Counts what /v1/responses would read", "InputTokens", "ResponsesCountRequest", _OF_A_BODY
-    ),
-    ("post", "/v1/messages"): Operation(
-        "Anthropic's dialect",
-        "MessagesAnswer",
-        "MessagesRequest",
-        _OF_A_GENERATION,
-        f"{_SSE} of Anthropic's, to `message_stop`.",
-        anthropic=True,
-    ),
-    ("post", "/v1/messages/count_tokens"): Operation(
-        "Counts what /v1/messages would read", "TokenCount", "CountTokensRequest", _OF_A_BODY, anthropic=True
-    ),
+_OTHERS: Mapping[tuple[str, str], Operation] = {
     ("post", "/v1/prefixes"): Operation(
-        "Computes a prompt and keeps it", "Pinned", "PrefixRequest", _OF_A_GENERATION
+        "Computes a prompt and keeps it", "Pinned", "PrefixRequest", OF_A_GENERATION, example={"prompt": "Hi"}
     ),
     ("delete", "/v1/prefixes/{id}"): Operation(
         "Keeps a prompt no longer", "Unpinned", errors=(403, 404), path="The id that POST /v1/prefixes gave."
@@ -116,9 +51,11 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("get", "/v1/models/{name}"): Operation(
         "One of the models", "Model", errors=(400, 404), path="Its name."
     ),
-    ("post", "/tokenize"): Operation("Text or a chat as token ids", "Tokens", "TokenizeRequest", _OF_A_BODY),
+    ("post", "/tokenize"): Operation(
+        "Text or a chat as token ids", "Tokens", "TokenizeRequest", OF_A_BODY, example={"prompt": "Hi"}
+    ),
     ("post", "/detokenize"): Operation(
-        "Token ids as text", "Text", "DetokenizeRequest", _OF_A_BODY, tenant=False
+        "Token ids as text", "Text", "DetokenizeRequest", OF_A_BODY, tenant=False, example={"tokens": [5, 6]}
     ),
     ("get", "/tokenizer_info"): Operation("The tokenizer's special tokens", "TokenizerInfo", errors=(400,)),
     ("get", "/dump"): Operation("The core's state between two steps", "Dump", errors=_OF_OPERATORS),
@@ -140,7 +77,12 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         path="Its id.",
     ),
     ("post", "/admin/profile"): Operation(
-        "Traces some steps into a file", "Profiled", "ProfileRequest", (*_OF_A_GENERATION, 409), tenant=False
+        "Traces some steps into a file",
+        "Profiled",
+        "ProfileRequest",
+        (*OF_A_GENERATION, 409),
+        tenant=False,
+        example={"steps": 4},
     ),
     ("get", "/admin/dump"): Operation("/dump for operators", "Dump", errors=_OF_OPERATORS),
     ("get", "/health"): Operation(
@@ -160,7 +102,17 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("get", "/openapi.json"): Operation("This document", "OpenApi"),
     ("get", "/"): Operation("What this is; for browsers the page", "Root", other="text/html"),
 }
-"""By method and path."""
+"""What no dialect has, by method and path."""
+
+
+def operations(dialects: Sequence[Dialect]) -> dict[tuple[str, str], Operation]:
+    """Every operation of a server with these dialects, by method and path."""
+    posts = (post for dialect in dialects for post in dialect.posts)
+    return {("post", post.path): post.operation for post in posts} | dict(_OTHERS)
+
+
+OPERATIONS = operations(DIALECTS)
+"""Of the dialects that are served."""
 
 _TENANT = {
     "name": "x-dsv4-tenant",
@@ -179,17 +131,19 @@ _REQUEST_ID = {
 }
 
 
-def document(service: Service) -> OpenApi:
-    """The document of one server."""
+def document(service: Service, dialects: Sequence[Dialect] = DIALECTS) -> OpenApi:
+    """The document of one server that has these dialects."""
     paths: dict[str, dict[str, Any]] = {}
     keyed = service.callers.keys.required
-    for (method, path), operation in OPERATIONS.items():
+    for (method, path), operation in operations(dialects).items():
         paths.setdefault(path, {})[method] = _operation(method, path, operation, keyed)
     schemes = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     }
     schemas = {**request_schemas(service.vocab_size), **ANSWERS, "OpenApi": {"type": "object"}}
+    for dialect in dialects:
+        schemas |= dialect.schemas
     components: dict[str, Any] = {"schemas": schemas} | ({"securitySchemes": schemes} if keyed else {})
     about = {
         "title": "dsv4",
@@ -202,7 +156,7 @@ def document(service: Service) -> OpenApi:
 def _operation(method: str, path: str, operation: Operation, keyed: bool) -> dict[str, Any]:
     name = path.strip("/").replace("/", "_").replace("{", "").replace("}", "").replace(".", "_") or "root"
     made: dict[str, Any] = {"operationId": f"{method}_{name}", "summary": operation.summary}
-    made["parameters"] = [] if operation.anthropic else [_VERSION]
+    made["parameters"] = [] if operation.error == "AnthropicError" else [_VERSION]
     if operation.path is not None:
         found = path[path.index("{") + 1 : path.index("}")]
         schema = {"type": "string", "minLength": 1}
@@ -216,8 +170,9 @@ def _operation(method: str, path: str, operation: Operation, keyed: bool) -> dic
         made["parameters"].append(told)
     if operation.body is not None:
         made["parameters"] += [_TENANT] if operation.tenant else []
-        content = {"application/json": {"schema": ref(operation.body)}}
-        made["requestBody"] = {"required": True, "content": content}
+        content: dict[str, Any] = {"schema": ref(operation.body)}
+        content |= {} if operation.example is None else {"example": dict(operation.example)}
+        made["requestBody"] = {"required": True, "content": {"application/json": content}}
     made["responses"] = _responses(operation)
     if keyed and path != "/health" and not path.startswith("/page/"):
         made["security"] = [{"bearer": []}, {"x-api-key": []}]
@@ -235,7 +190,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
         content["text/event-stream"] = {"schema": {**ref("Event"), "description": operation.streams}}
     found: dict[int, Any] = {200: {"description": "The answer", "headers": _REQUEST_ID, "content": content}}
     for status in sorted({*operation.errors, *_ALWAYS}):
-        found[status] = {"description": _REASONS[status], "content": error_of(operation.anthropic)}
+        found[status] = {"description": _REASONS[status], "content": error_of(operation.error)}
     for status, schema_name in (operation.also or {}).items():
         content = {"application/json": {"schema": {"anyOf": [ref(schema_name), ref("Error")]}}}
         found[status] = {"description": _REASONS[status], "content": content}
@@ -244,4 +199,4 @@ def _responses(operation: Operation) -> dict[str, Any]:
 
 async def openapi(request: Request) -> Response:
     """The handler."""
-    return json_response(document(service_of(request)))
+    return json_response(document(service_of(request), request.app.state.dialects))

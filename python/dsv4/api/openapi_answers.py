@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from dsv4.api.openapi_requests import FLAG, Schema, any_of, one_of, optional, ref
+from dsv4.api.schema import FLAG, Schema, answer, any_of, one_of, optional, ref
 
 COUNT: Schema = {"type": "integer", "minimum": 0}
 TEXT: Schema = {"type": "string"}
@@ -15,11 +14,6 @@ OBJECT: Schema = {"type": "object"}
 
 def _all(items: Schema) -> Schema:
     return {"type": "array", "items": items}
-
-
-def answer(required: Mapping[str, Schema], others: Mapping[str, Schema] | None = None) -> Schema:
-    """An object whose `required` fields are always there."""
-    return {"type": "object", "properties": {**required, **(others or {})}, "required": list(required)}
 
 
 _TOKENS = _all(COUNT)
@@ -233,7 +227,7 @@ ANSWERS: dict[str, Schema] = {
 """By name. `Event` is one of a stream; what its data holds is told where the stream is."""
 
 
-def error_of(anthropic: bool) -> dict[str, Any]:
-    """The content of an error; both shapes where `anthropic-version` decides."""
-    shape = ref("AnthropicError") if anthropic else any_of(ref("Error"), ref("AnthropicError"))
-    return {"application/json": {"schema": shape}}
+def error_of(shape: str) -> dict[str, Any]:
+    """The content of an error whose schema is `shape`; Anthropic's too, as the header `anthropic-version` asks for that one."""
+    shapes = [ref(name) for name in dict.fromkeys((shape, "AnthropicError"))]
+    return {"application/json": {"schema": shapes[0] if len(shapes) == 1 else any_of(*shapes)}}

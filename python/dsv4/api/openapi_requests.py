@@ -4,7 +4,6 @@ passed over (or refused by name: `known_fields.py`)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from dsv4.api.admin import MOST_STEPS
 from dsv4.api.conversation import EFFORTS, MAX_MESSAGES, MAX_TOOLS
@@ -13,67 +12,10 @@ from dsv4.api.openai_chat import MAX_TOP_LOGPROBS
 from dsv4.api.openai_completions import MAX_LOGPROBS, MAX_PROMPTS
 from dsv4.api.params import MAX_CHOICES
 from dsv4.api.routing import TTLS
+from dsv4.api.schema import FLAG, INT32, Schema, any_of, array, fields, integer, number, one_of, ref, text
 from dsv4.sampling import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOPS, RANGES
 from dsv4.text.chat import TASKS
 
-Schema = dict[str, Any]
-
-INT32 = 2**31 - 1
-
-
-def ref(name: str) -> Schema:
-    """A schema of the document's components."""
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def optional(schema: Schema) -> Schema:
-    """The same, or null."""
-    kind = schema.get("type")
-    if "enum" in schema:
-        return {**schema, "enum": [*schema["enum"], None], "type": [kind, "null"]}
-    if isinstance(kind, str) and "anyOf" not in schema:
-        return {**schema, "type": [kind, "null"]}
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def text(longest: int | None = None, least: int = 0) -> Schema:
-    """A string of so many characters."""
-    bound: Schema = {"maxLength": longest} if longest is not None else {}
-    return {"type": "string", **bound} | ({"minLength": least} if least else {})
-
-
-def integer(low: int, high: int) -> Schema:
-    """A whole number."""
-    return {"type": "integer", "minimum": low, "maximum": high}
-
-
-def number(low: float, high: float) -> Schema:
-    """A number."""
-    return {"type": "number", "minimum": low, "maximum": high}
-
-
-def one_of(*values: str) -> Schema:
-    """One of some texts."""
-    return {"type": "string", "enum": list(values)}
-
-
-def array(items: Schema, most: int, least: int = 0) -> Schema:
-    """A list of so many."""
-    return {"type": "array", "items": items, "maxItems": most} | ({"minItems": least} if least else {})
-
-
-def fields(required: Mapping[str, Schema], others: Mapping[str, Schema] | None = None) -> Schema:
-    """An object. `others` may be null."""
-    properties = {**required, **{name: optional(s) for name, s in (others or {}).items()}}
-    return {"type": "object", "properties": properties} | ({"required": list(required)} if required else {})
-
-
-def any_of(*schemas: Schema) -> Schema:
-    """One of some kinds of value."""
-    return {"anyOf": list(schemas)}
-
-
-FLAG: Schema = {"type": "boolean"}
 NAME, ANY_TEXT, OBJECT = text(1024, 1), text(), {"type": "object"}
 EFFORT = one_of(*EFFORTS)
 JSON_SCHEMA: Schema = {"type": ["object", "boolean"], "description": "A JSON schema, 64 levels deep at most."}

@@ -15,6 +15,7 @@ import orjson
 
 from dsv4.api.conversation import Conversation, encode
 from dsv4.api.custom_tools import input_of
+from dsv4.api.dialect import EVENTS, OF_A_BODY, OF_A_GENERATION, Dialect, Operation, Post
 from dsv4.api.generation import Job, run
 from dsv4.api.grammar import held_to
 from dsv4.api.http import Call, header
@@ -360,3 +361,33 @@ async def _stream(call: Call, answer: Answer, job: Job) -> None:
                 stream.progress = f"prefill {output.prefilled}/{len(job.prompt)}"
             if frames := answer.events(output):
                 await stream.send(frames)
+
+
+DIALECT = Dialect(
+    (
+        Post(
+            "/v1/responses",
+            responses,
+            Operation(
+                "OpenAI's Responses API without its store",
+                "ResponsesAnswer",
+                "ResponsesRequest",
+                OF_A_GENERATION,
+                f"{EVENTS} of the Responses API, to `response.completed`.",
+                example={"input": "Hi", "max_output_tokens": 4},
+            ),
+            generates=True,
+        ),
+        Post(
+            "/v1/responses/input_tokens",
+            input_tokens,
+            Operation(
+                "Counts what /v1/responses would read",
+                "InputTokens",
+                "ResponsesCountRequest",
+                OF_A_BODY,
+                example={"input": "Hi"},
+            ),
+        ),
+    )
+)
