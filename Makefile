@@ -13,6 +13,7 @@
 #   make bench-engine  decode, prefill, cached prompts, starts, memory, vLLM beside (needs CUDA; ARGS="--budget 480 --model nano")
 #   make bench-peers  the core beside other engines' caches (ARGS="--trace FILE"; fetches peers from the registries)
 #   make soak    hours of mixed requests, every one accounted for (HOURS=2); make streams: 10,000 at once (STREAMS=10000)
+#   make rolling  200 restarts of servers behind a proxy, under load, without a failed request (ROLLING=200)
 #   make wheel   the wheel that pip installs            make seeds   the simulator on many seeds (SEEDS=10000)
 #   make fuzz    each fuzz target for a minute          make coverage  lines of the core that no test runs
 
@@ -25,6 +26,7 @@ JOBS ?= 8
 HOURS ?= 2
 STREAMS ?= 10000
 WORKERS ?= 3
+ROLLING ?= 200
 # pip's own reader of TOML, as Python 3.10 has none.
 define NEEDS
 from pip._vendor import tomli
@@ -39,7 +41,7 @@ LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate 
   tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test grammar test-gpu test-ready test-lowest test-clients test-tools test-rust test-seeds test-python lint fmt bench bench-gpu bench-engine bench-peers soak streams counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test grammar test-gpu test-ready test-lowest test-clients test-tools test-rust test-seeds test-python lint fmt bench bench-gpu bench-engine bench-peers soak streams rolling counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -170,6 +172,10 @@ soak: setup
 
 streams: setup
 	$(BIN)/python -m benches.many_streams --streams $(STREAMS) $(ARGS)
+
+# CI does a few of them; 200 of each kind take about an hour.
+rolling: setup
+	ROLLING=$(ROLLING) $(BIN)/python -m pytest -q tests/e2e/test_rolling_restarts.py $(ARGS)
 
 counts:
 	benches/counts.sh

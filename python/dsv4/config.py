@@ -345,6 +345,11 @@ class ServerConfig:
         "seconds that running requests may take to end after SIGTERM",
         range=Range(0, 1e9, unit="seconds"),
     )
+    drain_delay: float = setting(
+        0.0,
+        "seconds after SIGTERM in which requests are still taken, while /health already says 503",
+        range=Range(0, 1e9, unit="seconds"),
+    )
     max_body_bytes: int = setting(
         64 * 2**20, "largest request body", unit="bytes", range=Range(1, float("inf"))
     )

@@ -55,6 +55,32 @@ def test_running_requests_end_and_new_ones_are_refused() -> None:
         assert process.wait(40) == 0
 
 
+@pytest.mark.parametrize("hurry", [False, True], ids=["delay", "second interrupt"])
+def test_requests_are_taken_while_balancers_learn_that_it_ends(hurry: bool) -> None:
+    with (
+        server_process(0.0, drain_delay=3000 if hurry else 4, admin_key="a") as (process, port),
+        httpx.Client() as kept,
+    ):
+        url = f"http://127.0.0.1:{port}"
+        assert kept.get(url + "/health").headers.get("connection") != "close"
+        process.send_signal(signal.SIGINT if hurry else signal.SIGTERM)
+        end = time.monotonic() + 60
+        while httpx.get(url + "/health").status_code == 200:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        answer = kept.post(
+            url + "/v1/completions",
+            json={"model": "tiny", "prompt": "Hi", "max_tokens": 3},
+            headers={"x-api-key": "a"},
+        )
+        assert answer.status_code == 200 and answer.headers["connection"] == "close"
+        resumed = httpx.post(url + "/admin/resume", headers={"x-api-key": "a"})
+        assert resumed.status_code == 409
+        if hurry:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize("stop", ["timeout", "second interrupt"])
 def test_what_is_left_gets_a_terminal_event(stop: str) -> None:
     with server_process(0.05, drain_timeout=0.5 if stop == "timeout" else 60) as (process, port):

@@ -192,7 +192,9 @@ class Edge:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 headers = [*message.get("headers", ()), (b"x-request-id", record.request_id.encode())]
-                if connection is not None and (connection.has_unread or connection.over):
+                # One that is kept would bring a balancer's next request to a server that is gone.
+                ending = self.service.ending
+                if connection is not None and (connection.has_unread or connection.over or ending):
                     headers.append((b"connection", b"close"))
                 if self._varies and not any(name.lower() == b"vary" for name, _ in headers):
                     headers.append((b"vary", b"Origin"))

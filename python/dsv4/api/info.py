@@ -61,7 +61,7 @@ async def health(request: Request) -> Response:
     """200 while requests are taken and make progress, else 503 with the reason."""
     service = service_of(request)
     alive, why = service.engine.check_alive()
-    if service.draining:
+    if service.draining or service.ending:
         alive, why = False, "the server is shutting down"
     if alive:
         return json_response({"status": "ok"})

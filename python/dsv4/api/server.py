@@ -1,8 +1,9 @@
 """Runs the application on uvicorn with uvloop: its own way to take connections, draining at SIGTERM, exit code 0.
 
-SIGTERM (or Ctrl-C): health says 503 at once and new requests get 503 with Retry-After, while running ones may
-end within `drain_timeout`; what is left then is aborted and gets a proper terminal event. A second Ctrl-C
-cuts the wait short; a second SIGTERM does not.
+SIGTERM (or Ctrl-C): health says 503 at once. For `drain_delay` requests are still taken, for balancers that have to see
+that first; then new ones get 503 with Retry-After, while running ones may end within `drain_timeout`; what is left then is aborted
+and gets a proper terminal event. Every answer from SIGTERM on closes its connection. A second Ctrl-C cuts both waits short; a second
+SIGTERM does not.
 
 An engine that has died (see `AsyncEngine.died`) ends the server too, and `serve` raises.
 """
@@ -92,7 +93,9 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drain_then_exit(self) -> None:
-        self.service.draining = self.service.ending = True
+        self.service.ending = True
+        await self._delay(self.service.config.drain_delay)
+        self.service.draining = True
         timeout = self.service.config.drain_timeout
         log.info("draining: running requests may end within %g s", timeout)
         try:
@@ -100,6 +103,14 @@ class Server(uvicorn.Server):
                 log.warning("drained: what was still running was aborted")
         finally:
             await self._exit_once_answered()
+
+    async def _delay(self, seconds: float) -> None:
+        """Goes on as before for so long, or until somebody is in a hurry or the engine has died."""
+        if seconds:
+            log.info("ending: not ready from now on; requests are still taken for %g s", seconds)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self._asked < 2 and self.service.engine.died is None:
+            await asyncio.sleep(0.02)
 
     async def _exit_once_answered(self) -> None:
         """Ends the server when the answers under way are sent: each ends with an error where the engine has died."""

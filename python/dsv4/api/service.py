@@ -54,7 +54,7 @@ class Service:
         self.tracer = None if endpoint is None else Tracer(endpoint, self.name)
         self.started = int(time.time())
         self.draining = self.ending = False
-        """No new requests are taken; and that is for good."""
+        """No new requests are taken; and the server is about to end, so that it is not ready any more."""
         self.pins: dict[int, str] = {}
         """By number, the tenant that made it."""
         self.lanes, self.turnstile = Lanes(), Turnstile()
