@@ -147,7 +147,7 @@ UNKNOWN = [
         {"step_budget": {"decodes": {"times": 0.5, "floor": 1}}},
         "step_budget.decodes.times is 0.5; it must be",
     ),
-    ({"eviction": "mru"}, 'eviction is "mru"; valid values are value, lru, fifo'),
+    ({"eviction": "mru"}, f'eviction is "mru"; valid values are {", ".join(_core.EVICTIONS)}$'),
     ({"snapshots": "every:0"}, "snapshots is .*; valid values are auto, forks"),
     ({"pages": "many"}, "pages is not usable; "),
     ({"pages": -1}, "pages is not usable; "),

@@ -485,21 +485,28 @@ impl World {
     fn pin(&mut self) {
         let salt = self.rng.below(2) as u8;
         let tokens: Vec<u32> = (0..self.rng.below(14)).map(|_| u32::from(self.rng.below(4) == 0)).collect();
-        let (before, more) = (self.cache.pinned_pages(), self.cache.pages_to_pin(&[salt], &tokens));
         let (pin, kept) = self.cache.pin(&[salt], &tokens);
         self.now += 1;
-        assert_eq!(self.cache.pinned_pages(), before + more);
         let known = blocks_of(&tokens).take_while(|b| self.blocks.contains_key(&(salt, b.clone()))).count();
         assert_eq!(kept as usize, known * BLOCK);
         let on_it = |p: &&Prefix| p.0 == salt && tokens[..kept as usize].starts_with(&p.1);
         let states = self.states.keys().filter(on_it).cloned().collect();
         self.pins.insert(pin, ((salt, tokens[..kept as usize].to_vec()), states));
+        self.check_pinned();
+    }
+
+    /// What several pins keep counts once.
+    fn check_pinned(&self) {
+        let blocks = self.blocks.keys().filter(|p| self.held(p)).count() as u32;
+        let states = self.states.keys().filter(|p| self.keeps_state(p)).count() as u32;
+        assert_eq!(self.cache.pinned_pages(), blocks + states * self.layout.snapshot_pages());
     }
 
     fn unpin(&mut self) {
         let pin = self.pins.keys().copied().next().unwrap_or(PinId(u64::MAX));
         assert_eq!(self.cache.unpin(pin), self.pins.remove(&pin).is_some());
         assert!(!self.cache.unpin(pin));
+        self.check_pinned();
     }
 
     fn evict(&mut self) {

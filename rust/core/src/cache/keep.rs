@@ -17,19 +17,6 @@ impl KvCache {
         self.now_us = self.now_us.max(now_us);
     }
 
-    /// Pages that would be kept by a pin of the known blocks of `tokens`, besides those that are pinned already.
-    pub fn pages_to_pin(&self, salt: &[u8], tokens: &[u32]) -> u32 {
-        let Some(&root) = self.roots.get(salt) else { return 0 };
-        let walk = self.tree.walk(root, tokens);
-        let mut pages = 0;
-        for n in self.tree.path(walk.node).map(|id| self.tree.node(id)).filter(|n| !n.is_root()) {
-            pages += if n.holds == 0 { n.end().min(walk.blocks) - n.start } else { 0 };
-            let state = n.snapshot.filter(|_| n.end() <= walk.blocks);
-            pages += state.filter(|&s| self.snapshots.get(s).holds == 0).map_or(0, |_| self.snapshot_pages);
-        }
-        pages
-    }
-
     /// The time, in microseconds.
     pub fn time(&self) -> u64 {
         self.now_us
