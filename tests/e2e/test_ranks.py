@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dsv4 import LLM, SamplingParams
 from dsv4.engine import group
@@ -135,6 +136,53 @@ def test_a_request_that_gives_way_goes_on_where_it_was(model: Path, cold: LLM) -
         assert (stats["unparked"], stats["recomputed_tokens"], stats["replayed_tokens"]) == (1, 0, 0)
     assert same(first, cold.generate([low], sampled(20, 1))[0])
     assert same(second, cold.generate([high], sampled(5, 2))[0])
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_gives_way_without_room_for_its_state_is_computed_again(
+    model: Path, cold: LLM, overlap: bool
+) -> None:
+    """Four requests of one page that grow to two, in a pool of five."""
+    prompts = [tokens(32 + k, 240 + k) for k in range(4)]
+    settings: dict[str, Any] = dict(num_pages=5, max_model_len=1024, snapshot_policy="none")
+    with engine(model, async_scheduling=overlap, **settings) as llm:
+        done = [Completion() for _ in prompts]
+        for k, ids in enumerate(prompts):
+            llm.submit(ids, sampled(30, k), done[k].add)
+        while llm.has_work():
+            llm.step()
+            llm.core.check()
+        stats = llm.core.stats()
+        assert stats["preemptions"] > stats["unparked"] and stats["recomputed_tokens"] > 0
+    for k, ids in enumerate(prompts):
+        assert same(done[k], cold.generate([ids], sampled(30, k))[0])
+
+
+def test_what_is_pinned_stays_on_every_rank(model: Path, cold: LLM) -> None:
+    """Its history and its states, through prompts that take all other pages; after the pin it goes like any other prefix."""
+    with engine(model, num_pages=16, max_model_len=1100, snapshot_policy="every:256", eviction="lru") as llm:
+        prefix = tokens(36, 520)
+        llm.generate([prefix], sampled(1))
+        pin = llm.core.pin(b"", np.asarray(prefix, np.int32))
+        kept = llm.core.stats()["pinned_pages"]
+        assert kept > 2
+
+        def crowd(seed: int) -> None:
+            for k in range(3):
+                llm.generate([tokens(seed + k, 1000)], sampled(1))
+            llm.core.check()
+
+        crowd(37)
+        stats = llm.core.stats()
+        assert stats["evicted_blocks"] > 0 and (stats["pins_broken"], stats["pinned_pages"]) == (0, kept)
+        again = llm.generate([prefix], sampled(4))[0]
+        assert again.usage is not None and again.usage.cached_tokens == 512
+        assert same(again, cold.generate([prefix], sampled(4))[0])
+        assert llm.core.unpin(pin) and llm.core.stats()["pinned_pages"] == 0
+        crowd(47)
+        last = llm.generate([prefix], sampled(4))[0]
+        assert last.usage is not None and last.usage.cached_tokens < 512  # the states have gone
+        assert same(last, again)
 
 
 def test_one_rank_gives_the_same(model: Path, cold: LLM) -> None:

@@ -22,7 +22,7 @@ from dsv4.model.weights import load_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.support.models import hf_name, hf_twin, random_config_dict, random_weights
+from tests.support.models import hf_state_dict, hf_twin, random_config_dict, random_weights
 
 SMALL = {
     "hidden_size": 32,
@@ -121,10 +121,18 @@ def test_names_map_both_ways() -> None:
     config = ModelConfig.from_dict(random_config_dict("flash"))
     for name, _ in tensors(config):
         if ".ffn.experts." not in name:
-            assert transformers_name(name) == hf_name(name)  # the table of the forward's tests, kept apart
             assert canonical_name(transformers_name(name)) == canonical_name(name) == name
     with pytest.raises(KeyError):
         transformers_name("layers.0.ffn.wrong")
+
+
+def test_names_and_shapes_are_those_of_transformers_own_model() -> None:
+    config = ModelConfig.from_dict(random_config_dict("flash"))
+    weights = random_weights(config)
+    theirs = {name: w.shape for name, w in hf_twin(config, weights).state_dict().items()}
+    ours = {name: w.shape for name, w in hf_state_dict(config, weights).items()}
+    assert ours == {name: shape for name, shape in theirs.items() if name in ours}
+    assert all(name.endswith(("inv_freq", "tid2eid", "correction_bias")) for name in theirs.keys() - ours)
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (300, 129), (1, 1), (127, 640)])

@@ -179,6 +179,57 @@ def test_of_compressor_inputs_only_the_tails_cross(tmp_path: Path) -> None:
         assert gathered - folded > 0.75 * inputs, (gathered, folded, inputs)
 
 
+def _prefer(ops: Any, holder: int, ranks: int) -> list[int]:
+    """Has the indexer score what `holder` has above all else. What comes of it is in the list that is given: of each call of attention
+    over chosen entries of this rank, the most that a token has."""
+    merge, candidates, attend = ops.merge_candidates, ops.index_candidates, ops.partial_attention
+    found: list[int] = []
+
+    def merged(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
+        better = scores.double() + 1e6 * (torch.arange(len(scores)) == holder)[:, None, None]
+        return merge(selected, better, topk)
+
+    def selected(*args: Any) -> Tensor:
+        *rest, entries, topk = args
+        every, scores = candidates(*rest, entries, entries.most)
+        better = scores.double() + 1e6 * (every % ranks == holder)
+        return merge(every[None], better[None], min(topk, entries.most))
+
+    def attended(*args: Any) -> Any:
+        if len(args) > 7:
+            found.append(int((args[7] >= 0).sum(-1).max()))
+        return attend(*args)
+
+    ops.merge_candidates, ops.index_select, ops.partial_attention = merged, selected, attended
+    return found
+
+
+def _held_by_one(rank: Rank, holder: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Logits of a prompt that ranks cut and of a token that they share, from tables made on the device as a graph has them; and of
+    the latter how many chosen entries this rank has in each layer with an index."""
+    driver = _driver(rank)
+    ids, found = random_tokens(driver.config, TOKENS), _prefer(driver.model.ops, holder, rank.ranks)
+    prompt = driver.run(ids[: TOKENS - 1])
+    found.clear()
+    last, none = torch.tensor([TOKENS - 1]), torch.zeros(1, dtype=torch.int64)
+    streams = driver.model.decode(ids[-1:], last, torch.tensor([0]), driver.page_table, none, 1024)
+    return prompt, driver.model.logits(streams), found
+
+
+@pytest.mark.parametrize("holder", [0, 1])
+def test_one_rank_may_have_all_entries_that_a_token_chose(holder: int, tmp_path: Path) -> None:
+    config = _config(2)
+    one = Driver(config, random_weights(config, seed=9), max_len=1024)
+    plain = one.run(random_tokens(config, TOKENS))
+    _prefer(one.model.ops, holder, 2)
+    expected = one.run(random_tokens(config, TOKENS))
+    assert not torch.equal(plain[-1], expected[-1])  # it is a choice that no index would make
+    for rank, (prompt, last, found) in enumerate(run_ranks(2, _held_by_one, tmp_path, holder)):
+        assert found == [config.index_topk if rank == holder else 0] * 2
+        for ours, theirs in ((prompt, expected[:-1]), (last, expected[-1:])):
+            assert (ours - theirs).abs().max() <= TOLERANCE * expected.std()
+
+
 def _says(rank: Rank) -> dict[str, Tensor]:
     x = torch.arange(6.0).view(2, 3).bfloat16() + 10 * rank.rank
     to_all = torch.arange(rank.ranks * 2).view(rank.ranks, 2) + 100 * rank.rank

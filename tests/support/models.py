@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from dsv4.model.config import ModelConfig
-from dsv4.model.layout import LayerSpec
+from dsv4.model.names import tensors, transformers_name
 from torch import Tensor, nn
 
 SCHEDULES = {
@@ -78,67 +78,14 @@ def random_config(kind: str = "flash", **overrides: object) -> ModelConfig:
 
 
 def weight_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in canonical names (tid2eid apart)."""
-    d, n, hc = c.hidden_size, c.hc_mult, c.hc_mult * c.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "embed.weight": (c.vocab_size, d),
-        "head.weight": (c.vocab_size, d),
-        "norm.weight": (d,),
-        "hc_head_fn": (n, hc),
-        "hc_head_base": (n,),
-        "hc_head_scale": (1,),
-    }
-    for layer, spec in enumerate(c.layers):
-        p = f"layers.{layer}."
-        for side in ("attn", "ffn"):
-            shapes[f"{p}{side}_norm.weight"] = (d,)
-            shapes |= {
-                f"{p}hc_{side}_fn": (n * (n + 2), hc),
-                f"{p}hc_{side}_base": (n * (n + 2),),
-                f"{p}hc_{side}_scale": (3,),
-            }
-        shapes |= {f"{p}attn.{k}": s for k, s in _attention_shapes(c, spec).items()}
-        shapes |= {f"{p}ffn.{k}": s for k, s in _ffn_shapes(c, layer).items()}
-    return shapes
-
-
-def _attention_shapes(c: ModelConfig, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-    d = c.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "wq_a.weight": (c.q_lora_rank, d),
-        "q_norm.weight": (c.q_lora_rank,),
-        "wq_b.weight": (c.num_heads * c.head_dim, c.q_lora_rank),
-        "wkv.weight": (c.head_dim, d),
-        "kv_norm.weight": (c.head_dim,),
-        "attn_sink": (c.num_heads,),
-        "wo_a.weight": (c.o_groups * c.o_lora_rank, c.num_heads * c.head_dim // c.o_groups),
-        "wo_b.weight": (d, c.o_groups * c.o_lora_rank),
-    }
-    if spec.stores:
-        shapes |= {f"compressor.{k}": s for k, s in _compressor_shapes(d, spec, c.head_dim).items()}
-    if spec.indexed and spec.stores:
-        inner = _compressor_shapes(d, spec, c.index_head_dim)
-        shapes |= {f"indexer.compressor.{k}": s for k, s in inner.items()}
-    if spec.indexed:
-        shapes["indexer.wq_b.weight"] = (c.index_heads * c.index_head_dim, c.q_lora_rank)
-        shapes["indexer.weights_proj.weight"] = (c.index_heads, d)
-    return shapes
-
-
-def _compressor_shapes(d: int, spec: LayerSpec, dim: int) -> dict[str, tuple[int, ...]]:
-    wide = dim * (2 if spec.overlap else 1)
-    matrices = {"wkv.weight": (wide, d), "wgate.weight": (wide, d)}
-    return {**matrices, "ape": (spec.ratio, wide), "norm.weight": (dim,)}
-
-
-def _ffn_shapes(c: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    d, i, e = c.hidden_size, c.moe_intermediate_size, c.num_experts
-    shapes: dict[str, tuple[int, ...]] = {"gate.weight": (e, d)}
-    if layer >= c.num_hash_layers:
-        shapes["gate.bias"] = (e,)
-    for name, shape in (("w1", (i, d)), ("w3", (i, d)), ("w2", (d, i))):
-        shapes[f"experts.{name}"] = (e, *shape)
-        shapes[f"shared_experts.{name}.weight"] = shape
+    """Shape of every tensor as the loader gives them: in released names, the experts of a layer stacked."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, spec in tensors(c):
+        stack, _, expert = name.partition(".ffn.experts.")
+        if expert:
+            shapes[f"{stack}.ffn.experts.{expert.split('.')[1]}"] = (c.num_experts, *spec.shape)
+        else:
+            shapes[name] = spec.shape
     return shapes
 
 
@@ -151,6 +98,10 @@ def random_weights(
     g = torch.Generator().manual_seed(seed)
     weights: dict[str, Tensor] = {}
     for name, shape in weight_shapes(config).items():
+        if name.endswith(".tid2eid"):
+            order = torch.rand(config.vocab_size, config.num_experts, generator=g).argsort(-1)
+            weights[name] = order[:, : config.experts_per_token].contiguous()
+            continue
         x = torch.randn(shape, generator=g)
         if name.endswith("norm.weight"):
             x = 1 + 0.1 * x
@@ -162,59 +113,12 @@ def random_weights(
             x = 1.5 * x / shape[-1] ** 0.5
         plain = "hc_" in name or name.endswith(("attn_sink", "ape", "gate.bias"))
         weights[name] = x if plain else x.to(dtype)
-    for layer in range(min(config.num_hash_layers, config.num_layers)):
-        order = torch.rand((config.vocab_size, config.num_experts), generator=g).argsort(-1)
-        weights[f"layers.{layer}.ffn.gate.tid2eid"] = order[:, : config.experts_per_token].contiguous()
     return weights
-
-
-_HF_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "hc_attn_": "attn_hc.",
-    "hc_ffn_": "ffn_hc.",
-    "attn.wq_a.": "self_attn.q_a_proj.",
-    "attn.wq_b.": "self_attn.q_b_proj.",
-    "attn.wkv.": "self_attn.kv_proj.",
-    "attn.q_norm.": "self_attn.q_a_norm.",
-    "attn.kv_norm.": "self_attn.kv_norm.",
-    "attn.attn_sink": "self_attn.sinks",
-    "attn.wo_a.": "self_attn.o_a_proj.",
-    "attn.wo_b.": "self_attn.o_b_proj.",
-    "attn.compressor.": "self_attn.compressor.",
-    "attn.indexer.wq_b.": "self_attn.compressor.indexer.q_b_proj.",
-    "attn.indexer.weights_proj.": "self_attn.compressor.indexer.scorer.weights_proj.",
-    "attn.indexer.compressor.": "self_attn.compressor.indexer.",
-    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
-    "ffn.gate.": "mlp.gate.",
-    "ffn.shared_experts.w1.": "mlp.shared_experts.gate_proj.",
-    "ffn.shared_experts.w3.": "mlp.shared_experts.up_proj.",
-    "ffn.shared_experts.w2.": "mlp.shared_experts.down_proj.",
-}
-_HF_COMPRESSOR = {"wkv.": "kv_proj.", "wgate.": "gate_proj.", "ape": "position_bias", "norm.": "kv_norm."}
-
-
-def hf_name(name: str) -> str:
-    """The `transformers` name of a tensor (experts apart, which it stacks)."""
-    if not name.startswith("layers."):
-        flat = {
-            "embed.weight": "model.embed_tokens.weight",
-            "head.weight": "lm_head.weight",
-            "norm.weight": "model.norm.weight",
-        }
-        return flat.get(name) or "model." + name.replace("hc_head_", "hc_head.hc_")
-    _, layer, rest = name.split(".", 2)
-    ours, theirs = max(((a, b) for a, b in _HF_NAMES.items() if rest.startswith(a)), key=lambda x: len(x[0]))
-    tail = rest.removeprefix(ours)
-    if ours.endswith("compressor."):
-        part = next(p for p in _HF_COMPRESSOR if tail.startswith(p))
-        tail = _HF_COMPRESSOR[part] + tail.removeprefix(part)
-    return f"model.layers.{layer}.{theirs}{tail}"
 
 
 def hf_state_dict(config: ModelConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Canonical weights under the names of `transformers`."""
-    state = {hf_name(n): w for n, w in weights.items() if ".experts." not in n}
+    state = {transformers_name(n): w for n, w in weights.items() if ".experts." not in n}
     for layer in range(config.num_layers):
         w1, w3, w2 = (weights[f"layers.{layer}.ffn.experts.{n}"] for n in ("w1", "w3", "w2"))
         state[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.cat((w1, w3), dim=1)
