@@ -72,6 +72,6 @@ def test_it_is_served_and_resumed_exactly(model: Path, ranks: int) -> None:
 
 def test_two_ranks_write_what_one_does(model: Path) -> None:
     one, two = (answers(model, ranks, enable_prefix_caching=False)[0] for ranks in (1, 2))
-    assert one.token_ids == two.token_ids
+    assert one.token_ids == two.token_ids and one.logprobs and two.logprobs
     pairs = zip(one.logprobs, two.logprobs, strict=True)
     assert max(abs(a.logprob - b.logprob) for a, b in pairs) < 1e-4
