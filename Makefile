@@ -4,6 +4,7 @@
 #   make test-lowest  a part of the tests with the lowest versions of tests/lowest.txt (Python 3.10 to 3.12; 7 GB in .venv-lowest)
 #   make test-clients  Claude Code, Codex, aider, SDKs and frameworks, unmodified, against a scripted model (3 GB in .venv-clients)
 #   make test-tools  lm-eval, aiperf, guidellm and schemathesis, unmodified, against a scripted model (2 GB in .venv-tools)
+#   make test-ray  the example for Ray Serve on a Ray of this machine (400 MB in .venv-ray)
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make test-ready  what a GPU engine still compiles or captures under load (needs CUDA)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
@@ -41,7 +42,7 @@ LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate 
   tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test grammar test-gpu test-ready test-lowest test-clients test-tools test-rust test-seeds test-python lint fmt bench bench-gpu bench-engine bench-peers soak streams rolling counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test grammar test-gpu test-ready test-lowest test-clients test-tools test-ray test-rust test-seeds test-python lint fmt bench bench-gpu bench-engine bench-peers soak streams rolling counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -130,6 +131,17 @@ test-gpu:
 
 test-tools: .venv-tools/built
 	TOOLS=$(CURDIR)/.venv-tools $(BIN)/python -m pytest -q tests/clients/test_tools.py $(ARGS)
+
+.venv-ray/built: | setup
+	@echo "test-ray: Ray Serve in .venv-ray, beside the torch of .venv"
+	$(PYTHON) -m venv .venv-ray
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  $$(ls -d .venv-ray/lib/python*/site-packages)/torch.pth
+	.venv-ray/bin/pip install --disable-pip-version-check -q "ray[serve]"
+	touch $@
+
+test-ray: .venv-ray/built
+	PYTHONPATH=$(CURDIR)/python:$(CURDIR) .venv-ray/bin/python -m pytest -q tests/examples/test_ray_serve.py $(ARGS)
 
 # Nothing is left to compile or to capture when the engine is ready: 0 in every line.
 test-ready:

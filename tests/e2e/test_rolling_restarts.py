@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -22,19 +21,13 @@ import pytest
 
 from tests.support.proxy import Probing, Retrying
 from tests.support.scripted import SERVE, environment
+from tests.support.serving import free_port
 
 RESTARTS = int(os.environ.get("ROLLING", "0"))
 STREAMS = 6
 """Requests under way at any time."""
 SETTINGS = ("--num-pages", "100", "--max-num-seqs", "8", "--block-size", "128")
 PROMPTS = ["Who are you?", "Count to ten.", "The quick brown fox jumps over the lazy dog. " * 20]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-    return port
 
 
 class Replica:

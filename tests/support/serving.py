@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -43,3 +44,11 @@ def running(engine: Any, name: str = "tiny", **settings: Any) -> Iterator[Runnin
         thread.join(60)
         service.close()
         assert not thread.is_alive(), "the server did not stop"
+
+
+def free_port() -> int:
+    """A port that nobody listens on now, for a process that has to be told one."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+    return port
