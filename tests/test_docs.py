@@ -34,6 +34,7 @@ COMMANDS = (
     "completion",
     "plan",
     "simulate",
+    "calibrate",
     "trace",
     "key",
     "warmup",

@@ -7,6 +7,7 @@ dsv4 chat [MODEL]        talk in the terminal
 dsv4 connect CLIENT      how a coding agent uses a server
 dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 simulate TRACE      a request trace against the real core in virtual time
+dsv4 calibrate [MODEL]   how long steps take here, for dsv4 simulate
 dsv4 trace agents        makes a trace of agent sessions
 dsv4 key [TENANT]        a new API key and its hash, for --keys-file
 dsv4 warmup [MODEL]      compiles the kernels that a server needs, without serving
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dsv4.cli import (
+    calibrate,
     chat,
     completion,
     connect,
@@ -89,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
         connect,
         plan,
         simulate,
+        calibrate,
         trace,
         key,
         warmup,

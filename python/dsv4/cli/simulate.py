@@ -155,6 +155,11 @@ def add(commands: Any) -> None:
         metavar="X",
         help="a JSONL file of measured steps to fit, or name=number,… to override (names: docs/simulate.md)",
     )
+    load.add_argument(
+        "--coefficients",
+        metavar="FILE",
+        help="step model as `dsv4 calibrate` measured it; --gpu then says the memory alone",
+    )
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print JSON with timelines instead of a table")
     out.add_argument("--plot", metavar="FILE.png", help="memory and hit rate over time (needs matplotlib)")
@@ -253,8 +258,15 @@ def _step_model(
 ) -> tuple[dict[str, Any], str]:
     """Coefficients by roofline, overridden or fitted, and how they came about."""
     from dsv4.simulate.calibrate import calibrate, read_steps
+    from dsv4.simulate.coefficients import Calibration
     from dsv4.simulate.device import Shares, parse_overrides, step_coefficients
 
+    if a.coefficients is not None:
+        if a.step_model is not None:
+            raise ConfigError("give --coefficients or --step-model, not both")
+        found = Calibration.read(a.coefficients)
+        found.check(config, a.kv_cache_dtype, a.index_cache_dtype)
+        return found.coefficients(config, layout, tp), found.about(config, tp)
     text = a.step_model or ""
     if text and "=" not in text:
         fit = calibrate(step_coefficients(config, layout, card, tp), read_steps(text))

@@ -21,6 +21,7 @@ Two processes. What runs beside the caller knows nothing of torch; what runs bes
 | `memory.py` | whether that fits into memory, before it is taken |
 | `async_engine.py` | the engine behind asyncio, in a process of its own that is started again when it is lost |
 | `llm.py` | blocking use from Python, without another process |
+| `measuring.py` | steps of designed shapes, timed, for `dsv4 calibrate` |
 | `sampler.py` | logits to tokens |
 | `grammars.py`, `masks.py` | grammars of answers, compiled; which tokens they let come next |
 | `compiler.py` | requests whose grammar is being compiled |

@@ -3,7 +3,10 @@
 | file | responsibility |
 | --- | --- |
 | `device.py` | how long a step takes: a model on some GPUs as the coefficients of the core's step model |
-| `calibrate.py` | two shares and an overhead from measured steps |
+| `calibrate.py` | an overhead and three factors from measured steps |
+| `shapes.py` | which steps `dsv4 calibrate` has an engine run (`engine/measuring.py`) |
+| `fitting.py` | a fit, judged by steps that were held back |
+| `coefficients.py` | the file of a fit, for `--coefficients` |
 | `compare.py` | runs one trace under several policies |
 | `table.py` | the comparison as a table |
 | `plot.py` | memory and hit rate over time as a picture (needs the extra `plot`) |
