@@ -143,7 +143,7 @@ def padded(columns: Columns, rows: int, sink: int, end: int, geometry: Geometry)
             )
         for name in ("opens", "ends", "closed"):
             of[f"{m} {name}"] = _filled(of[f"{m} {name}"], rows, 0 if name == "closed" else blocks)
-    assert held < rows and columns.end <= end
+    assert held <= rows and columns.end <= end
     return replace(columns, end=end, direct=False, of={name: of[name] for name in sorted(of)})
 
 
