@@ -39,7 +39,7 @@ export NEEDS
 LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate tests/test_config.py tests/test_mistakes.py \
   tests/test_requirements.py tests/test_core_border.py tests/test_formats.py tests/test_sampler.py tests/model/test_config.py \
   tests/model/test_foreign_checkpoints.py tests/model/test_paged_cache.py tests/model/test_resume.py \
-  tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py
+  tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py tests/kernels/test_compiling.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
 .PHONY: setup serve test grammar test-gpu test-ready test-lowest test-clients test-tools test-ray test-rust test-seeds test-python lint fmt bench bench-gpu bench-engine bench-peers soak streams rolling counts wheel seeds fuzz coverage clean

@@ -143,20 +143,21 @@ class Sampler:
         """A request goes on at this slab after `prompt` (int32) and `output`. `ends`: tokens that end it."""
         p = params
         self._knobs[slab] = self._sent([p.temperature, p.top_k, p.top_p, p.min_p], torch.float64)
-        self._seed[slab] = (seed + 2**63) % 2**64 - 2**63
+        # Filled: a number that is assigned to one place of a GPU is copied there, and waited for.
+        self._seed[slab].fill_((seed + 2**63) % 2**64 - 2**63)
         self._filtered[slab] = p.top_k > 0 or p.top_p < 1
         self._tops[slab] = -1 if p.logprobs is None else p.logprobs
         penal = bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
         masked = self._masked[slab] = p.grammar is not None
-        self._mask_row[slab] = slab if masked else -1
+        self._mask_row[slab].fill_(slab if masked else -1)
         least = 0 if masked else p.min_tokens  # masks see to it, as they know when the answer has to end
         edited = self._edited[slab] = penal or bool(p.logit_bias) or least > len(output)
-        self._row[slab] = slab if edited else self._plain
+        self._row[slab].fill_(slab if edited else self._plain)
         if not edited:
             return
         penalties = [p.repetition_penalty, p.presence_penalty, p.frequency_penalty]
         self._penalties[slab] = self._sent(penalties, torch.float32)
-        self._until[slab] = len(prompt) + least - 1
+        self._until[slab].fill_(len(prompt) + least - 1)
         bias, marks = self._bias[slab].zero_(), self._marks[slab].zero_()
         biased = {t: b for t, b in p.logit_bias.items() if t < self._vocab}
         if biased:

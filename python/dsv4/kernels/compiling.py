@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 log = logging.getLogger("dsv4.kernels")
@@ -44,7 +45,9 @@ class Specialisation:
 
     def function(self) -> Any:
         """The decorated function."""
-        return getattr(importlib.import_module(self.module), self.kernel)
+        function = getattr(importlib.import_module(self.module), self.kernel)
+        name_callees_first(function)
+        return function
 
     def digest(self) -> str:
         """Names what is compiled, for the mark that it lies in the cache."""
@@ -77,6 +80,24 @@ class Specialisation:
         _mark(self).touch()
 
 
+def name_callees_first(function: Any, seen: set[int] | None = None) -> None:
+    """Makes Triton work out the cache key of what a kernel calls before its own. Up to Triton 3.6 a key takes in the constants of only
+    those callees that have theirs already, so it depends on which kernels came before, and what one process compiled another does not find."""
+    from triton.runtime.jit import JITFunction
+
+    seen = set() if seen is None else seen
+    if id(function) in seen or getattr(function, "hash", None) is not None:
+        return
+    seen.add(id(function))
+    code, scope = function.fn.__code__, function.fn.__globals__
+    named = [scope[name] for name in code.co_names if name in scope]
+    named += [getattr(x, name, None) for x in named if isinstance(x, ModuleType) for name in code.co_names]
+    for callee in named:
+        if isinstance(callee, JITFunction):
+            name_callees_first(callee, seen)
+    _ = function.cache_key
+
+
 class Compilations:
     """What this process compiles, or reads from the cache on disk, from `watch` on."""
 
@@ -96,6 +117,7 @@ class Compilations:
             def compiled(function: Any, *args: Any, **kwargs: Any) -> Any:
                 if self._collected is not None:
                     return self._collect(function, *args, **kwargs)
+                name_callees_first(function)
                 self.count += 1
                 if self.ready:
                     log.warning("a kernel is compiled while requests wait: %s", function)
@@ -143,6 +165,7 @@ class Compilations:
     def load(self) -> None:
         """What the last dry run found, from the cache on disk into this process and onto the GPU. What is not there is compiled."""
         for _, function, call in self._waiting:
+            name_callees_first(function)
             kernel = self._original(function, *call)
             if kernel is not None and hasattr(kernel, "_init_handles"):
                 kernel._init_handles()
