@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("dsv4._core")
 
+from dsv4 import LLM
 from dsv4.model.config import ModelConfig
 
 from benches.engine import __main__ as bench
@@ -41,6 +42,9 @@ def test_every_part_is_measured_and_written(
         bench.main([*command[3:], "--only"])  # as it is, but for what takes time
         return SimpleNamespace(returncode=0)
 
+    said = LLM.describe
+    on_a_gpu = "memory     weights 1.00 GiB; in all 2.00 GiB of 80.00 GiB, planned 2.00 GiB"
+    monkeypatch.setattr(LLM, "describe", lambda llm: [*said(llm), on_a_gpu])
     monkeypatch.setattr(bench.subprocess, "run", process)
     assert bench.main([*small, "256", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("cpu/engine-tiny-*.json")
@@ -58,7 +62,12 @@ def test_every_part_is_measured_and_written(
         and asked[1][-8:-2] == ["--only", "prefill", "--step-tokens", "256", "--prompts", "300"]
     )
     text, drawn = path.with_suffix(".md").read_text(), path.with_suffix(".svg").read_text()
-    assert "## Decode steps\n" in text and drawn.count("<rect") == 1 + 9
+    assert (
+        "## Decode steps\n" in text
+        and "memory weights 1.00 GiB" in text
+        and "start: start_s " in text
+        and drawn.count("<rect") == 1 + 9
+    )
 
 
 def test_a_budget_leaves_out_the_rest_and_writes_what_there_is(tmp_path: Path, small: list[str]) -> None:

@@ -86,9 +86,7 @@ def table(found: dict[str, Any]) -> str:
         "",
     ]
     out += [f"Rates of this run: {', '.join(f'{k} {v}' for k, v in found['rates'].items())}.", ""]
-    for name in ("memory", "starts"):
-        for row in found.get(name, []):
-            out.append(f"- {name}: {', '.join(f'{k} {v}' for k, v in row.items())}")
+    out += [f"- start: {', '.join(f'{k} {v}' for k, v in row.items())}" for row in found.get("starts", [])]
     for part, title in TITLES.items():
         if not (rows := found.get(part)):
             continue
