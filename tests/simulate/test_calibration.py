@@ -16,7 +16,7 @@ from dsv4.errors import ConfigError
 from dsv4.gpus import gpu
 from dsv4.model.config import ModelConfig
 from dsv4.simulate.calibrate import Measured, scaled
-from dsv4.simulate.coefficients import Calibration
+from dsv4.simulate.coefficients import Calibration, size_of
 from dsv4.simulate.device import step_coefficients
 from dsv4.simulate.fitting import fit, table
 from dsv4.simulate.shapes import DECODES, Limits, designed, kind_of
@@ -26,7 +26,20 @@ from tests.support.engines import write_tiny
 FLASH = ModelConfig.preset("v4-flash")
 LAYOUT = FLASH.layout("fp8_ds_mla", "mxfp4")
 FOUND = Calibration(
-    FLASH.name, "a device", "h200", "fp8_ds_mla", "mxfp4", 8, 800.0, 1.5, 2.5, 3.0, 100, 0.05, 0.1
+    "my copy",
+    size_of(FLASH),
+    "a device",
+    "h200",
+    "fp8_ds_mla",
+    "mxfp4",
+    8,
+    800.0,
+    1.5,
+    2.5,
+    3.0,
+    100,
+    0.05,
+    0.1,
 )
 
 
@@ -116,7 +129,8 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path, changes: dict[str, objec
 
 
 def test_another_model_or_format_is_refused() -> None:
-    FOUND.check(FLASH, "fp8_ds_mla", "mxfp4")
+    FOUND.check(FLASH, "fp8_ds_mla", "mxfp4")  # a directory may have another name than the release
+    assert size_of(FLASH.first(8)) == size_of(FLASH) != size_of(ModelConfig.preset("v4-pro"))
     with pytest.raises(ConfigError, match=r"measured with .*the model is"):
         FOUND.check(ModelConfig.preset("v4-pro"), "fp8_ds_mla", "mxfp4")
     with pytest.raises(ConfigError, match="give --index-cache-dtype mxfp4"):

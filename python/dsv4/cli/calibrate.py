@@ -143,11 +143,11 @@ def _roofline(llm: LLM, name: str) -> dict[str, Any]:
 
 
 def _calibration(llm: LLM, judged: Judged, device: str, roofline: str) -> Calibration:
-    from dsv4.simulate.coefficients import Calibration
+    from dsv4.simulate.coefficients import Calibration, size_of
 
     fit = judged.fit
     return Calibration(
-        llm.model_config.name, device, roofline, llm.config.kv_cache_dtype, llm.config.index_cache_dtype,
+        llm.model_config.name, size_of(llm.model_config), device, roofline, llm.config.kv_cache_dtype, llm.config.index_cache_dtype,
         llm.model_config.num_layers, fit.overhead_us, fit.reads, fit.arithmetic, fit.copies, fit.steps,
         judged.median_error, judged.p90_error,
     )  # fmt: skip

@@ -125,7 +125,7 @@ class _Parts:
 
     def predict(self, overhead: float, m: float, c: float, k: float) -> np.ndarray:
         rows = np.array([np.maximum(m * p[:, 0], c * p[:, 1]).sum() for p in self.pairs])
-        return rows + self.fixed + overhead + k * self.copies
+        return np.asarray(rows + self.fixed + overhead + k * self.copies)
 
 
 def predict(coefficients: Mapping[str, Any], steps: list[Measured]) -> np.ndarray:
@@ -136,7 +136,7 @@ def predict(coefficients: Mapping[str, Any], steps: list[Measured]) -> np.ndarra
 def errors(coefficients: Mapping[str, Any], steps: list[Measured]) -> np.ndarray:
     """By which share of its time the model is off, of each step."""
     times = np.array([s.us for s in steps])
-    return np.abs(predict(coefficients, steps) - times) / times
+    return np.asarray(np.abs(predict(coefficients, steps) - times) / times)
 
 
 def scaled(

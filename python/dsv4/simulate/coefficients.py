@@ -20,11 +20,22 @@ if TYPE_CHECKING:
 VERSION = 1
 
 
+def size_of(config: ModelConfig) -> str:
+    """Of all layers, also where some are left out; models of one size take as long, whatever their directory is called."""
+    return (
+        f"{config.num_layers + config.left_out} layers of {config.hidden_size}, {config.num_heads} heads, "
+        f"{config.num_experts} experts"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Factors over the roofline of `roofline`, a GPU of `dsv4.gpus`; on another device they hold just the same."""
 
     model: str
+    """Its name; a model of the same size may have another one."""
+    size: str
+    """`size_of` the whole model."""
     device: str
     """What was measured, as its maker calls it."""
     roofline: str
@@ -53,8 +64,10 @@ class Calibration:
 
     def check(self, config: ModelConfig, kv_cache_dtype: str, index_cache_dtype: str) -> None:
         """Raises ConfigError where another model or other formats were measured."""
-        if config.name != self.model:
-            raise ConfigError(f"coefficients were measured with {self.model}, and the model is {config.name}")
+        if (size := size_of(config)) != self.size:
+            raise ConfigError(
+                f"coefficients were measured with {self.model} ({self.size}), and the model is {config.name} ({size})"
+            )
         for flag, own, asked in (
             ("kv-cache-dtype", self.kv_cache_dtype, kv_cache_dtype),
             ("index-cache-dtype", self.index_cache_dtype, index_cache_dtype),
