@@ -36,10 +36,13 @@ COMMANDS = (
     "simulate",
     "calibrate",
     "trace",
+    "bench",
     "key",
     "warmup",
     "doctor",
 )
+KINDS = {"trace": ("agents",), "bench": ("serve", "compare")}
+"""Commands that have commands of their own."""
 OTHERS_FLAGS = {
     "--restart",
     "--features",
@@ -66,6 +69,12 @@ def code(text: str) -> list[str]:
 
 @cache
 def flags_of(command: str) -> frozenset[str]:
+    """Of a command and of all its kinds."""
+    below = (flags_of(f"{command} {kind}") for kind in KINDS.get(command, ()))
+    return frozenset().union(own_flags_of(command), *below)
+
+
+def own_flags_of(command: str) -> frozenset[str]:
     run = subprocess.run(
         [sys.executable, "-m", "dsv4.cli", *command.split(), "--help"], capture_output=True, text=True
     )
@@ -102,18 +111,14 @@ def test_make_targets_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "examples" not in p.parts], ids=named)
 def test_commands_and_flags_exist(page: Path) -> None:
-    every = frozenset.union(*(flags_of(c) for c in (*COMMANDS, "trace agents"))) | OTHERS_FLAGS
+    every = frozenset.union(*map(flags_of, COMMANDS)) | OTHERS_FLAGS
     for text in code(page.read_text()):
         if text.lstrip("$ ").startswith(("cargo", "make", "python", "pytest", "pip", "git")):
             continue
         command = re.match(r"\$? ?dsv4 ([a-z]+)", text)
         if command:
             assert command[1] in COMMANDS, text
-        known = (
-            flags_of(command[1]) | (flags_of("trace agents") if command[1] == "trace" else frozenset())
-            if command
-            else every
-        )
+        known = flags_of(command[1]) if command else every
         for flag in re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", text):
             assert flag in known or flag.replace("--no-", "--") in known, f"{flag} in {text!r}"
 

@@ -9,6 +9,7 @@ dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 simulate TRACE      a request trace against the real core in virtual time
 dsv4 calibrate [MODEL]   how long steps take here, for dsv4 simulate
 dsv4 trace agents        makes a trace of agent sessions
+dsv4 bench serve         traffic against any server, and what came of it
 dsv4 key [TENANT]        a new API key and its hash, for --keys-file
 dsv4 warmup [MODEL]      compiles the kernels that a server needs, without serving
 dsv4 doctor              what this machine has, what will be used, what is missing
@@ -26,6 +27,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dsv4.cli import (
+    bench,
     calibrate,
     chat,
     completion,
@@ -93,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         simulate,
         calibrate,
         trace,
+        bench,
         key,
         warmup,
         doctor,
