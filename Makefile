@@ -5,6 +5,7 @@
 #   make test-clients  Claude Code, Codex, aider, SDKs and frameworks, unmodified, against a scripted model (3 GB in .venv-clients)
 #   make test-tools  lm-eval, aiperf, guidellm and schemathesis, unmodified, against a scripted model (2 GB in .venv-tools)
 #   make test-ray  the example for Ray Serve on a Ray of this machine (400 MB in .venv-ray)
+#   make test-fleet  dsv4 dynamo behind Dynamo's frontend and router, on this machine (330 MB in .venv-fleet)
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make test-ready  what a GPU engine still compiles or captures under load (needs CUDA)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
@@ -42,7 +43,7 @@ LOWEST := tests/api tests/text tests/engine tests/ops tests/plan tests/simulate 
   tests/model/test_weights.py tests/e2e/test_nano.py tests/kernels/test_dense_ops.py tests/kernels/test_rows.py tests/kernels/test_compiling.py
 RUST := $(shell find rust -name '*.rs' -not -path '*/target/*') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock pyproject.toml
 
-.PHONY: setup serve test grammar test-gpu test-ready test-lowest test-clients test-tools test-ray test-rust test-seeds test-python lint fmt bench bench-gpu bench-engine bench-peers soak streams rolling counts wheel seeds fuzz coverage clean
+.PHONY: setup serve test grammar test-gpu test-ready test-lowest test-clients test-tools test-ray test-fleet test-rust test-seeds test-python lint fmt bench bench-gpu bench-engine bench-peers soak streams rolling counts wheel seeds fuzz coverage clean
 
 setup: .venv/built
 
@@ -142,6 +143,19 @@ test-tools: .venv-tools/built
 
 test-ray: .venv-ray/built
 	PYTHONPATH=$(CURDIR)/python:$(CURDIR) .venv-ray/bin/python -m pytest -q tests/examples/test_ray_serve.py $(ARGS)
+
+# Dynamo pins a package of which the package index has a stub only, so its own requirements are left out; dynamo.txt has those that count.
+.venv-fleet/built: tests/fleet/dynamo.txt | setup
+	@echo "test-fleet: Dynamo in .venv-fleet, beside the torch of .venv"
+	$(PYTHON) -m venv .venv-fleet
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+	  $$(ls -d .venv-fleet/lib/python*/site-packages)/torch.pth
+	.venv-fleet/bin/pip install --disable-pip-version-check -q --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
+	.venv-fleet/bin/pip install --disable-pip-version-check -q -r tests/fleet/dynamo.txt
+	touch $@
+
+test-fleet: .venv-fleet/built
+	PYTHONPATH=$(CURDIR)/python:$(CURDIR) .venv-fleet/bin/python -m pytest -q tests/fleet $(ARGS)
 
 # Nothing is left to compile or to capture when the engine is ready: 0 in every line.
 test-ready:

@@ -28,6 +28,7 @@ BASES = [
 
 COMMANDS = (
     "serve",
+    "dynamo",
     "chat",
     "generate",
     "connect",
@@ -52,8 +53,9 @@ OTHERS_FLAGS = {
     "--seeds",
     "--workspace",
     "--bench",
+    "--migration-limit",
 }
-"""Flags of docker, of cargo and of our own binaries that a text may name."""
+"""Flags of docker, of Dynamo's frontend, of cargo and of our own binaries that a text may name."""
 
 
 def named(page: Path) -> str:

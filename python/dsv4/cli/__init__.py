@@ -4,6 +4,7 @@ wait until then.
 dsv4 serve [MODEL]       the HTTP server; without MODEL the small model that ships
 dsv4 generate PROMPT     one answer on standard output
 dsv4 chat [MODEL]        talk in the terminal
+dsv4 dynamo [MODEL]      a worker for Dynamo's frontend and router
 dsv4 connect CLIENT      how a coding agent uses a server
 dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 simulate TRACE      a request trace against the real core in virtual time
@@ -33,6 +34,7 @@ from dsv4.cli import (
     completion,
     connect,
     doctor,
+    dynamo,
     generate,
     key,
     plan,
@@ -90,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         serve,
         generate,
         chat,
+        dynamo,
         connect,
         plan,
         simulate,

@@ -15,12 +15,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def ends_at_signal(doing: str, clean_up: Callable[[], None] = lambda: None) -> Iterator[None]:
+def ends_at_signal(doing: str, clean_up: Callable[[], None] = lambda: None) -> Iterator[Callable[[], object]]:
     """Within it SIGINT and SIGTERM end the process at once, with one line ("… while `doing`") and exit code 128 + n.
 
     A handler is needed, as the kernel keeps signals without one from process 1, which a container's command is. It is
     a thread that acts, as the main thread may be far away in foreign code (reading weights). The handlers stay after
-    the end of the block, until others take their place, so that there is no gap.
+    the end of the block, until others take their place, so that there is no gap. What it gives makes them do nothing, for when
+    others are there that call these, too.
     """
 
     def end(number: int, frame: FrameType | None = None) -> None:
@@ -45,7 +46,7 @@ def ends_at_signal(doing: str, clean_up: Callable[[], None] = lambda: None) -> I
     before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=watch, name="dsv4-signals", daemon=True).start()
     try:
-        yield
+        yield lambda: ending.acquire(blocking=False)
     finally:
         signal.set_wakeup_fd(before)
         theirs.close()  # which ends the thread

@@ -126,6 +126,11 @@ class KvEventsConfig:
         return config if config.enable_kv_cache_events and config.publisher == "zmq" else None
 
 
+def salt_digest(salt: bytes) -> str:
+    """What stands for a salt in events."""
+    return hashlib.blake2b(salt, digest_size=8).hexdigest()
+
+
 class KvEvents:
     """Publishes the changes of a cache until `close`."""
 
@@ -223,7 +228,7 @@ class KvEvents:
         blocks, parent, tokens, salt, session = change
         name = None if session is None else self._sessions.get(session, f"{session:016x}")
         # Salts are secrets: who has one can find out what others have cached.
-        keys = [(hashlib.blake2b(salt, digest_size=8).hexdigest(),)] * len(blocks) if salt else None
+        keys = [(salt_digest(salt),)] * len(blocks) if salt else None
         return BlockStored(
             blocks, parent, tokens.tolist(), self._block, None, GPU, None, keys, 0, KIND, LOCAL, name
         )
