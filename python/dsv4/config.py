@@ -220,7 +220,7 @@ class EngineConfig:
     )
     eviction: str = setting(
         "value",
-        "which cached page goes first: what saves least, the least recently used, the oldest",
+        "by what the cached page that goes first is chosen while memory is short",
         choices=evictions,
         core="eviction",
     )

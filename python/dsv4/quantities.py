@@ -50,15 +50,18 @@ class Range:
         than numbers is taken."""
         if self.low <= value <= self.high and not (self.open and value == self.low):
             return None
-        near = f"; the nearest is {_short(min(max(value, self.low), self.high))}" if value == value else ""
-        if self.open and not value > self.low:
-            near = ""
+        near = "" if self.open and not value > self.low else nearest_number(value, self.low, self.high)
         if self.high == 1 and 2 <= value <= 100:  # a share that was meant as one of a hundred
             near = f"; {value:g}% is {value / 100:g}"
         return f"it takes {self.words(kind)}{also}{near}"
 
 
 SHARE = Range(0, 1, open=True, such="0.9")
+
+
+def nearest_number(value: float, low: float, high: float) -> str:
+    """`; the nearest is 128`: of the numbers from `low` to `high`. Nothing for a NaN."""
+    return f"; the nearest is {_short(min(max(value, low), high))}" if value == value else ""
 
 
 def _short(number: float) -> str:

@@ -118,9 +118,9 @@ def test_every_field_with_every_bad_value(http: httpx.Client, path: str, base: d
     [
         ("chat", {"temperature": 2.1}, "temperature", ["2.1", "0 to 2"]),
         ("chat", {"top_p": 0}, "top_p", ["0", "above 0"]),
-        ("chat", {"n": 129}, "n", ["129", "1 to 128", "nearest valid value is 128"]),
+        ("chat", {"n": 129}, "n", ["129", "1 to 128", "nearest is 128"]),
         ("chat", {"n": "2"}, "n", ["'2'", "whole number"]),
-        ("chat", {"max_tokens": -5}, "max_tokens", ["-5", "nearest valid value is 0"]),
+        ("chat", {"max_tokens": -5}, "max_tokens", ["-5", "nearest is 0"]),
         ("chat", {"top_logprobs": 21, "logprobs": True}, "top_logprobs", ["21", "0 to 20", "20"]),
         ("chat", {"top_logprobs": 2}, "top_logprobs", ["logprobs"]),
         ("chat", {"messages": []}, "messages", ["empty"]),

@@ -89,8 +89,9 @@ def test_the_longest_cache_control_counts(server: RunningServer, body: dict[str,
         ),
         ({"cache_control": {"type": "forever"}}, "cache_control.type is 'forever'; it takes one of ephemeral"),
         ({"prompt_cache_key": 5}, "prompt_cache_key is 5; it takes text"),
-        ({"deadline_ms": -1}, "deadline_ms is -1; it takes a number from 0 to 1e+09; the nearest valid value is 0"),
+        ({"deadline_ms": -1}, "deadline_ms is -1; it takes a number from 0 to 1e+09; the nearest is 0"),
         ({"retention_priority": 101}, "retention_priority is 101; it takes"),
+        ({"priority": 2**40}, "priority is 1099511627776; it takes a whole number from -2147483648 to 2147483647; the nearest is 2147483647"),
     ],
 )  # fmt: skip
 def test_what_means_nothing_is_refused(server: RunningServer, body: dict[str, Any], message: str) -> None:

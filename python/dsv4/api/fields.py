@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsv4.errors import RequestError, kind, show
+from dsv4.quantities import nearest_number
 from dsv4.spelling import nearest
 
 
@@ -61,7 +62,10 @@ class Fields:
             raise refuse(self.where + name, value, f"a whole number from {low} to {high}")
         if not low <= value <= high:
             raise refuse(
-                self.where + name, value, f"a whole number from {low} to {high}", _closest(value, low, high)
+                self.where + name,
+                value,
+                f"a whole number from {low} to {high}",
+                nearest_number(value, low, high),
             )
         return value
 
@@ -74,7 +78,10 @@ class Fields:
             raise refuse(self.where + name, value, f"a number from {low:g} to {high:g}")
         if not low <= value <= high:
             raise refuse(
-                self.where + name, value, f"a number from {low:g} to {high:g}", _closest(value, low, high)
+                self.where + name,
+                value,
+                f"a number from {low:g} to {high:g}",
+                nearest_number(value, low, high),
             )
         return float(value)
 
@@ -134,7 +141,3 @@ class Fields:
             if type(item) is not of:
                 raise refuse(f"{self.where}{name}[{i}]", item, kind(of()))
         return value
-
-
-def _closest(value: float, low: float, high: float) -> str:
-    return f"; the nearest valid value is {min(max(value, low), high):g}"

@@ -201,8 +201,8 @@ def _number(where: str, value: Any, bytes: bool) -> int:
     except ValueError:
         takes = "a size such as 2MiB" if bytes else COUNT.words(int, str(value))
         raise ConfigError(f"{where} is {value!r:.60}; it takes {takes}") from None
-    if value < 1:
-        raise ConfigError(f"{where} is {value}; it takes a whole number from 1; the nearest is 1")
+    if fault := COUNT.fault(value, int):
+        raise ConfigError(f"{where} is {value}; {fault}")
     return value
 
 

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 
 from dsv4.api.keys import Tenant
 from dsv4.errors import RequestError
+from dsv4.quantities import nearest_number
 from dsv4.sampling import SamplingParams
 
 Clock = Callable[[], float]
@@ -108,7 +109,8 @@ class Meter:
         if most is not None and (params.max_tokens is None or params.max_tokens > most):
             name = "max_tokens" if refuse and params.max_tokens is not None else "min_tokens"
             if name == "max_tokens" or params.min_tokens > most:
-                text = f"{name} is {getattr(params, name)}; tenant {tenant.name!r} may have up to {most}; the nearest is {most}"
+                given = getattr(params, name)
+                text = f"{name} is {given}; tenant {tenant.name!r} may have up to {most}{nearest_number(given, 0, most)}"
                 raise RequestError(text, name, "invalid_value", 400)
             params = dataclasses.replace(params, max_tokens=most)
         if self._tokens is not None and (wait := self._tokens.wait(prompt)):

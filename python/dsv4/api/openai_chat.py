@@ -39,6 +39,7 @@ from dsv4.api.strict_tools import StrictTools
 from dsv4.api.warnings import warning_headers
 from dsv4.engine.request import RequestOutput, Sampled
 from dsv4.engine.routing import Routing
+from dsv4.quantities import nearest_number
 from dsv4.sampling import SamplingParams
 from dsv4.text.blocks import Call as ToolCall
 from dsv4.text.output import Content, Piece, Reasoning, ToolArguments, ToolStart
@@ -99,12 +100,8 @@ def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParam
         defaults=service.engine.sampling_defaults,
     )
     if params.max_tokens == 0:
-        raise refuse(
-            "max_tokens",
-            0,
-            f"a whole number from 1 to {service.max_model_len}",
-            "; the nearest valid value is 1",
-        )
+        takes = f"a whole number from 1 to {service.max_model_len}"
+        raise refuse("max_tokens", 0, takes, nearest_number(0, 1, service.max_model_len))
     options = dataclasses.replace(
         options, customs=frozenset(chat.inputs), headers=warning_headers(chat.left_out)
     )

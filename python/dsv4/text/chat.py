@@ -18,7 +18,6 @@ in; DeepSeek's own API differs in the same places:
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dsv4.errors import RequestError, kind, show
+from dsv4.spelling import nearest
 from dsv4.text.chat_format import GA, PREVIEW, ChatFormat
 from dsv4.text.markers import Marker, Prompt, Segments
 from dsv4.text.recall import Recall
@@ -243,8 +243,7 @@ def _role(message: Any, i: int) -> str:
         raise RequestError(f"{where} is {kind(message)}; it must be an object with role and content", where)
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        close = difflib.get_close_matches(role if isinstance(role, str) else "", ROLES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = nearest(role, ROLES) if isinstance(role, str) else ""
         where = f"messages[{i}].role"
         raise RequestError(f"{where} is {show(role)}; valid are {', '.join(ROLES)}{hint}", where)
     return "system" if role == "developer" else role
