@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,15 @@ pytest.importorskip("dsv4._core")
 from dsv4 import LLM
 from dsv4.model.config import ModelConfig
 
+from benches import grammar_step
 from benches.engine import __main__ as bench
 from benches.engine import report, vllm
 from benches.engine.driver import Driver
 from benches.engine.limits import Limits, Rates
 from benches.engine.parts import PARTS, Shapes, parts
 from tests.support.checkpoints import write_random
+
+FIGURES = r"free ([\d.]+) ms a step, held ([\d.]+) ms: (-?[\d.]+)% more; masks ([\d.]+) ms"
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +199,10 @@ def test_the_engine_beside_is_shown() -> None:
     assert "| 2.00 | 3.0 |" in report.table(found)
     (bar,) = report._bars("decode", found)
     assert bar["share_of_limit"] == 0.5 and bar["peer_us"] == 3000
+
+
+def test_masks_are_measured_beside_none(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--device cpu --rows 2 --schemas 2 --context 16 --steps 2 --rounds 1 --pool 0.1"
+    assert grammar_step.main(flags.split()) == 0
+    free, held, more, masks = map(float, re.search(FIGURES, capsys.readouterr().out).groups())  # type: ignore[union-attr]
+    assert masks > 0 and abs(100 * (held / free - 1) - more) < 0.2
