@@ -1,10 +1,12 @@
-"""A dry run of the small model's kinds of steps with the kernels for Hopper, on a machine without a GPU: `python -m tests.kernels.dry_run`.
-Prints how many kernels the start finds, and, a line each, those that random steps need beyond them."""
+"""A dry run of the small model's kinds of steps with the kernels for Hopper, on a machine without a GPU: `python -m tests.kernels.dry_run
+[RANKS]`, of the last of so many ranks. Prints how many kernels the start finds, and, a line each, those that random steps need beyond them."""
 
 from __future__ import annotations
 
 # ruff: noqa: E402
 import random
+import sys
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -16,20 +18,25 @@ machine.multiprocessors = lambda index=0: 132  # type: ignore[assignment]
 
 from dsv4.backends import REGISTRY
 from dsv4.cache.paged import PagedCache
+from dsv4.cache.sharded import ShardedCache
 from dsv4.engine import warmup
 from dsv4.engine.device import LocalDevice
 from dsv4.kernels.compiling import COMPILATIONS, Specialisation
 from dsv4.model.batch import Row
 from dsv4.model.config import ModelConfig
+from dsv4.model.parallel import UNIT
+from dsv4.model.rank import Rank
+from dsv4.model.ranked import RankedModel, share
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
 from dsv4.ops.forms import Machine
 from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-SLABS, TOKENS, CONTEXT = 3, 12, 768
+SLABS = 3
 
 
 class Hopper:
@@ -41,20 +48,40 @@ class Hopper:
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
 
 
-def device() -> LocalDevice:
+class Deaf(Rank):
+    """A rank that hears what it says itself, from every other."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks, self.said = rank, ranks, 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.expand(self.ranks, *x.shape).contiguous()
+
+    def exchange(self, x: Tensor) -> Tensor:
+        return x.contiguous().clone()
+
+
+def device(ranks: int, tokens: int, context: int) -> LocalDevice:
     hopper = Machine("cuda", 9)
     chains = {op: REGISTRY.chain(op, "gluon,triton", hopper) for op in SPECS}
     without = {op: tuple(f for f in forms if f.backend != "cublas") for op, forms in chains.items()}
     ops, source = Ops(without, hopper), Path(str(resources.files("dsv4") / "data" / "nano"))
     config = ModelConfig.from_dir(source)
-    layout = config.layout("fp8_ds_mla", "mxfp4", block_tokens=256)
-    pages = SLABS * CONTEXT // 256 + 2 * layout.snapshot_pages
-    cache = PagedCache(layout, pages, SLABS, copy_state=ops.copy_state)
-    model = V4Model(config, load_weights(source, config, torch.bfloat16, packed=True), cache, ops)
+    layout = config.layout("fp8_ds_mla", "mxfp4", ranks=ranks)
+    pages = SLABS * context // layout.block_tokens + 2 * layout.snapshot_pages
+    cache: PagedCache
+    if ranks == 1:
+        cache = PagedCache(layout, pages, SLABS, copy_state=ops.copy_state)
+        model = V4Model(config, load_weights(source, config, torch.bfloat16, packed=True), cache, ops)
+    else:
+        rank = Deaf(ranks - 1, ranks)
+        cache = ShardedCache(layout, pages, SLABS, rank.rank, rank.gather, copy_state=ops.copy_state)
+        weights = load_weights(source, config, torch.bfloat16, packed=True, share=share(rank))
+        model = RankedModel(config, weights, cache, ops, rank)
     model.layers = list(warmup._kinds(model.layers))
     return LocalDevice(
-        model, cache, slabs=SLABS, max_blocks=CONTEXT // 256, replay_tokens=layout.replay_tokens,
-        step_tokens=TOKENS, capture=lambda run: run,
+        model, cache, slabs=SLABS, max_blocks=context // layout.block_tokens, replay_tokens=layout.replay_tokens,
+        step_tokens=tokens, capture=(lambda run: run) if ranks == 1 else None,
     )  # fmt: skip
 
 
@@ -63,25 +90,31 @@ def names(found: list[Specialisation]) -> set[tuple[str, str, str]]:
 
 
 @torch.inference_mode()
-def random_steps(local: LocalDevice, count: int) -> None:
-    """Prompts, resumed and replayed, alone and beside decodes."""
+def random_steps(local: LocalDevice, count: int, tokens: int, context: int) -> None:
+    """Prompts, resumed and replayed, alone and beside decodes, and decodes alone, on short contexts and long ones."""
     draw = random.Random(3)
     for _ in range(count):
-        length, others = draw.randint(1, TOKENS - 2), draw.randint(0, 2)
-        start = draw.choice([0, draw.randint(1, CONTEXT - length)])
+        within = draw.choice([8, 64, context])
+        length = draw.randint(1, min(tokens - 2, within - 1))
+        start = draw.choice([0, draw.randint(1, within - length)])
         end = start + length if start and draw.random() < 0.5 else 0
-        rows = [Row(2, start, length, 0, reset=not start, replay_end=end, replay_start=start if end else 0)]
-        rows += [Row(slab, draw.randint(0, CONTEXT - 1), 1, length + slab) for slab in range(others)]
-        warmup._eager(local, rows)
+        prompt = Row(2, start, length, 0, reset=not start, replay_end=end, replay_start=start if end else 0)
+        decodes = [Row(slab, draw.randrange(within), 1, slab) for slab in range(draw.randint(1, 2))]
+        warmup._eager(local, [prompt])
+        warmup._eager(local, decodes)
+        warmup._eager(local, [prompt, *(replace(row, offset=length + row.offset) for row in decodes)])
 
 
 def main() -> None:
+    ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    tokens = 12 if ranks == 1 else 3 * ranks * UNIT  # so that prompts are cut over the ranks
+    context = 768 if ranks == 1 else 8 * ranks * UNIT
     driver.set_active(Hopper())
     with COMPILATIONS.dry() as first:
-        local = device()
-        warmup.rehearse(local, TOKENS, CONTEXT)
+        local = device(ranks, tokens, context)
+        warmup.rehearse(local, tokens, context)
     with COMPILATIONS.dry() as later:
-        random_steps(local, 12)
+        random_steps(local, 12, tokens, context)
     print(len(names(first)), "kernels are found")
     for name in sorted(names(later) - names(first)):
         print("not found:", *name)

@@ -147,7 +147,7 @@ def _cases(step_tokens: int, max_len: int) -> Iterator[tuple[int, int]]:
 
 def _contexts(max_len: int) -> list[int]:
     """Tokens that rows go up to: powers of two, and ends at which a number of entries is odd."""
-    powers = (1 << i for i in range(7, 32))
+    powers = (1 << i for i in range(32))
     return [n for p in powers for n in (p, p + 20) if n < max_len] + [max_len]
 
 

@@ -2,8 +2,8 @@
 
 A run of a rank's tokens starts at a multiple of every ratio, so an entry is made of one run's tokens, but for entries that overlap:
 those also see the block before, whose tokens the rank before sends (`send`). A rank folds its runs as if they were batch rows,
-the first of a row from the row's state and any other from an empty one, into rows of its own (`room`), which are gathered, and each
-rank keeps those that lie on it. The state that a batch row leaves is that of its last run.
+the first of a row from the row's state and any other from an empty one, into pages of its own (`room`), which are gathered, and each
+rank keeps the rows that lie on it. The state that a batch row leaves is that of its last run.
 
 ```
 run of rank 0          | 4 |     run of rank 1          | 4 |     run of rank 0      ...
@@ -35,8 +35,8 @@ class Fold:
     """Tables of one ratio on one rank. Folded are tokens `take` int64 [F] of the local ones followed by what all ranks `send`
     (int64 [most], among the local ones; None: nothing crosses), in runs of which `tokens` and `blocks` tell as of batch rows.
 
-    `slabs` int64, `fresh` bool [runs]: whose state a run starts from, or from none. `room`: entries of a rank, at most. `ids`, `target` int64
-    [N]: of all ranks' entries (rank * room + place) those that this one keeps, and its rows for them. `ends`, `owner`, `rows` int64 [R]:
+    `slabs` int64, `fresh` bool [runs]: whose state a run starts from, or from none. `room`: pages, as long as a rank's pages of history are, that
+    hold the entries of any rank. `ids`, `target` int64 [N]: of all ranks' entries (rank * rows of `room` + place) those that this one keeps, and its rows for them. `ends`, `owner`, `rows` int64 [R]:
     the local run that ends each batch row (0 if none does), the rank on which that is, and the row's slab."""
 
     take: Tensor
@@ -61,9 +61,9 @@ class Fold:
             projected = torch.cat((projected, rank.gather(projected[self.send]).flatten(0, 1)))
         state = c.state[self.slabs]
         state[self.fresh, :, 0], state[self.fresh, :, 1] = 0, -torch.inf
-        row_bytes = sum(c.history.codec.planes)
-        made = torch.zeros((1, self.room * row_bytes), dtype=torch.uint8, device=projected.device)
-        rows = Rows(c.history.codec, made, self.room)
+        codec, per_page = c.history.codec, c.history.rows
+        shape = self.room, per_page * sum(codec.planes)
+        rows = Rows(codec, torch.zeros(shape, dtype=torch.uint8, device=projected.device), per_page)
         if len(self.take):
             c.ops.compress(
                 projected[self.take],
@@ -78,7 +78,7 @@ class Fold:
                 rows,
             )
         if self.room:
-            every = Rows(c.history.codec, rank.gather(made[0]), self.room)
+            every = Rows(codec, rank.gather(rows.region).flatten(0, 1), per_page)
             if len(self.ids):
                 c.ops.copy_rows(every, self.ids, c.history, self.target)
         left = rank.gather(state[self.ends])
@@ -129,8 +129,9 @@ def fold_of(
     ]
     tables = {p: _tables(step, batch, runs, geometry, ratio) for p, runs in here.items()}
     tokens, blocks, made, _ = tables[rank.rank]
-    room = max(int(t[2].sum()) for t in tables.values())
-    ids, target = _kept(tables, rank, room, geometry.block_tokens // ratio)
+    per_page = geometry.block_tokens // ratio // rank.ranks
+    room = -(-max(int(t[2].sum()) for t in tables.values()) // per_page)
+    ids, target = _kept(tables, rank, room * per_page, per_page)
     place = torch.full((len(made),), -1)
     place[made] = torch.arange(int(made.sum()))
     sending = torch.searchsorted(local, torch.tensor(sent[rank.rank], dtype=torch.int64))
@@ -201,12 +202,13 @@ def _kept(
     room: int,
     per_page: int,
 ) -> tuple[Tensor, Tensor]:
-    """`ids` and `target` of a Fold: row j of a page is kept by rank j mod R, and what every rank made by this one."""
+    """`ids` and `target` of a Fold, where each rank has `room` rows for entries and `per_page` of a page: row j of the page of all is kept by
+    rank j mod R, and what every rank made by this one."""
     ids, targets = [], []
     for p, (_, blocks, made, shared) in tables.items():
         to, common = blocks["target"][made], shared[made]
-        row = to % per_page
+        page, row = to // (per_page * rank.ranks), to % (per_page * rank.ranks)
         keep = (row % rank.ranks == rank.rank) & (~common | (p == rank.rank))
         ids.append(p * room + torch.nonzero(keep).flatten())
-        targets.append((to // per_page * (per_page // rank.ranks) + row // rank.ranks)[keep])
+        targets.append((page * per_page + row // rank.ranks)[keep])
     return torch.cat(ids), torch.cat(targets)

@@ -231,7 +231,7 @@ def _select(
     return next
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "given", "k"])
 def merge_kernel(
     selected, scores, scratch, out, tokens, given, k, P: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
 ):
