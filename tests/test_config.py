@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 import pytest
-from dsv4.config import EngineConfig, ServerConfig, add_flags, load
+from dsv4.config import EngineConfig, ServerConfig, load
 from dsv4.errors import ConfigError
 from dsv4.quantities import parse_bytes, parse_count
+from dsv4.settings import add_flags
 
 
 def parse(*argv: str) -> dict:

@@ -33,6 +33,7 @@ COMMANDS = (
     "generate",
     "connect",
     "completion",
+    "profiles",
     "plan",
     "simulate",
     "calibrate",
@@ -42,7 +43,7 @@ COMMANDS = (
     "warmup",
     "doctor",
 )
-KINDS = {"trace": ("agents",), "bench": ("serve", "compare")}
+KINDS = {"trace": ("agents",), "bench": ("serve", "compare"), "profiles": ("show", "diff")}
 """Commands that have commands of their own."""
 OTHERS_FLAGS = {
     "--restart",

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from dsv4 import _core, config
-from dsv4.config import EngineConfig, add_flags, core_options, load, setting
+from dsv4.config import EngineConfig, core_options, load
 from dsv4.errors import ConfigError
 from dsv4.quantities import Range
+from dsv4.settings import add_flags, setting
 
 from tests.support.layouts import v4_layout
 

@@ -1,72 +1,33 @@
-"""Every setting of dsv4, and the one place that reads flags, environment and YAML.
+"""Every setting of dsv4, and the one place that reads flags, environment, YAML and profiles.
 
-A setting is a field of a frozen dataclass; its metadata carries the help text, the choices and the names that vLLM
+A setting is a field of a frozen dataclass; its metadata (`dsv4.settings`) carries the help text, the choices and the names that vLLM
 uses for the same thing. From the field follow the flag (`--max-model-len`), the environment variable
-(`DSV4_MAX_MODEL_LEN`) and the YAML key (`max_model_len`). Precedence: flag, environment, YAML file, default.
+(`DSV4_MAX_MODEL_LEN`), the YAML key and the key of a profile (`max_model_len`). Precedence: flag, environment, YAML file, profile,
+default.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import os
 import re
-import types
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
+from dsv4 import profiles
 from dsv4.elsewhere import why_not
 from dsv4.errors import ConfigError
-from dsv4.quantities import SHARE, Range, parse_bytes, parse_count
-from dsv4.spelling import nearest
+from dsv4.quantities import SHARE, Range
+from dsv4.settings import check_choices, check_ranges, convert, setting
 
 ENV_PREFIX = "DSV4_"
 LONGEST_NAME = 512
 """Characters of a model's name in the API."""
 _COUNT, _SECONDS = Range(1), Range(0, 1e9, open=True, unit="seconds")
-_YES = {
-    "1": True,
-    "true": True,
-    "yes": True,
-    "on": True,
-    "0": False,
-    "false": False,
-    "no": False,
-    "off": False,
-}
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] | Callable[[], Sequence[str]] = (),
-    aliases: Sequence[str] = (),
-    unit: str = "",
-    range: Range | None = None,
-    core: str = "",
-) -> Any:
-    """A dataclass field of a config class. `core`: the option of the core that has its value as it is. `unit="file"` is a path, `unit="bytes"` accepts 2GiB, 500MB, 1048576, `unit="names"` several choices with
-    commas between them, `unit="list"` several texts (words after the flag, or commas), `unit="counts"` several numbers in the same way,
-    which are kept once each and in order, `unit="json"` an object,
-    `unit="secret"` any text as it is. `range`: which numbers it takes."""
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "choices": choices,
-            "aliases": aliases,
-            "unit": unit,
-            "range": range,
-            "core": core,
-        },
-    )
 
 
 def step_budget(step_ms: float | str | None, device: str) -> Any:
@@ -156,6 +117,10 @@ class EngineConfig:
         "also for ops that the named ones lack",
         choices=backend_names,
         unit="names",
+    )
+    profile: str | None = setting(
+        None,
+        "settings for a kind of traffic, by name or as a TOML file (dsv4 profiles lists them); every other place comes before it",
     )
     max_model_len: int | None = setting(
         None,
@@ -425,188 +390,28 @@ def _check_key(name: str, key: str | None) -> None:
         raise ConfigError(f"{name} holds white space or a control character, which no header can carry")
 
 
-C = TypeVar("C", EngineConfig, ServerConfig)
-
-
-def check_choices(config: Any) -> None:
-    """Raises ConfigError when a field with choices holds another value."""
-    for f in dataclasses.fields(config):
-        choices, value = choices_of(f), getattr(config, f.name)
-        several = f.metadata["unit"] == "names"
-        for one in str(value).split(",") if several and choices else [value]:
-            if choices:
-                check_choice(f.name, value, str(one), choices, several=several)
-
-
-def check_choice(name: str, value: Any, one: str, choices: Sequence[str], *, several: bool = False) -> None:
-    """Raises ConfigError where `one` of a value is none of the choices; `NAME:N` is a name with a number above 0."""
-    numbered = [choice.removesuffix("N") for choice in choices if choice.endswith(":N")]
-    if one in choices and one[:-1] not in numbered:
-        return
-    if any(re.fullmatch(f"{re.escape(prefix)}0*[1-9][0-9]{{0,9}}", one) for prefix in numbered):
-        return
-    begun = next((prefix for prefix in numbered if one.startswith(prefix[:-1])), None)
-    meant = f"; write such as {begun}8192" if begun else nearest(one, choices)
-    more = ", or several with commas between them" if several else ""
-    raise ConfigError(f"{name} is {value!r}; valid values are {', '.join(choices)}{more}{meant}")
-
-
-def check_ranges(config: Any) -> None:
-    """Raises ConfigError when a number is outside the range of its field."""
-    hints = get_type_hints(type(config))
-    for f in dataclasses.fields(config):
-        value, range_ = getattr(config, f.name), f.metadata["range"]
-        if range_ is None or value is None or isinstance(value, str):
-            continue
-        if f.metadata["unit"] == "counts":
-            fault = next(((one, why) for one in value if (why := range_.fault(one, int))), None)
-            if fault is not None:
-                raise ConfigError(f"{f.name} has {fault[0]}; {fault[1]}")
-            continue
-        if f.metadata["unit"] == "bytes":
-            if not range_.low <= value:
-                raise ConfigError(f"{f.name} is {value}; it takes a size above 0, such as 2GiB")
-            continue
-        also = ", auto, or none for no limit" if f.metadata["unit"] == "auto" else ""
-        fault = range_.fault(value, base_type(hints[f.name]), also)
-        if fault is not None:
-            shown = value if isinstance(value, int) else f"{value:g}"
-            raise ConfigError(f"{f.name} is {shown}; {fault}")
-
-
 def core_options(config: EngineConfig) -> dict[str, Any]:
     """The options of the core that settings give as they are."""
     named = ((f.metadata["core"], getattr(config, f.name)) for f in dataclasses.fields(config))
     return {name: value for name, value in named if name}
 
 
-def choices_of(f: dataclasses.Field[Any]) -> Sequence[str]:
-    """The values that a setting can have; empty where they are not names."""
-    choices: Any = f.metadata["choices"]
-    return choices() if callable(choices) else choices
-
-
-def base_type(hint: Any) -> type:
-    """`int | None` -> int."""
-    if get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(a for a in get_args(hint) if a is not type(None))
-    return hint
-
-
-def _convert(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """A text or YAML value as the field's type; ConfigError names the field and what it takes."""
-    name, unit, kind = f.name, f.metadata["unit"], base_type(hint)
-    if unit == "json":
-        return _parse_json(name, value)
-    if unit == "secret":  # `none`, or a YAML key without a value, must not open what was meant to be closed
-        return "" if value is None else str(value)
-    if unit == "list" and not isinstance(value, dict):
-        texts = value if isinstance(value, (list, tuple)) else () if value is None else (value,)
-        words = [word.strip() for text in texts for word in str(text).split(",")]
-        return tuple(dict.fromkeys(words))
-    if unit == "counts":
-        return _counts(name, value, f.metadata["range"])
-    if unit == "auto" and str(value).lower() == "auto":
-        return "auto"
-    unset = ("none", "null") if kind is str else ("none", "null", "auto")
-    if kind is not hint and (value is None or str(value).lower() in unset):
-        return None
-    try:
-        if value is None or isinstance(value, (dict, list)) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError
-        if kind is bool:
-            return value if isinstance(value, bool) else _YES[str(value).lower()]
-        if unit == "bytes":
-            return parse_bytes(str(value))
-        return parse_count(str(value)) if kind is int else kind(value)
-    except (KeyError, ValueError, TypeError):
-        expected = {bool: "true or false"}.get(kind, "text")
-        if kind in (int, float):
-            expected = (f.metadata["range"] or Range()).words(kind, str(value))
-        expected += ", auto or none" if unit == "auto" else ""
-        shown = "empty" if value is None else repr(value)
-        raise ConfigError(
-            f"{name} is {shown}; it takes {'a size such as 2GiB' if unit == 'bytes' else expected}"
-        ) from None
-
-
-def _counts(name: str, value: Any, range_: Range) -> tuple[int, ...]:
-    """'1,2,4' or ['1', '2 4'] -> (1, 2, 4)."""
-    texts = value if isinstance(value, (list, tuple)) else () if value in (None, "none") else (value,)
-    words = [word for text in texts for word in str(text).replace(",", " ").split()]
-    found = set()
-    for word in words:
-        try:
-            found.add(parse_count(word))
-        except ValueError:
-            raise ConfigError(
-                f"{name} has {word!r}; it takes {range_.words(int, word)}, or several with commas between them"
-            ) from None
-    return tuple(sorted(found))
-
-
-def _parse_json(name: str, value: Any) -> dict[str, Any] | None:
-    """The object of a JSON text; a YAML mapping is one already."""
-    try:
-        found = json.loads(value) if isinstance(value, str) else value
-    except ValueError as e:
-        raise ConfigError(f"{name} is {value!r:.60}, which is no JSON: {e}") from None
-    if found is not None and not isinstance(found, dict):
-        raise ConfigError(f"{name} is {value!r:.60}; it takes a JSON object")
-    return found
-
-
-def add_flags(parser: argparse.ArgumentParser, *classes: type) -> None:
-    """One flag per setting; booleans get --x and --no-x. Values stay text until `load` converts them."""
-    for cls in classes:
-        group = parser.add_argument_group(f"{cls.__name__.removesuffix('Config').lower()} settings")
-        hints = get_type_hints(cls)
-        for f in dataclasses.fields(cls):
-            if f.name == "model":
-                continue
-            names = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"])]
-            shown = help_of(f).replace("%", "%%")
-            several: dict[str, Any] = (
-                {"action": "extend", "nargs": "+"} if f.metadata["unit"] in ("list", "counts") else {}
-            )
-            if base_type(hints[f.name]) is bool:
-                group.add_argument(
-                    *names, dest=f.name, default=None, action=argparse.BooleanOptionalAction, help=shown
-                )
-            else:
-                metavar = _metavar(f, base_type(hints[f.name]))
-                group.add_argument(*names, dest=f.name, default=None, metavar=metavar, help=shown, **several)
-
-
-def help_of(f: dataclasses.Field[Any]) -> str:
-    """The help text of a setting with its default, where the text does not tell it."""
-    text: str = f.metadata["help"]
-    if "(default" in text:
-        return text
-    default = f.default
-    if isinstance(default, bool):
-        default = "on" if default else "off"
-    elif default in (None, ()):
-        default = "none"
-    return f"{text} [{default}]"
-
-
-def _metavar(f: dataclasses.Field[Any], kind: type) -> str:
-    """What stands for the value in the help text."""
-    unit, choices = f.metadata["unit"], choices_of(f)
-    if choices:
-        return "|".join(choices) + (",…" if unit == "names" else "")
-    of_unit = {"bytes": "SIZE", "file": "FILE", "counts": "N"}.get(unit)
-    return of_unit or {int: "N", float: "X"}.get(kind) or f.name.split("_")[-1].upper()
-
-
 @dataclass(frozen=True, slots=True)
-class _Given:
+class Given:
     """A value, and where it was found."""
 
     value: Any
     where: str = ""
     """In front of an error: `DSV4_PORT: `, `config file x.yaml, line 3: `; empty for a flag, whose name the setting has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one place says of settings."""
+
+    name: str
+    """`the command line`, `the environment`, `config file x.yaml`, `profile chat`."""
+    values: Mapping[str, Given]
 
 
 def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
@@ -641,39 +446,158 @@ def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
     return found
 
 
+def layers(
+    classes: Sequence[type],
+    flags: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    yaml_path: str | Path | None = None,
+) -> list[Layer]:
+    """What flags, environment, YAML file and profile say, in this order, of which an earlier one counts. Raises ConfigError for an
+    unknown key, with the nearest one."""
+    env = os.environ if env is None else env
+    known = {f.name for cls in classes for f in dataclasses.fields(cls)}
+    told = {k: Given(v) for k, v in (flags or {}).items() if v is not None and k in known}
+    variables = {
+        name.removeprefix(ENV_PREFIX).lower(): Given(env[name], f"{name}: ")
+        for name in env
+        if name.startswith(ENV_PREFIX)
+    }
+    lines = read_yaml(yaml_path) if yaml_path is not None else {}
+    file = {k: Given(v, f"config file {yaml_path}, line {line}: ") for k, (v, line) in lines.items()}
+    found = [
+        Layer("the command line", told),
+        Layer("the environment", variables),
+        Layer(f"config file {yaml_path}", file),
+    ]
+    every = _names(EngineConfig, ServerConfig)
+    for layer in found[1:]:
+        _check_known(layer.values, every)
+    which = _merged(found).get("profile")
+    if which is not None and str(which.value).lower() not in ("none", "null"):
+        found.append(profile_layer(str(which.value), which.where))
+    return found
+
+
+def profile_layer(name: str, where: str = "") -> Layer:
+    """The settings of a profile, by name or as a file. Raises ConfigError, with `where` in front if there is no such profile."""
+    try:
+        found = profiles.read(name)
+    except profiles.NoProfile as e:
+        raise ConfigError(f"{where}profile {e}") from None
+    values = {k: Given(v, found.where(k)) for k, v in found.settings.items()}
+    kept = {f.name for cls in (EngineConfig, ServerConfig) for f in dataclasses.fields(cls) if _shared(f)}
+    for key, one in values.items():
+        if key not in kept and key in _names(EngineConfig, ServerConfig):
+            raise ConfigError(
+                f"{one.where}{key} is no setting of a profile, which is for any model and shown to all"
+            )
+    _check_known(values, kept)
+    return Layer(f"profile {found.name}", values)
+
+
+def _shared(f: dataclasses.Field[Any]) -> bool:
+    """A setting that may stand in a profile."""
+    return f.name not in ("model", "revision", "profile") and f.metadata["unit"] != "secret"
+
+
+def _names(*classes: type) -> list[str]:
+    return [f.name for cls in classes for f in dataclasses.fields(cls)]
+
+
+def _check_known(given: Mapping[str, Given], known: Sequence[str] | set[str]) -> None:
+    for key, one in given.items():
+        if key not in known:
+            raise ConfigError(f"{one.where}unknown setting {key!r}{why_not(key, sorted(known))}")
+
+
+def _merged(found: Sequence[Layer]) -> dict[str, Given]:
+    return {k: v for layer in reversed(found) for k, v in layer.values.items()}
+
+
 def load(
     classes: Sequence[type],
     flags: Mapping[str, Any] | None = None,
     env: Mapping[str, str] | None = None,
     yaml_path: str | Path | None = None,
 ) -> list[Any]:
-    """One frozen object per class from flags, environment and YAML file. Raises ConfigError, which says where a value
+    """One frozen object per class from flags, environment, YAML file and profile. Raises ConfigError, which says where a value
     that cannot be used was found and, for an unknown key, the nearest one."""
-    env = os.environ if env is None else env
-    known = {f.name for cls in classes for f in dataclasses.fields(cls)}
-    every = [f.name for cls in (EngineConfig, ServerConfig) for f in dataclasses.fields(cls)]
-    given: dict[str, _Given] = {}
-    for key, (value, line) in (read_yaml(yaml_path) if yaml_path is not None else {}).items():
-        where = f"config file {yaml_path}, line {line}: "
-        given[key] = _Given(value, where)
-    for variable in (name for name in env if name.startswith(ENV_PREFIX)):
-        key = variable.removeprefix(ENV_PREFIX).lower()
-        given[key] = _Given(env[variable], f"{variable}: ")
-    for key in given:
-        if key not in every:
-            raise ConfigError(f"{given[key].where}unknown setting {key!r}{why_not(key, every)}")
-    given |= {k: _Given(v) for k, v in (flags or {}).items() if v is not None and k in known}
-    return [_make(cls, given) for cls in classes]
+    given = _merged(layers(classes, flags, env, yaml_path))
+    return [make(cls, given) for cls in classes]
 
 
-def _make(cls: type, given: Mapping[str, _Given]) -> Any:
+def settle(flags: Mapping[str, Any], defaults: Mapping[str, Any]) -> EngineConfig:
+    """For commands that have no engine: flags, then the profile that they name, then `defaults`, then those of the table. The
+    environment is not read. Raises ConfigError."""
+    own = Layer("default", {k: Given(v) for k, v in defaults.items()})
+    made: EngineConfig = make(EngineConfig, _merged([*layers([EngineConfig], flags, {}), own]))
+    return made
+
+
+def make(cls: type, given: Mapping[str, Given]) -> Any:
     """A config object. An error says where the setting that it begins with was found."""
     hints, values = get_type_hints(cls), {}
     try:
         for f in dataclasses.fields(cls):
             if f.name in given:
-                values[f.name] = _convert(f, hints[f.name], given[f.name].value)
+                values[f.name] = convert(f, hints[f.name], given[f.name].value)
         return cls(**values)
     except ConfigError as e:
         name = str(e).split(" ", 1)[0]
         raise ConfigError(f"{given[name].where if name in given else ''}{e}") from None
+
+
+def with_profile(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of EngineConfig, and those of the profile that they name for all that they leave out. Raises ConfigError."""
+    if values.get("profile") is None:
+        return values
+    of_profile = make(EngineConfig, profile_layer(values["profile"]).values)
+    return {f.name: getattr(of_profile, f.name) for f in dataclasses.fields(of_profile)} | values
+
+
+def sources(
+    classes: Sequence[type],
+    flags: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+    yaml_path: str | Path | None = None,
+) -> Iterator[tuple[str, list[str]]]:
+    """Of every place, the first that counts first and the defaults last: its name, and `setting value` of what counts of it.
+    Secrets are not shown, nor defaults that leave a setting open."""
+    fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
+    found, seen = layers(classes, flags, env, yaml_path), set[str]()
+    below = found[-1].values if found[-1].name.startswith("profile ") else {}
+    for layer in found:
+        told = []
+        for key in (k for k in layer.values if k in fields and k not in seen):
+            shown = "given" if fields[key].metadata["unit"] == "secret" else _shown(layer.values[key].value)
+            own = layer.values is not below and key in below
+            told.append(f"{key} {shown}" + (f" (the profile's is {_shown(below[key].value)})" if own else ""))
+        seen.update(layer.values)
+        yield layer.name, told
+    open_ = (None, ())
+    yield (
+        "default",
+        [f"{k} {_shown(f.default)}" for k, f in fields.items() if k not in seen and f.default not in open_],
+    )
+
+
+def _shown(value: Any) -> str:
+    """As a flag takes it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def profile_diff(first: str, second: str | None) -> list[tuple[str, str, str]]:
+    """(setting, value of the first, value of the second or by default) of all that differ. Raises ConfigError."""
+    pair = [_merged([profile_layer(name)] if name is not None else []) for name in (first, second)]
+    made = [[make(cls, given) for cls in (EngineConfig, ServerConfig)] for given in pair]
+    rows = []
+    for one, other in zip(*made, strict=True):
+        for f in dataclasses.fields(one):
+            a, b = getattr(one, f.name), getattr(other, f.name)
+            if a != b:
+                rows.append((f.name, _shown(a), _shown(b)))
+    return rows

@@ -6,6 +6,7 @@ dsv4 generate PROMPT     one answer on standard output
 dsv4 chat [MODEL]        talk in the terminal
 dsv4 dynamo [MODEL]      a worker for Dynamo's frontend and router
 dsv4 connect CLIENT      how a coding agent uses a server
+dsv4 profiles            settings for kinds of traffic
 dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 simulate TRACE      a request trace against the real core in virtual time
 dsv4 calibrate [MODEL]   how long steps take here, for dsv4 simulate
@@ -38,6 +39,7 @@ from dsv4.cli import (
     generate,
     key,
     plan,
+    profiles,
     serve,
     simulate,
     streams,
@@ -94,6 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
         chat,
         dynamo,
         connect,
+        profiles,
         plan,
         simulate,
         calibrate,

@@ -6,17 +6,21 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from dsv4.cli.words import reader
-from dsv4.config import EngineConfig, add_flags, base_type, help_of, load
+from dsv4.config import EngineConfig, load, sources
 from dsv4.errors import ConfigError
+from dsv4.settings import add_flags, base_type, help_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+WIDTH = 140
+"""Of lines that are wrapped."""
 LINE_EVERY = 5.0
 """Seconds between lines of progress where there is no terminal."""
 
@@ -35,7 +39,7 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = 
         "--config",
         dest="yaml",
         metavar="FILE",
-        help="YAML file with the settings below; a flag comes first, then the environment (DSV4_PORT=9000), then the file",
+        help="YAML file with the settings below; a flag comes first, then the environment (DSV4_PORT=9000), then the file, then --profile",
     )
     add_flags(parser, *classes)
 
@@ -43,6 +47,15 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = 
 def read_settings(arguments: argparse.Namespace, *classes: type) -> list[Any]:
     """One config object per class from flags, environment and YAML. Raises ConfigError."""
     return load(classes, {**vars(arguments), "model": model_of(arguments)}, yaml_path=arguments.yaml)
+
+
+def note_sources(arguments: argparse.Namespace, *classes: type) -> None:
+    """Where the value of every setting comes from, a line for each place, on standard error."""
+    flags = {**vars(arguments), "model": model_of(arguments)}
+    for place, told in sources(classes, flags, yaml_path=arguments.yaml):
+        text = f"settings   {f'from {place}' if place != 'default' else 'by default'}: {', '.join(told)}"
+        if told:
+            note(textwrap.fill(text, WIDTH, subsequent_indent=" " * 11, break_on_hyphens=False))
 
 
 def model_of(arguments: argparse.Namespace) -> str | None:
@@ -58,15 +71,15 @@ def model_of(arguments: argparse.Namespace) -> str | None:
 
 
 def add_numbers(parser: argparse.ArgumentParser, names: Mapping[str, Sequence[str]]) -> None:
-    """Settings of EngineConfig that are numbers, with its defaults and words, for commands that have no engine. `names`: of
-    each setting, further names of its flag."""
+    """Settings of EngineConfig that are numbers, with its words, for commands that have no engine; None where they are not given
+    (`config.settle`). `names`: of each setting, further names of its flag."""
     hints = get_type_hints(EngineConfig)
     for f in dataclasses.fields(EngineConfig):
         if f.name in names:
             flags = [f"--{n}" for n in (f.name.replace("_", "-"), *f.metadata["aliases"], *names[f.name])]
             shown = help_of(f)
             kind = reader(f.metadata["range"], base_type(hints[f.name]))
-            parser.add_argument(*flags, dest=f.name, type=kind, default=f.default, metavar="N", help=shown)
+            parser.add_argument(*flags, dest=f.name, type=kind, default=None, metavar="N", help=shown)
 
 
 class LoadProgress:

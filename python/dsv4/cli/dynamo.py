@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv4 import garbage, requirements
 from dsv4.api import logs
-from dsv4.cli.common import LoadProgress, add_settings, note, read_settings
+from dsv4.cli.common import LoadProgress, add_settings, note, note_sources, read_settings
 from dsv4.cli.signals import ends_at_signal
 from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
                 engine.load(progress)
             for line in engine.describe():
                 note(line)
+            note_sources(arguments, EngineConfig, DynamoConfig)
             worker = Dsv4Worker(engine, config, place, disarm)
         note(
             f"dynamo     {config.namespace}/{config.component}/{config.endpoint}, discovery {config.discovery_backend}"

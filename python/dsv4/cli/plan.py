@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import add_numbers, model_of
 from dsv4.cli.words import count, number, one_of
-from dsv4.config import default_step_tokens
+from dsv4.config import default_step_tokens, settle
 from dsv4.errors import ConfigError
 from dsv4.gpus import GPUS, gpu
 
@@ -45,6 +45,7 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--tp",
         "--tensor-parallel-size",
+        dest="tensor_parallel_size",
         type=count(),
         metavar="N",
         help="GPUs that share each request [what num and dp leave]",
@@ -68,18 +69,22 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--max-model-len",
         "--max-len",
-        dest="max_len",
+        dest="max_model_len",
         type=count(such="64k or 1M"),
         metavar="N",
         help="longest request, such as 64k or 1M [the model's]",
     )
     add_numbers(parser, NUMBERS)
     parser.add_argument(
-        "--rows", default="fp8_ds_mla", metavar="FORMAT", help="fp8_ds_mla, bfloat16, float32 [fp8_ds_mla]"
+        "--profile",
+        metavar="NAME|FILE",
+        help="settings of a profile (dsv4 profiles), for all flags that are not given",
+    )
+    parser.add_argument(
+        "--rows", dest="kv_cache_dtype", metavar="FORMAT", help="fp8_ds_mla, bfloat16, float32 [fp8_ds_mla]"
     )
     parser.add_argument(
         "--index",
-        default="fp4",
         type=one_of(*INDEX_FORMATS),
         metavar="|".join(INDEX_FORMATS),
         help="format of index rows [fp4]",
@@ -145,26 +150,29 @@ def question(a: argparse.Namespace) -> Question:
     config, weights, counted_from = find_weights(
         model, a.revision, draft=a.draft, num_layers=a.num_layers, dummy=a.load_format == "dummy"
     )
-    max_len = config.max_position if a.max_len is None else a.max_len
-    if not 1 <= max_len <= config.max_position:
+    index = {} if a.index is None else {"index_cache_dtype": INDEX_FORMATS[a.index]}
+    settings = settle(vars(a) | index, {})
+    max_len = settings.max_model_len or config.max_position
+    if max_len > config.max_position:
         raise ConfigError(f"--max-model-len is {max_len}; {config.name} takes 1 to {config.max_position}")
-    tokens = a.max_num_batched_tokens or default_step_tokens("cuda", a.max_num_seqs)
+    rows, index_rows = (
+        usual if given == "auto" else given
+        for given, usual in ((settings.kv_cache_dtype, "fp8_ds_mla"), (settings.index_cache_dtype, "mxfp4"))
+    )
+    running = settings.max_num_seqs
+    tokens = settings.max_num_batched_tokens or default_step_tokens("cuda", running)
+    graphs = steps_of(running, max_len, tokens) if a.graphs is None else a.graphs
     return Question(
         config=config,
         weights=weights,
-        layout=config.layout(a.rows, INDEX_FORMATS[a.index], block_tokens=a.block_size),
+        layout=config.layout(rows, index_rows, block_tokens=settings.block_size),
         gpu=gpu(a.gpu),
         num=a.num,
-        parallel=choose(config, a.num, a.tp, a.dp, a.ep),
-        limits=Limits(
-            tokens,
-            a.max_num_seqs,
-            max_len,
-            steps_of(a.max_num_seqs, max_len, tokens) if a.graphs is None else a.graphs,
-        ),
-        memory_fraction=a.gpu_memory_utilization,
+        parallel=choose(config, a.num, settings.tensor_parallel_size, a.dp, a.ep),
+        limits=Limits(tokens, running, max_len, graphs),
+        memory_fraction=settings.gpu_memory_utilization,
         pool_bytes=None if a.pool_gb is None else round(a.pool_gb * 1e9),
-        snapshot_budget=a.snapshot_budget,
+        snapshot_budget=settings.snapshot_budget,
         every=_spacings(a.every),
         traffic=Traffic() if a.turn_tokens is None else Traffic(turn_tokens=a.turn_tokens),
         draft=a.draft,

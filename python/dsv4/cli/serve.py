@@ -15,7 +15,7 @@ from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.keys import Keys
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
 from dsv4.api.loading import Loading
-from dsv4.cli.common import LoadProgress, add_settings, note, read_settings
+from dsv4.cli.common import LoadProgress, add_settings, note, note_sources, read_settings
 from dsv4.cli.signals import ends_at_signal
 from dsv4.config import EngineConfig, ServerConfig
 from dsv4.errors import ConfigError
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
         usage="%(prog)s [MODEL] [flags]",
         description="Serves a model over HTTP (OpenAI's dialect).",
         epilog="examples:\n  dsv4 serve\n  dsv4 serve /models/DeepSeek-V4-Flash --max-model-len 256k --port 9000\n"
-        "  dsv4 serve deepseek-ai/DeepSeek-V4-Flash --config dsv4.yaml",
+        "  dsv4 serve deepseek-ai/DeepSeek-V4-Flash --config dsv4.yaml\n  dsv4 serve /models/DeepSeek-V4-Flash --profile coding-agent",
     )
     add_settings(parser, EngineConfig, ServerConfig)
     parser.set_defaults(run=run)
@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
                 raise
             with Loading(sockets):
                 service = load(engine, server_config)
+                note_sources(arguments, EngineConfig, ServerConfig)
         places = [sock.getsockname() for sock in sockets]
         serve(service, sockets, lambda: note(ready_text(service, places)))
     finally:

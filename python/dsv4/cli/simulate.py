@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -13,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import LINE_EVERY, note
 from dsv4.cli.words import count, number, one_of, reader
-from dsv4.config import EngineConfig, step_budget
+from dsv4.config import EngineConfig, settle
 from dsv4.errors import ConfigError
 from dsv4.gpus import gpu
 from dsv4.quantities import SHARE
 
 if TYPE_CHECKING:
     from dsv4._core import Trace
-    from dsv4.simulate.compare import Engine
+    from dsv4.simulate.engine import Engine
 
 ROW_FORMATS = ("fp8_ds_mla", "bfloat16", "float32")
 MANY_A_SECOND = 50
 """Requests that no single engine gets: times in seconds were read as ms."""
+DEFAULTS = {"max_num_seqs": 64, "step_ms": "none"}
+"""Where they differ from those of `dsv4 serve`: enough requests at a time for a GPU, and steps that only their tokens bound."""
 INDEX_FORMATS = ("mxfp4", "fp8", "bfloat16", "float32")
 
 
@@ -55,17 +56,21 @@ def add(commands: Any) -> None:
     )
     engine.add_argument("--gpu", default="b200", help="b200, h200, h100, … [b200]")
     engine.add_argument(
+        "--profile",
+        metavar="NAME|FILE",
+        help="settings of a profile (dsv4 profiles), for all flags that are not given",
+    )
+    engine.add_argument(
         "--tp",
         "--num",
         "--tensor-parallel-size",
-        dest="tp",
+        dest="tensor_parallel_size",
         type=count(),
         metavar="N",
         help="GPUs of the engine [fewest that hold it]",
     )
     engine.add_argument(
         "--policy",
-        default=f"{snapshots}/{eviction}",
         metavar="NAME[,NAME…]",
         help=f"snapshot policies, each alone or with an eviction order as NAME/EVICTION [{snapshots}/{eviction}]",
     )
@@ -77,8 +82,8 @@ def add(commands: Any) -> None:
     )
     engine.add_argument(
         "--memory-fraction",
+        dest="gpu_memory_utilization",
         type=reader(SHARE, float),
-        default=0.9,
         metavar="F",
         help="share of memory to use [0.9]",
     )
@@ -88,16 +93,11 @@ def add(commands: Any) -> None:
         metavar="F",
         help="largest share of the pool for snapshots (auto)",
     )
-    engine.add_argument(
-        "--max-num-seqs", type=count(), default=64, metavar="N", help="requests that run at a time [64]"
-    )
-    engine.add_argument(
-        "--max-num-batched-tokens", type=count(), default=4096, metavar="N", help="tokens of a step [4096]"
-    )
+    engine.add_argument("--max-num-seqs", type=count(), metavar="N", help="requests that run at a time [64]")
+    engine.add_argument("--max-num-batched-tokens", type=count(), metavar="N", help="tokens of a step [4096]")
     engine.add_argument(
         "--max-num-waiting",
         type=count(),
-        default=1024,
         metavar="N",
         help="requests that queue in the core [1024]",
     )
@@ -106,7 +106,6 @@ def add(commands: Any) -> None:
     )
     engine.add_argument(
         "--index-cache-dtype",
-        default="mxfp4",
         type=one_of(*INDEX_FORMATS),
         metavar="|".join(INDEX_FORMATS),
         help="format of index rows [mxfp4]",
@@ -122,7 +121,6 @@ def add(commands: Any) -> None:
     )
     engine.add_argument(
         "--kv-cache-dtype",
-        default="fp8_ds_mla",
         type=one_of(*ROW_FORMATS),
         metavar="|".join(ROW_FORMATS),
         help="format of rows [fp8_ds_mla]",
@@ -166,11 +164,9 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _step_ms(text: str) -> float | str | None:
+def _step_ms(text: str) -> float | str:
     """Of a flag that takes a number, `auto` or `none`."""
-    return (
-        {"auto": "auto", "none": None}[text] if text in ("auto", "none") else number(0, 1e12, open=True)(text)
-    )
+    return text if text in ("auto", "none") else number(0, 1e12, open=True)(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -178,13 +174,14 @@ def run(arguments: argparse.Namespace) -> int:
     from dsv4.simulate import plot
     from dsv4.simulate.compare import Policy, compare, resume
 
-    eviction = EngineConfig.__dataclass_fields__["eviction"].default
-    policies = [Policy.parse(text, eviction) for text in arguments.policy.split(",")]
+    settings = settle(vars(arguments), DEFAULTS)
+    written = arguments.policy or f"{settings.snapshot_policy}/{settings.eviction}"
+    policies = [Policy.parse(text, settings.eviction) for text in written.split(",")]
     if arguments.plot:
         plot.check(arguments.plot)
     if bool(arguments.traces) == bool(arguments.dump):
         raise ConfigError("give one or more TRACE files, or --dump FILE, and not both")
-    engine, said = _engine(arguments)
+    engine, said = _engine(arguments, settings)
     began = time.monotonic()
     if arguments.dump:
         text = _read_dump(arguments.dump)
@@ -217,70 +214,18 @@ def _read_dump(path: str) -> str:
         raise ConfigError(f"dump {path}: {getattr(e, 'strerror', None) or e}") from None
 
 
-def _engine(a: argparse.Namespace) -> tuple[Engine, list[str]]:
+def _engine(a: argparse.Namespace, settings: EngineConfig) -> tuple[Engine, list[str]]:
     """The engine, and lines that tell what was chosen."""
-    from dsv4.model import parallel
-    from dsv4.model.layout import over_ranks
     from dsv4.plan.weights import find_weights
-    from dsv4.plan.workspace import Limits
-    from dsv4.simulate.compare import Engine, pool_bytes, smallest_tp
+    from dsv4.simulate.engine import StepTimes, build
 
     (config, _, _), card = find_weights(a.model), gpu(a.gpu)
-    tp = a.tp or smallest_tp(config, card)
-    parallel.check(config, tp, 1, tp)
-    layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=a.block_size)
-    block = over_ranks(layout, tp).block_tokens  # of which every GPU has as many rows
-    layout = config.layout(a.kv_cache_dtype, a.index_cache_dtype, block_tokens=block)
-    page_bytes = over_ranks(layout, tp).page_bytes
-    if a.pool_gib is None:
-        limits = Limits(a.max_num_batched_tokens, a.max_num_seqs, config.max_position)
-        size = pool_bytes(config, layout, card, tp, limits, a.memory_fraction)
-    else:
-        size = round(a.pool_gib * 2**30)
-    pages = size // page_bytes
-    if pages < 1:
-        raise ConfigError(f"--pool-gib is {a.pool_gib:g}; one page is {page_bytes} bytes")
-    coefficients, about = _step_model(a, config, layout, card, tp)
-    said = [
-        f"engine     {config.name} on {tp} x {card.name}; pool {pages * page_bytes / 2**30:.2f} GiB{' each' if tp > 1 else ''}: {pages:,} pages "
-        f"of {layout.block_tokens} tokens, {pages * layout.block_tokens / 1e6:.2f}M tokens",
-        f"step model {about}",
-    ]
-    engine = Engine(
-        config, layout, card, tp, pages, a.max_num_seqs, a.max_num_batched_tokens, a.max_num_waiting,
-        step_budget(a.step_ms, "cuda"), a.snapshot_budget, _weights(a.tenant), coefficients, a.sequential,
-    )  # fmt: skip
-    return engine, said
-
-
-def _step_model(
-    a: argparse.Namespace, config: Any, layout: Any, card: Any, tp: int
-) -> tuple[dict[str, Any], str]:
-    """Coefficients by roofline, overridden or fitted, and how they came about."""
-    from dsv4.simulate.calibrate import calibrate, read_steps
-    from dsv4.simulate.coefficients import Calibration
-    from dsv4.simulate.device import Shares, parse_overrides, step_coefficients
-
-    if a.coefficients is not None:
-        if a.step_model is not None:
-            raise ConfigError("give --coefficients or --step-model, not both")
-        found = Calibration.read(a.coefficients)
-        found.check(config, a.kv_cache_dtype, a.index_cache_dtype)
-        return found.coefficients(config, layout, tp), found.about(config, tp)
-    text = a.step_model or ""
-    if text and "=" not in text:
-        fit = calibrate(step_coefficients(config, layout, card, tp), read_steps(text))
-        return fit.coefficients, str(fit)
-    shares, direct = parse_overrides(text)
-    coefficients = step_coefficients(config, layout, card, tp, shares) | direct
-    changed = [
-        f"{f.name} {getattr(shares, f.name):g}"
-        for f in dataclasses.fields(Shares)
-        if getattr(shares, f.name) != f.default
-    ]
-    changed += [f"{name} {value:g}" for name, value in direct.items()]
-    how = f"roofline with {', '.join(changed)}" if changed else "roofline with assumed shares, not measured"
-    return coefficients, f"{how}; overhead {coefficients['overhead_us'] / 1000:.2f} ms a step"
+    pool = None if a.pool_gib is None else round(a.pool_gib * 2**30)
+    times = StepTimes(a.coefficients, a.step_model)
+    engine, about = build(
+        config, card, settings, times, pool=pool, weights=_weights(a.tenant), sequential=a.sequential
+    )
+    return engine, [f"engine     {engine.describe()}", f"step model {about}"]
 
 
 def _weights(items: list[str]) -> dict[str, float]:
@@ -359,8 +304,9 @@ def _as_json(a: argparse.Namespace, e: Engine, reports: dict[str, dict[str, Any]
             "pages": e.pages,
             "pool_bytes": e.pool_bytes,
             "block_tokens": e.layout.block_tokens,
-            "max_num_seqs": e.max_num_seqs,
-            "max_num_batched_tokens": e.max_step_tokens,
+            "profile": e.settings.profile,
+            "max_num_seqs": e.settings.max_num_seqs,
+            "max_num_batched_tokens": e.step_tokens,
             "max_len": e.max_len,
         },
         "sequential": e.sequential,

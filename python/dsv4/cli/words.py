@@ -37,7 +37,7 @@ def check(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Arg
                 )
             command = below[word]
     below = commands_of(command)
-    if below is not None:
+    if below is not None and command.get_default("run") is None:
         if command is parser:
             parser.print_help(sys.stderr)
         command.error(f"give a {_kind(command)}; there are: {', '.join(below)}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dsv4.config import EngineConfig
+from dsv4.config import EngineConfig, with_profile
 from dsv4.engine.answers import Answer, Answers
 from dsv4.engine.build import build_engine
 from dsv4.engine.frontend import Frontend
@@ -88,7 +88,7 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, progress: Progress | None = None, **settings: Any
     ) -> None:
-        config = EngineConfig(model=model, **settings)
+        config = EngineConfig(**with_profile({"model": model, **settings}))
         self._front = Frontend.load(config)
         built = build_engine(config, progress, eos_ids=self._front.eos_ids)
         self.config, self.model_config, self.tokenizer = (

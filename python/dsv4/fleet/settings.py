@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv4.config import check_choices, check_ranges, setting
 from dsv4.errors import ConfigError
 from dsv4.quantities import Range
+from dsv4.settings import check_choices, check_ranges, setting
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@
 | `shapes.py` | which steps `dsv4 calibrate` has an engine run (`engine/measuring.py`) |
 | `fitting.py` | a fit, judged by steps that were held back |
 | `coefficients.py` | the file of a fit, for `--coefficients` |
+| `engine.py` | the engine of a simulation from a model, GPUs and settings |
 | `compare.py` | runs one trace under several policies |
 | `table.py` | the comparison as a table |
 | `plot.py` | memory and hit rate over time as a picture (needs the extra `plot`) |
