@@ -224,6 +224,21 @@ def test_who_followed_an_engine_that_is_gone_starts_anew(fleet: Fleet) -> None:
     late.close()
 
 
+def test_it_is_told_while_the_device_is_busy(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not between two steps, where the publisher would hold up the launch; what the last step changed is told at once."""
+    order: list[str] = []
+    launch, wake = fleet.loop.device.launch, fleet.events.wake
+    monkeypatch.setattr(
+        fleet.loop.device, "launch", lambda *a, **k: (order.append("launch"), launch(*a, **k))[1]
+    )
+    monkeypatch.setattr(fleet.events, "wake", lambda: (order.append("wake"), wake())[1])
+    fleet.loop.submit(1, np.arange(300, dtype=np.int32), SamplingParams(max_tokens=20, ignore_eos=True))
+    while fleet.loop.has_work():
+        fleet.loop.step()
+    assert order.count("launch") >= 20
+    assert order == ["launch", "wake"] * order.count("launch") + ["wake"]
+
+
 def test_what_cannot_be_told_does_not_pile_up() -> None:
     """The thread has failed, and the core goes on to note changes: somebody has to take them."""
 

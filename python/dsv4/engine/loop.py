@@ -199,12 +199,14 @@ class EngineLoop:
             self._tell_events(None)
             self._launch(plan)
             self._draw_held()
+            if self.events is not None:  # told while the device is busy, not before it has its step
+                self.events.wake()
         busy = bool(self._flights)
         if busy and (len(self._flights) == len(self.plans) or not planned):
             result = self._land()
         self._tell_events(result)
         self._draw_held()
-        if self.events is not None:
+        if self.events is not None and not (planned and self.has_work()):
             self.events.wake()
         return planned or busy
 
