@@ -81,7 +81,7 @@ def test_every_route_is_in_it(server: RunningServer) -> None:
     while not hasattr(app, "routes"):
         app = app.app
     routes = {
-        (method.lower(), route.path.replace(":path", ""))
+        (method.lower(), route.path.replace(":text", ""))
         for route in app.routes
         if isinstance(route, Route)
         for method in (route.methods or {"POST"}) - {"HEAD"}

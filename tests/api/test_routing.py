@@ -166,13 +166,14 @@ def test_a_client_gone_while_its_prefix_is_pinned_leaves_no_pin(tokenizer: Token
 def test_a_session_ends(server: RunningServer) -> None:
     with httpx.Client(base_url=server.url) as http:
         assert http.delete("/v1/sessions/known").json()["cached"] is True
+        assert http.delete("/v1/sessions/%0Aof%0Alines%0A").json()["id"] == "\nof\nlines\n"
         assert http.delete("/v1/sessions/a/b").json() == {
             "id": "a/b",
             "object": "session",
             "deleted": True,
             "cached": False,
         }
-    assert server.engine.ended == ["known", "a/b"]
+    assert server.engine.ended == ["known", "\nof\nlines\n", "a/b"]
 
 
 def test_tenants_are_in_the_metrics(server: RunningServer) -> None:

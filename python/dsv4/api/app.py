@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 from starlette.applications import Starlette
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -49,6 +50,15 @@ EXPOSED = (
 """Headers that a web page of another origin may read."""
 
 
+class TextConvertor(PathConvertor):
+    """Whatever a client calls something, slashes and line ends too, on which `path` stops."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("text", TextConvertor())
+
+
 def create_app(service: Service) -> ASGIApp:
     """The application around one engine. Dialects are listed in `dialects.py`."""
     app = Starlette(
@@ -60,9 +70,9 @@ def create_app(service: Service) -> ASGIApp:
             ),
             _post("/v1/prefixes", prefixes.pin, generates=True),
             Route("/v1/prefixes/{id}", prefixes.unpin, methods=["DELETE"]),
-            Route("/v1/sessions/{key:path}", prefixes.end_session, methods=["DELETE"]),
+            Route("/v1/sessions/{key:text}", prefixes.end_session, methods=["DELETE"]),
             Route("/v1/models", info.models),
-            Route("/v1/models/{name:path}", info.one_model),
+            Route("/v1/models/{name:text}", info.one_model),
             _post("/tokenize", info.tokenize),
             _post("/detokenize", info.detokenize),
             Route("/tokenizer_info", info.tokenizer_info),
@@ -75,7 +85,7 @@ def create_app(service: Service) -> ASGIApp:
             Route("/admin/tenants", admin.tenants),
             Route("/admin/drain", admin.drain, methods=["POST"]),
             Route("/admin/resume", admin.resume, methods=["POST"]),
-            Route("/admin/requests/{id:path}", admin.explain),
+            Route("/admin/requests/{id:text}", admin.explain),
             _post("/admin/profile", admin.profile),
             Route("/admin/dump", admin.dump),
             Route("/health", info.health),
