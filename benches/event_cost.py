@@ -30,7 +30,6 @@ from tests.support.scripted_process import ScriptedDevice, layout_of
 
 BLOCK = 256
 PROMPT = 32
-TOKENS = 16_000
 
 
 class Engine:
@@ -41,8 +40,14 @@ class Engine:
         config = EngineConfig(
             max_num_seqs=rows, block_size=BLOCK, max_num_batched_tokens=rows + 4096, step_ms=None
         )
-        layout, blocks = layout_of(config), -(-(steps + 2 * PROMPT + BLOCK) // BLOCK) + 1
-        limits = {"pages": rows * blocks, "max_len": TOKENS, "max_in_flight": 1, "cache_changes": told}
+        layout, tokens = layout_of(config), steps + rows // 16 + BLOCK  # those of the start, too
+        longest = PROMPT + BLOCK + tokens
+        limits = {
+            "pages": rows * -(-longest // BLOCK),
+            "max_len": longest,
+            "max_in_flight": 1,
+            "cache_changes": told,
+        }
         core = Core(layout, core_options(config) | limits)
         self.events = None
         if told:
@@ -54,11 +59,11 @@ class Engine:
             self.events.start()
         device, plans = ScriptedDevice(seconds), (StepPlan(core.plan_schema()),)
         self.loop = EngineLoop(core, device, plans, events=self.events)  # type: ignore[arg-type]
-        self._fill(rows)
+        self._fill(rows, tokens)
 
-    def _fill(self, rows: int) -> None:
+    def _fill(self, rows: int, tokens: int) -> None:
         rng, loop = np.random.default_rng(0), self.loop
-        params = SamplingParams(max_tokens=TOKENS - 2 * BLOCK, ignore_eos=True)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True)
         for key in range(1, rows + 1):  # lengths differ, so that pages fill in every step
             prompt = rng.integers(10, 4000, PROMPT + key % BLOCK, dtype=np.int32)
             loop.submit(key, prompt, params, routing=Routing(session=f"session {key}"))

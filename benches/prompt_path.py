@@ -101,18 +101,20 @@ def chat_of(tokenizer: Tokenizer, messages: int, tokens: int) -> list[dict[str, 
     ]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--messages", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--small", action="store_true", help="the tokenizer of the model that ships")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     tokenizer = small_tokenizer() if arguments.small else Tokenizer.v4()
     room = 2 * arguments.tokens
     engine = FakeEngine(tokenizer=tokenizer, max_model_len=room)
     vocab = engine.model_config.vocab_size = 8192 if arguments.small else 129280
     service = Service(engine, ServerConfig(), "bench")
+    scope: dict[str, Any] = {"headers": []}
+    caller = service.callers.of(scope)
     limits = SimpleNamespace(model_config=engine.model_config)
     bound = Bound(room, "messages")
     chat, planner = chat_of(tokenizer, arguments.messages, arguments.tokens), Planner(arguments.tokens)
@@ -121,7 +123,7 @@ def main() -> None:
         text = f"And message number {turn}: " + prose(2000)[turn:]
         body = json.dumps({"messages": [*chat, {"role": "user", "content": text}], "max_tokens": 1}).encode()
         fields = Fields(stages.run("scan and parse the body", lambda body=body: parse_object(body)))
-        call = SimpleNamespace(fields=fields, service=service, scope={"headers": []})
+        call = SimpleNamespace(fields=fields, service=service, caller=caller, scope=scope)
         read = stages.run("check messages and fields", lambda call=call: _read(call))
         segments = stages.run(
             "template", lambda read=read: encode_chat(read[1].messages, format=engine.chat_format)

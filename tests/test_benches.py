@@ -1,0 +1,23 @@
+"""Benchmarks of the host in a small world: what they drive changes, and nothing else would say that they do not run any more."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("dsv4._core")
+
+from benches import event_cost, prompt_path
+
+
+def test_every_stage_of_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt_path.main(["--small", "--messages", "4", "--tokens", "4000", "--rounds", "1"])
+    said = capsys.readouterr().out
+    assert said.startswith("5 messages") and said.count("scan and parse the body") == 2
+    for stage in ("check ids", "Core.submit", "first plan"):
+        assert stage in said
+
+
+def test_steps_with_events_beside_steps_without(capsys: pytest.CaptureFixture[str]) -> None:
+    assert event_cost.main(["--rows", "4", "--steps", "250", "--rounds", "1", "--step-ms", "0.1"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("4 rows, ") and not said.startswith("4 rows, 0 messages") and "more: " in said
