@@ -31,10 +31,10 @@ _COUNT, _SECONDS = Range(1), Range(0, 1e9, open=True, unit="seconds")
 
 
 def step_budget(step_ms: float | str | None, device: str) -> Any:
-    """`--step-ms` as the core's `step_budget`. A GPU reads all experts for 64 tokens as for 1,024, and launching a step takes as
-    long, so prompts get those in any case (docs/scheduling.md)."""
+    """`--step-ms` as the core's `step_budget`. A GPU reads nearly all experts for 64 tokens as for 512, so prompts get those in any case
+    (docs/scheduling.md)."""
     if step_ms == "auto":
-        return {"decodes": {"times": 4.0, "floor": {"cpu": 64, "cuda": 1024}[device]}}
+        return {"decodes": {"times": 4.0, "floor": {"cpu": 64, "cuda": 512}[device]}}
     return "open" if step_ms is None else {"fixed": 1000 * float(step_ms)}
 
 

@@ -15,6 +15,13 @@ def to_device(host: Tensor, device: torch.device | str) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def put(host: Tensor, target: Tensor) -> None:
+    """Copies a CPU tensor into one of its shape, in the same way."""
+    if target.device.type != "cpu":
+        host = host.pin_memory()
+    target.copy_(host, non_blocking=True)
+
+
 def to_host(x: Tensor) -> Tensor:
     """A tensor's copy on the host, in page-locked memory from a GPU: its numbers are there once the device has come so far,
     which an event recorded after this call tells."""

@@ -106,7 +106,7 @@ def test_every_step_can_be_captured_of_padding_alone(monkeypatch: pytest.MonkeyP
         take()
     graphs.rehearse()
     assert {(size.tokens, size.end) for size in graphs._graphs} == {
-        (n, end) for n in (64, 128, 256, 512) for end in (128, 512)
+        (n, end) for n in extends_of(512, 512) for end in (128, 512)
     }
     for tokens, rows in {(s.tokens, s.rows) for s in graphs._graphs}:
         assert (

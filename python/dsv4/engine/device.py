@@ -261,14 +261,13 @@ class LocalDevice:
     def _change_pages(self, plan: StepPlan) -> None:
         if not plan.deltas:
             return
-        slab, block, page = torch.from_numpy(plan.page_deltas).long().unbind(1)
-        for s, b, p in plan.page_deltas.tolist():
-            self.page_table[s, b] = p
+        slab, block, page = plan.page_deltas.T
+        table = self.page_table.numpy()
+        table[slab, block] = page  # where a place changes twice, numpy leaves the last
         if self.device_pages is not None:
-            # from the host's table, as a place may change twice
-            where = torch.stack((slab, block, self.page_table[slab, block].long()))
-            slab, block, page = to_device(where, self.device)
-            self.device_pages[slab, block] = page.int()
+            where = torch.from_numpy(np.stack((slab, block, table[slab, block])))
+            slabs, blocks, pages = to_device(where, self.device)
+            self.device_pages[slabs, blocks] = pages
 
     def _forward(self, plan: StepPlan) -> tuple[Tensor, np.ndarray, bool]:
         """Streams of the tokens with logits, for each row that has any the index of its last one, and whether a graph gave them."""
@@ -278,7 +277,9 @@ class LocalDevice:
             hidden = self.graphs.hidden(plan.token_ids, plan.positions, plan.row_slab)
             return hidden, np.arange(plan.rows), True
         batch, last = self._batch(plan)
-        if self.extends is not None and self.extends.takes(plan):
+        if self.extends is not None and self.graphs is not None and self.extends.takes(plan):
+            rows = np.flatnonzero(plan.row_samples)
+            self.graphs.mark((plan.row_start + plan.row_len - 1)[rows], plan.row_slab[rows])
             return self.extends.hidden(batch), last, True
         return self.model.hidden(batch), last, False
 
@@ -349,7 +350,6 @@ class LocalDevice:
         if masks is not None and len(masks.places):
             self.sampler.constrain(slabs[masks.places], masks.bits)
         if picked is None and self.graphs is not None:
-            self.graphs.mark(positions, slabs)
             return Drawn(self.graphs.draw(len(slabs), self.sampler.kind(slabs)))
         drawn = self.sampler.draw(self._logits(hidden, picked), slabs, positions)
         self._newest[: len(slabs)] = drawn.tokens.clamp(min=0)

@@ -21,7 +21,7 @@ from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
 from dsv4.model.step import Columns, columns_of, padded
 from dsv4.plan.graphs import at_start, extend_contexts_of, extend_rows_of, extends_of
-from dsv4.transfer import to_device
+from dsv4.transfer import put
 
 LOGITS = "logits"
 """The column of the tokens whose streams are wanted."""
@@ -69,7 +69,7 @@ class ExtendGraphs:
             end=next(n for n in self.contexts if n >= max(row.start + row.length for row in batch.rows)),
         )
         graph = self._graph(size)
-        graph.columns.copy_(to_device(self._columns(batch, size).packed(), graph.columns.device))
+        put(self._columns(batch, size).packed(), graph.columns)
         graph.replay()
         return self.decode.output[: len(batch.logit_index)]
 

@@ -31,7 +31,7 @@ from dsv4.engine.buffers import StepPlan
 from dsv4.engine.sampler import KINDS, Kind, Sampler
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import at_start, contexts_of, sizes_of
-from dsv4.transfer import to_device
+from dsv4.transfer import put
 
 log = logging.getLogger("dsv4.engine")
 
@@ -115,7 +115,7 @@ class DecodeGraphs:
         return self.output[:rows]
 
     def mark(self, positions: np.ndarray, slabs: np.ndarray) -> None:
-        """Whose streams [R] another graph has put into `output`: the position and slab of each, for `draw`."""
+        """Whose streams [R] another graph is about to put into `output`: the position and slab of each, for `draw`."""
         self._put(np.zeros(len(slabs), np.int64), positions, slabs)
 
     def draw(self, rows: int, kind: Kind) -> Tensor:
@@ -189,4 +189,4 @@ class DecodeGraphs:
         values[2] = self.sink
         for row, column in zip(values, columns, strict=False):
             row[: len(column)] = column
-        self._input.copy_(to_device(torch.from_numpy(values), self._input.device))
+        put(torch.from_numpy(values), self._input)

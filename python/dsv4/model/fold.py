@@ -183,7 +183,9 @@ def _tables(
     offset = length.cumsum(0) - length
     slabs = torch.tensor([row.slab for row in rows], dtype=torch.int64)
     replayed = torch.tensor([row.replay_end for row in rows], dtype=torch.int64)
-    found = blocks_of(start, length, offset, slabs, replayed, batch.page_table, geometry.block_tokens, ratio)
+    columns = (x.numpy() for x in (start, length, offset, slabs, replayed, batch.page_table))
+    blocks = blocks_of(*columns, geometry.block_tokens, ratio)
+    found = {name: torch.from_numpy(column) for name, column in blocks.items()}
     row = torch.repeat_interleave(torch.arange(len(runs)), length)
     position = torch.arange(len(row)) - offset[row] + start[row]
     run = row[found["first"]]

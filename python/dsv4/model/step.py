@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsv4.model.batch import Batch, Row
-from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable, runs, spread
+from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable
 from dsv4.transfer import to_device
 
 
@@ -63,8 +64,8 @@ class Columns:
         return self.within(to_device(self.packed(), device))
 
     def packed(self) -> Tensor:
-        """All columns, one after the other: int64."""
-        return torch.cat(list(self.of.values()))
+        """All columns, which lie on the CPU, one after the other: int64."""
+        return torch.from_numpy(np.concatenate([column.numpy() for column in self.of.values()]))
 
     def within(self, columns: Tensor) -> Columns:
         """The same with the columns that `packed` gave."""
@@ -82,8 +83,7 @@ def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | No
     """Columns (on the CPU, as all tensors of `batch` are) for the tokens of `batch` that take part in `layer`; None when there
     are none."""
     rows: list[Row] = []
-    floors: list[int] = []
-    taken: list[Tensor] = []
+    table: list[tuple[int, ...]] = []
     offset = 0
     for row in batch.rows:
         floor = row.floor(geometry.reached[layer])
@@ -91,38 +91,38 @@ def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | No
         length = row.length - skipped
         if length <= 0:
             continue
-        taken.append(torch.arange(row.offset + skipped, row.offset + row.length))
-        rows.append(
-            Row(row.slab, row.start + skipped, length, offset, row.reset, row.replay_end, row.replay_start)
-        )
-        floors.append(floor)
+        start = row.start + skipped
+        rows.append(Row(row.slab, start, length, offset, row.reset, row.replay_end, row.replay_start))
+        table.append((row.slab, start, length, offset, floor, row.replay_end, row.offset + skipped))
         offset += length
     if not rows:
         return None
-    token = torch.cat(taken)
-    table = [(x.slab, x.start, x.length, x.offset, f) for x, f in zip(rows, floors, strict=True)]
-    slabs, start, length, first, floor = torch.tensor(table).unbind(1)
+    # With numpy, as there are many small columns and torch takes some microseconds for each step of each.
+    slabs, starts, lengths, first, floors, replayed, taken = np.array(table, np.int64).T
+    token = np.arange(offset) + np.repeat(taken - first, lengths)
     of = {
         "token": token,
-        "ids": batch.token_ids[token],
-        "row": spread(length),
-        "position": batch.positions[token],
+        "ids": batch.token_ids.numpy()[token],
+        "row": np.repeat(np.arange(len(rows)), lengths),
+        "position": batch.positions.numpy()[token],
         "slabs": slabs,
-        "start": start,
-        "length": length,
+        "start": starts,
+        "length": lengths,
         "offset": first,
-        "floor": floor,
+        "floor": floors,
     }
-    direct = int(length.max()) + geometry.window - 1 <= geometry.ring
+    direct = int(lengths.max()) + geometry.window - 1 <= geometry.ring
     if not direct:  # the ring holds no more of a row
-        of["kept"] = torch.cat(
-            [torch.arange(max(0, r.length - geometry.ring), r.length) + r.offset for r in rows]
+        kept = np.minimum(lengths, geometry.ring)
+        of["kept"] = np.concatenate(
+            [np.arange(end - n, end) for end, n in zip((first + lengths).tolist(), kept.tolist(), strict=True)]
         )
-    replayed = torch.tensor([r.replay_end for r in rows])
+    pages = batch.page_table.numpy()
     for m in geometry.ratios:
-        blocks = blocks_of(start, length, first, slabs, replayed, batch.page_table, geometry.block_tokens, m)
+        blocks = blocks_of(starts, lengths, first, slabs, replayed, pages, geometry.block_tokens, m)
         of |= {f"{m} {name}": column for name, column in blocks.items()}
-    return Columns(tuple(rows), max(x.start + x.length for x in rows), direct, of)
+    columns = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in of.items()}
+    return Columns(tuple(rows), int((starts + lengths).max()), direct, columns)
 
 
 def padded(columns: Columns, rows: int, sink: int, end: int, geometry: Geometry) -> Columns:
@@ -148,7 +148,9 @@ def padded(columns: Columns, rows: int, sink: int, end: int, geometry: Geometry)
 
 
 def _filled(column: Tensor, size: int, value: int) -> Tensor:
-    return torch.cat((column, column.new_full((size - len(column),), value)))
+    filled = np.full(size, value, np.int64)
+    filled[: len(column)] = column.numpy()
+    return torch.from_numpy(filled)
 
 
 def step_of(columns: Columns, pages: Tensor, geometry: Geometry) -> Step:
@@ -256,32 +258,32 @@ def _entries(t: TokenTable, pages: Tensor, end: int, geometry: Geometry) -> dict
 
 
 def blocks_of(
-    start: Tensor,
-    length: Tensor,
-    offset: Tensor,
-    slabs: Tensor,
-    replayed: Tensor,
-    pages: Tensor,
+    start: np.ndarray,
+    length: np.ndarray,
+    offset: np.ndarray,
+    slabs: np.ndarray,
+    replayed: np.ndarray,
+    pages: np.ndarray,
     block_tokens: int,
     ratio: int,
-) -> dict[str, Tensor]:
-    """Columns of a BlockTable, of batch rows [R] each."""
-    end = start + length
+) -> dict[str, np.ndarray]:
+    """Columns int64 of a BlockTable, of batch rows int64 [R] each and the page table int32 [slabs, blocks]."""
+    end, per_page = start + length, block_tokens // ratio
     counts = (end - 1) // ratio - start // ratio + 1
-    row, nth = runs(counts)
-    block = start[row] // ratio + nth
-    low = torch.maximum(block * ratio, start[row])
-    high = torch.minimum((block + 1) * ratio, end[row])
-    ends = counts.cumsum(0) - 1
+    ends = counts.cumsum() - 1
+    row = np.repeat(np.arange(len(counts)), counts)
+    block = np.arange(len(row)) + (start // ratio - (ends - counts + 1))[row]
+    low = np.maximum(block * ratio, start[row])
+    high = np.minimum((block + 1) * ratio, end[row])
     complete = high == (block + 1) * ratio
-    target = _entry_row(pages, slabs[row], block, block_tokens // ratio)
+    target = pages[slabs[row], block // per_page].astype(np.int64) * per_page + block % per_page
     return {
         "first": offset[row] + low - start[row],
         "count": high - low,
         "opens": ends - counts + 1,
         "ends": ends,
-        "closed": complete[ends].long(),
-        "target": torch.where(complete & (high > replayed[row]), target, -1),
+        "closed": complete[ends].astype(np.int64),
+        "target": np.where(complete & (high > replayed[row]), target, -1),
         "position": block * ratio,
     }
 

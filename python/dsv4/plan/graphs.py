@@ -11,7 +11,7 @@ SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 SHORTEST = 2048
 """Tokens of the shortest context. What is longer is captured by powers of two."""
 
-EXTENDS = (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+EXTENDS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 """Tokens of captured steps with prompts. In longer ones the GPU works longer than the host takes to launch them."""
 
 EXTEND_ROWS = (33, 257)

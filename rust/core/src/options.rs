@@ -42,6 +42,9 @@ pub struct Options {
     pub step_cost: StepCost,
     /// Time that a step with running decodes may take.
     pub step_budget: StepBudget,
+    /// Sizes in tokens, ascending, to which a device pads steps with prompts, up to the last one: where a piece of a prompt is cut, it is
+    /// cut so that the step has one of them. None: steps are as long as they are.
+    pub step_sizes: Vec<u32>,
     /// A request that is older than this goes ahead of all, whatever its class.
     pub max_wait_us: u64,
     /// Tenants with a share or a quota of their own; others have weight 1 and no quota.
@@ -79,6 +82,7 @@ impl Default for Options {
             replay_tokens: None,
             step_cost: StepCost::default(),
             step_budget: StepBudget::Open,
+            step_sizes: Vec::new(),
             max_wait_us: 30_000_000,
             tenants: Vec::new(),
         }
@@ -103,6 +107,13 @@ impl Options {
         self.cost.validate()?;
         self.step_cost.validate()?;
         self.step_budget.validate()?;
+        if let Some(pair) = self.step_sizes.windows(2).find(|pair| pair[0] >= pair[1]) {
+            return Err(CoreError::config(
+                "step_sizes",
+                format!("{pair:?}"),
+                "each must be larger than the one before",
+            ));
+        }
         for (i, tenant) in self.tenants.iter().enumerate() {
             let known = format!("tenants[{i}].weight");
             if !(tenant.weight.is_finite() && tenant.weight > 0.0) {

@@ -62,6 +62,7 @@ impl World {
             snapshot_budget: rng.pick(&[0.0, 0.1, 0.5, 1.0]),
             eviction: rng.pick(&Eviction::ALL),
             step_budget: rng.pick(&budgets),
+            step_sizes: rng.pick(&[&[][..], &[2, 4, 7, 16]]).to_vec(),
             step_cost: StepCost { base_us: 10.0, decode_us: 5.0, copy_us: rng.pick(&[0.0, 20.0]) },
             max_wait_us: rng.pick(&[0, 500, 5000, 1 << 40]),
             tenants: vec![

@@ -52,6 +52,22 @@ impl Planner<'_, '_> {
         self.core.pace.tokens_within(self.left_us, from, replay).max(self.floor)
     }
 
+    /// So many of `tokens` tokens of a prompt that the step has one of the sizes of steps, where that leaves enough of them. The step is
+    /// full then: with another piece it would be padded to the next size.
+    fn sized(&mut self, tokens: u32) -> u32 {
+        let planned = self.plan.header().tokens;
+        let sizes = &self.core.options.step_sizes;
+        let fits = sizes.last().is_some_and(|&most| planned + tokens <= most);
+        let size = sizes.iter().rev().find(|&&size| size <= planned + tokens);
+        match size {
+            Some(&size) if fits && size >= planned + LEAST_CHUNK.min(tokens) => {
+                (self.left_us, self.floor) = (0.0, 0);
+                size - planned
+            }
+            _ => tokens,
+        }
+    }
+
     /// The next piece of a prompt: to the end of the replay, the next due boundary, the end, or as far as there is room and
     /// time.
     fn prefill_row(&mut self, slot: Slot) -> Result<(), CoreError> {
@@ -61,7 +77,8 @@ impl Planner<'_, '_> {
         let (start, len) = (run.planned, request.known());
         let replaying = start < run.replay_end;
         let stop = if replaying { run.replay_end } else { run.due.next(start).unwrap_or(len).min(len) };
-        let stop = stop.min(run.hold).min(start + self.plan.room());
+        let wanted = stop.min(run.hold);
+        let stop = wanted.min(start + self.plan.room());
         let begins = !matches!(run.start, Start::Running);
         let mut time = self.time_for(start, replaying);
         if self.pieces == 0 || begins {
@@ -70,9 +87,12 @@ impl Planner<'_, '_> {
         if stop <= start || time < LEAST_CHUNK.min(stop - start) {
             return Ok(());
         }
+        let mut end = stop.min(start.saturating_add(time));
+        if end < wanted && !replaying {
+            end = start + self.sized(end - start);
+        }
         let request = self.core.requests.get_mut(slot);
         let (id, tenant) = (request.id, request.place.tenant);
-        let end = stop.min(start.saturating_add(time));
         let samples = u32::from(end == len && len - request.prompt < request.max_new);
         let all_logits = request.all_logits && start < request.prompt;
         let Some(run) = request.stage.run_mut() else { return Ok(()) };
