@@ -520,7 +520,9 @@ def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int, *,
         "max_in_flight": 2 if config.async_scheduling else 1,
         "max_wait_us": int(1e6 * config.max_wait),
         "step_budget": step_budget(config.step_ms, config.device),
-        "step_sizes": extends_of(config.max_num_batched_tokens or 0, max_len) if _why_eager(config) is None else (),
+        "step_sizes": extends_of(config.max_num_batched_tokens or 0, max_len)
+        if _why_eager(config) is None
+        else (),
         "tenants": Tenants(config.tenants).core(layout.page_bytes),
     }
     return Core(layout, core_options(config) | core_costs(config.cost_model) | options)

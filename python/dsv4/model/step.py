@@ -115,7 +115,10 @@ def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | No
     if not direct:  # the ring holds no more of a row
         kept = np.minimum(lengths, geometry.ring)
         of["kept"] = np.concatenate(
-            [np.arange(end - n, end) for end, n in zip((first + lengths).tolist(), kept.tolist(), strict=True)]
+            [
+                np.arange(end - n, end)
+                for end, n in zip((first + lengths).tolist(), kept.tolist(), strict=True)
+            ]
         )
     pages = batch.page_table.numpy()
     for m in geometry.ratios:
