@@ -10,11 +10,14 @@ from typing import Any
 import httpx
 import pytest
 from dsv4.api.metrics import ALIASES, CORE, OBSERVED, Metrics
+from dsv4.config import EngineConfig
+from dsv4.engine.async_engine import AsyncEngine
 from dsv4.text.tokenizer import Tokenizer
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.api.test_disconnect import request_bytes, wait_until
 from tests.support.fake_engine import FakeEngine
+from tests.support.scripted import scripted
 from tests.support.serving import RunningServer, running
 from tests.test_core_border import make_core
 
@@ -26,6 +29,7 @@ DASHBOARDS = [
     "vllm:num_requests_waiting",
     "vllm:kv_cache_usage_perc",
     "vllm:num_preemptions_total",
+    "vllm:iteration_tokens_total_bucket",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
     "vllm:prompt_tokens_total",
@@ -214,6 +218,29 @@ def test_what_is_counted_of_a_generation(tokenizer: Tokenizer) -> None:
     for name in ("queue", "prefill", "decode", "inference"):
         assert of(f"vllm:request_{name}_time_seconds_count") == 3
     assert of("vllm:e2e_request_latency_seconds_count") == 3
+
+
+def test_steps_are_counted_by_tokens_and_time() -> None:
+    """By a real core: a step has the prompt, further ones a token each; the device takes 3 ms for each."""
+    with scripted(step=0.003):
+        engine = AsyncEngine.from_config(EngineConfig(num_pages=64, block_size=128, max_num_seqs=2))
+        with running(engine, name="m") as server:
+            asked = {"prompt": list(range(40, 60)), "max_tokens": 6, "ignore_eos": True}
+            assert httpx.post(server.url + "/v1/completions", json=asked).status_code == 200
+            series, _ = scrape(server)
+    steps = value(series, "dsv4_core_steps_total", model_name="m")
+
+    def of(name: str, **labels: str) -> float:
+        return value(series, name, model_name="m", **labels)
+
+    assert of("vllm:iteration_tokens_total_sum") == 20 + 5
+    for name in ("vllm:iteration_tokens_total", "dsv4_step_duration_seconds"):
+        assert of(name + "_count") == of(name + "_bucket", le="+Inf") == steps >= 6
+    assert of("vllm:iteration_tokens_total_bucket", le="1.0") >= 5
+    assert of("vllm:iteration_tokens_total_bucket", le="32.0") == steps
+    assert of("dsv4_step_duration_seconds_bucket", le="0.002") == 0
+    assert of("dsv4_step_duration_seconds_bucket", le="0.005") == steps
+    assert of("dsv4_step_duration_seconds_sum") == pytest.approx(0.003 * steps)
 
 
 @pytest.mark.parametrize(

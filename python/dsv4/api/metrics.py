@@ -21,13 +21,15 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 import dsv4
 from dsv4 import _core
 from dsv4.api.request_log import OTHER
 from dsv4.config import EngineConfig
+from dsv4.engine.iterations import buckets
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -201,6 +203,12 @@ RANK = {
     ),
 }
 """By the end of a statistic `rank_N_...`: kind, name, help, and what a unit of it is."""
+
+STEPS = {
+    "step_tokens": ("vllm:iteration_tokens_total", "Tokens of a step, of prompts and decodes together", 1),
+    "step_us": ("dsv4_step_duration_seconds", "Time that the device took for a step", 1e-6),
+}
+"""Histograms that the engine counts: name, help, and what a unit of it is."""
 
 ALIASES = (
     ("vllm:num_requests_running", GAUGE, "Requests that run", "running"),
@@ -390,7 +398,7 @@ class _Engine(Collector):
     def collect(self) -> Iterable[Metric]:
         stats = self._stats()
         for name, value in stats.items():
-            if name not in ENGINE and not name.startswith("rank_"):
+            if name not in ENGINE and not name.startswith(("rank_", *(f"{what}_" for what in STEPS))):
                 family, help = _kind_of(name)
                 yield self._one(family, f"dsv4_core_{name}", help, value)
         for name, family, help, statistic in ALIASES:
@@ -402,6 +410,7 @@ class _Engine(Collector):
             _used(stats),
         )
         yield from self._sizes(stats)
+        yield from self._of_steps(stats)
         yield from self._of_ranks(stats)
         served = self._tenants()
         for name, (family, help) in TENANT.items():
@@ -423,6 +432,14 @@ class _Engine(Collector):
             own = self._labels if name.startswith("vllm:") else {}
             shown.add_sample(name, own | {k: str(v) for k, v in labels.items()}, 1)
             yield shown
+
+    def _of_steps(self, stats: Mapping[str, Any]) -> Iterable[Metric]:
+        for what, (name, help, unit) in STEPS.items():
+            found, total = buckets(what, stats)
+            series = HistogramMetricFamily(name, help, labels=tuple(self._labels))
+            bounds = [(floatToGoString(bound * unit), count) for bound, count in found]
+            series.add_metric(tuple(self._labels.values()), bounds, total * unit)
+            yield series
 
     def _of_ranks(self, stats: Mapping[str, Any]) -> Iterable[Metric]:
         """Where there are several ranks."""

@@ -20,6 +20,7 @@ import numpy as np
 from dsv4._core import Core
 from dsv4.engine import device_errors
 from dsv4.engine.buffers import StepPlan
+from dsv4.engine.iterations import Iterations
 from dsv4.engine.messages import End, News
 from dsv4.engine.request import FINISH_REASONS, EngineRequest
 from dsv4.engine.routing import PLAIN, Routing, Tenants, now_us
@@ -108,6 +109,7 @@ class EngineLoop:
         """Steps that failed since the last token, and why the last of them did."""
         self.last_failure = ""
         self.busy_us = 0.0
+        self.iterations = Iterations()
         """Time that the device computed."""
         self.requests: dict[int, EngineRequest] = {}
         self._looking_back: dict[int, list[int]] = {}
@@ -253,6 +255,7 @@ class EngineLoop:
             return None
         self.core.observe(result.step, result.us)
         self.busy_us += result.us
+        self.iterations.add(flight.plan.tokens, result.us)
         if self._record is not None:
             self._record(flight.plan, result.us)
         self._commit(result)

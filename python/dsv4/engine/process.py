@@ -228,6 +228,7 @@ class Host:
             "page_bytes": layout.page_bytes,
             "slab_bytes": layout.slab_bytes,
         }
+        stats |= self.loop.iterations.stats()
         if self.loop.group is not None:
             stats |= self.loop.group.counts()
         return Counts(stats, core.tenants() if tenants else None)
