@@ -21,7 +21,8 @@ REGISTRY = Registry(
 """In the order in which `auto` takes them."""
 
 
-def choose(backend: str = "auto", device: str = "cpu", **pretend: Any) -> Ops:
-    """The ops of `device` ("cpu", "cuda"), by the named backends first. `pretend`: fields of another `Machine`. Raises ConfigError."""
+def choose(backend: str = "auto", device: str = "cpu", *, deterministic: bool = False, **pretend: Any) -> Ops:
+    """The ops of `device` ("cpu", "cuda"), by the named backends first. `deterministic`: those alone that give a token the same bits in
+    any batch. `pretend`: fields of another `Machine`. Raises ConfigError."""
     machine = Machine(device, **pretend) if pretend else Machine.here(device)
-    return Ops.choose(backend, machine, REGISTRY)
+    return Ops.choose(backend, machine, REGISTRY, deterministic=deterministic)

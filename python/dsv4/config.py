@@ -122,6 +122,12 @@ class EngineConfig:
         None,
         "settings for a kind of traffic, by name or as a TOML file (dsv4 profiles lists them); every other place comes before it",
     )
+    deterministic: bool = setting(
+        False,
+        "a request's tokens and log-probabilities are the same to the bit whatever runs beside it, however its prompt is cut, cached or "
+        "resumed; on a GPU by kernels that add in an order of their own, which costs some speed (on a CPU it is always so)",
+        aliases=("enable-deterministic-inference",),
+    )
     max_model_len: int | None = setting(
         None,
         "longest prompt plus output in tokens (default: the model's, cut to the pool)",

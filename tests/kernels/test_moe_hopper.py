@@ -20,6 +20,7 @@ from dsv4.kernels.gluon import fits, moe
 from dsv4.kernels.gluon.forms import MANY
 from dsv4.kernels.triton import moe as portable
 from dsv4.kernels.triton import moe_pack
+from dsv4.kernels.triton.fits import narrow_scales
 from dsv4.kernels.triton.moe_plan import plan_many
 
 ORDER = [half * 32 + 4 * unit + byte for unit in range(8) for half in range(2) for byte in range(4)]
@@ -103,12 +104,12 @@ def test_few_tokens_wide_scales_and_odd_widths_go_to_triton() -> None:
     packed, _ = make(4, 128, 64)
     least, ids = MANY * 4 // 2, lambda tokens: torch.zeros((tokens, 2), dtype=torch.int64)
     x = torch.empty(least, 128)
-    assert fits.narrow_scales(packed) and fits.many_slots(x, ids(least), None, packed)
+    assert narrow_scales(packed) and fits.many_slots(x, ids(least), None, packed)
     assert not fits.many_slots(x, ids(least - 1), None, packed)
     assert not fits.many_slots(torch.empty(least, 160), ids(least), None, packed)
     names = portable.PackedExperts.__dataclass_fields__
     wide = portable.PackedExperts(**{n: getattr(packed, n) for n in names} | {"absorb": False})
-    assert not fits.narrow_scales(wide)
+    assert not narrow_scales(wide)
 
 
 def _look_up(

@@ -200,16 +200,16 @@ def test_every_op_has_a_form_for_every_call_everywhere() -> None:
         for names in ("auto", *REGISTRY.backends(), "triton,gluon"):
             for op in SPECS:
                 last = REGISTRY.chain(op, names, machine)[-1]
-                assert last.fits is None and last.takes is None and not last.untried
+                assert not last.conditional and not last.untried
 
 
 def test_every_form_names_a_function_and_conditions() -> None:
     pytest.importorskip("triton")
     for form in REGISTRY.forms():
         assert callable(form.load())
-        for condition in (form.takes, form.fits):
+        for condition in (form.takes, form.suits, form.fits):
             assert condition is None or callable(named(condition))
-        assert form.when or (form.takes is None and form.fits is None), f"{form} does not say when"
+        assert form.when or not form.conditional, f"{form} does not say when"
 
 
 def test_a_form_that_was_never_run_is_taken_by_name_only() -> None:

@@ -134,6 +134,14 @@ class BuiltEngine:
             f"columns and of the vocabulary; a rank is given up after {self.config.rank_timeout:g} s"
         )
 
+    def _bits(self) -> str:
+        """What `--deterministic` means here."""
+        if self.config.deterministic:
+            return "deterministic: a token's do not depend on what runs beside it, nor on how its prompt was cut, cached or resumed"
+        if self.config.device == "cpu":
+            return "the reference's, which do not depend on what runs beside a token"
+        return "may change with what runs beside a token (--deterministic)"
+
     def _step_time(self) -> str:
         """What `--step-ms` means here."""
         ms, budget = self.config.step_ms, step_budget(self.config.step_ms, self.config.device)
@@ -155,6 +163,7 @@ class BuiltEngine:
             f"device     {c.device}",
             f"ranks      {self._ranks()}",
             *(f"{'ops' if i == 0 else '':<10} {line}" for i, line in enumerate(self.ops.describe())),
+            f"bits       {self._bits()}",
             f"weights    {size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             *(f"           {note}" for note in m.notes),
             f"pool       {size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {size(layout.page_bytes)} each; "
@@ -190,11 +199,16 @@ def build_engine(
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
     config = _resolve(config, model_config, device, dtype)
-    ops = choose(config.backend, device)
+    ops = choose(config.backend, device, deterministic=config.deterministic)
     free = usable_memory(config)
     packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
     sizing = Sizing(config, found, dtype, packed)
     ranks, why = _ranks(sizing, free)
+    if config.deterministic and ranks > 1:
+        raise ConfigError(
+            f"deterministic is on and there are {ranks} ranks ({why}); several add the parts of a decoded token's attention, but not of a "
+            "prompt's, so use tensor_parallel_size 1 or leave deterministic out"
+        )
     config = dataclasses.replace(
         config,
         tensor_parallel_size=ranks,
@@ -429,7 +443,7 @@ def following_device(
     layout = model_config.layout(
         config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size, ranks=rank.ranks
     )
-    ops = choose(config.backend, config.device)
+    ops = choose(config.backend, config.device, deterministic=config.deterministic)
     model, cache = model_of(config, layout, model_config, weights, ops, pages, rank)
     return FollowingDevice(rank, model, cache, **_limits(config, layout, max_len, config.max_num_seqs))
 

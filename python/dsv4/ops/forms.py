@@ -6,9 +6,9 @@ A *form* is one way to run an op: a kernel, a few of them, or a library. Which o
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -79,10 +79,19 @@ class Form:
     """What this machine's software lacks for it; "" where that is nothing."""
     takes: str | None = None
     """"module:function" that says whether it multiplies with a prepared weight; None: with any. Asked of the op's argument of matrices."""
+    suits: str | None = None
+    """The same for what is alike in all calls of a model: widths, dtypes, formats of rows."""
     fits: str | None = None
     """The same for a call with these arguments."""
     when: str = ""
-    """`takes` and `fits` in words, with the thresholds."""
+    """`takes`, `suits` and `fits` in words, with the thresholds."""
+    family: str = ""
+    """Forms of a family give a token the same bits, whichever of them runs, whatever is computed beside the token and however much; "": it
+    is of none. A form for any device is of its family on the CPU alone."""
+    deterministic: bool = False
+    """Taken with `--deterministic` alone."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments by name that the function takes beside the op's."""
     packed: bool = False
     """Multiplies FP8 and FP4 weights as they are stored."""
     capturable: bool = True
@@ -97,9 +106,24 @@ class Form:
             return True
         return machine.device == "cuda" and self.arch[0] <= machine.major <= self.arch[1] and not self.lacks()
 
+    def family_on(self, machine: Machine) -> str:
+        """Its family there."""
+        return self.family if self.arch is not None or machine.device == "cpu" else ""
+
+    @property
+    def conditional(self) -> bool:
+        """Whether there are calls that it does not take."""
+        return any(c is not None for c in (self.takes, self.suits, self.fits))
+
     def load(self) -> Callable[..., Any]:
-        """The function."""
-        return at(self.path)
+        """The function, with its `options`."""
+        function = at(self.path)
+        if not self.options:
+            return function
+        run = partial(function, **self.options)
+        if hasattr(function, "prepare"):
+            run.prepare = function.prepare  # type: ignore[attr-defined]
+        return run
 
     def multiplies(self, weight: Any) -> bool:
         """Whether it takes this prepared weight."""

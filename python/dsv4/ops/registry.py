@@ -60,10 +60,18 @@ class Registry:
         """Whether the backend has a form of the op for this machine."""
         return any(f.backend == backend and f.runs(machine) for f in self._forms[op])
 
-    def chain(self, op: str, backend: str, machine: Machine) -> tuple[Form, ...]:
+    def chain(
+        self, op: str, backend: str, machine: Machine, *, deterministic: bool = False
+    ) -> tuple[Form, ...]:
         """The forms that may run calls of this op, the first that fits a call runs it: those of the named backends
-        ("gluon,triton") in that order, then what `auto` takes, which is what was tried. It ends with one that takes any call."""
-        return self._cut([f for f in self._ordered(op, backend.split(",")) if f.runs(machine)], backend)
+        ("gluon,triton") in that order, then what `auto` takes, which is what was tried. It ends with one that takes any call.
+
+        `deterministic`: forms of one family for the same weights and shapes. They may all have conditions then. Raises ConfigError
+        where there are none."""
+        forms = [f for f in self._ordered(op, backend.split(",")) if f.runs(machine)]
+        if deterministic:
+            return _families(op, forms, machine)
+        return self._cut([f for f in forms if not f.deterministic], backend)
 
     def _ordered(self, op: str, names: list[str]) -> list[Form]:
         ranked = sorted(
@@ -74,7 +82,7 @@ class Registry:
     @staticmethod
     def _cut(forms: list[Form], backend: str) -> tuple[Form, ...]:
         for i, form in enumerate(forms):
-            if form.fits is None and form.takes is None:
+            if not form.conditional:
                 return tuple(forms[: i + 1])
         raise ConfigError(f"backend {backend!r} leaves an op without a form for every call")
 
@@ -82,25 +90,58 @@ class Registry:
         """One op by one backend, and by others what it does not fit. On a machine for which the backend has no form of it (a test's
         interpreter) all of them are taken."""
         machine = machine or Machine.here("cuda")
-        mine = [f for f in self._forms[op] if f.backend == backend]
+        mine = [f for f in self._forms[op] if f.backend == backend and not f.deterministic]
         mine = [f for f in mine if f.runs(machine)] or mine
         rest = [f for f in self.chain(op, "auto", machine) if f.backend != backend]
         return dispatcher(op, self._cut([*mine, *rest], backend))
+
+
+def _families(op: str, forms: list[Form], machine: Machine) -> tuple[Form, ...]:
+    """Those of them that are of a family, family by family. The first family that takes a weight of such a shape takes all of its
+    calls, so a family of which some calls would reach the next is left out."""
+    found: list[Form] = []
+    for name in dict.fromkeys(f.family_on(machine) for f in forms):
+        family = [f for f in forms if f.family_on(machine) == name]
+        if name and all(_followed(family[i:]) for i in range(len(family))):
+            found += family
+    for i, form in enumerate(found):
+        if not form.conditional:
+            return tuple(found[: i + 1])
+    if not found:
+        raise ConfigError(
+            f"deterministic is on; op {op!r} has no form on {machine} that gives the same bits in any batch"
+        )
+    return tuple(found)
+
+
+def _followed(forms: list[Form]) -> bool:
+    """Whether what the first of them leaves of the calls of a model goes to another one."""
+    first, *rest = forms
+    return first.fits is None or any(
+        f.fits is None and f.takes in (None, first.takes) and f.suits in (None, first.suits) for f in rest
+    )
 
 
 def dispatcher(op: str, forms: tuple[Form, ...]) -> Op:
     """What runs a call by the first of `forms` that fits it. A single form is its own function."""
     runs = [form.load() for form in forms]
     prepare = next((run.prepare for run in runs if hasattr(run, "prepare")), None)
-    if len(forms) == 1:
+    if len(forms) == 1 and not forms[0].conditional:
         return runs[0]
     at = WEIGHT_AT.get(op)
     names = [a.name for a in SPECS[op].args]
     some = [
-        (form.takes and condition(form.takes), form.fits and condition(form.fits), run)
-        for form, run in zip(forms[:-1], runs, strict=False)
+        (form.takes and condition(form.takes), [condition(c) for c in (form.suits, form.fits) if c], run)
+        for form, run in zip(forms, runs, strict=True)
     ]
-    last = runs[-1]
+
+    def last(*args: Any, **options: Any) -> Any:
+        raise ConfigError(
+            f"deterministic is on; op {op!r} has no form for these weights and shapes that gives the same bits in any batch"
+        )
+
+    if not forms[-1].conditional:
+        last = some.pop()[-1]
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if kwargs:  # by name, as tests do; what the op has no argument for is an option of one form
@@ -109,13 +150,13 @@ def dispatcher(op: str, forms: tuple[Form, ...]) -> Op:
             args = (*args, *(kwargs.pop(name, None) for name in rest[: last_given + 1]))
             return chosen(*args, **kwargs)(*args, **kwargs)
         for takes, fits, form in some:
-            if (takes is None or takes(args[at])) and (fits is None or fits(*args)):
+            if (takes is None or takes(args[at])) and all(fit(*args) for fit in fits):
                 return form(*args)
         return last(*args)
 
     def chosen(*args: Any, **options: Any) -> Op:
         for takes, fits, form in some:
-            if (takes is None or takes(args[at])) and (fits is None or fits(*args, **options)):
+            if (takes is None or takes(args[at])) and all(fit(*args, **options) for fit in fits):
                 return form
         return last
 
@@ -136,9 +177,11 @@ class Ops:
         raise AttributeError(f"op {name!r} is unknown; known: {', '.join(SPECS)}{nearest(name, SPECS)}")
 
     @classmethod
-    def choose(cls, backend: str, machine: Machine, registry: Registry) -> Ops:
-        """`backend` holds names in order of preference, with commas between them. Raises ConfigError for a name that is
-        unknown or has no form for this machine."""
+    def choose(
+        cls, backend: str, machine: Machine, registry: Registry, *, deterministic: bool = False
+    ) -> Ops:
+        """`backend` holds names in order of preference, with commas between them; `deterministic` as in `Registry.chain`. Raises
+        ConfigError for a name that is unknown or has no form for this machine."""
         known, here = ("auto", *registry.backends()), ("auto", *registry.usable(machine))
         for name in backend.split(","):
             if name not in known:
@@ -148,12 +191,18 @@ class Ops:
                     f"backend is {name!r}; it runs nothing on {machine.device} of this machine, where there are: "
                     f"{', '.join(here)}"
                 )
-        return cls({op: registry.chain(op, backend, machine) for op in SPECS}, machine)
+        chains = {op: registry.chain(op, backend, machine, deterministic=deterministic) for op in SPECS}
+        return cls(chains, machine)
 
     def prepare(self, op: str, weight: Any) -> Any:
-        """A `Weight` or `Gated` as the forms of `op` want it (see weight.py)."""
+        """A `Weight` or `Gated` as the forms of `op` want it (see weight.py). Raises ConfigError where none of them takes it, as with
+        `deterministic` it may be."""
         hook = getattr(getattr(self, op), "prepare", None)
-        return weight if hook is None else hook(weight)
+        value = weight if hook is None else hook(weight)
+        if not self.reached(op, value):
+            forms = ", ".join(map(str, self.chains[op]))
+            raise ConfigError(f"deterministic is on; op {op!r} has forms for other weights only: {forms}")
+        return value
 
     def reached(self, op: str, weight: Any = None) -> list[Form]:
         """The forms that calls can reach, with this prepared weight where one is given."""
@@ -161,7 +210,7 @@ class Ops:
         for form in self.chains[op]:
             if weight is None or form.multiplies(weight):
                 found.append(form)
-                if weight is not None and form.fits is None:
+                if weight is not None and form.suits is form.fits is None:
                     break
         return found
 

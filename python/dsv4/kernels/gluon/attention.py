@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.gluon import blackwell_attention, hopper_attention, hopper_stream
-from dsv4.kernels.gluon.forms import MOST_BLOCKS
+from dsv4.kernels.gluon.forms import BLOCK, MOST_BLOCKS
 from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
@@ -110,9 +110,13 @@ def _run(
     selected: Tensor | None,
     out: Tensor | None,
     splits: int | None,
-    times: Tensor | None,
+    times: Tensor | None = None,
+    *,
+    each: int = 0,
+    long: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launches a kernel: into `out` where one split does, else (or where there is no `out`) into what `portable.scratch` gives."""
+    """Launches a kernel: into `out` where one split does, else (or where there is no `out`) into what `portable.scratch` gives. `each`,
+    `long`: as in the plain kernel."""
     total, heads, _ = q.shape
     if history is None or entries is None or entries.most == 0:
         history, entries, selected = None, None, None
@@ -122,7 +126,8 @@ def _run(
         splits = 1
     elif splits is None:
         splits = portable.choose_splits(ctas, key_blocks, multiprocessors())
-    splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
+    if not each:
+        splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
     partial, lse = portable.scratch(q, splits, always=out is None)
     cos, sin = turn or (lse, lse)
     rows = history or window
@@ -163,9 +168,35 @@ def _run(
         lines = 0 if times is None else times.shape[1]
         hopper_stream.attend[(min(ctas, multiprocessors()),)](*args, ctas, times, lines, **values)
     else:
-        blocks = next_pow2(cdiv(key_blocks, splits))
-        kernel.attend[(ctas * splits,)](*args, times, SPLIT=out is None or splits > 1, NBP=blocks, **values)
+        blocks = next_pow2(each or cdiv(key_blocks, splits))
+        cut = dict(EACH=each, LONG=long) if each else {}
+        kernel.attend[(ctas * splits,)](
+            *args, times, SPLIT=out is None or splits > 1, NBP=blocks, **values, **cut
+        )
     return partial, lse
+
+
+def fixed_sparse_attention(
+    q: Tensor,
+    sink: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None = None,
+    entries: EntryTable | None = None,
+    selected: Tensor | None = None,
+) -> Tensor:
+    """The op on Hopper, cut as `portable.by_length` says; without splits to the bits of `stream`. Selected entries and window are at most
+    MOST_BLOCKS blocks."""
+    keys = window_ids.shape[1] + (0 if selected is None else selected.shape[1])
+    if keys > MOST_BLOCKS * BLOCK:
+        raise ValueError(f"attention to {keys} rows as one part; it takes {MOST_BLOCKS * BLOCK}")
+    return portable.by_length(
+        partial(_run, hopper_attention), q, sink, scale, cos, sin, tokens, window, window_ids, history, entries, selected, BLOCK,
+    )  # fmt: skip
 
 
 sparse_attention = partial(_attend, hopper_attention)

@@ -43,8 +43,12 @@ def my_blocks(
     H: gl.constexpr,
     W: gl.constexpr,
     MODE: gl.constexpr,
+    SPLIT: gl.constexpr = False,
+    EACH: gl.constexpr = 0,
+    LONG: gl.constexpr = False,
 ):
-    """A CTA's share: (split, token, first head, entries of the token, its pages, (first block, end))."""
+    """A CTA's share: (split, token, first head, entries of the token, its pages, (first block, end)). EACH, LONG: as in the plain
+    kernel."""
     NHB: gl.constexpr = (H + BH - 1) // BH
     pid = gl.program_id(0)
     sp = (pid // NHB) % splits
@@ -58,6 +62,13 @@ def my_blocks(
     nblk = W // BN + (count + BN - 1) // BN
     b0 = sp * nblk // splits
     b1 = (sp + 1) * nblk // splits
+    if EACH > 0:
+        if LONG:
+            nblk = gl.where(nblk > EACH, nblk, 0)
+        elif not SPLIT:
+            nblk = gl.where(nblk > EACH, 0, nblk)
+        b0 = gl.minimum(sp * EACH, nblk)
+        b1 = gl.minimum(b0 + EACH, nblk)
     table = pages
     if MODE > 0:
         table = pages + gl.load(slabs + qi).to(gl.int64) * pages_stride

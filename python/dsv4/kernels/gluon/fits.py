@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dsv4.kernels.device import multiprocessors
 from dsv4.kernels.gluon.forms import BLOCK, BUSY, HEADS, MANY, MOST_BLOCKS
-from dsv4.kernels.triton.fits import fp4_experts
 
 
 def v4_attention(
@@ -63,14 +62,13 @@ def busy_attention(
 
 
 def v4_keys(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int) -> bool:  # fmt: skip
-    """More entries than are selected: MXFP4 keys of 128 channels in pages of a multiple of 64 rows, for 33 to 64 heads."""
+    """MXFP4 keys of 128 channels in pages of a multiple of 64 rows, for 33 to 64 heads."""
     stored = keys.codec.name == "mxfp4" and q.shape[2] == 128 and keys.rows % BLOCK == 0
-    return stored and 32 < q.shape[1] <= 64 and entries.most > topk
+    return stored and 32 < q.shape[1] <= 64
 
 
-def narrow_scales(w: Any) -> bool:
-    """FP4 experts whose rows' scales span at most 2^11, in one address range of 31 bits."""
-    return fp4_experts(w) and w.absorb and max(w.s13.numel(), w.s2.numel()) < 1 << 31
+def more_than_selected(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int) -> bool:  # fmt: skip
+    return entries.most > topk
 
 
 def many_slots(x: Tensor, experts: Tensor, weights: Tensor, w: Any, *rest: Any) -> bool:

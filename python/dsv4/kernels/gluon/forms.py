@@ -31,14 +31,18 @@ def _form(op: str, at: str, name: str = "", arch: tuple[int, int] = (9, 9), **sa
 
 
 _V4 = "bfloat16, 512 channels, rows fp8_ds_mla"
+_KEYS = "mxfp4 of 128 channels, 33 to 64 heads"
 _ATTENTION = (ATTENTION_SCRATCH,)
+_OWN: dict[str, Any] = dict(family="hopper", deterministic=True)
 FORMS = [
-    _form("sparse_attention", "attention:stream", "stream", fits=_FITS + "busy_attention",
-          when=f"{_V4}, more than {BUSY} x {HEADS} heads a multiprocessor, selected entries"),
-    _form("sparse_attention", "attention:sparse_attention", "hopper", fits=_FITS + "v4_attention", when=_V4, scratch=_ATTENTION),
+    _form("sparse_attention", "attention:stream", "stream", suits=_FITS + "v4_attention", fits=_FITS + "busy_attention",
+          when=f"{_V4}, more than {BUSY} x {HEADS} heads a multiprocessor, selected entries", family="hopper"),
+    _form("sparse_attention", "attention:sparse_attention", "hopper", suits=_FITS + "v4_attention", when=_V4, scratch=_ATTENTION),
+    _form("sparse_attention", "attention:fixed_sparse_attention", "hopper, cut by length", suits=_FITS + "v4_attention", when=_V4, scratch=_ATTENTION, **_OWN),
     _form("partial_attention", "attention:partial_attention", "hopper", fits=_FITS + "v4_part", when=_V4, untried=True, scratch=_ATTENTION),
-    _form("sparse_attention", "attention:blackwell", "blackwell", (10, 10), fits=_FITS + "v4_attention", when=_V4, untried=True, scratch=_ATTENTION),
-    _form("index_select", "indexer:index_select", fits=_FITS + "v4_keys", when="mxfp4 of 128 channels, 33 to 64 heads, more entries than top-k", scratch=(INDEX_SCRATCH,)),
-    _form("experts", "moe:experts", takes=_FITS + "narrow_scales", fits=_FITS + "many_slots", packed=True,
-          when=f"FP4 with narrow scales, {MANY} slots an expert and more"),
+    _form("sparse_attention", "attention:blackwell", "blackwell", (10, 10), suits=_FITS + "v4_attention", when=_V4, untried=True, scratch=_ATTENTION),
+    _form("index_select", "indexer:index_select", suits=_FITS + "v4_keys", fits=_FITS + "more_than_selected", when=f"{_KEYS}, more entries than top-k", scratch=(INDEX_SCRATCH,)),
+    _form("index_select", "indexer:fixed_index_select", "one score", suits=_FITS + "v4_keys", when=_KEYS, scratch=(INDEX_SCRATCH,), **_OWN),
+    _form("experts", "moe:experts", takes="dsv4.kernels.triton.fits:narrow_scales", fits=_FITS + "many_slots", packed=True,
+          when=f"FP4 with narrow scales, {MANY} slots an expert and more", family="triton"),
 ]  # fmt: skip

@@ -190,13 +190,18 @@ def attend(
     MODE: gl.constexpr,
     SPLIT: gl.constexpr,
     NBP: gl.constexpr,
+    EACH: gl.constexpr = 0,
+    LONG: gl.constexpr = False,
 ):
-    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words.
+    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words. EACH, LONG: as in the
+    plain kernel.
     times: None, or where trace.py stores when each role did what."""
     if times is not None:
         times += gl.program_id(0) * ((NBP + 1) * 32)
         begin(times)
-    sp, qi, h0, count, table, run = my_blocks(visible, slabs, pages, pages_stride, splits, k, H, W, MODE)
+    sp, qi, h0, count, table, run = my_blocks(
+        visible, slabs, pages, pages_stride, splits, k, H, W, MODE, SPLIT, EACH, LONG
+    )
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     qs, ks = tiles()
     weights, bias = handover()
@@ -257,4 +262,13 @@ SHAPES = [
         (64, 32, 2, True, 16),  # a rank's pages
     )
 ]
-AOT = [Aot(attend, SIGNATURE, values, matrix=True, archs=(90,)) for values in SHAPES]
+_WHOLE = {"EACH": 0, "LONG": False}
+_BY_LENGTH = SHAPES[0] | {"HIST_ROWS": 2, "MODE": 1, "EACH": 16, "LONG": False}
+AOT = [
+    Aot(attend, SIGNATURE, values, matrix=True, archs=(90,))
+    for values in (
+        *(shape | _WHOLE for shape in SHAPES),
+        _BY_LENGTH,
+        _BY_LENGTH | {"SPLIT": True, "LONG": True},
+    )
+]

@@ -337,6 +337,17 @@ def index_select(
     return portable.index_select(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, queries=4)
 
 
+def fixed_index_select(
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int
+) -> Tensor:
+    """The op `index_select` whose exact pass has the scan's bits, so that a threshold changes nothing."""
+    if entries.most <= topk:
+        return portable.every_entry(q, cos, sin, weights, keys, tokens, entries, topk)
+    return portable.index_select(
+        q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, queries=4, refine="mxfp4 as e4m3"
+    )
+
+
 def _aot(append: bool, queries: int) -> Aot:
     signature = {**SCAN, "q": "*i32"}
     constants = {"APPEND": append, "CAP": portable.CAP, "QUERIES": queries, "ROWS": 64, "STAGES": 4}

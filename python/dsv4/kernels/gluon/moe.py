@@ -14,7 +14,7 @@ of an expert and up to 256 of its slots, in steps of 128 channels. Fifteen warps
 
 Tokens are the tall side of the matrix unit, so that a thread needs the scales of two tokens. While one group scales, the
 other's product runs. Within 64 channels the codes lie in the order in which looking up yields weights: 4 of the first 32
-channels, 4 of the second, and so on (`_channel`).
+channels, 4 of the second, and so on (`moe_pack.channel_at`).
 
 Shared memory: codes 4 x 32 KiB, packed weights 4 x 8 KiB and their scales 4 x 1, weights 3 x 16, the rows' own scales 4.
 """
@@ -42,6 +42,7 @@ from dsv4.kernels.triton import moe as portable
 from dsv4.kernels.triton import moe_pack
 from dsv4.kernels.triton.common import cdiv, multiprocessors, pdl
 from dsv4.kernels.triton.gemm import silu_gate
+from dsv4.kernels.triton.moe_pack import channel_at
 from dsv4.kernels.triton.moe_plan import plan_many
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 from dsv4.ops.weight import prepared_by
@@ -75,12 +76,6 @@ LOOK_UP = gl.constexpr("""{
 LOOK_UP_REGISTERS = gl.constexpr("=&r,=&r,r,r,r,r,r")
 
 
-@triton.jit
-def _channel(at):
-    """The channel whose code lies at place `at` of its 64."""
-    return at // 64 * 64 + at // 4 % 2 * 32 + at // 8 % 8 * 4 + at % 4
-
-
 @triton.jit(do_not_specialize=["SP", "T"])
 def spread_kernel(
     x, experts, weights, places, codes, scales, gates, SP, E, D, KB, x_stride, T,
@@ -93,7 +88,7 @@ def spread_kernel(
         tl.extra.cuda.gdc_wait()
     kb = tl.program_id(0) % KB
     t, at = tl.program_id(0) // KB * 8 + tl.arange(0, 8), tl.arange(0, 128)
-    here = t.to(tl.int64)[:, None] * x_stride + (kb * 128 + _channel(at))[None, :]
+    here = t.to(tl.int64)[:, None] * x_stride + (kb * 128 + channel_at(at))[None, :]
     v = tl.load(x + here, mask=(t < T)[:, None], other=0.0).to(tl.float32)
     scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
     code = to_e4m3(v * inverse[:, None])

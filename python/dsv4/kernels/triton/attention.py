@@ -10,6 +10,9 @@ Formula: one softmax over window, entries and the sink (V4 paper 2.3.1 and 2.3.2
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.forms import ATTENTION_HEADS, ATTENTION_PROGRAMS
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
 LOG2E = 1.4426950408889634
@@ -40,11 +44,16 @@ def sparse_attention(
     selected: Tensor | None = None,
     *,
     splits: int | None = None,
+    fixed: bool = False,
 ) -> Tensor:
     """q [T, h, D] (float32 or bfloat16) over window rows int32 [T, W] and, where `history` is given, the entries
     `selected` int32 [T, k] or all visible ones; -1 is no row. [T, h, D] in q's dtype, the last 2 * cos.shape[1] channels
     turned back by cos, sin float32 [T, r/2]. `splits`: programs per token and head block; by default enough to fill the
-    GPU."""
+    GPU. `fixed`: as `by_length` says."""
+    if fixed:
+        return by_length(
+            _run, q, sink, scale, cos, sin, tokens, window, window_ids, history, entries, selected, _BN
+        )
     out = torch.empty_like(q)
     partial, lse = _run(
         q, sink, scale, (cos, sin), tokens, window, window_ids, history, entries, selected, out, splits
@@ -65,25 +74,80 @@ def partial_attention(
     selected: Tensor | None = None,
     *,
     splits: int | None = None,
+    fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The op `partial_attention`: (o [T, h, D] in q's dtype, lse float32 [T, h]) over a part of the keys."""
+    """The op `partial_attention`: (o [T, h, D] in q's dtype, lse float32 [T, h]) over a part of the keys. `fixed`: a split has
+    LONGEST blocks of a token, however many tokens there are."""
+    if fixed:
+        used = entries if history is not None and entries is not None and entries.most else None
+        splits = cdiv(max_blocks(window_ids, used, selected if used else None, _BN), LONGEST)
     partial, sums = _run(
-        q, None, scale, None, tokens, window, window_ids, history, entries, selected, None, splits
-    )
-    return joined(partial, sums, q)
+        q, None, scale, None, tokens, window, window_ids, history, entries, selected, None, splits, each=LONGEST * fixed,
+    )  # fmt: skip
+    return joined(partial, sums, q, ordered=fixed)
 
 
-def joined(partial: Tensor, sums: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def joined(partial: Tensor, sums: Tensor, q: Tensor, *, ordered: bool = False) -> tuple[Tensor, Tensor]:
     """Splits as `scratch` gives them as one part: (o [T, h, D] in q's dtype, lse float32 [T, h])."""
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    _join(partial, sums, None, None, out, lse, ranks=False)
+    _join(partial, sums, None, None, out, lse, ranks=False, ordered=ordered)
     return out, lse
 
 
-def merge_attention(o: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The op `merge_attention`: parts o [P, T, h, D] with lse float32 [P, T, h] and the sink, turned back."""
+def merge_attention(
+    o: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor, *, fixed: bool = False
+) -> Tensor:
+    """The op `merge_attention`: parts o [P, T, h, D] with lse float32 [P, T, h] and the sink, turned back; with `fixed` by programs
+    of one head, part by part."""
     out = torch.empty(o.shape[1:], dtype=o.dtype, device=o.device)
-    _join(o.contiguous(), lse.contiguous(), sink, (cos, sin), out, None, ranks=True)
+    _join(o.contiguous(), lse.contiguous(), sink, (cos, sin), out, None, ranks=True, ordered=fixed)
+    return out
+
+
+LONGEST = 16
+"""Key blocks that one program takes where the number of tokens must not matter; more of them are split, every LONGEST."""
+
+
+def by_length(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    sink: Tensor,
+    scale: float,
+    cos: Tensor,
+    sin: Tensor,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None,
+    entries: EntryTable | None,
+    selected: Tensor | None,
+    size: int,
+) -> Tensor:
+    """Sparse attention in which a token's keys decide alone how its sum is cut: window and selected entries are one part; where
+    all visible entries are read, a token with up to LONGEST blocks of `size` keys is one part and another has a part for each LONGEST,
+    added in order. `run` is the `_run` of a backend."""
+    if history is None or entries is None or entries.most == 0:
+        history, entries, selected = None, None, None
+    out = torch.empty_like(q)
+    table = (window, window_ids, history, entries, selected)
+    blocks = max_blocks(window_ids, entries, selected, size)
+    if entries is None or selected is not None or blocks <= LONGEST:
+        run(q, sink, scale, (cos, sin), tokens, *table, out, 1)
+        return out
+    run(q, sink, scale, (cos, sin), tokens, *table, out, 1, each=LONGEST)
+    above = (LONGEST - cdiv(window_ids.shape[1], size)) * size
+    splits = cdiv(blocks, LONGEST)
+    step = ATTENTION_PROGRAMS * multiprocessors() // (splits * cdiv(q.shape[1], ATTENTION_HEADS))
+    step = max(4, step // 4 * 4)  # a part's pointers stay aligned
+    for at in range(0, len(q), step):
+        cut = slice(at, at + step)
+        mine, seen = replace(tokens, slab=tokens.slab[cut]), replace(entries, visible=entries.visible[cut])
+        parts, sums = run(
+            q[cut], None, scale, None, mine, window, window_ids[cut], history, seen, None, None, splits, each=LONGEST, long=True,
+        )  # fmt: skip
+        _join(
+            parts, sums, sink, (cos[cut], sin[cut]), out[cut], None, ranks=False, ordered=True, visible=seen.visible, above=above,
+        )  # fmt: skip
     return out
 
 
@@ -100,9 +164,12 @@ def _run(
     selected: Tensor | None,
     out: Tensor | None,
     splits: int | None,
+    *,
+    each: int = 0,
+    long: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launches `_attend`: into `out` where one split does, else (or where there is no `out`) partial results and log2 sums
-    as `scratch` gives them, which are [T, splits, h, D] and [T, splits, h] then."""
+    as `scratch` gives them, which are [T, splits, h, D] and [T, splits, h] then. `each`, `long`: as in the kernel."""
     total, heads, dim = q.shape
     if history is None or entries is None or entries.most == 0:
         history, entries, selected = None, None, None
@@ -141,6 +208,8 @@ def _run(
         BH=block_heads,
         BN=_BN,
         SPLIT=out is None or splits > 1,
+        EACH=each,
+        LONG=long,
         num_warps=4 if dim <= 256 else 8,
         num_stages=1,
     )
@@ -215,12 +284,16 @@ def _join(
     sums: Tensor | None,
     *,
     ranks: bool,
+    ordered: bool = False,
+    visible: Tensor | None = None,
+    above: int = -1,
 ) -> None:
     """Joins parts into out [T, h, D]: with a sink and turned back, or neither and the natural logarithm of their sums into
-    `sums` [T, h]. Parts are splits [T, P, h, D] with log2 sums, or those of ranks [P, T, h, D] with natural ones."""
+    `sums` [T, h]. Parts are splits [T, P, h, D] with log2 sums, or those of ranks [P, T, h, D] with natural ones. `ordered`: one
+    by one. Tokens with `visible` int32 [T] of at most `above` are left alone."""
     total, heads, dim = out.shape
     parts = partial.shape[0] if ranks else partial.shape[1]
-    block = 1 if total * heads <= 2048 else 4
+    block = 1 if ordered or total * heads <= 2048 else 4
     cos, sin = turn or (lse, lse)
     _merge[(total * cdiv(heads, block),)](
         partial,
@@ -230,6 +303,7 @@ def _join(
         sin,
         out,
         lse if sums is None else sums,
+        lse if visible is None else visible,
         parts,
         total if ranks else 0,
         H=heads,
@@ -238,9 +312,11 @@ def _join(
         R=2 * cos.shape[1] if turn else 0,
         HB=block,
         SP=next_pow2(parts),
-        C=min(next_pow2(parts), 8 if block == 1 else 2),
+        C=1 if ordered else min(next_pow2(parts), 8 if block == 1 else 2),
         RANKS=ranks,
         WHOLE=sums is None,
+        ORDERED=ordered,
+        ABOVE=above,
         num_warps=4,
     )
 
@@ -362,8 +438,11 @@ def _attend(
     BH: tl.constexpr,
     BN: tl.constexpr,
     SPLIT: tl.constexpr,
+    EACH: tl.constexpr = 0,
+    LONG: tl.constexpr = False,
 ):
-    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones."""
+    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. A split has an equal share of a token's blocks, or
+    EACH of them; then tokens with more blocks have none where there is no SPLIT, and others none where only LONG ones are meant."""
     HEAD_BLOCKS: tl.constexpr = (H + BH - 1) // BH
     NW: tl.constexpr = (W + BN - 1) // BN
     t = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
@@ -379,8 +458,16 @@ def _attend(
     elif MODE == 2:
         count = k
     blocks = NW + (count + BN - 1) // BN
-    first = (blocks * split) // splits
-    last = (blocks * (split + 1)) // splits
+    if EACH == 0:
+        first = (blocks * split) // splits
+        last = (blocks * (split + 1)) // splits
+    else:
+        if LONG:
+            blocks = tl.where(blocks > EACH, blocks, 0)
+        elif not SPLIT:
+            blocks = tl.where(blocks > EACH, 0, blocks)
+        first = tl.minimum(split * EACH, blocks)
+        last = tl.minimum(first + EACH, blocks)
 
     top = tl.full((BH,), float("-inf"), tl.float32)
     total = tl.zeros((BH,), tl.float32)
@@ -435,6 +522,7 @@ def _merge(
     sin,
     out,
     out_lse,
+    visible,
     splits,
     tokens,
     H: tl.constexpr,
@@ -446,12 +534,18 @@ def _merge(
     C: tl.constexpr,
     RANKS: tl.constexpr,
     WHOLE: tl.constexpr,
+    ORDERED: tl.constexpr = False,
+    ABOVE: tl.constexpr = -1,
 ):
     """Joins the parts of HB heads of one token in index order. Where that is the WHOLE, the sink enters here and the result
-    is turned back. RANKS: parts lie one after the other and have natural logarithms."""
+    is turned back. RANKS: parts lie one after the other and have natural logarithms. ORDERED: empty parts change nothing, to the
+    bit (C is 1). Tokens that see no more than ABOVE entries are left alone."""
     HEAD_BLOCKS: tl.constexpr = (H + HB - 1) // HB
     BASE: tl.constexpr = 1.4426950408889634 if RANKS else 1.0
     t = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
+    if ABOVE >= 0:  # noqa: SIM102 (constexpr)
+        if tl.load(visible + t) <= ABOVE:
+            return
     head = (tl.program_id(0) % HEAD_BLOCKS) * HB + tl.arange(0, HB)
     s, col = tl.arange(0, SP), tl.arange(0, DP)
     if RANKS:
@@ -466,8 +560,8 @@ def _merge(
         sink = _log2_sink(sink_ptr, head, H)
         top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
-    whole = tl.sum(tl.exp2(sums - base[None, :]), 0)
-    if WHOLE:
+    whole = tl.zeros((HB,), tl.float32) if ORDERED else tl.sum(tl.exp2(sums - base[None, :]), 0)
+    if WHOLE and not ORDERED:
         whole += tl.exp2(sink - base)
     acc = tl.zeros((HB, DP), tl.float32)
     held = (head < H)[:, None] & (col < D)[None, :]
@@ -482,8 +576,12 @@ def _merge(
         if RANKS:
             one *= BASE
         weight = tl.exp2(one - base[:, None])[:, :, None]
+        if ORDERED:
+            whole += tl.sum(tl.exp2(one - base[:, None]), 1)
         value = tl.load(partial + (place * D)[:, :, None] + col[None, None, :], mask=there, other=0.0)
         acc += tl.sum(tl.where(weight > 0, value.to(tl.float32) * weight, 0.0), 1)
+    if WHOLE and ORDERED:
+        whole += tl.exp2(sink - base)
     o = acc / tl.where(whole > 0, whole, 1.0)[:, None]
     if WHOLE:
         o = _turned_back(o, cos, sin, t, D, DP, R, HB)
@@ -520,15 +618,17 @@ _SHAPE = dict(D=512, DP=512, R=64, W=128, WIN_ROWS=128, BH=64, BN=64)
 
 def _aot(heads: int, per_page: int, mode: int, form: int, split: bool) -> Aot:
     values = dict(_SHAPE, H=heads, HIST_ROWS=per_page, MODE=mode, FORM=form, DOT=DOT_TYPES[form], SPLIT=split)
+    values |= dict(EACH=16 if split and mode == 1 else 0, LONG=False)
     return Aot(_attend, _SIGNATURE, values, num_warps=8, num_stages=1, matrix=True)
 
 
 def _aot_merge(parts: str = "*fp32", **values: object) -> Aot:
     signature = dict.fromkeys(("lse", "sink_ptr", "cos", "sin", "out_lse"), "*fp32")
-    signature |= dict(partial=parts, out="*bf16", splits="i32", tokens="i32")
-    return Aot(
-        _merge, signature, dict(H=64, D=512, DP=512, R=64, HB=1, SP=16, C=8, RANKS=False, WHOLE=True) | values
+    signature |= dict(partial=parts, out="*bf16", visible="*i32", splits="i32", tokens="i32")
+    shape = dict(
+        H=64, D=512, DP=512, R=64, HB=1, SP=16, C=8, RANKS=False, WHOLE=True, ORDERED=False, ABOVE=-1
     )
+    return Aot(_merge, signature, shape | values)
 
 
 AOT = [
@@ -537,4 +637,5 @@ AOT = [
     _aot_merge(),
     _aot_merge("*bf16", RANKS=True, HB=4, SP=2, C=2),
     _aot_merge(WHOLE=False, R=0),
+    _aot_merge(C=1, ORDERED=True, ABOVE=896),
 ]

@@ -22,6 +22,11 @@ def fp4_experts(w: Any) -> bool:
     return not isinstance(w, Gated)
 
 
+def narrow_scales(w: Any) -> bool:
+    """FP4 experts whose rows' scales span at most 2^11, in one address range of 31 bits."""
+    return fp4_experts(w) and w.absorb and max(w.s13.numel(), w.s2.numel()) < 1 << 31
+
+
 def whole_blocks(weight: Any, groups: int = 1) -> bool:
     """Whether a matrix is cut into whole blocks of 128 x 128, group by group."""
     rows, width = weight.codes.shape

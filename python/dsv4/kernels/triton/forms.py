@@ -78,28 +78,57 @@ def _form(op: str, at: str, name: str = "", *scratch: Scratch, arch: tuple[int, 
     return Form(op, "triton", path, name, arch=arch, lacks=lacks, scratch=scratch, **says)
 
 
+def _fixed(op: str, at: str, name: str = "fixed", *scratch: Scratch, options: bool = True, **says: Any) -> Form:  # fmt: skip
+    """For `--deterministic`: by a function that takes `fixed`, or unless `options` by one of its own."""
+    given = {"fixed": True} if options else {}
+    return _form(op, at, name, *scratch, family="triton", deterministic=True, options=given, **says)
+
+
 def _product(op: str, wide: str) -> list[Form]:
-    """FP8 weights by our kernels, others by torch."""
+    """FP8 weights by our kernels, others by torch, or fixed ones by ours."""
     more = f"more than {NARROW_TOKENS} tokens"
+    of_wide: dict[str, Any] = dict(
+        arch=_TMA, takes=_FITS + "fp8", fits=_FITS + wide, when=f"FP8, {more}, whole blocks", packed=True
+    )
+    of_narrow: dict[str, Any] = dict(takes=_FITS + "fp8", when="FP8", packed=True)
     return [
-        _form(op, f"linear:wide_{op}", "wide", arch=_TMA, takes=_FITS + "fp8", fits=_FITS + wide, when=f"FP8, {more}, whole blocks", packed=True),
-        _form(op, f"linear:narrow_{op}", "narrow", PRODUCT_SCRATCH, takes=_FITS + "fp8", when="FP8", packed=True),
+        _form(op, f"linear:wide_{op}", "wide", **of_wide),
+        _form(op, f"linear:narrow_{op}", "narrow", PRODUCT_SCRATCH, **of_narrow),
         _form(op, f"linear:plain_{op}", "plain, by torch"),
+        _fixed(op, f"linear:wide_{op}", "wide, fixed", **of_wide),
+        _fixed(op, f"linear:narrow_{op}", "narrow, fixed", PRODUCT_SCRATCH, **of_narrow),
+        _fixed(op, f"linear:our_{op}", "plain, fixed", PRODUCT_SCRATCH, options=False),
     ]  # fmt: skip
 
 
+_WHATEVER: dict[str, Any] = {"family": "triton"}
+"""A token's bits do not depend on the others anyway."""
+
 FORMS = [
     *(_form(op, "attention", "", ATTENTION_SCRATCH) for op in ("sparse_attention", "partial_attention")),
-    _form("merge_attention", "attention"),
-    _form("index_candidates", "indexer", "", INDEX_SCRATCH),
-    _form("merge_candidates", "topk"),
-    *(_form(op, "norm") for op in ("rmsnorm", "rmsnorm_quantised", "norm_rope")),
-    *(_form(op, "rows") for op in ("write_rows", "copy_rows")),
-    _form("copy_state", "copies"),
-    _form("compress", "compressor"),
-    *(_form(op, "mhc", "", STREAM_SCRATCH) for op in ("hc_pre", "hc_post", "hc_head")),
+    *(_fixed(op, "attention", "cut by length", ATTENTION_SCRATCH) for op in ("sparse_attention", "partial_attention")),
+    *(
+        form
+        for op, module, scratch in (
+            ("merge_attention", "attention", ()),
+            ("index_candidates", "indexer", (INDEX_SCRATCH,)),
+            ("rmsnorm", "norm", ()),
+            ("norm_rope", "norm", ()),
+            ("write_rows", "rows", ()),
+            ("compress", "compressor", ()),
+            ("hc_pre", "mhc", (STREAM_SCRATCH,)),
+            ("hc_head", "mhc", (STREAM_SCRATCH,)),
+        )
+        for form in (_form(op, module, "", *scratch), _fixed(op, module, "fixed", *scratch))
+    ),
+    _form("merge_candidates", "topk", **_WHATEVER),
+    _form("rmsnorm_quantised", "norm", **_WHATEVER),
+    _form("copy_rows", "rows", **_WHATEVER),
+    _form("copy_state", "copies", **_WHATEVER),
+    _form("hc_post", "mhc", **_WHATEVER),
     _form("index_select", "indexer:every_entry", "all entries", fits=_FITS + "all_fit", when="no more entries than top-k"),
     _form("index_select", "indexer", "", INDEX_SCRATCH),
+    _fixed("index_select", "indexer:fixed_index_select", "one score", INDEX_SCRATCH, options=False),
     *_product("linear", "wide"),
     *_product("grouped_linear", "wide_groups"),
     *(
@@ -109,19 +138,29 @@ FORMS = [
             _form(op, f"linear:few_{op}", "narrow", PRODUCT_SCRATCH, fits=_FITS + "few_plain", when=f"bfloat16, up to {PLAIN_TOKENS} tokens"),
             _form(op, f"linear:many_{op}", "bfloat16, by torch", fits=_FITS + "both_bfloat16", when="bfloat16"),
             _form(op, f"linear:float32_{op}", "float32, by torch"),
+            _fixed(op, f"linear:our_{op}", "fixed", PRODUCT_SCRATCH, options=False),
         )
     ),
-    _form("swiglu", "linear:gated_swiglu", "one launch", PRODUCT_SCRATCH, takes=_FITS + "fp8", fits=_FITS + "one_launch_gated", when=f"FP8, up to {NARROW_TOKENS} tokens", packed=True),
-    _form("swiglu", "linear:wide_swiglu", "wide", arch=_TMA, takes=_FITS + "fp8", fits=_FITS + "wide_gated", when="FP8, whole blocks", packed=True),
-    _form("swiglu", "linear:narrow_swiglu", "narrow", PRODUCT_SCRATCH, takes=_FITS + "fp8", when="FP8", packed=True),
-    _form("swiglu", "linear:plain_swiglu", "plain, by torch"),
+    *(
+        form
+        for make, more in ((_form, ""), (_fixed, ", fixed"))
+        for form in (
+            make("swiglu", "linear:gated_swiglu", f"one launch{more}", PRODUCT_SCRATCH, takes=_FITS + "fp8", fits=_FITS + "one_launch_gated", when=f"FP8, up to {NARROW_TOKENS} tokens", packed=True),
+            make("swiglu", "linear:wide_swiglu", f"wide{more}", arch=_TMA, takes=_FITS + "fp8", fits=_FITS + "wide_gated", when="FP8, whole blocks", packed=True),
+            make("swiglu", "linear:narrow_swiglu", f"narrow{more}", PRODUCT_SCRATCH, takes=_FITS + "fp8", when="FP8", packed=True),
+            make("swiglu", "linear:plain_swiglu", f"plain{more}" if more else "plain, by torch"),
+        )
+    ),
     _form("route", "route:few_route", "one launch", PRODUCT_SCRATCH, fits=_FITS + "few_routed", when=f"bfloat16, up to {ROUTE_TOKENS} tokens"),
     _form("route", "route:many_route", "bfloat16, by torch", fits=_FITS + "both_routed", when="bfloat16"),
     _form("route", "route:float32_route", "float32, by torch"),
+    _fixed("route", "route:fixed_route", "fixed", PRODUCT_SCRATCH, options=False),
     _form("experts", "moe_few:few_experts", "one launch", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", fits=_FITS + "few_experts", when=f"FP4, up to {ONE_LAUNCH} tokens", packed=True),
     _form("experts", "moe:experts", "", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", when="FP4", packed=True),
-    _form("edit_logits", "edits"),
-    _form("mask_logits", "edits"),
-    _form("sample", "sampling"),
+    _fixed("experts", "moe:experts", "fixed", PRODUCT_SCRATCH, takes=_FITS + "narrow_scales", when="FP4 with narrow scales", packed=True),
+    _fixed("experts", "moe:experts", "fixed, scales apart", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", when="FP4", packed=True),
+    _form("edit_logits", "edits", **_WHATEVER),
+    _form("mask_logits", "edits", **_WHATEVER),
+    _form("sample", "sampling", **_WHATEVER),
 ]  # fmt: skip
 """Within the backend, the first that fits a call runs it."""

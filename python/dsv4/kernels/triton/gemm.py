@@ -42,10 +42,11 @@ def narrow_kernel(
     T, OUT, K, KB, STEPS, SPLIT, TILES, x_stride,
     FP8: tl.constexpr, QUANTISE: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, SUM: tl.constexpr,
-    PDL: tl.constexpr, xs=None,
+    PDL: tl.constexpr, xs=None, FOLD: tl.constexpr = False, ROUND: tl.constexpr = False,
 ):  # fmt: skip
     """y [T, groups * OUT] = x [T, groups * K] times each group's w [OUT, K] (rows group * OUT + n of w). GATED: y =
-    silu_gate(x w, x w_up). Grid: (groups * TILES * SPLIT, token blocks); a program takes STEPS steps of BK channels."""
+    silu_gate(x w, x w_up), of both results rounded to y's dtype where ROUND. Grid: (groups * TILES * SPLIT, token blocks); a
+    program takes STEPS steps of BK channels, or with FOLD all, as sums of STEPS each, which is what SPLIT programs would give."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -59,7 +60,10 @@ def narrow_kernel(
     xp = x + t[:, None].to(tl.int64) * x_stride + group * K + c[None, :]
     acc = tl.zeros((BN, BT), tl.float32)
     acc_up = tl.zeros((BN, BT), tl.float32)
-    for step in tl.range(split * STEPS, tl.minimum((split + 1) * STEPS, tl.cdiv(K, BK)), num_stages=STAGES):
+    total = tl.zeros((BN, BT), tl.float32)
+    steps = tl.cdiv(K, BK)
+    end = steps if FOLD else tl.minimum((split + 1) * STEPS, steps)
+    for step in tl.range(split * STEPS, end, num_stages=STAGES):
         inside = step * BK + c < K
         v = tl.load(xp + step * BK, mask=live[:, None] & inside[None, :], other=0.0)
         a = tl.load(wp + step * BK, mask=inside[None, :], other=0.0)
@@ -81,6 +85,12 @@ def narrow_kernel(
             acc = dot(a, v, acc)
             if GATED:
                 acc_up = dot(b, v, acc_up)
+        if FOLD:  # noqa: SIM102 (constexpr)
+            if step % STEPS == STEPS - 1:
+                total += acc
+                acc = tl.zeros((BN, BT), tl.float32)
+    if FOLD:
+        acc = total + acc
     last = True
     if PARTS:
         at = tl.arange(0, BT)[None, :] * BN + tl.arange(0, BN)[:, None]
@@ -105,19 +115,24 @@ def narrow_kernel(
             tl.store(arrived + here, 0)
     if last:
         if GATED:
+            if ROUND:
+                acc = acc.to(y.dtype.element_ty).to(tl.float32)
+                acc_up = acc_up.to(y.dtype.element_ty).to(tl.float32)
             acc = silu_gate(acc, acc_up, limit)
         groups = tl.num_programs(0) // (SPLIT * TILES)
         out = t[None, :].to(tl.int64) * (groups * OUT) + group * OUT + n[:, None]
         tl.store(y + out, acc.to(y.dtype.element_ty), mask=live[None, :] & (n < OUT)[:, None])
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "STEPS"])
 def wide_kernel(
-    x, xs, w, ws, y, T, OUT, K, KB, GROUPS,
+    x, xs, w, ws, y, T, OUT, K, KB, GROUPS, STEPS,
     BT: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, MX: tl.constexpr,
+    FOLD: tl.constexpr = False,
 ):  # fmt: skip
     """The same product for codes x (descriptor over [T, groups * K], box BT x 128) and w (over [groups * OUT, K], box
-    BN x 128). Programs go down bands of BAND token blocks, so that weights and tokens of neighbours meet in L2."""
+    BN x 128). Programs go down bands of BAND token blocks, so that weights and tokens of neighbours meet in L2. FOLD: sums of STEPS
+    steps each are added, as programs of `narrow_kernel` leave them."""
     tiles, rows = GROUPS * (OUT // BN), tl.cdiv(T, BT)
     band = tl.program_id(0) // (BAND * tiles)
     height = tl.minimum(rows - band * BAND, BAND)
@@ -129,6 +144,7 @@ def wide_kernel(
     T = T.to(tl.int64)
     wp = ws + (n0 // 128) * KB
     acc = tl.zeros((BT, BN), tl.float32)
+    total = tl.zeros((BT, BN), tl.float32)
     for kb in tl.range(KB, num_stages=STAGES):
         a = x.load([t0, first * K + kb * 128])
         b = w.load([n0, kb * 128])
@@ -140,6 +156,12 @@ def wide_kernel(
             acc = tl.dot_scaled(a, left, "e4m3", b.T, right, "e4m3", acc)
         else:
             acc += tl.dot(a, b.T) * (scale * exponent_scale(tl.load(wp + kb)))[:, None]
+        if FOLD:  # noqa: SIM102 (constexpr)
+            if kb % STEPS == STEPS - 1:
+                total += acc
+                acc = tl.zeros((BT, BN), tl.float32)
+    if FOLD:
+        acc = total + acc
     n = n0 + tl.arange(0, BN)
     out = t[:, None].to(tl.int64) * (GROUPS * OUT) + n[None, :]
     tl.store(y + out, acc.to(y.dtype.element_ty), mask=(t < T)[:, None])
@@ -189,17 +211,21 @@ def narrow(
     up: tuple[Tensor, Tensor | None] | None = None,
     limit: float = 0.0,
     xs: Tensor | None = None,
+    fixed: bool = False,
     tune: dict[str, int] | None = None,
 ) -> Tensor:
     """y [T, rows] for x [T, groups * K] and weight [rows, K]: e4m3 with ue8m0 `scales` [ceil(rows / 128), ceil(K / 128)]
     or a plain dtype without. `up`: SwiGLU with a second matrix of the same shape. `xs`: x holds e4m3
-    codes with these scales (`quantise`). `tune` overrides split, stages, ..."""
+    codes with these scales (`quantise`). `fixed`: K is cut by the weight's shape alone, so that a token's bits do not depend on how many there
+    are, and results of `up` are rounded as `wide` would. `tune` overrides split, stages, ..."""
     tokens, rows, wide = x.shape[0], *weight.shape
     y = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
     if not tokens:
         return y
     fp8, out = scales is not None, rows // groups
-    if fp8 and not up and tokens <= NARROW_TOKENS:
+    if fixed:
+        pick = _by_weight(tokens, weight, groups, gated=up is not None)
+    elif fp8 and not up and tokens <= NARROW_TOKENS:
         pick = _one_wave(tokens, weight, groups)
     else:
         pick = _many_waves(tokens, weight, groups, gated=up is not None)
@@ -208,6 +234,8 @@ def narrow(
     tiles, blocks, steps = cdiv(out, bn), cdiv(tokens, bt), cdiv(wide, bk)
     each = cdiv(steps, split)
     split = cdiv(steps, each)
+    fold = fixed and split > 1 and tokens > NARROW_TOKENS
+    split = 1 if fold else split
     programs = groups * tiles * blocks
     parts = torch.empty(
         programs * split * bn * bt * (2 if up else 1) if split > 1 else 1,
@@ -223,17 +251,41 @@ def narrow(
         x, weight, scales, second, second_scales, y, parts, counters(x.device), limit,
         tokens, out, wide, cdiv(wide, 128), each, split, tiles, x.stride(0),
         FP8=fp8, QUANTISE=quantised, GATED=up is not None, PARTS=split > 1, BT=bt, BN=bn, BK=bk,
-        STAGES=pick["stages"], SUM=pick["sum"], PDL=bool(overlap), xs=xs, num_warps=4, **overlap,
+        STAGES=pick["stages"], SUM=pick["sum"], PDL=bool(overlap), xs=xs, FOLD=fold, ROUND=fixed and up is not None, num_warps=4,
+        **overlap,
     )  # fmt: skip
     return y
 
 
 def gated(
-    x: Tensor | Quantised, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], limit: float
-) -> Tensor:
+    x: Tensor | Quantised, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], limit: float, *, fixed: bool = False
+) -> Tensor:  # fmt: skip
     """SwiGLU of two FP8 products of few tokens, (codes, scales) each, in one launch; in x's dtype."""
     values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
-    return narrow(codes, *gate, out_dtype=values.dtype, up=up, limit=limit, xs=xs)[: len(values)]
+    return narrow(codes, *gate, out_dtype=values.dtype, up=up, limit=limit, xs=xs, fixed=fixed)[: len(values)]
+
+
+_WAVE = {1: 264, 2: 132, 4: 132}
+"""Programs that `shares_of` aims at, by bytes of a weight: one number for all GPUs, so that bits do not depend on the GPU's size."""
+
+
+def shares_of(weight: Tensor, steps: int) -> int:
+    """In how many sums K of `steps` steps is cut where the number of tokens must not matter: for few tokens to fill the machine."""
+    tiles = cdiv(len(weight), 64 if len(weight) <= 2048 else 128)
+    return max(1, min(_WAVE[weight.element_size()] // tiles, steps // 4, 16))
+
+
+def _by_weight(tokens: int, weight: Tensor, groups: int, *, gated: bool) -> dict[str, int]:
+    """Tiles by the number of tokens (they do not change bits: a tile of 64 rows or more takes one kind of matrix instruction), K by the
+    weight."""
+    rows, wide = weight.shape
+    bt, bk = min(128, max(16, next_pow2(tokens))), 128 // min(weight.element_size(), 2)
+    bn = min(64 if gated or bt > 32 or rows <= 2048 else 128, max(16, next_pow2(rows // groups)))
+    few = tokens <= NARROW_TOKENS
+    stages = (6 if bn <= 64 and not gated else 4) if few else 4 if bt <= 64 else 3
+    return dict(
+        bt=bt, bn=bn, bk=bk, split=shares_of(weight, cdiv(wide, bk)), stages=stages, fused=NARROW_TOKENS, sum=8 if few else 1,
+    )  # fmt: skip
 
 
 def _one_wave(tokens: int, weight: Tensor, groups: int) -> dict[str, int]:
@@ -270,37 +322,41 @@ def wide(
     out_dtype: torch.dtype,
     groups: int = 1,
     xs: Tensor | None = None,
+    fixed: bool = False,
 ) -> Tensor:
-    """`narrow` for FP8 weights and many tokens. rows / groups and K must be multiples of 128."""
+    """`narrow` for FP8 weights and many tokens, with `fixed` to the same bits. rows / groups and K must be multiples of 128."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     tokens, rows, width = x.shape[0], *weight.shape
     codes, xs = quantise(x, groups) if xs is None else (x, xs)
     y = torch.empty((tokens, rows), dtype=out_dtype, device=x.device)
     mx = capability()[0] >= 10
-    box = [128, 128]
+    box, steps = [128, 128], width // 128
+    each = cdiv(steps, shares_of(weight, steps)) if fixed else steps
     wide_kernel[(cdiv(tokens, 128) * (rows // 128),)](
         TensorDescriptor.from_tensor(codes, box), xs, TensorDescriptor.from_tensor(weight, box), scales, y,
-        tokens, rows // groups, width, width // 128, groups,
-        BT=128, BN=128, BAND=8, STAGES=4, MX=mx and not INTERPRETED, num_warps=4 if mx else 8,
+        tokens, rows // groups, width, steps, groups, each,
+        BT=128, BN=128, BAND=8, STAGES=4, MX=mx and not fixed and not INTERPRETED, FOLD=each < steps, num_warps=4 if mx else 8,
     )  # fmt: skip
     return y
 
 
 def narrow_product(
-    x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1
-) -> Tensor:
+    x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1, *, fixed: bool = False
+) -> Tensor:  # fmt: skip
     """The FP8 product of any number of tokens: [T, rows]."""
     values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
-    return narrow(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs)[: len(values)]
+    return narrow(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs, fixed=fixed)[
+        : len(values)
+    ]
 
 
 def wide_product(
-    x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1
-) -> Tensor:
+    x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1, *, fixed: bool = False
+) -> Tensor:  # fmt: skip
     """The same with whole blocks of 128 x 128, for many tokens."""
     values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
-    return wide(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs)[: len(values)]
+    return wide(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs, fixed=fixed)[: len(values)]
 
 
 _INTS = {k: "i32" for k in ("T", "STEPS", "SPLIT", "TILES")} | {k: "i32:16" for k in ("OUT", "K", "x_stride")}
@@ -316,24 +372,27 @@ _NARROW = _INTS | {
 
 def _aot_narrow(
     kind: str, bt: int, bn: int, bk: int, *, gated: bool = False, out: str = "bf16", shared: bool = False,
-    stages: int = 4, sums: int = 1,
+    stages: int = 4, sums: int = 1, fold: bool = False,
 ) -> Aot:  # fmt: skip
     fp8, fused = kind == "fp8e4nv", bt <= NARROW_TOKENS and not shared
     signature = _NARROW | {k: f"*{kind}" for k in ("w", "w_up")} | {"y": f"*{out}"}
     signature |= {"x": "*bf16"} if fused or not fp8 else {"x": "*fp8e4nv", "xs": "*fp32"}
     flags = dict(
-        FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=True, BT=bt, BN=bn, BK=bk, STAGES=stages, SUM=sums, PDL=True,
+        FP8=fp8, QUANTISE=fused and fp8, GATED=gated, PARTS=not fold, FOLD=fold, ROUND=False, BT=bt, BN=bn, BK=bk, STAGES=stages, SUM=sums, PDL=True,
     )  # fmt: skip
     absent = {k: None for k in ("ws", "ws_up") if not fp8} | ({} if "xs" in signature else {"xs": None})
     return Aot(narrow_kernel, signature, flags | absent, num_warps=4, num_stages=stages, matrix=True)
 
 
-def _aot_wide(arch: int) -> Aot:
+def _aot_wide(arch: int, *, fold: bool = False) -> Aot:
     box = "tensordesc<fp8e4nv[128, 128]>"
     signature = {"x": box, "w": box, "xs": "*fp32", "ws": "*u8", "y": "*bf16"}
-    signature |= {k: "i32" for k in ("T", "GROUPS", "KB")} | {k: "i32:16" for k in ("OUT", "K")}
-    flags = dict(BT=128, BN=128, BAND=8, STAGES=4, MX=arch == 100)
-    return Aot(wide_kernel, signature, flags, 4 if arch == 100 else 8, 4, matrix=True, archs=(arch,))
+    signature |= {k: "i32" for k in ("T", "GROUPS", "KB", "STEPS")} | {k: "i32:16" for k in ("OUT", "K")}
+    flags = dict(BT=128, BN=128, BAND=8, STAGES=4, MX=arch == 100 and not fold, FOLD=fold)
+    stack = 0 if fold else None
+    return Aot(
+        wide_kernel, signature, flags, 4 if arch == 100 else 8, 4, matrix=True, stack=stack, archs=(arch,)
+    )
 
 
 AOT = [
@@ -349,7 +408,9 @@ AOT = [
     _aot_narrow("fp8e4nv", 64, 64, 128),
     _aot_narrow("fp8e4nv", 128, 64, 128, stages=3),
     _aot_narrow("bf16", 16, 128, 64, out="fp32"),
+    _aot_narrow("bf16", 128, 64, 64, out="fp32", stages=3, fold=True),
     _aot_wide(90),
+    _aot_wide(90, fold=True),
     _aot_wide(100),
     Aot(
         silu_gate_kernel,

@@ -21,6 +21,30 @@ def _e2m1_value(code):
 
 
 @triton.jit
+def place_channel(place):
+    """The channel at a place of an MXFP4 key of 128 as the Gluon scan multiplies it: of every 8 channels of a word 4, for one product
+    after the other, word by word of the four groups."""
+    return place % 64 // 4 % 4 * 32 + place % 64 // 16 * 8 + place // 64 * 4 + place % 4
+
+
+@triton.jit
+def _e4m3_key(byte, c, e, g):
+    """Bytes that hold channels c [DIM] of keys [TILE], as e4m3 codes, and what scales them, from the four ue8m0 scales e [TILE, 4]
+    of groups g: as the Gluon scan expands them."""
+    e = e.to(tl.int32)
+    m = tl.max(e, 1)
+    mine = tl.zeros(byte.shape, tl.int32)
+    for i in tl.static_range(4):
+        of = tl.sum(tl.where((g == i)[None, :], e, 0), 1)
+        mine += tl.where((c // 32 == i)[None, :], of[:, None], 0)
+    r = tl.maximum(mine + (11 - m)[:, None], 0)
+    nibble = (byte.to(tl.int32) >> (c % 2 * 4)[None, :]) & 15
+    v = nibble & 7
+    code = tl.where(v == 0, 0, tl.where(v < 2, v * 8, v * 4 + 8) + r * 8) | ((nibble & 8) << 4)
+    return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True), ((m - 6) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def query_kernel(
     q,
     cos,
@@ -107,6 +131,12 @@ def tile_scores(
             x, xs, "e2m1", q, qs, "e4m3", acc=none
         )  # Triton 3.6 fails on a constant 0 for Blackwell
         scale = tl.full((TILE,), 1.0, tl.float32)
+    elif FORMAT == "mxfp4 as e4m3":
+        c, g = place_channel(tl.arange(0, DIM)), tl.arange(0, 4)
+        byte = tl.load((base + row * PLANE)[:, None] + (c // 2)[None, :])
+        xs = tl.load((base + ROWS * PLANE + row * SCALES)[:, None] + g[None, :])
+        x, scale = _e4m3_key(byte, c, xs, g)
+        s = tl.dot(x, q)
     elif FORMAT == "fp8":
         c = tl.arange(0, DIM)
         x = tl.load((base + row * PLANE).to(tl.pointer_type(tl.float8e4nv))[:, None] + c[None, :])
@@ -266,6 +296,8 @@ def refine_kernel(
         per = tl.cdiv(tl.cdiv(n, PARTS), TILE) * TILE
         begin, end = part * per, tl.minimum(part * per + per, n)
         col, c = tl.arange(0, HEADS), tl.arange(0, DIM)
+        if FORMAT == "mxfp4 as e4m3":
+            c = place_channel(c)
         Q = tl.load(q + (t * HEADS + col)[None, :] * DIM + c[:, None])
         W = tl.load(weights + t * HEADS + col)
         row = pages + tl.load(slab + t).to(tl.int64) * page_stride
@@ -361,10 +393,13 @@ AOT = [
     _aot_scan(True, 1, _FP8),
     _aot_scan(True, 2, _FP8),
     _aot_scan(True, 1, _FP4),
-    Aot(
-        refine_kernel,
-        {**KEYS, **LISTS, "fresh": "*i32", "k": "i32"},
-        {"K": 512, "PARTS": 16, "CAP": 8192, "HEADS": 64, "TILE": 64, **_FP8, "PDL": True},
-        num_stages=3,
+    *(
+        Aot(
+            refine_kernel,
+            {**KEYS, **LISTS, "fresh": "*i32", "k": "i32"},
+            {"K": 512, "PARTS": 16, "CAP": 8192, "HEADS": 64, "TILE": 64, **form, "PDL": True},
+            num_stages=3,
+        )
+        for form in (_FP8, _FP4 | {"FORMAT": "mxfp4 as e4m3"})
     ),
 ]

@@ -32,7 +32,8 @@ TOKENS, CAP, SAMPLE, SAMPLED = INDEX_TOKENS, INDEX_CANDIDATES, INDEX_SAMPLE, IND
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One call's constants. `rows`: of `row_constants`; `heads` are padded; `queries` share a tile of `tile` keys."""
+    """One call's constants. `rows`: of `row_constants`; `heads` are padded; `queries` share a tile of `tile` keys. `decode`: one token of
+    each request, so that the last step's thresholds serve. `refine`: FORMAT of the kernel of this name, where not that of the keys."""
 
     rows: dict[str, Any]
     heads: int
@@ -40,6 +41,8 @@ class Plan:
     tile: int
     k: int
     append: bool
+    decode: bool
+    refine: str | None = None
 
     @property
     def width(self) -> int:
@@ -173,18 +176,29 @@ def index_select(
     topk: int,
     scan: Scan = launch_scan,
     queries: int = 2,
+    refine: str | None = None,
 ) -> Tensor:
     """The op `index_select`. `scan` launches the kernel that does the work, `queries` tokens of a
-    prompt at a time."""
-    return _best(q, cos, sin, weights, keys, tokens, entries, topk, scan, queries, None)
+    prompt at a time; `refine` is the FORMAT in which `refine_kernel` gives its scores."""
+    return _best(q, cos, sin, weights, keys, tokens, entries, topk, scan, queries, None, refine)
+
+
+def fixed_index_select(
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int
+) -> Tensor:
+    """The op `index_select` by scores that are the same in every kernel: a program scores keys for one token at a time."""
+    if entries.most <= topk:
+        return every_entry(q, cos, sin, weights, keys, tokens, entries, topk)
+    return _best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 1, None)
 
 
 def index_candidates(
-    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int
-) -> tuple[Tensor, Tensor]:
-    """The op `index_candidates`."""
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int, *, fixed: bool = False
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op `index_candidates`; `fixed` as in `fixed_index_select`."""
     values = torch.empty((len(q), min(topk, entries.most)), dtype=torch.float32, device=q.device)
-    return _best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 2, values), values
+    queries = 1 if fixed else 2
+    return _best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, queries, values), values
 
 
 def _best(
@@ -199,12 +213,13 @@ def _best(
     scan: Scan,
     queries: int,
     values: Tensor | None,
+    refine: str | None = None,
 ) -> Tensor:
     total, k = len(q), min(topk, entries.most)
     out = torch.empty((total, k), dtype=torch.int32, device=q.device)
     if not total or not k:
         return out
-    plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs), queries)
+    plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs), queries, refine)
     q8, folded = prepare(q, cos, sin, weights, plan, 2 * cos.shape[-1])
     select_entries(
         plan, scan, q8, folded, keys, entries.pages, tokens.slab, entries.visible, entries.most, out, values
@@ -220,8 +235,10 @@ def every_entry(
     return torch.where(every < entries.visible[:, None], every, -1)
 
 
-def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool, queries: int = 2) -> Plan:
-    """`decode`: one token of each request, so that the last step's thresholds serve."""
+def plan_of(
+    heads: int, keys: Any, k: int, most: int, decode: bool, queries: int = 2, refine: str | None = None
+) -> Plan:
+    """`decode` and `refine` as in `Plan`."""
     quantised = keys.codec.name in ("fp8", "mxfp4")
     return Plan(
         rows=row_constants(keys.codec, keys.rows),
@@ -230,6 +247,8 @@ def plan_of(heads: int, keys: Any, k: int, most: int, decode: bool, queries: int
         tile=32 if INTERPRETED or not quantised else 64,
         k=k,
         append=most > SAMPLE,
+        decode=decode,
+        refine=refine,
     )
 
 
@@ -284,7 +303,7 @@ def appended(
 ) -> None:
     """Longer rows. `bound` float32 [slabs]: thresholds of a decode step, else those that the last step left."""
     q, weights, keys, pages, slab, visible, _most = part
-    decode = plan.queries == 1
+    decode = plan.decode
     n, device, parts, width = len(out), out.device, plan.parts, plan.width
     hint = State.hint(keys, len(pages))
     used, key, index, fresh = State.workspace(device)
@@ -322,7 +341,7 @@ def appended(
         CAP=CAP,
         HEADS=plan.heads,
         TILE=min(plan.tile, width),
-        **plan.stored,
+        **plan.stored | ({"FORMAT": plan.refine} if plan.refine else {}),
         PDL=bool(overlap),
         num_warps=4,
         num_stages=1 if INTERPRETED else 3,

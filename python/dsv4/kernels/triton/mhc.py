@@ -51,24 +51,28 @@ def _gather(
     rest,
     HEAD: tl.constexpr,
     SPLITS: tl.constexpr,
+    JOINED: tl.constexpr,
     M: tl.constexpr,
     STREAMS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sums over the splits, first to last, of partial [SPLITS, M, COLUMNS]: products of `pre` [M, n], the sum of squares
-    [M, n] (in its first column), and where `rest` the products of `post` [M, n] and `comb` [M, n n]. All loads of a
+    """Sums over the splits, first to last, JOINED at a time, of partial [SPLITS, M, COLUMNS]: products of `pre` [M, n], the sum of
+    squares [M, n] (in its first column), and where `rest` the products of `post` [M, n] and `comb` [M, n n]. All loads of a
     split are under way together."""
     at = partial + row[:, None] * COLUMNS
     others, pairs = (few & rest) != 0, (all & rest) != 0
-    mix, norm = tl.zeros(few.shape, tl.float32), tl.zeros(few.shape, tl.float32)
-    p, a = tl.zeros(few.shape, tl.float32), tl.zeros(all.shape, tl.float32)
-    for s in tl.static_range(SPLITS):
-        here = at + s * M * COLUMNS
-        mix += tl.load(here + i[None, :], mask=few, other=0.0, cache_modifier=".cg")
-        norm += tl.load(here + STREAMS + i[None, :], mask=few, other=0.0, cache_modifier=".cg")
-        if not HEAD:
-            p += tl.load(here + 2 * STREAMS + i[None, :], mask=others, other=0.0, cache_modifier=".cg")
-            a += tl.load(here + 3 * STREAMS + ij[None, :], mask=pairs, other=0.0, cache_modifier=".cg")
+    none, nothing = tl.zeros(few.shape, tl.float32), tl.zeros(all.shape, tl.float32)
+    mix, norm, p, a = none, none, none, nothing
+    for group in tl.static_range(SPLITS // JOINED):
+        m, q, r, b = none, none, none, nothing
+        for s in tl.static_range(group * JOINED, (group + 1) * JOINED):
+            here = at + s * M * COLUMNS
+            m += tl.load(here + i[None, :], mask=few, other=0.0, cache_modifier=".cg")
+            q += tl.load(here + STREAMS + i[None, :], mask=few, other=0.0, cache_modifier=".cg")
+            if not HEAD:
+                r += tl.load(here + 2 * STREAMS + i[None, :], mask=others, other=0.0, cache_modifier=".cg")
+                b += tl.load(here + 3 * STREAMS + ij[None, :], mask=pairs, other=0.0, cache_modifier=".cg")
+        mix, norm, p, a = mix + m, norm + q, p + r, a + b
     return mix, norm, p, a
 
 
@@ -119,7 +123,11 @@ def hc_pre_kernel(
     SLICE: tl.constexpr,
     COLUMNS: tl.constexpr,
     PIECES: tl.constexpr,
+    SHARES: tl.constexpr = 1,
+    JOINED: tl.constexpr = 1,
 ):
+    """A program's sums are those of SHARES slices of SLICE channels of every stream, added in order; JOINED programs are added
+    first. SHARES * SPLITS and SHARES * JOINED say how results are added up, whatever SPLITS is."""
     split, tile = tl.program_id(0), tl.program_id(1)
     t = tile.to(tl.int64) * M + tl.arange(0, M)
     live = t < tokens
@@ -129,9 +137,11 @@ def hc_pre_kernel(
     # Columns: the n products of `pre`, the sum of squares (so that what every program reads is one sector), then the rest.
     product = tl.where(column < STREAMS, column, tl.where(column < 2 * STREAMS, -1, column - STREAMS))
     acc, squares = tl.zeros((M, COLUMNS), tl.float32), tl.zeros((M,), tl.float32)
+    added, all_squares = tl.zeros((M, COLUMNS), tl.float32), tl.zeros((M,), tl.float32)
     steps: tl.constexpr = SLICE // K
-    for step in range(STREAMS * steps):
-        c = split * SLICE + step % steps * K + k
+    for turn in range(SHARES * STREAMS * steps):
+        step = turn % (STREAMS * steps)
+        c = (split * SHARES + turn // (STREAMS * steps)) * SLICE + step % steps * K + k
         at, held = step // steps * DIM + c, c < DIM
         x = tl.load(
             streams + t[:, None] * (STREAMS * DIM) + at[None, :],
@@ -146,6 +156,12 @@ def hc_pre_kernel(
         acc += _product(x, f, PIECES)
         x = x.to(tl.float32)
         squares += tl.sum(x * x, 1)
+        if SHARES > 1:  # noqa: SIM102 (constexpr)
+            if step == STREAMS * steps - 1:
+                added, all_squares = added + acc, all_squares + squares
+                acc, squares = tl.zeros((M, COLUMNS), tl.float32), tl.zeros((M,), tl.float32)
+    if SHARES > 1:
+        acc, squares = added, all_squares
     acc = tl.where((column == STREAMS)[None, :], squares[:, None], acc)
     partial += tile.to(tl.int64) * (SPLITS * M * COLUMNS)
     row = tl.arange(0, M)
@@ -162,12 +178,12 @@ def hc_pre_kernel(
     ij = tl.arange(0, STREAMS * STREAMS)
     all = live[:, None] & (ij >= 0)[None, :]
     mix, norm, p, a = _gather(
-        partial, row, i, ij, few, all, split == SPLITS - 1, HEAD, SPLITS, M, STREAMS, COLUMNS
+        partial, row, i, ij, few, all, split == SPLITS - 1, HEAD, SPLITS, JOINED, M, STREAMS, COLUMNS
     )
     norm = tl.rsqrt(tl.sum(tl.where((i == 0)[None, :], norm, 0.0), 1) / (STREAMS * DIM) + norm_eps)[:, None]
     pre = _sigmoid(mix * norm * tl.load(scale) + tl.load(base + i)[None, :]) + eps
-    for step in range(steps):
-        c = split * SLICE + step * K + k
+    for step in range(SHARES * steps):
+        c = split * SHARES * SLICE + step * K + k
         held = live[:, None] & (c < DIM)[None, :]
         total = tl.zeros((M, K), tl.float32)
         for n in tl.static_range(STREAMS):
@@ -239,6 +255,20 @@ def _plan(tokens: int, dim: int) -> tuple[int, int]:
     return tile, min(splits, max(1, dim // 64))
 
 
+SHARES, JOINED = 32, 4
+"""Sums over a token's channels where the number of tokens must not matter, and how many of them are added first."""
+
+
+def _fixed_plan(tokens: int, dim: int) -> tuple[int, int, int, int]:
+    """(tokens of a tile, programs, shares of each, programs that are added first): for few tokens a program for each of the shares,
+    for many one for those that are added first. A tile of one size, as the matrix instruction depends on it."""
+    shares = min(SHARES, 1 << max(0, (dim // 64).bit_length() - 1))
+    joined = min(JOINED, shares)
+    if INTERPRETED:
+        return 16, 1, shares, 1
+    return (16, shares, 1, joined) if tokens <= 256 else (16, shares // joined, joined, 1)
+
+
 def _pre(
     streams: Tensor,
     fn: Tensor,
@@ -248,6 +278,7 @@ def _pre(
     eps: float,
     iters: int,
     head: bool,
+    fixed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     streams = streams.contiguous()
     tokens, n, dim = streams.shape
@@ -258,7 +289,7 @@ def _pre(
     comb = torch.empty((tokens, n, n), dtype=torch.float32, device=streams.device)
     if not tokens:
         return y, post, comb
-    tile, splits = _plan(tokens, dim)
+    tile, splits, shares, joined = _fixed_plan(tokens, dim) if fixed else (*_plan(tokens, dim), 1, 1)
     tiles = cdiv(tokens, tile)
     partial = torch.empty((tiles, splits, tile, _COLUMNS), dtype=torch.float32, device=streams.device)
     name = (streams.device, splits)
@@ -287,9 +318,11 @@ def _pre(
         M=tile,
         K=k,
         SPLITS=splits,
-        SLICE=cdiv(cdiv(dim, splits), k) * k,
+        SLICE=cdiv(cdiv(dim, splits * shares), k) * k,
         COLUMNS=_COLUMNS,
         PIECES=streams.dtype == torch.bfloat16 and not INTERPRETED,  # it multiplies bits of bfloat16
+        SHARES=shares,
+        JOINED=joined,
         num_warps=4,
         num_stages=3,
     )
@@ -297,17 +330,17 @@ def _pre(
 
 
 def hc_pre(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float, iters: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `hc_pre`."""
-    return _pre(streams, fn, scale, base, norm_eps, hc_eps, iters, False)
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float, iters: int, *, fixed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op `hc_pre`. `fixed`: sums are cut by the number of channels alone."""
+    return _pre(streams, fn, scale, base, norm_eps, hc_eps, iters, False, fixed)
 
 
 def hc_head(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float
-) -> Tensor:
-    """The op `hc_head`."""
-    return _pre(streams, fn, scale, base, norm_eps, hc_eps, 0, True)[0]
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float, *, fixed: bool = False
+) -> Tensor:  # fmt: skip
+    """The op `hc_head`, `fixed` as in `hc_pre`."""
+    return _pre(streams, fn, scale, base, norm_eps, hc_eps, 0, True, fixed)[0]
 
 
 def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -333,15 +366,24 @@ AOT = [
     Aot(
         hc_pre_kernel,
         _PRE,
-        {"HEAD": False, "ITERS": 20, "M": 16, "SPLITS": 16, "SLICE": 256, **_SHAPE},
+        {"HEAD": False, "ITERS": 20, "M": 16, "SPLITS": 16, "SLICE": 256, "SHARES": 1, "JOINED": 1, **_SHAPE},
         num_stages=3,
     ),
     Aot(
         hc_pre_kernel,
         _PRE,
-        {"HEAD": False, "ITERS": 20, "M": 64, "SPLITS": 16, "SLICE": 256, **_SHAPE},
+        {"HEAD": False, "ITERS": 20, "M": 64, "SPLITS": 16, "SLICE": 256, "SHARES": 1, "JOINED": 1, **_SHAPE},
         num_stages=3,
         matrix=True,
+    ),
+    *(
+        Aot(
+            hc_pre_kernel,
+            _PRE,
+            {"HEAD": False, "ITERS": 20, "M": 16, "SLICE": 128, **_SHAPE, **how},
+            num_stages=3,
+        )
+        for how in ({"SPLITS": 32, "SHARES": 1, "JOINED": 4}, {"SPLITS": 8, "SHARES": 4, "JOINED": 1})
     ),
     Aot(
         hc_post_kernel,

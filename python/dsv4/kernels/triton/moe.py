@@ -26,7 +26,9 @@ from dsv4.kernels.triton.moe_pack import (
     PackedExperts,
     _expand,
     _group_scale,
+    _paired,
     _table,
+    channel_at,
     prepare,
 )
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
@@ -43,10 +45,11 @@ ROWS = 128
 def plan_kernel(
     experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PAIRED: tl.constexpr = False,
 ):  # fmt: skip
     """Program e < E: `rows` gets expert e's slots (token * k + j) in order, `plan` its blocks of at most BT slots as
     (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks. The
-    programs beyond quantise x, one block of BLOCK channels of 8 tokens each. An expert outside 0 .. E - 1 is left out."""
+    programs beyond quantise x, one block of BLOCK channels of 8 tokens each, PAIRED: in the order of `channel_at`. An expert outside 0 .. E - 1 is left out."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -55,7 +58,8 @@ def plan_kernel(
         t = (e - E) // KB * 8 + tl.arange(0, 8)
         c = (e - E) % KB * BLOCK + tl.arange(0, BLOCK)
         live = (t < T)[:, None] & (c < D)[None, :]
-        v = tl.load(x + t[:, None].to(tl.int64) * x_stride + c[None, :], mask=live, other=0.0).to(tl.float32)
+        of = channel_at(c) if PAIRED else c
+        v = tl.load(x + t[:, None].to(tl.int64) * x_stride + of[None, :], mask=live, other=0.0).to(tl.float32)
         scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
         tl.store(codes + t[:, None].to(tl.int64) * D + c[None, :], to_e4m3(v * inverse[:, None]), mask=live)
         tl.store(scales + t.to(tl.int64) * KB + (e - E) % KB, scale, mask=t < T)
@@ -91,6 +95,7 @@ def experts_kernel(
     T, K, N, TILES, SPLIT, STEPS,
     TOPK: tl.constexpr, FIRST: tl.constexpr, SUM: tl.constexpr, ABSORB: tl.constexpr,
     PARTS: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, SUMMED: tl.constexpr = 1,
+    PAIRED: tl.constexpr = False,
 ):  # fmt: skip
     """One product of routed experts; a program takes one tile of 128 rows, BT slots of one expert, STEPS of the steps of
     128 channels. Grid: blocks * TILES * SPLIT.
@@ -98,6 +103,9 @@ def experts_kernel(
     FIRST: x codes [T, K] with scales [T, K / 128]; out codes [slots, N] with scales [slots, TILES]; tile rows alternate
     between w1 and w3. Else: x codes [slots, K] with scales per 64; out bf16 [slots, N], or, where SUM, y [T, N] through
     `parts`, plus `shared` [T, N] unless that is None.
+
+    PAIRED: as the Gluon form, to its bits: channels in the order of `channel_at`, two instructions at a time, and one sum over
+    all steps, for which with PARTS every step's product goes to parts [slots, TILES, sums, 128].
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -120,18 +128,25 @@ def experts_kernel(
     wp = w + (expert * TILES + tile) * steps * (2 * 128 * 32) + r[:, None] * 32 + c[None, :]
     sp = ws + (expert * TILES + tile) * steps * 128 + r
     xp = x + src[None, :] * K + c[:, None]
+    c2 = tl.arange(0, 64)
+    xp2 = x + src[None, :] * K + c2[:, None]
     xb: tl.constexpr = 1 if FIRST else 2
     qp = xs + src * (steps * xb)
+    step_parts = parts + (slot[None, :] * TILES + tile) * (steps * xb * 128) + r[:, None]
     if ABSORB:
         lowest = tl.load(base + (expert * TILES + tile) * 128 + r).to(tl.int32)
     acc = tl.zeros((128, BT), tl.float32)
     for k in tl.range(split * STEPS, tl.minimum((split + 1) * STEPS, steps), num_stages=STAGES):
         s = tl.load(sp + k * 128)
-        x0 = tl.load(xp + k * 128, mask=live[None, :] & (k * 128 + c < K)[:, None], other=0.0)
-        x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (k * 128 + 32 + c < K)[:, None], other=0.0)
-        x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (k * 128 + 64 + c < K)[:, None], other=0.0)
-        x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (k * 128 + 96 + c < K)[:, None], other=0.0)
         q = tl.load(qp + k * xb)
+        if PAIRED:
+            x0 = tl.load(xp2 + k * 128, mask=live[None, :] & (k * 128 + c2 < K)[:, None], other=0.0)
+            x1 = tl.load(xp2 + k * 128 + 64, mask=live[None, :] & (k * 128 + 64 + c2 < K)[:, None], other=0.0)
+        else:
+            x0 = tl.load(xp + k * 128, mask=live[None, :] & (k * 128 + c < K)[:, None], other=0.0)
+            x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (k * 128 + 32 + c < K)[:, None], other=0.0)
+            x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (k * 128 + 64 + c < K)[:, None], other=0.0)
+            x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (k * 128 + 96 + c < K)[:, None], other=0.0)
         if ABSORB:
             byte = ((s - lowest * 0x01010101) << 3)[:, None]
             a0, b0 = _table(byte, 0)
@@ -140,12 +155,28 @@ def experts_kernel(
             a0, b0 = _table(byte, 2)
             a1, b1 = _table(byte, 3)
             w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a0, b0, a1, b1)
-            p = tl.dot(w1, x1, tl.dot(w0, x0))
-            if FIRST:
-                acc += tl.dot(w3, x3, tl.dot(w2, x2, p)) * q[None, :]
+            if PAIRED:
+                p = tl.dot(_paired(w0, w1), x0)
+                if FIRST:
+                    p = tl.dot(_paired(w2, w3), x1, p) * q[None, :]
+                    if PARTS:
+                        tl.store(step_parts + k * 128, p, mask=live[None, :])
+                    acc += p
+                else:
+                    p *= q[None, :]
+                    p1 = tl.dot(_paired(w2, w3), x1) * tl.load(qp + k * xb + 1)[None, :]
+                    if PARTS:
+                        tl.store(step_parts + k * 256, p, mask=live[None, :])
+                        tl.store(step_parts + k * 256 + 128, p1, mask=live[None, :])
+                    acc += p
+                    acc += p1
             else:
-                acc += p * q[None, :]
-                acc += tl.dot(w3, x3, tl.dot(w2, x2)) * tl.load(qp + k * xb + 1)[None, :]
+                p = tl.dot(w1, x1, tl.dot(w0, x0))
+                if FIRST:
+                    acc += tl.dot(w3, x3, tl.dot(w2, x2, p)) * q[None, :]
+                else:
+                    acc += p * q[None, :]
+                    acc += tl.dot(w3, x3, tl.dot(w2, x2)) * tl.load(qp + k * xb + 1)[None, :]
         else:
             a = tl.full((128, 1), 0x0C080400, tl.int32)
             b = tl.full((128, 1), 0x1C181410, tl.int32)
@@ -157,13 +188,24 @@ def experts_kernel(
                 acc += (p0 + p2) * q[None, :]
             else:
                 acc += p0 * q[None, :] + p2 * tl.load(qp + k * xb + 1)[None, :]
+    last = True
+    if PAIRED and PARTS:
+        here = block * TILES + tile
+        tl.debug_barrier()
+        last = tl.atomic_add(arrived + here, 1, sem="acq_rel") == SPLIT - 1
+        if last:
+            acc = tl.zeros((128, BT), tl.float32)
+            for i in range(0, steps * xb, 4):
+                for j in tl.static_range(4):
+                    there = (m < tl.where(i + j < steps * xb, count, 0))[None, :]
+                    acc += tl.load(step_parts + (i + j) * 128, mask=there, other=0.0, cache_modifier=".cg")
+            tl.store(arrived + here, 0)
     if ABSORB:
         acc *= ((lowest + 5) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
         acc *= 64.0
     if FIRST:
-        last = True
-        if PARTS:
+        if PARTS and not PAIRED:
             at = r[:, None] * BT + m[None, :]
             here = block * TILES + tile
             mine = parts + here.to(tl.int64) * SPLIT * (128 * BT)
@@ -183,7 +225,10 @@ def experts_kernel(
             h = silu_gate(a, b, limit).reshape(64, BT)
             h = h * tl.load(gate + slot, mask=live, other=0.0)[None, :]
             scale, inverse = pow2_scale(tl.max(tl.abs(h), 0))
-            o = slot[None, :] * (TILES * 64) + tile * 64 + tl.arange(0, 64)[:, None]
+            place = tl.arange(0, 64)
+            if PAIRED:
+                place = place % 32 // 4 * 8 + place // 32 * 4 + place % 4
+            o = slot[None, :] * (TILES * 64) + tile * 64 + place[:, None]
             tl.store(out + o, to_e4m3(h * inverse[None, :]), mask=live[None, :])
             tl.store(out_s + slot * TILES + tile, scale, mask=live)
     else:
@@ -202,7 +247,7 @@ def experts_kernel(
                         total += tl.load(shared + t * N + n, mask=n < N, other=0.0).to(tl.float32)
                     tl.store(y + t * N + n, total.to(y.dtype.element_ty), mask=n < N)
                 tl.store(arrived + tile, 0)
-        else:
+        elif last:
             tl.store(
                 out + slot[None, :] * N + n[:, None],
                 acc.to(out.dtype.element_ty),
@@ -249,9 +294,11 @@ def experts(
     w: PackedExperts,
     limit: float,
     shared: Tensor | None,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
-    """The op: [T, d] in x's dtype, routed experts plus `shared`."""
-    return run(x, experts, weights, w, limit, shared)
+    """The op: [T, d] in x's dtype, routed experts plus `shared`. `fixed` as in `run`."""
+    return run(x, experts, weights, w, limit, shared, fixed=fixed)
 
 
 def run(
@@ -262,16 +309,22 @@ def run(
     limit: float,
     shared: Tensor | None,
     tune: dict[str, int] | None = None,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
     """y [T, d] in x's dtype: the routed experts' sum plus `shared` [T, d] for x [T, d], experts int64 and weights float32
-    [T, k]. Weights of an expert that no token has are never read."""
+    [T, k]. Weights of an expert that no token has are never read. `fixed`: a token's bits do not depend on how many there are; where
+    scales are narrow and d is a multiple of 128 they are those of the Gluon form."""
     (tokens, k), dim, dev = experts.shape, x.shape[1], x.device
     y = torch.empty(x.shape, dtype=x.dtype, device=dev)
     if not tokens:
         return y
     slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]
     pick = _config(tokens, k, count, tiles1, tiles2, packed) | (tune or {})
-    bt, few = pick["bt"], tokens <= FEW
+    paired = fixed and packed.absorb and dim % 128 == 0
+    if fixed:
+        pick |= dict(absorb=paired) if paired else dict(absorb=False, split1=1, split2=1)
+    bt, few = pick["bt"], tokens <= FEW and not fixed
     blocks = min(slots, count + slots // bt)
     empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
     overlap = pdl()
@@ -283,18 +336,22 @@ def run(
     )
     plan_kernel[(count + cdiv(tokens, 8) * steps1,)](
         experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens,
-        BINS=next_pow2(count), CHUNK=256 if slots <= 256 else 2048, BT=bt, BLOCK=128, PDL=bool(overlap), **overlap,
+        BINS=next_pow2(count), CHUNK=256 if slots <= 256 else 2048, BT=bt, BLOCK=128, PAIRED=paired, PDL=bool(overlap), **overlap,
     )  # fmt: skip
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
     hs = empty(slots, tiles1, dtype=torch.float32)
     out = empty(1 if few else slots, dim, dtype=torch.bfloat16)
     each1, each2 = cdiv(steps1, pick["split1"]), cdiv(tiles1 // 2, pick["split2"])
     split1, split2 = cdiv(steps1, each1), cdiv(tiles1 // 2, each2)
-    parts1 = empty(blocks * tiles1 * split1 * 128 * bt if split1 > 1 else 1, dtype=torch.float32)
-    parts2 = empty(slots * split2 * tiles2 * 128 if few else 1, dtype=torch.float32)
+    if paired:
+        parts1, parts2 = slots * tiles1 * steps1, slots * tiles2 * tiles1
+    else:
+        parts1, parts2 = blocks * tiles1 * split1 * bt, slots * split2 * tiles2
+    parts1 = empty(parts1 * 128 if split1 > 1 else 1, dtype=torch.float32)
+    parts2 = empty(parts2 * 128 if few or split2 > 1 else 1, dtype=torch.float32)
     arrived = counters(dev)
     common = dict(
-        TOPK=k, ABSORB=bool(pick["absorb"]), BT=bt, STAGES=pick["stages"], PDL=bool(overlap),
+        TOPK=k, ABSORB=bool(pick["absorb"]), PAIRED=paired, BT=bt, STAGES=pick["stages"], PDL=bool(overlap),
         num_warps=pick["warps"], **overlap,
     )  # fmt: skip
     experts_kernel[(blocks * tiles1 * split1,)](
@@ -303,7 +360,7 @@ def run(
     )  # fmt: skip
     experts_kernel[(blocks * tiles2 * split2,)](
         h, hs, packed.w2, packed.s2, packed.b2, plan, rows, weights, out, hs, parts2, arrived, shared, y,
-        limit, tokens, tiles1 * 64, dim, tiles2, split2, each2, FIRST=False, SUM=few, PARTS=False,
+        limit, tokens, tiles1 * 64, dim, tiles2, split2, each2, FIRST=False, SUM=few, PARTS=paired and split2 > 1,
         SUMMED=next_pow2(k * split2), **common,
     )  # fmt: skip
     if not few:
@@ -329,7 +386,7 @@ def _config(
     )  # fmt: skip
 
 
-def _aot(*, first: bool, few: bool = False, absorb: bool = False, bt: int = 16) -> Aot:
+def _aot(*, first: bool, few: bool = False, absorb: bool = False, bt: int = 16, paired: bool = False) -> Aot:
     signature = {
         "x": "*fp8e4nv",
         "xs": "*fp32",
@@ -356,9 +413,10 @@ def _aot(*, first: bool, few: bool = False, absorb: bool = False, bt: int = 16) 
     flags = dict(
         TOPK=6,
         FIRST=first,
-        SUM=few and not first,
+        SUM=few and not first and not paired,
         ABSORB=absorb,
-        PARTS=few and first,
+        PAIRED=paired,
+        PARTS=few and (first or paired),
         BT=bt,
         PDL=True,
         STAGES=3 if bt >= 32 else 4,
@@ -376,10 +434,11 @@ AOT = [
     _aot(first=False, absorb=True, bt=128),
     _aot(first=True, absorb=True, bt=64),
     _aot(first=True, bt=64),
+    *(_aot(first=first, absorb=True, paired=True, bt=bt, few=few) for first in (True, False) for bt, few in ((16, True), (16, False), (64, False))),
     Aot(
         plan_kernel,
         {k: "*i32" for k in ("rows", "plan")} | {k: "i32" for k in ("S", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")}
         | {"experts": "*i64", "x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"},
-        dict(BINS=256, CHUNK=2048, BT=16, BLOCK=128, PDL=True),
+        dict(BINS=256, CHUNK=2048, BT=16, BLOCK=128, PAIRED=True, PDL=True),
     ),
 ]  # fmt: skip

@@ -65,6 +65,20 @@ def _expand(wp, a0, b0, a1, b1):
 
 
 @triton.jit
+def channel_at(place):
+    """The channel of a row whose weight lies at `place` where low and high are taken four by four, as words hold them."""
+    return place // 64 * 64 + place // 4 % 2 * 32 + place // 8 % 8 * 4 + place % 4
+
+
+@triton.jit
+def _paired(low, high):
+    """(low, high) [N, 32] each as [N, 64] in the order of `channel_at`."""
+    n: tl.constexpr = low.shape[0]
+    both = tl.join(tl.reshape(low, (n, 8, 4)), tl.reshape(high, (n, 8, 4)))
+    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), (n, 64))
+
+
+@triton.jit
 def _table(byte, g: tl.constexpr):
     """Lookup tables of group g, whose byte holds 8 x the exponent above the row's base: e4m3 bytes of value x 2^(t - 5)."""
     t = ((byte >> (8 * g)) & 255) * 0x01010101

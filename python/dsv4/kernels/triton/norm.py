@@ -81,21 +81,25 @@ def norm_rope_kernel(
     tl.store(y + at, v.to(y.dtype.element_ty), mask=held)
 
 
-def tile(rows: int, block: int) -> tuple[int, int]:
-    """Rows of a program and its warps: about 16 values a thread, one row a program while rows are few."""
-    most = max(1, min(2048 // block, rows // 1024))
+MANY_ROWS = 1 << 20
+
+
+def tile(rows: int, block: int, *, fixed: bool = False) -> tuple[int, int]:
+    """Rows of a program and its warps: about 16 values a thread, one row a program while rows are few, unless `fixed`: how a row's
+    values are added up depends on it."""
+    most = max(1, min(2048 // block, MANY_ROWS // 1024 if fixed else rows // 1024))
     n = 1 << (most.bit_length() - 1)
     return n, max(1, min(8, n * block // 512))
 
 
-def rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The op `rmsnorm`."""
+def rmsnorm(x: Tensor, weight: Tensor | None, eps: float, *, fixed: bool = False) -> Tensor:
+    """The op `rmsnorm`, in tiles of one size if `fixed`."""
     x = x.contiguous()
     y, dim = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // dim
     if rows:
         block = next_pow2(dim)
-        n, warps = tile(rows, block)
+        n, warps = tile(rows, block, fixed=fixed)
         rmsnorm_kernel[(cdiv(rows, n),)](
             x, weight, y, rows, eps, N=n, DIM=dim, BLOCK=block, WEIGHTED=weight is not None, num_warps=warps
         )
@@ -118,14 +122,16 @@ def rmsnorm_quantised(x: Tensor, weight: Tensor | None, eps: float) -> Quantised
     return Quantised(y, codes, scales)
 
 
-def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """The op `norm_rope`: one launch for all heads."""
+def norm_rope(
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, *, fixed: bool = False
+) -> Tensor:
+    """The op `norm_rope`: one launch for all heads, in tiles of one size if `fixed`."""
     x = x.contiguous()
     y, dim = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // dim
     if rows:
         block = next_pow2(dim)
-        n, warps = tile(rows, block)
+        n, warps = tile(rows, block, fixed=fixed)
         norm_rope_kernel[(cdiv(rows, n),)](
             x,
             weight,

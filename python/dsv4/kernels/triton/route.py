@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters
-from dsv4.kernels.triton.linear import float32_linear_f32, many_linear_f32
+from dsv4.kernels.triton.linear import float32_linear_f32, many_linear_f32, our_linear_f32
 from dsv4.kernels.triton.quantise import dot
 from dsv4.ops.weight import dense, prepared_by
 
@@ -152,6 +152,14 @@ def float32_route(
 ) -> tuple[Tensor, Tensor]:
     """The same where one of them is float32."""
     return _choose_by(float32_linear_f32(x, gate), bias, chosen, k, scale)
+
+
+@prepared_by(dense)
+def fixed_route(
+    x: Tensor, gate: Tensor, bias: Tensor | None, chosen: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same for any dtypes, by scores that do not depend on the number of tokens."""
+    return _choose_by(our_linear_f32(x, gate), bias, chosen, k, scale)
 
 
 @prepared_by(dense)

@@ -107,14 +107,14 @@ def copy_rows_kernel(
 
 
 def write_rows(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rows: Any, target: Tensor
-) -> None:
-    """The op `write_rows`. A target below 0 is left out."""
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, rows: Any, target: Tensor, *, fixed: bool = False
+) -> None:  # fmt: skip
+    """The op `write_rows`, in tiles of one size if `fixed`. A target below 0 is left out."""
     tokens = len(x)
     if not tokens:
         return
     constants = row_constants(rows.codec, rows.rows)
-    n, warps = tile(tokens, constants["BLOCK"])
+    n, warps = tile(tokens, constants["BLOCK"], fixed=fixed)
     write_rows_kernel[(cdiv(tokens, n),)](
         x,
         x.stride(0),

@@ -19,7 +19,7 @@ _MODULES = {
 }
 
 FORMS = [
-    Form(op, "reference", f"{__package__}.{module}:{op}", capturable=op == "copy_rows")
+    Form(op, "reference", f"{__package__}.{module}:{op}", capturable=op == "copy_rows", family="reference")
     for module, ops in _MODULES.items()
     for op in ops
 ]
