@@ -43,7 +43,11 @@ COMMANDS = (
     "warmup",
     "doctor",
 )
-KINDS = {"trace": ("agents",), "bench": ("serve", "compare"), "profiles": ("show", "diff")}
+KINDS = {
+    "trace": ("agents", "chat", "rollouts", "documents", "mixed"),
+    "bench": ("serve", "compare"),
+    "profiles": ("show", "diff", "recommend"),
+}
 """Commands that have commands of their own."""
 OTHERS_FLAGS = {
     "--restart",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -48,6 +49,27 @@ def test_its_commands_exist(command: str) -> None:
         [sys.executable, "-m", "dsv4.cli", command, "--help"], capture_output=True, text=True, timeout=60
     )
     assert run.returncode == 0 and "usage: dsv4" in run.stdout
+
+
+def test_three_commands_lead_from_a_trace_to_a_server(tmp_path: Path) -> None:
+    [block] = [b for b in fenced("console") if "recommend" in b]
+    made, recommended, served = [line.split("#")[0].split()[2:] for line in block.splitlines()]
+    dsv4 = [sys.executable, "-m", "dsv4.cli"]
+    subprocess.run([*dsv4, *made], cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    run = subprocess.run(
+        [*dsv4, *recommended], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=110
+    )
+    assert run.stdout.rstrip().endswith(f"dsv4 serve MODEL {' '.join(served[1:])}"), run.stdout
+    command = [*dsv4, *served, "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            lines = list(itertools.takewhile(lambda line: not line.startswith("ready"), server.stderr))
+        finally:
+            server.terminate()
+        assert any(line.startswith("settings   from profile rollout:") for line in lines), lines
+        server.stderr.read()
+    assert server.returncode == 0
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -12,7 +12,8 @@ from dsv4.bench.sizing import Sizing
 from dsv4.bench.trace import TraceMaker, read
 from dsv4.bench.words import Words
 from dsv4.errors import ConfigError
-from dsv4.simulate.agents import Agents, LogNormal, generate
+from dsv4.simulate.agents import Agents, generate
+from dsv4.simulate.records import LogNormal
 
 BLOCK = 512
 

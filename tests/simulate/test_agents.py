@@ -11,7 +11,8 @@ from statistics import mean, median
 
 import pytest
 from dsv4._core import Trace
-from dsv4.simulate.agents import BLOCK, Agents, LogNormal, describe, generate, write
+from dsv4.simulate.agents import Agents, generate
+from dsv4.simulate.records import BLOCK, LogNormal, describe, write
 
 SMALL = Agents(sessions=12, hours=0.2, calls=LogNormal(12, 20, 60), projects=3, teams=2)
 

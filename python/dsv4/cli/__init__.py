@@ -10,7 +10,7 @@ dsv4 profiles            settings for kinds of traffic
 dsv4 plan MODEL --gpu G  what fits on which GPUs, to the byte, without one
 dsv4 simulate TRACE      a request trace against the real core in virtual time
 dsv4 calibrate [MODEL]   how long steps take here, for dsv4 simulate
-dsv4 trace agents        makes a trace of agent sessions
+dsv4 trace KIND          makes a trace of agents, chats, rollouts, documents or all
 dsv4 bench serve         traffic against any server, and what came of it
 dsv4 key [TENANT]        a new API key and its hash, for --keys-file
 dsv4 warmup [MODEL]      compiles the kernels that a server needs, without serving

@@ -1,4 +1,4 @@
-"""`dsv4 profiles`: settings for kinds of traffic, listed, shown and compared."""
+"""`dsv4 profiles`: settings for kinds of traffic, listed, shown, compared and recommended."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from dsv4 import profiles
+from dsv4.cli import recommend
 from dsv4.config import profile_diff, profile_layer
 
 
@@ -15,7 +16,8 @@ def add(commands: Any) -> None:
         "profiles",
         help="settings for kinds of traffic",
         description="Lists the profiles that ship. `dsv4 serve --profile NAME` takes one, or a FILE.toml of your own.",
-        epilog="examples:\n  dsv4 profiles\n  dsv4 profiles show coding-agent\n  dsv4 profiles diff chat mixed",
+        epilog="examples:\n  dsv4 profiles\n  dsv4 profiles show coding-agent\n  dsv4 profiles diff chat mixed\n"
+        "  dsv4 profiles recommend trace.jsonl --gpu h200",
     )
     parser.set_defaults(run=list_all)
     kinds = parser.add_subparsers(dest="kind", metavar="KIND")
@@ -38,6 +40,7 @@ def add(commands: Any) -> None:
         "second", nargs="?", metavar="NAME|FILE", help="another one [what is set without a profile]"
     )
     diff.set_defaults(run=diff_two)
+    recommend.add(kinds)
 
 
 def list_all(arguments: argparse.Namespace) -> int:

@@ -117,6 +117,14 @@ class Server:
             except (OSError, http.client.HTTPException, ValueError) as e:
                 raise RequestError(f"the stream broke off: {e}", None, "connection", 502) from None
 
+    def text(self, path: str) -> str:
+        """An answer of text. Raises RequestError and ConfigError."""
+        try:
+            with self._open(path, None, ANSWERS_WITHIN) as response:
+                return str(response.read().decode("utf-8", "replace"))
+        except (OSError, http.client.HTTPException) as e:
+            raise Unreachable(f"{self.url} broke off its answer to {path}: {e}") from None
+
     def _read(self, path: str) -> Any:
         """An answer of JSON. Raises RequestError and ConfigError."""
         try:

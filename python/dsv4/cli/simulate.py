@@ -186,14 +186,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dump:
         text = _read_dump(arguments.dump)
         note(said[1])
-        with _Progress() as progress:
+        with Progress() as progress:
             reports = resume(text, engine, progress)
         pool = reports["dump"]["pool"]["pages"] * reports["dump"]["pool"]["page_bytes"]
     else:
         trace, pool = _trace(arguments), engine.pool_bytes
         for line in (*said, _about(trace)):
             note(line)
-        with _Progress() as progress:
+        with Progress() as progress:
             reports = compare(trace, engine, policies, progress)
     note(f"{len(reports)} {'policies' if len(reports) > 1 else 'run'} in {time.monotonic() - began:.1f} s")
     title = f"{engine.config.name} on {engine.tp} x {engine.gpu.name}, pool {pool / 2**30:.1f} GiB"
@@ -315,7 +315,7 @@ def _as_json(a: argparse.Namespace, e: Engine, reports: dict[str, dict[str, Any]
     }
 
 
-class _Progress:
+class Progress:
     """A bar per policy on a terminal, else a line every few seconds. Standard error only."""
 
     def __init__(self) -> None:
@@ -323,7 +323,7 @@ class _Progress:
         self._tasks: dict[str, Any] = {}
         self._next = time.monotonic() + LINE_EVERY
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -11,7 +11,9 @@
 | `compare.py` | runs one trace under several policies |
 | `table.py` | the comparison as a table |
 | `plot.py` | memory and hit rate over time as a picture (needs the extra `plot`) |
+| `records.py` | what generated traces are written with: exact ids, lengths from log-normal distributions |
 | `agents.py` | traces of agent sessions from stated distributions |
+| `traffic.py` | the same of conversations, rollouts, documents, and of all together |
 
 The replay itself is Rust (`rust/sim/src/replay`). Nothing here imports torch.
 """

@@ -14,7 +14,7 @@ from dsv4.model import parallel
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import over_ranks
 from dsv4.model.parallel import Parallel, valid_tp
-from dsv4.plan.graphs import extends_of
+from dsv4.plan.graphs import extends_of, steps_of
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 
@@ -142,9 +142,12 @@ def smallest_tp(config: ModelConfig, gpu: Gpu) -> int:
 
 def _pool_bytes(config: ModelConfig, layout: LayoutSpec, gpu: Gpu, tp: int, settings: EngineConfig) -> int:
     """What the share of a GPU's memory leaves for pages, by the planner's figures. Raises ConfigError."""
-    limits = Limits(
-        step_tokens(settings), settings.max_num_seqs, settings.max_model_len or config.max_position
+    running, tokens = settings.max_num_seqs, step_tokens(settings)
+    longest = settings.max_model_len or config.max_position
+    graphs = (
+        0 if settings.enforce_eager else steps_of(running, longest, tokens, settings.cudagraph_capture_sizes)
     )
+    limits = Limits(tokens, running, longest, graphs)
     weights, memory = _weights(config, tp), gpu.memory_bytes * settings.gpu_memory_utilization
     rest = limits.running * layout.slab_bytes + bound(workspace(config, layout, Parallel(tp=tp), limits))
     left = int(memory) - weights - rest
