@@ -21,6 +21,7 @@ from benches.engine import __main__ as bench
 from benches.engine import report, vllm
 from benches.engine.driver import Driver
 from benches.engine.limits import Limits, Rates
+from benches.engine.model import flash
 from benches.engine.parts import PARTS, Shapes, parts
 from tests.support.checkpoints import write_random
 
@@ -206,3 +207,17 @@ def test_masks_are_measured_beside_none(capsys: pytest.CaptureFixture[str]) -> N
     assert grammar_step.main(flags.split()) == 0
     free, held, more, masks = map(float, re.search(FIGURES, capsys.readouterr().out).groups())  # type: ignore[union-attr]
     assert masks > 0 and abs(100 * (held / free - 1) - more) < 0.2
+
+
+def test_prompts_leave_room_for_answers() -> None:
+    asked = bench.parsed(["--model", "nano", "--max-len", "32768"])
+    found = bench.shapes(asked, 4096)
+    assert found.prompts == (2048, 8192, 32768 - 1026)
+    assert {part.name for part in parts(found, PARTS)} >= {"prefill", "cached", "beside"}
+    assert bench.fitting(10, 5) == 2
+
+
+def test_flash_may_have_all_its_layers() -> None:
+    whole, eight = (ModelConfig.from_dir(flash(n)) for n in (43, 8))
+    assert (whole.num_layers, eight.num_layers) == (43, 8)
+    assert len(whole.compress_ratios) == 43 and eight.compress_ratios == (4, 128) * 4

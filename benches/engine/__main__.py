@@ -2,9 +2,9 @@
 plan, each beside the least time that this machine allows, and beside vLLM where it can be imported.
 
     python3 -m benches.engine [--model nano|flash|DIRECTORY] [--layers 8] [--budget SECONDS] [--only decode prefill cached beside long]
-                              [--rows 8 1 64] [--context 4096] [--prompts 8192 32768] [--step-tokens N] [--out FOLDER]
+                              [--rows 8 1 64] [--context 4096] [--prompts 8192 32768] [--step-tokens N] [--tp 2] [--out FOLDER]
 
-`nano` is the small model that ships, `flash` a random one of Flash's widths with few layers. The most valuable parts come first and
+`nano` is the small model that ships, `flash` a random one of Flash's widths with `--layers` layers (43: the whole of it). The most valuable parts come first and
 the results are written after each, so a run that is stopped or has a budget keeps what it has. The start is without any compiled
 kernel, unless --keep-cache is given; at the end others are made in processes of their own: with the cache, with other sizes of
 steps, and of vLLM.
@@ -33,7 +33,7 @@ from benches.engine import report, vllm
 from benches.engine.driver import Driver, Dsv4, Engine, rounded
 from benches.engine.limits import Limits, Rates, measured
 from benches.engine.model import flash
-from benches.engine.parts import PARTS, Shapes, parts
+from benches.engine.parts import NEW, PARTS, Shapes, parts
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -43,6 +43,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="flash", help="nano, flash, or the directory of a model")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--tp", type=int, default=1, help="ranks, a GPU each")
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 1, 64, 128, 32, 256])
     parser.add_argument("--context", type=int, default=4096, help="tokens before a decode step")
     parser.add_argument("--contexts", type=int, nargs="*", default=[131072, 1048000], help="longer ones")
@@ -69,9 +70,10 @@ class Run:
     def __init__(self, args: argparse.Namespace, argv: list[str]) -> None:
         self.args, self.argv, self.begun = args, argv, time.perf_counter()
         on_gpu = args.device != "cpu" and torch.cuda.is_available()
+        model = f"flash-{args.layers}-layers" if args.model == "flash" else Path(args.model).name
         self.found: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "model": f"flash-{args.layers}-layers" if args.model == "flash" else Path(args.model).name,
+            "model": model if args.tp == 1 else f"{model}-tp{args.tp}",
             "torch": torch.__version__,
             "command": f"python3 -m benches.engine {' '.join(argv)}".strip(),
         }
@@ -156,6 +158,7 @@ def started(run: Run) -> tuple[Engine, Shapes]:
         model,
         load_format="dummy" if args.model == "flash" else "auto",
         device=args.device,
+        tensor_parallel_size=args.tp,
         max_num_seqs=max(args.rows) + 1,  # a long prompt beside them
         max_model_len=args.max_len,
         max_num_batched_tokens=args.step_tokens,
@@ -166,7 +169,7 @@ def started(run: Run) -> tuple[Engine, Shapes]:
     kernels = "in the cache" if args.keep_cache or args.alone else "to be compiled"
     run.keep("starts", {"start_s": time.perf_counter() - begun, "kernels": kernels})
     for line in llm.describe():
-        if line.startswith(("graphs", "memory", "scheduler")):
+        if line.startswith(("ranks", "graphs", "memory", "scheduler")):
             print(line, flush=True)
             run.found[line.split()[0]] = line.split(maxsplit=1)[1]
     return Dsv4(llm), shapes(args, llm.config.max_num_batched_tokens or 0)
@@ -174,7 +177,17 @@ def started(run: Run) -> tuple[Engine, Shapes]:
 
 def shapes(args: argparse.Namespace, step_tokens: int) -> Shapes:
     contexts = tuple(n for n in args.contexts if n + 1000 < args.max_len)
-    return Shapes(tuple(args.rows), args.context, contexts, tuple(args.prompts), step_tokens, args.max_len)
+    prompts = tuple(dict.fromkeys(fitting(n, args.max_len) for n in args.prompts))
+    return Shapes(tuple(args.rows), args.context, contexts, prompts, step_tokens, args.max_len)
+
+
+def fitting(prompt: int, max_len: int) -> int:
+    """Tokens of a prompt that leaves room for an answer, and if it was too long also for all new ones of a cached prompt."""
+    return (
+        prompt
+        if prompt < max_len
+        else max(1, max_len - 2 - max((n for n in NEW if n < max_len // 2), default=0))
+    )
 
 
 def limits_of(engine: Engine, run: Run) -> Limits | None:
@@ -183,7 +196,7 @@ def limits_of(engine: Engine, run: Run) -> Limits | None:
         return None
     config, c = engine.llm.model_config, engine.llm.config
     layout = config.layout(c.kv_cache_dtype, c.index_cache_dtype, block_tokens=c.block_size)
-    return Limits(config, layout, run.rates)
+    return Limits(config, layout, run.rates, run.args.tp)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(engine, Dsv4):
         late = {"compiles": late_compiles(), "captures": late_captures(engine.llm._loop.device)}
         run.keep("after ready", late)
+        engine.llm.close()
     if args.alone:
         return 0
     del engine
@@ -221,7 +235,9 @@ def others(run: Run) -> None:
         if (of := run.other(f"steps of {tokens}", *more, least=60)) is not None:
             for row in of.get("prefill", []):
                 run.keep("steps", {"step_tokens": tokens, **row})
-    if vllm.installed() and run.args.model == "flash":
+    if run.args.tp > 1:
+        run.found["peer"] = "vllm is measured on one GPU"
+    elif vllm.installed() and run.args.model == "flash":
         if (beside := run.other("vllm", "--engine", "vllm", least=90)) is not None:
             run.found["vllm"] = beside
     elif run.args.model == "flash":

@@ -12,7 +12,8 @@ from dsv4.model.config import ModelConfig
 from dsv4.simulate.device import Shares, step_coefficients
 
 _ALL = Shares(
-    weight_read=1, index_read=1, row_read=1, linear=1, index=1, attention=1, kernel_us=0, copy_launch_us=0
+    weight_read=1, index_read=1, row_read=1, linear=1, index=1, attention=1, kernel_us=0, copy_launch_us=0,
+    collective_us=0, collective_bytes_per_s=float("inf"),
 )  # fmt: skip
 
 
@@ -51,15 +52,16 @@ def _seconds(f: object) -> float:
 
 class Limits:
     """Of a model on this machine. A step takes no less than the larger of what it reads at the copy rate and what it multiplies at the
-    peak, part by part: the step model of `dsv4 simulate`, with these rates and every share 1."""
+    peak, part by part: the step model of `dsv4 simulate`, with these rates and every share 1; of several ranks that of one, without what
+    they tell each other."""
 
-    def __init__(self, config: ModelConfig, layout: object, rates: Rates) -> None:
+    def __init__(self, config: ModelConfig, layout: object, rates: Rates, ranks: int = 1) -> None:
         fp8 = rates.fp8_tf if rates.fp8_tf == rates.fp8_tf else rates.bf16_tf
         gpu = Gpu(
             "this one", 0, rates.copy_tb_s * 1e12, rates.bf16_tf * 1e12, fp8 * 1e12, None, 1, 1, "measured"
         )
         self.rates = rates
-        self._model = StepModel(step_coefficients(config, layout, gpu, 1, _ALL))  # type: ignore[arg-type]
+        self._model = StepModel(step_coefficients(config, layout, gpu, ranks, _ALL))  # type: ignore[arg-type]
 
     def ms(self, rows: list[tuple[int, int]]) -> float:
         """Of a step with rows (first position, tokens)."""
