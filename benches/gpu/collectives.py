@@ -19,43 +19,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric
+from dsv4.kernels.messages import room
+from dsv4.kernels.peer_memory import shared_memory
 from dsv4.kernels.triton import exchange
-from dsv4.kernels.triton.common import cdiv
+from dsv4.model.rank import Rank
 from torch import Tensor
 
 COUNT, REPLAYS = 200, 9
-SIZES = (1, 4, 8, 16, 32, 64, 128, 256)
+SIZES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 """KiB of a rank's message."""
-
-Run = Callable[[Tensor, Tensor], None]
-
-
-class Exchange:
-    """Memory that all ranks can write to, for messages up to `capacity` 32-bit words."""
-
-    def __init__(self, capacity: int, block: int) -> None:
-        self.rank, self.ranks, self.block, self.capacity = (
-            dist.get_rank(),
-            dist.get_world_size(),
-            block,
-            capacity,
-        )
-        memory = symmetric.empty(2 * self.ranks * capacity, dtype=torch.int64, device="cuda")
-        memory.zero_()
-        handle = symmetric.rendezvous(memory, dist.group.WORLD)
-        self._memory = memory
-        self._buffers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device="cuda")
-        self._epochs = torch.zeros(cdiv(capacity, block), dtype=torch.int32, device="cuda")
-        self.failed = torch.zeros(1, dtype=torch.int32, device="cuda")
-        torch.cuda.synchronize()
-        dist.barrier()
-
-    def run(self, kernel: Any, x: Tensor, out: Tensor, n: int, **flags: bool) -> None:
-        kernel[(cdiv(n, self.block),)](
-            x.view(torch.int32), out.view(torch.int32), self._buffers, self._epochs, self.failed, n, self.capacity,
-            RANK=self.rank, RANKS=self.ranks, BLOCK=self.block, SPINS=exchange.SPINS, num_warps=self.block // 128, **flags,
-        )  # fmt: skip
 
 
 def timed(run: Callable[[], None]) -> float:
@@ -101,39 +73,33 @@ def same_everywhere(x: Tensor) -> bool:
     return bool((low == high).all())
 
 
-def measure(kind: str, kib: int, block: int) -> dict[str, Any]:
+def measure(rank: Rank, ours: exchange.Exchange, kind: str, kib: int) -> dict[str, Any]:
     """One row: ours and NCCL's time of a collective, and whether ours is right."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ranks = rank.ranks
     words = 256 * kib
     inputs = [message(r, words) for r in range(ranks)]
-    x, per = inputs[rank], words // ranks
+    x = inputs[rank.rank]
+    found: list[Tensor] = []
     if kind == "all_reduce":
-        kernel, flags, n, out, theirs = exchange.all_reduce_kernel, {}, words, torch.empty_like(x), x.clone()
-        expected = torch.zeros(2 * words, device="cuda")
-        for other in inputs:
-            expected += other.float()
+        theirs = x.clone()
+        run, other = ours.sum, lambda: dist.all_reduce(theirs)
+        expected = inputs[0].float()
+        for more in inputs[1:]:
+            expected += more.float()
         expected = expected.bfloat16()
-        nccl = lambda: dist.all_reduce(theirs)  # noqa: E731
     elif kind == "all_gather":
-        kernel, flags, n, out = (
-            exchange.gather_kernel,
-            {"SPREAD": False},
-            words,
-            x.new_empty(ranks * 2 * words),
-        )
-        expected, theirs = torch.cat(inputs), torch.empty_like(out)
-        nccl = lambda: dist.all_gather_into_tensor(theirs, x)  # noqa: E731
+        theirs = x.new_empty((ranks, len(x)))
+        run, other = ours.gather, lambda: dist.all_gather_into_tensor(theirs, x)
+        expected = torch.stack(inputs)
     else:
-        kernel, flags, n, out = exchange.gather_kernel, {"SPREAD": True}, per, torch.empty_like(x)
-        expected = torch.cat([i.view(ranks, -1)[rank] for i in inputs])
-        theirs = torch.empty_like(out)
-        nccl = lambda: dist.all_to_all_single(theirs, x)  # noqa: E731
-    ours = Exchange(words, block)
-    us = timed(lambda: ours.run(kernel, x, out, n, **flags))
-    right = torch.equal(out.view(torch.int16), expected.view(torch.int16)) and int(ours.failed) == 0
+        x, theirs = x.view(ranks, -1), torch.empty_like(x)
+        run, other = ours.exchange, lambda: dist.all_to_all_single(theirs, x)
+        expected = torch.stack([i.view(ranks, -1)[rank.rank] for i in inputs])
+    us = timed(lambda: found.__setitem__(slice(None), [run(x)]))
+    right = torch.equal(found[0].view(torch.int16), expected.view(torch.int16))
     if kind == "all_reduce":
-        right = right and same_everywhere(out)
-    return {"kind": kind, "KiB": kib, "block": block, "us": us, "nccl_us": timed(nccl), "right": right}
+        right = right and same_everywhere(found[0])
+    return {"kind": kind, "KiB": kib, "us": us, "nccl_us": timed(other), "right": right}
 
 
 def main() -> None:
@@ -149,18 +115,15 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
     torch.cuda.set_device(rank)
     dist.init_process_group("nccl", rank=rank, world_size=args.ranks, device_id=torch.device("cuda", rank))
-    rows = []
+    rows, here = [], Rank()
+    memory = shared_memory(room(here.ranks), rank, here.gather)
+    ours = exchange.Exchange(rank, memory, torch.device("cuda", rank))
     for kind in ("all_reduce", "all_gather", "all_to_all"):
         for kib in (8, 64) if args.quick else SIZES:
-            for block in (512,) if args.quick else (256, 512, 1024):
-                rows.append(measure(kind, kib, block))
-                if rank == 0:
-                    print(
-                        " ".join(
-                            f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}"
-                            for k, v in rows[-1].items()
-                        )
-                    )
+            rows.append(measure(here, ours, kind, kib))
+            if rank == 0:
+                words = (f"{k}={v:.2f}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items())
+                print(*words, flush=True)
     if rank == 0 and args.out:
         device = torch.cuda.get_device_name()
         args.out.write_text(json.dumps({"device": device, "ranks": args.ranks, "rows": rows}, indent=1))

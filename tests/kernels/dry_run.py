@@ -21,6 +21,7 @@ from dsv4.cache.paged import PagedCache
 from dsv4.cache.sharded import ShardedCache
 from dsv4.engine import warmup
 from dsv4.engine.device import LocalDevice
+from dsv4.engine.ranked import RankDevice
 from dsv4.kernels.compiling import COMPILATIONS, Specialisation
 from dsv4.model.batch import Row
 from dsv4.model.config import ModelConfig
@@ -32,6 +33,7 @@ from dsv4.model.weights import load_weights
 from dsv4.ops.forms import Machine
 from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
+from dsv4.plan.graphs import chunk_tokens
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -52,7 +54,7 @@ class Deaf(Rank):
     """A rank that hears what it says itself, from every other."""
 
     def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks, self.said = rank, ranks, 0
+        self.rank, self.ranks, self.said, self.direct = rank, ranks, 0, None
 
     def gather(self, x: Tensor) -> Tensor:
         return x.expand(self.ranks, *x.shape).contiguous()
@@ -79,9 +81,10 @@ def device(ranks: int, tokens: int, context: int) -> LocalDevice:
         weights = load_weights(source, config, torch.bfloat16, packed=True, share=share(rank))
         model = RankedModel(config, weights, cache, ops, rank)
     model.layers = list(warmup._kinds(model.layers))
-    return LocalDevice(
+    make = LocalDevice if ranks == 1 else RankDevice
+    return make(
         model, cache, slabs=SLABS, max_blocks=context // layout.block_tokens, replay_tokens=layout.replay_tokens,
-        step_tokens=tokens, capture=(lambda run: run) if ranks == 1 else None,
+        step_tokens=chunk_tokens(tokens, ranks), capture=lambda run: run,
     )  # fmt: skip
 
 

@@ -138,7 +138,6 @@ def question(a: argparse.Namespace) -> Question:
     from dsv4.model.parallel import choose
     from dsv4.plan.build import Question
     from dsv4.plan.cache import Traffic
-    from dsv4.plan.graphs import steps_of
     from dsv4.plan.weights import find_weights
     from dsv4.plan.workspace import Limits
 
@@ -161,7 +160,6 @@ def question(a: argparse.Namespace) -> Question:
     )
     running = settings.max_num_seqs
     tokens = settings.max_num_batched_tokens or default_step_tokens("cuda", running)
-    graphs = steps_of(running, max_len, tokens) if a.graphs is None else a.graphs
     return Question(
         config=config,
         weights=weights,
@@ -169,7 +167,7 @@ def question(a: argparse.Namespace) -> Question:
         gpu=gpu(a.gpu),
         num=a.num,
         parallel=choose(config, a.num, settings.tensor_parallel_size, a.dp, a.ep),
-        limits=Limits(tokens, running, max_len, graphs),
+        limits=Limits(tokens, running, max_len, a.graphs),
         memory_fraction=settings.gpu_memory_utilization,
         pool_bytes=None if a.pool_gb is None else round(a.pool_gb * 1e9),
         snapshot_budget=settings.snapshot_budget,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +25,7 @@ from dsv4.engine.graphs import Recorder
 from dsv4.engine.group import Group
 from dsv4.engine.kv_events import KvEvents, KvEventsConfig
 from dsv4.engine.loop import EngineLoop
+from dsv4.engine.meeting import words
 from dsv4.engine.memory import (
     Demand,
     Free,
@@ -52,12 +55,14 @@ from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from dsv4.plan.cache import pages_of, size_pool
-from dsv4.plan.graphs import at_start, contexts_of, extends_of, sizes_of
+from dsv4.plan.graphs import at_start, chunk_tokens, contexts_of, extends_of, sizes_of
 from dsv4.plan.ranks import least_ranks
 from dsv4.plan.weights import Weights
 from dsv4.text.tokenizer import Tokenizer
 
 log = logging.getLogger("dsv4.engine")
+
+Device = TypeVar("Device", bound=LocalDevice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,8 @@ class BuiltEngine:
             return f"off: {self.eager}"
         c, contexts = self.config, contexts_of(self.max_model_len)
         sizes = sizes_of(c.max_num_seqs, c.cudagraph_capture_sizes)
-        chunks = extends_of(c.max_num_batched_tokens or 0, self.max_model_len)
+        tokens = chunk_tokens(c.max_num_batched_tokens or 0, self.layout.ranks)
+        chunks = extends_of(tokens, self.max_model_len)
         when = "captured at start"
         if c.capture_context is not None and c.capture_context < self.max_model_len:
             begun = at_start(contexts, c.capture_context)
@@ -128,7 +134,11 @@ class BuiltEngine:
         ranks = self.config.tensor_parallel_size or 1
         if ranks == 1:
             return f"1 ({self.ranks_are})"
-        by = "NCCL" if self.config.device == "cuda" else f"gloo, {torch.get_num_threads()} threads each"
+        group = self.loop.group
+        assert group is not None and group.rank is not None, "an engine of several ranks has a group"
+        by = words(group.rank, self.config.device)
+        if self.config.device == "cpu":
+            by = f"{by}, {torch.get_num_threads()} threads each"
         return (
             f"{ranks} ({self.ranks_are}), a process each, over {by}; what follows is of each one: 1/{ranks} of every page, of expert "
             f"columns and of the vocabulary; a rank is given up after {self.config.rank_timeout:g} s"
@@ -318,7 +328,7 @@ def _build(
     with allocating("lower --kv-cache-memory (or --num-pages), --max-num-seqs or --max-num-batched-tokens"):
         if group is None:
             weights = _weights(config, found, dtype, progress, packed, source)
-            local, eager = _local_device(config, layout, model_config, weights, ops, pages, max_len)
+            local, eager = _device_of(config, layout, model_config, weights, ops, pages, max_len)
         else:
             group.load(packed=packed)
             weights = _weights(
@@ -331,11 +341,8 @@ def _build(
                 Share(0, ranks, whole_attention=True),
             )
             rank = group.form(pages, max_len, schema, warm_up)
-            model, cache = model_of(config, layout, model_config, weights, ops, pages, rank)
-            local = LeadingDevice(
-                group, model, cache, **_limits(config, layout, max_len, config.max_num_seqs)
-            )
-            eager = f"there are {ranks} ranks"
+            make = partial(LeadingDevice, group)
+            local, eager = _device_of(config, layout, model_config, weights, ops, pages, max_len, rank, make)
         plans = tuple(StepPlan(schema, pinned=config.device == "cuda") for _ in range(steps))
         if warm_up:
             local.warm_up(warm_up, config.capture_context, progress)
@@ -444,11 +451,11 @@ def following_device(
         config.kv_cache_dtype, config.index_cache_dtype, block_tokens=config.block_size, ranks=rank.ranks
     )
     ops = choose(config.backend, config.device, deterministic=config.deterministic)
-    model, cache = model_of(config, layout, model_config, weights, ops, pages, rank)
-    return FollowingDevice(rank, model, cache, **_limits(config, layout, max_len, config.max_num_seqs))
+    make = partial(FollowingDevice, rank)
+    return _device_of(config, layout, model_config, weights, ops, pages, max_len, rank, make)[0]
 
 
-def _local_device(
+def _device_of(
     config: EngineConfig,
     layout: LayoutSpec,
     model_config: ModelConfig,
@@ -456,32 +463,31 @@ def _local_device(
     ops: Ops,
     pages: int,
     max_len: int,
-) -> tuple[LocalDevice, str | None]:
-    """The device's side, and what keeps its decode steps from being captured."""
+    rank: Rank | None = None,
+    make: Callable[..., Device] = LocalDevice,  # type: ignore[assignment]
+) -> tuple[Device, str | None]:
+    """The device's side, of one GPU or of a rank, and what keeps its decode steps from being captured."""
     eager = _why_eager(config)
     slabs = config.max_num_seqs + (eager is None)  # the last one for padding
-    cache = PagedCache(layout, pages, slabs, config.device, copy_state=ops.copy_state)
-    model = V4Model(model_config, weights, cache, ops, consume=True)
+    model: V4Model
+    if rank is None:
+        cache = PagedCache(layout, pages, slabs, config.device, copy_state=ops.copy_state)
+        model = V4Model(model_config, weights, cache, ops, consume=True)
+    else:
+        model, cache = model_of(config, layout, model_config, weights, ops, pages, slabs, rank)
     if eager is None and (ops_on_host := model.uncaptured()):
         eager = f"no graph can hold {', '.join(ops_on_host)} as chosen"
-    local = LocalDevice(
+    local = make(
         model,
         cache,
-        **_limits(config, layout, max_len, slabs),
-        step_tokens=config.max_num_batched_tokens or 0,
+        slabs=slabs,
+        max_blocks=pages_of(layout, max_len),
+        replay_tokens=config.replay_tokens or layout.replay_tokens,
+        step_tokens=chunk_tokens(config.max_num_batched_tokens or 0, layout.ranks),
         capture=Recorder() if eager is None else None,
         capture_sizes=config.cudagraph_capture_sizes,
     )
     return local, eager
-
-
-def _limits(config: EngineConfig, layout: LayoutSpec, max_len: int, slabs: int) -> dict[str, int]:
-    """Sizes of a device, of one GPU or of a rank."""
-    return {
-        "slabs": slabs,
-        "max_blocks": pages_of(layout, max_len),
-        "replay_tokens": config.replay_tokens or layout.replay_tokens,
-    }
 
 
 def _why_eager(config: EngineConfig) -> str | None:
@@ -527,6 +533,7 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
 
 
 def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int, *, changes: bool) -> Core:
+    tokens = chunk_tokens(config.max_num_batched_tokens or 0, layout.ranks)
     options = {
         "pages": pages,
         "cache_changes": changes,
@@ -534,9 +541,7 @@ def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int, *,
         "max_in_flight": 2 if config.async_scheduling else 1,
         "max_wait_us": int(1e6 * config.max_wait),
         "step_budget": step_budget(config.step_ms, config.device),
-        "step_sizes": extends_of(config.max_num_batched_tokens or 0, max_len)
-        if _why_eager(config) is None
-        else (),
+        "step_sizes": extends_of(tokens, max_len) if _why_eager(config) is None else (),
         "tenants": Tenants(config.tenants).core(layout.page_bytes),
     }
     return Core(layout, core_options(config) | core_costs(config.cost_model) | options)

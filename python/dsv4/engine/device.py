@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -141,6 +142,8 @@ class Pending:
 class LocalDevice:
     """One device of this process: model, cache and page table, on the host and on the device."""
 
+    decode_graphs: ClassVar[type[DecodeGraphs]] = DecodeGraphs
+
     def __init__(
         self,
         model: V4Model,
@@ -168,7 +171,7 @@ class LocalDevice:
         self.graphs = (
             None
             if capture is None
-            else DecodeGraphs(model, pages, self._newest, self.sampler, capture, capture_sizes)
+            else self.decode_graphs(model, pages, self._newest, self.sampler, capture, capture_sizes)
         )
         self.extends = (
             None if self.graphs is None else ExtendGraphs(self.graphs, self.page_table, step_tokens)
@@ -213,6 +216,13 @@ class LocalDevice:
         self._newest.zero_()
         self.cache.slabs.zero_()
         self.cache.reset(range(len(self.page_table)))
+
+    def rehearse(self) -> None:
+        """What launches kernels beside steps, draws and copies, once."""
+
+    def release(self) -> None:
+        """Lets go of the captured graphs; no step follows."""
+        self.graphs = self.extends = None
 
     def _hidden_of(self, row: Row) -> Tensor:
         """Streams of the last token of a batch of one row of zeros."""

@@ -109,7 +109,7 @@ class Follower:
         assert self.rank is not None
         device = following_device(hello.config, model_config, weights, serve.pages, serve.max_len, self.rank)
         if serve.warm_up:
-            device.warm_up(serve.warm_up)
+            device.warm_up(serve.warm_up, hello.config.capture_context)
         self.link.send(encode(Serves()))
         plan = StepPlan(serve.schema, pinned=hello.config.device == "cuda")  # type: ignore[arg-type]
         return device, plan, serve.meeting
@@ -122,14 +122,13 @@ class Follower:
         return received
 
     def _meet(self, hello: Hello, meeting: str, times: int) -> None:
-        from dsv4.engine.meeting import meet
-        from dsv4.model.rank import Rank
+        from dsv4.engine.meeting import meet, member
 
         if self.rank is not None:
             self.rank.leave()
         group = meet(meeting, hello.rank, hello.ranks, hello.config.device, times, hello.config.rank_timeout)
         if self.rank is None:
-            self.rank = Rank(group)
+            self.rank = member(group, hello.config.device)
         else:
             self.rank.join(group)
 

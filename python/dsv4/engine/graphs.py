@@ -143,9 +143,12 @@ class DecodeGraphs:
             for size in reversed(self.sizes):
                 yield partial(self._replay, size, end)
         if capture_context != 0:
-            for size in reversed(self.sizes):
-                for kind in reversed(KINDS):
-                    yield partial(self._drawing, size, kind)
+            yield from self._draw_captures()
+
+    def _draw_captures(self) -> Iterator[Callable[[], object]]:
+        for size in reversed(self.sizes):
+            for kind in reversed(KINDS):
+                yield partial(self._drawing, size, kind)
 
     def capture(self, run: Step, what: str) -> Step:
         """Captures `run`. `what`: named in the log where requests wait for it."""
@@ -162,9 +165,13 @@ class DecodeGraphs:
 
     def _run_draw(self, size: int, kind: Kind) -> None:
         _, positions, slabs = self._input[:, :size]
-        tokens = self.sampler.tokens(self.model.logits(self.output[:size]), slabs, positions, kind)
+        tokens = self.sampler.tokens(self._logits(size), slabs, positions, kind)
         self._tokens[:size].copy_(tokens)
         self.newest[:size].copy_(tokens.clamp(min=0))
+
+    def _logits(self, size: int) -> Tensor:
+        """float32 [size, V] of the streams in `output`."""
+        return self.model.logits(self.output[:size])
 
     def _run(self, size: int, end: int) -> None:
         token_ids, positions, slabs = self._input[:, :size]

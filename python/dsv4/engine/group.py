@@ -21,7 +21,7 @@ from torch import Tensor
 from dsv4.config import EngineConfig
 from dsv4.engine import remote
 from dsv4.engine.child import Child, held_bytes, stacks, state_of
-from dsv4.engine.meeting import Meeting, meet
+from dsv4.engine.meeting import Meeting, meet, member
 from dsv4.engine.messages import Failed, Log
 from dsv4.engine.progress import Progress
 from dsv4.engine.rank_messages import (
@@ -192,7 +192,7 @@ class Group:
         one of them cannot go on for."""
         self._await(lambda peer: peer.loaded)
         self._send_all(Serve(self._meeting.path, pages, max_len, schema, warm_up))
-        self.rank = Rank(self._meet())
+        self.rank = member(self._meet(), self._device)
         return self.rank
 
     def await_all(self) -> None:
@@ -296,13 +296,15 @@ class Group:
         }
 
     def close(self) -> None:
-        """Ends all other ranks."""
+        """Ends all other ranks, and the group. For a device that has let go of its graphs."""
         if self._closing.is_set():
             return
         self._closing.set()
         if self.rank is not None:
             self.rank.leave()  # which ends what others may wait for
         self._send_all(Quit())
+        if self.rank is not None:
+            self.rank.end()
         for peer in self._peers:
             if not peer.child.wait(0.0 if self.lost else QUIT_WAIT):
                 peer.child.kill()

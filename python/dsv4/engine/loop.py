@@ -182,6 +182,7 @@ class EngineLoop:
     def close(self) -> None:
         """Ends the other ranks and the telling of events, if there are any."""
         if self.group is not None:
+            self.device.release()
             self.group.close()
         if self.events is not None:
             self.events.close()

@@ -18,7 +18,7 @@ from dsv4.host_memory import host_memory
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import Parallel
 from dsv4.plan.build import divide
-from dsv4.plan.graphs import steps_of
+from dsv4.plan.graphs import chunk_tokens, steps_of
 from dsv4.plan.outside import ALLOCATOR, LIBRARIES
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
@@ -122,9 +122,10 @@ def demand_of(
     elif config.kv_cache_memory is not None:
         pages = config.kv_cache_memory // layout.page_bytes
     max_len = min(config.max_model_len or model.max_position, model.max_position)
-    graphed = config.device == "cuda" and not config.enforce_eager and layout.ranks == 1
+    graphed = config.device == "cuda" and not config.enforce_eager
     tokens = config.max_num_batched_tokens or config.max_num_seqs
-    graphs = steps_of(config.max_num_seqs, max_len, tokens, config.cudagraph_capture_sizes) if graphed else 0
+    chunks, chosen = chunk_tokens(tokens, layout.ranks), config.cudagraph_capture_sizes
+    graphs = steps_of(config.max_num_seqs, max_len, chunks, chosen) if graphed else 0
     running = config.max_num_seqs
     return Demand(model, tensors, layout, held, width, pages, running, tokens, max_len, graphs)
 
@@ -194,7 +195,8 @@ def _asked(config: EngineConfig, demand: Demand) -> Iterator[_Asked]:
     def running(d: Demand, n: int) -> Demand:
         follows = d.step_tokens == default_step_tokens(config.device, d.running)
         tokens = default_step_tokens(config.device, n) if follows else d.step_tokens
-        return replace(d, running=n, step_tokens=tokens, graphs=d.graphs and steps_of(n, d.max_len, tokens))
+        graphs = d.graphs and steps_of(n, d.max_len, chunk_tokens(tokens, d.layout.ranks))
+        return replace(d, running=n, step_tokens=tokens, graphs=graphs)
 
     def tokens(d: Demand, n: int) -> Demand:
         return replace(d, step_tokens=n)

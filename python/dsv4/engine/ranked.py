@@ -1,12 +1,16 @@
 """The device of each of R ranks. All of them carry out the same plans; rank 0 draws, and tells the others what it drew.
 
+Steps are captured as on one GPU (`graphs.py`, `extends.py`), collectives included, on all ranks alike: what is replayed follows from the
+plan alone. Logits are made by all ranks and drawn from by one, so they are a graph of their own.
+
 One GPU runs `LocalDevice` and nothing of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,9 +19,10 @@ from torch import Tensor
 from dsv4.cache.sharded import ShardedCache
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.device import LocalDevice, Pending, StepResult, judged_rows
+from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.engine.masks import Masks
 from dsv4.engine.request import EngineRequest
-from dsv4.engine.sampler import Drawn
+from dsv4.engine.sampler import Drawn, Kind
 from dsv4.model.ranked import RankedModel
 
 if TYPE_CHECKING:
@@ -30,8 +35,91 @@ if TYPE_CHECKING:
     from dsv4.ops.weight import Weight
 
 
-class LeadingDevice(LocalDevice):
+class RankGraphs(DecodeGraphs):
+    """Of one of several ranks."""
+
+    draws: ClassVar[bool] = False
+    """Whether draws are captured at start."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        shape = (self.sizes[-1], self.model.config.vocab_size)
+        self.logits = torch.zeros(shape, dtype=torch.float32, device=self.pages.device)
+        self._heads: dict[int, Step] = {}
+
+    def head(self, rows: int) -> Tensor:
+        """Logits float32 [rows, V] of the streams that a graph has just put into `output`. Valid until the next call."""
+        self._heading(next(n for n in self.sizes if n >= rows))()
+        return self.logits[:rows]
+
+    def draw(self, rows: int, kind: Kind) -> Tensor:
+        """See `DecodeGraphs`; other ranks call `head` meanwhile."""
+        self.head(rows)
+        return super().draw(rows, kind)
+
+    def rehearse(self) -> None:
+        super().rehearse()
+        for size in self.sizes:
+            self._run_head(size)
+
+    def _draw_captures(self) -> Iterator[Callable[[], object]]:
+        for size in reversed(self.sizes):
+            yield partial(self._heading, size)
+        if self.draws:
+            yield from super()._draw_captures()
+
+    def _heading(self, size: int) -> Step:
+        if (replay := self._heads.get(size)) is None:
+            what = f"the logits of {size} rows"
+            replay = self._heads[size] = self.capture(partial(self._run_head, size), what)
+        return replay
+
+    def _run_head(self, size: int) -> None:
+        self.logits[:size].copy_(self.model.logits(self.output[:size]))
+
+    def _logits(self, size: int) -> Tensor:
+        return self.logits[:size]
+
+
+class LeadingGraphs(RankGraphs):
     """Rank 0's."""
+
+    draws = True
+
+
+class RankDevice(LocalDevice):
+    """Any rank's."""
+
+    model: RankedModel
+    decode_graphs = RankGraphs
+    _captured = False
+    """Whether a graph gave the streams of the step at hand."""
+
+    def _computed(self, plan: StepPlan) -> tuple[Tensor, np.ndarray, bool]:
+        found = super()._computed(plan)
+        self._captured = found[2]
+        return found
+
+    def rehearse(self) -> None:
+        """Messages of each length that kernels differ by, as steps send them to each other."""
+        for size in (24, 64):
+            x = torch.zeros((self.model.rank.ranks, size), dtype=torch.uint8, device=self.device)
+            self.model.rank.gather(x[0])
+            self.model.rank.exchange(x)
+            self.model.rank.sum(x[0].view(torch.bfloat16))
+
+    def _logits(self, hidden: Tensor, picked: np.ndarray | None) -> Tensor:
+        """As all ranks make them: of all streams where a graph gave them, which are those that are wanted then."""
+        if self._captured:
+            assert isinstance(self.graphs, RankGraphs)
+            return self.graphs.head(len(hidden))
+        return super()._logits(hidden, picked)
+
+
+class LeadingDevice(RankDevice):
+    """Rank 0's."""
+
+    decode_graphs = LeadingGraphs
 
     def __init__(self, group: Group, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -80,7 +168,7 @@ class LedStep:
             return self._own.result()
 
 
-class FollowingDevice(LocalDevice):
+class FollowingDevice(RankDevice):
     """Another rank's."""
 
     def __init__(self, rank: Rank, *args: object, **options: object) -> None:
@@ -107,13 +195,14 @@ def model_of(
     weights: dict[str, Weight],
     ops: Ops,
     pages: int,
+    slabs: int,
     rank: Rank,
 ) -> tuple[RankedModel, ShardedCache]:
     """A rank's model, which consumes `weights`, and its cache."""
     cache = ShardedCache(
         layout,
         pages,
-        config.max_num_seqs,
+        slabs,
         rank.rank,
         rank.gather,
         config.device,

@@ -116,6 +116,7 @@ def rehearse(device: LocalDevice, step_tokens: int, max_len: int) -> None:
             _eager(device, [Row(slab, 0, lengths[-1] // 2, 0), *(Row(slab, 5, 1, lengths[-1] // 2 + i) for i in range(rows))])  # fmt: skip
         _draws(device)
         _copies(device)
+        device.rehearse()
     finally:
         model.layers = layers
 

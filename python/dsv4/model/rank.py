@@ -2,20 +2,42 @@
 
 Sums are in the order of ranks and in float32, rounded once, so every rank gets the same bits and a part of a model sums as the
 whole of it does. Messages travel as bytes: any dtype, bit for bit.
+
+On GPUs a collective runs in the current stream, allocates nothing but its result and can be captured in a CUDA graph. A message that is
+short goes by `direct`, which writes it into the peers' memory, if there is that; this depends on its size alone, so all ranks choose alike.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions
+
+Options = TypeVar("Options", AllgatherOptions, AllToAllOptions, BroadcastOptions)
 
 
 class PeerLost(RuntimeError):
     """A collective failed: another rank has left the group, or is gone."""
+
+
+class Direct(Protocol):
+    """Collectives for short messages, such as `dsv4.kernels.triton.exchange.Exchange`."""
+
+    def takes(self, size: int) -> bool:
+        """Whether a message of `size` bytes to each of the others goes this way."""
+
+    def gather(self, x: Tensor) -> Tensor: ...
+    def exchange(self, x: Tensor) -> Tensor: ...
+    def sum(self, x: Tensor) -> Tensor:
+        """Of bfloat16."""
+
+    def stop(self) -> None:
+        """Ends what waits."""
 
 
 class Rank:
@@ -26,12 +48,26 @@ class Rank:
         self._group: dist.ProcessGroup | None = dist.group.WORLD if group is None else group
         assert self._group is not None, "there is a default group"
         self.rank, self.ranks = self._group.rank(), self._group.size()
+        self.direct: Direct | None = None
         self.said = 0
         """Collectives begun so far."""
 
     def leave(self) -> None:
-        """Leaves the group, which fails what other ranks wait for in it."""
+        """Leaves the group, which fails what other ranks wait for in it. One of NCCL it does not leave: nothing would fail there, and NCCL
+        waits for the end of all graphs that hold its collectives."""
+        if not self._by_nccl():
+            self._group = None
+
+    def end(self) -> None:
+        """Ends the group for this rank, which holds no graph of it any more."""
+        if self.direct is not None:
+            self.direct.stop()
+        if self._by_nccl():
+            self._in().abort()
         self._group = None
+
+    def _by_nccl(self) -> bool:
+        return dist.is_nccl_available() and isinstance(self._group, dist.ProcessGroupNCCL)
 
     def join(self, group: dist.ProcessGroup) -> None:
         """Goes on in another group, of as many ranks."""
@@ -39,30 +75,48 @@ class Rank:
 
     def gather(self, x: Tensor) -> Tensor:
         """What every rank has: [...] -> [R, ...]. Shapes and dtypes are the same on all."""
+        if (direct := self._direct(x.nbytes)) is not None:
+            return direct.gather(x)
         out = torch.empty((self.ranks, *x.shape), dtype=x.dtype, device=x.device)
         if x.numel():
+            options = _in_stream(AllgatherOptions())
             with self._saying():
-                self._in().allgather([list(_bytes(out).unbind())], [_bytes(x[None])[0]]).wait()
+                self._in()._allgather_base(_bytes(out).view(-1), _bytes(x[None])[0], options).wait()
         return out
 
     def exchange(self, x: Tensor) -> Tensor:
         """x[p] goes to rank p: [R, ...] -> [R, ...], what each rank has for this one."""
+        if (direct := self._direct(x.nbytes // self.ranks)) is not None:
+            return direct.exchange(x)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         if x.numel():
+            options = _in_stream(AllToAllOptions())
             with self._saying():
-                self._in().alltoall_base(_bytes(out), _bytes(x), [], []).wait()
+                self._in().alltoall_base(_bytes(out), _bytes(x), [], [], options).wait()
         return out
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, on all of them."""
+        if x.dtype == torch.bfloat16 and (direct := self._direct(x.nbytes)) is not None:
+            return direct.sum(x)
         return ordered(self.gather(x))
 
     def tell(self, x: Tensor) -> None:
         """Rank 0's x, contiguous and not empty, becomes that of all ranks."""
-        options = dist.BroadcastOptions()
+        if (direct := self._direct(x.nbytes)) is not None:
+            x.copy_(direct.gather(x)[0])
+            return
+        options = _in_stream(BroadcastOptions())
         options.rootRank, options.rootTensor = 0, 0
         with self._saying():
             self._in().broadcast([x], options).wait()
+
+    def _direct(self, size: int) -> Direct | None:
+        """What takes a message of `size` bytes to each of the others, if not the group."""
+        if self.direct is None or not self.direct.takes(size):
+            return None
+        self.said += 1
+        return self.direct
 
     def _in(self) -> dist.ProcessGroup:
         # In no frame but this: the traceback of an error would keep a group that is to be left.
@@ -77,6 +131,12 @@ class Rank:
             yield
         except RuntimeError as e:
             raise PeerLost(str(e).partition("\n")[0]) from e
+
+
+def _in_stream(options: Options) -> Options:
+    """Has NCCL run in the current stream: one of its own would keep messages from being used again within a captured graph."""
+    options.asyncOp = False
+    return options
 
 
 def ordered(parts: Tensor) -> Tensor:

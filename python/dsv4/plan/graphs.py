@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsv4.model.parallel import UNIT
+
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Rows of captured steps. Padding rows are alike, so together they cost the experts that one row reads."""
 
@@ -31,8 +33,14 @@ def contexts_of(max_len: int) -> tuple[int, ...]:
     return (*(n for n in powers if n < max_len), max_len)
 
 
+def chunk_tokens(step_tokens: int, ranks: int) -> int:
+    """Tokens of the longest step with prompts that is captured. Of several ranks it is one whose tokens all of them have: how tokens of longer
+    rows are dealt out (dsv4.model.cut) changes with the step, and shapes with it."""
+    return step_tokens if ranks == 1 else min(step_tokens, ranks * UNIT)
+
+
 def extends_of(step_tokens: int, max_len: int) -> tuple[int, ...]:
-    """Sizes in tokens of captured steps with prompts, of an engine with up to `step_tokens` tokens a step."""
+    """Sizes in tokens of captured steps with prompts, of an engine that captures them up to `step_tokens` tokens."""
     needed = (n for i, n in enumerate(EXTENDS) if i == 0 or EXTENDS[i - 1] < step_tokens)
     return tuple(n for n in needed if n <= max_len)
 

@@ -8,7 +8,6 @@ from dsv4.config import EngineConfig, default_step_tokens
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import Parallel, valid_tp
 from dsv4.plan.build import divide
-from dsv4.plan.graphs import steps_of
 from dsv4.plan.weights import Weights
 from dsv4.plan.workspace import Limits
 
@@ -29,8 +28,7 @@ def planned(
     default settings and the trained formats, as `dsv4 plan` has them."""
     defaults, wanted = EngineConfig(), max_len or config.max_position
     running, share = defaults.max_num_seqs, int(memory * defaults.gpu_memory_utilization)
-    step = default_step_tokens("cuda", running)
-    limits = Limits(step, running, wanted, steps_of(running, wanted, step))
+    limits = Limits(default_step_tokens("cuda", running), running, wanted, graphs=None)
 
     def tokens(ranks: int) -> int:
         layout = config.layout("fp8_ds_mla", "mxfp4", ranks=ranks)

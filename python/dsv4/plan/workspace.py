@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from dsv4._core import plan_schema
 from dsv4.backends import REGISTRY
+from dsv4.kernels.messages import room
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import UNIT, Parallel
 from dsv4.ops.forms import Dims, Scratch
 from dsv4.plan.cache import pages_of
-from dsv4.plan.graphs import extends_of
+from dsv4.plan.graphs import chunk_tokens, extends_of, sizes_of, steps_of
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
@@ -42,8 +43,8 @@ class Limits:
     running: int
     """R: requests with a slab."""
     max_len: int
-    graphs: int = 0
-    """Steps captured as CUDA graphs, at most (`dsv4.plan.graphs`)."""
+    graphs: int | None = 0
+    """Steps captured as CUDA graphs, at most; None: those that an engine captures by default (`dsv4.plan.graphs`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +70,20 @@ class _Sheet:
 
 def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> list[Buffer]:
     """Every buffer with its formula, on one rank, activations in bfloat16."""
-    sheet = _Sheet()
+    sheet, chunk = _Sheet(), chunk_tokens(limits.step_tokens, parallel.tp)
+    if limits.graphs is None:
+        limits = replace(limits, graphs=steps_of(limits.running, limits.max_len, chunk))
     if limits.graphs:  # their memory pool is their own
-        tokens = max(limits.running, *extends_of(limits.step_tokens, limits.max_len))
+        tokens = max(limits.running, *extends_of(chunk, limits.max_len))
         step = replace(limits, step_tokens=tokens, graphs=0)
         phases = [b for b in workspace(config, layout, parallel, step) if b.phase not in ("always", "logits")]
         sheet.add("always", "largest phase of a captured step", ("bytes", bound(phases)))
         sheet.add("always", "slab of captured steps' padding", ("bytes", layout.slab_bytes))
+        if parallel.tp > 1:
+            rows = ("rows", sizes_of(limits.running)[-1])
+            sheet.add(
+                "always", "logits of captured steps", rows, ("vocabulary", config.vocab_size), ("bytes", 4)
+            )
     _always(sheet, config, layout, parallel, limits)
     _attention(sheet, config, layout, parallel, limits)
     _experts(sheet, config, parallel, limits)
@@ -114,6 +122,8 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Paralle
         ("words", -(-c.vocab_size // 32)),
         ("bytes", 4),
     )
+    if parallel.tp > 1:
+        sheet.add("always", "short messages of ranks", ("bytes", room(parallel.tp)))
     tables = len({bool(m) for m in c.compress_ratios})
     sheet.add(
         "always",
@@ -127,7 +137,7 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Paralle
     sheet.add(
         "always",
         "captured graphs",
-        ("steps", limits.graphs),
+        ("steps", limits.graphs or 0),
         ("layers", c.num_layers),
         ("bytes", GRAPH_BYTES),
     )

@@ -14,7 +14,7 @@ from dsv4.model import parallel
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import over_ranks
 from dsv4.model.parallel import Parallel, valid_tp
-from dsv4.plan.graphs import extends_of, steps_of
+from dsv4.plan.graphs import chunk_tokens, extends_of, steps_of
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 
@@ -69,7 +69,7 @@ class Engine:
             "max_len": self.max_len,
             "max_wait_us": int(1e6 * s.max_wait),
             "step_budget": step_budget(s.step_ms, "cuda"),
-            "step_sizes": () if s.enforce_eager else extends_of(tokens, self.max_len),
+            "step_sizes": () if s.enforce_eager else extends_of(chunk_tokens(tokens, self.tp), self.max_len),
         }
 
     def describe(self) -> str:
@@ -144,9 +144,8 @@ def _pool_bytes(config: ModelConfig, layout: LayoutSpec, gpu: Gpu, tp: int, sett
     """What the share of a GPU's memory leaves for pages, by the planner's figures. Raises ConfigError."""
     running, tokens = settings.max_num_seqs, step_tokens(settings)
     longest = settings.max_model_len or config.max_position
-    graphs = (
-        0 if settings.enforce_eager else steps_of(running, longest, tokens, settings.cudagraph_capture_sizes)
-    )
+    chunks, chosen = chunk_tokens(tokens, tp), settings.cudagraph_capture_sizes
+    graphs = 0 if settings.enforce_eager else steps_of(running, longest, chunks, chosen)
     limits = Limits(tokens, running, longest, graphs)
     weights, memory = _weights(config, tp), gpu.memory_bytes * settings.gpu_memory_utilization
     rest = limits.running * layout.slab_bytes + bound(workspace(config, layout, Parallel(tp=tp), limits))

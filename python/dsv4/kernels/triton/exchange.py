@@ -5,21 +5,38 @@ every pair carries the epoch of this exchange: no barrier, no signal, nothing to
 rank can be one exchange ahead of a peer, never two, as it needs the peer's message to go on. Sums are in the order of ranks,
 so all ranks get the same bits.
 
-Each program exchanges its own part of the message with the same program of the peers; the grid must fit on the GPU at once. A
-peer that does not answer ends the wait after SPINS looks, and `failed` says so.
+Each program exchanges its own part of the message with the same program of the peers; the grid must fit on the GPU at once. A wait
+for a peer has no end of its own, as a collective of NCCL has none: who watches the ranks ends it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dsv4.kernels.aot import Aot
+from dsv4.kernels.messages import LIMIT
+from dsv4.kernels.triton.codec import round_bf16
+from dsv4.kernels.triton.common import cdiv
 
-SPINS = 1 << 24
-"""Looks for a peer's message before a wait is given up: some seconds."""
+BLOCK = 256
+"""Words of a program, the fastest of 256, 512 and 1,024 up to 256 KiB."""
+
+STEP = 8
+"""Messages are multiples of so many bytes: whole words, and never one alone, for which Triton would compile another kernel. (Two there are of each:
+for multiples of 64 bytes, and for others.)"""
+
+
+@triton.jit
+def _next(last):
+    """The number of a program's exchange: odd and even in turn, also where it wraps, and never 0, which memory begins with."""
+    epoch = tl.load(last) + 1
+    return tl.where(epoch == 0, 2, epoch)
 
 
 @triton.jit
@@ -30,17 +47,18 @@ def _send(slot, at, live, words, epoch):
 
 
 @triton.jit
-def _receive(slot, at, live, epoch, failed, SPINS: tl.constexpr):
-    """Words int32 of a slot, once all of them carry the epoch."""
+def _waits(pairs, live, epoch, stop):
+    """Whether a pair is not there yet, the same for all threads of a program, and nobody has set `stop`."""
+    going = tl.load(stop, volatile=True) == 0
+    return tl.max(tl.where(live & ((pairs >> 32) != epoch) & going, 1, 0), 0) > 0
+
+
+@triton.jit
+def _receive(slot, at, live, epoch, stop):
+    """Words int32 of a slot, once all of them carry the epoch, or `stop` is set."""
     pairs = tl.load(slot + at, mask=live, other=0, volatile=True)
-    missing = tl.max(tl.where(live & ((pairs >> 32) != epoch), 1, 0), 0)
-    looks = 0
-    while (missing > 0) & (looks < SPINS):
+    while _waits(pairs, live, epoch, stop):
         pairs = tl.load(slot + at, mask=live, other=0, volatile=True)
-        missing = tl.max(tl.where(live & ((pairs >> 32) != epoch), 1, 0), 0)
-        looks += 1
-    if missing > 0:
-        tl.store(failed, 1)
     return (pairs & 0xFFFFFFFF).to(tl.int32)
 
 
@@ -55,57 +73,58 @@ def _halves(words):
 @triton.jit
 def _joined(low, high):
     """Two float32 as one word of bf16."""
-    a = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    b = high.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    a = round_bf16(low).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    b = round_bf16(high).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return a | (b << 16)
 
 
 @triton.jit
 def all_reduce_kernel(
-    x, out, buffers, epochs, failed, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    SPINS: tl.constexpr,
-):  # fmt: skip
+    x, out, buffers, epochs, stop, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr
+):
     """out[i] = sum over ranks of x[i], bf16 pairs as int32 words [N], added in float32 in the order of ranks.
 
     buffers int64 [RANKS]: each rank's memory of 2 slots x RANKS senders x capacity pairs. epochs int32 [programs]: exchanges so
-    far. Grid: cdiv(N, BLOCK)."""
+    far. stop int32 [1]: not 0 where nothing is waited for any more. Grid: cdiv(N, BLOCK)."""
     p = tl.program_id(0)
-    epoch = tl.load(epochs + p) + 1
+    epoch = _next(epochs + p)
     at = p * BLOCK + tl.arange(0, BLOCK)
     live = at < N
     words = tl.load(x + at, mask=live, other=0)
-    turn = (epoch % 2) * RANKS
+    turn = (epoch & 1) * RANKS
     for k in tl.static_range(1, RANKS):
         peer = (RANK + k) % RANKS
         slot = tl.load(buffers + peer).to(tl.pointer_type(tl.int64)) + (turn + RANK) * capacity
         _send(slot, at, live, words, epoch)
     mine = tl.load(buffers + RANK).to(tl.pointer_type(tl.int64))
-    low, high = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for r in tl.static_range(RANKS):
         if r == RANK:
             a, b = _halves(words)
         else:
-            a, b = _halves(_receive(mine + (turn + r) * capacity, at, live, epoch, failed, SPINS))
-        low += a
-        high += b
+            a, b = _halves(_receive(mine + (turn + r) * capacity, at, live, epoch, stop))
+        if r == 0:
+            low, high = a, b
+        else:
+            low += a
+            high += b
     tl.store(out + at, _joined(low, high), mask=live)
     tl.store(epochs + p, epoch)
 
 
 @triton.jit
 def gather_kernel(
-    x, out, buffers, epochs, failed, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    SPINS: tl.constexpr, SPREAD: tl.constexpr,
+    x, out, buffers, epochs, stop, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """out[r, i] = what rank r has for this one, int32 words: its x[i] [N], the same for all (all-gather), or with SPREAD its
     x[own rank, i] [RANKS, N] (all-to-all). Other arguments as those of `all_reduce_kernel`."""
     p = tl.program_id(0)
-    epoch = tl.load(epochs + p) + 1
+    epoch = _next(epochs + p)
     at = p * BLOCK + tl.arange(0, BLOCK)
     live = at < N
     if not SPREAD:
         words = tl.load(x + at, mask=live, other=0)
-    turn = (epoch % 2) * RANKS
+    turn = (epoch & 1) * RANKS
     for k in tl.static_range(1, RANKS):
         peer = (RANK + k) % RANKS
         slot = tl.load(buffers + peer).to(tl.pointer_type(tl.int64)) + (turn + RANK) * capacity
@@ -118,17 +137,75 @@ def gather_kernel(
     tl.store(out + RANK * N + at, words, mask=live)
     for k in tl.static_range(1, RANKS):
         r = (RANK + k) % RANKS
-        got = _receive(mine + (turn + r) * capacity, at, live, epoch, failed, SPINS)
+        got = _receive(mine + (turn + r) * capacity, at, live, epoch, stop)
         tl.store(out + r * N + at, got, mask=live)
     tl.store(epochs + p, epoch)
 
 
-_TYPES = {"x": "*i32", "out": "*i32", "buffers": "*i64", "epochs": "*i32", "failed": "*i32"}
-_TYPES |= {"N": "i32", "capacity": "i32"}
+class Exchange:
+    """Collectives of one of R ranks, called by all alike. They allocate nothing but their result and can be captured in a CUDA graph."""
+
+    def __init__(self, rank: int, addresses: Sequence[int], device: torch.device | str) -> None:
+        """`addresses`: by rank, that of `room(R)` zeroed bytes which all of them can write to."""
+        self.rank, self.ranks = rank, len(addresses)
+        self._buffers = torch.tensor(list(addresses), dtype=torch.int64, device=device)
+        self._epochs = torch.zeros(cdiv(LIMIT // 4, BLOCK), dtype=torch.int32, device=device)
+        self._stop = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def stop(self) -> None:
+        """Ends what still waits for a peer, with what happens to be there: nobody uses it any more."""
+        aside = torch.cuda.Stream() if self._stop.is_cuda else None
+        with torch.cuda.stream(aside):  # the current one may be what waits
+            self._stop.fill_(1)
+
+    def takes(self, size: int) -> bool:
+        """Whether a message of `size` bytes to each of the others goes this way."""
+        return 0 < size <= LIMIT and size % STEP == 0
+
+    def gather(self, x: Tensor) -> Tensor:
+        """What every rank has: [...] -> [R, ...]."""
+        return self._spread(
+            x, torch.empty((self.ranks, *x.shape), dtype=x.dtype, device=x.device), spread=False
+        )
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """x[p] goes to rank p: [R, ...] -> [R, ...]."""
+        return self._spread(x, torch.empty(x.shape, dtype=x.dtype, device=x.device), spread=True)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of bfloat16 [...] over the ranks, added in their order in float32 and rounded once."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self._run(all_reduce_kernel, x, out, x.nbytes // 4)
+        return out
+
+    def _spread(self, x: Tensor, out: Tensor, *, spread: bool) -> Tensor:
+        self._run(gather_kernel, x, out, x.nbytes // 4 // (self.ranks if spread else 1), SPREAD=spread)
+        return out
+
+    def _run(self, kernel: Any, x: Tensor, out: Tensor, words: int, **flags: bool) -> None:
+        kernel[(cdiv(words, BLOCK),)](
+            x.contiguous().view(-1).view(torch.int32),
+            out.view(-1).view(torch.int32),
+            self._buffers,
+            self._epochs,
+            self._stop,
+            words,
+            LIMIT // 4,
+            RANK=self.rank,
+            RANKS=self.ranks,
+            BLOCK=BLOCK,
+            num_warps=BLOCK // 128,
+            **flags,
+        )
+
+
+_TYPES = {"x": "*i32", "out": "*i32", "buffers": "*i64", "epochs": "*i32", "stop": "*i32"}
+_TYPES |= {"N": "i32:16", "capacity": "i32:16"}
 
 
 def _aot(kernel: Any, ranks: int, **flags: bool) -> Aot:
-    return Aot(kernel, _TYPES, {"RANK": 0, "RANKS": ranks, "BLOCK": 512, "SPINS": SPINS, **flags})
+    constants = {"RANK": 0, "RANKS": ranks, "BLOCK": BLOCK, **flags}
+    return Aot(kernel, _TYPES, constants, num_warps=BLOCK // 128)
 
 
 AOT = [

@@ -1,0 +1,140 @@
+"""Steps of several ranks as graphs hold them, run as they are on the CPU over gloo: all ranks capture the same, and what requests get is
+what they get without graphs, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from dsv4 import LLM, SamplingParams
+from dsv4.engine import group, warmup
+from dsv4.engine.ranked import FollowingDevice, LeadingDevice, RankDevice
+from dsv4.engine.sampler import KINDS
+from dsv4.engine.warmup import late_captures
+from dsv4.model.parallel import UNIT
+from dsv4.model.rank import Rank
+from dsv4.plan import graphs as sizes
+from dsv4.plan.graphs import chunk_tokens, extends_of, sizes_of, steps_of
+
+from tests.engine.test_capture_at_start import Counting
+from tests.engine.test_graphs import capture
+from tests.support.checkpoints import write_random
+from tests.support.models import random_config, random_weights
+from tests.support.ranks import RankDriver, run_ranks
+
+SETTINGS: dict[str, Any] = dict(
+    tensor_parallel_size=2, device="cpu", max_model_len=1024, max_num_batched_tokens=600, max_num_seqs=4,
+    num_pages=40, rank_timeout=120, async_scheduling=True, snapshot_policy="every:256",
+)  # fmt: skip
+SHORT, LONG = [5, 9, 100, 7], [(7 * i) % 250 + 3 for i in range(560)]
+"""Of these the first is shared by the ranks, the second cut over them."""
+
+
+def params(n: int = 5, **given: Any) -> SamplingParams:
+    return SamplingParams(**dict(max_tokens=n, temperature=1.0, seed=3, ignore_eos=True) | given)
+
+
+def answers(llm: LLM) -> Iterator[tuple[Any, ...]]:
+    """Decodes alone and beside chunks, short prompts and long ones, hits, every kind of draw, log-probabilities of tokens and of prompts, and more
+    rows than are captured."""
+    kinds = [
+        params(), params(temperature=0), params(top_p=0.9, presence_penalty=1.0), params(logprobs=3), params(prompt_logprobs=2),
+    ]  # fmt: skip
+    batches = [
+        ([SHORT], kinds),
+        ([SHORT, LONG, SHORT * 9], kinds[1:2]),
+        ([LONG + SHORT * 20, LONG[:300]], kinds[3:4]),
+    ]
+    batches += [([SHORT * k for k in (1, 2, 3, 40)], kinds[:1])]
+    for prompts, knobs in batches:
+        for given in knobs:
+            for o in llm.generate(prompts, given):
+                yield o.token_ids, o.logprobs, o.prompt_logprobs
+
+
+def test_captured_steps_are_those_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = str(write_random(tmp_path, "flash", compress_ratios=[0, 4, 128], index_topk=24))
+    plain = LLM(model, **SETTINGS)
+    expected = list(answers(plain))
+    plain.close()
+    capture(monkeypatch)
+    monkeypatch.setattr(group, "PROCESS", "tests.support.capturing_rank")
+    llm = LLM(model, cudagraph_capture_sizes=(1, 2), **SETTINGS)
+    try:
+        assert list(answers(llm)) == expected
+        device = llm._loop.device
+        assert {size for size, _ in device.graphs._replays} == {1, 2} == set(device.graphs._heads)
+        assert (
+            {64} <= {s.tokens for s in device.extends._graphs} <= {64, 128, 256}
+        )  # longer steps run without
+        assert "decode steps of 1, 2 rows, steps with prompts of 64, 128, 256 tokens" in "".join(
+            llm.describe()
+        )
+    finally:
+        llm.close()
+    assert device.graphs is None  # a group cannot end before
+
+
+def _started(rank: Rank) -> tuple[list[tuple[int, int]], list[int], int, int, int]:
+    """Steps and logits that a rank captured at start, how many draws, how many of chunks, and how many after a step of each kind."""
+    sizes.SHORTEST = 256
+    warmup.has_triton = lambda: False  # type: ignore[assignment]
+    config = random_config(compress_ratios=[0, 4, 128])
+    driver = RankDriver(
+        config, random_weights(config, seed=9), slabs=3, max_len=512, block_tokens=256, rank=rank
+    )
+    leads, counting = SimpleNamespace(tell=rank.tell), Counting()
+    make = LeadingDevice if rank.rank == 0 else FollowingDevice
+    device: RankDevice = make(
+        leads if rank.rank == 0 else rank, driver.model, driver.cache, slabs=3, max_blocks=2, replay_tokens=0,
+        step_tokens=chunk_tokens(4096, rank.ranks), capture=counting,
+    )  # fmt: skip
+    device.warm_up(100)
+    graphs, extends = device.graphs, device.extends
+    assert graphs is not None and extends is not None
+    return (
+        list(graphs._replays),
+        list(graphs._heads),
+        len(graphs._draws),
+        len(extends._graphs),
+        late_captures(device),
+    )
+
+
+def test_all_ranks_capture_the_same_at_start(tmp_path: Path) -> None:
+    """What hears from other ranks, that is; only rank 0 draws. (A rank that ran something else would wait for ever.)"""
+    decodes = [(n, end) for end in (512, 256) for n in reversed(sizes_of(2))]
+    chunks = 2 * len(extends_of(2 * UNIT, 512))
+    for rank, (steps, heads, draws, extends, late) in enumerate(run_ranks(2, _started, tmp_path)):
+        assert (steps, heads) == (decodes, [2, 1])
+        assert draws == (len(heads) * len(KINDS) if rank == 0 else 1)  # that of the warm-up
+        assert extends == chunks and late == 0
+
+
+def test_what_is_counted_for_graphs_of_ranks() -> None:
+    assert chunk_tokens(4096, 1) == 4096 and chunk_tokens(4096, 2) == 256 and chunk_tokens(100, 2) == 100
+    assert steps_of(4, 4096, chunk_tokens(4096, 2)) < steps_of(4, 4096, 4096)
+
+
+def test_a_group_of_nccl_is_ended_and_never_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is dropped warns and waits for graphs; what waits for a peer is let go before it ends."""
+    done: list[str] = []
+
+    class Nccl:
+        rank, size = (lambda self: 0), (lambda self: 2)
+
+        def abort(self) -> None:
+            done.append("group")
+
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    rank = Rank(Nccl())  # type: ignore[arg-type]
+    rank.direct = SimpleNamespace(stop=lambda: done.append("messages"))  # type: ignore[assignment]
+    rank.leave()
+    assert rank._in() is not None and not done
+    rank.end()
+    assert done == ["messages", "group"]

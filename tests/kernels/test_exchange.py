@@ -1,0 +1,65 @@
+"""Ranks that write into each other's memory hear what a torch group would tell them, to the bit. Here the memory is a file that processes
+share, and the interpreter runs the kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from dsv4.kernels.messages import LIMIT, room
+from dsv4.kernels.triton.exchange import Exchange
+from dsv4.model.rank import Rank
+
+from tests.support.ranks import run_ranks
+
+WORDS = (6, 768, 288, 48)
+"""Of messages: more than a program's share, and less, so that programs have not met equally often."""
+
+
+def _messages(rank: Rank, words: int) -> list[Tensor]:
+    g = torch.Generator().manual_seed(10 * words + rank.rank)
+    return [torch.randn(2 * words, generator=g).bfloat16(), torch.randn(words, generator=g)]
+
+
+def _says(rank: Rank, folder: str) -> tuple[list[bool], int, int]:
+    """Whether each message came as over gloo; how often a torch group was asked when ranks had a direct way, and for too long a message."""
+    rooms = [torch.from_file(f"{folder}/{r}", shared=True, size=room(rank.ranks), dtype=torch.uint8) for r in range(rank.ranks)]  # fmt: skip
+    direct = Exchange(rank.rank, [r.data_ptr() for r in rooms], "cpu")
+    direct._epochs[1:] = -3  # numbers that wrap soon
+    asked, same = [0], []
+    group = rank._in
+
+    def counted() -> object:
+        asked[0] += 1
+        return group()
+
+    for words in WORDS:
+        for x in _messages(rank, words):
+            spread = x.view(rank.ranks, -1).repeat(1, rank.ranks)
+            told = x.clone()
+            rank.direct = None
+            expected = [rank.gather(x), rank.exchange(spread), rank.sum(x), rank.gather(x)[0]]
+            rank.direct, rank._in = direct, counted  # type: ignore[method-assign]
+            found = [rank.gather(x), rank.exchange(spread), rank.sum(x), told]
+            rank.tell(told)
+            rank._in = group  # type: ignore[method-assign]
+            same += [torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True)]
+    directly = asked[0]
+    rank._in = counted  # type: ignore[method-assign]
+    rank.gather(torch.zeros(LIMIT + 64, dtype=torch.uint8))
+    rank.gather(torch.zeros(65, dtype=torch.uint8))
+    return same, directly, asked[0] - directly
+
+
+def test_messages_are_those_of_a_group(tmp_path: Path) -> None:
+    ranks = 3
+    for r in range(ranks):
+        (tmp_path / str(r)).write_bytes(bytes(room(ranks)))
+    for same, directly, otherwise in run_ranks(ranks, _says, tmp_path, str(tmp_path)):
+        assert len(same) == 8 * len(WORDS) and all(same)
+        assert (directly, otherwise) == (0, 2)
