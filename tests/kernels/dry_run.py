@@ -1,5 +1,5 @@
 """A dry run of the small model's kinds of steps with the kernels for Hopper, on a machine without a GPU: `python -m tests.kernels.dry_run
-[RANKS]`, of the last of so many ranks. Prints how many kernels the start finds, and, a line each, those that random steps need beyond them."""
+[RANKS [deterministic]]`, of the last of so many ranks. Prints how many kernels the start finds, and, a line each, those that random steps need beyond them."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class Deaf(Rank):
         return x.contiguous().clone()
 
 
-def device(ranks: int, tokens: int, context: int) -> LocalDevice:
+def device(ranks: int, tokens: int, context: int, *, deterministic: bool) -> LocalDevice:
     hopper = Machine("cuda", 9)
-    chains = {op: REGISTRY.chain(op, "gluon,triton", hopper) for op in SPECS}
+    chains = {op: REGISTRY.chain(op, "gluon,triton", hopper, deterministic=deterministic) for op in SPECS}
     without = {op: tuple(f for f in forms if f.backend != "cublas") for op, forms in chains.items()}
     ops, source = Ops(without, hopper), Path(str(resources.files("dsv4") / "data" / "nano"))
     config = ModelConfig.from_dir(source)
@@ -114,7 +114,7 @@ def main() -> None:
     context = 768 if ranks == 1 else 8 * ranks * UNIT
     driver.set_active(Hopper())
     with COMPILATIONS.dry() as first:
-        local = device(ranks, tokens, context)
+        local = device(ranks, tokens, context, deterministic=sys.argv[2:] == ["deterministic"])
         warmup.rehearse(local, tokens, context)
     with COMPILATIONS.dry() as later:
         random_steps(local, 12, tokens, context)

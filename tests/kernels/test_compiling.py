@@ -19,11 +19,11 @@ from dsv4.kernels.compiling import Compilations, compile_all
 from triton.runtime.jit import JITFunction
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_start_finds_every_kernel_that_random_steps_need(ranks: int) -> None:
+@pytest.mark.parametrize("world", [["1"], ["2"], ["1", "deterministic"]], ids=" ".join)
+def test_the_start_finds_every_kernel_that_random_steps_need(world: list[str]) -> None:
     """With the kernels for Hopper, which are collected and neither compiled nor run, in a process that does not interpret them."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.dry_run", str(ranks)],
+        [sys.executable, "-m", "tests.kernels.dry_run", *world],
         capture_output=True, text=True, cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "0"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
