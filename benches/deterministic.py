@@ -15,6 +15,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -182,6 +183,19 @@ class Run:
         print("kernels compiled after ready:", late_compiles(), flush=True)
         return company.alone()
 
+    @contextmanager
+    def kernels(self, what: str) -> Iterator[None]:
+        """Prints the kernels that take most of the GPU's time meanwhile."""
+        where = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(
+            activities=[where.CUDA if torch.cuda.is_available() else where.CPU]
+        ) as found:
+            yield
+        print(what, flush=True)
+        of = sorted(found.key_averages(), key=lambda k: -k.self_device_time_total)[: self.args.kernels]
+        for k in of:
+            print(f"  {k.self_device_time_total / 1e3:9.3f} ms {k.count:6} x {k.key[:100]}", flush=True)
+
     def costs(self, model: str, *, deterministic: bool) -> None:
         """Milliseconds of a cold prompt, and of decode steps."""
         llm = self.llm(model, deterministic=deterministic)
@@ -191,6 +205,10 @@ class Run:
             job = driver.job(driver.ids(self.args.cold))
             driver.run()
             times.append(1e3 * job.ttft)
+        if self.args.kernels:
+            driver.job(driver.ids(self.args.cold))
+            with self.kernels(f"a prompt of {self.args.cold}, deterministic {deterministic}"):
+                driver.run()
         self.keep(
             "cost",
             {
@@ -209,6 +227,10 @@ class Run:
                 driver.engine.step()
             at = len(jobs[0].times)
             ends = driver.run(until=lambda jobs=jobs, at=at: len(jobs[0].times) >= at + self.args.steps)  # type: ignore[misc]
+            if self.args.kernels:
+                with self.kernels(f"{rows} rows, 10 steps, deterministic {deterministic}"):
+                    for _ in range(10):
+                        driver.engine.step()
             self.keep(
                 "cost",
                 {
@@ -232,6 +254,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--pool", type=int, default=2048, help="MiB of the page pool")
+    parser.add_argument(
+        "--kernels", type=int, default=0, help="so many are listed for each cost, by their time"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which no part begins"

@@ -22,7 +22,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_every_case_is_equal_and_both_costs_are_written(tmp_path: Path, tiny: str) -> None:
-    flags = "--device cpu --prompt 150 --tokens 2 --cold 20 --steps 2 --rows 1 --pool 100 --chunk 40"
+    flags = (
+        "--device cpu --prompt 150 --tokens 2 --cold 20 --steps 2 --rows 1 --pool 100 --chunk 40 --kernels 2"
+    )
     assert bench.main(["--models", tiny, "--out", str(tmp_path), *flags.split()]) == 0
     found = json.loads((tmp_path / "deterministic.json").read_text())
     assert len({case["case"] for case in found["cases"]}) == 12 and all(
