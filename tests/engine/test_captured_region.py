@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ pytest.importorskip("triton")
 
 from dsv4.backends import choose
 from dsv4.cache.paged import PagedCache
+from dsv4.cache.sharded import ShardedCache
 from dsv4.engine.graphs import DecodeGraphs, Step
+from dsv4.engine.ranked import RankGraphs
 from dsv4.kernels.triton.common import INTERPRETED
 from dsv4.model.config import ModelConfig
 from dsv4.model.export import export_release
+from dsv4.model.ranked import RankedModel, share
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -25,6 +29,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import tests.support.interpreter  # noqa: F401  (an old one is mended)
 from tests.support.models import random_config_dict, random_weights
+from tests.support.ranks import Deaf
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here")
 
@@ -51,15 +56,24 @@ def test_the_mode_sees_what_a_capture_refuses() -> None:
             refused()
 
 
-def test_nothing_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kind of layer, routing by table and by scores, FP8 and FP4 weights, more entries than the index keeps."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nothing_is_read_back(ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of layer, routing by table and by scores, FP8 and FP4 weights, more entries than the index keeps; on one GPU, and as one of
+    two ranks."""
     raw = random_config_dict(compress_ratios=[0, 4, 128], index_topk=32, index_n_heads=2)
     config = ModelConfig.from_dict(raw)
     export_release(random_weights(config, 3), config, raw, tmp_path)
-    layout = config.layout("float32", "float32", block_tokens=128)
+    layout = config.layout("float32", "float32", block_tokens=128 * ranks, ranks=ranks)
     ops = choose("triton", "cuda", major=9)  # on the CPU, interpreted
-    cache = PagedCache(layout, 4, 4, poison=True)
-    model = V4Model(config, load_weights(tmp_path, config, torch.float32, packed=True), cache, ops)
+    load = partial(load_weights, tmp_path, config, torch.float32, packed=True)
+    cache: PagedCache
+    if ranks == 1:
+        cache = PagedCache(layout, 4, 4, poison=True)
+        model = V4Model(config, load(), cache, ops)
+    else:
+        rank = Deaf(1, ranks)
+        cache = ShardedCache(layout, 4, 4, rank.rank, rank.gather, poison=True)
+        model = RankedModel(config, load(share=share(rank)), cache, ops, rank)
     assert model.uncaptured() == []
     launch = InterpretedFunction.run
 
@@ -81,7 +95,7 @@ def test_nothing_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         run()  # as before a capture: what outlives a step is allocated
         return again
 
-    graphs = DecodeGraphs(
+    graphs = (DecodeGraphs if ranks == 1 else RankGraphs)(
         model,
         torch.arange(4, dtype=torch.int32)[:, None].repeat(1, 2),
         torch.zeros(4, dtype=torch.int64),
@@ -89,4 +103,6 @@ def test_nothing_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         capture,
     )
     hidden = graphs.hidden(np.array([3, 4, 5]), np.array([3, 130, 127]), np.array([0, 1, 2]))
-    assert len(watched) == 1 and hidden.shape == (3, 4, 128) and hidden.isfinite().all()
+    if isinstance(graphs, RankGraphs):
+        assert graphs.head(3).isfinite().all()
+    assert len(watched) == ranks and hidden.shape == (3, 4, 128) and hidden.isfinite().all()

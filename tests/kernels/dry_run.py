@@ -26,7 +26,6 @@ from dsv4.kernels.compiling import COMPILATIONS, Specialisation
 from dsv4.model.batch import Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import UNIT
-from dsv4.model.rank import Rank
 from dsv4.model.ranked import RankedModel, share
 from dsv4.model.v4 import V4Model
 from dsv4.model.weights import load_weights
@@ -34,9 +33,10 @@ from dsv4.ops.forms import Machine
 from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
 from dsv4.plan.graphs import chunk_tokens
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from tests.support.ranks import Deaf
 
 SLABS = 3
 
@@ -48,19 +48,6 @@ class Hopper:
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device=None: 0)
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
-
-
-class Deaf(Rank):
-    """A rank that hears what it says itself, from every other."""
-
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks, self.said, self.direct = rank, ranks, 0, None
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x.expand(self.ranks, *x.shape).contiguous()
-
-    def exchange(self, x: Tensor) -> Tensor:
-        return x.contiguous().clone()
 
 
 def device(ranks: int, tokens: int, context: int, *, deterministic: bool) -> LocalDevice:

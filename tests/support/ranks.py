@@ -21,11 +21,25 @@ from dsv4.model.parallel import Share
 from dsv4.model.rank import Rank
 from dsv4.model.ranked import RankedModel, share
 from dsv4.ops.weight import Weight, part
+from torch import Tensor
 
 from tests.support.driving import Driver
 
 _WAIT = 300
 """Seconds until a silent process fails a test rather than hold it for ever."""
+
+
+class Deaf(Rank):
+    """A rank that hears what it says itself, from every other."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks, self.said, self.direct = rank, ranks, 0, None
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.expand(self.ranks, *x.shape).contiguous()
+
+    def exchange(self, x: Tensor) -> Tensor:
+        return x.contiguous().clone()
 
 
 def run_ranks(ranks: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
