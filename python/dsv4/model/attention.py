@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.formats import RowFormat
+from dsv4.model.beside import beside
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.indexer import Indexer
@@ -88,32 +90,46 @@ class Attention:
         layer's kind, which serves queries, window rows, entries, the indexer and the way back alike. `scratch` holds
         the step's window rows where the ring cannot (see WindowTable)."""
         ops, window = self.ops, step.window
+        stored = beside(lambda: self._stored(x, shared, step, rope, block_rope, scratch), 0)
         _, qr = self.q_norm(ops.linear(shared, self.wq_a))
+        query = None if self.indexer is None else beside(lambda: self.indexer.query(x, qr), 1)
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope, self.eps)
-        rows = self.window
-        if scratch is not None and window.past is not None:
-            rows = scratch
-            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
-        # What is attended to now has been through the format, as what a later step reads.
-        ops.write_rows(ops.linear(shared, self.wkv), self.kv_norm, *rope, self.eps, rows, window.target)
-        compressed = self._compressed(x, qr, step, rope, block_rope)
+        rows = stored()
+        compressed = self._compressed(query, step, rope)
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
         if rows is scratch:
             ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
         u = ops.grouped_linear(o.view(len(x), self.groups, -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
 
-    def _compressed(
-        self, x: Tensor, qr: Tensor | Quantised, step: Step, rope: Rope, block_rope: Rope | None
-    ) -> tuple:
-        """The history arguments of `sparse_attention`, with this step's entries written first, as its tokens
-        see them."""
-        if self.history is None:
-            return ()
+    def _stored(
+        self,
+        x: Tensor,
+        shared: Tensor | Quantised,
+        step: Step,
+        rope: Rope,
+        block_rope: Rope | None,
+        scratch: Rows | None,
+    ) -> Rows:
+        """Writes the step's window rows and entries, which its tokens see; gives what holds the window's. What is attended to now has been
+        through the format, as what a later step reads."""
+        ops, window, rows = self.ops, step.window, self.window
+        if scratch is not None and window.past is not None:
+            rows = scratch
+            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
+        ops.write_rows(ops.linear(shared, self.wkv), self.kv_norm, *rope, self.eps, rows, window.target)
         if self.compressor is not None:
             self.compressor(x, step, block_rope)
+        if self.indexer is not None and self.indexer.compressor is not None:
+            self.indexer.compressor(x, step, block_rope)
+        return rows
+
+    def _compressed(self, query: Callable[[], tuple[Tensor, Tensor]] | None, step: Step, rope: Rope) -> tuple:
+        """The history arguments of `sparse_attention`."""
+        if self.history is None:
+            return ()
         entries = step.entries[self.ratio]
-        if self.indexer is None:
+        if query is None or self.indexer is None:
             return self.history, entries
-        return self.history, entries, self.indexer(x, qr, step, rope, block_rope)
+        return self.history, entries, self.indexer.select(query(), step, rope)

@@ -42,24 +42,14 @@ class Indexer:
                 weights.within("compressor"), self.ratio, config.rms_eps, ops, pools, self.keys, dtype
             )
 
-    def __call__(
-        self,
-        x: Tensor,
-        qr: Tensor | Quantised,
-        step: Step,
-        rope: tuple[Tensor, Tensor],
-        block_rope: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Selected entries int32 [T, k], ascending, -1 after the last; `qr` is the attention's low-rank
-        query. Writes this step's keys first, where they are this layer's."""
-        if self.compressor is not None:
-            self.compressor(x, step, block_rope)
-        q, weights = self.query(x, qr)
+    def query(self, x: Tensor, qr: Tensor | Quantised) -> tuple[Tensor, Tensor]:
+        """Queries [T, H, I] and what their scores are weighted with, float32 [T, H]; `qr` is the attention's low-rank query."""
+        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
+        return q, self.ops.linear(x, self.weights_proj).float() * (self.dim * self.heads) ** -0.5
+
+    def select(self, query: tuple[Tensor, Tensor], step: Step, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Selected entries int32 [T, k], ascending, -1 after the last, for what `query` gives. This step's keys are written."""
+        q, weights = query
         return self.ops.index_select(
             q, *rope, weights, self.keys, step.tokens, step.entries[self.ratio], self.topk
         )
-
-    def query(self, x: Tensor, qr: Tensor | Quantised) -> tuple[Tensor, Tensor]:
-        """Queries [T, H, I] and what their scores are weighted with, float32 [T, H]."""
-        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
-        return q, self.ops.linear(x, self.weights_proj).float() * (self.dim * self.heads) ** -0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsv4.model.beside import beside
 from dsv4.model.config import ModelConfig
 from dsv4.model.scope import Scope
 from dsv4.model.step import Step
@@ -32,6 +33,6 @@ class MoE:
     def mixed(self, x: Tensor, shared: Tensor | Quantised, token_ids: Tensor) -> Tensor:
         """The same for token ids int64 [T]."""
         chosen = None if self.table is None else self.table[token_ids]
+        always = beside(lambda: self.ops.swiglu(shared, self.shared, self.limit), 0)
         experts, weights = self.ops.route(x, self.gate, self.bias, chosen, self.k, self.scale)
-        always = self.ops.swiglu(shared, self.shared, self.limit)
-        return self.ops.experts(x, experts, weights, self.experts, self.limit, always)
+        return self.ops.experts(x, experts, weights, self.experts, self.limit, always())

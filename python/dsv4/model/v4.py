@@ -14,6 +14,7 @@ from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.model.attention import Attention, Codecs, Rope
 from dsv4.model.batch import Batch, resolved
+from dsv4.model.beside import streams
 from dsv4.model.config import ModelConfig
 from dsv4.model.moe import MoE
 from dsv4.model.norm import SharedNorm
@@ -190,7 +191,9 @@ class V4Model:
         """Streams [R, n, d] after the last layer of one token of each of R requests: `hidden` of such a batch, from int64
         [R] each, the page table and the newest tokens, all on the model's device. Nothing is read back, so a CUDA graph can hold it if no op
         is in `uncaptured` and `reserve(end)` was called."""
-        return self._through(decode_step(token_ids, positions, slabs, pages, end, self.geometry), newest)
+        step = decode_step(token_ids, positions, slabs, pages, end, self.geometry)
+        with streams(self.embed.device):
+            return self._through(step, newest)
 
     @torch.inference_mode()
     def extend(self, columns: Columns, logit_index: Tensor, pages: Tensor, newest: Tensor) -> Tensor:

@@ -184,14 +184,15 @@ def silu_gate_of(a: Tensor, b: Tensor, limit: float) -> Tensor:
     return h
 
 
-_arrived: dict[torch.device, Tensor] = {}
+_arrived: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(device: torch.device) -> Tensor:
-    """int32 zeros that every kernel leaves at zero. One stream at a time may use them."""
-    if device not in _arrived:
-        _arrived[device] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-    return _arrived[device]
+    """int32 zeros that every kernel leaves at zero, of the current stream. They are made before a capture, which would not zero them."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if (device, stream) not in _arrived:
+        _arrived[device, stream] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    return _arrived[device, stream]
 
 
 def split_of(programs: int, steps: int, per_sm: int = 3, least: int = 2, most: int = 32) -> int:
