@@ -97,7 +97,7 @@ class Fleet:
         self.model = model_in(folder)
         self._all: list[Process] = []
         paths = [str(ROOT / "python"), str(ROOT)]
-        self._env = os.environ | {
+        self.environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(paths),
             "DYN_FILE_KV": str(folder / "found"),
             "DYN_DISCOVERY_BACKEND": "file",
@@ -109,7 +109,7 @@ class Fleet:
         }
 
     def _start(self, name: str, command: Sequence[str]) -> Process:
-        process = Process(name, self.folder, [sys.executable, *command], self._env)
+        process = Process(name, self.folder, [sys.executable, *command], self.environment)
         self._all.append(process)
         return process
 
@@ -130,11 +130,11 @@ class Fleet:
             return httpx.get(self.url + "/v1/models").status_code == 200
         return False
 
-    def worker(self, name: str, *flags: str) -> Process:
-        """Starts one, and waits until it serves."""
+    def worker(self, name: str, *flags: str, module: Sequence[str] = ("dsv4.cli", "dynamo")) -> Process:
+        """Starts one, and waits until it serves. `module`: what is run with the flags."""
         given = [str(self.model), *SETTINGS, *flags]
         before = self.instances()
-        worker = self._start(name, ["-m", "dsv4.cli", "dynamo", *given])
+        worker = self._start(name, ["-m", *module, *given])
         until(lambda: bool(self.instances() - before), worker)
         [worker.instance] = self.instances() - before
         until(lambda: self.reaches(worker.instance), worker)

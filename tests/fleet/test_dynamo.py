@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,16 @@ def test_choices_end_each_for_itself(two: Two) -> None:
     both = two.fleet.ask("/v1/completions", **asked, n=2, seed=5).json()
     alone = [two.fleet.ask("/v1/completions", **asked, seed=seed).json() for seed in (5, 6)]
     assert [c["text"] for c in both["choices"]] == [a["choices"][0]["text"] for a in alone]
+    assert sorted(str(c.get("finish_reason")) for c in both["choices"]) == [
+        "None",
+        "length",
+    ]  # Dynamo takes one
     assert both["usage"]["completion_tokens"] == 24
     assert both["usage"]["prompt_tokens"] == alone[0]["usage"]["prompt_tokens"]
     ended = two.fleet.chat("Who are you?", n=3, temperature=0.01)
     assert [c["finish_reason"] for c in ended["choices"]] == ["stop"] * 3
     assert all(c["message"]["content"].startswith(IAM) for c in ended["choices"])
+    assert "cached_tokens" in ended["usage"]["prompt_tokens_details"]
 
 
 def test_log_probabilities_and_stop_strings(two: Two) -> None:
@@ -228,16 +234,19 @@ def test_kill_in_mid_stream(tmp_path: Path, limit: int) -> None:
         pair.frontend(*KV, "--migration-limit", str(limit))
         workers = {w.instance: w for w in (pair.worker("a"), pair.worker("b"))}
         expected = content(list(pair.stream(**ENDLESS)))
-        events = []
+        events, killed = [], 0.0
         for event in pair.stream(**ENDLESS, nvext=WHERE):
             events.append(event)
             if len(events) == 5:
+                killed = time.monotonic()
                 workers[worker_of(events[0])].kill()
+        took = time.monotonic() - killed
         if limit:
             assert content(events) == expected
             assert events[-1]["choices"][0]["finish_reason"] == "length"
         else:
             assert events[-1]["error"]["code"] == 503 and len(content(events)) < len(expected)
+            assert took < 1, f"it took {took:.1f} s"
         until(lambda: pair.ask(messages=HELLO).status_code == 200)
 
 

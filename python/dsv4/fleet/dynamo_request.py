@@ -136,7 +136,7 @@ class Whole:
     """
 
     def __init__(self, choices: int) -> None:
-        self._left, self._alone = choices, choices == 1
+        self._left = choices
         self._prompt = self._completion = self._cached = 0
         self._end: dict[str, Any] = {}
 
@@ -155,7 +155,7 @@ class Whole:
             chunk["top_logprobs"] = [_top(one, bytes_of) for one in output.logprobs]
         if output.finished:
             self._finish(index, output, bytes_of)
-        if self.over and self._alone:
+        if self.over and self._end["index"] == index:
             yield chunk | self._end
             return
         if output.token_ids:
