@@ -3,6 +3,7 @@ what they get without graphs, to the bit."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ import pytest
 import torch.distributed as dist
 from dsv4 import LLM, SamplingParams
 from dsv4.engine import group, warmup
-from dsv4.engine.ranked import FollowingDevice, LeadingDevice, RankDevice
+from dsv4.engine.group import Group
+from dsv4.engine.ranked import FollowingDevice, LeadingDevice, LedStep, RankDevice
 from dsv4.engine.sampler import KINDS
 from dsv4.engine.warmup import late_captures
+from dsv4.errors import RankLost
 from dsv4.model.parallel import UNIT
 from dsv4.model.rank import Rank
 from dsv4.plan import graphs as sizes
@@ -138,3 +141,16 @@ def test_a_group_of_nccl_is_ended_and_never_left(monkeypatch: pytest.MonkeyPatch
     assert rank._in() is not None and not done
     rank.end()
     assert done == ["messages", "group"]
+
+
+def test_what_was_let_go_for_a_lost_rank_is_no_result() -> None:
+    """A step that all have launched may still wait on the GPU when a rank is lost."""
+    ranks = Group.__new__(Group)
+    ranks.lost, ranks.await_step, ranks.step_at_hand = None, lambda step: None, contextlib.nullcontext  # type: ignore[method-assign, assignment]
+
+    def waits() -> str:
+        ranks.lost = "rank 1 of 2 is gone"
+        return "garbage"
+
+    with pytest.raises(RankLost, match="rank 1 of 2 is gone"):
+        LedStep(SimpleNamespace(result=waits), ranks, 1).result()  # type: ignore[arg-type]

@@ -203,13 +203,17 @@ class Group:
 
     def begin_step(self, judged: Sequence[tuple[int, int]], plan: np.ndarray) -> int:
         """Hands a plan to all ranks; the number of the step. Raises RankLost."""
-        if self.lost is not None:
-            raise RankLost(self.lost)
+        self.check()
         if self._open:
             self._meet_again()
         self._steps, self._open = self._steps + 1, True
         self._send_all(Step(list(judged)), plan)
         return self._steps
+
+    def check(self) -> None:
+        """Raises RankLost where a rank is."""
+        if self.lost is not None:
+            raise RankLost(self.lost)
 
     def end_step(self) -> None:
         """This rank has begun all that there is to begin of a step."""
@@ -397,6 +401,8 @@ class Group:
             self._tell_stacks()
         for peer in self._peers:
             peer.child.kill()
+        if self.rank is not None:
+            self.rank.let_go()
         self.on_lost(why)
 
     def _tell_stacks(self) -> None:

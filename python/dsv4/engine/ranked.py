@@ -165,7 +165,9 @@ class LedStep:
         """What the step gave, once no rank has failed in it."""
         with self._group.step_at_hand():
             self._group.await_step(self._step)
-            return self._own.result()
+            result = self._own.result()
+            self._group.check()  # what waited for a lost rank was let go
+            return result
 
 
 class FollowingDevice(RankDevice):

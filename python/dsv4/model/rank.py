@@ -58,10 +58,14 @@ class Rank:
         if not self._by_nccl():
             self._group = None
 
-    def end(self) -> None:
-        """Ends the group for this rank, which holds no graph of it any more."""
+    def let_go(self) -> None:
+        """Ends what waits on the GPU for a short message of a rank that is lost, whatever comes of it. On any thread."""
         if self.direct is not None:
             self.direct.stop()
+
+    def end(self) -> None:
+        """Ends the group for this rank, which holds no graph of it any more."""
+        self.let_go()
         if self._by_nccl():
             self._in().abort()
         self._group = None
