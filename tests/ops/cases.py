@@ -210,6 +210,14 @@ def _merge_candidates(t: int, g: torch.Generator) -> dict[str, Any]:
     return dict(selected=torch.where(held, chosen, -1), scores=scores.masked_fill(~held, -torch.inf), topk=8)
 
 
+def _entries_of_part(t: int, g: torch.Generator) -> dict[str, Any]:
+    """Lists of which a part has all, none or some, and an empty one."""
+    number = torch.rand((t, 90), generator=g).argsort(-1)[:, :20].sort(-1).values
+    number[::4] = 3 * torch.arange(20) + t % 3
+    held = torch.arange(20) < torch.randint(0, 21, (t, 1), generator=g)
+    return dict(selected=torch.where(held, number, -1).int(), part=1, parts=3)
+
+
 def _route(t: int, g: torch.Generator) -> dict[str, Any]:
     hashed = t % 2 == 0
     chosen = torch.rand((t, 8), generator=g).argsort(-1)[:, :3].sort().values
@@ -372,6 +380,7 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "index_select": _index_select,
     "index_candidates": _index_select,
     "merge_candidates": _merge_candidates,
+    "entries_of_part": _entries_of_part,
     "sparse_attention": _sparse_attention,
     "partial_attention": _partial_attention,
     "merge_attention": _merge_attention,

@@ -9,8 +9,9 @@ import torch
 from dsv4.backends import REGISTRY
 from dsv4.cache.rows import Rows
 from dsv4.ops.forms import Machine
+from dsv4.ops.reference.index import entries_of_part
 from dsv4.ops.spec import SPECS
-from dsv4.ops.tables import EntryTable, of_part
+from dsv4.ops.tables import EntryTable
 from torch import Tensor
 
 from tests.ops.cases import BLOCK_TOKENS, RATIO, case, moved, stored
@@ -39,7 +40,7 @@ def merged_attention(backend: str, args: dict[str, Any], parts: int) -> Tensor:
         place = torch.arange(args["window_ids"].shape[1]) % parts == part
         mine = dict(
             window_ids=torch.where(place, args["window_ids"], -1), history=rows, entries=entries,
-            selected=None if args["selected"] is None else of_part(args["selected"], part, parts),
+            selected=None if args["selected"] is None else entries_of_part(args["selected"], part, parts),
         )  # fmt: skip
         own = {k: v for k, v in (args | mine).items() if k not in ("sink", "cos", "sin")}
         found.append(partial(**moved(own, DEVICE)))
@@ -64,9 +65,9 @@ def test_one_part_may_hold_all_selected_entries() -> None:
     args["selected"] = (
         torch.where(args["selected"] % 2 == 0, args["selected"], -1).sort(descending=True).values
     )
-    own = of_part(args["selected"], 0, 2)
+    own = entries_of_part(args["selected"], 0, 2)
     assert (own >= 0).sum() == (args["selected"] >= 0).sum() and not (
-        of_part(args["selected"], 1, 2) >= 0
+        entries_of_part(args["selected"], 1, 2) >= 0
     ).any()
     whole = REGISTRY.load("sparse_attention", "reference")(**args)
     assert (merged_attention("reference", args, 2) - whole).abs().max() <= 2e-5
@@ -105,4 +106,4 @@ def test_the_part_of_a_table() -> None:
     assert torch.equal(sum(t.visible for t in parts), visible)
     assert torch.equal(table.of_part(0, 1).visible, visible)
     chosen = torch.tensor([[0, 3, 4, 5, 7, -1]], dtype=torch.int32)
-    assert of_part(chosen, 1, 2).tolist() == [[1, 2, 3, -1, -1, -1]]
+    assert entries_of_part(chosen, 1, 2).tolist() == [[1, 2, 3, -1, -1, -1]]

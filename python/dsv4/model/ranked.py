@@ -33,7 +33,6 @@ from dsv4.model.step import Step, build_step
 from dsv4.model.v4 import Layer, V4Model
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
-from dsv4.ops.tables import of_part
 from dsv4.ops.weight import Weight
 from dsv4.transfer import to_device
 
@@ -120,7 +119,7 @@ class RankedAttention(Attention):
         if query is not None and self.indexer is not None:
             found = self._candidates(group, 0, turn, query, self.indexer.keys)
             chosen = self._choice(group, rank.gather(found[0]), rank.gather(found[1]))
-            compressed = *compressed, of_part(chosen, rank.rank, rank.ranks)
+            compressed = *compressed, ops.entries_of_part(chosen, rank.rank, rank.ranks)
         o, lse = ops.partial_attention(
             group.pick(q), self.scale, group.tokens, rows, group.window[0], *compressed
         )
@@ -150,7 +149,7 @@ class RankedAttention(Attention):
         for p in range(ranks):
             compressed: tuple = (past[p], group.entries[self.ratio][p]) if past else ()
             if chosen is not None:
-                compressed = *compressed, of_part(chosen, p, ranks)
+                compressed = *compressed, ops.entries_of_part(chosen, p, ranks)
             parts.append(
                 ops.partial_attention(q, self.scale, group.tokens, rows, group.window[p], *compressed)
             )

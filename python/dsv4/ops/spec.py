@@ -202,6 +202,13 @@ SPECS: dict[str, OpSpec] = dict(
             "the best of P lists, where entry i of list p is entry i P + p of the whole; ties by lowest, ascending, -1 pads",
         ),
         _spec(
+            "entries_of_part",
+            "selected int32[T,k]; part value; parts value",
+            "own int32[T,k]",
+            0.0,
+            "of selected entries those with number part mod parts, by their number within the part, in their order, -1 pads",
+        ),
+        _spec(
             "sparse_attention",
             "q model[T,h,D]; sink float32[h]; scale value; cos float32[T,r/2]; sin float32[T,r/2]; "
             "tokens TokenTable; window rows[.,D]; window_ids int32[T,W]; "

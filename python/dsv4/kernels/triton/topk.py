@@ -247,6 +247,17 @@ def merge_kernel(
     _take(u, e, t, scratch, out + t * k, scores, k, K, False)
 
 
+@triton.jit(do_not_specialize=["k", "part"])
+def part_kernel(selected, out, k, part, PARTS: tl.constexpr, K: tl.constexpr):
+    """Of a row's k entries those with number part mod PARTS, as their number in it, first. Grid: tokens."""
+    row, i = tl.program_id(0).to(tl.int64) * k, tl.arange(0, K)
+    e = tl.load(selected + row + i, mask=i < k, other=-1)
+    mine = (e >= 0) & (e % PARTS == part)
+    place = prefix(mine.to(tl.int32)) - 1
+    tl.store(out + row + place, e // PARTS, mask=mine)
+    tl.store(out + row + i, tl.full((K,), -1, tl.int32), mask=(i < k) & (i >= tl.sum(mine.to(tl.int32), 0)))
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def finish_kernel(
     visible,
@@ -337,6 +348,16 @@ def merge_candidates(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
     return out
 
 
+def entries_of_part(selected: Tensor, part: int, parts: int) -> Tensor:
+    """The op `entries_of_part`."""
+    tokens, k = selected.shape
+    out = torch.empty_like(selected, memory_format=torch.contiguous_format)
+    if tokens and k:
+        width = next_pow2(max(16, k))
+        part_kernel[(tokens,)](selected.contiguous(), out, k, part, PARTS=parts, K=width, num_warps=4)
+    return out
+
+
 _FINISH = {
     **dict.fromkeys(("visible", "slab", "used", "key", "index", "scratch", "out"), "*i32"),
     **{
@@ -373,6 +394,7 @@ AOT += [
         {"P": 2, "K": 512, "TILE": 1024},
         num_warps=8,
     ),
+    Aot(part_kernel, dict(selected="*i32", out="*i32", k="i32", part="i32"), {"PARTS": 2, "K": 512}),
     Aot(
         threshold_kernel,
         {

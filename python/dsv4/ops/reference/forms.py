@@ -11,7 +11,7 @@ _MODULES = {
     "state": ("copy_state",),
     "hyper": ("hc_pre", "hc_post", "hc_head"),
     "compress": ("compress",),
-    "index": ("index_select", "index_candidates", "merge_candidates"),
+    "index": ("index_select", "index_candidates", "merge_candidates", "entries_of_part"),
     "attention": ("sparse_attention", "partial_attention", "merge_attention"),
     "moe": ("route", "experts", "swiglu"),
     "edits": ("edit_logits", "mask_logits"),
