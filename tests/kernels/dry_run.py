@@ -95,16 +95,28 @@ def random_steps(local: LocalDevice, count: int, tokens: int, context: int) -> N
         warmup._eager(local, [prompt, *(replace(row, offset=length + row.offset) for row in decodes)])
 
 
+@torch.inference_mode()
+def many_prompts(local: LocalDevice, longest: int, context: int) -> None:
+    """Steps of several prompts, longer than one prompt can be."""
+    for tokens in (n for n in (context + 1, longest - 7, longest) if context < n <= longest):
+        starts = range(0, tokens, context - 1)
+        warmup._eager(
+            local, [Row(i % SLABS, 0, min(context - 1, tokens - at), at) for i, at in enumerate(starts)]
+        )
+
+
 def main() -> None:
     ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     tokens = 12 if ranks == 1 else 3 * ranks * UNIT  # so that prompts are cut over the ranks
+    longest = 4096 if ranks == 1 else tokens
     context = 768 if ranks == 1 else 8 * ranks * UNIT
     driver.set_active(Hopper())
     with COMPILATIONS.dry() as first:
         local = device(ranks, tokens, context, deterministic=sys.argv[2:] == ["deterministic"])
-        warmup.rehearse(local, tokens, context)
+        warmup.rehearse(local, longest, context)
     with COMPILATIONS.dry() as later:
         random_steps(local, 12, tokens, context)
+        many_prompts(local, longest, context)
     print(len(names(first)), "kernels are found")
     for name in sorted(names(later) - names(first)):
         print("not found:", *name)

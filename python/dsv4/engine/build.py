@@ -323,7 +323,8 @@ def _build(
     core = _core(config, layout, pages, max_len, changes=told is not None)
     events = None if told is None else KvEvents(told, core, layout.block_tokens)
     schema, steps = core.plan_schema(), 2 if config.async_scheduling else 1
-    warm_up = min(config.max_num_batched_tokens or 1, max_len - 1) if config.device == "cuda" else 0
+    all_run = config.max_num_seqs * (max_len - 1)
+    warm_up = min(config.max_num_batched_tokens or 1, all_run) if config.device == "cuda" else 0
     local: LocalDevice
     with allocating("lower --kv-cache-memory (or --num-pages), --max-num-seqs or --max-num-batched-tokens"):
         if group is None:

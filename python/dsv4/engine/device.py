@@ -183,9 +183,9 @@ class LocalDevice:
     def warm_up(
         self, tokens: int, capture_context: int | None = None, progress: Progress | None = None
     ) -> None:
-        """A prompt of `tokens` tokens and the token after it, on the last slab: kernels are compiled before a request waits
-        for them, and a step that does not fit into memory fails at start; then graphs are captured, for contexts up to
-        `capture_context` (None: all). For an engine without requests: it writes pages, which are all free, and state, which a request
+        """Kernels of steps of up to `tokens` tokens are compiled before a request waits for them; a prompt of so many, or the longest, and the
+        token after it run on the last slab, so that what does not fit into memory fails at start; then graphs are captured, for contexts up
+        to `capture_context` (None: all). For an engine without requests: it writes pages, which are all free, and state, which a request
         resets."""
         progress, max_len = (
             progress or LogProgress(),
@@ -197,7 +197,7 @@ class LocalDevice:
             log.warning(
                 "kernels are compiled when they are first needed, as at start that failed: %s", first_line(e)
             )
-        begun, slab = time.perf_counter(), len(self.page_table) - 1
+        begun, slab, tokens = time.perf_counter(), len(self.page_table) - 1, min(tokens, max_len - 1)
         self._hidden_of(Row(slab=slab, start=0, length=tokens, offset=0, reset=True))
         at, position = np.array([slab]), np.array([tokens])
         capture_graphs(self, capture_context, progress)

@@ -108,6 +108,9 @@ def rehearse(device: LocalDevice, step_tokens: int, max_len: int) -> None:
         for end, n in _cases(step_tokens, max_len):
             start = max(0, end - n)
             _eager(device, [Row(slab, start, min(n, end), 0, reset=not start)])
+        for n in _lengths(step_tokens):
+            if n >= max_len:
+                _eager(device, _short_rows(slab, n, max_len - 1))
         lengths = _lengths(min(step_tokens, max_len - 1))
         for n in lengths[::3]:
             start = max_len - n
@@ -129,6 +132,11 @@ def _kinds(layers: Sequence[Layer]) -> Iterator[Layer]:
         if kind not in seen:
             seen.add(kind)
             yield layer
+
+
+def _short_rows(slab: int, tokens: int, longest: int) -> list[Row]:
+    """A step of as many tokens in rows of up to `longest`: several prompts, none of which is that long."""
+    return [Row(slab, 0, min(longest, tokens - at), at) for at in range(0, tokens, longest)]
 
 
 def _lengths(most: int) -> list[int]:
