@@ -23,6 +23,7 @@ from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.model.attention import Attention, Rope
 from dsv4.model.batch import Batch, resolved
+from dsv4.model.beside import beside
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep, owners
 from dsv4.model.moe import MoE
@@ -68,23 +69,14 @@ class RankedAttention(Attention):
         scratch: Rows | None,
     ) -> Tensor:
         """Of the local tokens [n, d] -> [n, d]."""
-        ops, window, places = self.ops, step.window, step.places
+        ops, window, indexer = self.ops, step.window, self.indexer
+        # A decode step, which alone has streams for it, says nothing to other ranks beside.
+        stored = beside(lambda: self._kept(x, shared, step, rope.all, block_rope, scratch), 0)
         _, qr = self.q_norm(ops.linear(shared, self.wq_a))
+        queries = None if indexer is None else beside(lambda: indexer.query(x, qr), 1)
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope.local, self.eps)
-        rows = self.window
-        if scratch is not None and window.past is not None:
-            rows = scratch
-            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
-        kv = places.all(ops.linear(shared, self.wkv))
-        ops.write_rows(kv, self.kv_norm, *rope.all, self.eps, rows, window.target)
-        query = None
-        if self.compressor is not None:
-            self._compress(self.compressor, x, step, block_rope)
-        if self.indexer is not None:
-            if self.indexer.compressor is not None:
-                self._compress(self.indexer.compressor, x, step, block_rope)
-            query = self.indexer.query(x, qr)
+        rows, query = stored(), None if queries is None else queries()
         y = torch.empty_like(x)
         if step.shared is not None:
             found = self._shared(step.shared, q, rope.local, rows, query)
@@ -96,6 +88,28 @@ class RankedAttention(Attention):
         if rows is scratch:
             ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
         return y
+
+    def _kept(
+        self,
+        x: Tensor,
+        shared: Tensor | Quantised,
+        step: RankStep,
+        every: Rope,
+        block_rope: Rope | None,
+        scratch: Rows | None,
+    ) -> Rows:
+        """`Attention._stored`, of which every rank does all that it keeps. `every`: the rotations of all tokens."""
+        ops, window, rows = self.ops, step.window, self.window
+        if scratch is not None and window.past is not None:
+            rows = scratch
+            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
+        kv = step.places.all(ops.linear(shared, self.wkv))
+        ops.write_rows(kv, self.kv_norm, *every, self.eps, rows, window.target)
+        if self.compressor is not None:
+            self._compress(self.compressor, x, step, block_rope)
+        if self.indexer is not None and self.indexer.compressor is not None:
+            self._compress(self.indexer.compressor, x, step, block_rope)
+        return rows
 
     def _compress(self, compressor: Any, x: Tensor, step: RankStep, rope: Rope | None) -> None:
         """Every rank gets the pools of all rows, and the entries that it holds."""
