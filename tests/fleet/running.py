@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,21 +25,6 @@ LONG = 300.0
 """Seconds that a start or an answer may take on a busy machine."""
 SETTINGS = ("--num-pages", "100", "--max-num-seqs", "4", "--block-size", "128", "--max-model-len", "4096")
 HELLO = [{"role": "user", "content": "Hi"}]
-WORDS = {"<think>", "</think>", "｜DSML｜"}
-
-
-def model_in(folder: Path) -> Path:
-    """The small model with a tokenizer as released ones are: what marks thoughts and calls is not special, so that a frontend sees it."""
-    model = folder / "nano"
-    shutil.copytree(NANO, model)
-    path = model / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    changed = [token for token in tokenizer["added_tokens"] if token["content"] in WORDS]
-    assert len(changed) == len(WORDS)
-    for token in changed:
-        token["special"] = False
-    path.write_text(json.dumps(tokenizer, ensure_ascii=False))
-    return model
 
 
 def low_port() -> int:
@@ -94,7 +78,6 @@ class Fleet:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.url = folder, ""
-        self.model = model_in(folder)
         self._all: list[Process] = []
         paths = [str(ROOT / "python"), str(ROOT)]
         self.environment = os.environ | {
@@ -132,7 +115,7 @@ class Fleet:
 
     def worker(self, name: str, *flags: str, module: Sequence[str] = ("dsv4.cli", "dynamo")) -> Process:
         """Starts one, and waits until it serves. `module`: what is run with the flags."""
-        given = [str(self.model), *SETTINGS, *flags]
+        given = [str(NANO), *SETTINGS, *flags]
         before = self.instances()
         worker = self._start(name, ["-m", *module, *given])
         until(lambda: bool(self.instances() - before), worker)
