@@ -8,7 +8,7 @@ use dsv4_core::Options;
 use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::presets;
 use dsv4_core::sched::request::Submit;
-use dsv4_sim::world::World;
+use dsv4_sim::world::{World, snapshot_policies};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Arbitrary, Debug)]
@@ -61,8 +61,6 @@ enum Op {
     },
 }
 
-const POLICIES: [&str; 5] = ["none", "every:8", "turns", "forks", "every:4"];
-
 fn apply(world: &mut World, op: &Op) -> Result<(), String> {
     match *op {
         Op::Enter { salt, length, bits, outputs, stop, priority, all_logits } => world.enter(Submit {
@@ -103,6 +101,7 @@ fn apply(world: &mut World, op: &Op) -> Result<(), String> {
 }
 
 fuzz_target!(|run: Run| {
+    let policies = snapshot_policies(&[4, 8]);
     let options = Options {
         pages: u32::from(run.pages % 40) + 6,
         slabs: u32::from(run.slabs % 4) + 1,
@@ -110,9 +109,7 @@ fuzz_target!(|run: Run| {
         max_len: 120,
         max_waiting: 8,
         max_in_flight: if run.two_in_flight { 2 } else { 1 },
-        snapshots: POLICIES[usize::from(run.policy) % POLICIES.len()]
-            .parse()
-            .expect("the policies are valid"),
+        snapshots: policies[usize::from(run.policy) % policies.len()],
         ..Options::default()
     };
     let mut world = World::scripted(&presets::toy_v4(), options, 2);

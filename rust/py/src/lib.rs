@@ -41,7 +41,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<simulate::PyStepModel>()?;
     m.add_class::<simulate::PyReplay>()?;
     m.add("EVICTIONS", PyTuple::new(m.py(), Eviction::ALL.map(Eviction::name))?)?;
-    m.add("SNAPSHOT_POLICIES", PyTuple::new(m.py(), SnapshotPolicy::NAMES)?)?;
+    m.add("SNAPSHOT_POLICIES", PyTuple::new(m.py(), SnapshotPolicy::names())?)?;
     m.add_function(wrap_pyfunction!(engine::default_options, m)?)?;
     plan::add_to(m)?;
     door::add_exceptions(m)

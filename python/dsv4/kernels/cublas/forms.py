@@ -26,13 +26,14 @@ def lacks() -> str:
     return "" if version >= (12, 9) and hasattr(functional, "scaled_mm") else "a torch for CUDA 12.9 or later"
 
 
+BACKEND = __package__.rpartition(".")[2]
 _FITS = f"{__package__}.fits:"
 
 
 def _form(op: str, fits: str, few: int) -> Form:
     when = f"FP8, more than {few:,} tokens, bfloat16, whole blocks"
     return Form(
-        op, "cublas", f"{__package__}.linear:{op}", arch=(9, 9), lacks=lacks, takes=_FITS + "blocks", fits=_FITS + fits, when=when, packed=True
+        op, BACKEND, f"{__package__}.linear:{op}", arch=(9, 9), lacks=lacks, takes=_FITS + "blocks", fits=_FITS + fits, when=when, packed=True
     )  # fmt: skip
 
 

@@ -23,11 +23,12 @@ def lacks() -> str:
     return "" if has_triton() else "triton"
 
 
+BACKEND = __package__.rpartition(".")[2]
 _FITS = f"{__package__}.fits:"
 
 
 def _form(op: str, at: str, name: str = "", arch: tuple[int, int] = (9, 9), **says: Any) -> Form:
-    return Form(op, "gluon", f"{__package__}.{at}", name, arch=arch, lacks=lacks, **says)
+    return Form(op, BACKEND, f"{__package__}.{at}", name, arch=arch, lacks=lacks, **says)
 
 
 _V4 = "bfloat16, 512 channels, rows fp8_ds_mla"

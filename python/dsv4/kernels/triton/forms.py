@@ -67,6 +67,7 @@ STREAM_SCRATCH = Scratch(
 )
 
 
+BACKEND = __package__.rpartition(".")[2]
 _FITS = f"{__package__}.fits:"
 _TMA = (9, 99)
 """Hopper and later load tiles by descriptor."""
@@ -75,7 +76,7 @@ _TMA = (9, 99)
 def _form(op: str, at: str, name: str = "", *scratch: Scratch, arch: tuple[int, int] = (8, 99), **says: Any) -> Form:  # fmt: skip
     """`at`: module, or module:function where that is not named as the op."""
     path = f"{__package__}.{at}" + ("" if ":" in at else f":{op}")
-    return Form(op, "triton", path, name, arch=arch, lacks=lacks, scratch=scratch, **says)
+    return Form(op, BACKEND, path, name, arch=arch, lacks=lacks, scratch=scratch, **says)
 
 
 def _fixed(op: str, at: str, name: str = "fixed", *scratch: Scratch, options: bool = True, **says: Any) -> Form:  # fmt: skip

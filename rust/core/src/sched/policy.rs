@@ -8,6 +8,7 @@
 //!   every:N  every N tokens
 //! ```
 
+use std::mem::discriminant;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -32,8 +33,19 @@ pub enum SnapshotPolicy {
 }
 
 impl SnapshotPolicy {
-    /// Every value, in the order of messages; N is a number of tokens.
-    pub const NAMES: [&str; 5] = ["auto", "forks", "turns", "every:N", "none"];
+    /// Each kind by its name, in the order of messages; N is a number of tokens.
+    const TABLE: [(&'static str, SnapshotPolicy); 5] = [
+        ("auto", SnapshotPolicy::Auto),
+        ("forks", SnapshotPolicy::Forks),
+        ("turns", SnapshotPolicy::Turns),
+        ("every:N", SnapshotPolicy::Every(1)),
+        ("none", SnapshotPolicy::None),
+    ];
+
+    /// The name of each kind, in the order of messages; N is a number of tokens.
+    pub fn names() -> [&'static str; 5] {
+        Self::TABLE.map(|(name, _)| name)
+    }
 }
 
 impl TryFrom<String> for SnapshotPolicy {
@@ -46,12 +58,14 @@ impl TryFrom<String> for SnapshotPolicy {
 
 impl From<SnapshotPolicy> for String {
     fn from(policy: SnapshotPolicy) -> String {
+        let kind = discriminant(&policy);
+        let name = SnapshotPolicy::TABLE
+            .iter()
+            .find(|(_, other)| discriminant(other) == kind)
+            .map_or("", |(name, _)| name);
         match policy {
-            SnapshotPolicy::None => "none".to_owned(),
-            SnapshotPolicy::Every(n) => format!("every:{n}"),
-            SnapshotPolicy::Turns => "turns".to_owned(),
-            SnapshotPolicy::Forks => "forks".to_owned(),
-            SnapshotPolicy::Auto => "auto".to_owned(),
+            SnapshotPolicy::Every(n) => name.replace('N', &n.to_string()),
+            _ => name.to_owned(),
         }
     }
 }
@@ -60,19 +74,16 @@ impl FromStr for SnapshotPolicy {
     type Err = CoreError;
 
     fn from_str(text: &str) -> Result<Self, CoreError> {
-        let every = text.strip_prefix("every:").and_then(|n| n.parse().ok()).filter(|&n| n > 0);
-        match (text, every) {
-            ("none", _) => Ok(SnapshotPolicy::None),
-            ("turns", _) => Ok(SnapshotPolicy::Turns),
-            ("forks", _) => Ok(SnapshotPolicy::Forks),
-            ("auto", _) => Ok(SnapshotPolicy::Auto),
-            (_, Some(n)) => Ok(SnapshotPolicy::Every(n)),
-            _ => Err(CoreError::config(
-                "snapshots",
-                format!("{text:?}"),
-                format!("valid values are {}", Self::NAMES.join(", ")),
-            )),
-        }
+        let found = Self::TABLE.into_iter().find_map(|(name, policy)| match name.strip_suffix('N') {
+            Some(front) => {
+                text.strip_prefix(front)?.parse().ok().filter(|&n| n > 0).map(SnapshotPolicy::Every)
+            }
+            None => (name == text).then_some(policy),
+        });
+        found.ok_or_else(|| {
+            let valid = format!("valid values are {}", Self::names().join(", "));
+            CoreError::config("snapshots", format!("{text:?}"), valid)
+        })
     }
 }
 
@@ -182,7 +193,7 @@ mod tests {
 
     #[test]
     fn every_name_reads_as_it_is_written() {
-        for name in SnapshotPolicy::NAMES.map(|name| name.replace('N', "7")) {
+        for name in SnapshotPolicy::names().map(|name| name.replace('N', "7")) {
             assert_eq!(String::from(name.parse::<SnapshotPolicy>().unwrap()), name);
         }
     }

@@ -10,6 +10,7 @@ use dsv4_core::ids::{RequestId, Step};
 use dsv4_core::layout::LayoutSpec;
 use dsv4_core::layout::presets::{Past, toy_model};
 use dsv4_core::sched::budget::{StepBudget, StepCost};
+use dsv4_core::sched::policy::SnapshotPolicy;
 use dsv4_core::sched::request::{Retention, Submit};
 use dsv4_core::{Core, Options};
 
@@ -35,6 +36,16 @@ fn layout(rng: &mut Rng) -> LayoutSpec {
     toy_model(model, window, rng.pick(&[4, 4, 8]), index_bytes)
 }
 
+/// Every policy by which states are saved; one with a number has each of `numbers`.
+pub fn snapshot_policies(numbers: &[u32]) -> Vec<SnapshotPolicy> {
+    let named = |name: &str| match name.strip_suffix('N') {
+        Some(front) => numbers.iter().map(|n| format!("{front}{n}")).collect(),
+        None => vec![name.to_owned()],
+    };
+    let names = SnapshotPolicy::names().into_iter().rev().flat_map(named);
+    names.map(|name| name.parse().expect("the core's own names are valid")).collect()
+}
+
 impl World {
     /// The world of a seed.
     pub fn new(seed: u64, overrides: Overrides) -> Self {
@@ -44,7 +55,7 @@ impl World {
         let pages = rng.range(8, most);
         let slabs = rng.range(1, 4);
         let in_flight = rng.range(1, 2);
-        let policies = ["none", "every:4", "every:12", "turns", "forks", "auto"];
+        let policies = snapshot_policies(&[4, 12]);
         let floor = 3;
         let budgets = [
             StepBudget::Open,
@@ -58,7 +69,7 @@ impl World {
             max_step_tokens: rng.pick(&[1, 3, 5, 8, 16, 64]),
             max_len: rng.range(20, 90),
             max_waiting: if overrides.calm { usize::MAX } else { rng.range(2, 8) as usize },
-            snapshots: rng.pick(&policies).parse().expect("the policies are valid"),
+            snapshots: rng.pick(&policies),
             snapshot_budget: rng.pick(&[0.0, 0.1, 0.5, 1.0]),
             eviction: rng.pick(&Eviction::ALL),
             step_budget: rng.pick(&budgets),

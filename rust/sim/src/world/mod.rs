@@ -2,6 +2,8 @@
 
 mod chance;
 
+pub use chance::snapshot_policies;
+
 use std::collections::{HashMap, VecDeque};
 
 use dsv4_core::error::CoreError;
