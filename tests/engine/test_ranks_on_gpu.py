@@ -132,6 +132,7 @@ def _serves(**settings: Any) -> None:
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 def test_two_ranks_on_one_gpu(eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The greedy tokens are the recorded ones. (Times say nothing here: ranks take turns on the GPU.)"""
+    torch.cuda.init()  # which looks at every device
     for module, name, value in sharing_gpu.CHANGES:
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

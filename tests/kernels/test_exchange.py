@@ -12,10 +12,15 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dsv4.kernels.messages import LIMIT, room
+from dsv4.kernels.triton.common import INTERPRETED
 from dsv4.kernels.triton.exchange import Exchange
 from dsv4.model.rank import Rank
 
 from tests.support.ranks import run_ranks
+
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED, reason="a GPU has tests/engine/test_ranks_on_gpu.py, where the memory is its own"
+)
 
 WORDS = (6, 768, 288, 48)
 """Of messages: more than a program's share, and less, so that programs have not met equally often."""

@@ -85,7 +85,7 @@ class Rank:
         if x.numel():
             options = _in_stream(AllgatherOptions())
             with self._saying():
-                self._in()._allgather_base(_bytes(out).view(-1), _bytes(x[None])[0], options).wait()
+                _over(self._in()._allgather_base(_bytes(out).view(-1), _bytes(x[None])[0], options))
         return out
 
     def exchange(self, x: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class Rank:
         if x.numel():
             options = _in_stream(AllToAllOptions())
             with self._saying():
-                self._in().alltoall_base(_bytes(out), _bytes(x), [], [], options).wait()
+                _over(self._in().alltoall_base(_bytes(out), _bytes(x), [], [], options))
         return out
 
     def sum(self, x: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Rank:
         options = _in_stream(BroadcastOptions())
         options.rootRank, options.rootTensor = 0, 0
         with self._saying():
-            self._in().broadcast([x], options).wait()
+            _over(self._in().broadcast([x], options))
 
     def _direct(self, size: int) -> Direct | None:
         """What takes a message of `size` bytes to each of the others, if not the group."""
@@ -141,6 +141,12 @@ def _in_stream(options: Options) -> Options:
     """Has NCCL run in the current stream: one of its own would keep messages from being used again within a captured graph."""
     options.asyncOp = False
     return options
+
+
+def _over(work: dist.Work | None) -> None:
+    """Waits for it; what NCCL does in the current stream may be nothing to wait for."""
+    if work is not None:
+        work.wait()
 
 
 def ordered(parts: Tensor) -> Tensor:
