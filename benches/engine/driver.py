@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from dsv4 import LLM, SamplingParams
-from dsv4.engine.request import RequestOutput
+from dsv4.engine.messages import News
 
 
 class Job:
@@ -43,26 +44,35 @@ class Engine(Protocol):
 
 
 class Dsv4:
-    """This engine, in this process."""
+    """This engine, in this process, as its own process has it when it serves: tokens are handed on, and their text is another's work."""
 
     name = "dsv4"
 
     def __init__(self, llm: LLM) -> None:
         self.llm, self.vocab = llm, llm.model_config.vocab_size
         self.step, self.has_work, self.abort_all = llm.step, llm.has_work, llm.abort_all
+        self._jobs, self._keys, self._others = dict[int, Job](), count(1 << 40), llm._loop.tell
+        llm._loop.tell = self._told
 
     def submit(self, ids: np.ndarray, tokens: int) -> Job:
-        job = Job()
-
-        def take(output: RequestOutput) -> None:
-            if output.error is not None:
-                raise RuntimeError(output.error)
-            job.took(len(output.token_ids))
-            if output.usage is not None:
-                job.cached = output.usage.cached_tokens
-
-        self.llm.submit(ids, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True), take)
+        job, key = Job(), next(self._keys)
+        self._jobs[key] = job
+        params = SamplingParams(
+            max_tokens=min(tokens, self.llm.max_model_len - len(ids)), temperature=0, ignore_eos=True
+        )
+        self.llm._loop.submit(key, ids, params)
         return job
+
+    def _told(self, news: News) -> None:
+        if not self._jobs:  # requests that came another way
+            self._others(news)
+            return
+        for key in np.frombuffer(news.keys, np.int64).tolist():
+            self._jobs[key].took(1)
+        for end in news.ends:
+            self._jobs.pop(end.key).cached = end.explanation["cached_tokens"]
+            if end.error is not None:
+                raise RuntimeError(end.error)
 
 
 class Driver:
