@@ -1,7 +1,7 @@
 """Simulates six kinds of traffic under six profiles, and the node of a million tokens one change at a time; writes
-results/simulated/profiles-DATE.{json,md} and docs/capacity-steps.svg. About 20 minutes on one core.
+results/simulated/profiles-DATE.{json,md} and docs/capacity-steps.svg. About 10 minutes on one core.
 
-python -m benches.profiles [--parts table,steps]
+python -m benches.profiles [--parts table,more,policies,steps,measured]
 """
 
 from __future__ import annotations
@@ -9,12 +9,22 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benches.profiles import report, steps, table
+from benches.profiles import measured, report, steps, table
+from benches.profiles.machines import MORE
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("table", "steps")
+MEASURES: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "table": table.measure,
+    "more": lambda: table.measure(MORE, every=False),
+    "policies": table.policies,
+    "steps": steps.measure,
+    "measured": measured.measure,
+}
+PARTS = tuple(MEASURES)
 
 
 def main() -> None:
@@ -25,15 +35,13 @@ def main() -> None:
     parts = a.parts.split(",")
     if unknown := sorted(set(parts) - set(PARTS)):
         parser.error(f"--parts has {', '.join(unknown)}; known are {', '.join(PARTS)}")
-    found = {
-        "date": str(datetime.date.today()),
-        "command": "python -m benches.profiles"
-        + ("" if a.parts == ",".join(PARTS) else f" --parts {a.parts}"),
-        "table": table.measure() if "table" in parts else [],
-        "steps": steps.measure() if "steps" in parts else [],
-    }
+    today = str(datetime.date.today())
+    path = a.out / f"profiles-{today}.json"
+    # Parts that are not run stay as the day's file has them.
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {name: [] for name in PARTS}
+    found |= {"date": today, "command": "python -m benches.profiles"}
+    found |= {name: MEASURES[name]() for name in parts}
     a.out.mkdir(parents=True, exist_ok=True)
-    path = a.out / f"profiles-{found['date']}.json"
     path.write_text(json.dumps(found, separators=(",", ":")) + "\n")
     path.with_suffix(".md").write_text(report.text(found))
     if found["steps"]:

@@ -31,17 +31,34 @@ class Machine:
     sessions: dict[str, int]
     batch_s: float
     """Between two batches of rollouts."""
+    step_model: str | None = None
+    """Shares that the step model takes in place of those it assumes."""
 
 
 HGX = Machine(
     "HGX B200, V4-Pro", "v4-pro", "b200", 8,
-    {"chat": 3400, "coding-agent": 160, "long-agent": 60, "rollout": 96, "long-document": 180, "mixed": 400}, 400.0,
+    {"chat": 3100, "coding-agent": 160, "long-agent": 60, "rollout": 96, "long-document": 120, "mixed": 400}, 400.0,
 )  # fmt: skip
 H200X2 = Machine(
     "2 x H200, V4-Flash", "v4-flash", "h200", 2,
-    {"chat": 2700, "coding-agent": 130, "long-agent": 50, "rollout": 96, "long-document": 120, "mixed": 300}, 600.0,
+    {"chat": 2700, "coding-agent": 130, "long-agent": 50, "rollout": 96, "long-document": 75, "mixed": 300}, 600.0,
+)  # fmt: skip
+H200X8 = Machine(
+    "8 x H200, V4-Pro", "v4-pro", "h200", 8,
+    {"chat": 2000, "coding-agent": 120, "long-agent": 40, "rollout": 96, "long-document": 70, "mixed": 300}, 500.0,
+)  # fmt: skip
+B200 = Machine(
+    "one B200, V4-Flash", "v4-flash", "b200", 1,
+    {"chat": 2400, "coding-agent": 80, "long-agent": 16, "rollout": 96, "long-document": 50, "mixed": 200}, 500.0,
 )  # fmt: skip
 MACHINES = (HGX, H200X2)
+SLOWER = Machine(
+    "2 x H200, V4-Flash, arithmetic at half the assumed rate", "v4-flash", "h200", 2,
+    {"chat": 1500, "coding-agent": 70, "long-agent": 27, "rollout": 96, "long-document": 66, "mixed": 165}, 700.0,
+    "linear=0.22,index=0.25,attention=0.3",
+)  # fmt: skip
+MORE = (H200X8, B200, SLOWER)
+"""Of which only each traffic's own profile and `mixed` are run."""
 
 
 def traffic(machine: Machine) -> dict[str, Spec]:
@@ -74,7 +91,7 @@ def engine_of(machine: Machine, **settings: Any) -> Engine:
     """Over all GPUs of a machine. Raises ConfigError."""
     config, _, _ = find_weights(machine.model)
     made = settle({"tensor_parallel_size": machine.gpus, **settings}, {})
-    return build(config, gpu(machine.gpu), made, StepTimes())[0]
+    return build(config, gpu(machine.gpu), made, StepTimes(step_model=machine.step_model))[0]
 
 
 def run(spec: Spec, engine: Engine, policy: Policy | None = None) -> dict[str, Any]:

@@ -21,7 +21,10 @@ def text(found: dict[str, Any]) -> str:
             "roofline model says (docs/simulate.md), which no B200 has been measured against. Good for comparing, no promise.",
             "",
             *table(found["table"]),
+            *more(found["more"]),
+            *policies(found["policies"]),
             *steps(found["steps"]),
+            *measured(found["measured"]),
             "",
         ]
     )
@@ -53,11 +56,26 @@ def table(rows: list[Row]) -> Iterator[str]:
             ]
             yield f"| {shape} | {group[0]['requests']:,} | {' | '.join(cells)} |"
         yield ""
-        yield "| traffic | its own profile against `mixed`: answer | TTFT p90, s | ITL p90, ms | ITL p99, ms | hit rate | tokens/s | pool, M tokens |"
-        yield f"{'| --- ' * 8}|"
-        for (_, shape), group in mine.items():
-            own, mixed = (next(r for r in group if r["profile"] == name) for name in (shape, "mixed"))
-            yield f"| {shape} | {_against(own, mixed)} |"
+        yield from _own(list(mine.values()))
+
+
+def more(rows: list[Row]) -> Iterator[str]:
+    """Machines on which only a traffic's own profile and `mixed` were run."""
+    for machine in dict.fromkeys(r["machine"] for r in rows):
+        yield ""
+        yield f"**{machine}**"
+        yield ""
+        yield from _own([group for key, group in groups(rows).items() if key[0] == machine])
+
+
+def _own(found: list[list[Row]]) -> Iterator[str]:
+    """Of each traffic its own profile, against `mixed`."""
+    yield "| traffic | answer with its own profile, s | than with `mixed` | TTFT p90, s | ITL p90, ms | ITL p99, ms | hit rate | tokens/s | pool, M tokens |"
+    yield f"{'| --- ' * 9}|"
+    for group in found:
+        shape = group[0]["traffic"]
+        own, mixed = (next(r for r in group if r["profile"] == name) for name in (shape, "mixed"))
+        yield f"| {shape} | {own['answer']:.2f} | {_against(own, mixed)} |"
 
 
 def _against(own: Row, mixed: Row) -> str:
@@ -71,6 +89,26 @@ def _against(own: Row, mixed: Row) -> str:
     )
     change = own["answer"] / mixed["answer"] - 1
     return " | ".join([f"{change:+.1%}", *(" against ".join(pair) for pair in pairs)])
+
+
+def policies(rows: list[Row]) -> Iterator[str]:
+    """Ways to keep states."""
+    if not rows:
+        return
+    names = list(dict.fromkeys(r["profile"] for r in rows))
+    yield ""
+    yield f"## Ways to keep states ({rows[0]['machine']}, all else as in `mixed`)"
+    yield ""
+    yield "Mean time of an answer in seconds, and the hit rate."
+    yield ""
+    yield f"| traffic | {' | '.join(names)} |"
+    yield f"| --- {'| --- ' * len(names)}|"
+    for (_, shape), group in groups(rows).items():
+        yield f"| {shape} | {' | '.join(_policy(r) for r in group)} |"
+
+
+def _policy(r: Row) -> str:
+    return f"{r['answer']:.2f}, {r['hit_rate']:.2%}"
 
 
 def steps(rows: list[Row]) -> Iterator[str]:
@@ -95,8 +133,25 @@ def steps(rows: list[Row]) -> Iterator[str]:
         )
 
 
+def measured(rows: list[Row]) -> Iterator[str]:
+    """Real steps beside the step model's."""
+    if not rows:
+        return
+    yield ""
+    yield "## Steps that were measured, beside the model of them"
+    yield ""
+    yield "8 layers of Flash's widths with made-up weights on one card. The roofline is what all tables above rest on."
+    yield ""
+    yield "| GPU | | measured, ms | simulated, ms | simulated / measured | source |"
+    yield f"{'| --- ' * 6}|"
+    for r in rows:
+        ratio = r["simulated_ms"] / r["measured_ms"]
+        name = r["source"].split("/")[0]
+        yield f"| {r['gpu']} | {r['what']} | {r['measured_ms']:.2f} | {r['simulated_ms']:.2f} | {ratio:.2f} | [{name}](../{r['source']}) |"
+
+
 def picture(rows: list[Row], path: Path) -> None:
-    """Capacity, hit rate and TTFT of each step, as SVG."""
+    """Capacity, prompt tokens run and TTFT of each step, as SVG."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -105,21 +160,16 @@ def picture(rows: list[Row], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "dsv4"
     names = [r["step"] for r in rows][::-1]
     panels = (
-        ("tokens that the pool holds", [r["tokens"] / 1e6 for r in rows], "{:.1f}M", "log"),
-        ("prompt tokens not run again", [100 * r["hit_rate"] for r in rows], "{:.2f}%", "linear"),
-        ("time to the first token, p90", [r["ttft_ms"]["p90"] / 1000 for r in rows], "{:.2f} s", "log"),
+        ("tokens that the pool holds (log)", [r["tokens"] / 1e6 for r in rows], "{:.1f}M", "log"),
+        ("prompt tokens that were run", [100 * (1 - r["hit_rate"]) for r in rows], "{:.1f}%", "linear"),
+        ("mean time to the first token", [r["ttft_ms"]["mean"] / 1000 for r in rows], "{:.2f} s", "linear"),
     )
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained", sharey=True)
     for axis, (title, values, form, scale) in zip(axes, panels, strict=True):
         bars = axis.barh(names, values[::-1], color="#4c78a8")
         axis.bar_label(bars, [form.format(v) for v in values[::-1]], padding=3, fontsize=8)
         axis.set(title=title, xscale=scale)
-        low, high = min(values), max(values)
-        axis.set_xlim(
-            (low / 2, high * 4)
-            if scale == "log"
-            else (low - 2 * (high - low) - 0.1, high + (high - low) + 0.1)
-        )
+        axis.set_xlim(min(values) / 2 if scale == "log" else 0, max(values) * (4 if scale == "log" else 1.25))
         axis.tick_params(axis="x", which="both", labelbottom=False, bottom=False)
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})

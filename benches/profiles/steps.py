@@ -25,7 +25,7 @@ BUDGET = 0.1
 SOME = 512
 """Tokens between two kept windows of 128: a quarter of all window rows."""
 TRAFFIC = Agents(
-    sessions=96,
+    sessions=60,
     hours=0.25,
     rewritten=0.3,
     long_window=0.5,

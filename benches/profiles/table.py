@@ -8,15 +8,17 @@ from typing import Any
 from dsv4 import profiles
 from dsv4.simulate.outcome import Outcome
 
-from benches.profiles.machines import MACHINES, Machine, engine_of, run, traffic
+from benches.profiles.machines import H200X2, MACHINES, Machine, engine_of, run, traffic
+
+POLICIES = ("auto", "forks", "turns", "none")
 
 
-def measure(machines: tuple[Machine, ...] = MACHINES) -> list[dict[str, Any]]:
-    """A row for each machine, traffic and profile."""
+def measure(machines: tuple[Machine, ...] = MACHINES, *, every: bool = True) -> list[dict[str, Any]]:
+    """A row for each machine, traffic and profile; without `every`, only for the profile of the traffic's name and `mixed`."""
     rows = []
     for machine in machines:
         for shape, spec in traffic(machine).items():
-            for name in profiles.names():
+            for name in profiles.names() if every else dict.fromkeys((shape, "mixed")):
                 engine = engine_of(machine, profile=name)
                 report = run(spec, engine)
                 outcome = Outcome.of(name, engine, report)
@@ -34,6 +36,18 @@ def measure(machines: tuple[Machine, ...] = MACHINES) -> list[dict[str, Any]]:
                         **outcome.as_json(),
                     }
                 )
+    return rows
+
+
+def policies(machine: Machine = H200X2) -> list[dict[str, Any]]:
+    """A row for each traffic and way to keep states, all else as in `mixed`."""
+    rows = []
+    for shape, spec in traffic(machine).items():
+        for policy in POLICIES:
+            engine = engine_of(machine, profile="mixed", snapshot_policy=policy)
+            outcome = Outcome.of(policy, engine, run(spec, engine))
+            print(f"{shape} with {policy}: {outcome.answer:.2f} s", file=sys.stderr, flush=True)
+            rows.append({"machine": machine.name, "traffic": shape, **outcome.as_json()})
     return rows
 
 

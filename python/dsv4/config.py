@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
-
 from dsv4 import profiles
 from dsv4.elsewhere import why_not
 from dsv4.errors import ConfigError
 from dsv4.quantities import SHARE, Range
-from dsv4.settings import check_choices, check_ranges, convert, setting
+from dsv4.settings import check_choices, check_ranges, convert, read_yaml, setting
 
 ENV_PREFIX = "DSV4_"
 LONGEST_NAME = 512
@@ -418,38 +416,6 @@ class Layer:
     name: str
     """`the command line`, `the environment`, `config file x.yaml`, `profile chat`."""
     values: Mapping[str, Given]
-
-
-def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
-    """The settings of a YAML file with their lines; keys may be written with - or _. Simple values are the text that stands
-    there, so that they mean what they mean as a flag. Raises ConfigError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            loader = yaml.SafeLoader(file.read())
-        root = loader.get_single_node()
-    except OSError as e:
-        raise ConfigError(f"config file {path}: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config file {path} is no text") from None
-    except yaml.MarkedYAMLError as e:
-        line = f", line {e.problem_mark.line + 1}" if e.problem_mark else ""
-        raise ConfigError(f"config file {path}{line}: this is no YAML: {e.problem}") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"config file {path} is no YAML: {' '.join(str(e).split())}") from None
-    if root is None:
-        return {}
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"config file {path} must hold 'key: value' lines")
-    found: dict[str, tuple[Any, int]] = {}
-    for key_node, node in root.value:
-        key, line = str(key_node.value).replace("-", "_"), key_node.start_mark.line + 1
-        if key in found:
-            raise ConfigError(
-                f"config file {path}, line {line}: {key} is there twice, first in line {found[key][1]}"
-            )
-        plain = isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null"
-        found[key] = (node.value if plain else loader.construct_object(node, deep=True), line)  # type: ignore[no-untyped-call]
-    return found
 
 
 def layers(

@@ -13,7 +13,10 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
 
 from dsv4.errors import ConfigError
 from dsv4.quantities import Range, parse_bytes, parse_count
@@ -222,3 +225,35 @@ def _metavar(f: dataclasses.Field[Any], kind: type) -> str:
         return "|".join(choices) + (",…" if unit == "names" else "")
     of_unit = {"bytes": "SIZE", "file": "FILE", "counts": "N"}.get(unit)
     return of_unit or {int: "N", float: "X"}.get(kind) or f.name.split("_")[-1].upper()
+
+
+def read_yaml(path: str | Path) -> dict[str, tuple[Any, int]]:
+    """The settings of a YAML file with their lines; keys may be written with - or _. Simple values are the text that stands
+    there, so that they mean what they mean as a flag. Raises ConfigError."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            loader = yaml.SafeLoader(file.read())
+        root = loader.get_single_node()
+    except OSError as e:
+        raise ConfigError(f"config file {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config file {path} is no text") from None
+    except yaml.MarkedYAMLError as e:
+        line = f", line {e.problem_mark.line + 1}" if e.problem_mark else ""
+        raise ConfigError(f"config file {path}{line}: this is no YAML: {e.problem}") from None
+    except yaml.YAMLError as e:
+        raise ConfigError(f"config file {path} is no YAML: {' '.join(str(e).split())}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"config file {path} must hold 'key: value' lines")
+    found: dict[str, tuple[Any, int]] = {}
+    for key_node, node in root.value:
+        key, line = str(key_node.value).replace("-", "_"), key_node.start_mark.line + 1
+        if key in found:
+            raise ConfigError(
+                f"config file {path}, line {line}: {key} is there twice, first in line {found[key][1]}"
+            )
+        plain = isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:null"
+        found[key] = (node.value if plain else loader.construct_object(node, deep=True), line)  # type: ignore[no-untyped-call]
+    return found

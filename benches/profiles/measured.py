@@ -1,0 +1,64 @@
+"""Steps that were measured on GPUs beside what the step model says of them: 8 layers of Flash's widths on one card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dsv4._core import StepModel
+from dsv4.gpus import gpu
+from dsv4.plan.weights import find_weights
+from dsv4.simulate.device import step_coefficients
+
+LAYERS = 8
+H100, H200 = "h100-80gb-hbm3/engine-2026-11-28.md", "h200/engine-2026-11-28.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A figure of `benches/results`."""
+
+    gpu: str
+    what: str
+    steps: tuple[tuple[tuple[int, int], ...], ...]
+    """Of each step its rows: (context before, tokens)."""
+    ms: float
+    """Of all steps."""
+    source: str
+
+
+def _decodes(rows: int, context: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return (((context, 1),) * rows,)
+
+
+def _prompt(tokens: int, step: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    return tuple(((at, min(step, tokens - at)),) for at in range(0, tokens, step))
+
+
+MEASURED = (
+    Measured("h200", "decode step, 1 row after 4,096 tokens", _decodes(1, 4096), 1.834, H200),
+    Measured("h200", "decode step, 8 rows", _decodes(8, 4096), 2.815, H200),
+    Measured("h200", "decode step, 32 rows", _decodes(32, 4096), 3.939, H200),
+    Measured("h100", "decode step, 128 rows", _decodes(128, 4096), 6.77, H100),
+    Measured("h100", "prompt of 8,192 tokens, steps of 4,096", _prompt(8192, 4096), 8192 / 85.583, H100),
+    Measured("h100", "prompt of 32,768 tokens, steps of 4,096", _prompt(32768, 4096), 32768 / 80.608, H100),
+    Measured("h100", "64 new tokens after 32,768 cached", (((32768, 64),),), 9.2, H100),
+    Measured("h100", "1,024 new tokens after 32,768 cached", (((32768, 1024),),), 35.5, H100),
+)
+
+
+def measure() -> list[dict[str, Any]]:
+    """A row for each figure, times in ms."""
+    config, _, _ = find_weights("v4-flash", num_layers=LAYERS)
+    layout = config.layout("fp8_ds_mla", "mxfp4")
+    rows = []
+    for m in MEASURED:
+        model = StepModel(step_coefficients(config, layout, gpu(m.gpu), 1))
+        told = 0.0
+        for step in m.steps:
+            fixed, parts = model.parts([(at, n, 0) for at, n in step], 0)
+            told += (fixed + sum(map(max, parts))) / 1000
+        rows.append(
+            {"gpu": m.gpu, "what": m.what, "measured_ms": m.ms, "simulated_ms": told, "source": m.source}
+        )
+    return rows

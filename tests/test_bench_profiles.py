@@ -1,0 +1,75 @@
+"""benches.profiles on traffic that is small: what it measures, and the page and picture that it makes of it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from dsv4 import profiles
+from dsv4.simulate.agents import Agents
+from dsv4.simulate.records import LogNormal
+
+from benches.profiles import measured, report, steps, table
+from benches.profiles.machines import H200X2, MACHINES, MORE, traffic
+
+FEW = dict.fromkeys(H200X2.sessions, 2)
+
+
+def test_every_machine_has_traffic_for_every_profile() -> None:
+    for machine in (*MACHINES, *MORE):
+        assert list(traffic(machine)) == list(machine.sessions) and set(machine.sessions) == set(
+            profiles.names()
+        )
+
+
+def test_tables_have_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "traffic", lambda machine: {k: traffic(machine)[k] for k in ("chat", "mixed")})
+    machine = replace(H200X2, sessions=FEW)
+    rows = table.measure((machine,))
+    assert len(rows) == 12 and all(r["answer"] > 0 and not r["refused"] for r in rows)
+    few = table.measure((replace(machine, name="other"),), every=False)
+    assert len(few) == 3  # each traffic's own profile and mixed, which are one for mixed
+    kept = table.policies(machine)
+    assert len(kept) == 8 and sum(line.startswith("| ") for line in report.policies(kept)) == 4
+    found = {
+        "date": "2026-01-01",
+        "command": "x",
+        "table": rows,
+        "more": few,
+        "policies": [],
+        "steps": [],
+        "measured": [],
+    }
+    page = report.text(found)
+    lines = [line for line in page.splitlines() if line.startswith("| chat |")]
+    assert len(lines) == 3 and lines[0].count("|") == 9 and "**" in lines[0]
+    own = next(r for r in few if r["traffic"] == r["profile"] == "chat")
+    assert lines[2].startswith(f"| chat | {own['answer']:.2f} | ")
+    assert table.best([{"refused": 1, "answer": 1.0}, {"refused": 0, "answer": 2.0}])["answer"] == 2.0
+
+
+def test_steps_go_from_the_window_of_every_token_to_all_of_dsv4(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(steps, "TRAFFIC", Agents(sessions=2, calls=LogNormal(4, 6, 12)))
+    rows = steps.measure()
+    assert [r["tokens"] for r in rows][:1] == [1_203_200] and rows[-1]["tokens"] == max(
+        r["tokens"] for r in rows
+    )
+    none = next(r for r in rows if r["step"].startswith("no states"))
+    assert none["replayed_tokens"] == max(r["replayed_tokens"] for r in rows) > 0
+    assert sum(line.startswith("| ") for line in report.steps(rows)) == 2 + len(rows)
+    report.picture(rows, tmp_path / "x.svg")
+    svg = (tmp_path / "x.svg").read_text()
+    assert svg.count("<svg") == 1 and not re.search(r"<dc:date>", svg)
+
+
+def test_measured_steps_stand_beside_the_model() -> None:
+    rows = measured.measure()
+    assert all(0.2 < r["simulated_ms"] / r["measured_ms"] < 3 for r in rows)
+    root = Path(__file__).parents[1] / "benches/results"
+    assert all((root / r["source"]).exists() for r in rows)
+    assert sum(line.startswith("| ") for line in report.measured(rows)) == 2 + len(rows)
