@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     engine = FakeEngine(tokenizer=tokenizer, max_model_len=room)
     vocab = engine.model_config.vocab_size = 8192 if arguments.small else 129280
     service = Service(engine, ServerConfig(), "bench")
+    params, config = SamplingParams(max_tokens=1), EngineConfig()
     scope: dict[str, Any] = {"headers": []}
     caller = service.callers.of(scope)
     limits = SimpleNamespace(model_config=engine.model_config)
@@ -132,9 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         ids = stages.run("encode the rest, join", draft.finish)
         stages.run(
             "event loop: check ids",
-            lambda ids=ids: Frontend.admissible(
-                limits, ids, SamplingParams(max_tokens=1), EngineConfig(), room
-            ),
+            lambda ids=ids: Frontend.admissible(limits, ids, params, config, room),
         )
         stages.run("engine thread: Core.submit", lambda ids=ids: planner.submit(ids))
         stages.run("engine thread: first plan (prefix match, 1 row)", planner.first_plan)
