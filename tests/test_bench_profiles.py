@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +14,10 @@ from dsv4 import profiles
 from dsv4.simulate.agents import Agents
 from dsv4.simulate.records import LogNormal
 
-from benches.profiles import measured, report, steps, table
+from benches.profiles import measured, over_http, report, steps, table
 from benches.profiles.machines import H200X2, MACHINES, MORE, traffic
+from tests.support.fake_engine import FakeEngine, small_tokenizer
+from tests.support.serving import running
 
 FEW = dict.fromkeys(H200X2.sessions, 2)
 
@@ -73,3 +78,23 @@ def test_measured_steps_stand_beside_the_model() -> None:
     root = Path(__file__).parents[1] / "benches/results"
     assert all((root / r["source"]).exists() for r in rows)
     assert sum(line.startswith("| ") for line in report.measured(rows)) == 2 + len(rows)
+
+
+def test_profiles_are_compared_over_http(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    @contextmanager
+    def server(model: list[str], profile: str, more: list[str]) -> Iterator[str]:
+        asked.append((model, profile, more))
+        with running(FakeEngine(tokenizer=small_tokenizer())) as found:
+            yield found.url
+
+    monkeypatch.setattr(over_http, "server", server)
+    line = ["over_http", "/m", "--shapes", "document", "--serve", "--tp 2", "--out", str(tmp_path / "x.json")]
+    bench = "--requests 2 --turns 2 --context 200 --output-tokens 4 --concurrency 1"
+    monkeypatch.setattr("sys.argv", [*line, "--bench", bench])
+    over_http.main()
+    assert asked == [(["/m"], profile, ["--tp", "2"]) for profile in ("mixed", "long-document")]
+    [row] = json.loads((tmp_path / "x.json").read_text())
+    for kind in ("measured", "simulated"):
+        assert set(row[kind]) == {"mixed", "long-document"} and min(row[kind].values()) > 0
