@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,5 +93,8 @@ def outcomes(trace: Trace, machine: Machine, profiles: Sequence[str], watch: Wat
 
 def _named(profile: str, watch: Watch) -> Watch:
     """Which is told the profile, not the policy."""
-    tell: Callable[[str, int, int, float], None] = lambda _, *rest: watch(profile, *rest)  # noqa: E731
+
+    def tell(_: str, done: int, total: int, seconds: float) -> None:
+        watch(profile, done, total, seconds)
+
     return tell

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4.errors import ConfigError
@@ -27,6 +27,8 @@ PAUSE_S = 30.0
 """Between the turns of conversations that stand for a server's traffic."""
 DRAWN = 2_000
 """Requests that stand for it."""
+DUMP_BLOCK = 128
+"""Tokens of an id of a dump's prefixes: every page is a multiple of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,11 @@ class Workload:
         from dsv4._core import Trace
 
         if self.files:
-            return Trace.read(
-                list(self.files), **{**self.reading, "speed": times * self.reading.get("speed", 1.0)}
-            )
+            return Trace.read(list(self.files), **self.reading, speed=times)
         with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
             write([dict(r) for r in self.records], file.file)
             file.flush()
-            return Trace.read([file.name], **{**self.reading, "speed": times})
+            return Trace.read([file.name], **self.reading, speed=times)
 
 
 def of_file(path: str, rate: float | None, output: int, reading: Mapping[str, Any]) -> Workload:
@@ -76,10 +76,12 @@ def of_file(path: str, rate: float | None, output: int, reading: Mapping[str, An
 def _one_object(path: str) -> dict[str, Any] | None:
     """Of a file that is one JSON object; None for others, also for those that cannot be read, of which `Trace.read` tells."""
     try:
-        with open(path, "rb") as file:
-            if file.read(1) != b"{":
+        with open(path, encoding="utf-8") as file:
+            first = file.readline()
+            more = file.readline()
+            if not first.startswith("{") or more.startswith("{"):  # a trace, which may be large
                 return None
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+            found = json.loads(first + more + file.read())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
@@ -190,10 +192,6 @@ def of_dump(dump: Mapping[str, Any], path: str, rate: float, output: int) -> Wor
     )  # fmt: skip
 
 
-DUMP_BLOCK = 128
-"""Tokens of an id of a dump's prefixes: every page is a multiple of it."""
-
-
 def of_metrics(text: str, url: str, seed: int = 0) -> Workload:
     """Conversations with the lengths, rate and hit rate that a server's `/metrics` tells under vLLM's names. Raises ConfigError."""
     found = _Metrics(text, url)
@@ -284,8 +282,6 @@ class _Metrics:
 
     def uptime(self) -> float:
         """Seconds since its process started."""
-        import time
-
         return max(time.time() - self.value("process_start_time_seconds"), 1.0)
 
 
