@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Generator, Iterator
 
 import numpy as np
-from dsv4.engine.answers import TURN, Answer, Answers
+from dsv4.engine.answers import HANDED, TURN, Answer, Answers
 from dsv4.engine.async_engine import _Home
 from dsv4.engine.messages import End, News
 from dsv4.engine.request import Timing
@@ -44,6 +44,12 @@ def test_few_tokens_take_no_turn_of_their_own() -> None:
     assert list(many_answers(TURN - 1).turns(news_for(TURN - 1))) == []
     answers = many_answers(MANY)
     assert answers.read(news_for(MANY)) == [] and all(a.tokens == 1 for a in answers.live.values())
+
+
+def test_what_comes_for_the_same_answers_is_written_at_once() -> None:
+    answers = many_answers(TURN)
+    pauses = [len(list(answers.turns(news_for(TURN)))) for _ in range(HANDED // TURN + 1)]
+    assert pauses == [0] * (HANDED // TURN) + [1]
 
 
 def test_others_have_their_turn_in_between_and_the_order_stays() -> None:

@@ -25,7 +25,10 @@ from dsv4.text.stream import TextStream
 log = logging.getLogger("dsv4.engine")
 
 TURN = 256
-"""Tokens that are handed out at a time. Each wakes a task, which writes to its client: some ten milliseconds in all."""
+"""Answers that are woken at a time. Each is a task, which writes to its client: some ten milliseconds in all."""
+
+HANDED = 16 * TURN
+"""Tokens and ends that are handed out at a time. Those of an answer that is woken already are written with what woke it."""
 
 
 @dataclass(slots=True)
@@ -211,6 +214,7 @@ class Answers:
     def __init__(self) -> None:
         self.live: dict[int, Answer] = {}
         """By key, those that have not ended."""
+        self._woken = self._handed = 0
 
     def read(self, news: News) -> list[int]:
         """Gives each request what is its own. Returns those that are whole and have to be stopped."""
@@ -223,7 +227,7 @@ class Answers:
                 return whole
 
     def turns(self, news: News) -> Generator[None, None, list[int]]:
-        """The same with a pause after every `TURN` tokens or ends, in which others have their turn."""
+        """The same with pauses, in which others have their turn: before more than TURN answers are woken, or HANDED tokens handed out."""
         live, whole = self.live, list[int]()
         for key, _, cached in news.started:
             if (answer := live.get(key)) is not None:
@@ -236,25 +240,37 @@ class Answers:
                 answer.judge_prompt(judged)
         told, broken = dict(news.judged), list[int]()
         for place, (key, token) in enumerate(news.samples()):
-            if place % TURN == TURN - 1:
-                yield
             if (answer := live.get(key)) is None:
                 continue
+            if self._is_over(answer):
+                yield
+                if key not in live:
+                    continue
             try:
                 if answer.push(token, told.get(place)):
                     whole.append(key)
             except Exception as e:  # a fault of ours in one answer's text must not cost the others
                 self._give_up(answer, e)
                 broken.append(key)
-        for place, end in enumerate(news.ends):
-            if place % TURN == TURN - 1:
-                yield
-            if (answer := live.pop(end.key, None)) is not None:
+        for end in news.ends:
+            if (answer := live.get(end.key)) is not None:
+                if self._is_over(answer):
+                    yield
+                live.pop(end.key, None)
                 try:
                     answer.finish(end)
                 except Exception as e:
                     self._give_up(answer, e)
         return [*(key for key in whole if key in live), *broken]
+
+    def _is_over(self, answer: Answer) -> bool:
+        """Whether a turn is over before `answer` gets what has come."""
+        self._handed += 1
+        self._woken += not answer.news
+        if self._handed <= HANDED and self._woken <= TURN:
+            return False
+        self._handed = self._woken = 1
+        return True
 
     def _give_up(self, answer: Answer, error: Exception) -> None:
         log.error("the answer to %s cannot be read", answer.request_id, exc_info=error)
