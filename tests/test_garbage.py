@@ -52,3 +52,21 @@ for i in range(100_000):
 assert not any(ref() for ref in made)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_no_collection_looks_at_everything_that_is_new() -> None:
+    """A server of thousands of streams makes objects that stay, and each pause is one of all streams."""
+    script = """
+import gc
+from dsv4 import garbage
+garbage.settle()
+looked = []
+def note(phase, about):
+    if phase == "start":
+        looked.append(sum(len(gc.get_objects(g)) for g in range(about["generation"] + 1)))
+gc.callbacks.append(note)
+kept = [[i] for i in range(600_000)]
+gc.callbacks.clear()
+assert len(looked) > 50 and max(looked) <= 50_000, max(looked)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
