@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.compiling import Compilations, compile_all
+from dsv4.kernels.compiling import Compilations, build_launcher, compile_all
 from triton.runtime.jit import JITFunction
 
 
@@ -69,6 +69,22 @@ def test_later_compilations_are_counted(monkeypatch: pytest.MonkeyPatch) -> None
     assert counted.count == 0
     compiled(SimpleNamespace(hash="of it"), "key")
     assert counted.count == 1 and len(made) == 2
+
+
+@pytest.mark.parametrize(("gpu", "by_signature"), [(True, True), (False, True), (True, False)])
+def test_launchers_are_built_where_triton_has_one_for_each_signature(
+    gpu: bool, by_signature: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.nvidia import driver
+
+    built: list[Any] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(driver, "CudaLauncher", lambda *about: built.append(about))
+    monkeypatch.delattr(driver, "make_launcher", raising=False)
+    if by_signature:
+        monkeypatch.setattr(driver, "make_launcher", None, raising=False)
+    build_launcher("source", "metadata")
+    assert built == ([("source", "metadata")] if gpu and by_signature else [])
 
 
 class _Spec:

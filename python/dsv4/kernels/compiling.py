@@ -75,9 +75,20 @@ class Specialisation:
         source = (GluonASTSource if gluon else ASTSource)(
             function, self.signature, self.constants, self.attributes
         )
-        triton.compile(source, target=GPUTarget(*self.target), options=self.options)
+        kernel = triton.compile(source, target=GPUTarget(*self.target), options=self.options)
+        build_launcher(source, kernel.metadata)
         _mark(self).parent.mkdir(parents=True, exist_ok=True)
         _mark(self).touch()
+
+
+def build_launcher(source: Any, metadata: Any) -> None:
+    """Up to Triton 3.6 each signature has a launcher in C, which a compiler takes a tenth of a second for: that goes into the cache on disk too.
+    It is linked with the driver, so only a machine with a GPU can do that."""
+    import torch
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher") and torch.cuda.is_available():
+        driver.CudaLauncher(source, metadata)
 
 
 def name_callees_first(function: Any, seen: set[int] | None = None) -> None:
