@@ -40,6 +40,17 @@ def test_no_turn_gives_out_more_than_its_share() -> None:
     assert all(a.tokens == 1 and a._end["finished"] for a in before) and not answers.live
 
 
+def test_who_leaves_between_turns_gets_no_end() -> None:
+    answers = many_answers(MANY)
+    everyone = dict(answers.live)
+    turns = answers.turns(News(ends=news_for(MANY, ends=True).ends))
+    next(turns)
+    gone = answers.live.copy()
+    answers.live.clear()
+    assert list(turns) == [] and gone
+    assert all(bool(a._end) == (key not in gone) for key, a in everyone.items())
+
+
 def test_few_tokens_take_no_turn_of_their_own() -> None:
     assert list(many_answers(TURN - 1).turns(news_for(TURN - 1))) == []
     answers = many_answers(MANY)

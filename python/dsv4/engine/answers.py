@@ -256,7 +256,8 @@ class Answers:
             if (answer := live.get(end.key)) is not None:
                 if self._is_over(answer):
                     yield
-                live.pop(end.key, None)
+                if live.pop(end.key, None) is None:
+                    continue
                 try:
                     answer.finish(end)
                 except Exception as e:
