@@ -4,6 +4,7 @@ what they get without graphs, to the bit."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +63,7 @@ def answers(llm: LLM) -> Iterator[tuple[Any, ...]]:
 def test_captured_steps_are_those_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(write_random(tmp_path, "flash", compress_ratios=[0, 4, 128], index_topk=24))
     plain = LLM(model, **SETTINGS)
-    expected = list(answers(plain))
+    expected, left = list(answers(plain)), list[int]()
     plain.close()
     capture(monkeypatch)
     monkeypatch.setattr(group, "PROCESS", "tests.support.capturing_rank")
@@ -77,9 +78,14 @@ def test_captured_steps_are_those_without(tmp_path: Path, monkeypatch: pytest.Mo
         assert "decode steps of 1, 2 rows, steps with prompts of 64, 128, 256 tokens" in "".join(
             llm.describe()
         )
+        graphs, extends = device.graphs, device.extends  # as the traceback of an error would hold them
+        held = [graphs._replays, graphs._heads, graphs._draws, extends._graphs]
+        assert all(held)
+        end = Rank.end
+        monkeypatch.setattr(Rank, "end", lambda self: (left.extend(map(len, held)), end(self))[1])
     finally:
         llm.close()
-    assert device.graphs is None  # a group cannot end before
+    assert left == [0, 0, 0, 0] and device.graphs is None  # NCCL would wait for them
 
 
 def _started(rank: Rank) -> tuple[list[tuple[int, int]], list[int], int, int, int]:
@@ -96,6 +102,7 @@ def _started(rank: Rank) -> tuple[list[tuple[int, int]], list[int], int, int, in
         leads if rank.rank == 0 else rank, driver.model, driver.cache, slabs=3, max_blocks=2, replay_tokens=0,
         step_tokens=chunk_tokens(4096, rank.ranks), capture=counting,
     )  # fmt: skip
+    assert rank.rank or leads.release == device.release  # also a start that fails lets go of graphs
     device.warm_up(100)
     graphs, extends = device.graphs, device.extends
     assert graphs is not None and extends is not None
@@ -154,3 +161,17 @@ def test_what_was_let_go_for_a_lost_rank_is_no_result() -> None:
 
     with pytest.raises(RankLost, match="rank 1 of 2 is gone"):
         LedStep(SimpleNamespace(result=waits), ranks, 1).result()  # type: ignore[arg-type]
+
+
+def test_a_lost_rank_is_told_though_the_gpu_takes_nothing_more() -> None:
+    """Only then does a process end that waits on the GPU for ever."""
+    ranks, told = Group.__new__(Group), list[str]()
+    ranks._news, ranks._closing, ranks._peers, ranks.lost = threading.Condition(), threading.Event(), [], None
+    ranks.on_lost = told.append
+
+    def fails() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ranks.rank = SimpleNamespace(let_go=fails)  # type: ignore[assignment]
+    ranks._lose("rank 1 of 2 is gone")
+    assert told == ["rank 1 of 2 is gone"] == [ranks.lost]

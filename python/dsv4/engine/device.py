@@ -221,7 +221,10 @@ class LocalDevice:
         """What launches kernels beside steps, draws and copies, once."""
 
     def release(self) -> None:
-        """Lets go of the captured graphs; no step follows."""
+        """Lets go of the captured graphs, also where the traceback of an error holds what held them; no step follows."""
+        for graphs in (self.graphs, self.extends):
+            if graphs is not None:
+                graphs.release()
         self.graphs = self.extends = None
 
     def _hidden_of(self, row: Row) -> Tensor:

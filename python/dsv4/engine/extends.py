@@ -104,6 +104,10 @@ class ExtendGraphs:
         for size in dict.fromkeys(sizes):
             self._run(self._padding(size)[1])
 
+    def release(self) -> None:
+        """Lets go of all that was captured."""
+        self._graphs.clear()
+
     def captures(self, capture_context: int | None) -> Iterator[Callable[[], object]]:
         """What captures the steps of contexts up to `capture_context` tokens (None: all), one each, the largest first."""
         for tokens in reversed(self.sizes):

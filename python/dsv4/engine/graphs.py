@@ -137,6 +137,11 @@ class DecodeGraphs:
         for kind in KINDS:
             self._run_draw(self.sizes[0], kind)
 
+    def release(self) -> None:
+        """Lets go of all that was captured."""
+        self._replays.clear()
+        self._draws.clear()
+
     def captures(self, capture_context: int | None) -> Iterator[Callable[[], object]]:
         """What captures the steps of contexts up to `capture_context` tokens (None: all) and every draw, one each, the largest first."""
         for end in at_start(self.contexts, capture_context):

@@ -130,6 +130,8 @@ class Group:
         """Called with that, on a thread of the group."""
         self.on_look: Callable[[], None] = lambda: None
         """Called whenever the ranks are looked at."""
+        self.release: Callable[[], None] = lambda: None
+        """Lets go of the graphs that hold collectives of the group: NCCL waits for their end."""
         self.rank: Rank | None = None
         self._error: Dsv4Error | None = None
         self._news = threading.Condition()
@@ -300,10 +302,11 @@ class Group:
         }
 
     def close(self) -> None:
-        """Ends all other ranks, and the group. For a device that has let go of its graphs."""
+        """Ends all other ranks, and the group. No step follows."""
         if self._closing.is_set():
             return
         self._closing.set()
+        self.release()
         if self.rank is not None:
             self.rank.leave()  # which ends what others may wait for
         self._send_all(Quit())
@@ -402,7 +405,12 @@ class Group:
         for peer in self._peers:
             peer.child.kill()
         if self.rank is not None:
-            self.rank.let_go()
+            try:
+                self.rank.let_go()
+            except (
+                Exception
+            ) as e:  # a GPU that failed takes nothing more, and who waits for it must be told all the more
+                log.error("what waits on the GPU cannot be let go", exc_info=e)
         self.on_lost(why)
 
     def _tell_stacks(self) -> None:

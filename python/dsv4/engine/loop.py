@@ -109,8 +109,8 @@ class EngineLoop:
         """Steps that failed since the last token, and why the last of them did."""
         self.last_failure = ""
         self.busy_us = 0.0
-        self.iterations = Iterations()
         """Time that the device computed."""
+        self.iterations = Iterations()
         self.requests: dict[int, EngineRequest] = {}
         self._looking_back: dict[int, list[int]] = {}
         """By key, tokens so far of those requests whose sampling needs them."""
@@ -182,7 +182,6 @@ class EngineLoop:
     def close(self) -> None:
         """Ends the other ranks and the telling of events, if there are any."""
         if self.group is not None:
-            self.device.release()
             self.group.close()
         if self.events is not None:
             self.events.close()

@@ -62,6 +62,10 @@ class RankGraphs(DecodeGraphs):
         for size in self.sizes:
             self._run_head(size)
 
+    def release(self) -> None:
+        super().release()
+        self._heads.clear()
+
     def _draw_captures(self) -> Iterator[Callable[[], object]]:
         for size in reversed(self.sizes):
             yield partial(self._heading, size)
@@ -124,6 +128,7 @@ class LeadingDevice(RankDevice):
     def __init__(self, group: Group, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self._group = group
+        group.release = self.release
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, requests: Mapping[int, EngineRequest], *, held: bool = False) -> LedStep:  # type: ignore[override]
