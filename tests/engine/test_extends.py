@@ -6,12 +6,16 @@ import dataclasses
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("dsv4._core")
 
 from dsv4 import LLM, SamplingParams
+from dsv4.config import EngineConfig
+from dsv4.engine.buffers import StepPlan
+from dsv4.engine.build import _core
 from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import DecodeGraphs
 from dsv4.plan import graphs as sizes
@@ -31,6 +35,19 @@ def test_sizes() -> None:
         and extends_of(512, 100) == (64,)
     )
     assert extends_of(512, 50) == ()
+
+
+@pytest.mark.parametrize("most", [500, 3000, 4096])
+def test_a_prompt_alone_is_read_in_whole_steps(most: int) -> None:
+    """Where there is time nothing bounds a step but its limit, also one that is no size of captured steps."""
+    config = EngineConfig(device="cuda", max_num_batched_tokens=most, max_num_seqs=4)
+    layout = random_config().layout("float32", "float32", block_tokens=128)
+    core = _core(config, layout, 400, 2**15, changes=False)
+    plan = StepPlan(core.plan_schema())
+    core.submit(1, np.arange(20_000, dtype=np.int32), max_new=4)
+    for _ in range(3):
+        assert core.plan(plan.words) and plan.tokens == most
+        core.commit(plan.step, np.empty(0, np.int32), np.empty(0, np.int32))
     assert (
         extend_rows_of(16) == (33,)
         and extend_rows_of(32) == (33,) == extend_rows_of(3)

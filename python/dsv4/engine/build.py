@@ -55,7 +55,7 @@ from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from dsv4.plan.cache import pages_of, size_pool
-from dsv4.plan.graphs import at_start, chunk_tokens, contexts_of, extends_of, sizes_of
+from dsv4.plan.graphs import at_start, chunk_tokens, contexts_of, cut_sizes_of, extends_of, sizes_of
 from dsv4.plan.ranks import least_ranks
 from dsv4.plan.weights import Weights
 from dsv4.text.tokenizer import Tokenizer
@@ -542,7 +542,7 @@ def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int, *,
         "max_in_flight": 2 if config.async_scheduling else 1,
         "max_wait_us": int(1e6 * config.max_wait),
         "step_budget": step_budget(config.step_ms, config.device),
-        "step_sizes": extends_of(tokens, max_len) if _why_eager(config) is None else (),
+        "step_sizes": cut_sizes_of(tokens, max_len) if _why_eager(config) is None else (),
         "tenants": Tenants(config.tenants).core(layout.page_bytes),
     }
     return Core(layout, core_options(config) | core_costs(config.cost_model) | options)

@@ -45,6 +45,12 @@ def extends_of(step_tokens: int, max_len: int) -> tuple[int, ...]:
     return tuple(n for n in needed if n <= max_len)
 
 
+def cut_sizes_of(step_tokens: int, max_len: int) -> tuple[int, ...]:
+    """To which of these the scheduler cuts pieces of prompts (the core's `step_sizes`). The last is no longer than a step may be: a step of
+    as many tokens is padded, not cut to the size before."""
+    return tuple(min(n, step_tokens) for n in extends_of(step_tokens, max_len))
+
+
 def extend_rows_of(running: int) -> tuple[int, ...]:
     """Rows of captured steps with prompts, of up to `running` requests; steps with more run without a graph."""
     return tuple(n for i, n in enumerate(EXTEND_ROWS) if i == 0 or EXTEND_ROWS[i - 1] <= running)

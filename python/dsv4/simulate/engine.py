@@ -14,7 +14,7 @@ from dsv4.model import parallel
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import over_ranks
 from dsv4.model.parallel import Parallel, valid_tp
-from dsv4.plan.graphs import chunk_tokens, extends_of, steps_of
+from dsv4.plan.graphs import chunk_tokens, cut_sizes_of, steps_of
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 
@@ -69,7 +69,9 @@ class Engine:
             "max_len": self.max_len,
             "max_wait_us": int(1e6 * s.max_wait),
             "step_budget": step_budget(s.step_ms, "cuda"),
-            "step_sizes": () if s.enforce_eager else extends_of(chunk_tokens(tokens, self.tp), self.max_len),
+            "step_sizes": ()
+            if s.enforce_eager
+            else cut_sizes_of(chunk_tokens(tokens, self.tp), self.max_len),
         }
 
     def describe(self) -> str:
