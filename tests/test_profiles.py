@@ -73,7 +73,7 @@ def test_python_takes_one_too() -> None:
     values = with_profile({"model": "x", "profile": "rollout", "max_wait": 1.0})
     config = EngineConfig(**values)
     assert (config.model, config.max_wait, config.max_num_seqs) == ("x", 1.0, rollout["max_num_seqs"])
-    assert with_profile({"model": "x"}) == {"model": "x"}
+    assert with_profile({"model": "x"}) == with_profile({"model": "x", "profile": "none"}) == {"model": "x"}
 
 
 def test_where_every_value_comes_from(

@@ -521,8 +521,8 @@ def make(cls: type, given: Mapping[str, Given]) -> Any:
 
 def with_profile(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of EngineConfig, and those of the profile that they name for all that they leave out. Raises ConfigError."""
-    if values.get("profile") is None:
-        return values
+    if str(values.get("profile")).lower() in ("none", "null"):
+        return {name: value for name, value in values.items() if name != "profile"}
     of_profile = make(EngineConfig, profile_layer(values["profile"]).values)
     return {f.name: getattr(of_profile, f.name) for f in dataclasses.fields(of_profile)} | values
 

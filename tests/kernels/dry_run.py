@@ -83,6 +83,9 @@ def names(found: list[Specialisation]) -> set[tuple[str, str, str]]:
 def random_steps(local: LocalDevice, count: int, tokens: int, context: int) -> None:
     """Prompts, resumed and replayed, alone and beside decodes, and decodes alone, on short contexts and long ones."""
     draw = random.Random(3)
+    shape = (local.model.config.hc_mult, local.model.config.hidden_size)
+    for rows in (5, 40, 90, 256):  # of a prompt whose log-probabilities are asked for
+        local.model.logits(torch.zeros((rows, *shape), dtype=torch.bfloat16))
     for _ in range(count):
         within = draw.choice([8, 64, context])
         length = draw.randint(1, min(tokens - 2, within - 1))

@@ -291,8 +291,8 @@ class LocalDevice:
             return hidden, np.arange(plan.rows), True
         batch, last = self._batch(plan)
         if self.extends is not None and self.graphs is not None and self.extends.takes(plan):
-            rows = np.flatnonzero(plan.row_samples)
-            self.graphs.mark((plan.row_start + plan.row_len - 1)[rows], plan.row_slab[rows])
+            if len(rows := np.flatnonzero(plan.row_samples)):
+                self.graphs.mark((plan.row_start + plan.row_len - 1)[rows], plan.row_slab[rows])
             return self.extends.hidden(batch), last, True
         return self.model.hidden(batch), last, False
 

@@ -17,6 +17,7 @@ import torch
 from dsv4.engine.sampler import KINDS, judge
 from dsv4.kernels.device import has_triton
 from dsv4.model.batch import Batch, Row
+from dsv4.plan.workspace import LOGIT_ROWS
 
 if TYPE_CHECKING:
     from dsv4.engine.device import LocalDevice
@@ -175,16 +176,16 @@ def _eager(device: LocalDevice, rows: list[Row]) -> None:
 
 
 def _draws(device: LocalDevice) -> None:
-    """Draws outside of a graph, and log-probabilities."""
+    """Draws outside of a graph, and log-probabilities, of prompts too."""
     model, slabs = device.model, len(device.page_table)
     shape = (model.config.hc_mult, model.config.hidden_size)
-    for rows in sorted({*(n for n in (1, 2, 3, 8, 15, 16, 17, 32, 64, 256) if n <= slabs), slabs}):
+    for rows in sorted({1, 2, 3, 8, 15, 16, 17, 32, 64, LOGIT_ROWS, slabs}):
         hidden = torch.zeros((rows, *shape), dtype=model.embed.dtype, device=device.device)
         at = torch.zeros(rows, dtype=torch.int64, device=device.device)
         logits = model.logits(hidden)
-        for kind in KINDS:
-            device.sampler.tokens(logits, at, at, kind)
         judge(logits, at, 5)
+        for kind in KINDS if rows <= slabs else ():
+            device.sampler.tokens(logits, at, at, kind)
 
 
 def _copies(device: LocalDevice) -> None:

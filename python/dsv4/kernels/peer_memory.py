@@ -77,7 +77,11 @@ def _driver() -> ctypes.CDLL:
 
 def _call(name: str, *arguments: object) -> None:
     """Raises OSError."""
-    if code := getattr(_driver(), name)(*arguments):
+    try:
+        function = getattr(_driver(), name)
+    except AttributeError:
+        raise OSError(f"the driver has no {name}") from None
+    if code := function(*arguments):
         text = ctypes.c_char_p()
         _driver().cuGetErrorName(code, ctypes.byref(text))
         raise OSError(f"{name} gave {(text.value or b'').decode() or code}")

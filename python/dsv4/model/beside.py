@@ -30,7 +30,7 @@ def _streams(index: int) -> tuple[torch.cuda.Stream, ...]:
 
 
 @contextmanager
-def streams(device: torch.device) -> Iterator[None]:
+def lanes(device: torch.device) -> Iterator[None]:
     """Within, `beside` takes streams of its own, on a GPU."""
     if device.type != "cuda":
         yield
@@ -46,11 +46,11 @@ def streams(device: torch.device) -> Iterator[None]:
 def beside(part: Callable[[], Result], lane: int) -> Callable[[], Result]:
     """Launches `part` on the stream of a lane, which has no other part that is not joined. The call that is given back joins: what is
     launched after it on the stream that called comes after the part, whose result it gives."""
-    lanes = _open.get()
-    if not lanes:
+    side_by_side = _open.get()
+    if not side_by_side:
         result = part()
         return lambda: result
-    here, side = torch.cuda.current_stream(), lanes[lane]
+    here, side = torch.cuda.current_stream(), side_by_side[lane]
     side.wait_stream(here)
     with torch.cuda.stream(side):
         result = part()

@@ -14,7 +14,7 @@ from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.model.attention import Attention, Codecs, Rope
 from dsv4.model.batch import Batch, resolved
-from dsv4.model.beside import streams
+from dsv4.model.beside import lanes
 from dsv4.model.config import ModelConfig
 from dsv4.model.moe import MoE
 from dsv4.model.norm import SharedNorm
@@ -192,7 +192,7 @@ class V4Model:
         [R] each, the page table and the newest tokens, all on the model's device. Nothing is read back, so a CUDA graph can hold it if no op
         is in `uncaptured` and `reserve(end)` was called."""
         step = decode_step(token_ids, positions, slabs, pages, end, self.geometry)
-        with streams(self.embed.device):
+        with lanes(self.embed.device):
             return self._through(step, newest)
 
     @torch.inference_mode()

@@ -281,8 +281,10 @@ class _Metrics:
         return sorted(counts.items())
 
     def uptime(self) -> float:
-        """Seconds since its process started."""
-        return max(time.time() - self.value("process_start_time_seconds"), 1.0)
+        """Seconds since its process started, or the first of several."""
+        self.value("process_start_time_seconds")  # which says what is wrong without any
+        started = min(s.value for s in self._samples if s.name == "process_start_time_seconds")
+        return max(time.time() - started, 1.0)
 
 
 def lines(workload: Workload, trace: Trace) -> Iterator[str]:

@@ -82,12 +82,14 @@ def norm_rope_kernel(
 
 
 MANY_ROWS = 1 << 20
+"""From so many rows on a program takes as many as it ever does: what `fixed` takes them for."""
 
 
 def tile(rows: int, block: int, *, fixed: bool = False) -> tuple[int, int]:
     """Rows of a program and its warps: about 16 values a thread, one row a program while rows are few, unless `fixed`: how a row's
     values are added up depends on it."""
-    most = max(1, min(2048 // block, MANY_ROWS // 1024 if fixed else rows // 1024))
+    rows = MANY_ROWS if fixed else rows
+    most = max(1, min(2048 // block, rows // 1024))
     n = 1 << (most.bit_length() - 1)
     return n, max(1, min(8, n * block // 512))
 
