@@ -145,8 +145,11 @@ def _in_stream(options: Options) -> Options:
 
 def _over(work: dist.Work | None) -> None:
     """Waits for it; what NCCL does in the current stream may be nothing to wait for."""
-    if work is not None:
-        work.wait()
+    try:
+        if work is not None:
+            work.wait()
+    finally:
+        del work  # which the traceback of an error would keep, and the group with it
 
 
 def ordered(parts: Tensor) -> Tensor:
