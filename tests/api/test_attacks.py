@@ -56,10 +56,11 @@ def slow_stream(server: RunningServer, s: socket.socket) -> None:
 
 
 def pipelining(server: RunningServer, s: socket.socket) -> None:
-    """Hundreds of requests at once, of whose answers none is read."""
+    """Hundreds of requests at once, of whose answers none is read; the first is a long one."""
+    text = json.dumps(BODY | {"max_tokens": 3000}).encode()
     with contextlib.suppress(BlockingIOError):
         s.setblocking(False)
-        s.send(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n" * 200)
+        s.send(HEAD % len(text) + text + b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n" * 200)
 
 
 def kept_alive(server: RunningServer, s: socket.socket) -> None:
@@ -101,8 +102,10 @@ def test_others_are_answered_meanwhile(tokenizer: Tokenizer, attack: Callable[..
 def test_probes_are_answered_where_every_connection_is_taken(
     tokenizer: Tokenizer, attack: Callable[..., None]
 ) -> None:
-    """Descriptors are kept back to answer with."""
-    with running(FakeEngine(tokenizer=tokenizer, max_model_len=10**5), max_connections=20, **HELD) as server:
+    """Descriptors are kept back to answer with. An answer takes minutes here: the kernel may take a whole one that nobody reads, and its
+    connection would give way then."""
+    engine = FakeEngine(tokenizer=tokenizer, max_model_len=10**5, step_seconds=0.05)
+    with running(engine, max_connections=20, **HELD) as server:
         with attacked(server, attack, 20):
             for path in ("/health", "/metrics"):
                 assert httpx.get(server.url + path, timeout=60).status_code == 200
