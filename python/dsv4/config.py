@@ -445,7 +445,7 @@ def layers(
     for layer in found[1:]:
         _check_known(layer.values, every)
     which = _merged(found).get("profile")
-    if which is not None and str(which.value).lower() not in ("none", "null"):
+    if which is not None and not _is_none(which.value):
         found.append(profile_layer(str(which.value), which.where))
     return found
 
@@ -519,9 +519,14 @@ def make(cls: type, given: Mapping[str, Given]) -> Any:
         raise ConfigError(f"{given[name].where if name in given else ''}{e}") from None
 
 
+def _is_none(profile: Any) -> bool:
+    """Whether a value of `profile` names none."""
+    return str(profile).lower() in ("none", "null")
+
+
 def with_profile(values: dict[str, Any]) -> dict[str, Any]:
     """Fields of EngineConfig, and those of the profile that they name for all that they leave out. Raises ConfigError."""
-    if str(values.get("profile")).lower() in ("none", "null"):
+    if _is_none(values.get("profile")):
         return {name: value for name, value in values.items() if name != "profile"}
     of_profile = make(EngineConfig, profile_layer(values["profile"]).values)
     return {f.name: getattr(of_profile, f.name) for f in dataclasses.fields(of_profile)} | values

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dsv4 import profiles
 from dsv4.cli.common import note
 from dsv4.cli.remote import Server, add_server
-from dsv4.cli.simulate import Progress
-from dsv4.cli.words import count, number, one_of
+from dsv4.cli.simulate import Progress, add_model, add_reading, add_times
+from dsv4.cli.words import count, number
 from dsv4.errors import ConfigError
 from dsv4.gpus import gpu
 
@@ -56,13 +56,7 @@ def add(kinds: Any) -> None:
     how.add_argument(
         "--output-tokens", type=count(), default=256, metavar="N", help="of an answer, of a dump [256]"
     )
-    how.add_argument(
-        "--time-unit", type=one_of("ms", "s"), default="ms", metavar="ms|s", help="of a trace [ms]"
-    )
-    how.add_argument(
-        "--hash-block", type=count(), default=512, metavar="N", help="tokens of an id of a trace [512]"
-    )
-    how.add_argument("--limit", type=count(), metavar="N", help="only a trace's first N requests")
+    add_reading(how)
     choose = parser.add_argument_group("choice")
     choose.add_argument(
         "--goal",
@@ -87,14 +81,7 @@ def add(kinds: Any) -> None:
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "-m",
-        "--model",
-        default="v4-flash",
-        metavar="MODEL",
-        help="v4-flash, v4-pro, or a directory [v4-flash]",
-    )
-    machine.add_argument("--gpu", default="b200", help="b200, h200, h100, … [b200]")
+    add_model(machine)
     machine.add_argument(
         "--tp",
         "--tensor-parallel-size",
@@ -106,10 +93,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--pool-gib", type=number(0, 1e6, open=True), metavar="X", help="page pool of each GPU [what is left]"
     )
-    machine.add_argument("--coefficients", metavar="FILE", help="step model as dsv4 calibrate measured it")
-    machine.add_argument(
-        "--step-model", metavar="X", help="a file of measured steps, or name=number,… (docs/simulate.md)"
-    )
+    add_times(machine)
 
 
 def run(arguments: argparse.Namespace) -> int:

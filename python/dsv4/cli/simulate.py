@@ -29,6 +29,47 @@ DEFAULTS = {"max_num_seqs": 64, "step_ms": "none"}
 INDEX_FORMATS = ("mxfp4", "fp8", "bfloat16", "float32")
 
 
+def add_model(group: Any) -> None:
+    """Which model on which GPU."""
+    group.add_argument(
+        "-m",
+        "--model",
+        default="v4-flash",
+        metavar="MODEL",
+        help="v4-flash, v4-pro, or a directory with config.json [v4-flash]",
+    )
+    group.add_argument("--gpu", default="b200", help="b200, h200, h100, … [b200]")
+
+
+def add_reading(group: Any) -> None:
+    """How a trace is read."""
+    group.add_argument("--limit", type=count(), metavar="N", help="only the first N requests of a trace")
+    group.add_argument(
+        "--hash-block", type=count(), default=512, metavar="N", help="tokens of a hash id of a trace [512]"
+    )
+    group.add_argument(
+        "--time-unit",
+        default="ms",
+        type=one_of("ms", "s"),
+        metavar="ms|s",
+        help="unit of timestamp and delay in the trace [ms]",
+    )
+
+
+def add_times(group: Any) -> None:
+    """Where step times come from."""
+    group.add_argument(
+        "--step-model",
+        metavar="X",
+        help="a JSONL file of measured steps to fit, or name=number,… to override (names: docs/simulate.md)",
+    )
+    group.add_argument(
+        "--coefficients",
+        metavar="FILE",
+        help="step model as `dsv4 calibrate` measured it; --gpu then says the memory alone",
+    )
+
+
 def add(commands: Any) -> None:
     defaults = EngineConfig.__dataclass_fields__
     snapshots, eviction = defaults["snapshot_policy"].default, defaults["eviction"].default
@@ -47,14 +88,7 @@ def add(commands: Any) -> None:
         "also packed with gzip; - is standard input",
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "-m",
-        "--model",
-        default="v4-flash",
-        metavar="MODEL",
-        help="v4-flash, v4-pro, or a directory with config.json [v4-flash]",
-    )
-    engine.add_argument("--gpu", default="b200", help="b200, h200, h100, … [b200]")
+    add_model(engine)
     engine.add_argument(
         "--profile",
         metavar="NAME|FILE",
@@ -134,30 +168,11 @@ def add(commands: Any) -> None:
     load.add_argument(
         "--rate", metavar="R", help="requests per second, or such as 2x: so many times the trace's [1x]"
     )
-    load.add_argument("--limit", type=count(), metavar="N", help="only the first N requests")
-    load.add_argument(
-        "--hash-block", type=count(), default=512, metavar="N", help="tokens of a hash id [512]"
-    )
-    load.add_argument(
-        "--time-unit",
-        default="ms",
-        type=one_of("ms", "s"),
-        metavar="ms|s",
-        help="unit of timestamp and delay in the trace [ms]",
-    )
+    add_reading(load)
     load.add_argument(
         "--sequential", action="store_true", help="one request at a time, no timing: the cache alone"
     )
-    load.add_argument(
-        "--step-model",
-        metavar="X",
-        help="a JSONL file of measured steps to fit, or name=number,… to override (names: docs/simulate.md)",
-    )
-    load.add_argument(
-        "--coefficients",
-        metavar="FILE",
-        help="step model as `dsv4 calibrate` measured it; --gpu then says the memory alone",
-    )
+    add_times(load)
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print JSON with timelines instead of a table")
     out.add_argument("--plot", metavar="FILE.png", help="memory and hit rate over time (needs matplotlib)")

@@ -118,12 +118,19 @@ class Attention:
         if scratch is not None and window.past is not None:
             rows = scratch
             ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
-        ops.write_rows(ops.linear(shared, self.wkv), self.kv_norm, *rope, self.eps, rows, window.target)
-        if self.compressor is not None:
-            self.compressor(x, step, block_rope)
-        if self.indexer is not None and self.indexer.compressor is not None:
-            self.indexer.compressor(x, step, block_rope)
+        ops.write_rows(self._kv(shared, step), self.kv_norm, *rope, self.eps, rows, window.target)
+        for compressor in (self.compressor, self.indexer and self.indexer.compressor):
+            if compressor is not None:
+                self._compress(compressor, x, step, block_rope)
         return rows
+
+    def _kv(self, shared: Tensor | Quantised, step: Step) -> Tensor:
+        """Key-value rows [T, D] of the step's tokens, before norm and rotation."""
+        return self.ops.linear(shared, self.wkv)
+
+    def _compress(self, compressor: Compressor, x: Tensor, step: Step, rope: Rope | None) -> None:
+        """Takes the step's tokens into a compressor."""
+        compressor(x, step, rope)
 
     def _compressed(self, query: Callable[[], tuple[Tensor, Tensor]] | None, step: Step, rope: Rope) -> tuple:
         """The history arguments of `sparse_attention`."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from dsv4.cache.rows import Rows
 from dsv4.model.attention import Attention, Rope
 from dsv4.model.batch import Batch, resolved
 from dsv4.model.beside import beside
+from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep, owners
 from dsv4.model.moe import MoE
@@ -71,7 +71,7 @@ class RankedAttention(Attention):
         """Of the local tokens [n, d] -> [n, d]."""
         ops, window, indexer = self.ops, step.window, self.indexer
         # A decode step, which alone has streams for it, says nothing to other ranks beside.
-        stored = beside(lambda: self._kept(x, shared, step, rope.all, block_rope, scratch), 0)
+        stored = beside(lambda: self._stored(x, shared, step, rope.all, block_rope, scratch), 0)
         _, qr = self.q_norm(ops.linear(shared, self.wq_a))
         queries = None if indexer is None else beside(lambda: indexer.query(x, qr), 1)
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
@@ -89,29 +89,12 @@ class RankedAttention(Attention):
             ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
         return y
 
-    def _kept(
-        self,
-        x: Tensor,
-        shared: Tensor | Quantised,
-        step: RankStep,
-        every: Rope,
-        block_rope: Rope | None,
-        scratch: Rows | None,
-    ) -> Rows:
-        """`Attention._stored`, of which every rank does all that it keeps. `every`: the rotations of all tokens."""
-        ops, window, rows = self.ops, step.window, self.window
-        if scratch is not None and window.past is not None:
-            rows = scratch
-            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
-        kv = step.places.all(ops.linear(shared, self.wkv))
-        ops.write_rows(kv, self.kv_norm, *every, self.eps, rows, window.target)
-        if self.compressor is not None:
-            self._compress(self.compressor, x, step, block_rope)
-        if self.indexer is not None and self.indexer.compressor is not None:
-            self._compress(self.indexer.compressor, x, step, block_rope)
-        return rows
+    def _kv(self, shared: Tensor | Quantised, step: RankStep) -> Tensor:  # type: ignore[override]
+        return step.places.all(super()._kv(shared, step))
 
-    def _compress(self, compressor: Any, x: Tensor, step: RankStep, rope: Rope | None) -> None:
+    def _compress(  # type: ignore[override]
+        self, compressor: Compressor, x: Tensor, step: RankStep, rope: Rope | None
+    ) -> None:
         """Every rank gets the pools of all rows, and the entries that it holds."""
         projected = self.ops.linear_f32(x, compressor.project)
         fold = step.folds.get(self.ratio)

@@ -9,7 +9,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -258,14 +258,14 @@ class _Metrics:
                 f"{url} answers no metrics of Prometheus: {' '.join(str(e).split())[:80]}"
             ) from None
 
-    def value(self, name: str) -> float:
-        """The sum over labels."""
+    def value(self, name: str, of: Callable[[list[float]], float] = sum) -> float:
+        """The sum over labels, or what `of` makes of them."""
         found = [s.value for s in self._samples if s.name in (name, f"{name}_total")]
         if not found:
             raise ConfigError(
                 f"{self._url} does not tell {name}; it takes a server with vLLM's metrics, such as dsv4's"
             )
-        return float(sum(found))
+        return float(of(found))
 
     def histogram(self, name: str) -> list[tuple[float, float]]:
         """(upper bound, count up to it), ascending."""
@@ -282,9 +282,7 @@ class _Metrics:
 
     def uptime(self) -> float:
         """Seconds since its process started, or the first of several."""
-        self.value("process_start_time_seconds")  # which says what is wrong without any
-        started = min(s.value for s in self._samples if s.name == "process_start_time_seconds")
-        return max(time.time() - started, 1.0)
+        return max(time.time() - self.value("process_start_time_seconds", min), 1.0)
 
 
 def lines(workload: Workload, trace: Trace) -> Iterator[str]:

@@ -118,8 +118,7 @@ def _run(
     """Launches a kernel: into `out` where one split does, else (or where there is no `out`) into what `portable.scratch` gives. `each`,
     `long`: as in the plain kernel."""
     total, heads, _ = q.shape
-    if history is None or entries is None or entries.most == 0:
-        history, entries, selected = None, None, None
+    history, entries, selected = portable.visible_part(history, entries, selected)
     key_blocks = portable.max_blocks(window_ids, entries, selected, 64)
     ctas = total * cdiv(heads, 64)
     if kernel is hopper_stream:

@@ -79,8 +79,7 @@ def partial_attention(
     """The op `partial_attention`: (o [T, h, D] in q's dtype, lse float32 [T, h]) over a part of the keys. `fixed`: a split has
     LONGEST blocks of a token, however many tokens there are."""
     if fixed:
-        used = entries if history is not None and entries is not None and entries.most else None
-        splits = cdiv(max_blocks(window_ids, used, selected if used else None, _BN), LONGEST)
+        splits = cdiv(max_blocks(window_ids, *visible_part(history, entries, selected)[1:], _BN), LONGEST)
     partial, sums = _run(
         q, None, scale, None, tokens, window, window_ids, history, entries, selected, None, splits, each=LONGEST * fixed,
     )  # fmt: skip
@@ -102,6 +101,15 @@ def merge_attention(
     out = torch.empty(o.shape[1:], dtype=o.dtype, device=o.device)
     _join(o.contiguous(), lse.contiguous(), sink, (cos, sin), out, None, ranks=True, ordered=fixed)
     return out
+
+
+def visible_part(
+    history: RowSource | None, entries: EntryTable | None, selected: Tensor | None
+) -> tuple[RowSource | None, EntryTable | None, Tensor | None]:
+    """The history that is read: none where no token sees an entry."""
+    if history is None or entries is None or entries.most == 0:
+        return None, None, None
+    return history, entries, selected
 
 
 LONGEST = 16
@@ -126,8 +134,7 @@ def by_length(
     """Sparse attention in which a token's keys decide alone how its sum is cut: window and selected entries are one part; where
     all visible entries are read, a token with up to LONGEST blocks of `size` keys is one part and another has a part for each LONGEST,
     added in order. `run` is the `_run` of a backend."""
-    if history is None or entries is None or entries.most == 0:
-        history, entries, selected = None, None, None
+    history, entries, selected = visible_part(history, entries, selected)
     out = torch.empty_like(q)
     table = (window, window_ids, history, entries, selected)
     blocks = max_blocks(window_ids, entries, selected, size)
@@ -171,8 +178,7 @@ def _run(
     """Launches `_attend`: into `out` where one split does, else (or where there is no `out`) partial results and log2 sums
     as `scratch` gives them, which are [T, splits, h, D] and [T, splits, h] then. `each`, `long`: as in the kernel."""
     total, heads, dim = q.shape
-    if history is None or entries is None or entries.most == 0:
-        history, entries, selected = None, None, None
+    history, entries, selected = visible_part(history, entries, selected)
     key_blocks = max_blocks(window_ids, entries, selected, _BN)
     block_heads = min(64, max(16, next_pow2(heads)))
     head_blocks = cdiv(heads, block_heads)
