@@ -29,6 +29,7 @@ pytest.importorskip("triton")
 
 from dsv4.kernels.gluon import attention, fits, hopper_attention, hopper_stream
 from dsv4.kernels.triton import attention as portable
+from dsv4.kernels.triton import merge
 from dsv4.kernels.triton.common import cdiv, next_pow2
 
 SPARSE_ATTENTION = REGISTRY.load("sparse_attention", "gluon", Machine("cuda", 9))
@@ -289,11 +290,11 @@ def _attend(
     )  # fmt: skip
     if part:
         o, natural = torch.empty(q.shape, device=DEVICE), torch.empty(q.shape[:2], device=DEVICE)
-        portable._join(partial.to(DEVICE), lse.to(DEVICE), None, None, o, natural, ranks=False)
+        merge.join(partial.to(DEVICE), lse.to(DEVICE), None, None, o, natural, ranks=False)
         return o.cpu(), natural.cpu()
     if splits > 1:
         merged = torch.empty(q.shape, device=DEVICE)  # of the interpreter's bfloat16 we ask nothing
-        portable.merge(
+        merge.merge(
             *(t.to(DEVICE) for t in (partial, lse, *(case[n] for n in ("sink", "cos", "sin")))), merged
         )
         return merged.cpu()
@@ -485,7 +486,7 @@ def test_which_kernel_is_taken(
     monkeypatch.setattr(fits, "multiprocessors", lambda: 2)
     monkeypatch.setattr(hopper_stream, "attend", launch("stays"))
     monkeypatch.setattr(hopper_attention, "attend", launch("one item"))
-    monkeypatch.setattr(portable, "merge", lambda *args: None)
+    monkeypatch.setattr(attention, "merge", lambda *args: None)
     case = full_width(((300, tokens),), **options)
     SPARSE_ATTENTION(**case, splits=splits)
     items = tokens * cdiv(options.get("heads", 64), 64)

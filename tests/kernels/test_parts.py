@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dsv4.backends import choose
-from dsv4.kernels.triton import attention, indexer, topk
+from dsv4.kernels.triton import attention, indexer, merge, topk
 
 from tests.kernels.device import DEVICE
 from tests.kernels.test_attention import make
@@ -39,7 +39,7 @@ def test_partial_attention(form: str, k: int | None, splits: int | None) -> None
 def test_merged_parts_in_bfloat16() -> None:
     args = case("merge_attention", 5)
     args["o"] = args["o"].bfloat16()
-    got = attention.merge_attention(**moved(args, DEVICE))
+    got = merge.merge_attention(**moved(args, DEVICE))
     assert got.dtype == torch.bfloat16
     assert (got.cpu().float() - REFERENCE.merge_attention(**args).float()).abs().max() <= 2e-2
 

@@ -20,6 +20,7 @@ from dsv4.kernels.gluon import blackwell_attention, hopper_attention, hopper_str
 from dsv4.kernels.gluon.forms import BLOCK, MOST_BLOCKS
 from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.merge import joined, merge
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
 
@@ -60,7 +61,7 @@ def _attend(
         times,
     )
     if partial.dim() == 4:
-        portable.merge(partial, lse, sink, cos, sin, out)
+        merge(partial, lse, sink, cos, sin, out)
     return out
 
 
@@ -93,7 +94,7 @@ def partial_attention(
         splits,
         None,
     )
-    return portable.joined(parts, sums, q)
+    return joined(parts, sums, q)
 
 
 def _run(

@@ -111,7 +111,7 @@ FORMS = [
     *(
         form
         for op, module, scratch in (
-            ("merge_attention", "attention", ()),
+            ("merge_attention", "merge", ()),
             ("index_candidates", "indexer", (INDEX_SCRATCH,)),
             ("rmsnorm", "norm", ()),
             ("norm_rope", "norm", ()),
