@@ -19,7 +19,7 @@ from dsv4.model.config import ModelConfig
 from benches import grammar_step
 from benches.engine import __main__ as bench
 from benches.engine import report, vllm
-from benches.engine.driver import Driver
+from benches.engine.driver import Driver, by_kernel
 from benches.engine.limits import Limits, Rates
 from benches.engine.model import flash
 from benches.engine.parts import PARTS, Shapes, parts
@@ -221,3 +221,20 @@ def test_flash_may_have_all_its_layers() -> None:
     whole, eight = (ModelConfig.from_dir(flash(n)) for n in (43, 8))
     assert (whole.num_layers, eight.num_layers) == (43, 8)
     assert len(whole.compress_ratios) == 43 and eight.compress_ratios == (4, 128) * 4
+
+
+def test_where_a_steps_time_goes_is_by_kernel_and_short() -> None:
+    torchs = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, 3>(int)"
+    launched = [("mine", 2.0), (torchs, 1.0), ("mine", 4.0), ("Memcpy HtoD", 0.5)]
+    rows = by_kernel(launched, 2)
+    assert rows[0] == {"kernel": "mine", "launches": 1.0, "us": 3.0}
+    assert rows[1]["kernel"] == "vectorized_elementwise_kernel CUDAFunctor_add"
+    many = [{"kernel": f"k{i}", "launches": 1.0, "us": 2.0} for i in range(report.MOST + 3)]
+    found = {
+        "model": "m",
+        "device": "d",
+        "rates": {},
+        "where": [{"part": "decode", "rows": 8, "kernels": many}],
+    }
+    text = report.table(found)
+    assert "### A step of decode, rows 8: its kernels" in text and "| 3 others | 3.0 | 6.0 |" in text

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -111,10 +112,17 @@ class Run:
                 self.found.setdefault("left out", []).append(part.name)
                 continue
             try:
+                driver.where = []
                 figures = part.run(driver) | {"against": part.against}
                 if limits is not None:
                     figures["limit_ms"] = part.limit(limits)
                 self.keep(part.name, figures)
+                if driver.where:
+                    of = {k: figures[k] for k in ("rows", "context", "tokens") if k in figures}
+                    self.found.setdefault("where", []).append(
+                        {"part": part.name, **of, "kernels": driver.where}
+                    )
+                    self.write()
             except Exception:
                 self.failed(part.name)
                 driver.clear()
@@ -201,6 +209,8 @@ def limits_of(engine: Engine, run: Run) -> Limits | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parsed(argv)
+    # What a start spends its time on, line by line.
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8.0f ms %(name)s: %(message)s")
     run = Run(args, list(sys.argv[1:] if argv is None else argv))
     cache = tempfile.mkdtemp() if not (args.keep_cache or args.alone) else None
     if cache is not None:

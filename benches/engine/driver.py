@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from itertools import count
@@ -81,6 +82,8 @@ class Driver:
     def __init__(self, engine: Engine, *, steps: int = 60, seed: int = 5) -> None:
         """`steps`: decode steps that are timed."""
         self.engine, self.steps = engine, steps
+        self.where: list[dict[str, Any]] = []
+        """What the GPU did in the steps that `busy` saw last, of each kernel and kind of copy: launches and microseconds a step, the most first."""
         self.rng = np.random.default_rng(seed)
 
     def ids(self, n: int) -> np.ndarray:
@@ -119,12 +122,28 @@ class Driver:
                 self.engine.step()
             torch.cuda.synchronize()
         on_gpu = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        self.where = by_kernel([(e.name, e.time_range.end - e.time_range.start) for e in on_gpu], steps)
         spans = sorted((e.time_range.start, e.time_range.end) for e in on_gpu)
         total, end = 0.0, float("-inf")
         for begun, ended in spans:
             total += max(0.0, ended - max(begun, end))
             end = max(end, ended)
         return {"busy_ms": total / 1e3 / steps, "kernels": len(spans) / steps}
+
+
+def by_kernel(launched: list[tuple[str, float]], steps: int) -> list[dict[str, Any]]:
+    """Of launches (name, microseconds) in so many steps: `kernel`, `launches` and `us` a step, the most first. Kernels of torch have long names,
+    of which the operation is kept."""
+    found: dict[str, list[float]] = {}
+    for name, us in launched:
+        found.setdefault(_short(name), []).append(us)
+    rows = [{"kernel": k, "launches": len(us) / steps, "us": sum(us) / steps} for k, us in found.items()]
+    return [rounded(row) for row in sorted(rows, key=lambda row: -float(row["us"]))]
+
+
+def _short(name: str) -> str:
+    functions = re.findall(r"(\w*(?:Functor|_kernel|Kernel|_cuda)\w*)", name)
+    return " ".join(dict.fromkeys(functions))[:80] if name.startswith("void ") and functions else name[:80]
 
 
 def rounded(figures: dict[str, Any]) -> dict[str, Any]:

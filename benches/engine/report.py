@@ -103,11 +103,33 @@ def table(found: dict[str, Any]) -> str:
             times = f"{row[against] / row['limit_ms']:.2f}" if row.get("limit_ms") and against in row else ""
             peer = _peer(part, row, found) if against else None
             out.append(_line([*(row.get(k, "") for k in columns), times, "" if peer is None else peer]))
+    for where in found.get("where", []):
+        out += ["", *_where(where)]
     if left := found.get("left out"):
         out += ["", f"Left out, as there was no time: {', '.join(left)}."]
     if failed := found.get("failed"):
         out += ["", *(f"Failed: {x['part']}: {x['error']}" for x in failed)]
     return "\n".join(out) + "\n"
+
+
+MOST = 30
+"""Kernels of a step that are listed; the JSON has all."""
+
+
+def _where(where: dict[str, Any]) -> list[str]:
+    """Where the time of a part's steps goes. Kernels beside each other count both."""
+    of = ", ".join(f"{k} {v}" for k, v in where.items() if k not in ("part", "kernels"))
+    rows, rest = where["kernels"][:MOST], where["kernels"][MOST:]
+    if rest:
+        sums = {k: round(sum(row[k] for row in rest), 3) for k in ("launches", "us")}
+        rows = [*rows, {"kernel": f"{len(rest)} others", **sums}]
+    return [
+        f"### A step of {where['part']}, {of}: its kernels",
+        "",
+        _line(["kernel", "launches a step", "microseconds a step"]),
+        _line(["---"] * 3),
+        *(_line([row["kernel"], row["launches"], row["us"]]) for row in rows),
+    ]
 
 
 def _line(cells: list[Any]) -> str:
