@@ -90,10 +90,22 @@ def test_packing_keeps_size_and_sees_wide_rows() -> None:
     )  # hidden 64 is padded to 128
     codes, scales, _ = fp4((8, 64), _g())
     scales[3] = torch.tensor([100, 112])
-    assert not moe_pack.pack_rows(codes, scales)[3]
+    assert not moe_pack.pack_rows(codes[None], scales[None])[3]
     codes[3, :16] = 0x80  # minus zero and zero: their scale does not matter
-    assert moe_pack.pack_rows(codes, scales)[3]
+    assert moe_pack.pack_rows(codes[None], scales[None])[3]
     assert w1.shape == (4, 64, 128)
+
+
+def test_experts_are_packed_some_at_a_time_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = ((5, 96, 64), (5, 96, 64), (5, 64, 96))
+    stacks = [t for shape in shapes for t in fp4(shape, _g(7))[:2]]
+    whole = moe_pack.pack(*stacks)
+    monkeypatch.setattr(moe_pack, "_AT_ONCE", 2 * 2 * stacks[0][0].nbytes)  # two at a time, then one
+    parts = moe_pack.pack(*stacks)
+    for name in ("w13", "s13", "b13", "w2", "s2", "b2"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+        assert not torch.equal(getattr(whole, name)[0], getattr(whole, name)[3]), name
+    assert parts.absorb == whole.absorb
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def _g(seed: int = 0) -> torch.Generator:
 
 def test_packed_words_hold_channels_in_the_order_of_the_codes() -> None:
     codes, scales, values = fp4((128, 128), _g(), low=120, high=121)
-    words = moe_pack.pack_rows(codes, scales)[0].view(torch.int32)[0]  # [2, 128, 8]
+    words = moe_pack.pack_rows(codes[None], scales[None])[0][0].view(torch.int32)[0]  # [2, 128, 8]
     shift = torch.arange(4, dtype=torch.int32)
     low = (words[..., None] >> 4 * shift) & 7, (words[..., None] >> 8 * shift + 7) & 1
     high = (words[..., None] >> 4 * shift + 16) & 7, (words[..., None] >> 8 * shift + 3) & 1

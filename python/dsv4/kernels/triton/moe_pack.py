@@ -26,6 +26,10 @@ log = logging.getLogger("dsv4.kernels")
 SPAN = 11
 """Binary orders of magnitude that a row's scales may span to be taken into the lookup table."""
 
+_AT_ONCE = 1 << 25
+"""Bytes of codes that are repacked at a time: what is taken meanwhile is some 30 times that, and a launch for each expert alone takes the host
+longer than the GPU."""
+
 
 @triton.jit
 def _expand(wp, a0, b0, a1, b1):
@@ -90,14 +94,14 @@ def _group_scale(s, g: tl.constexpr):
     return (((s >> (8 * g)) & 255) << 23).to(tl.float32, bitcast=True)
 
 
-def pack_rows(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
-    """Checkpoint rows of one expert, codes uint8 [N, K / 2] (low nibble first) and ue8m0 scales [N, K / 32], as tiles uint8
-    [N / 128, K / 64, 128, 32], scales int32 [N / 128, K / 128, 128], the rows' lowest scales uint8 [N / 128, 128], and
+def pack_rows(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Checkpoint rows of experts, codes uint8 [E, N, K / 2] (low nibble first) and ue8m0 scales [E, N, K / 32], as tiles uint8
+    [E, N / 128, K / 64, 128, 32], scales int32 [E, N / 128, K / 128, 128], the rows' lowest scales uint8 [E, N / 128, 128], and bool []:
     whether every row spans at most SPAN. N and K are rounded up to 128; the padding is zero.
     """
-    pad_n, pad_k = -codes.shape[0] % 128, -(2 * codes.shape[1]) % 128
-    codes = torch.nn.functional.pad(codes, (0, pad_k // 2, 0, pad_n))
-    scales = torch.nn.functional.pad(scales, (0, pad_k // 32, 0, pad_n))
+    experts, pad_n, pad_k = len(codes), -codes.shape[1] % 128, -(2 * codes.shape[2]) % 128
+    codes = torch.nn.functional.pad(codes, (0, pad_k // 2, 0, pad_n)).flatten(0, 1)
+    scales = torch.nn.functional.pad(scales, (0, pad_k // 32, 0, pad_n)).flatten(0, 1)
     n, k = codes.shape[0], 2 * codes.shape[1]
     v = torch.stack((codes & 15, codes >> 4), -1).view(n // 128, 128, k // 64, 2, 8, 4).int()
     shift = torch.arange(4, dtype=torch.int32, device=codes.device)
@@ -112,17 +116,19 @@ def pack_rows(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor, bo
     lowest = torch.where(empty, 255, used).amin(-1)
     highest = torch.where(empty, 0, used).amax(-1)
     lowest = torch.where(lowest == 255, 127, lowest)
-    narrow = bool(((highest - lowest) <= SPAN).all())
+    narrow = ((highest - lowest) <= SPAN).all()
     used = torch.where(empty, lowest[:, None], used).to(torch.uint8)
     packed = used.view(n // 128, 128, k // 128, 4).permute(0, 2, 1, 3).contiguous().view(torch.int32)[..., 0]
-    return tiles, packed.contiguous(), lowest.to(torch.uint8).view(n // 128, 128), narrow
+    lowest = lowest.to(torch.uint8).view(n // 128, 128)
+    tiles, packed, lowest = (x.unflatten(0, (experts, -1)) for x in (tiles, packed, lowest))
+    return tiles, packed, lowest, narrow
 
 
 def alternate(w1: Tensor, w3: Tensor) -> Tensor:
-    """[N, ...] twice -> [2 N, ...] in runs of 8 rows; N is padded to a multiple of 128."""
-    pad = (0, 0) * (w1.dim() - 1) + (0, -len(w1) % 128)
+    """[E, N, ...] twice -> [E, 2 N, ...] in runs of 8 rows; N is padded to a multiple of 128."""
+    pad = (0, 0) * (w1.dim() - 2) + (0, -w1.shape[1] % 128)
     w1, w3 = torch.nn.functional.pad(w1, pad), torch.nn.functional.pad(w3, pad)
-    return torch.stack((w1.unflatten(0, (-1, 8)), w3.unflatten(0, (-1, 8))), 1).flatten(0, 2)
+    return torch.stack((w1.unflatten(1, (-1, 8)), w3.unflatten(1, (-1, 8))), 2).flatten(1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +159,17 @@ def prepare(w: Gated) -> PackedExperts | Gated:
 
 
 def pack(w1: Tensor, s1: Tensor, w3: Tensor, s3: Tensor, w2: Tensor, s2: Tensor) -> PackedExperts:
-    """Codes uint8 [E, out, in / 2] and scales uint8 [E, out, in / 32] of a layer's experts, repacked one by one."""
+    """Codes uint8 [E, out, in / 2] and scales uint8 [E, out, in / 32] of a layer's experts, repacked a few at a time."""
     stacks: list[Tensor] = []
-    absorb = True
-    for e in range(len(w1)):
-        first = pack_rows(alternate(w1[e], w3[e]), alternate(s1[e], s3[e]))
-        second = pack_rows(w2[e], s2[e])
+    spans: list[Tensor] = []
+    each = max(1, _AT_ONCE // (2 * w1[0].nbytes))
+    for at in range(0, len(w1), each):
+        some = slice(at, at + each)
+        first = pack_rows(alternate(w1[some], w3[some]), alternate(s1[some], s3[some]))
+        second = pack_rows(w2[some], s2[some])
         parts = (*first[:3], *second[:3])
-        stacks = stacks or [p.new_empty((len(w1), *p.shape)) for p in parts]
+        stacks = stacks or [p.new_empty((len(w1), *p.shape[1:])) for p in parts]
         for stack, part in zip(stacks, parts, strict=True):
-            stack[e] = part
-        absorb &= first[3] and second[3]
-    return PackedExperts(*stacks, w2.shape[1], absorb)
+            stack[some] = part
+        spans += [first[3], second[3]]
+    return PackedExperts(*stacks, w2.shape[1], bool(torch.stack(spans).all()))
