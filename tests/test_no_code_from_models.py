@@ -58,6 +58,8 @@ WORDS = {"trust_remote_code", "allow_pickle"}
 ALLOWED: dict[str, set[str]] = {
     # What kernels to compile, from this process to one that it has just started, over that one's standard input.
     "kernels/compiling.py": {"pickle"},
+    # The same list, in the user's own cache of compiled kernels.
+    "kernels/known.py": {"pickle"},
 }
 """By file, what it may do in spite of all."""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 # ruff: noqa: E402
 import random
 import sys
+import tempfile
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -23,6 +24,7 @@ from dsv4.engine import warmup
 from dsv4.engine.device import LocalDevice
 from dsv4.engine.ranked import RankDevice
 from dsv4.kernels.compiling import COMPILATIONS, Specialisation
+from dsv4.kernels.known import Known
 from dsv4.model.batch import Row
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import UNIT
@@ -117,6 +119,12 @@ def main() -> None:
     with COMPILATIONS.dry() as first:
         local = device(ranks, tokens, context, deterministic=sys.argv[2:] == ["deterministic"])
         warmup.rehearse(local, longest, context)
+    with tempfile.TemporaryDirectory() as folder:
+        Known("these steps", Path(folder)).keep(COMPILATIONS.needed)
+        kept = Known("these steps", Path(folder)).recall()
+        assert kept is not None and [spec.digest() for spec, _ in kept] == [spec.digest() for spec in first]
+        assert [call for _, call in kept] == [call for _, call in COMPILATIONS.needed]
+        assert Known("others", Path(folder)).recall() is None
     with COMPILATIONS.dry() as later:
         random_steps(local, 12, tokens, context)
         many_prompts(local, longest, context)

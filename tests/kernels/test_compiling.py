@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("triton")
 
 from dsv4.kernels.compiling import Compilations, build_launcher, compile_all
+from dsv4.kernels.known import Known
 from triton.runtime.jit import JITFunction
 
 
@@ -85,6 +86,55 @@ def test_launchers_are_built_where_triton_has_one_for_each_signature(
         monkeypatch.setattr(driver, "make_launcher", None, raising=False)
     build_launcher("source", "metadata")
     assert built == ([("source", "metadata")] if gpu and by_signature else [])
+
+
+def test_a_list_that_is_cut_or_of_other_settings_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, needed = Known("a model", tmp_path / "new"), [("a kernel", ("its", "call"))]
+    assert known.recall() is None
+    known.keep(needed)  # type: ignore[arg-type]
+    assert Known("a model", tmp_path / "new").recall() == needed
+    assert Known("another", tmp_path / "new").recall() is None
+    monkeypatch.setenv("TRITON_SOME_SETTING", "1")
+    assert Known("a model", tmp_path / "new").recall() is None
+    known.path.write_bytes(known.path.read_bytes()[:-3])
+    assert known.recall() is None
+    assert list((tmp_path / "new").iterdir()) == [known.path]
+
+
+class _Agreeing:
+    """As much of a device as is asked whether all ranks know."""
+
+    def __init__(self, others: bool) -> None:
+        self.others = others
+
+    def all_agree(self, yes: bool) -> bool:
+        return yes and self.others
+
+
+@pytest.mark.parametrize(
+    ("compiled", "others", "again"), [(True, True, True), (False, True, False), (True, False, False)]
+)
+def test_a_start_takes_an_earlier_ones_list_if_all_is_compiled_and_every_rank_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool, others: bool, again: bool
+) -> None:
+    from dsv4.engine.warmup import _found_before
+    from dsv4.kernels.compiling import COMPILATIONS
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(COMPILATIONS, "needed", [])
+    known = Known("a model", tmp_path)
+    device: Any = _Agreeing(others)
+    assert _found_before(device, known) == []
+    specs: list[Any] = [_Spec("a"), _Spec("b")]
+    known.keep([(spec, ()) for spec in specs])
+    if compiled:
+        compile_all(specs, processes=1)
+    found: list[Any] = list(_found_before(device, known))
+    assert [spec.name for spec in found] == (["a", "b"] if again else [])
+    assert len(COMPILATIONS.needed) == len(found)
 
 
 class _Spec:

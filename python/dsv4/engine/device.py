@@ -217,6 +217,13 @@ class LocalDevice:
         self.cache.slabs.zero_()
         self.cache.reset(range(len(self.page_table)))
 
+    rank_of = (0, 1)
+    """Its rank, of how many."""
+
+    def all_agree(self, yes: bool) -> bool:
+        """Whether it is yes on every rank."""
+        return yes
+
     def rehearse(self) -> None:
         """What launches kernels beside steps, draws and copies, once."""
 

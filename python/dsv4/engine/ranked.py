@@ -104,6 +104,14 @@ class RankDevice(LocalDevice):
         self._captured = found[2]
         return found
 
+    @property
+    def rank_of(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.model.rank.rank, self.model.rank.ranks
+
+    def all_agree(self, yes: bool) -> bool:
+        said = self.model.rank.gather(torch.tensor([yes], dtype=torch.uint8, device=self.device))
+        return bool(said.all())
+
     def rehearse(self) -> None:
         """Messages of each length that kernels differ by, as steps send them to each other."""
         for size in (24, 64):

@@ -1,5 +1,6 @@
 """Everything that a request can need is compiled and captured before the first one: a dry run of every kind of step finds the
-kernels, processes compile them beside each other, they are loaded (`dsv4.kernels.compiling`), and graphs are captured.
+kernels, or an earlier start has (`dsv4.kernels.known`), processes compile them beside each other, they are loaded (`dsv4.kernels.compiling`),
+and graphs are captured.
 
 A dry run takes one layer of each kind, as layers of a kind launch the same kernels.
 """
@@ -22,6 +23,8 @@ from dsv4.plan.workspace import LOGIT_ROWS
 if TYPE_CHECKING:
     from dsv4.engine.device import LocalDevice
     from dsv4.engine.progress import Progress
+    from dsv4.kernels.compiling import Specialisation
+    from dsv4.kernels.known import Known
     from dsv4.model.v4 import Layer
 
 log = logging.getLogger("dsv4.engine")
@@ -32,20 +35,54 @@ def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int, progres
     no request: it writes pages and state, and what is in them afterwards means nothing."""
     if not has_triton():
         return
-    from dsv4.kernels.compiling import COMPILATIONS, compile_all
+    from dsv4.kernels.compiling import COMPILATIONS, cache_dir, compile_all
+    from dsv4.kernels.known import Known
 
     begun = time.perf_counter()
-    with COMPILATIONS.dry() as found:
-        rehearse(device, step_tokens, max_len)
-    device.forget()
+    known = Known(_said(device, step_tokens, max_len), cache_dir() / "dsv4")
+    found, how = _found_before(device, known), "as an earlier start found"
+    if not (again := bool(found)):
+        with COMPILATIONS.dry() as found:
+            rehearse(device, step_tokens, max_len)
+        device.forget()
+        how = "as a dry run found"
     collected = time.perf_counter()
-    log.info("%d kernels are needed; found in %.1f s", len(found), collected - begun)
+    log.info("%d kernels are needed, %s in %.1f s", len(found), how, collected - begun)
     compiled = compile_all(found, lambda done, total, what: progress(done, total, what, "kernels"))
+    if not again:
+        known.keep(COMPILATIONS.needed)
     loading = time.perf_counter()
     COMPILATIONS.load()
     log.info(
         "compiled %d kernels in %.1f s, loaded %d in %.1f s",
         compiled, loading - collected, len(found), time.perf_counter() - loading,
+    )  # fmt: skip
+
+
+def _found_before(device: LocalDevice, known: Known) -> list[Specialisation]:
+    """What an earlier start needed, if all of it lies compiled in the cache; nothing unless every rank knows, as in a dry run ranks talk."""
+    from dsv4.kernels.compiling import COMPILATIONS, compiled_already
+
+    needed = known.recall()
+    found = [spec for spec, _ in needed or ()]
+    if not device.all_agree(bool(found) and compiled_already(found)) or needed is None:
+        return []
+    COMPILATIONS.needed = needed
+    return found
+
+
+def _said(device: LocalDevice, step_tokens: int, max_len: int) -> str:
+    """All that decides which kernels a device's steps need, beside code and machine. Of the number of pages, which may differ a little from
+    start to start, only what kernels are specialised by."""
+    model, cache, graphs, extends = device.model, device.cache, device.graphs, device.extends
+    layout = [(c.name, c.format, c.rows, c.row_bytes) for c in cache.layout.components]
+    sizes: tuple[object, ...] = () if graphs is None else (graphs.sizes, graphs.contexts)
+    sizes += () if extends is None else (extends.sizes, extends.rows, extends.contexts)
+    return repr(
+        (
+            type(device).__name__, device.rank_of, model.config, model.embed.dtype, model.ops.describe(), layout,
+            len(cache.pages) % 16, len(cache.pages).bit_length(), cache.slabs.shape, device.page_table.shape, sizes, step_tokens, max_len,
+        )
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +81,10 @@ class Specialisation:
         _mark(self).touch()
 
 
+Needed = tuple[Specialisation, tuple[Any, ...]]
+"""A specialisation, and the arguments after the function with which Triton compiles or loads it."""
+
+
 def build_launcher(source: Any, metadata: Any) -> None:
     """Up to Triton 3.6 each signature has a launcher in C, which a compiler takes a tenth of a second for: that goes into the cache on disk too.
     It is linked with the driver, so only a machine with a GPU can do that."""
@@ -114,8 +118,9 @@ class Compilations:
 
     def __init__(self) -> None:
         self.count, self.ready = 0, False
-        self._waiting: list[tuple[Specialisation, Any, tuple[Any, ...]]] = []
-        self._collected: dict[Any, tuple[Specialisation, Any, tuple[Any, ...]]] | None = None
+        self.needed: list[Needed] = []
+        """What `load` loads: what the last dry run found, or what is put here."""
+        self._collected: dict[Any, Needed] | None = None
         self._original: Any = None
 
     def watch(self) -> None:
@@ -150,8 +155,8 @@ class Compilations:
             yield found
         finally:
             torch.empty, torch.empty_like = empty, empty_like
-            found += [spec for spec, *_ in self._collected.values()]
-            self._waiting = list(self._collected.values())
+            self.needed = list(self._collected.values())
+            found += [spec for spec, _ in self.needed]
             self._collected = None
 
     def _collect(
@@ -167,20 +172,20 @@ class Compilations:
             dict(options.__dict__), (target.backend, target.arch, target.warp_size),
         )  # fmt: skip
         call = (key, signature, device, constants, options, attributes, warmup)
-        self._collected[known] = (spec, function, call)  # type: ignore[index]
+        self._collected[known] = (spec, call)  # type: ignore[index]
 
     def all_ready(self) -> None:
         """Counts from 0 on; what is compiled from now on is told."""
         self.count, self.ready = 0, True
 
     def load(self) -> None:
-        """What the last dry run found, from the cache on disk into this process and onto the GPU. What is not there is compiled."""
-        for _, function, call in self._waiting:
-            name_callees_first(function)
-            kernel = self._original(function, *call)
+        """What is `needed`, from the cache on disk into this process and onto the GPU. What is not there is compiled."""
+        self.watch()
+        for spec, call in self.needed:
+            kernel = self._original(spec.function(), *call)
             if kernel is not None and hasattr(kernel, "_init_handles"):
                 kernel._init_handles()
-        self._waiting = []
+        self.needed = []
 
 
 COMPILATIONS = Compilations()
@@ -207,10 +212,15 @@ def _alone() -> Iterator[None]:
         yield
 
 
+def compiled_already(found: Iterable[Specialisation]) -> bool:
+    """Whether the cache on disk has all of it."""
+    return all(_mark(spec).exists() for spec in found)
+
+
 def compile_all(found: list[Specialisation], progress: Progress | None = None, processes: int | None = None) -> int:  # fmt: skip
     """Compiles what the cache on disk lacks, in `processes` (default: one a processor) beside each other. Gives their number. Raises what
     the compiler raises."""
-    if all(_mark(spec).exists() for spec in found):
+    if compiled_already(found):
         return 0
     with _alone():
         missing = [spec for spec in found if not _mark(spec).exists()]
