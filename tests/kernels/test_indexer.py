@@ -135,14 +135,10 @@ def _scores(args: dict[str, Any], t: int, row: int) -> torch.Tensor:
     return (torch.relu(keys.read(ids).double() @ q.T) * args["weights"][t].double()).sum(1)
 
 
-@on_gpu
-@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
-@pytest.mark.parametrize(
-    ("starts", "length"),
-    [((4000, 40_000, 9000), 1), ((150_000, 3), 1), ((40_000, 20), 97), ((1_048_000,), 3)],
-)
-def test_selection_at_full_width(form: str, starts: tuple[int, ...], length: int) -> None:
-    """What is selected scores at least as much as what is not, up to the rounding of the tensor cores; every backend."""
+def wide(
+    form: str, starts: tuple[int, ...], length: int, per_page: int = 64
+) -> tuple[dict[str, Any], list[int]]:
+    """Arguments of `index_select` on the GPU at V4's widths, of `length` tokens behind each of `starts`, and the row of each token."""
     from dsv4.model.batch import Batch, Row
     from dsv4.model.step import Geometry, build_step
 
@@ -152,17 +148,17 @@ def test_selection_at_full_width(form: str, starts: tuple[int, ...], length: int
         rows.append(Row(slab, start, length, offset))
         offset += length
     positions = torch.cat([torch.arange(r.start, r.start + r.length) for r in rows])
-    blocks = -(-(max(starts) + length) // 256)
+    blocks = -(-(max(starts) + length) // (4 * per_page))
     table = torch.randperm(count * blocks).int().view(count, blocks)
     nothing = torch.zeros(offset, dtype=torch.int64)
     step = build_step(
-        Batch(nothing, positions, tuple(rows), table, nothing[:0]), Geometry(128, 128, 256, (4,), 1)
+        Batch(nothing, positions, tuple(rows), table, nothing[:0]), Geometry(128, 128, 4 * per_page, (4,), 1)
     )
     assert step is not None
     codec = row_format(form, 128, 64)
-    size = 64 * sum(codec.planes)
+    size = per_page * sum(codec.planes)
     region = torch.full((count * blocks, size + 128), 0xFF, dtype=torch.uint8, device=DEVICE)
-    keys = Rows(codec, region[:, 64 : 64 + size], 64)
+    keys = Rows(codec, region[:, 64 : 64 + size], per_page)
     for slab, start in enumerate(starts):
         n = (start + length) // 4
         ids = step.entries[4].locate(torch.tensor([slab]), torch.arange(n)).to(DEVICE)
@@ -178,21 +174,69 @@ def test_selection_at_full_width(form: str, starts: tuple[int, ...], length: int
         entries=moved(dict(t=step.entries[4]), DEVICE)["t"],
         topk=512,
     )
-    for backend in REGISTRY.backends("index_select"):
-        if backend == "reference" or not REGISTRY.runs("index_select", backend, Machine.here(DEVICE)):
+    return args, step.tokens.row.tolist()
+
+
+def check_selected(args: dict[str, Any], got: torch.Tensor, row_of: list[int], who: str) -> None:
+    """What is selected scores at least as much as what is not, up to the rounding of the tensor cores."""
+    for t in range(0, len(got), max(1, len(got) // 6)):
+        scores = _scores(args, t, row_of[t])
+        chosen = got[t][got[t] >= 0].long()
+        assert len(chosen) == min(512, len(scores))
+        if len(scores) <= 512:
             continue
+        assert bool((chosen[1:] > chosen[:-1]).all()) and int(chosen[-1]) < len(scores)
+        rest = torch.ones(len(scores), dtype=torch.bool, device=DEVICE)
+        rest[chosen] = False
+        assert scores[chosen].min() >= scores[rest].max() - 2e-3 * scores.abs().max(), who
+
+
+def forms_here(op: str) -> list[str]:
+    """Backends that run it on this GPU."""
+    return [
+        backend
+        for backend in REGISTRY.backends(op)
+        if backend != "reference" and REGISTRY.runs(op, backend, Machine.here(DEVICE))
+    ]
+
+
+CHUNKS = pytest.mark.parametrize(
+    ("starts", "length"),
+    [((4000, 40_000, 9000), 1), ((150_000, 3), 1), ((40_000, 20), 97), ((1_048_000,), 3)],
+)
+
+
+@on_gpu
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+@CHUNKS
+def test_selection_at_full_width(form: str, starts: tuple[int, ...], length: int) -> None:
+    """Every backend."""
+    args, row_of = wide(form, starts, length)
+    for backend in forms_here("index_select"):
         select = REGISTRY.load("index_select", backend)
         got = select(**args)
         for _ in range(3):
             assert torch.equal(got, select(**args))
-        row_of = step.tokens.row.tolist()
-        for t in range(0, offset, max(1, offset // 6)):
+        check_selected(args, got, row_of, backend)
+
+
+@on_gpu
+@pytest.mark.parametrize("per_page", [64, 32, 8])
+@CHUNKS
+def test_candidates_at_full_width(per_page: int, starts: tuple[int, ...], length: int) -> None:
+    """Of pages that are shorter than a tile of keys too, as ranks have them; every backend. Scores are what the keys and queries say."""
+    args, row_of = wide("mxfp4", starts, length, per_page)
+    for backend in forms_here("index_candidates"):
+        candidates = REGISTRY.load("index_candidates", backend)
+        got, values = candidates(**args)
+        for _ in range(3):
+            again = candidates(**args)
+            assert torch.equal(got, again[0]) and torch.equal(values, again[1])
+        check_selected(args, got, row_of, backend)
+        for t in (0, len(got) - 1):
             scores = _scores(args, t, row_of[t])
-            chosen = got[t][got[t] >= 0].long()
-            assert len(chosen) == min(512, len(scores))
-            if len(scores) <= 512:
-                continue
-            assert bool((chosen[1:] > chosen[:-1]).all()) and int(chosen[-1]) < len(scores)
-            rest = torch.ones(len(scores), dtype=torch.bool, device=DEVICE)
-            rest[chosen] = False
-            assert scores[chosen].min() >= scores[rest].max() - 2e-3 * scores.abs().max(), backend
+            held = got[t] >= 0
+            error = (values[t][held].double() - scores[got[t][held].long()]).abs().max()
+            assert error <= 2e-3 * scores.abs().max() and bool((values[t][~held] == -torch.inf).all()), (
+                backend
+            )

@@ -44,6 +44,7 @@ FORMS = [
     _form("sparse_attention", "attention:blackwell", "blackwell", (10, 10), suits=_FITS + "v4_attention", when=_V4, untried=True, scratch=_ATTENTION),
     _form("index_select", "indexer:index_select", suits=_FITS + "v4_keys", fits=_FITS + "more_than_selected", when=f"{_KEYS}, more entries than top-k", scratch=(INDEX_SCRATCH,)),
     _form("index_select", "indexer:fixed_index_select", "one score", suits=_FITS + "v4_keys", when=_KEYS, scratch=(INDEX_SCRATCH,), **_OWN),
+    _form("index_candidates", "indexer:index_candidates", fits=_FITS + "short_keys", when=f"{_KEYS}, aligned", scratch=(INDEX_SCRATCH,)),
     _form("experts", "moe:experts", takes="dsv4.kernels.triton.fits:narrow_scales", fits=_FITS + "many_slots", packed=True,
           when=f"FP4 with narrow scales, {MANY} slots an expert and more", family="triton"),
 ]  # fmt: skip

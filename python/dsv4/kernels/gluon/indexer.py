@@ -48,6 +48,7 @@ EXPAND = gl.constexpr("""{
 EXPAND_REGISTERS = gl.constexpr("=r,=r,r,r,r,r,r")
 
 E1 = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+LD = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
 MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32]))
 A = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 4))
 LANE = gl.constexpr(
@@ -77,7 +78,6 @@ ROW = gl.constexpr(gl.SliceLayout(1, gl.SliceLayout(2, LANE.value)))
 def _issue(xs, es, region, stride, row, page, tile, later, stage, ROWS: gl.constexpr):
     """Copies a tile of the given page to a stage, and behind its scales the page of the tile `later`: read only when it
     is needed, it would cost a trip to memory."""
-    LD: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     base = region + page.to(gl.int64) * stride
     first = tile * TILE % ROWS
     r = gl.arange(0, TILE, layout=gl.SliceLayout(1, LD))
@@ -87,6 +87,38 @@ def _issue(xs, es, region, stride, row, page, tile, later, stage, ROWS: gl.const
     scale = (base + ROWS * 64 + first * 4).to(gl.pointer_type(gl.int32)) + e % TILE
     thread_load(es.index(stage), gl.where(e < TILE, scale, row + later * TILE // ROWS + e * 0))
     async_copy.commit_group()  # past the end the last tile is copied again: a cache hit, no branch
+
+
+@gluon.jit
+def _issue_short(xs, es, region, stride, row, pages, tile, later, last, stage, ROWS: gl.constexpr):
+    """The same where a tile lies in several pages, as those of ranks have fewer rows: a page for each row, twice, as rows and as scales are
+    dealt out to threads, none behind page `last` of the request."""
+    page, of_scale = pages
+    r = gl.arange(0, TILE, layout=gl.SliceLayout(1, LD))
+    c = gl.arange(0, 64, layout=gl.SliceLayout(0, LD))
+    base = region + page.to(gl.int64) * stride + r % ROWS * 64
+    thread_load(xs.index(stage), base[:, None] + c[None, :])
+    e = gl.arange(0, TILE, layout=E1)
+    scale = region + of_scale.to(gl.int64) * stride + (ROWS * 64 + e % ROWS * 4)
+    thread_load(es.index(stage).slice(0, TILE), scale.to(gl.pointer_type(gl.int32)))
+    thread_load(es.index(stage).slice(TILE, TILE), row + gl.minimum((later * TILE + e) // ROWS, last))
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _first_pages(row, tile, last, ROWS: gl.constexpr):
+    """What `_issue_short` takes of a tile that no stage has the pages of."""
+    r = gl.arange(0, TILE, layout=gl.SliceLayout(1, LD))
+    e = gl.arange(0, TILE, layout=E1)
+    page = gl.load(row + gl.minimum((tile * TILE + r) // ROWS, last))
+    return page, gl.load(row + gl.minimum((tile * TILE + e) // ROWS, last))
+
+
+@gluon.jit
+def _later_pages(es, stage):
+    """The same of the tile that was `later` when the stage was issued."""
+    pages = es.index(stage).slice(TILE, TILE)
+    return pages.load(gl.SliceLayout(1, LD)), pages.load(E1)
 
 
 @gluon.jit
@@ -220,12 +252,17 @@ def scan_kernel(
         p1 = (gl.program_id(0) + 1) * tiles // gl.num_programs(0)
         row = pages + s.to(gl.int64) * page_stride
         gap = 1 if APPEND else gl.maximum(most // gl.maximum(sampled, 1), 1)
+        last = (most - 1) // ROWS
         if p0 < p1:
             for i in gl.static_range(STAGES - 1):
                 tile = gl.minimum(p0 + i, p1 - 1) * gap
                 later = gl.minimum(p0 + i + STAGES - 1, p1 - 1) * gap
-                page = gl.load(row + tile * TILE // ROWS)
-                _issue(xs, es, region, stride, row, page, tile, later, i, ROWS)
+                if ROWS < TILE:
+                    pages_of = _first_pages(row, tile, last, ROWS)
+                    _issue_short(xs, es, region, stride, row, pages_of, tile, later, last, i, ROWS)
+                else:
+                    page = gl.load(row + tile * TILE // ROWS)
+                    _issue(xs, es, region, stride, row, page, tile, later, i, ROWS)
             qs.index(0).store(even)
             qs.index(1).store(odd)
             for i in gl.static_range(1, QUERIES):
@@ -241,7 +278,10 @@ def scan_kernel(
                 async_copy.wait_group(STAGES - 2)
                 x = xs.index(t % STAGES).load(FLAT_LANE)
                 e = es.index(t % STAGES).slice(0, TILE).load(ROW)
-                page = gl.sum(es.index(t % STAGES).slice(TILE, 1).load(E1), 0)
+                if ROWS < TILE:
+                    pages_of = _later_pages(es, t % STAGES)
+                else:
+                    page = gl.sum(es.index(t % STAGES).slice(TILE, 1).load(E1), 0)
                 a, b, scale = _expand(x, e)
                 for i in gl.static_range(QUERIES):
                     W = W0
@@ -255,7 +295,12 @@ def scan_kernel(
                         tile = gl.minimum(p + STAGES - 1, p1 - 1) * gap
                         later = gl.minimum(p + 2 * STAGES - 2, p1 - 1) * gap
                         stage = (t + STAGES - 1) % STAGES
-                        _issue(xs, es, region, stride, row, page, tile, later, stage, ROWS)
+                        if ROWS < TILE:
+                            _issue_short(
+                                xs, es, region, stride, row, pages_of, tile, later, last, stage, ROWS
+                            )
+                        else:
+                            _issue(xs, es, region, stride, row, page, tile, later, stage, ROWS)
                     acc = hopper.warpgroup_mma_wait(0, [acc])
                     v = gl.sum((acc + gl.abs(acc)) * W[None, :], 1) * scale
                     if APPEND:
@@ -300,7 +345,7 @@ def launch_scan(
     most: int,
     **lists: Any,
 ) -> None:
-    """The scan of MXFP4 keys of 128 channels in pages of a multiple of 64 rows, for 33 to 64 heads."""
+    """The scan of MXFP4 keys of 128 channels in pages whose rows are a multiple or a part of 64, for 33 to 64 heads."""
     r = plan.rows
     append, (tokens, sampled) = lists["append"], lists["scores"].shape
     groups = cdiv(tokens, plan.queries)
@@ -348,10 +393,21 @@ def fixed_index_select(
     )
 
 
-def _aot(append: bool, queries: int) -> Aot:
+def index_candidates(
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int
+) -> tuple[Tensor, Tensor]:
+    """The op `index_candidates`. Its exact pass has the scan's bits: scores of one rank are held against those of others."""
+    values = torch.empty((len(q), min(topk, entries.most)), dtype=torch.float32, device=q.device)
+    refine = "mxfp4 as e4m3"
+    return portable.best(
+        q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 4, values, refine
+    ), values
+
+
+def _aot(append: bool, queries: int, rows: int = 64) -> Aot:
     signature = {**SCAN, "q": "*i32"}
-    constants = {"APPEND": append, "CAP": portable.CAP, "QUERIES": queries, "ROWS": 64, "STAGES": 4}
+    constants = {"APPEND": append, "CAP": portable.CAP, "QUERIES": queries, "ROWS": rows, "STAGES": 4}
     return Aot(scan_kernel, signature, constants, matrix=True, archs=(90,))
 
 
-AOT = [_aot(True, 1), _aot(False, 4)]
+AOT = [_aot(True, 1), _aot(False, 4), _aot(True, 4), _aot(True, 4, 32), _aot(False, 4, 32), _aot(True, 1, 8)]

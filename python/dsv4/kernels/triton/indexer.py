@@ -180,7 +180,7 @@ def index_select(
 ) -> Tensor:
     """The op `index_select`. `scan` launches the kernel that does the work, `queries` tokens of a
     prompt at a time; `refine` is the FORMAT in which `refine_kernel` gives its scores."""
-    return _best(q, cos, sin, weights, keys, tokens, entries, topk, scan, queries, None, refine)
+    return best(q, cos, sin, weights, keys, tokens, entries, topk, scan, queries, None, refine)
 
 
 def fixed_index_select(
@@ -189,7 +189,7 @@ def fixed_index_select(
     """The op `index_select` by scores that are the same in every kernel: a program scores keys for one token at a time."""
     if entries.most <= topk:
         return every_entry(q, cos, sin, weights, keys, tokens, entries, topk)
-    return _best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 1, None)
+    return best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 1, None)
 
 
 def index_candidates(
@@ -198,10 +198,10 @@ def index_candidates(
     """The op `index_candidates`; `fixed` as in `fixed_index_select`."""
     values = torch.empty((len(q), min(topk, entries.most)), dtype=torch.float32, device=q.device)
     queries = 1 if fixed else 2
-    return _best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, queries, values), values
+    return best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, queries, values), values
 
 
-def _best(
+def best(
     q: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -215,6 +215,8 @@ def _best(
     values: Tensor | None,
     refine: str | None = None,
 ) -> Tensor:
+    """What all forms of the ops do: the arguments of the op, what launches the scan and for how many tokens of a prompt at a time, where scores
+    go (float32 [T, k], if anywhere), and FORMAT of `refine_kernel`."""
     total, k = len(q), min(topk, entries.most)
     out = torch.empty((total, k), dtype=torch.int32, device=q.device)
     if not total or not k:
