@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from argparse import Namespace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 pytest.importorskip("dsv4._core")
 
 from dsv4 import LLM, SamplingParams
+from dsv4.backends import REGISTRY
 from dsv4.engine import build
 from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
 from dsv4.model.config import ModelConfig
+from dsv4.model.cut import RankStep
 from dsv4.model.parallel import Parallel
 from dsv4.model.step import build_step, decode_step
 from dsv4.model.v4 import V4Model
@@ -28,6 +31,7 @@ from torch import Tensor
 from tests.support.checkpoints import write_random
 from tests.support.driving import Chunk, Driver, random_tokens
 from tests.support.models import random_config, random_weights
+from tests.support.ranks import Deaf
 
 
 def as_it_is(run: Step) -> Step:
@@ -61,28 +65,45 @@ def test_sizes_and_contexts() -> None:
     assert contexts_of(5000) == (2048, 4096, 5000) and contexts_of(2**20)[-2:] == (2**19, 2**20)
 
 
-def test_tables_made_on_the_device_are_those_of_the_host() -> None:
-    """All phases of blocks and pages, and a window that is not full yet."""
-    config = random_config()
-    geometry = Driver(config, random_weights(config), slabs=1).model.geometry
-    pages = torch.randperm(5 * 8, dtype=torch.int32).view(5, 8)
-    slabs = [3, 0, 4, 1]
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_tables_made_on_the_device_are_those_of_the_host(backend: str, ranks: int) -> None:
+    """All phases of blocks and pages, a window that is not full yet, tokens that only the device knows, padding rows; on every rank."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+        import tests.support.interpreter  # noqa: F401  (an old one is mended)
+    decode_tables = REGISTRY.load("decode_tables", backend)
+    model = Driver(random_config(), random_weights(random_config()), slabs=1).model
+    geometry = replace(model.geometry, block_tokens=128 * ranks)
+    pages = torch.randperm(6 * 8, dtype=torch.int32).view(6, 8)
+    slabs = torch.tensor([3, 0, 4, 1, 5, 5])  # the last is the sink
+    newest = torch.arange(900, 910)
+    turns = [table.below(1024) for table in model.rope_tables.values()]
     for positions in ([0, 1, 2, 3], [126, 127, 128, 129], [255, 383, 511, 1023], [7, 90, 700, 1000]):
         batch = Batch(
-            token_ids=torch.arange(10, 14),
-            positions=torch.tensor(positions),
-            rows=tuple(Row(s, p, 1, i) for i, (s, p) in enumerate(zip(slabs, positions, strict=True))),
+            token_ids=torch.tensor([10, -1, 12, -4, 0, 0]),
+            positions=torch.tensor([*positions, 0, 0]),
+            rows=tuple(Row(s, p, 1, i) for i, (s, p) in enumerate(zip(slabs.tolist(), [*positions, 0, 0], strict=True))),
             page_table=pages,
-            logit_index=torch.arange(4),
-        )
+            logit_index=torch.arange(6),
+        )  # fmt: skip
         expected = build_step(batch, geometry)
-        got = decode_step(batch.token_ids, batch.positions, torch.tensor(slabs), pages, 1024, geometry)
-        assert torch.equal(got.token_ids, expected.token_ids) and torch.equal(got.token, expected.token)
-        assert_equal(expected.tokens, got.tokens)
-        assert_equal(expected.window, got.window)
-        for m in geometry.ratios:
-            assert_equal(expected.blocks[m], got.blocks[m])
-            assert_equal(expected.entries[m], got.entries[m])
+        for rank in range(ranks):
+            got, by_table, by_ratio = decode_step(
+                Namespace(decode_tables=decode_tables), batch.token_ids, batch.positions, slabs, pages, newest, turns, 1024, geometry, rank, ranks
+            )  # fmt: skip
+            assert got.token_ids.tolist() == [10, 900, 12, 903, 0, 0] and torch.equal(
+                got.token, expected.token
+            )
+            assert_equal(expected.tokens, got.tokens)
+            for table, made in zip(model.rope_tables.values(), by_table, strict=True):
+                assert all(map(torch.equal, table.at(batch.positions, 1024), made))
+            part = RankStep.whole(expected, Deaf(rank, ranks), geometry.window)
+            assert_equal(replace(expected.window, ids=part.shared.window[0]), got.window)
+            for m in geometry.ratios:
+                assert_equal(part.blocks[m], got.blocks[m])
+                assert_equal(part.shared.entries[m][0], got.entries[m])
+                assert all(map(torch.equal, model.ropes[m].at(got.blocks[m].position, 1024), by_ratio[m]))
 
 
 @pytest.mark.parametrize("kind", ["flash", "pro"])

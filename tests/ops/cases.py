@@ -358,7 +358,35 @@ def _copy_state(t: int, g: torch.Generator) -> dict[str, Any]:
     return dict(pages=numbers(12, 64), slabs=numbers(4, 416), state=StateTable(spans), jobs=jobs)
 
 
+def _decode_tables(t: int, g: torch.Generator) -> dict[str, Any]:
+    """Rows that end blocks of both ratios and of pages, begin, or are padding of one slab at position 0; every third token is one of the
+    newest. The last of three parts for odd t, the whole for even."""
+    table = lambda: tuple(torch.randn((2, 400, ROPE // 2), generator=g).unbind())  # noqa: E731
+    positions = torch.randint(0, 400, (t,), generator=g)
+    ends = torch.tensor([31, 0, 383, 128, 127, 95, 3, 2])[: max(1, t - 2)]
+    positions[: len(ends)] = ends
+    slabs = torch.randperm(t + 1, generator=g)[:t]
+    if t > 3:
+        positions[-2:], slabs[-2:] = 0, t
+    tokens = torch.randint(0, 900, (t,), generator=g)
+    return dict(
+        token_ids=torch.where(torch.arange(t) % 3 == 0, -1 - torch.arange(t), tokens),
+        positions=positions,
+        slabs=slabs,
+        pages=torch.randperm((t + 1) * BLOCKS, generator=g).int().view(t + 1, BLOCKS),
+        newest=torch.randint(0, 900, (t,), generator=g),
+        turns=(table(), table())[: 1 + t // 2],
+        ratios=(4, 8, 16),
+        block_tokens=48,
+        window=WINDOW,
+        ring=24,
+        part=2 * (t % 2),
+        parts=1 + 2 * (t % 2),
+    )
+
+
 CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
+    "decode_tables": _decode_tables,
     "linear": _linear(24),
     "linear_f32": _linear(24),
     "grouped_linear": lambda t, g: dict(
@@ -416,6 +444,8 @@ def moved(args: dict[str, Any], device: str) -> dict[str, Any]:
             return Rows(x.codec, region, x.rows)
         if isinstance(x, Gated):
             return Gated(*map(move, x))
+        if isinstance(x, tuple):
+            return tuple(map(move, x))
         if is_dataclass(x) and not isinstance(x, type):
             return moved_table(x, move)
         return x

@@ -29,7 +29,7 @@ OTHERS = [
 ROWWISE = [
     op
     for op in SPECS
-    if op not in ("write_rows", "copy_rows", "copy_state", "compress")
+    if op not in ("write_rows", "copy_rows", "copy_state", "compress", "decode_tables")
     and not {"TokenTable", "P,T,k", "P,T,h"} & {x for a in SPECS[op].args for x in (a.dtype, a.shape)}
 ]
 
@@ -70,6 +70,9 @@ def equals_reference(registry: Registry, op: str, backend: str) -> None:
         ours = outcome(op, other, prepared(other, op, moved(args, DEVICE)))
         for a, b in zip(outcome(op, reference, args), ours, strict=True):
             assert a.dtype == b.dtype
+            if not a.is_floating_point():
+                assert torch.equal(a, b.cpu())
+                continue
             # A state pool of a fresh sequence holds -inf, whose difference is no number.
             b = torch.where(a.isinf() & (a == b.cpu()), a, b.cpu())
             assert (a - b).nan_to_num(0).abs().max() <= SPECS[op].tolerance and (a.isnan() == b.isnan()).all()

@@ -16,13 +16,11 @@ from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.indexer import Indexer
 from dsv4.model.norm import SharedNorm
+from dsv4.model.rope import Rope
 from dsv4.model.scope import Scope
 from dsv4.model.step import Step
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
-
-Rope = tuple[Tensor, Tensor]
-"""(cos, sin), float32 [N, rope_dim / 2] each."""
 
 
 @dataclass(frozen=True, slots=True)

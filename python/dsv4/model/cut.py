@@ -189,6 +189,14 @@ class RankStep:
         return (self.blocks[ratio] if fold is None else fold.blocks).position
 
     @classmethod
+    def alone(cls, step: Step, rank: Rank) -> RankStep:
+        """Of tokens that are all shared, from tables of this rank's part (`decode_step`), whose window ids are the part's too."""
+        entries = {m: (t,) for m, t in step.entries.items()}
+        shared = Group(None, step.tokens, (step.window.ids,), entries)
+        places = Places(rank, step.token)
+        return cls(places, step.token_ids, step.tokens, step.window, step.blocks, shared, None, None)
+
+    @classmethod
     def whole(cls, step: Step, rank: Rank, window: int) -> RankStep:
         """Of tokens that are all shared, made where the step is with nothing read back."""
         shared = _group(step, step.entries, None, step.token, (rank.rank,), rank.ranks, window)

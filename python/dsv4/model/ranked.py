@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
-from dsv4.model.attention import Attention, Rope
+from dsv4.model.attention import Attention
 from dsv4.model.batch import Batch, resolved
 from dsv4.model.beside import beside
 from dsv4.model.compressor import Compressor
@@ -29,6 +30,7 @@ from dsv4.model.cut import Group, Places, RankStep, owners
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
 from dsv4.model.rank import Rank, ordered
+from dsv4.model.rope import Rope
 from dsv4.model.scope import Scope
 from dsv4.model.step import Step, build_step
 from dsv4.model.v4 import Layer, V4Model
@@ -216,6 +218,7 @@ class RankedModel(V4Model):
         unit: int = UNIT,
     ) -> None:
         self.rank, self.unit = rank, unit
+        self.part = rank.rank, rank.ranks
         super().__init__(config, weights, cache, ops, consume=consume)
         self.first_id, _ = share(rank).bounds(config.vocab_size)
         self.foldable = {s.ratio: s.overlap for s in config.layers if s.stores and unit % s.ratio == 0}
@@ -250,7 +253,7 @@ class RankedModel(V4Model):
                 ropes, scratch = self._rank_ropes(step, plain.end), self._scratch(step)
                 local = plain.token[step.places.local.cpu()]
                 if streams is None:
-                    streams = self._embedded_on(step)
+                    streams = self._embedded(step)
                 else:  # a token of another rank may have any streams
                     kept = torch.searchsorted(alive, local).clamp(max=len(alive) - 1)
                     streams = streams[to_device(kept, device)]
@@ -258,20 +261,16 @@ class RankedModel(V4Model):
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
         return self._wanted(streams, alive, owner[batch.logit_index], batch.logit_index)
 
-    def _through(self, step: Step, newest: Tensor) -> Tensor:
-        """Every token on every rank."""
-        step = replace(step, token_ids=resolved(step.token_ids, newest))
-        here = RankStep.whole(step, self.rank, self.geometry.window)
-        ropes, scratch, streams = (
-            self._rank_ropes(here, step.end),
-            self._scratch(here),
-            self._embedded_on(here),
-        )
-        for layer in self.layers:
-            streams = layer(streams, here, *ropes[layer.ratio], scratch)
-        return streams
+    def _alone(self, step: Step, ropes: dict[int, tuple[Rope, Rope | None]]) -> tuple[Any, dict[int, Any]]:
+        here = {m: (Ropes(rope, rope), block_rope) for m, (rope, block_rope) in ropes.items()}
+        return RankStep.alone(step, self.rank), here
 
-    def _embedded_on(self, step: RankStep) -> Tensor:
+    def _whole(self, step: Step) -> tuple[Any, dict[int, Any]]:
+        """Every token on every rank."""
+        here = RankStep.whole(step, self.rank, self.geometry.window)
+        return here, self._rank_ropes(here, step.end)
+
+    def _embedded(self, step: RankStep) -> Tensor:
         """Streams [n, n_streams, d] of the local tokens; each row of the embedding is on one rank."""
         at = step.token_ids - self.first_id
         held = (at >= 0) & (at < len(self.embed))

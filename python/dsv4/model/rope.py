@@ -9,6 +9,9 @@ from torch import Tensor
 
 from dsv4.model.config import ModelConfig
 
+Rope = tuple[Tensor, Tensor]
+"""(cos, sin), float32 [N, rope_dim / 2] each."""
+
 _GROW = 4096
 
 
@@ -42,10 +45,15 @@ class RopeTable:
             return cls(frequencies(config.rope_dim, config.rope_theta, None), device)
         return cls(frequencies(config.rope_dim, config.compress_rope_theta, config.yarn), device)
 
+    def below(self, end: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of all positions below `end` at least, float32 [N, rope_dim / 2] each."""
+        self.grow(end)
+        return self._cos, self._sin
+
     def at(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """(cos, sin), float32 [N, rope_dim / 2] each, for int64 [N] positions, all below `end`."""
-        self.grow(end)
-        return self._cos[positions], self._sin[positions]
+        cos, sin = self.below(end)
+        return cos[positions], sin[positions]
 
     def grow(self, end: int) -> None:
         """Makes the entries below `end`; where some are missing, all move."""

@@ -8,6 +8,7 @@ part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dsv4.model.batch import Batch, Row
+from dsv4.model.rope import Rope
+from dsv4.ops.registry import Ops
 from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable
 from dsv4.transfer import to_device
 
@@ -193,32 +196,53 @@ def step_of(columns: Columns, pages: Tensor, geometry: Geometry) -> Step:
 
 
 def decode_step(
-    token_ids: Tensor, positions: Tensor, slabs: Tensor, pages: Tensor, end: int, geometry: Geometry
-) -> Step:
-    """Tables of one token of each of R requests: int64 [R] each, positions below `end`, and the page table int32
-    [slabs, blocks], all on one device. They are what `build_step` gives, but made there, with nothing read back, so that a
-    CUDA graph can hold the making; `most` entries are those that `end` allows."""
-    row = torch.arange(len(slabs), device=slabs.device)
-    tokens = TokenTable(
-        row=row,
-        slab=slabs.int(),
-        position=positions,
-        slabs=slabs,
-        start=positions,
-        length=torch.ones_like(row),
-        offset=row,
-        group=geometry.tile,
-    )
-    return Step(
+    ops: Ops,
+    token_ids: Tensor,
+    positions: Tensor,
+    slabs: Tensor,
+    pages: Tensor,
+    newest: Tensor,
+    turns: Sequence[Rope],
+    end: int,
+    geometry: Geometry,
+    part: int = 0,
+    parts: int = 1,
+) -> tuple[Step, list[Rope], dict[int, Rope]]:
+    """Tables of one token of each of R requests: int64 [R] each, positions below `end`, the page table int32 [slabs, blocks] and what an
+    id -1 - i stands for (see `Batch`), all on one device; `turns` as in the op `decode_tables`. They are what `build_step` gives, but made
+    there, with nothing read back, so that a CUDA graph can hold the making; `most` entries are those that `end` allows. Of several parts
+    windows, entries and targets are those of `part`. Beside them cos and sin float32 [R, r / 2] of the tokens by each table, and of each
+    ratio's blocks."""
+    t = ops.decode_tables(
+        token_ids, positions, slabs, pages, newest, turns, geometry.ratios, geometry.block_tokens, geometry.window, geometry.ring, part, parts
+    )  # fmt: skip
+    ids, row, count, slab, window_ids, target, visible, closed, entry, begin, slot, turn, block_turn = t
+    entries, blocks, block_turns = {}, {}, {}
+    for i, m in enumerate(geometry.ratios):
+        per_page, most = geometry.block_tokens // m // parts, -(-(end // m) // parts)
+        entries[m] = EntryTable(pages, per_page, visible[i], most)
+        blocks[m] = BlockTable(
+            first=row,
+            count=count,
+            opens=row,
+            ends=row,
+            closed=closed[i],
+            target=entry[i],
+            position=begin[i],
+            slot=slot[i],
+        )
+        block_turns[m] = (block_turn[i, 0], block_turn[i, 1])
+    step = Step(
         rows=(),
         token=row,
-        token_ids=token_ids,
+        token_ids=ids,
         end=end,
-        tokens=tokens,
-        window=_in_ring(tokens, torch.zeros_like(row), geometry),
-        entries=_entries(tokens, pages, end, geometry),
-        blocks={m: _own_blocks(tokens, pages, geometry.block_tokens, m) for m in geometry.ratios},
+        tokens=TokenTable(row, slab, positions, slabs, positions, count, row, group=geometry.tile),
+        window=WindowTable(ids=window_ids, target=target),
+        entries=entries,
+        blocks=blocks,
     )
+    return step, [(cos, sin) for cos, sin in turn], block_turns
 
 
 def _held(t: TokenTable, floor: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -289,25 +313,3 @@ def blocks_of(
         "target": np.where(complete & (high > replayed[row]), target, -1),
         "position": block * ratio,
     }
-
-
-def _own_blocks(t: TokenTable, pages: Tensor, block_tokens: int, ratio: int) -> BlockTable:
-    """Of single tokens: batch row r is token r is block r."""
-    block, slot = t.position // ratio, t.position % ratio
-    closed = slot == ratio - 1
-    target = _entry_row(pages, t.slabs, block, block_tokens // ratio)
-    return BlockTable(
-        first=t.row,
-        count=t.length,
-        opens=t.row,
-        ends=t.row,
-        closed=closed,
-        target=torch.where(closed, target, -1),
-        position=block * ratio,
-        slot=slot,
-    )
-
-
-def _entry_row(pages: Tensor, slabs: Tensor, block: Tensor, per_page: int) -> Tensor:
-    """Physical rows int64 of entries: those of blocks [B] of slabs [B]."""
-    return pages[slabs, block // per_page].long() * per_page + block % per_page

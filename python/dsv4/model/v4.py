@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from torch import Tensor
 from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
-from dsv4.model.attention import Attention, Codecs, Rope
+from dsv4.model.attention import Attention, Codecs
 from dsv4.model.batch import Batch, resolved
 from dsv4.model.beside import lanes
 from dsv4.model.config import ModelConfig
 from dsv4.model.moe import MoE
 from dsv4.model.norm import SharedNorm
-from dsv4.model.rope import RopeTable
+from dsv4.model.rope import Rope, RopeTable
 from dsv4.model.scope import Scope
 from dsv4.model.step import Columns, Geometry, Step, columns_of, decode_step, step_of
 from dsv4.ops.registry import Ops
@@ -96,6 +96,8 @@ class V4Model:
     float32. `consume`: experts are taken out of `weights` (see Scope)."""
 
     layer: ClassVar[type[Layer]] = Layer
+    part = (0, 1)
+    """Which of how many parts of history and windows this model has."""
 
     def __init__(
         self,
@@ -125,6 +127,7 @@ class V4Model:
         self.weight_bytes = top.nbytes
         # Layers with history turn alike, whatever its ratio: one table for all of them
         tables = {bool(m): RopeTable.for_ratio(config, m, cache.device) for m in config.compress_ratios}
+        self.rope_tables = dict(sorted(tables.items()))
         self.ropes = {m: tables[bool(m)] for m in sorted(set(config.compress_ratios))}
         self.geometry = Geometry(
             window=config.window,
@@ -172,10 +175,7 @@ class V4Model:
                 if batch.newest is not None:
                     step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
                 ropes, scratch = self._ropes(step), self._scratch(step)
-                if streams is None:
-                    streams = self._embedded(step.token_ids)
-                else:
-                    streams = streams[to_device(kept, device)]
+                streams = self._embedded(step) if streams is None else streams[to_device(kept, device)]
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
         return streams[to_device(torch.searchsorted(alive, batch.logit_index), device)]
 
@@ -191,19 +191,33 @@ class V4Model:
         """Streams [R, n, d] after the last layer of one token of each of R requests: `hidden` of such a batch, from int64
         [R] each, the page table and the newest tokens, all on the model's device. Nothing is read back, so a CUDA graph can hold it if no op
         is in `uncaptured` and `reserve(end)` was called."""
-        step = decode_step(token_ids, positions, slabs, pages, end, self.geometry)
+        tables = [table.below(end) for table in self.rope_tables.values()]
+        step, turns, block_turns = decode_step(
+            self.ops, token_ids, positions, slabs, pages, newest, tables, end, self.geometry, *self.part
+        )
+        by_kind = dict(zip(self.rope_tables, turns, strict=True))
+        ropes = {m: (by_kind[bool(m)], block_turns.get(m)) for m in self.ropes}
         with lanes(self.embed.device):
-            return self._through(step, newest)
+            return self._through(*self._alone(step, ropes))
 
     @torch.inference_mode()
     def extend(self, columns: Columns, logit_index: Tensor, pages: Tensor, newest: Tensor) -> Tensor:
         """Streams [S, n, d] after the last layer of tokens `logit_index` int64 [S]: `hidden` of a step without replaying rows, after
         `reset_fresh`, from its columns and the rest on the model's device. As `decode`, for a CUDA graph."""
-        return self._through(step_of(columns, pages, self.geometry), newest)[logit_index]
-
-    def _through(self, step: Step, newest: Tensor) -> Tensor:
+        step = step_of(columns, pages, self.geometry)
         step = replace(step, token_ids=resolved(step.token_ids, newest))
-        ropes, scratch, streams = self._ropes(step), self._scratch(step), self._embedded(step.token_ids)
+        return self._through(*self._whole(step))[logit_index]
+
+    def _alone(self, step: Step, ropes: dict[int, tuple[Rope, Rope | None]]) -> tuple[Any, dict[int, Any]]:
+        """A step of single tokens with its rotations, as layers take both."""
+        return step, ropes
+
+    def _whole(self, step: Step) -> tuple[Any, dict[int, Any]]:
+        """The same of any step."""
+        return step, self._ropes(step)
+
+    def _through(self, step: Any, ropes: dict[int, Any]) -> Tensor:
+        scratch, streams = self._scratch(step), self._embedded(step)
         for layer in self.layers:
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
         return streams
@@ -219,9 +233,9 @@ class V4Model:
         inside = [op for op in self.ops.chains if op != "copy_state"]
         return [op for op in inside if any(self.ops.uncaptured(op, w) for w in held.get(op, [None]))]
 
-    def _embedded(self, token_ids: Tensor) -> Tensor:
-        """int64 [T] -> [T, n, d], all streams alike."""
-        return self.embed[token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+    def _embedded(self, step: Any) -> Tensor:
+        """Streams [T, n, d] of the step's tokens, all alike."""
+        return self.embed[step.token_ids[:, None].expand(-1, self.config.hc_mult)]
 
     def _ropes(self, step: Step) -> dict[int, tuple[Rope, Rope | None]]:
         """By ratio: rotations at the tokens' positions and at the blocks' first."""

@@ -3,7 +3,7 @@ reference.
 
 Letters in shapes: T tokens of the step, d hidden size, n streams of mHC, h heads, D head dim, r rope dim, H
 index heads, I index head dim, B blocks that the step touches, W window, k selected entries or experts, E
-experts, m ratio, w pool rows, S sampled tokens. Dtype `model` is the dtype of the model (float32 or
+experts, m ratio, w pool rows, S sampled tokens, M ratios, K rotary tables. Dtype `model` is the dtype of the model (float32 or
 bfloat16); the others are exact. `rows` are stored rows, read and written in place (`tables.RowSource`).
 `quantised`: values with their FP8 form (`quantised.py`), which the FP8 forms of `linear` and `swiglu` take for `x`
 (`Ops.quantises`).
@@ -142,6 +142,17 @@ SPECS: dict[str, OpSpec] = dict(
             0.0,
             "snapshots: jobs (SAVE or RESTORE, slab, position, pages ...) and (RESET, slab); no slab and no page is in two of them",
             writes="pages slabs",
+        ),
+        _spec(
+            "decode_tables",
+            "token_ids int64[T]; positions int64[T]; slabs int64[T]; pages int32[slabs,blocks]; newest int64[N]; "
+            "turns value; ratios value; block_tokens value; window value; ring value; part value; parts value",
+            "ids int64[T]; row int64[T]; count int64[T]; slab int32[T]; window_ids int32[T,W]; target int64[T]; "
+            "visible int32[M,T]; closed bool[M,T]; entry int64[M,T]; begin int64[M,T]; slot int64[M,T]; "
+            "turn float32[K,2,T,r/2]; block_turn float32[M,2,T,r/2]",
+            0.0,
+            "the tables of a step of one token of each of T requests (`tables.py`), as part `part` of `parts` has them: window rows of "
+            "positions and entries of numbers part mod parts; turns: K pairs (cos, sin) float32[positions,r/2], blocks turn by the last",
         ),
         _spec(
             "hc_pre",

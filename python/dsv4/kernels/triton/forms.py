@@ -122,6 +122,7 @@ FORMS = [
         )
         for form in (_form(op, module, "", *scratch), _fixed(op, module, "fixed", *scratch))
     ),
+    _form("decode_tables", "decode", **_WHATEVER),
     _form("merge_candidates", "topk", **_WHATEVER),
     _form("entries_of_part", "topk", **_WHATEVER),
     _form("rmsnorm_quantised", "norm", **_WHATEVER),

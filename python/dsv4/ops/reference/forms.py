@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsv4.ops.forms import Form
 
 _MODULES = {
+    "decode": ("decode_tables",),
     "linear": ("linear", "linear_f32", "grouped_linear", "logits"),
     "norm": ("rmsnorm", "rmsnorm_quantised", "norm_rope"),
     "rows": ("write_rows", "copy_rows"),
@@ -19,7 +20,13 @@ _MODULES = {
 }
 
 FORMS = [
-    Form(op, "reference", f"{__package__}.{module}:{op}", capturable=op == "copy_rows", family="reference")
+    Form(
+        op,
+        "reference",
+        f"{__package__}.{module}:{op}",
+        capturable=op in ("copy_rows", "decode_tables"),
+        family="reference",
+    )
     for module, ops in _MODULES.items()
     for op in ops
 ]
