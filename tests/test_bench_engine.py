@@ -209,6 +209,17 @@ def test_masks_are_measured_beside_none(capsys: pytest.CaptureFixture[str]) -> N
     assert masks > 0 and abs(100 * (held / free - 1) - more) < 0.2
 
 
+def test_masks_are_measured_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every row gets tokens of its form, and the parts of a step are all of it."""
+    flags = "--scripted 4 --rows 3 --schemas 2 --context 16 --steps 5 --rounds 1 --pool 0.1"
+    assert grammar_step.main(flags.split()) == 0
+    said = capsys.readouterr().out
+    assert "scripted, 4.0 ms" in said and float(re.search(FIGURES, said)[1]) > 3.5  # type: ignore[index]
+    held = dict(part.split() for part in re.search("held: (.*)", said)[1].split(", "))  # type: ignore[index]
+    assert set(held) == {"draw", "launch", "masks", "rest", "told", "wait"}
+    assert sum(map(float, held.values())) > 3.5
+
+
 def test_prompts_leave_room_for_answers() -> None:
     asked = bench.parsed(["--model", "nano", "--max-len", "32768"])
     found = bench.shapes(asked, 4096)

@@ -61,9 +61,9 @@ def form_of(text: str) -> Constraint:
     return grammars().constraint(Grammar(text, "x"), ends=[EOS], least=0)
 
 
-def allowed(form: Constraint, output: list[int]) -> np.ndarray:
+def allowed(form: Constraint, output: list[int], of: Grammars | None = None) -> np.ndarray:
     """Tokens that may follow."""
-    masks, failed = grammars().maker.masks([(0, form, output)])
+    masks, failed = (of or grammars()).maker.masks([(0, form, output)])
     assert not failed
     return np.flatnonzero(np.unpackbits(masks.bits[0].view(np.uint8), bitorder="little")[:VOCAB])
 
@@ -223,3 +223,56 @@ def test_what_must_be_spelled_is() -> None:
     for token in small_tokenizer_once().encode_letters("<think>"):
         assert token in allowed(form, output)
         output.append(token)
+
+
+def test_rows_beside_each_other_are_what_each_is_alone() -> None:
+    """With one token more, with several, ended, gone, and with one that its form does not have."""
+    tokenizer = small_tokenizer_once()
+    texts = [Format("json", random_schema(seed), "x").text() for seed in range(4)]
+    outputs = [written(text, seed, 12)[0] for seed, text in enumerate(texts)]
+    yes = Format("choice", ["yes"], "x").text()
+    texts, outputs = [*texts, yes, yes], [*outputs, [*tokenizer.encode("yes"), EOS], tokenizer.encode("no")]
+    forms = [form_of(text) for text in texts]
+    for upto in (0, 1, 2, 3, 5, 30):
+        rows = [
+            (2 * i, form, output[:upto]) for i, (form, output) in enumerate(zip(forms, outputs, strict=True))
+        ]
+        masks, failed = grammars().maker.masks([*rows, (99, None, ())])
+        assert masks.places.tolist() == [0, 2, 4, 6, 8, 10, 99] and set(failed) == ({10} if upto else set())
+        for i, (text, output) in enumerate(zip(texts[:4], outputs[:4], strict=True)):
+            may = np.flatnonzero(np.unpackbits(masks.bits[i].view(np.uint8), bitorder="little")[:VOCAB])
+            assert may.tolist() == allowed(form_of(text), output[:upto]).tolist()
+        everything = [4] * (upto > len(outputs[4]) - 1) + [5] * bool(upto) + [6]
+        assert [i for i in range(4, 7) if (masks.bits[i] == -1).all()] == everything
+
+
+def test_letters_that_must_come_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows come by: a mask would wait for the tokenizer, and rows for each other."""
+    tokenizer, asked = small_tokenizer(), list[str]()
+    encode = tokenizer.encode_letters
+    monkeypatch.setattr(tokenizer, "encode_letters", lambda text: asked.append(text) or encode(text))
+    own = Grammars(lambda: tokenizer, VOCAB, [EOS])
+    text, answer = Format("choice", ["a certain answer"], "x").text(), tokenizer.encode("a certain answer")
+    for _ in range(3):
+        form, output = own.constraint(Grammar(text, "x"), ends=[EOS], least=0), list[int]()
+        for token in answer:
+            assert token in allowed(form, output, own)
+            output.append(token)
+    assert asked and len(asked) == len(set(asked)), asked
+
+
+def test_what_one_answer_makes_of_a_lexer_ends_no_other() -> None:
+    """Requests of one grammar share its lexer, whose states are bounded. Some dozen answers to this form fill it."""
+    form = Grammar(Format("regex", "(a|b)*a(a|b){24}", "x").text(), "x")
+    own, rng = Grammars(small_tokenizer, VOCAB, [EOS]), np.random.default_rng(0)
+    beside, output = own.constraint(form, ends=[EOS], least=0), list[int]()
+    for _ in range(60):
+        one, answer = own.constraint(form, ends=[EOS], least=0), list[int]()
+        while len(answer) < 300:
+            rows = [(0, one, answer), (1, beside, output)][: 1 + (len(answer) % 10 == 0)]
+            masks, failed = own.maker.masks(rows)
+            assert not failed
+            for (*_, into), bits in zip(rows, masks.bits, strict=True):
+                may = np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")[:VOCAB])
+                into.append(int(rng.choice(may[may != EOS])))
+    assert len(output) == 60 * 30

@@ -21,7 +21,8 @@ class StepPlan:
 
     def __init__(self, schema: PlanSchema, *, pinned: bool = False) -> None:
         """`pinned`: in page-locked memory, from which a GPU copies by itself."""
-        self.words = _pinned(schema["words"]) if pinned else np.zeros(schema["words"], np.int32)
+        self.words = words((schema["words"],), pinned=pinned)
+        self.words[:] = 0
         self._fields: dict[str, tuple[str, np.ndarray]] = {}
         for field in schema["fields"]:
             size = 2 if field["dtype"] == "int64" else 1
@@ -56,8 +57,11 @@ class StepPlan:
             )
 
 
-def _pinned(words: int) -> np.ndarray:
+def words(shape: tuple[int, ...], *, pinned: bool) -> np.ndarray:
+    """int32 of a shape, whatever they are. `pinned`: in page-locked memory, which a copy to a GPU that is under way keeps from others."""
+    if not pinned:
+        return np.empty(shape, np.int32)
     import torch  # a plan without a device needs none of it
 
-    zeros: np.ndarray = torch.zeros(words, dtype=torch.int32, pin_memory=True).numpy()
-    return zeros
+    made: np.ndarray = torch.empty(shape, dtype=torch.int32, pin_memory=True).numpy()
+    return made

@@ -362,6 +362,7 @@ def _build(
             partial(Tokenizer.from_dir, source.path, vocab_size=model_config.vocab_size),
             model_config.vocab_size,
             eos_ids,
+            pinned=config.device == "cuda",
         ),
         group=group,
     )

