@@ -5,7 +5,7 @@
 #   make test-clients  Claude Code, Codex, aider, SDKs and frameworks, unmodified, against a scripted model (3 GB in .venv-clients)
 #   make test-tools  lm-eval, aiperf, guidellm and schemathesis, unmodified, against a scripted model (2 GB in .venv-tools)
 #   make test-ray  the example for Ray Serve on a Ray of this machine (400 MB in .venv-ray)
-#   make test-fleet  dsv4 dynamo behind Dynamo's frontend and router, on this machine (330 MB in .venv-fleet)
+#   make test-fleet  dsv4 dynamo behind Dynamo's frontend and router, on this machine (330 MB in .venv-fleet); CI runs ARGS="-m contract"
 #   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
 #   make test-ready  what a GPU engine still compiles or captures under load (needs CUDA)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
@@ -154,7 +154,9 @@ test-ray: .venv-ray/built
 	.venv-fleet/bin/pip install --disable-pip-version-check -q -r tests/fleet/dynamo.txt
 	touch $@
 
+# Without Dynamo its tests would skip themselves.
 test-fleet: .venv-fleet/built
+	.venv-fleet/bin/python -c "import dynamo.common, dynamo.llm"
 	PYTHONPATH=$(CURDIR)/python:$(CURDIR) .venv-fleet/bin/python -m pytest -q tests/fleet $(ARGS)
 
 # Nothing is left to compile or to capture when the engine is ready: 0 in every line.
@@ -223,4 +225,4 @@ coverage:
 
 clean:
 	cargo clean
-	rm -rf .venv .venv-lowest .venv-clients dist
+	rm -rf .venv .venv-lowest .venv-clients .venv-tools .venv-ray .venv-fleet dist

@@ -19,7 +19,7 @@ from tests.fleet.running import HELLO, Fleet, content, figure, fleet, low_port, 
 from tests.support.scripted import children
 
 pytest.importorskip("dynamo.common", reason="needs Dynamo: make test-fleet")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.contract]
 
 KV = ("--router-mode", "kv")
 WHO = [{"role": "user", "content": "Who are you?"}]
