@@ -28,11 +28,12 @@ LONGEST_NAME = 512
 _COUNT, _SECONDS = Range(1), Range(0, 1e9, open=True, unit="seconds")
 
 
-def step_budget(step_ms: float | str | None, device: str) -> Any:
+def step_budget(step_ms: float | str | None, device: str, sizes: Sequence[int] = ()) -> Any:
     """`--step-ms` as the core's `step_budget`. A GPU reads nearly all experts for 64 tokens as for 512, so prompts get those in any case
-    (docs/scheduling.md)."""
+    (docs/scheduling.md), or the next lower of `sizes`, tokens of the steps that are captured: another takes longer than one of these."""
     if step_ms == "auto":
-        return {"decodes": {"times": 4.0, "floor": {"cpu": 64, "cuda": 512}[device]}}
+        floor = {"cpu": 64, "cuda": 512}[device]
+        return {"decodes": {"times": 4.0, "floor": max((n for n in sizes if n <= floor), default=floor)}}
     return "open" if step_ms is None else {"fixed": 1000 * float(step_ms)}
 
 

@@ -98,7 +98,7 @@ def test_tables_made_on_the_device_are_those_of_the_host(backend: str, ranks: in
             assert_equal(expected.tokens, got.tokens)
             for table, made in zip(model.rope_tables.values(), by_table, strict=True):
                 assert all(map(torch.equal, table.at(batch.positions, 1024), made))
-            part = RankStep.whole(expected, Deaf(rank, ranks), geometry.window)
+            part = RankStep.whole(expected, Deaf(rank, ranks))
             assert_equal(replace(expected.window, ids=part.shared.window[0]), got.window)
             for m in geometry.ratios:
                 assert_equal(part.blocks[m], got.blocks[m])

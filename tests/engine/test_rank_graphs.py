@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from dsv4 import LLM, SamplingParams
+from dsv4.config import step_budget
 from dsv4.engine import group, warmup
 from dsv4.engine.group import Group
 from dsv4.engine.ranked import FollowingDevice, LeadingDevice, LedStep, RankDevice
@@ -22,7 +23,7 @@ from dsv4.errors import RankLost
 from dsv4.model.parallel import UNIT
 from dsv4.model.rank import Rank
 from dsv4.plan import graphs as sizes
-from dsv4.plan.graphs import chunk_tokens, extends_of, sizes_of, steps_of
+from dsv4.plan.graphs import chunk_tokens, cut_sizes_of, extends_of, sizes_of, steps_of
 
 from tests.engine.test_capture_at_start import Counting
 from tests.engine.test_graphs import capture
@@ -130,6 +131,14 @@ def test_all_ranks_capture_the_same_at_start(tmp_path: Path) -> None:
 def test_what_is_counted_for_graphs_of_ranks() -> None:
     assert chunk_tokens(4096, 1) == 4096 and chunk_tokens(4096, 2) == 256 and chunk_tokens(100, 2) == 100
     assert steps_of(4, 4096, chunk_tokens(4096, 2)) < steps_of(4, 4096, 4096)
+
+
+def test_prompts_beside_decodes_get_a_captured_step() -> None:
+    def floor(sizes: tuple[int, ...], device: str = "cuda") -> int:
+        return int(step_budget("auto", device, sizes)["decodes"]["floor"])
+
+    assert floor(cut_sizes_of(chunk_tokens(4096, 1), 4096)) == floor(()) == 512
+    assert floor((64, 128, 256)) == 256 and floor((64, 128, 256), "cpu") == 64 and floor((600,)) == 512
 
 
 def test_a_group_of_nccl_is_ended_and_never_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,8 +123,28 @@ def _mixed(rank: Rank) -> dict[str, Any]:
     return found
 
 
+def _several(rank: Rank) -> dict[str, Any]:
+    """Two prompts that are cut, one that is too short for that, and a token of another."""
+    config = _config(rank.ranks)
+    driver = RankDriver(
+        config,
+        random_weights(config, seed=9),
+        slabs=4,
+        max_len=1024,
+        block_tokens=128 * rank.ranks,
+        rank=rank,
+    )
+    ids = [random_tokens(config, 400, seed=s) for s in range(4)]
+    at, ends = [130, 0, 7, 331], [400, 200, 27, 332]
+    cold = [driver.run(ids[s], slab=s)[at[s] : ends[s]] for s in range(4)]
+    for s, start in enumerate(at):
+        driver.run(ids[s][:start], slab=s) if start else None
+    found = driver.step([Chunk(s, ids[s][at[s] : ends[s]], at[s]) for s in (2, 0, 3, 1)])
+    return {f"row {s} of several": (found[i], cold[s]) for i, s in enumerate((2, 0, 3, 1))}
+
+
 def _all(rank: Rank) -> tuple[Tensor, dict[str, tuple[float, bool]]]:
-    found = _ways(rank) | _replays(rank) | _mixed(rank)
+    found = _ways(rank) | _replays(rank) | _mixed(rank) | _several(rank)
     ids = random_tokens(_config(rank.ranks), TOKENS)
     logits = _driver(rank, unit=128).run(ids)  # an entry of 128 tokens lies within a run now
     found["in longer runs"] = logits, _driver(rank).run(ids)
@@ -136,7 +156,7 @@ def _all(rank: Rank) -> tuple[Tensor, dict[str, tuple[float, bool]]]:
 def test_ranks(ranks: int, tmp_path: Path) -> None:
     answers = run_ranks(ranks, _all, tmp_path)
     for logits, ways in answers:
-        assert len(ways) == 11 and all(same for _, same in ways.values()), ways
+        assert len(ways) == 15 and all(same for _, same in ways.values()), ways
         assert torch.equal(logits, answers[0][0])  # on every rank
     config = _config(ranks)
     one = Driver(config, random_weights(config, seed=9), max_len=1024).run(random_tokens(config, TOKENS))
@@ -153,9 +173,9 @@ def _crossing(rank: Rank) -> tuple[bool, int, int]:
     for folds in (True, False):
         driver, count = _driver(rank, unit=128), [0]
 
-        def counted(x: Tensor, count: list[int] = count) -> Tensor:
+        def counted(x: Tensor, out: Tensor | None = None, *, count: list[int] = count) -> Tensor:
             count[0] += x.nbytes
-            return gather(x)
+            return gather(x, out)
 
         rank.gather = counted  # type: ignore[method-assign]
         if not folds:

@@ -114,7 +114,7 @@ def _copy_rows(t: int, g: torch.Generator) -> dict[str, Any]:
         source=stored(torch.randn((t + 5, DIM), generator=g), 4, "fp8_ds_mla"),
         ids=torch.randint(0, t + 5, (t,), generator=g),
         rows=stored(torch.zeros(t + 9, DIM), 8, "fp8_ds_mla"),
-        target=torch.randperm(t + 9, generator=g)[:t],
+        target=torch.where(torch.arange(t) % 5 == 3, -1, torch.randperm(t + 9, generator=g)[:t]),
     )
 
 

@@ -35,8 +35,9 @@ class Deaf(Rank):
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks, self.said, self.direct = rank, ranks, 0, None
 
-    def gather(self, x: Tensor) -> Tensor:
-        return x.expand(self.ranks, *x.shape).contiguous()
+    def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        every = x.expand(self.ranks, *x.shape)
+        return every.contiguous() if out is None else out.copy_(every)
 
     def exchange(self, x: Tensor) -> Tensor:
         return x.contiguous().clone()

@@ -154,7 +154,10 @@ class BuiltEngine:
 
     def _step_time(self) -> str:
         """What `--step-ms` means here."""
-        ms, budget = self.config.step_ms, step_budget(self.config.step_ms, self.config.device)
+        ms = self.config.step_ms
+        budget = step_budget(
+            ms, self.config.device, _step_sizes(self.config, self.layout, self.max_model_len)
+        )
         if ms == "auto":
             times, floor = budget["decodes"].values()
             return f"step time auto: {times:g} times that of the decodes alone, or of {floor} prompt tokens if longer"
@@ -534,16 +537,22 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
     )
 
 
-def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int, *, changes: bool) -> Core:
+def _step_sizes(config: EngineConfig, layout: LayoutSpec, max_len: int) -> tuple[int, ...]:
+    """Tokens of the steps with prompts that are captured, to which the scheduler cuts."""
     tokens = chunk_tokens(config.max_num_batched_tokens or 0, layout.ranks)
+    return cut_sizes_of(tokens, max_len) if _why_eager(config) is None else ()
+
+
+def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int, *, changes: bool) -> Core:
+    sizes = _step_sizes(config, layout, max_len)
     options = {
         "pages": pages,
         "cache_changes": changes,
         "max_len": max_len,
         "max_in_flight": 2 if config.async_scheduling else 1,
         "max_wait_us": int(1e6 * config.max_wait),
-        "step_budget": step_budget(config.step_ms, config.device),
-        "step_sizes": cut_sizes_of(tokens, max_len) if _why_eager(config) is None else (),
+        "step_budget": step_budget(config.step_ms, config.device, sizes),
+        "step_sizes": sizes,
         "tenants": Tenants(config.tenants).core(layout.page_bytes),
     }
     return Core(layout, core_options(config) | core_costs(config.cost_model) | options)

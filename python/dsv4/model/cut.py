@@ -1,211 +1,221 @@
-"""Which tokens of a step are on which of R ranks, and the tables that a rank needs for its own.
+"""The tables that a rank needs for its tokens of a step, as `deal.py` has dealt them out.
 
-Tokens of long rows (prompts) are cut: each is on one rank, its *owner*, which goes by position alone, in runs of `unit` dealt
-out in turn. So work is even where a token's cost grows with its position, and stays even where the deeper layers of a replay
-take fewer tokens; a layer never moves a token. Tokens of short rows (decode) are *shared*: every rank has them.
-
-Attention sums in R parts for both, part p over the rows that rank p holds: entries p, p + R, … and window rows of positions p,
-p + R, …. A shared token's part p is summed by rank p, a cut one's parts all by its owner, from gathered rows. Hence the same bits
-either way. docs/decisions/0020 has a picture.
+Attention sums in R parts for cut and shared tokens, part p over the rows that rank p holds: entries p, p + R, … and window rows of
+positions p, p + R, …. A shared token's part p is summed by rank p, a cut one's parts all by its owner, from gathered rows. Hence the same
+bits either way. docs/decisions/0020 has a picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dsv4.model.batch import Batch
-from dsv4.model.fold import Fold, fold_of
+from dsv4.model.deal import PLAIN, RankColumns
+from dsv4.model.fold import Fold
 from dsv4.model.rank import Rank, ordered
-from dsv4.model.step import Geometry, Step
+from dsv4.model.step import Geometry, Step, ids_beside_ring, past_of, step_of
 from dsv4.ops.tables import BlockTable, EntryTable, TokenTable, WindowTable
-from dsv4.transfer import to_device
-
-Table = TypeVar("Table")
-
-_CONTEXT = 900
-"""A row of fewer tokens than its context by this factor is shared: gathering its history would move more bytes than its
-candidates and parts."""
-
-
-def owners(batch: Batch, ranks: int, unit: int) -> Tensor:
-    """int64 [T]: the rank of each token of a batch, -1 for shared ones."""
-    owner = torch.full((len(batch.token_ids),), -1)
-    for row in batch.rows:
-        if row.length >= ranks * unit and row.length * _CONTEXT >= row.start + row.length:
-            at = slice(row.offset, row.offset + row.length)
-            owner[at] = batch.positions[at] // unit % ranks
-    return owner
 
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the tokens of a step are. `local` int64 [n]: this rank's, ascending; never empty: a rank without any takes part
-    with one of another's, whose results nobody asks for. The other fields are None where nothing is cut.
-
-    `send` int64 [most]: place among the local of each owned token; `source` int64 [T]: where each token is in the local ones
-    followed by what all ranks sent; `lists` int64 [R, n']: the local tokens of each rank, padded.
-    """
+    """Where the tokens of a step are: the local ones are `owned` of this rank, then `shared`; all are the owned ones of each rank, then
+    the shared."""
 
     rank: Rank
-    local: Tensor
-    send: Tensor | None = None
-    source: Tensor | None = None
-    lists: Tensor | None = None
+    owned: int
+    shared: int
 
-    @classmethod
-    def of(cls, owner: Tensor, rank: Rank) -> Places:
-        """From the owner of each token, on the CPU."""
-        if not (owner >= 0).any():
-            return cls(rank, torch.arange(len(owner)))
-        shared = owner < 0
-        here = [torch.nonzero(shared | (owner == p)).flatten() for p in range(rank.ranks)]
-        here = [x if len(x) else torch.zeros(1, dtype=torch.int64) for x in here]
-        local = here[rank.rank]
-        owned = torch.nonzero(owner[local] == rank.rank).flatten()
-        most = int(torch.bincount(owner[~shared]).max())
-        nth = torch.zeros_like(owner)
-        for p in range(rank.ranks):
-            mine = owner == p
-            nth[mine] = torch.arange(int(mine.sum()))
-        sent = len(local) + owner * most + nth
-        return cls(
-            rank,
-            local,
-            send=_padded(owned, most),
-            source=torch.where(shared, torch.searchsorted(local, torch.arange(len(owner))), sent),
-            lists=torch.stack([_padded(x, max(map(len, here))) for x in here]),
-        )
+    def local(self, x: Tensor) -> Tensor:
+        """Of all tokens [N, ...] -> of the local ones [n, ...]."""
+        if not self.owned:
+            return x
+        first = self.rank.rank * self.owned
+        own = x[first : first + self.owned]
+        return torch.cat((own, x[self.rank.ranks * self.owned :])) if self.shared else own
 
     def all(self, x: Tensor) -> Tensor:
-        """Of the local tokens [n, ...] -> of all tokens [T, ...]."""
-        if self.send is None:
+        """Of the local tokens [n, ...] -> of all tokens [N, ...]."""
+        if not self.owned:
             return x
-        return torch.cat((x, self.rank.gather(x[self.send]).flatten(0, 1)))[self.source]
+        cut = self.rank.ranks * self.owned
+        out = x.new_empty((cut + self.shared, *x.shape[1:]))
+        self.rank.gather(x[: self.owned], out[:cut].unflatten(0, (self.rank.ranks, self.owned)))
+        out[cut:] = x[self.owned :]
+        return out
 
     def sum(self, parts: Tensor) -> Tensor:
-        """Each rank's part of all tokens [T, ...] -> the sum of the local ones [n, ...]."""
-        if self.lists is None:
+        """Each rank's part of all tokens [N, ...] -> the sum of the local ones [n, ...]."""
+        if not self.owned:
             return self.rank.sum(parts)
-        return ordered(self.rank.exchange(parts[self.lists]))[: len(self.local)]
-
-    def to(self, move: Callable[[Tensor], Tensor]) -> Places:
-        return moved(self, move)
-
-
-def _padded(x: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.pad(x, (0, size - len(x)))
+        cut = self.rank.ranks * self.owned
+        each = self.rank.exchange(parts[:cut].unflatten(0, (self.rank.ranks, self.owned)))
+        if not self.shared:
+            return ordered(each)
+        out = parts.new_empty((self.owned + self.shared, *parts.shape[1:]))
+        ordered(each, out[: self.owned])
+        out[self.owned :] = self.rank.sum(parts[cut:])
+        return out
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tokens that are attended to alike. `index` int64 [m]: their places among the local (None: they are all of them); by part:
-    window ids int32 [m, W], and by ratio entries."""
+    """Tokens that are attended to alike, which are local ones side by side. By part: window ids int32 [m, W], and by ratio entries."""
 
-    index: Tensor | None
+    at: slice
     tokens: TokenTable
     window: tuple[Tensor, ...]
     entries: dict[int, tuple[EntryTable, ...]]
 
     def pick(self, x: Tensor) -> Tensor:
         """Of the local tokens those of the group."""
-        return x if self.index is None else x[self.index]
-
-
-@dataclass(frozen=True, slots=True)
-class RankStep:
-    """One layer's tables on a rank. `tokens`, `window`, `token_ids` are of all tokens, `blocks` too, but of entries only this
-    rank's are written. `shared` tokens have one part, this rank's; `cut` ones all parts, over the gathered `pages` int64 [n]."""
-
-    places: Places
-    token_ids: Tensor
-    tokens: TokenTable
-    window: WindowTable
-    blocks: dict[int, BlockTable]
-    shared: Group | None
-    cut: Group | None
-    pages: Tensor | None
-    folds: dict[int, Fold] = field(default_factory=dict)
-    """By ratio, how compressors take in tokens that are cut; a ratio that is not here takes in all tokens on every rank."""
+        return x[self.at]
 
     @classmethod
     def of(
         cls,
-        step: Step,
-        batch: Batch,
-        owner: Tensor,
-        rank: Rank,
-        geometry: Geometry,
-        device: torch.device,
-        foldable: Mapping[int, bool],
-    ) -> RankStep:
-        """From a step's tables and the owner of each of its tokens, all on the CPU; moved to `device`. `foldable`: ratios whose
-        entries lie within a run, and whether they overlap."""
-        window = geometry.window
-
-        def move(x: Tensor) -> Tensor:
-            return to_device(x, device)
-
-        places = Places.of(owner, rank)
-        blocks, entries, shared, cut, pages = _tables(step, rank), step.entries, None, None, None
-        here = owner[places.local]
-        if (owner < 0).any():
-            at = None if places.send is None else torch.nonzero(here < 0).flatten()
-            token = places.local if at is None else places.local[at]
-            shared = _group(step, entries, at, token, (rank.rank,), rank.ranks, window)
-        if places.send is not None:
-            pages, table = _gathered(step, batch, owner)
-            at = torch.nonzero(here >= 0).flatten()
-            entries = {m: replace(t, pages=table) for m, t in entries.items()}
-            token = places.local[at]
-            cut = _group(step, entries, at, token, range(rank.ranks), rank.ranks, window) if len(at) else None
-        folds = {
-            m: fold_of(step, batch, owner, places.local, rank, geometry, m, overlap=overlap)
-            for m, overlap in foldable.items()
-            if places.send is not None
-        }
-        if device.type == "cpu":
-            return cls(places, step.token_ids, step.tokens, step.window, blocks, shared, cut, pages, folds)
-        on_device = batch.page_table if batch.device_pages is None else batch.device_pages
+        at: slice,
+        tokens: TokenTable,
+        ids: Tensor,
+        entries: Mapping[int, EntryTable],
+        parts: Sequence[int],
+        ranks: int,
+    ) -> Group:
+        """From the window ids int32 [m, W] and entries of all parts."""
+        behind = torch.arange(ids.shape[1] - 1, -1, -1, device=ids.device)
+        part = (tokens.position[:, None] - behind) % ranks
         return cls(
-            places.to(move),
-            move(step.token_ids),
-            moved(step.tokens, move),
-            moved(step.window, move),
-            {m: moved(t, move) for m, t in blocks.items()},
-            shared and _moved(shared, move, on_device),
-            cut and _moved(cut, move, None),
-            None if pages is None else move(pages),
-            {m: _moved_fold(f, move) for m, f in folds.items()},
+            at,
+            tokens,
+            window=tuple(torch.where(part == p, ids, -1) for p in parts),
+            entries={m: tuple(t.of_part(p, ranks) for p in parts) for m, t in entries.items()},
         )
+
+
+@dataclass(frozen=True, slots=True)
+class RankStep:
+    """One layer's tables on a rank. `token_ids`, `position` int64 [N] and the targets of `window` are of all tokens, which `places` tells of.
+    `shared` tokens have one part, this rank's; `cut` ones all parts, over the gathered `pages` int64 [P].
+
+    By ratio, how compressors take in a step: `folds` those of owned tokens; of others `tokens` and `blocks` are of all in the order of the batch,
+    each of which is in a `slot` int64 [T] (None: in that order), and of entries only this rank's are written."""
+
+    places: Places
+    end: int
+    token_ids: Tensor
+    position: Tensor
+    window: WindowTable
+    shared: Group | None
+    cut: Group | None
+    pages: Tensor | None
+    folds: dict[int, Fold] = field(default_factory=dict)
+    tokens: TokenTable | None = None
+    blocks: dict[int, BlockTable] = field(default_factory=dict)
+    slot: Tensor | None = None
+
+    @classmethod
+    def whole(cls, step: Step, rank: Rank) -> RankStep:
+        """Of tokens that are all shared, made where the step is with nothing read back."""
+        tokens = step.tokens
+        places = Places(rank, 0, len(tokens.row))
+        shared = Group.of(slice(0, None), tokens, step.window.ids, step.entries, (rank.rank,), rank.ranks)
+        return cls(
+            places, step.end, step.token_ids, tokens.position, step.window, shared, None, None, tokens=tokens, blocks=_blocks(step, rank)
+        )  # fmt: skip
+
+    @classmethod
+    def alone(cls, step: Step, rank: Rank) -> RankStep:
+        """Of tokens that are all shared, from tables of this rank's part (`decode_step`), whose window ids are the part's too."""
+        tokens, entries = step.tokens, {m: (t,) for m, t in step.entries.items()}
+        places = Places(rank, 0, len(tokens.row))
+        shared = Group(slice(0, None), tokens, (step.window.ids,), entries)
+        return cls(
+            places, step.end, step.token_ids, tokens.position, step.window, shared, None, None, tokens=tokens, blocks=step.blocks
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, columns: RankColumns, rank: Rank, geometry: Geometry, pages: Tensor) -> RankStep:
+        """Of tokens of which some are cut, made where the columns and the page table `pages` int32 [slabs, blocks] are. Nothing is read
+        back."""
+        of, c = columns.of, columns.capacity
+        places = Places(rank, c.owned, c.shared)
+        cut, shared = _groups(columns, places, geometry, pages)
+        found = cls(
+            places,
+            columns.end,
+            of["ids"],
+            of["position"],
+            _window(of, geometry),
+            shared,
+            cut,
+            of["pages"] if geometry.ratios else None,
+            folds={m: Fold.of(of, m, geometry, c) for m in geometry.ratios if f"{m} last" in of},
+        )
+        if columns.plain is None:
+            return found
+        named = {name.removeprefix(PLAIN): x for name, x in of.items() if name.startswith(PLAIN)}
+        slot = named.pop("slot")
+        step = step_of(replace(columns.plain, of=named), pages, geometry)
+        return replace(found, tokens=step.tokens, blocks=_blocks(step, rank), slot=slot)
 
     def block_positions(self, ratio: int) -> Tensor:
         """First positions of the blocks that this rank folds."""
         fold = self.folds.get(ratio)
         return (self.blocks[ratio] if fold is None else fold.blocks).position
 
-    @classmethod
-    def alone(cls, step: Step, rank: Rank) -> RankStep:
-        """Of tokens that are all shared, from tables of this rank's part (`decode_step`), whose window ids are the part's too."""
-        entries = {m: (t,) for m, t in step.entries.items()}
-        shared = Group(None, step.tokens, (step.window.ids,), entries)
-        places = Places(rank, step.token)
-        return cls(places, step.token_ids, step.tokens, step.window, step.blocks, shared, None, None)
 
-    @classmethod
-    def whole(cls, step: Step, rank: Rank, window: int) -> RankStep:
-        """Of tokens that are all shared, made where the step is with nothing read back."""
-        shared = _group(step, step.entries, None, step.token, (rank.rank,), rank.ranks, window)
-        places = Places(rank, step.token)
-        blocks = _tables(step, rank)
-        return cls(places, step.token_ids, step.tokens, step.window, blocks, shared, None, None)
+def _window(of: Mapping[str, Tensor], geometry: Geometry) -> WindowTable:
+    """Rows of all tokens, beside the ring; `ids` are those of groups."""
+    slabs, position, kept = of["slabs"], of["position"], of["kept"]
+    past = past_of(slabs, of["start"], geometry)
+    own = slabs[of["row"]] * geometry.ring + position % geometry.ring
+    none = torch.empty((0, geometry.window), dtype=torch.int32, device=past.device)
+    return WindowTable(none, len(past) + of["place"], past, kept, own[kept])
 
 
-def _tables(step: Step, rank: Rank) -> dict[int, BlockTable]:
+def _groups(
+    columns: RankColumns, places: Places, geometry: Geometry, pages: Tensor
+) -> tuple[Group, Group | None]:
+    """Owned tokens, over gathered pages, and shared ones."""
+    of, c, rank = columns.of, columns.capacity, places.rank
+    row, position, run = places.local(of["row"]), places.local(of["position"]), of["run"]
+    place = torch.arange(pages.shape[1], device=row.device)
+    gathered = (of["base"][:, None] + place).clamp(max=max(0, c.pages - 1)).int()
+
+    def group(at: slice, runs: slice, numbers: Tensor, table: Tensor, parts: Sequence[int]) -> Group:
+        rows = TokenTable(
+            row[at], numbers[row[at]].int(), position[at], of["slabs"], of["start"], of["start"], of["offset"], geometry.tile
+        )  # fmt: skip
+        tokens = TokenTable(
+            row=run[at] - runs.start,
+            slab=rows.slab,
+            position=rows.position,
+            slabs=numbers[of["run row"][runs]],
+            start=of["run start"][runs],
+            length=of["run length"][runs],
+            offset=of["run first"][runs] - at.start,
+            group=geometry.tile,
+        )
+        entries = {
+            m: EntryTable(
+                table, geometry.block_tokens // m, ((rows.position + 1) // m).int(), columns.end // m
+            )
+            for m in geometry.ratios
+        }
+        ids = ids_beside_ring(rows, of["floor"], geometry)
+        return Group.of(at, tokens, ids, entries, parts, rank.ranks)
+
+    cut = group(slice(0, c.owned), slice(0, c.runs), of["long"], gathered, range(rank.ranks))
+    if not c.shared:
+        return cut, None
+    at, runs = slice(c.owned, c.owned + c.shared), slice(c.runs, c.runs + c.short)
+    return cut, group(at, runs, of["slabs"], pages, (rank.rank,))
+
+
+def _blocks(step: Step, rank: Rank) -> dict[int, BlockTable]:
     """Block tables whose targets are rows of this rank's pages, -1 for the rows of others."""
     blocks = {}
     for m, t in step.blocks.items():
@@ -215,83 +225,3 @@ def _tables(step: Step, rank: Rank) -> dict[int, BlockTable]:
         target = torch.where(mine, t.target // per_page * here + row // rank.ranks, -1)
         blocks[m] = replace(t, target=target)
     return blocks
-
-
-def _group(
-    step: Step,
-    entries: dict[int, EntryTable],
-    index: Tensor | None,
-    token: Tensor,
-    parts: range | tuple[int, ...],
-    ranks: int,
-    window: int,
-) -> Group:
-    """Tables of tokens int64 [m] of the step."""
-    whole = index is None
-    tokens = step.tokens if whole else _runs(step.tokens, token)
-    ids = step.window.ids if whole else step.window.ids[token]
-    behind = torch.arange(window - 1, -1, -1, device=ids.device)
-    part = (tokens.position[:, None] - behind) % ranks
-    seen = {m: t if whole else replace(t, visible=t.visible[token]) for m, t in entries.items()}
-    return Group(
-        index,
-        tokens,
-        window=tuple(torch.where(part == p, ids, -1) for p in parts),
-        entries={m: tuple(t.of_part(p, ranks) for p in parts) for m, t in seen.items()},
-    )
-
-
-def _runs(t: TokenTable, token: Tensor) -> TokenTable:
-    """The table of some tokens, ascending: each run of neighbours is a batch row."""
-    row = t.row[token]
-    opens = torch.ones(len(token), dtype=torch.bool)
-    opens[1:] = (token[1:] != token[:-1] + 1) | (row[1:] != row[:-1])
-    first = torch.nonzero(opens).flatten()
-    return TokenTable(
-        row=opens.cumsum(0) - 1,
-        slab=t.slab[token],
-        position=t.position[token],
-        slabs=t.slab[token[first]].long(),
-        start=t.position[token[first]],
-        length=torch.diff(first, append=torch.tensor([len(token)])),
-        offset=first,
-        group=t.group,
-    )
-
-
-def _gathered(step: Step, batch: Batch, owner: Tensor) -> tuple[Tensor, Tensor]:
-    """Pages int64 [n] that hold the history of cut rows, and a page table int32 [slabs, blocks] of their places in it."""
-    found: list[Tensor] = []
-    table, count = torch.zeros_like(batch.page_table), 0
-    per_block = next((t.per_page * m for m, t in step.entries.items()), 0)
-    for row in step.rows if per_block else ():
-        if owner[row.offset] >= 0:
-            blocks = -(-(row.start + row.length) // per_block)
-            found.append(batch.page_table[row.slab, :blocks].long())
-            table[row.slab, :blocks] = torch.arange(count, count + blocks)
-            count += blocks
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64), table
-
-
-def moved(table: Table, move: Callable[[Tensor], Tensor]) -> Table:
-    """The table with `move` applied to every tensor."""
-    values = {f.name: getattr(table, f.name) for f in fields(table) if f.init and not f.name.startswith("_")}
-    return type(table)(**{k: move(v) if isinstance(v, Tensor) else v for k, v in values.items()})
-
-
-def _moved_fold(fold: Fold, move: Callable[[Tensor], Tensor]) -> Fold:
-    return replace(moved(fold, move), tokens=moved(fold.tokens, move), blocks=moved(fold.blocks, move))
-
-
-def _moved(group: Group, move: Callable[[Tensor], Tensor], pages: Tensor | None) -> Group:
-    """On the device, where the page table is `pages` (None: moved too)."""
-
-    def table(t: EntryTable) -> EntryTable:
-        return replace(t, pages=move(t.pages) if pages is None else pages, visible=move(t.visible))
-
-    return Group(
-        None if group.index is None else move(group.index),
-        moved(group.tokens, move),
-        tuple(map(move, group.window)),
-        {m: tuple(map(table, parts)) for m, parts in group.entries.items()},
-    )

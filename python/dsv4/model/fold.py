@@ -15,31 +15,44 @@ The same numbers are folded in the same order as by one rank alone, so bits are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsv4.cache.rows import Rows
-from dsv4.model.batch import Batch
 from dsv4.model.compressor import Compressor
 from dsv4.model.rank import Rank
-from dsv4.model.step import Geometry, Step, blocks_of
+from dsv4.model.step import Geometry, Taking, blocks_of, filled, ranges
 from dsv4.ops.tables import BlockTable, TokenTable
+
+if TYPE_CHECKING:
+    from dsv4.model.deal import Capacity
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Runs int64 [N] of a step's tokens, in their order: batch row, first token, end, and owner (-1: shared)."""
+
+    row: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+    owner: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Tables of one ratio on one rank. Folded are tokens `take` int64 [F] of the local ones followed by what all ranks `send`
-    (int64 [most], among the local ones; None: nothing crosses), in runs of which `tokens` and `blocks` tell as of batch rows.
+    """Tables of one ratio on one rank. Folded are the local tokens, followed by what all ranks `send` (int64 [most], among the local
+    ones; None: nothing crosses), in runs of which `tokens` and `blocks` tell as of batch rows.
 
     `slabs` int64, `fresh` bool [runs]: whose state a run starts from, or from none. `room`: pages, as long as a rank's pages of history are, that
-    hold the entries of any rank. `ids`, `target` int64 [N]: of all ranks' entries (rank * rows of `room` + place) those that this one keeps, and its rows for them. `ends`, `owner`, `rows` int64 [R]:
-    the local run that ends each batch row (0 if none does), the rank on which that is, and the row's slab."""
+    hold the entries of any rank. `ids`, `target` int64 [N]: of all ranks' entries (rank * rows of `room` + place) those that this one keeps, and
+    its rows for them, -1 for padding. `ends`, `owner`, `rows` int64 [R]: the local run that ends each batch row (0 if none does), the rank on
+    which that is, and the row's slab."""
 
-    take: Tensor
     send: Tensor | None
     tokens: TokenTable
     blocks: BlockTable
@@ -52,6 +65,29 @@ class Fold:
     owner: Tensor
     rows: Tensor
 
+    @classmethod
+    def of(cls, columns: Mapping[str, Tensor], ratio: int, geometry: Geometry, c: Capacity) -> Fold:
+        """From the columns that `fold_columns` gave, wherever they are."""
+        of = {
+            name.removeprefix(f"{ratio} "): x for name, x in columns.items() if name.startswith(f"{ratio} ")
+        }
+        run = of["row"]
+        runs = torch.arange(c.runs + c.short, device=run.device)
+        names = ("first", "count", "opens", "ends", "target", "position", "slot")
+        return cls(
+            send=of.get("send"),
+            tokens=TokenTable(run, run.int(), of["slot"], runs, runs, runs, runs, geometry.tile),
+            blocks=BlockTable(**{name: of[name] for name in names}, closed=of["closed"].bool()),
+            slabs=columns["slabs"][columns["run row"]],
+            fresh=of["fresh"].bool(),
+            room=_room(c, ratio, geometry),
+            ids=of["ids"],
+            target=of["to"],
+            ends=of["last"],
+            owner=of["owner"],
+            rows=columns["slabs"][:-1],
+        )
+
     def __call__(
         self, compressor: Compressor, projected: Tensor, rope: tuple[Tensor, Tensor], rank: Rank
     ) -> None:
@@ -59,158 +95,136 @@ class Fold:
         c = compressor
         if self.send is not None:
             projected = torch.cat((projected, rank.gather(projected[self.send]).flatten(0, 1)))
-        state = c.state[self.slabs]
-        state[self.fresh, :, 0], state[self.fresh, :, 1] = 0, -torch.inf
+        state, fresh = c.state[self.slabs], self.fresh[:, None, None]
+        state[:, :, 0].masked_fill_(fresh, 0)
+        state[:, :, 1].masked_fill_(fresh, -torch.inf)
         codec, per_page = c.history.codec, c.history.rows
         shape = self.room, per_page * sum(codec.planes)
         rows = Rows(codec, torch.zeros(shape, dtype=torch.uint8, device=projected.device), per_page)
-        if len(self.take):
-            c.ops.compress(
-                projected[self.take],
-                c.ape,
-                state,
-                self.tokens,
-                self.blocks,
-                c.norm,
-                *rope,
-                c.eps,
-                c.dtype,
-                rows,
-            )
-        if self.room:
-            every = Rows(codec, rank.gather(rows.region).flatten(0, 1), per_page)
-            if len(self.ids):
-                c.ops.copy_rows(every, self.ids, c.history, self.target)
+        c.ops.compress(projected, c.ape, state, self.tokens, self.blocks, c.norm, *rope, c.eps, c.dtype, rows)
+        every = Rows(codec, rank.gather(rows.region).flatten(0, 1), per_page)
+        c.ops.copy_rows(every, self.ids, c.history, self.target)
         left = rank.gather(state[self.ends])
         c.state[self.rows] = left[self.owner, torch.arange(len(self.rows), device=left.device)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Tokens first .. end - 1 of a step, of batch row `row`; `tail`: tokens before them that are folded again. `owner` -1: shared."""
-
-    row: int
-    first: int
-    end: int
-    owner: int
-    tail: int
-    last: bool
+def _room(c: Capacity, ratio: int, geometry: Geometry) -> int:
+    """Pages for the entries of a rank."""
+    return -(-c.entries(ratio) // (geometry.block_tokens // ratio // c.ranks))
 
 
-def fold_of(
-    step: Step,
-    batch: Batch,
-    owner: Tensor,
-    local: Tensor,
-    rank: Rank,
+def fold_columns(
+    t: Taking,
+    runs: Runs,
+    pages: np.ndarray,
     geometry: Geometry,
+    c: Capacity,
+    rank: int,
     ratio: int,
+    local: Mapping[str, np.ndarray],
     *,
     overlap: bool,
-) -> Fold:
-    """The tables of a step whose tokens lie on `owner` int64 [T] (-1: on all), `local` of them here; all on the CPU."""
-    every = list(_runs(step, owner, ratio if overlap else 0))
-    here = {p: [r for r in every if r.owner in (-1, p)] for p in range(rank.ranks)}
-    sent: list[list[int]] = [[] for _ in range(rank.ranks)]
-    for before, run in pairwise(every):
-        if run.tail:
-            sent[before.owner] += range(run.first - run.tail, run.first)
-    most = max(map(len, sent))
-    at = {t: len(local) + p * most + i for p, tokens in enumerate(sent) for i, t in enumerate(tokens)}
-    mine = here[rank.rank]
-    take = [
-        torch.cat(
-            (
-                torch.tensor([at[t] for t in range(r.first - r.tail, r.first)], dtype=torch.int64),
-                torch.searchsorted(local, torch.arange(r.first, r.end)),
-            )
-        )
-        for r in mine
-    ]
-    tables = {p: _tables(step, batch, runs, geometry, ratio) for p, runs in here.items()}
-    tokens, blocks, made, _ = tables[rank.rank]
-    per_page = geometry.block_tokens // ratio // rank.ranks
-    room = -(-max(int(t[2].sum()) for t in tables.values()) // per_page)
-    ids, target = _kept(tables, rank, room * per_page, per_page)
-    place = torch.full((len(made),), -1)
-    place[made] = torch.arange(int(made.sum()))
-    sending = torch.searchsorted(local, torch.tensor(sent[rank.rank], dtype=torch.int64))
-    lasts = [r for r in every if r.last]
-    return Fold(
-        take=torch.cat(take) if take else torch.zeros(0, dtype=torch.int64),
-        send=torch.nn.functional.pad(sending, (0, most - len(sending))) if most else None,
-        tokens=tokens,
-        blocks=BlockTable(**{**blocks, "target": place}),
-        slabs=torch.tensor([step.rows[r.row].slab for r in mine] or [0]),
-        fresh=torch.tensor([r.first - r.tail > step.rows[r.row].offset for r in mine] or [True]),
-        room=room,
-        ids=ids,
-        target=target,
-        ends=torch.tensor([mine.index(r) if r in mine else 0 for r in lasts]),
-        owner=torch.tensor([rank.rank if r.owner < 0 else r.owner for r in lasts]),
-        rows=torch.tensor([step.rows[r.row].slab for r in lasts]),
-    )
+) -> dict[str, np.ndarray]:
+    """Columns of one ratio on a rank. `pages` int32 [slabs, blocks]: the page table; `local`: `run`, and `run first` of the local runs: the owned
+    ones, padded, and the shared."""
+    mine, rows = np.flatnonzero(runs.owner == rank), np.flatnonzero(runs.owner < 0)
+    at = np.full(len(runs.row), -1)  # among the local ones
+    at[mine], at[rows] = np.arange(len(mine)), c.runs + np.arange(len(rows))
+    before = runs.first - t.offsets[runs.row]  # tokens of the row before a run
+    tail = np.where(runs.owner >= 0, np.minimum(before, ratio if overlap else 0), 0)
+    start = t.starts[runs.row] + before
+    slot_of = np.where(at >= 0, local["run first"][at], 0)
+    tails, send = _tails(runs, tail, slot_of, c, rank, ratio)
+
+    counts = (start + runs.end - runs.first - 1) // ratio - (start - tail) // ratio + 1
+    blocks = blocks_of(
+        start - tail, runs.end - runs.first + tail, slot_of - tail, t.slabs[runs.row], t.replayed[runs.row],
+        pages, geometry.block_tokens, ratio,
+    )  # fmt: skip
+    run = np.repeat(np.arange(len(counts)), counts)
+    again = blocks["position"] + ratio <= start[run]  # blocks of a tail
+    blocks["first"] += np.where(again, (tails - slot_of + tail)[run], 0)
+    made = (blocks["target"] >= 0) & ~again
+    place, ids, to = _kept(runs.owner[run], made, blocks["target"], c, rank, ratio, geometry)
+
+    row = filled(local["run"], len(local["run"]) + (c.ranks * c.tails(ratio) if overlap else 0), 0)
+    slot = np.zeros(len(row), np.int64)
+    slot[: len(local["run"])] = (
+        local["run start"][local["run"]] + np.arange(len(local["run"])) - local["run first"][local["run"]]
+    ) % ratio
+    tailed = np.flatnonzero((tail > 0) & (at >= 0))
+    behind = ranges(tails[tailed], tail[tailed])
+    row[behind] = np.repeat(at[tailed], tail[tailed])
+    slot[behind] = ranges(start[tailed] - tail[tailed], tail[tailed]) % ratio
+    found = _blocks(blocks, place, counts, mine, rows, c, ratio)
+    found |= {"row": row, "slot": slot, "ids": ids, "to": to}
+    last = np.flatnonzero(runs.end == (t.offsets + t.lengths)[runs.row])  # by row, as runs are in its order
+    found["last"] = filled(np.maximum(at[last], 0), c.rows - 1, 0)
+    found["owner"] = filled(np.where(runs.owner[last] < 0, rank, runs.owner[last]), c.rows - 1, 0)
+    fresh = np.ones(c.runs + c.short, np.int64)
+    fresh[at[mine]] = before[mine] > tail[mine]
+    fresh[at[rows]] = 0
+    found["fresh"] = fresh
+    return found | ({"send": send} if overlap else {})
 
 
-def _runs(step: Step, owner: Tensor, tail: int) -> Sequence[_Run]:
-    """In the order of the tokens."""
-    found = []
-    for i, row in enumerate(step.rows):
-        of = owner[row.offset : row.offset + row.length]
-        edges = (torch.nonzero(of[1:] != of[:-1]).flatten() + 1 + row.offset).tolist()
-        for first, end in pairwise((row.offset, *edges, row.offset + row.length)):
-            found.append(
-                _Run(
-                    i,
-                    first,
-                    end,
-                    int(owner[first]),
-                    min(tail, first - row.offset),
-                    last=end == row.offset + row.length,
-                )
-            )
-    return found
-
-
-def _tables(
-    step: Step, batch: Batch, runs: Sequence[_Run], geometry: Geometry, ratio: int
-) -> tuple[TokenTable, dict[str, Tensor], Tensor, Tensor]:
-    """The tables of a rank's runs, which blocks (bool) are entries of theirs, and which of these (bool) are of shared rows."""
-    rows = [step.rows[r.row] for r in runs]
-    begin = [row.start + r.first - r.tail - row.offset for r, row in zip(runs, rows, strict=True)]
-    length = torch.tensor([r.end - r.first + r.tail for r in runs], dtype=torch.int64)
-    start = torch.tensor(begin, dtype=torch.int64)
-    offset = length.cumsum(0) - length
-    slabs = torch.tensor([row.slab for row in rows], dtype=torch.int64)
-    replayed = torch.tensor([row.replay_end for row in rows], dtype=torch.int64)
-    columns = (x.numpy() for x in (start, length, offset, slabs, replayed, batch.page_table))
-    blocks = blocks_of(*columns, geometry.block_tokens, ratio)
-    found = {name: torch.from_numpy(column) for name, column in blocks.items()}
-    row = torch.repeat_interleave(torch.arange(len(runs)), length)
-    position = torch.arange(len(row)) - offset[row] + start[row]
-    run = row[found["first"]]
-    own = start + torch.tensor([r.tail for r in runs], dtype=torch.int64)
-    made = (found["target"] >= 0) & (found["position"] + ratio > own[run])
-    shared = torch.tensor([r.owner < 0 for r in runs], dtype=torch.bool)[run]
-    numbers = torch.arange(len(runs))
-    tokens = TokenTable(row, row.int(), position, numbers, start, length, offset, geometry.tile)
-    found |= {"closed": found["closed"].bool(), "slot": position % ratio}
-    return tokens, found, made, shared
+def _tails(
+    runs: Runs, tail: np.ndarray, slot_of: np.ndarray, c: Capacity, rank: int, ratio: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of each run where its tail is among what is folded, and the local slots of what this rank sends. `slot_of`: of the first tokens of
+    local runs."""
+    giver, most, base = np.roll(runs.owner, 1), c.tails(ratio), np.zeros_like(tail)
+    send = np.zeros(0, np.int64)
+    for p in range(c.ranks):
+        to = np.flatnonzero((tail > 0) & (giver == p))
+        base[to] = c.owned + c.shared + p * most + tail[to].cumsum() - tail[to]
+        if p == rank:
+            ends = slot_of[to - 1] + (runs.end - runs.first)[to - 1]
+            send = ranges(ends - tail[to], tail[to])
+    return base, filled(send, most, 0)
 
 
 def _kept(
-    tables: dict[int, tuple[TokenTable, dict[str, Tensor], Tensor, Tensor]],
-    rank: Rank,
-    room: int,
-    per_page: int,
-) -> tuple[Tensor, Tensor]:
-    """`ids` and `target` of a Fold, where each rank has `room` rows for entries and `per_page` of a page: row j of the page of all is kept by
-    rank j mod R, and what every rank made by this one."""
-    ids, targets = [], []
-    for p, (_, blocks, made, shared) in tables.items():
-        to, common = blocks["target"][made], shared[made]
-        page, row = to // (per_page * rank.ranks), to % (per_page * rank.ranks)
-        keep = (row % rank.ranks == rank.rank) & (~common | (p == rank.rank))
-        ids.append(p * room + torch.nonzero(keep).flatten())
-        targets.append((page * per_page + row // rank.ranks)[keep])
-    return torch.cat(ids), torch.cat(targets)
+    owner: np.ndarray, made: np.ndarray, target: np.ndarray, c: Capacity, rank: int, ratio: int, geometry: Geometry
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """By block, of which `made` (bool) are entries, its place in this rank's room, or -1; and `ids` and `to` of a Fold. Row j of a page of all
+    ranks is kept by rank j mod R, and what every rank made (`owner` -1) by each from its own room."""
+    per_page = geometry.block_tokens // ratio // c.ranks
+    page, row = target // (per_page * c.ranks), target % (per_page * c.ranks)
+    mine, common = row % c.ranks == rank, made & (owner < 0)
+    places, ids, targets = np.full(len(made), -1), [], []
+    for p in range(c.ranks):
+        own = made & (owner == p)
+        place = np.where(own, own.cumsum() - 1, own.sum() + common.cumsum() - 1)
+        keep = mine & (own | common if p == rank else own)
+        ids.append((p * _room(c, ratio, geometry) * per_page + place)[keep])
+        targets.append((page * per_page + row // c.ranks)[keep])
+        if p == rank:
+            places = np.where(own | common, place, -1)
+    size = c.kept_entries(ratio)
+    return places, filled(np.concatenate(ids), size, 0), filled(np.concatenate(targets), size, -1)
+
+
+def _blocks(
+    blocks: Mapping[str, np.ndarray],
+    place: np.ndarray,
+    counts: np.ndarray,
+    mine: np.ndarray,
+    rows: np.ndarray,
+    c: Capacity,
+    ratio: int,
+) -> dict[str, np.ndarray]:
+    """The blocks of the local runs, `mine` and then those of shared `rows`, out of those of all runs, `counts` of each. Runs of padding
+    have none: theirs is one without tokens."""
+    order = np.concatenate((mine, rows))
+    taken = ranges((counts.cumsum() - counts)[order], counts[order])
+    ends = counts[order].cumsum() - 1
+    of_run = {"opens": ends - counts[order] + 1, "ends": ends, "closed": blocks["closed"][order]}
+    size, found = c.blocks(ratio), {}
+    for name, column in of_run.items():
+        padding = 0 if name == "closed" else len(taken)
+        own, shared = column[: len(mine)], column[len(mine) :]
+        found[name] = np.concatenate((filled(own, c.runs, padding), filled(shared, c.short, padding)))
+    for name in ("first", "count", "position"):
+        found[name] = filled(blocks[name][taken], size, 0)
+    return found | {"target": filled(place[taken], size, -1)}

@@ -10,7 +10,7 @@ short goes by `direct`, which writes it into the peers' memory, if there is that
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -77,11 +77,12 @@ class Rank:
         """Goes on in another group, of as many ranks."""
         self._group = group
 
-    def gather(self, x: Tensor) -> Tensor:
-        """What every rank has: [...] -> [R, ...]. Shapes and dtypes are the same on all."""
+    def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """What every rank has: [...] -> [R, ...], in `out`, contiguous, if it is given. Shapes and dtypes are the same on all."""
         if (direct := self._direct(x.nbytes)) is not None:
-            return direct.gather(x)
-        out = torch.empty((self.ranks, *x.shape), dtype=x.dtype, device=x.device)
+            return direct.gather(x) if out is None else out.copy_(direct.gather(x))
+        if out is None:
+            out = torch.empty((self.ranks, *x.shape), dtype=x.dtype, device=x.device)
         if x.numel():
             options = _in_stream(AllgatherOptions())
             with self._saying():
@@ -152,12 +153,15 @@ def _over(work: dist.Work | None) -> None:
         del work  # which the traceback of an error would keep, and the group with it
 
 
-def ordered(parts: Tensor) -> Tensor:
-    """The sum of [R, ...] over R, first to last, in float32; in the dtype of the parts."""
-    total = parts[0].float()
-    for part in parts[1:]:
-        total = total + part.float()
-    return total.to(parts.dtype)
+def ordered(parts: Tensor | Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """The sum of R parts [...], first to last, in float32, rounded once to the dtype of the parts; in `out` if it is given."""
+    first, second, *rest = parts
+    if not rest:  # torch adds two numbers in float32
+        return torch.add(first, second, out=out)
+    total = first.float() + second
+    for part in rest:
+        total += part
+    return total.to(first.dtype) if out is None else out.copy_(total)
 
 
 def _bytes(x: Tensor) -> Tensor:

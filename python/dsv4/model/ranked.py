@@ -16,6 +16,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,13 +27,14 @@ from dsv4.model.batch import Batch, resolved
 from dsv4.model.beside import beside
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
-from dsv4.model.cut import Group, Places, RankStep, owners
+from dsv4.model.cut import Group, Places, RankStep
+from dsv4.model.deal import Deal, owners, rank_columns, wanted
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.rope import Rope
 from dsv4.model.scope import Scope
-from dsv4.model.step import Step, build_step
+from dsv4.model.step import Step, columns_for, packed, step_of, taking_part, unpacked
 from dsv4.model.v4 import Layer, V4Model
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
@@ -79,31 +81,44 @@ class RankedAttention(Attention):
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope.local, self.eps)
         rows, query = stored(), None if queries is None else queries()
-        y = torch.empty_like(x)
-        if step.shared is not None:
-            found = self._shared(step.shared, q, rope.local, rows, query)
-            y = found if step.shared.index is None else y.index_copy_(0, step.shared.index, found)
-        if step.pages is not None:
-            past, keys = self._gathered(step.pages)
-            if step.cut is not None and step.cut.index is not None:
-                y.index_copy_(0, step.cut.index, self._cut(step.cut, q, rope.local, rows, past, keys, query))
+        y = self._attended(step, q, rope.local, rows, query)
         if rows is scratch:
             ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
         return y
 
+    def _attended(
+        self, step: RankStep, q: Tensor, rope: Rope, rows: Rows, query: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Of queries [n, h, D] of the local tokens: [n, d]."""
+        if step.cut is None:
+            assert step.shared is not None, "a step has tokens"
+            return self._shared(step.shared, q, rope, rows, query)
+        past, keys = ([], []) if step.pages is None else self._gathered(step.pages)
+        own = self._cut(step.cut, q, rope, rows, past, keys, query)
+        if step.shared is None:
+            return ordered(own)
+        y = own[0].new_empty((len(q), own[0].shape[1]))
+        ordered(own, step.cut.pick(y))
+        step.shared.pick(y).copy_(self._shared(step.shared, q, rope, rows, query))
+        return y
+
     def _kv(self, shared: Tensor | Quantised, step: RankStep) -> Tensor:  # type: ignore[override]
-        return step.places.all(super()._kv(shared, step))
+        return step.places.all(super()._kv(shared, step))  # type: ignore[arg-type]
 
     def _compress(  # type: ignore[override]
         self, compressor: Compressor, x: Tensor, step: RankStep, rope: Rope | None
     ) -> None:
         """Every rank gets the pools of all rows, and the entries that it holds."""
+        assert rope is not None, "a layer with a compressor has a ratio"
         projected = self.ops.linear_f32(x, compressor.project)
         fold = step.folds.get(self.ratio)
-        if fold is not None and rope is not None:
+        if fold is not None:
             fold(compressor, projected, rope, self.rank)
             return
         projected = step.places.all(projected)
+        if step.slot is not None:
+            projected = projected[step.slot]
+        assert step.tokens is not None, "what is not folded is taken in whole"
         compressor.take(projected, step.tokens, step.blocks[self.ratio], rope)
 
     def _shared(
@@ -136,8 +151,8 @@ class RankedAttention(Attention):
         past: list[Rows],
         keys: list[Rows],
         query: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
-        """The owner sums all parts."""
+    ) -> list[Tensor]:
+        """The owner makes all parts, [m, d] each."""
         ops, ranks = self.ops, self.rank.ranks
         turn, q = tuple(group.pick(r) for r in rope), group.pick(q)
         chosen = None
@@ -154,7 +169,7 @@ class RankedAttention(Attention):
             )
         o, lse = map(torch.stack, zip(*parts, strict=True))
         merged = ops.merge_attention(o, lse, self.sink, *turn).chunk(ranks, 1)
-        return ordered(torch.stack([self._output(merged[p], p) for p in range(ranks)]))
+        return [self._output(merged[p], p) for p in range(ranks)]
 
     def _output(self, o: Tensor, part: int) -> Tensor:
         """[m, h / R, D] of the heads of a rank -> its part of [m, d]."""
@@ -236,30 +251,52 @@ class RankedModel(V4Model):
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         self.reset_fresh(batch)
-        device = self.embed.device
         replays = any(row.replay_end for row in batch.rows)
         owner = owners(batch, self.rank.ranks, self.unit)
-        alive, streams, step = torch.empty(0), None, None
+        alive, streams, step = np.empty(0, np.int64), None, None
         for i, layer in enumerate(self.layers):
             if i == 0 or replays:
-                plain = build_step(batch, self.geometry, i)
-                if plain is None:
+                found = self._step(batch, owner, i)
+                if found is None:
                     return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
-                step = RankStep.of(
-                    plain, batch, owner[plain.token], self.rank, self.geometry, device, self.foldable
-                )
-                if batch.newest is not None:
-                    step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
-                ropes, scratch = self._rank_ropes(step, plain.end), self._scratch(step)
-                local = plain.token[step.places.local.cpu()]
+                step, local = found
+                ropes, scratch = self._rank_ropes(step), self._scratch(step)
                 if streams is None:
                     streams = self._embedded(step)
-                else:  # a token of another rank may have any streams
-                    kept = torch.searchsorted(alive, local).clamp(max=len(alive) - 1)
-                    streams = streams[to_device(kept, device)]
+                else:  # padding may have any streams
+                    slot = np.zeros(len(owner) + 1, np.int64)
+                    slot[alive] = np.arange(len(alive))
+                    streams = streams[to_device(torch.from_numpy(slot[local]), self.embed.device)]
                 alive = local
             streams = layer(streams, step, *ropes[layer.ratio], scratch)
-        return self._wanted(streams, alive, owner[batch.logit_index], batch.logit_index)
+        assert step is not None and streams is not None, "a model has layers"
+        places = step.places
+        columns = wanted(
+            owner, batch.logit_index.numpy(), alive, places.owned, places.rank.ranks, places.rank.rank
+        )
+        of = {name: torch.from_numpy(column) for name, column in columns.items()}
+        return self._wanted(streams, places, **unpacked(of, to_device(packed(of), self.embed.device)))
+
+    def _step(self, batch: Batch, owner: np.ndarray, layer: int) -> tuple[RankStep, np.ndarray] | None:
+        """The tables of a layer's tokens, whose owners are given by batch index, and that index of each local one (-1: padding); None
+        when there are none."""
+        taking = taking_part(batch, self.geometry, layer)
+        if taking is None:
+            return None
+        device, geometry = self.embed.device, self.geometry
+        pages = batch.page_table if batch.device_pages is None else batch.device_pages
+        if (owner[taking.token] < 0).all():
+            columns = columns_for(taking, batch, geometry).to(device)
+            step, local = RankStep.whole(step_of(columns, pages, geometry), self.rank), taking.token
+        else:
+            deal = Deal.of(taking, owner[taking.token], self.rank.ranks, self.unit)
+            capacity = deal.capacity(geometry)
+            cut = rank_columns(deal, batch, self.rank.rank, geometry, self.foldable, capacity)
+            step = RankStep.of(cut.to(device), self.rank, geometry, pages)
+            local = deal.local(capacity, self.rank.rank)
+        if batch.newest is not None:
+            step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
+        return step, local
 
     def _alone(self, step: Step, ropes: dict[int, tuple[Rope, Rope | None]]) -> tuple[Any, dict[int, Any]]:
         here = {m: (Ropes(rope, rope), block_rope) for m, (rope, block_rope) in ropes.items()}
@@ -267,8 +304,8 @@ class RankedModel(V4Model):
 
     def _whole(self, step: Step) -> tuple[Any, dict[int, Any]]:
         """Every token on every rank."""
-        here = RankStep.whole(step, self.rank, self.geometry.window)
-        return here, self._rank_ropes(here, step.end)
+        here = RankStep.whole(step, self.rank)
+        return here, self._rank_ropes(here)
 
     def _embedded(self, step: RankStep) -> Tensor:
         """Streams [n, n_streams, d] of the local tokens; each row of the embedding is on one rank."""
@@ -277,25 +314,23 @@ class RankedModel(V4Model):
         part = torch.where(held[:, None], self.embed[at.clamp(0, len(self.embed) - 1)], 0)
         return step.places.sum(part).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
 
-    def _rank_ropes(self, step: RankStep, end: int) -> dict[int, tuple[Ropes, Rope | None]]:
+    def _rank_ropes(self, step: RankStep) -> dict[int, tuple[Ropes, Rope | None]]:
         found = {}
         for m, table in self.ropes.items():
-            every = table.at(step.tokens.position, end)
-            cos, sin = (x if step.places.send is None else x[step.places.local] for x in every)
-            found[m] = (
-                Ropes((cos, sin), every),
-                table.at(step.block_positions(m), end) if m else None,
-            )
+            every = table.at(step.position, step.end)
+            cos, sin = map(step.places.local, every)
+            blocks = table.at(step.block_positions(m), step.end) if m else None
+            found[m] = Ropes((cos, sin), every), blocks
         return found
 
-    def _wanted(self, streams: Tensor, alive: Tensor, owner: Tensor, tokens: Tensor) -> Tensor:
-        """Streams [S, n, d] of tokens int64 [S] of the batch, on every rank; `alive`: the local ones."""
-        if not len(tokens):
+    def _wanted(self, streams: Tensor, places: Places, send: Tensor, source: Tensor) -> Tensor:
+        """Streams [S, n, d] on every rank, of the tokens that `deal.wanted` gave the columns of; `streams` are the local ones."""
+        if not len(source):
             return streams[:0]
-        places = Places.of(owner, self.rank)
-        at = torch.searchsorted(alive, tokens[places.local]).clamp(max=len(alive) - 1)
-        device = streams.device
-        return places.to(lambda x: to_device(x, device)).all(streams[to_device(at, device)])
+        shared = streams[places.owned :]
+        if not len(send):
+            return shared[source]
+        return torch.cat((self.rank.gather(streams[send]).flatten(0, 1), shared))[source]
 
 
 def share(rank: Rank) -> Share:

@@ -8,7 +8,7 @@ part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -68,12 +68,41 @@ class Columns:
 
     def packed(self) -> Tensor:
         """All columns, which lie on the CPU, one after the other: int64."""
-        return torch.from_numpy(np.concatenate([column.numpy() for column in self.of.values()]))
+        return packed(self.of)
 
     def within(self, columns: Tensor) -> Columns:
         """The same with the columns that `packed` gave."""
-        parts = columns.split([len(x) for x in self.of.values()])
-        return replace(self, of=dict(zip(self.of, parts, strict=True)))
+        return replace(self, of=unpacked(self.of, columns))
+
+
+def packed(of: Mapping[str, Tensor]) -> Tensor:
+    """Columns int64 [n] on the CPU, one after the other."""
+    return torch.from_numpy(np.concatenate([column.numpy() for column in of.values()]))
+
+
+def unpacked(of: Mapping[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
+    """Columns of the names and lengths of `of`, which `packed` put one after the other."""
+    return dict(zip(of, columns.split([len(x) for x in of.values()]), strict=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taking:
+    """What of a batch takes part in a layer: rows, by row int64 [R] slab, first position, tokens, first token, floor and end of replay, and
+    the batch index of each token, int64 [T]."""
+
+    rows: tuple[Row, ...]
+    slabs: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    offsets: np.ndarray
+    floors: np.ndarray
+    replayed: np.ndarray
+    token: np.ndarray
+
+    @property
+    def end(self) -> int:
+        """All positions are below this."""
+        return int((self.starts + self.lengths).max())
 
 
 def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
@@ -82,9 +111,8 @@ def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
     return None if columns is None else step_of(columns, batch.page_table, geometry)
 
 
-def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | None:
-    """Columns (on the CPU, as all tensors of `batch` are) for the tokens of `batch` that take part in `layer`; None when there
-    are none."""
+def taking_part(batch: Batch, geometry: Geometry, layer: int = 0) -> Taking | None:
+    """The tokens of `batch` that take part in `layer`; None when there are none."""
     rows: list[Row] = []
     table: list[tuple[int, ...]] = []
     offset = 0
@@ -101,34 +129,52 @@ def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | No
     if not rows:
         return None
     # With numpy, as there are many small columns and torch takes some microseconds for each step of each.
-    slabs, starts, lengths, first, floors, replayed, taken = np.array(table, np.int64).T
-    token = np.arange(offset) + np.repeat(taken - first, lengths)
+    slabs, starts, lengths, offsets, floors, replayed, taken = np.array(table, np.int64).T
+    token = np.arange(offset) + np.repeat(taken - offsets, lengths)
+    return Taking(tuple(rows), slabs, starts, lengths, offsets, floors, replayed, token)
+
+
+def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | None:
+    """Columns (on the CPU, as all tensors of `batch` are) for the tokens of `batch` that take part in `layer`; None when there
+    are none."""
+    taking = taking_part(batch, geometry, layer)
+    return None if taking is None else columns_for(taking, batch, geometry)
+
+
+def columns_for(t: Taking, batch: Batch, geometry: Geometry) -> Columns:
+    """The columns of what takes part."""
     of = {
-        "token": token,
-        "ids": batch.token_ids.numpy()[token],
-        "row": np.repeat(np.arange(len(rows)), lengths),
-        "position": batch.positions.numpy()[token],
-        "slabs": slabs,
-        "start": starts,
-        "length": lengths,
-        "offset": first,
-        "floor": floors,
+        "token": t.token,
+        "ids": batch.token_ids.numpy()[t.token],
+        "row": np.repeat(np.arange(len(t.rows)), t.lengths),
+        "position": batch.positions.numpy()[t.token],
+        "slabs": t.slabs,
+        "start": t.starts,
+        "length": t.lengths,
+        "offset": t.offsets,
+        "floor": t.floors,
     }
-    direct = int(lengths.max()) + geometry.window - 1 <= geometry.ring
-    if not direct:  # the ring holds no more of a row
-        kept = np.minimum(lengths, geometry.ring)
-        of["kept"] = np.concatenate(
-            [
-                np.arange(end - n, end)
-                for end, n in zip((first + lengths).tolist(), kept.tolist(), strict=True)
-            ]
-        )
+    direct = int(t.lengths.max()) + geometry.window - 1 <= geometry.ring
+    if not direct:
+        of["kept"] = ringed(t, geometry.ring)
     pages = batch.page_table.numpy()
     for m in geometry.ratios:
-        blocks = blocks_of(starts, lengths, first, slabs, replayed, pages, geometry.block_tokens, m)
+        blocks = blocks_of(
+            t.starts, t.lengths, t.offsets, t.slabs, t.replayed, pages, geometry.block_tokens, m
+        )
         of |= {f"{m} {name}": column for name, column in blocks.items()}
     columns = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in of.items()}
-    return Columns(tuple(rows), int((starts + lengths).max()), direct, columns)
+    return Columns(t.rows, t.end, direct, columns)
+
+
+def ringed(t: Taking, ring: int) -> np.ndarray:
+    """Tokens int64 [M] that a ring of so many rows keeps: the last of each row."""
+    return ranges(t.offsets + t.lengths - np.minimum(t.lengths, ring), np.minimum(t.lengths, ring))
+
+
+def ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """first[i] .. first[i] + count[i] - 1, one after the other."""
+    return np.arange(count.sum()) + np.repeat(first - count.cumsum() + count, count)
 
 
 def padded(columns: Columns, rows: int, sink: int, end: int, geometry: Geometry) -> Columns:
@@ -154,9 +200,14 @@ def padded(columns: Columns, rows: int, sink: int, end: int, geometry: Geometry)
 
 
 def _filled(column: Tensor, size: int, value: int) -> Tensor:
-    filled = np.full(size, value, np.int64)
-    filled[: len(column)] = column.numpy()
-    return torch.from_numpy(filled)
+    return torch.from_numpy(filled(column.numpy(), size, value))
+
+
+def filled(column: np.ndarray, size: int, value: int) -> np.ndarray:
+    """int64 [size]: the column, followed by `value`."""
+    whole = np.full(size, value, np.int64)
+    whole[: len(column)] = column
+    return whole
 
 
 def step_of(columns: Columns, pages: Tensor, geometry: Geometry) -> Step:
@@ -259,21 +310,32 @@ def _in_ring(t: TokenTable, floor: Tensor, geometry: Geometry) -> WindowTable:
 
 
 def _beside_ring(t: TokenTable, floor: Tensor, kept: Tensor, geometry: Geometry) -> WindowTable:
-    w, ring = geometry.window, geometry.ring
-    position, held = _held(t, floor, w)
-    own = t.slabs[t.row] * ring + t.position % ring
-    start = t.start[t.row, None]
-    past, rows = len(t.slabs) * w, len(t.row)
-    old = t.row[:, None] * w + position - (start - w)
-    new = past + t.offset[t.row, None] + position - start
-    behind = t.start[:, None] - w + torch.arange(w, device=own.device)
+    past = past_of(t.slabs, t.start, geometry)
+    own = t.slabs[t.row] * geometry.ring + t.position % geometry.ring
     return WindowTable(
-        ids=torch.where(held, torch.where(position < start, old, new), -1).int(),
-        target=past + torch.arange(rows, device=own.device),
-        past=(t.slabs[:, None] * ring + behind % ring).flatten(),
+        ids=ids_beside_ring(t, floor, geometry),
+        target=len(past) + torch.arange(len(t.row), device=own.device),
+        past=past,
         kept=kept,
         kept_to=own[kept],
     )
+
+
+def ids_beside_ring(t: TokenTable, floor: Tensor, geometry: Geometry) -> Tensor:
+    """`WindowTable.ids` int32 [T, W] of tokens whose step does not fit into the ring: the rows of the scratch region are those
+    before each row of `t`, then its tokens by `offset`. `floor` int64 [R]: lowest position of each row."""
+    w = geometry.window
+    position, held = _held(t, floor, w)
+    start = t.start[t.row, None]
+    old = t.row[:, None] * w + position - (start - w)
+    new = len(t.slabs) * w + t.offset[t.row, None] + position - start
+    return torch.where(held, torch.where(position < start, old, new), -1).int()
+
+
+def past_of(slabs: Tensor, start: Tensor, geometry: Geometry) -> Tensor:
+    """Ring rows int64 [R * W] before each row's start."""
+    behind = start[:, None] - geometry.window + torch.arange(geometry.window, device=start.device)
+    return (slabs[:, None] * geometry.ring + behind % geometry.ring).flatten()
 
 
 def _entries(t: TokenTable, pages: Tensor, end: int, geometry: Geometry) -> dict[int, EntryTable]:

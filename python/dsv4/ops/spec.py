@@ -132,7 +132,7 @@ SPECS: dict[str, OpSpec] = dict(
             "source rows[.,D]; ids int64[N]; rows rows[.,D]; target int64[N]",
             "",
             0.0,
-            "row ids[n] of source to row target[n], bytes as they are; both of one format",
+            "row ids[n] of source to row target[n] (below 0: to none), bytes as they are; both of one format",
             writes="rows",
         ),
         _spec(

@@ -63,15 +63,14 @@ class Engine:
     def core_options(self, longest_prompt: int) -> dict[str, Any]:
         """Of the core, without tenants. `longest_prompt`: of the trace."""
         s, tokens = self.settings, self.step_tokens
+        sizes = () if s.enforce_eager else cut_sizes_of(chunk_tokens(tokens, self.tp), self.max_len)
         return core_options(s) | {
             "pages": self.pages,
             "max_step_tokens": max(tokens, longest_prompt) if self.sequential else tokens,
             "max_len": self.max_len,
             "max_wait_us": int(1e6 * s.max_wait),
-            "step_budget": step_budget(s.step_ms, "cuda"),
-            "step_sizes": ()
-            if s.enforce_eager
-            else cut_sizes_of(chunk_tokens(tokens, self.tp), self.max_len),
+            "step_budget": step_budget(s.step_ms, "cuda", sizes),
+            "step_sizes": sizes,
         }
 
     def describe(self) -> str:

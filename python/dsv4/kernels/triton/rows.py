@@ -93,7 +93,8 @@ def copy_rows_kernel(
 ):
     i = tl.program_id(0) * N + tl.arange(0, N)
     held = i < count
-    a, b = tl.load(ids + i, mask=held, other=0), tl.load(target + i, mask=held, other=0)
+    a, b = tl.load(ids + i, mask=held, other=0), tl.load(target + i, mask=held, other=-1)
+    held, b = held & (b >= 0), tl.maximum(b, 0)
     old, new = source + (a // SOURCE_ROWS) * source_stride, region + (b // ROWS) * stride
     c = tl.arange(0, BLOCK)[None, :]
     mask = held[:, None] & (c < PLANE)
@@ -136,7 +137,7 @@ def write_rows(
 
 
 def copy_rows(source: Any, ids: Tensor, rows: Any, target: Tensor) -> None:
-    """The op `copy_rows`: whole words where both regions are aligned to them."""
+    """The op `copy_rows`: whole words where both regions are aligned to them. A target below 0 is left out."""
     count = len(ids)
     if not count:
         return

@@ -16,7 +16,9 @@ def write_rows(
 
 
 def copy_rows(source: RowSource, ids: Tensor, rows: RowSource, target: Tensor) -> None:
-    """Bytes of rows int64 [N] of `source` to rows int64 [N] of `rows`. Both have one format."""
+    """Bytes of rows int64 [N] of `source` to rows int64 [N] of `rows`, of which one below 0 is left out. Both have one format."""
+    held = target >= 0
+    ids, target = ids[held], target[held]
     pairs = zip(source.planes(), rows.planes(), strict=True)
     for old, new in pairs:
         new[target // rows.rows, target % rows.rows] = old[ids // source.rows, ids % source.rows]
