@@ -6,5 +6,14 @@ A bench file defines `rows(bench)`, which yields a `Row` per shape, and stands i
 
 from __future__ import annotations
 
-FILES: tuple[str, ...] = ("attention", "gemm_fp8", "moe", "indexer", "rowwise", "logits", "sampling")
+FILES: tuple[str, ...] = (
+    "attention",
+    "attention_parts",
+    "gemm_fp8",
+    "moe",
+    "indexer",
+    "rowwise",
+    "logits",
+    "sampling",
+)
 """Modules of this package with rows, in the order of the table. One line per kernel file."""

@@ -49,15 +49,17 @@ def _random_rows(pages: int, per_page: int, page_bytes: int) -> Rows:
     return rows
 
 
-def inputs(heads: int, k: int | None, tokens: int, entries: int, *, chunk: bool = False) -> Inputs:
+def inputs(
+    heads: int, k: int | None, tokens: int, entries: int, *, chunk: bool = False, ranks: int = 1
+) -> Inputs:
     """`tokens` requests that decode (or one whose chunk is prefilled) with `entries` entries each, `k` of them selected
-    (None: all)."""
+    (None: all). Pages are those of one of `ranks`."""
     torch.manual_seed(0)
-    per_page = PER_PAGE if k else 2
+    per_page = max(1, (PER_PAGE if k else 2) // ranks)
     blocks, requests = -(-entries // per_page), 1 if chunk else tokens
     pages = max(requests * blocks, 1024)
     window = _random_rows(max(tokens, 8), RING, RING * 584)
-    history = _random_rows(pages, per_page, per_page * 584)
+    history = _random_rows(pages, per_page, -(-per_page * 584 // 64) * 64 if ranks > 1 else per_page * 584)
     table = torch.randperm(pages, device="cuda")[: requests * blocks].view(requests, blocks).int()
     step = 1 if chunk else RING
     ids = torch.arange(RING, device="cuda") + step * torch.arange(tokens, device="cuda")[:, None]

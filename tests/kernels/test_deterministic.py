@@ -26,7 +26,7 @@ from tests.kernels.test_attention import full_width, make
 from tests.kernels.test_indexer import small  # noqa: F401  (a fixture)
 from tests.kernels.test_moe import LIMIT
 from tests.kernels.test_moe import make as packed_experts
-from tests.ops.cases import case, history_rows, moved, outcome, step_of
+from tests.ops.cases import case, history_rows, moved, outcome, partial_args, step_of
 
 
 def _g(seed: int = 0) -> torch.Generator:
@@ -122,12 +122,11 @@ def test_attention_is_cut_by_a_tokens_own_length(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(attention, "LONGEST", 2)
     case = moved(make(((250, 1), (37, 1), (0, 2), (130, 1)), form="fp8_ds_mla", k=k, dim=96), DEVICE)
     _each_token(case, partial(attention.sparse_attention, fixed=True))
-    part = {name: v for name, v in case.items() if name not in ("sink", "cos", "sin")}
-    _each_token(part, partial(attention.partial_attention, fixed=True))
+    _each_token(partial_args(case), partial(attention.partial_attention, fixed=True))
 
 
 def _each_token(case: dict[str, Any], run: Callable[..., Any], picks: Sequence[int] = ()) -> None:
-    rows = ("q", "cos", "sin", "window_ids", "selected")
+    rows = ("q", "cos", "sin", "window_ids", "selected", "count")
     whole = run(**case)
     for t in picks or range(len(case["q"])):
         cut = {

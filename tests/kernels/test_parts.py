@@ -11,7 +11,7 @@ from dsv4.kernels.triton import attention, indexer, merge, topk
 from tests.kernels.device import DEVICE
 from tests.kernels.test_attention import make
 from tests.kernels.test_indexer import small  # noqa: F401  (a fixture)
-from tests.ops.cases import case, history_rows, moved
+from tests.ops.cases import case, history_rows, moved, partial_args
 from tests.ops.test_parts import test_attention_by_parts as attention_by_parts
 from tests.ops.test_parts import test_selection_by_parts as selection_by_parts
 
@@ -23,17 +23,36 @@ REFERENCE = choose("reference")
 @pytest.mark.parametrize("form", ["float32", "fp8_ds_mla"])
 def test_partial_attention(form: str, k: int | None, splits: int | None) -> None:
     args = make(((150, 3), (37, 1), (0, 2)), form=form, k=k)
-    for name in ("sink", "cos", "sin"):
-        del args[name]
     args["window_ids"][0], args["entries"].visible[0] = -1, 0  # a token without a key in this part
     if k is not None:
         args["selected"][0] = -1
+    args = partial_args(args)
     expected = REFERENCE.partial_attention(**args)
     got = attention.partial_attention(**moved(args, DEVICE), splits=splits)
     assert torch.equal(got[1].cpu()[0], torch.full_like(expected[1][0], -torch.inf)) and not got[0][0].any()
     bound = 1e-5 if form == "float32" else 2e-3  # probabilities in fp16
     for a, b in zip(got, expected, strict=True):
         assert (a.cpu() - b).nan_to_num(0).abs().max() <= bound
+    into = tuple(torch.full_like(x, torch.nan) for x in got)
+    again = attention.partial_attention(**moved(args, DEVICE) | dict(into=into), splits=splits)
+    assert again is into and all(map(torch.equal, into, got))
+
+
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_lists_of_different_lengths(splits: int | None) -> None:
+    args = make(((150, 3), (37, 1)), form="fp8_ds_mla", k=37, dim=96)
+    held = torch.arange(37) < torch.tensor([0, 37, 3, 17])[:, None]
+    args["selected"] = torch.where(held, args["selected"], -1)
+    args = partial_args(args)
+    expected = REFERENCE.partial_attention(**args)
+    got = attention.partial_attention(**moved(args, DEVICE), splits=splits)
+    assert all((a.cpu() - b).abs().max() <= 2e-3 for a, b in zip(got, expected, strict=True))
+
+
+def test_lists_without_their_lengths_are_refused() -> None:
+    args = moved(partial_args(make(((150, 1),))) | dict(count=None), DEVICE)
+    with pytest.raises(ValueError, match="count is None beside selected"):
+        attention.partial_attention(**args)
 
 
 def test_merged_parts_in_bfloat16() -> None:

@@ -216,7 +216,7 @@ def _prefer(ops: Any, holder: int, ranks: int) -> list[int]:
         return merge(every[None], better[None], min(topk, entries.most))
 
     def attended(*args: Any) -> Any:
-        if len(args) > 7:
+        if len(args) > 7 and args[7] is not None:
             found.append(int((args[7] >= 0).sum(-1).max()))
         return attend(*args)
 

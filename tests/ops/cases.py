@@ -189,7 +189,15 @@ def _partial_attention(t: int, g: torch.Generator) -> dict[str, Any]:
     args["window_ids"][0], args["entries"].visible[0] = -1, 0
     if args["selected"] is not None:
         args["selected"][0] = -1
-    return {name: args[name] for name in args if name not in ("sink", "cos", "sin")}
+    return partial_args(args)
+
+
+def partial_args(args: dict[str, Any]) -> dict[str, Any]:
+    """What `partial_attention` takes, of arguments of `sparse_attention` that have -1 after the last of each list."""
+    known = {name: args[name] for name in args if name not in ("sink", "cos", "sin")}
+    selected = args["selected"]
+    count = None if selected is None else (selected >= 0).sum(-1, dtype=torch.int32)
+    return known | dict(count=count, into=None)
 
 
 def _merge_attention(t: int, g: torch.Generator) -> dict[str, Any]:

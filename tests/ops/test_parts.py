@@ -38,9 +38,11 @@ def merged_attention(backend: str, args: dict[str, Any], parts: int) -> Tensor:
     for part in range(parts):
         rows, entries = part_of(args["history"], args["entries"], part, parts)
         place = torch.arange(args["window_ids"].shape[1]) % parts == part
+        selected, count = None, None
+        if args["selected"] is not None:
+            selected, count = entries_of_part(args["selected"], part, parts)
         mine = dict(
-            window_ids=torch.where(place, args["window_ids"], -1), history=rows, entries=entries,
-            selected=None if args["selected"] is None else entries_of_part(args["selected"], part, parts),
+            window_ids=torch.where(place, args["window_ids"], -1), history=rows, entries=entries, selected=selected, count=count
         )  # fmt: skip
         own = {k: v for k, v in (args | mine).items() if k not in ("sink", "cos", "sin")}
         found.append(partial(**moved(own, DEVICE)))
@@ -65,10 +67,9 @@ def test_one_part_may_hold_all_selected_entries() -> None:
     args["selected"] = (
         torch.where(args["selected"] % 2 == 0, args["selected"], -1).sort(descending=True).values
     )
-    own = entries_of_part(args["selected"], 0, 2)
-    assert (own >= 0).sum() == (args["selected"] >= 0).sum() and not (
-        entries_of_part(args["selected"], 1, 2) >= 0
-    ).any()
+    (own, count), (other, none) = (entries_of_part(args["selected"], p, 2) for p in (0, 1))
+    assert (own >= 0).sum() == count.sum() == (args["selected"] >= 0).sum()
+    assert not (other >= 0).any() and not none.any()
     whole = REGISTRY.load("sparse_attention", "reference")(**args)
     assert (merged_attention("reference", args, 2) - whole).abs().max() <= 2e-5
 
@@ -106,4 +107,5 @@ def test_the_part_of_a_table() -> None:
     assert torch.equal(sum(t.visible for t in parts), visible)
     assert torch.equal(table.of_part(0, 1).visible, visible)
     chosen = torch.tensor([[0, 3, 4, 5, 7, -1]], dtype=torch.int32)
-    assert entries_of_part(chosen, 1, 2).tolist() == [[1, 2, 3, -1, -1, -1]]
+    own, count = entries_of_part(chosen, 1, 2)
+    assert own.tolist() == [[1, 2, 3, -1, -1, -1]] and count.tolist() == [3]

@@ -41,6 +41,9 @@ from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from dsv4.transfer import to_device
 
+ALIGNED = 64
+"""Bytes of which gathered pages are a multiple, as those of the cache are, so that kernels load them 16 at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ropes:
@@ -133,7 +136,7 @@ class RankedAttention(Attention):
         if query is not None and self.indexer is not None:
             found = self._candidates(group, 0, turn, query, self.indexer.keys)
             chosen = self._choice(group, rank.gather(found[0]), rank.gather(found[1]))
-            compressed = *compressed, ops.entries_of_part(chosen, rank.rank, rank.ranks)
+            compressed = *compressed, *ops.entries_of_part(chosen, rank.rank, rank.ranks)
         o, lse = ops.partial_attention(
             group.pick(q), self.scale, group.tokens, rows, group.window[0], *compressed
         )
@@ -159,15 +162,14 @@ class RankedAttention(Attention):
         if query is not None:
             found = [self._candidates(group, p, turn, query, keys[p]) for p in range(ranks)]
             chosen = self._choice(group, *map(torch.stack, zip(*found, strict=True)))
-        parts = []
+        o = q.new_empty((ranks, *q.shape))
+        lse = q.new_empty(o.shape[:-1], dtype=torch.float32)
         for p in range(ranks):
-            compressed: tuple = (past[p], group.entries[self.ratio][p]) if past else ()
-            if chosen is not None:
-                compressed = *compressed, ops.entries_of_part(chosen, p, ranks)
-            parts.append(
-                ops.partial_attention(q, self.scale, group.tokens, rows, group.window[p], *compressed)
+            compressed: tuple = (past[p], group.entries[self.ratio][p]) if past else (None, None)
+            own = (None, None) if chosen is None else ops.entries_of_part(chosen, p, ranks)
+            ops.partial_attention(
+                q, self.scale, group.tokens, rows, group.window[p], *compressed, *own, (o[p], lse[p])
             )
-        o, lse = map(torch.stack, zip(*parts, strict=True))
         merged = ops.merge_attention(o, lse, self.sink, *turn).chunk(ranks, 1)
         return [self._output(merged[p], p) for p in range(ranks)]
 
@@ -199,7 +201,11 @@ class RankedAttention(Attention):
     def _gather(self, rows: Rows | None, pages: Tensor) -> list[Rows]:
         if rows is None:
             return []
-        return [Rows(rows.codec, region, rows.rows) for region in self.rank.gather(rows.region[pages])]
+        region = rows.region[pages]
+        size = region.shape[1]
+        if size % ALIGNED:
+            region = torch.nn.functional.pad(region, (0, -size % ALIGNED))
+        return [Rows(rows.codec, every[:, :size], rows.rows) for every in self.rank.gather(region)]
 
 
 class RankedMoE(MoE):

@@ -215,9 +215,9 @@ SPECS: dict[str, OpSpec] = dict(
         _spec(
             "entries_of_part",
             "selected int32[T,k]; part value; parts value",
-            "own int32[T,k]",
+            "own int32[T,k]; count int32[T]",
             0.0,
-            "of selected entries those with number part mod parts, by their number within the part, in their order, -1 pads",
+            "of selected entries those with number part mod parts, by their number within the part, in their order, -1 pads; and how many",
         ),
         _spec(
             "sparse_attention",
@@ -232,11 +232,12 @@ SPECS: dict[str, OpSpec] = dict(
         _spec(
             "partial_attention",
             "q model[T,h,D]; scale value; tokens TokenTable; window rows[.,D]; window_ids int32[T,W]; "
-            "history rows[.,D] or None; entries EntryTable or None; selected int32[T,k] or None",
+            "history rows[.,D] or None; entries EntryTable or None; selected int32[T,k] or None; count int32[T] or None; into value",
             "o model[T,h,D]; lse float32[T,h]",
             1e-5,
             "sparse_attention over a part of the keys, without the sink and not turned back; lse is the natural logarithm of "
-            "the sum of exponentials, -inf (and o 0) where there is no key",
+            "the sum of exponentials, -inf (and o 0) where there is no key; count comes with selected, of which a token has that many, "
+            "-1 after the last; into: None, or contiguous (o, lse) that take the result",
         ),
         _spec(
             "merge_attention",

@@ -20,7 +20,7 @@ from dsv4.kernels.gluon import blackwell_attention, hopper_attention, hopper_str
 from dsv4.kernels.gluon.forms import BLOCK, MOST_BLOCKS
 from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2
-from dsv4.kernels.triton.merge import joined, merge
+from dsv4.kernels.triton.merge import merge
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
 
@@ -65,7 +65,8 @@ def _attend(
     return out
 
 
-def partial_attention(
+def _partial(
+    kernel: Any,
     q: Tensor,
     scale: float,
     tokens: TokenTable,
@@ -74,27 +75,16 @@ def partial_attention(
     history: RowSource | None = None,
     entries: EntryTable | None = None,
     selected: Tensor | None = None,
+    count: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
     *,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op `partial_attention` on Hopper: as `sparse_attention`, whose splits are such parts."""
-    parts, sums = _run(
-        hopper_attention,
-        q,
-        None,
-        scale,
-        None,
-        tokens,
-        window,
-        window_ids,
-        history,
-        entries,
-        selected,
-        None,
-        splits,
-        None,
+    """The op `partial_attention`: as `sparse_attention`, of which a part is one without sink that is not turned back."""
+    run = partial(_run, kernel)
+    return portable.attend_part(
+        run, q, scale, tokens, window, window_ids, history, entries, selected, count, into, splits
     )
-    return joined(parts, sums, q)
 
 
 def _run(
@@ -113,14 +103,17 @@ def _run(
     splits: int | None,
     times: Tensor | None = None,
     *,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
     each: int = 0,
     long: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launches a kernel: into `out` where one split does, else (or where there is no `out`) into what `portable.scratch` gives. `each`,
-    `long`: as in the plain kernel."""
+    """Launches a kernel: into `out` where one split does, else (or where there is no `out`) into what `portable.scratch` gives. `sums`,
+    `count`, `each`, `long`: as the plain one's."""
     total, heads, _ = q.shape
+    part = sums is not None
     history, entries, selected = portable.visible_part(history, entries, selected)
-    key_blocks = portable.max_blocks(window_ids, entries, selected, 64)
+    key_blocks = portable.max_blocks(window_ids, entries, selected, BLOCK, own=part)
     ctas = total * cdiv(heads, 64)
     if kernel is hopper_stream:
         splits = 1
@@ -128,7 +121,7 @@ def _run(
         splits = portable.choose_splits(ctas, key_blocks, multiprocessors())
     if not each:
         splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
-    partial, lse = portable.scratch(q, splits, always=out is None)
+    parts, lse = portable.scratch(q, splits, always=out is None)
     cos, sin = turn or (lse, lse)
     rows = history or window
     mode = 0 if entries is None else 1 if selected is None else 2
@@ -140,13 +133,13 @@ def _run(
         entries.pages if entries else window_ids,
         tokens.slab,
         selected if selected is not None else window_ids,
-        entries.visible if entries else window_ids,
+        portable.visible_of(entries, selected, count, part=part) if entries else window_ids,
         lse if sink is None else sink,
         cos,
         sin,
         q if out is None else out,
-        partial,
-        lse,
+        parts,
+        lse if sums is None or splits > 1 else sums,
         strides[0] // 4,
         strides[1] // 4,
         # the history is addressed from the window's base: one pointer for both
@@ -163,6 +156,7 @@ def _run(
         HIST_ROWS=rows.rows,
         MODE=mode,
         num_warps=4,
+        **({"PART": True} if part else {}),
     )
     if kernel is hopper_stream:
         lines = 0 if times is None else times.shape[1]
@@ -173,7 +167,7 @@ def _run(
         kernel.attend[(ctas * splits,)](
             *args, times, SPLIT=out is None or splits > 1, NBP=blocks, **values, **cut
         )
-    return partial, lse
+    return parts, lse
 
 
 def fixed_sparse_attention(
@@ -205,3 +199,5 @@ stream = partial(_attend, hopper_stream)
 """The op on Hopper for many items, without splits: CTAs stay and take one after the other."""
 blackwell = partial(_attend, blackwell_attention)
 """The op on Blackwell."""
+partial_attention, stream_part = partial(_partial, hopper_attention), partial(_partial, hopper_stream)
+"""A part, by the same kernels."""

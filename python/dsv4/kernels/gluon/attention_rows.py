@@ -46,16 +46,17 @@ def my_blocks(
     SPLIT: gl.constexpr = False,
     EACH: gl.constexpr = 0,
     LONG: gl.constexpr = False,
+    PART: gl.constexpr = False,
 ):
-    """A CTA's share: (split, token, first head, entries of the token, its pages, (first block, end)). EACH, LONG: as in the plain
-    kernel."""
+    """A CTA's share: (split, token, first head, entries of the token, its pages, (first block, end)). EACH, LONG, PART: as in the
+    plain kernel."""
     NHB: gl.constexpr = (H + BH - 1) // BH
     pid = gl.program_id(0)
     sp = (pid // NHB) % splits
     qi = (pid // (NHB * splits)).to(gl.int64)
     h0 = (pid % NHB) * BH
     count = 0
-    if MODE == 1:
+    if MODE == 1 or (MODE == 2 and PART):
         count = gl.load(visible + qi)
     elif MODE == 2:
         count = k

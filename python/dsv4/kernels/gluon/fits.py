@@ -40,10 +40,23 @@ def v4_part(
 
 
 def busy_attention(
-    q: Tensor, sink: Tensor, scale: float, cos: Tensor, sin: Tensor, tokens: Any, window: Any, window_ids: Tensor,
-    history: Any = None, entries: Any = None, selected: Tensor | None = None, *, splits: int | None = None, times: Any = None,
+    q: Tensor, sink: Tensor, scale: float, cos: Tensor, sin: Tensor, tokens: Any, window: Any, window_ids: Tensor, *rest: Any, **options: Any
 ) -> bool:  # fmt: skip
-    """The same with more than BUSY items a multiprocessor, and lists of one length that no CTA must share."""
+    """Where CTAs stay."""
+    return _busy(q, window, window_ids, *rest, **options)
+
+
+def busy_part(q: Tensor, scale: float, tokens: Any, window: Any, window_ids: Tensor, *rest: Any, **options: Any) -> bool:  # fmt: skip
+    """V4's dims in bfloat16, as `v4_part`, where CTAs stay."""
+    busy = _busy(q, window, window_ids, *rest, **options)
+    return busy and v4_part(q, scale, tokens, window, window_ids, *rest)
+
+
+def _busy(
+    q: Tensor, window: Any, window_ids: Tensor, history: Any = None, entries: Any = None, selected: Tensor | None = None, *rest: Any,
+    splits: int | None = None, times: Any = None,
+) -> bool:  # fmt: skip
+    """More than BUSY items a multiprocessor, and lists of one width that no CTA must share, of rows at multiples of 16 bytes."""
     if len(q) * -(-q.shape[1] // HEADS) <= BUSY * multiprocessors() or (splits or 1) != 1:
         return False
     rows, keys = window, window_ids.shape[1]
@@ -51,14 +64,8 @@ def busy_attention(
         if selected is None:
             return False
         rows, keys = history, keys + BLOCK * -(-selected.shape[1] // BLOCK)
-    aligned = not (
-        window.region.stride(0) % 16 or rows.region.stride(0) % 16
-    )  # places are in units of 16 bytes
-    return (
-        aligned
-        and keys <= BLOCK * MOST_BLOCKS
-        and v4_attention(q, sink, scale, cos, sin, tokens, window, window_ids)
-    )
+    aligned = window.region.stride(0) % 16 == rows.region.stride(0) % 16 == 0
+    return aligned and keys <= BLOCK * MOST_BLOCKS
 
 
 def v4_keys(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int) -> bool:  # fmt: skip

@@ -32,15 +32,17 @@ def _form(op: str, at: str, name: str = "", arch: tuple[int, int] = (9, 9), **sa
 
 
 _V4 = "bfloat16, 512 channels, rows fp8_ds_mla"
+_BUSY = f"{_V4}, more than {BUSY} x {HEADS} heads a multiprocessor, selected entries"
 _KEYS = "mxfp4 of 128 channels, 33 to 64 heads"
 _ATTENTION = (ATTENTION_SCRATCH,)
 _OWN: dict[str, Any] = dict(family="hopper", deterministic=True)
 FORMS = [
     _form("sparse_attention", "attention:stream", "stream", suits=_FITS + "v4_attention", fits=_FITS + "busy_attention",
-          when=f"{_V4}, more than {BUSY} x {HEADS} heads a multiprocessor, selected entries", family="hopper"),
+          when=_BUSY, family="hopper"),
     _form("sparse_attention", "attention:sparse_attention", "hopper", suits=_FITS + "v4_attention", when=_V4, scratch=_ATTENTION),
     _form("sparse_attention", "attention:fixed_sparse_attention", "hopper, cut by length", suits=_FITS + "v4_attention", when=_V4, scratch=_ATTENTION, **_OWN),
-    _form("partial_attention", "attention:partial_attention", "hopper", fits=_FITS + "v4_part", when=_V4, untried=True, scratch=_ATTENTION),
+    _form("partial_attention", "attention:stream_part", "stream", fits=_FITS + "busy_part", when=_BUSY),
+    _form("partial_attention", "attention:partial_attention", "hopper", fits=_FITS + "v4_part", when=_V4, scratch=_ATTENTION),
     _form("sparse_attention", "attention:blackwell", "blackwell", (10, 10), suits=_FITS + "v4_attention", when=_V4, untried=True, scratch=_ATTENTION),
     _form("index_select", "indexer:index_select", suits=_FITS + "v4_keys", fits=_FITS + "more_than_selected", when=f"{_KEYS}, more entries than top-k", scratch=(INDEX_SCRATCH,)),
     _form("index_select", "indexer:fixed_index_select", "one score", suits=_FITS + "v4_keys", when=_KEYS, scratch=(INDEX_SCRATCH,), **_OWN),

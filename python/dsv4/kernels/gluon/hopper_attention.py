@@ -83,7 +83,21 @@ def hand_on(weights, pfull, pb, p, al):
 
 @gluon.jit
 def _scores(
-    sink, scale, q, k, bias, weights, bars, run, pm, at, h0, times, H: gl.constexpr, SPLIT: gl.constexpr
+    sink,
+    scale,
+    q,
+    k,
+    bias,
+    weights,
+    bars,
+    run,
+    pm,
+    at,
+    h0,
+    times,
+    H: gl.constexpr,
+    SPLIT: gl.constexpr,
+    PART: gl.constexpr,
 ):
     mark(times, CTA, SCORES, 0)
     sinv = weights[2]
@@ -108,7 +122,7 @@ def _scores(
         mark(times, i + 1, SCORES, 5)
         total = total * al + gl.sum(p, 1)
     mark(times, CTA, SCORES, 2)
-    inv = close(m, total, sink, pm, at, h0, H, SPLIT)
+    inv = close(m, total, sink, pm, at, h0, H, SPLIT, PART)
     n = b1 - b0
     mbarrier.wait(pempty.index(n % 2), ((n // 2) & 1) ^ 1)
     sinv.store(inv)
@@ -117,7 +131,20 @@ def _scores(
 
 
 @gluon.jit
-def _values(q, qs, k, weights, bars, run, to, times, COL: gl.constexpr, H: gl.constexpr, SPLIT: gl.constexpr):
+def _values(
+    q,
+    qs,
+    k,
+    weights,
+    bars,
+    run,
+    to,
+    times,
+    COL: gl.constexpr,
+    H: gl.constexpr,
+    SPLIT: gl.constexpr,
+    PART: gl.constexpr,
+):
     """COL: first of the role's 256 columns."""
     ROLE: gl.constexpr = LEFT + COL // 256
     mark(times, CTA, ROLE, 0)
@@ -155,8 +182,8 @@ def _values(q, qs, k, weights, bars, run, to, times, COL: gl.constexpr, H: gl.co
     mark(times, CTA, ROLE, 2)
     mbarrier.wait(pfull.index(n % 2), (n // 2) & 1)
     inv = sinv.load(AR)
-    put(x, inv, qa, to, COL, H, SPLIT)
-    put(y, inv, qb, to, COL + 128, H, SPLIT)
+    put(x, inv, qa, to, COL, H, SPLIT, PART)
+    put(y, inv, qb, to, COL + 128, H, SPLIT, PART)
     mark(times, CTA, ROLE, 3)
 
 
@@ -192,15 +219,16 @@ def attend(
     NBP: gl.constexpr,
     EACH: gl.constexpr = 0,
     LONG: gl.constexpr = False,
+    PART: gl.constexpr = False,
 ):
-    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words. EACH, LONG: as in the
-    plain kernel.
+    """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words. EACH, LONG, PART: as in
+    the plain kernel.
     times: None, or where trace.py stores when each role did what."""
     if times is not None:
         times += gl.program_id(0) * ((NBP + 1) * 32)
         begin(times)
     sp, qi, h0, count, table, run = my_blocks(
-        visible, slabs, pages, pages_stride, splits, k, H, W, MODE, SPLIT, EACH, LONG
+        visible, slabs, pages, pages_stride, splits, k, H, W, MODE, SPLIT, EACH, LONG, PART
     )
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     qs, ks = tiles()
@@ -216,9 +244,9 @@ def attend(
     keys = (c1, window_ids + qi * W, table, selected + qi * k, count, st1, st2, delta)
     gl.warp_specialize(
         [
-            (_scores, (sink, scale, qs, ks, bias, weights, bars, run, pm, at, h0, times, H, SPLIT)),
-            (_values, (q, qs, ks, weights, bars, run, to, times, 0, H, SPLIT)),
-            (_values, (q, qs, ks, weights, bars, run, to, times, 256, H, SPLIT)),
+            (_scores, (sink, scale, qs, ks, bias, weights, bars, run, pm, at, h0, times, H, SPLIT, PART)),
+            (_values, (q, qs, ks, weights, bars, run, to, times, 0, H, SPLIT, PART)),
+            (_values, (q, qs, ks, weights, bars, run, to, times, 256, H, SPLIT, PART)),
             (
                 bring_rows,
                 (keys, ks, bias, spage, srow, bars, run, times, W, WIN_ROWS, HIST_ROWS, MODE, NBP, 4),
@@ -259,16 +287,19 @@ SHAPES = [
         (64, 64, 2, False, 16),
         (128, 64, 2, True, 2),
         (64, 2, 1, True, 32),
-        (64, 32, 2, True, 16),  # a rank's pages
     )
 ]
-_WHOLE = {"EACH": 0, "LONG": False}
-_BY_LENGTH = SHAPES[0] | {"HIST_ROWS": 2, "MODE": 1, "EACH": 16, "LONG": False}
+_WHOLE = {"EACH": 0, "LONG": False, "PART": False}
+_BY_LENGTH = SHAPES[0] | _WHOLE | {"HIST_ROWS": 2, "MODE": 1, "EACH": 16}
+_PART = SHAPES[0] | _WHOLE | {"HIST_ROWS": 32, "PART": True}  # a rank's pages
 AOT = [
     Aot(attend, SIGNATURE, values, matrix=True, archs=(90,))
     for values in (
         *(shape | _WHOLE for shape in SHAPES),
         _BY_LENGTH,
         _BY_LENGTH | {"SPLIT": True, "LONG": True},
+        _PART,
+        _PART | {"HIST_ROWS": 1, "MODE": 1},
+        _PART | {"SPLIT": True, "NBP": 1},
     )
 ]

@@ -49,6 +49,27 @@ def _item(w, H: gl.constexpr):
 
 
 @gluon.jit
+def _blocks(visible, w, share, H: gl.constexpr, W: gl.constexpr):
+    """Blocks of an item whose list has as many entries as `visible` says."""
+    _, work, _, _, _ = share
+    qi, _ = _item(gl.minimum(w, work - 1), H)
+    return W // BN + (gl.load(visible + qi) + BN - 1) // BN
+
+
+@gluon.jit
+def _all_blocks(visible, share, H: gl.constexpr, W: gl.constexpr):
+    """Blocks of all of a CTA's items."""
+    first, work, step, total, _ = share
+    NHB: gl.constexpr = (H + BH - 1) // BH
+    lane = gl.arange(0, 128, layout=gl.BlockedLayout([4], [32], [4], [0]))
+    for w in range(first, work, step * 128):
+        at = w + lane * step
+        count = gl.load(visible + at // NHB, mask=at < work, other=0)
+        total += gl.sum(gl.where(at < work, W // BN + (count + BN - 1) // BN, 0), 0)
+    return total
+
+
+@gluon.jit
 def _ask_l2(pointers, go):
     gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
@@ -111,14 +132,37 @@ def _prefetch_q(q, w, work, H: gl.constexpr):
 
 
 @gluon.jit
-def _scores(q, sink, scale, qs, k, bias, weights, bars, share, pm, times, lines, H: gl.constexpr):
+def _scores(
+    q,
+    sink,
+    scale,
+    qs,
+    k,
+    bias,
+    weights,
+    bars,
+    share,
+    visible,
+    pm,
+    times,
+    lines,
+    H: gl.constexpr,
+    W: gl.constexpr,
+    OWN: gl.constexpr,
+    PART: gl.constexpr,
+):
     sinv = weights[2]
     full, _, pfull, pempty = bars
     first, work, step, _, n = share
     SR: gl.constexpr = gl.SliceLayout(1, SL)
     g, c = 0, 0
     _ask_q(q, qs, first, H)
+    if OWN:
+        more = _blocks(visible, first, share, H, W)
     for w in range(first, work, step):
+        if OWN:
+            n = more
+            more = _blocks(visible, w + step, share, H, W)
         qi, h0 = _item(w, H)
         own = w * lines  # where an item's times begin
         if times is not None:
@@ -148,7 +192,7 @@ def _scores(q, sink, scale, qs, k, bias, weights, bars, share, pm, times, lines,
             g += 1
             c += 1
         mark(times, own, SCORES, 2)
-        inv = close(m, total, sink, pm, qi * H, h0, H, False)
+        inv = close(m, total, sink, pm, qi * H, h0, H, False, PART)
         mbarrier.wait(pempty.index(c % 2), ((c // 2) & 1) ^ 1)
         sinv.store(inv)
         mbarrier.arrive(pfull.index(c % 2), count=1)
@@ -157,7 +201,21 @@ def _scores(q, sink, scale, qs, k, bias, weights, bars, share, pm, times, lines,
 
 
 @gluon.jit
-def _values(k, weights, bars, share, to, times, lines, COL: gl.constexpr, H: gl.constexpr):
+def _values(
+    k,
+    weights,
+    bars,
+    share,
+    visible,
+    to,
+    times,
+    lines,
+    COL: gl.constexpr,
+    H: gl.constexpr,
+    W: gl.constexpr,
+    OWN: gl.constexpr,
+    PART: gl.constexpr,
+):
     """COL: first of the role's 256 columns. to: (out, po, cos, sin)."""
     ROLE: gl.constexpr = LEFT + COL // 256
     sp_, sal, sinv = weights
@@ -167,7 +225,12 @@ def _values(k, weights, bars, share, to, times, lines, COL: gl.constexpr, H: gl.
     ka, kb = k[COL // 128], k[COL // 128 + 1]
     AR: gl.constexpr = gl.SliceLayout(1, ACC)
     g, c = 0, 0
+    if OWN:
+        more = _blocks(visible, first, share, H, W)
     for w in range(first, work, step):
+        if OWN:
+            n = more
+            more = _blocks(visible, w + step, share, H, W)
         own = w * lines  # where an item's times begin
         mark(times, own, ROLE, 0)
         x, y = gl.zeros([BH, 128], gl.float32, ACC), gl.zeros([BH, 128], gl.float32, ACC)
@@ -196,8 +259,8 @@ def _values(k, weights, bars, share, to, times, lines, COL: gl.constexpr, H: gl.
         qi, h0 = _item(w, H)
         where = (out, po, cos + qi * 32, sin + qi * 32, qi, qi * H, h0)
         last = (g + 1) % NB  # buffer of the item's last block: half of it is this role's
-        put(x, inv, ka.index(last), where, COL, H, False)
-        put(y, inv, kb.index(last), where, COL + 128, H, False)
+        put(x, inv, ka.index(last), where, COL, H, False, PART)
+        put(y, inv, kb.index(last), where, COL + 128, H, False, PART)
         mbarrier.arrive(empty.index(last), count=1, pred=n > 0)
         mark(times, own, ROLE, 3)
 
@@ -278,9 +341,9 @@ def _copy(c4, to, off, ok, START: gl.constexpr, N: gl.constexpr, LAY: gl.constex
 
 
 @gluon.jit
-def _next(w, b, share):
-    """The item and its block that follow block b of item w."""
-    _, _, step, zero, n = share
+def _next(w, b, n, share):
+    """The item and its block that follow block b of item w, which has n."""
+    _, _, step, zero, _ = share
     b += 1
     return gl.where(b >= n, w + step, w), gl.where(b >= n, zero, b)
 
@@ -296,6 +359,7 @@ def _rows(
     ring,
     bars,
     share,
+    visible,
     times,
     lines,
     H: gl.constexpr,
@@ -303,6 +367,7 @@ def _rows(
     P1: gl.constexpr,
     P2: gl.constexpr,
     MODE: gl.constexpr,
+    OWN: gl.constexpr,
 ):
     """Fills the row buffers k (four of 128 columns) and `bias` (-inf where there is no key). The raw words of the next block
     wait in registers (columns 0 .. 383) and in `raw` (448 e4m3's last 64, and 64 bf16), each asked for half a block or more
@@ -319,11 +384,18 @@ def _rows(
     c4, c8 = c1.to(gl.pointer_type(gl.int32)), c1.to(gl.pointer_type(gl.int64))
     # places of blocks 0 to 2, pages of 3, ids of 4
     w, b = first, zero
+    every = ((work - first + step - 1) // step) * n
+    if OWN:
+        every = _all_blocks(visible, share, H, W)
+        n, more = _blocks(visible, w, share, H, W), _blocks(visible, w + step, share, H, W)
     blocks, found = (), ()
     for _ in gl.static_range(5):
         blocks += (b,)
         found += (_ids(keys, w, b, share, H, W, MODE),)
-        w, b = _next(w, b, share)
+        w, b = _next(w, b, n, share)
+        if OWN:
+            n = gl.where(b == 0, more, n)
+            more = _blocks(visible, w + step, share, H, W)
     known = ()
     for j in gl.static_range(4):
         known += (_pages(keys, found[j][0], found[j][1], blocks[j], W, P2, MODE),)
@@ -342,7 +414,7 @@ def _rows(
     _copy(c4, raw7, off, ok, 112, 32, LAY)
     async_copy.commit_group()
     wn, i = first, 0  # for the marks
-    for f in range(0, ((work - first + step - 1) // step) * n):
+    for f in range(0, every):
         own = wn * lines
         if i == 0:
             mark(times, own, ROWS, 0)
@@ -363,7 +435,10 @@ def _rows(
         b3, b4 = b4, b
         one4, slab4 = _ids(keys, w, b, share, H, W, MODE)
         _pin()
-        w, b = _next(w, b, share)
+        w, b = _next(w, b, n, share)
+        if OWN:
+            n = gl.where(b == 0, more, n)
+            more = _blocks(visible, w + step, share, H, W)
         _put_two(k1, buf, cvt(r2, row_scale(s8, 2)), cvt(r3, row_scale(s8, 3)))
         r2, r3 = load_words(c4, off, okn, 32, 16, LAY), load_words(c4, off, okn, 48, 16, LAY)
         _pin()
@@ -385,11 +460,12 @@ def _rows(
         _copy(c4, raw7, off, okn, 112, 32, LAY)
         async_copy.commit_group()
         s8, ok = s8n, okn
-        i += 1
-        if i == n:
-            mark(times, own, ROWS, 3)
-            i = 0
-            wn += step
+        if not OWN:
+            i += 1
+            if i == n:
+                mark(times, own, ROWS, 3)
+                i = 0
+                wn += step
 
 
 @gluon.jit(do_not_specialize=["work", "lines", "delta"])
@@ -422,16 +498,19 @@ def attend(
     WIN_ROWS: gl.constexpr,
     HIST_ROWS: gl.constexpr,
     MODE: gl.constexpr,
+    PART: gl.constexpr = False,
 ):
     """Takes the arguments that hopper_attention.py takes, of which it needs no split's; MODE 0: window only, 2: and the
-    selected entries. Strides in int32 words, multiples of 4. A CTA takes the items program, program + programs, ... of `work`;
-    all have the same number of blocks. times: None, or where trace.py stores when each role did what, `lines` per item."""
+    selected entries, of a PART as many as `visible` says. Strides in int32 words, multiples of 4. A CTA takes the items program,
+    program + programs, ... of `work`. times: None, as for a PART's selected entries, or where trace.py stores when each role did
+    what, `lines` per item."""
     first, step = gl.program_id(0), gl.num_programs(0)
     n = W // BN
     if MODE > 0:
         n += (k + BN - 1) // BN
     # the zero goes to the roles as a value: ptxas compares once more before the loop where it is written out
     share = (first, work, step, first * 0, n)
+    OWN: gl.constexpr = PART and MODE == 2  # items have numbers of blocks of their own
     V1: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     qs, ks = tiles()
@@ -449,9 +528,30 @@ def attend(
     keys, strides = (window_ids, selected, slabs, pages, pages_stride, k), (st1, st2, delta)
     gl.warp_specialize(
         [
-            (_scores, (q, sink, scale, qs, ks, bias, weights, bars, share, pm, times, lines, H)),
-            (_values, (ks, weights, bars, share, to, times, lines, 0, H)),
-            (_values, (ks, weights, bars, share, to, times, lines, 256, H)),
+            (
+                _scores,
+                (
+                    q,
+                    sink,
+                    scale,
+                    qs,
+                    ks,
+                    bias,
+                    weights,
+                    bars,
+                    share,
+                    visible,
+                    pm,
+                    times,
+                    lines,
+                    H,
+                    W,
+                    OWN,
+                    PART,
+                ),
+            ),
+            (_values, (ks, weights, bars, share, visible, to, times, lines, 0, H, W, OWN, PART)),
+            (_values, (ks, weights, bars, share, visible, to, times, lines, 256, H, W, OWN, PART)),
             (
                 _rows,
                 (
@@ -464,6 +564,7 @@ def attend(
                     ring,
                     bars,
                     share,
+                    visible,
                     times,
                     lines,
                     H,
@@ -471,6 +572,7 @@ def attend(
                     WIN_ROWS,
                     HIST_ROWS,
                     MODE,
+                    OWN,
                 ),
             ),
         ],
@@ -482,7 +584,13 @@ def attend(
 SIGNATURE = hopper_attention.SIGNATURE | {"work": "i32", "lines": "i32"}
 
 SHAPES = [
-    dict(times=None, splits=1, H=heads, W=128, WIN_ROWS=128, HIST_ROWS=rows, MODE=mode)
-    for heads, rows, mode in ((64, 64, 2), (128, 64, 2), (64, 128, 0))
+    dict(times=None, splits=1, H=heads, W=128, WIN_ROWS=128, HIST_ROWS=rows, MODE=mode, PART=part)
+    for heads, rows, mode, part in (
+        (64, 64, 2, False),
+        (128, 64, 2, False),
+        (64, 128, 0, False),
+        (64, 32, 2, True),
+        (64, 128, 0, True),
+    )
 ]
 AOT = [Aot(attend, SIGNATURE, values, matrix=True, archs=(90,)) for values in SHAPES]

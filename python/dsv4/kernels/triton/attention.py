@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, cdiv, multiprocessors, next_pow2
 from dsv4.kernels.triton.forms import ATTENTION_HEADS, ATTENTION_PROGRAMS
-from dsv4.kernels.triton.merge import join, joined, log2_sink, merge, turned_back
+from dsv4.kernels.triton.merge import join, log2_sink, merge, turned_back
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
 LOG2E = 1.4426950408889634
@@ -73,18 +74,61 @@ def partial_attention(
     history: RowSource | None = None,
     entries: EntryTable | None = None,
     selected: Tensor | None = None,
+    count: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
     *,
     splits: int | None = None,
     fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The op `partial_attention`: (o [T, h, D] in q's dtype, lse float32 [T, h]) over a part of the keys. `fixed`: a split has
-    LONGEST blocks of a token, however many tokens there are."""
+    """The op `partial_attention`: (o [T, h, D] in q's dtype, lse float32 [T, h]) over a part of the keys, where it says the tensors
+    `into`. `fixed`: a split has LONGEST blocks of a token, however many tokens there are."""
+    each = LONGEST if fixed else 0
     if fixed:
-        splits = cdiv(max_blocks(window_ids, *visible_part(history, entries, selected)[1:], _BN), LONGEST)
-    partial, sums = _run(
-        q, None, scale, None, tokens, window, window_ids, history, entries, selected, None, splits, each=LONGEST * fixed,
-    )  # fmt: skip
-    return joined(partial, sums, q, ordered=fixed)
+        blocks = max_blocks(window_ids, *visible_part(history, entries, selected)[1:], _BN, own=True)
+        splits = cdiv(blocks, LONGEST)
+    run = partial(_run, each=each)
+    return attend_part(
+        run,
+        q,
+        scale,
+        tokens,
+        window,
+        window_ids,
+        history,
+        entries,
+        selected,
+        count,
+        into,
+        splits,
+        ordered=fixed,
+    )
+
+
+def attend_part(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    scale: float,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None,
+    entries: EntryTable | None,
+    selected: Tensor | None,
+    count: Tensor | None,
+    into: tuple[Tensor, Tensor] | None,
+    splits: int | None,
+    *,
+    ordered: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The op by the `_run` of a backend, which writes the result itself where one split does."""
+    if into is None:
+        into = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    o, lse = into
+    table = (window, window_ids, history, entries, selected)
+    parts, sums = run(q, None, scale, None, tokens, *table, o, splits, sums=lse, count=count)
+    if parts.dim() == 4:
+        join(parts, sums, None, None, o, lse, ranks=False, ordered=ordered)
+    return into
 
 
 def visible_part(
@@ -156,19 +200,23 @@ def _run(
     out: Tensor | None,
     splits: int | None,
     *,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
     each: int = 0,
     long: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launches `_attend`: into `out` where one split does, else (or where there is no `out`) partial results and log2 sums
-    as `scratch` gives them, which are [T, splits, h, D] and [T, splits, h] then. `each`, `long`: as in the kernel."""
+    as `scratch` gives them, which are [T, splits, h, D] and [T, splits, h] then. With `sums` float32 [T, h] it is a part, which
+    has its logarithms there and `count` int32 [T] of the selected entries. `each`, `long`: as in the kernel."""
     total, heads, dim = q.shape
+    part = sums is not None
     history, entries, selected = visible_part(history, entries, selected)
-    key_blocks = max_blocks(window_ids, entries, selected, _BN)
+    key_blocks = max_blocks(window_ids, entries, selected, _BN, own=part)
     block_heads = min(64, max(16, next_pow2(heads)))
     head_blocks = cdiv(heads, block_heads)
     if splits is None:
         splits = choose_splits(total * head_blocks, key_blocks, 2 * multiprocessors())
-    partial, lse = scratch(q, splits, always=out is None)
+    parts, lse = scratch(q, splits, always=out is None)
     rows = history or window
     form = FORMS[window.codec.name]
     cos, sin = turn or (lse, lse)
@@ -185,10 +233,10 @@ def _run(
         entries.pages if entries else window_ids,
         tokens.slab,
         selected if selected is not None else window_ids,
-        entries.visible if entries else window_ids,
+        visible_of(entries, selected, count, part=part) if entries else window_ids,
         q if out is None else out,
-        partial,
-        lse,
+        parts,
+        lse if sums is None or splits > 1 else sums,
         window.region.stride(0),
         rows.region.stride(0),
         entries.pages.stride(0) if entries else 0,
@@ -200,21 +248,36 @@ def _run(
         SPLIT=out is None or splits > 1,
         EACH=each,
         LONG=long,
+        PART=part,
         num_warps=4 if dim <= 256 else 8,
         num_stages=1,
     )
-    return partial, lse
+    return parts, lse
 
 
 _BN = 16 if INTERPRETED else 64
 """Keys of a block."""
 
 
-def max_blocks(window_ids: Tensor, entries: EntryTable | None, selected: Tensor | None, size: int) -> int:
-    """Most key blocks that any token of the step has."""
+def max_blocks(
+    window_ids: Tensor, entries: EntryTable | None, selected: Tensor | None, size: int, *, own: bool = False
+) -> int:
+    """Most key blocks that any token of the step has. `own`: a list is only as long as the part's own entries."""
     count = cdiv(window_ids.shape[1], size)
     if entries is not None:
-        count += cdiv(entries.most if selected is None else selected.shape[1], size)
+        most = entries.most if selected is None else selected.shape[1]
+        count += cdiv(min(most, entries.most) if own else most, size)
+    return count
+
+
+def visible_of(entries: EntryTable, selected: Tensor | None, count: Tensor | None, *, part: bool) -> Tensor:
+    """What a kernel takes for `visible`: in a part how many entries each list has, where there are lists."""
+    if not part or selected is None:
+        return entries.visible
+    if count is None:
+        raise ValueError(
+            "count is None beside selected; partial_attention takes both, as entries_of_part gives them"
+        )
     return count
 
 
@@ -359,9 +422,11 @@ def _attend(
     SPLIT: tl.constexpr,
     EACH: tl.constexpr = 0,
     LONG: tl.constexpr = False,
+    PART: tl.constexpr = False,
 ):
     """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. A split has an equal share of a token's blocks, or
-    EACH of them; then tokens with more blocks have none where there is no SPLIT, and others none where only LONG ones are meant."""
+    EACH of them; then tokens with more blocks have none where there is no SPLIT, and others none where only LONG ones are meant.
+    PART: of those of ranks, with as many selected entries as `visible` says; not SPLIT it is the result, with a natural logarithm."""
     HEAD_BLOCKS: tl.constexpr = (H + BH - 1) // BH
     NW: tl.constexpr = (W + BN - 1) // BN
     t = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
@@ -372,7 +437,7 @@ def _attend(
     q = tl.load(q_ptr + t * (H * D) + (head * D)[:, None] + col[None, :], mask=held, other=0.0).to(DOT)
 
     count = 0
-    if MODE == 1:
+    if MODE == 1 or (MODE == 2 and PART):
         count = tl.load(visible + t)
     elif MODE == 2:
         count = k
@@ -413,15 +478,17 @@ def _attend(
             top, total, acc = _add_block(q, keys, ok, top, total, acc, scale, DOT)
 
     base = tl.where(top == float("-inf"), 0.0, top)
-    if SPLIT:
+    if SPLIT or PART:
+        to = partial if SPLIT else out
+        ONE: tl.constexpr = 1.0 if SPLIT else 0.6931471805599453
         o = acc / tl.where(total > 0, total, 1.0)[:, None]
         at = (t * splits + split) * H + head
         tl.store(
             lse + at,
-            tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf")),
+            tl.where(total > 0, base + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf")) * ONE,
             mask=head < H,
         )
-        tl.store(partial + (at * D)[:, None] + col[None, :], o, mask=held)
+        tl.store(to + (at * D)[:, None] + col[None, :], o.to(to.dtype.element_ty), mask=held)
     else:
         sink = log2_sink(sink_ptr, head, H)
         both = tl.maximum(base, sink)  # a sink far above every score must not overflow
@@ -456,13 +523,14 @@ _SIGNATURE = dict(
 _SHAPE = dict(D=512, DP=512, R=64, W=128, WIN_ROWS=128, BH=64, BN=64)
 
 
-def _aot(heads: int, per_page: int, mode: int, form: int, split: bool) -> Aot:
+def _aot(heads: int, per_page: int, mode: int, form: int, split: bool, part: bool = False) -> Aot:
     values = dict(_SHAPE, H=heads, HIST_ROWS=per_page, MODE=mode, FORM=form, DOT=DOT_TYPES[form], SPLIT=split)
-    values |= dict(EACH=16 if split and mode == 1 else 0, LONG=False)
+    values |= dict(EACH=16 if split and mode == 1 else 0, LONG=False, PART=part)
     return Aot(_attend, _SIGNATURE, values, num_warps=8, num_stages=1, matrix=True)
 
 
 AOT = [
     _aot(64, 64, 2, 2, True),
     _aot(128, 2, 1, 1, False),
+    _aot(64, 32, 2, 2, False, part=True),
 ]

@@ -14,13 +14,6 @@ from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import cdiv, next_pow2
 
 
-def joined(partial: Tensor, sums: Tensor, q: Tensor, *, ordered: bool = False) -> tuple[Tensor, Tensor]:
-    """Splits as `scratch` gives them as one part: (o [T, h, D] in q's dtype, lse float32 [T, h])."""
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    join(partial, sums, None, None, out, lse, ranks=False, ordered=ordered)
-    return out, lse
-
-
 def merge_attention(
     o: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor, *, fixed: bool = False
 ) -> Tensor:

@@ -248,14 +248,17 @@ def merge_kernel(
 
 
 @triton.jit(do_not_specialize=["k", "part"])
-def part_kernel(selected, out, k, part, PARTS: tl.constexpr, K: tl.constexpr):
-    """Of a row's k entries those with number part mod PARTS, as their number in it, first. Grid: tokens."""
-    row, i = tl.program_id(0).to(tl.int64) * k, tl.arange(0, K)
+def part_kernel(selected, out, count, k, part, PARTS: tl.constexpr, K: tl.constexpr):
+    """Of a row's k entries those with number part mod PARTS, as their number in it, first; and how many. Grid: tokens."""
+    token = tl.program_id(0).to(tl.int64)
+    row, i = token * k, tl.arange(0, K)
     e = tl.load(selected + row + i, mask=i < k, other=-1)
     mine = (e >= 0) & (e % PARTS == part)
     place = prefix(mine.to(tl.int32)) - 1
+    found = tl.sum(mine.to(tl.int32), 0)
     tl.store(out + row + place, e // PARTS, mask=mine)
-    tl.store(out + row + i, tl.full((K,), -1, tl.int32), mask=(i < k) & (i >= tl.sum(mine.to(tl.int32), 0)))
+    tl.store(out + row + i, tl.full((K,), -1, tl.int32), mask=(i < k) & (i >= found))
+    tl.store(count + token, found)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -348,14 +351,15 @@ def merge_candidates(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
     return out
 
 
-def entries_of_part(selected: Tensor, part: int, parts: int) -> Tensor:
+def entries_of_part(selected: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor]:
     """The op `entries_of_part`."""
     tokens, k = selected.shape
     out = torch.empty_like(selected, memory_format=torch.contiguous_format)
-    if tokens and k:
+    count = torch.empty(tokens, dtype=torch.int32, device=selected.device)
+    if tokens:
         width = next_pow2(max(16, k))
-        part_kernel[(tokens,)](selected.contiguous(), out, k, part, PARTS=parts, K=width, num_warps=4)
-    return out
+        part_kernel[(tokens,)](selected.contiguous(), out, count, k, part, PARTS=parts, K=width, num_warps=4)
+    return out, count
 
 
 _FINISH = {
@@ -394,7 +398,11 @@ AOT += [
         {"P": 2, "K": 512, "TILE": 1024},
         num_warps=8,
     ),
-    Aot(part_kernel, dict(selected="*i32", out="*i32", k="i32", part="i32"), {"PARTS": 2, "K": 512}),
+    Aot(
+        part_kernel,
+        dict(selected="*i32", out="*i32", count="*i32", k="i32", part="i32"),
+        {"PARTS": 2, "K": 512},
+    ),
     Aot(
         threshold_kernel,
         {

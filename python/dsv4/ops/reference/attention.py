@@ -43,13 +43,21 @@ def partial_attention(
     history: RowSource | None = None,
     entries: EntryTable | None = None,
     selected: Tensor | None = None,
+    count: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sparse_attention` over a part of the keys: (o [T, h, D], lse float32 [T, h]), neither with the sink nor turned back.
-    lse is the natural logarithm of the sum of exponentials, -inf where there is no key (then o is 0)."""
+    lse is the natural logarithm of the sum of exponentials, -inf where there is no key (then o is 0). `count` int32 [T]: entries of
+    each list, which -1 follows (here that is enough). `into`: the (o, lse) to write."""
     top, total, acc = _attended(q, None, scale, tokens, window, window_ids, history, entries, selected)
     some = total > 0
     total = torch.where(some, total, 1)
-    return (acc / total[..., None]).to(q.dtype), torch.where(some, top + total.log(), -torch.inf)
+    o, lse = (acc / total[..., None]).to(q.dtype), torch.where(some, top + total.log(), -torch.inf)
+    if into is None:
+        return o, lse
+    for given, found in zip(into, (o, lse), strict=True):
+        given.copy_(found)
+    return into
 
 
 def merge_attention(o: Tensor, lse: Tensor, sink: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

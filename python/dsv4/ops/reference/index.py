@@ -58,13 +58,15 @@ def merge_candidates(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
     return torch.where(place >= 0, found, -1).int()
 
 
-def entries_of_part(selected: Tensor, part: int, parts: int) -> Tensor:
-    """Of entries int32 [T, k] (-1: none) those of a part, by their number within it, in their order and -1 after the last."""
+def entries_of_part(selected: Tensor, part: int, parts: int) -> tuple[Tensor, Tensor]:
+    """Of entries int32 [T, k] (-1: none) those of a part, by their number within it, in their order and -1 after the last; and how
+    many int32 [T] there are."""
     mine = (selected >= 0) & (selected % parts == part)
     k = selected.shape[1]
     place = torch.where(mine, mine.cumsum(-1) - 1, k)  # column k takes the others, and is cut off
     out = selected.new_full((len(selected), k + 1), -1)
-    return out.scatter_(1, place, selected // parts)[:, :k].contiguous()
+    out = out.scatter_(1, place, selected // parts)[:, :k].contiguous()
+    return out, mine.sum(-1, dtype=torch.int32)
 
 
 def _best(
