@@ -140,8 +140,7 @@ class RankedAttention(Attention):
         o, lse = ops.partial_attention(
             group.pick(q), self.scale, group.tokens, rows, group.window[0], *compressed
         )
-        o = rank.exchange(torch.stack(o.chunk(rank.ranks, 1)))
-        lse = rank.exchange(torch.stack(lse.chunk(rank.ranks, 1)))
+        o, lse = (rank.exchange(x.unflatten(1, (rank.ranks, -1)).transpose(0, 1)) for x in (o, lse))
         sink = self.sink.chunk(rank.ranks)[rank.rank]
         return rank.sum(self._output(ops.merge_attention(o, lse, sink, *turn), rank.rank))
 
