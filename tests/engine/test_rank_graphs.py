@@ -23,7 +23,7 @@ from dsv4.errors import RankLost
 from dsv4.model.parallel import UNIT
 from dsv4.model.rank import Rank
 from dsv4.plan import graphs as sizes
-from dsv4.plan.graphs import chunk_tokens, cut_sizes_of, extends_of, sizes_of, steps_of
+from dsv4.plan.graphs import captured_tokens, cut_sizes_of, extends_of, owned_of, sizes_of, steps_of
 
 from tests.engine.test_capture_at_start import Counting
 from tests.engine.test_graphs import capture
@@ -75,10 +75,11 @@ def test_captured_steps_are_those_without(tmp_path: Path, monkeypatch: pytest.Mo
         assert list(answers(llm)) == expected
         device = llm._loop.device
         assert {size for size, _ in device.graphs._replays} == {1, 2} == set(device.graphs._heads)
-        assert (
-            {64} <= {s.tokens for s in device.extends._graphs} <= {64, 128, 256}
-        )  # longer steps run without
-        assert "decode steps of 1, 2 rows, steps with prompts of 64, 128, 256 tokens" in "".join(
+        taken = {(type(s).__name__, s.tokens) for s in device.extends._graphs}
+        assert {("_Size", 64), ("_Dealt", 256)} <= taken, (
+            taken
+        )  # all tokens on both ranks, or up to 256 on each
+        assert "decode steps of 1, 2 rows, steps with prompts of 64, 128, 256, 512, 1024 tokens" in "".join(
             llm.describe()
         )
         graphs, extends = device.graphs, device.extends  # as the traceback of an error would hold them
@@ -91,19 +92,23 @@ def test_captured_steps_are_those_without(tmp_path: Path, monkeypatch: pytest.Mo
     assert left == [0, 0, 0, 0] and device.graphs is None  # NCCL would wait for them
 
 
+STEP = 300
+"""Tokens of the longest step of a device that starts."""
+
+
 def _started(rank: Rank) -> tuple[list[tuple[int, int]], list[int], int, int, int]:
     """Steps and logits that a rank captured at start, how many draws, how many of chunks, and how many after a step of each kind."""
     sizes.SHORTEST = 256
     warmup.has_triton = lambda: False  # type: ignore[assignment]
     config = random_config(compress_ratios=[0, 4, 128])
     driver = RankDriver(
-        config, random_weights(config, seed=9), slabs=3, max_len=512, block_tokens=256, rank=rank
+        config, random_weights(config, seed=9), slabs=3, max_len=512, block_tokens=256, rank=rank, unit=UNIT
     )
     leads, counting = SimpleNamespace(tell=rank.tell), Counting()
     make = LeadingDevice if rank.rank == 0 else FollowingDevice
     device: RankDevice = make(
         leads if rank.rank == 0 else rank, driver.model, driver.cache, slabs=3, max_blocks=2, replay_tokens=0,
-        step_tokens=chunk_tokens(4096, rank.ranks), capture=counting,
+        step_tokens=STEP, capture=counting,
     )  # fmt: skip
     assert rank.rank or leads.release == device.release  # also a start that fails lets go of graphs
     device.warm_up(100)
@@ -121,7 +126,8 @@ def _started(rank: Rank) -> tuple[list[tuple[int, int]], list[int], int, int, in
 def test_all_ranks_capture_the_same_at_start(tmp_path: Path) -> None:
     """What hears from other ranks, that is; only rank 0 draws. (A rank that ran something else would wait for ever.)"""
     decodes = [(n, end) for end in (512, 256) for n in reversed(sizes_of(2))]
-    chunks = 2 * len(extends_of(2 * UNIT, 512))
+    # One of two contexts is as long as a step that is dealt out.
+    chunks = 2 * len(extends_of(STEP, 512, 2)) + len(owned_of(STEP, 2))
     for rank, (steps, heads, draws, extends, late) in enumerate(run_ranks(2, _started, tmp_path)):
         assert (steps, heads) == (decodes, [2, 1])
         assert draws == (len(heads) * len(KINDS) if rank == 0 else 1)  # that of the warm-up
@@ -129,15 +135,21 @@ def test_all_ranks_capture_the_same_at_start(tmp_path: Path) -> None:
 
 
 def test_what_is_counted_for_graphs_of_ranks() -> None:
-    assert chunk_tokens(4096, 1) == 4096 and chunk_tokens(4096, 2) == 256 and chunk_tokens(100, 2) == 100
-    assert steps_of(4, 4096, chunk_tokens(4096, 2)) < steps_of(4, 4096, 4096)
+    """The largest captured step of two ranks has a run more on each than a prompt of so many tokens, and rows of one token."""
+    assert (
+        captured_tokens(4, 4096, 4096, 1) == 4096
+        and captured_tokens(4, 4096, 4096, 2) == 4096 + 2 * UNIT + 33
+    )
+    assert captured_tokens(4, 4096, 200, 2) == 256
+    assert steps_of(4, 4096, 200, 2) < steps_of(4, 4096, 4096, 2) < steps_of(4, 4096, 4096)
 
 
 def test_prompts_beside_decodes_get_a_captured_step() -> None:
     def floor(sizes: tuple[int, ...], device: str = "cuda") -> int:
         return int(step_budget("auto", device, sizes)["decodes"]["floor"])
 
-    assert floor(cut_sizes_of(chunk_tokens(4096, 1), 4096)) == floor(()) == 512
+    assert floor(cut_sizes_of(4096, 4096)) == floor(cut_sizes_of(4096, 4096, 2)) == floor(()) == 512
+    assert floor(cut_sizes_of(200, 4096, 2)) == 200
     assert floor((64, 128, 256)) == 256 and floor((64, 128, 256), "cpu") == 64 and floor((600,)) == 512
 
 

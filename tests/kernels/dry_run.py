@@ -34,7 +34,7 @@ from dsv4.model.weights import load_weights
 from dsv4.ops.forms import Machine
 from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
-from dsv4.plan.graphs import chunk_tokens
+from dsv4.plan import graphs as sizes
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -73,7 +73,7 @@ def device(ranks: int, tokens: int, context: int, *, deterministic: bool) -> Loc
     make = LocalDevice if ranks == 1 else RankDevice
     return make(
         model, cache, slabs=SLABS, max_blocks=context // layout.block_tokens, replay_tokens=layout.replay_tokens,
-        step_tokens=chunk_tokens(tokens, ranks), capture=lambda run: run,
+        step_tokens=tokens, capture=lambda run: run,
     )  # fmt: skip
 
 
@@ -110,11 +110,20 @@ def many_prompts(local: LocalDevice, longest: int, context: int) -> None:
         )
 
 
+@torch.inference_mode()
+def captured_steps(local: LocalDevice) -> None:
+    """Every step with prompts that a start captures."""
+    assert local.extends is not None, "steps are captured"
+    for capture in local.extends.captures(None):
+        capture().replay()  # type: ignore[attr-defined]
+
+
 def main() -> None:
     ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     tokens = 12 if ranks == 1 else 3 * ranks * UNIT  # so that prompts are cut over the ranks
     longest = 4096 if ranks == 1 else tokens
     context = 768 if ranks == 1 else 8 * ranks * UNIT
+    sizes.SHORTEST = 256  # so that there are several contexts
     driver.set_active(Hopper())
     with COMPILATIONS.dry() as first:
         local = device(ranks, tokens, context, deterministic=sys.argv[2:] == ["deterministic"])
@@ -128,6 +137,7 @@ def main() -> None:
     with COMPILATIONS.dry() as later:
         random_steps(local, 12, tokens, context)
         many_prompts(local, longest, context)
+        captured_steps(local)
     print(len(names(first)), "kernels are found")
     for name in sorted(names(later) - names(first)):
         print("not found:", *name)

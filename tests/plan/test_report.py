@@ -195,7 +195,9 @@ def test_the_workspace_is_bounded_by_limits_alone() -> None:
         )
         grown = {b.name for a, b in zip(short, long, strict=True) if a.size != b.size}
         assert grown == {"page table", "plans, two steps", "rotary tables"} | {
-            f"{name} of the longest request, gathered" for name in gathered
+            f"{name} of {what}"
+            for name in gathered
+            for what in ("the longest request, gathered", "it that a rank sends")
         }
         assert bound(long) < sum(b.size for b in long)
 

@@ -55,7 +55,7 @@ from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from dsv4.plan.cache import pages_of, size_pool
-from dsv4.plan.graphs import at_start, chunk_tokens, contexts_of, cut_sizes_of, extends_of, sizes_of
+from dsv4.plan.graphs import at_start, contexts_of, cut_sizes_of, dealt_of, extends_of, sizes_of
 from dsv4.plan.ranks import least_ranks
 from dsv4.plan.weights import Weights
 from dsv4.text.tokenizer import Tokenizer
@@ -114,8 +114,8 @@ class BuiltEngine:
             return f"off: {self.eager}"
         c, contexts = self.config, contexts_of(self.max_model_len)
         sizes = sizes_of(c.max_num_seqs, c.cudagraph_capture_sizes)
-        tokens = chunk_tokens(c.max_num_batched_tokens or 0, self.layout.ranks)
-        chunks = extends_of(tokens, self.max_model_len)
+        tokens, ranks = c.max_num_batched_tokens or 0, self.layout.ranks
+        chunks = (*extends_of(tokens, self.max_model_len, ranks), *dealt_of(tokens, ranks))
         when = "captured at start"
         if c.capture_context is not None and c.capture_context < self.max_model_len:
             begun = at_start(contexts, c.capture_context)
@@ -488,7 +488,7 @@ def _device_of(
         slabs=slabs,
         max_blocks=pages_of(layout, max_len),
         replay_tokens=config.replay_tokens or layout.replay_tokens,
-        step_tokens=chunk_tokens(config.max_num_batched_tokens or 0, layout.ranks),
+        step_tokens=config.max_num_batched_tokens or 0,
         capture=Recorder() if eager is None else None,
         capture_sizes=config.cudagraph_capture_sizes,
     )
@@ -539,8 +539,9 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
 
 def _step_sizes(config: EngineConfig, layout: LayoutSpec, max_len: int) -> tuple[int, ...]:
     """Tokens of the steps with prompts that are captured, to which the scheduler cuts."""
-    tokens = chunk_tokens(config.max_num_batched_tokens or 0, layout.ranks)
-    return cut_sizes_of(tokens, max_len) if _why_eager(config) is None else ()
+    if _why_eager(config) is not None:
+        return ()
+    return cut_sizes_of(config.max_num_batched_tokens or 0, max_len, layout.ranks)
 
 
 def _core(config: EngineConfig, layout: LayoutSpec, pages: int, max_len: int, *, changes: bool) -> Core:

@@ -145,6 +145,7 @@ class LocalDevice:
     """One device of this process: model, cache and page table, on the host and on the device."""
 
     decode_graphs: ClassVar[type[DecodeGraphs]] = DecodeGraphs
+    extend_graphs: ClassVar[type[ExtendGraphs]] = ExtendGraphs
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class LocalDevice:
         capture: Capture | None = None,
         capture_sizes: Sequence[int] = (),
     ) -> None:
-        """`capture`: replay decode steps (see graphs.py) of `capture_sizes` rows, and those with up to `step_tokens` tokens of prompts
+        """`capture`: replay decode steps (see graphs.py) of `capture_sizes` rows, and those with prompts, of up to `step_tokens` tokens
         (extends.py); the last of `slabs` is theirs then."""
         self.model, self.cache, self.replay_tokens = model, cache, replay_tokens
         self.device, self.kind = cache.device, cache.device.type
@@ -176,7 +177,7 @@ class LocalDevice:
             else self.decode_graphs(model, pages, self._newest, self.sampler, capture, capture_sizes)
         )
         self.extends = (
-            None if self.graphs is None else ExtendGraphs(self.graphs, self.page_table, step_tokens)
+            None if self.graphs is None else self.extend_graphs(self.graphs, self.page_table, step_tokens)
         )
         # Whose sampling tables a slab has, and the position that they go on from.
         self._holder, self._next = np.zeros(slabs, np.int64), np.full(slabs, -1)

@@ -50,13 +50,18 @@ class ExtendGraphs:
         """`step_tokens`: of the longest step."""
         self.decode, self.model, self.page_table = decode, decode.model, page_table
         self.contexts = extend_contexts_of(decode.contexts[-1])
-        self.sizes, self.rows = extends_of(step_tokens, self.contexts[-1]), extend_rows_of(decode.sink)
-        self._graphs: dict[_Size, _Graph] = {}
+        ranks = decode.model.cache.layout.ranks
+        self.sizes, self.rows = extends_of(step_tokens, self.contexts[-1], ranks), extend_rows_of(decode.sink)
+        self._graphs: dict[object, _Graph] = {}
 
     def takes(self, plan: StepPlan) -> bool:
         """Whether a plan fits a captured size, and samples from no more than the last token of a row."""
         if not 0 < plan.tokens <= max(self.sizes, default=0) or plan.rows >= self.rows[-1]:
             return False
+        return self.samples_ends(plan)
+
+    def samples_ends(self, plan: StepPlan) -> bool:
+        """Whether no more than streams of the last tokens of rows are wanted, for which there is room, and nothing is replayed."""
         samples = int((plan.row_samples > 0).sum())
         return samples <= len(self.decode.output) and not (plan.row_flags & (ALL_LOGITS | REPLAY)).any()
 

@@ -18,7 +18,7 @@ from dsv4.host_memory import host_memory
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import Parallel
 from dsv4.plan.build import divide
-from dsv4.plan.graphs import chunk_tokens, steps_of
+from dsv4.plan.graphs import steps_of
 from dsv4.plan.outside import ALLOCATOR, LIBRARIES
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
@@ -124,8 +124,8 @@ def demand_of(
     max_len = min(config.max_model_len or model.max_position, model.max_position)
     graphed = config.device == "cuda" and not config.enforce_eager
     tokens = config.max_num_batched_tokens or config.max_num_seqs
-    chunks, chosen = chunk_tokens(tokens, layout.ranks), config.cudagraph_capture_sizes
-    graphs = steps_of(config.max_num_seqs, max_len, chunks, chosen) if graphed else 0
+    chosen, ranks = config.cudagraph_capture_sizes, layout.ranks
+    graphs = steps_of(config.max_num_seqs, max_len, tokens, ranks, chosen) if graphed else 0
     running = config.max_num_seqs
     return Demand(model, tensors, layout, held, width, pages, running, tokens, max_len, graphs)
 
@@ -195,7 +195,7 @@ def _asked(config: EngineConfig, demand: Demand) -> Iterator[_Asked]:
     def running(d: Demand, n: int) -> Demand:
         follows = d.step_tokens == default_step_tokens(config.device, d.running)
         tokens = default_step_tokens(config.device, n) if follows else d.step_tokens
-        graphs = d.graphs and steps_of(n, d.max_len, chunk_tokens(tokens, d.layout.ranks))
+        graphs = d.graphs and steps_of(n, d.max_len, tokens, d.layout.ranks)
         return replace(d, running=n, step_tokens=tokens, graphs=graphs)
 
     def tokens(d: Demand, n: int) -> Demand:

@@ -1,6 +1,6 @@
 """The device of each of R ranks. All of them carry out the same plans; rank 0 draws, and tells the others what it drew.
 
-Steps are captured as on one GPU (`graphs.py`, `extends.py`), collectives included, on all ranks alike: what is replayed follows from the
+Steps are captured as on one GPU (`graphs.py`, `extends.py`, `dealt.py`), collectives included, on all ranks alike: what is replayed follows from the
 plan alone. Logits are made by all ranks and drawn from by one, so they are a graph of their own.
 
 One GPU runs `LocalDevice` and nothing of this.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dsv4.cache.sharded import ShardedCache
 from dsv4.engine.buffers import StepPlan
+from dsv4.engine.dealt import RankExtends
 from dsv4.engine.device import LocalDevice, Pending, StepResult, judged_rows
 from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.engine.masks import Masks
@@ -96,6 +97,7 @@ class RankDevice(LocalDevice):
 
     model: RankedModel
     decode_graphs = RankGraphs
+    extend_graphs = RankExtends
     _captured = False
     """Whether a graph gave the streams of the step at hand."""
 

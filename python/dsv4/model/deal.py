@@ -15,14 +15,14 @@ from a `Capacity` alone. A slot of padding sees nothing and writes nothing that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4.model.batch import Batch
+from dsv4.model.batch import Batch, Row
 from dsv4.model.fold import Runs, fold_columns
 from dsv4.model.step import Columns, Geometry, Taking, columns_for, filled, packed, ringed, unpacked
 from dsv4.transfer import to_device
@@ -36,16 +36,42 @@ PLAIN = "plain "
 
 
 def owners(batch: Batch, ranks: int, unit: int) -> np.ndarray:
-    """int64 [T]: the rank of each token of a batch, -1 for shared ones. Each row begins where that evens out what the ranks have."""
-    owner, load = np.full(len(batch.token_ids), -1), np.zeros(ranks, np.int64)
-    for row in batch.rows:
-        if row.length >= ranks * unit and row.length * _CONTEXT >= row.start + row.length:
-            turn = np.arange(row.start, row.start + row.length) // unit % ranks
-            counts = np.bincount(turn, minlength=ranks)
-            shift = min(range(ranks), key=lambda k, c=counts: int((load + np.roll(c, k)).max()))  # type: ignore[misc]
-            owner[row.offset : row.offset + row.length] = (turn + shift) % ranks
-            load += np.roll(counts, shift)
+    """int64 [T]: the rank of each token of a batch, -1 for shared ones."""
+    return owners_of(
+        batch,
+        ranks,
+        unit,
+        lambda row: row.length >= ranks * unit and row.length * _CONTEXT >= row.start + row.length,
+    )
+
+
+def owners_of(batch: Batch, ranks: int, unit: int, is_long: Callable[[Row], bool]) -> np.ndarray:
+    """The same where it is said which rows are cut."""
+    rows, owner = [row for row in batch.rows if is_long(row)], np.full(len(batch.token_ids), -1)
+    first, _ = turns([(row.start, row.length) for row in rows], ranks, unit)
+    for row, at in zip(rows, first, strict=True):
+        runs = np.arange(row.start, row.start + row.length) // unit
+        owner[row.offset : row.offset + row.length] = (runs + at) % ranks
     return owner
+
+
+def turns(rows: Sequence[tuple[int, int]], ranks: int, unit: int) -> tuple[list[int], list[int]]:
+    """Of rows (first position, tokens) the rank that has the run of position 0, which evens out what the ranks have; and that."""
+    first, load = list[int](), [0] * ranks
+    for start, length in rows:
+        counts = [
+            _below(start + length, k, ranks, unit) - _below(start, k, ranks, unit) for k in range(ranks)
+        ]
+        ways = [[n + counts[(p - k) % ranks] for p, n in enumerate(load)] for k in range(ranks)]
+        first.append(min(range(ranks), key=lambda k: max(ways[k])))
+        load = ways[first[-1]]
+    return first, load
+
+
+def _below(end: int, turn: int, ranks: int, unit: int) -> int:
+    """Positions below `end` in every ranks-th run of `unit`, from run `turn` on."""
+    rounds, rest = divmod(end, ranks * unit)
+    return rounds * unit + min(max(rest - turn * unit, 0), unit)
 
 
 @dataclass(frozen=True, slots=True)

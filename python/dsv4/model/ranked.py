@@ -28,7 +28,7 @@ from dsv4.model.beside import beside
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep
-from dsv4.model.deal import Deal, owners, rank_columns, wanted
+from dsv4.model.deal import Deal, RankColumns, owners, rank_columns, wanted
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
 from dsv4.model.rank import Rank, ordered
@@ -302,6 +302,15 @@ class RankedModel(V4Model):
         if batch.newest is not None:
             step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
         return step, local
+
+    @torch.inference_mode()
+    def dealt(self, columns: RankColumns, pages: Tensor, newest: Tensor) -> Tensor:
+        """Streams [S, n, d] after the last layer, on every rank, of the tokens that the columns of `deal.wanted` among `columns` tell of: `hidden`
+        of a step without replaying rows of which some are cut, after `reset_fresh`. As `decode`, for a CUDA graph."""
+        step = RankStep.of(columns, self.rank, self.geometry, pages)
+        step = replace(step, token_ids=resolved(step.token_ids, newest))
+        streams = self._through(step, self._rank_ropes(step))
+        return self._wanted(streams, step.places, columns.of["send"], columns.of["source"])
 
     def _alone(self, step: Step, ropes: dict[int, tuple[Rope, Rope | None]]) -> tuple[Any, dict[int, Any]]:
         here = {m: (Ropes(rope, rope), block_rope) for m, (rope, block_rope) in ropes.items()}

@@ -1,5 +1,5 @@
 """Which steps are captured as CUDA graphs: decode steps (dsv4.engine.graphs) by batch size and context, and steps with chunks of prompts
-(dsv4.engine.extends) by tokens, rows and context."""
+(dsv4.engine.extends) by tokens, rows and context; of several ranks longer ones by what a rank has of them (dsv4.engine.dealt)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ EXTENDS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 EXTEND_ROWS = (33, 257)
 """Their rows, one of them for padding. Kernels take a step with as many rows as tokens for a decode step, so none is in EXTENDS."""
 
+DEALT = (512, 1024, 2048, 4096, 8192)
+"""Tokens of captured steps whose prompts are dealt out over ranks. Few, as each takes a start of several ranks seconds."""
+
 
 def sizes_of(running: int, chosen: Sequence[int] = ()) -> tuple[int, ...]:
     """Sizes that steps of up to `running` rows take, of `chosen` ones in ascending order (default: SIZES); larger steps than the
@@ -33,22 +36,40 @@ def contexts_of(max_len: int) -> tuple[int, ...]:
     return (*(n for n in powers if n < max_len), max_len)
 
 
-def chunk_tokens(step_tokens: int, ranks: int) -> int:
-    """Tokens of the longest step with prompts that is captured. Of several ranks it is one whose tokens all of them have: how tokens of longer
-    rows are dealt out (dsv4.model.cut) changes with the step, and shapes with it."""
-    return step_tokens if ranks == 1 else min(step_tokens, ranks * UNIT)
-
-
-def extends_of(step_tokens: int, max_len: int) -> tuple[int, ...]:
-    """Sizes in tokens of captured steps with prompts, of an engine that captures them up to `step_tokens` tokens."""
-    needed = (n for i, n in enumerate(EXTENDS) if i == 0 or EXTENDS[i - 1] < step_tokens)
+def extends_of(step_tokens: int, max_len: int, ranks: int = 1) -> tuple[int, ...]:
+    """Sizes in tokens of captured steps with prompts in which every rank has every token, of an engine with steps of up to `step_tokens`: with
+    several ranks up to a run of UNIT for each."""
+    most = step_tokens if ranks == 1 else min(step_tokens, ranks * UNIT)
+    needed = (n for i, n in enumerate(EXTENDS) if i == 0 or EXTENDS[i - 1] < most)
     return tuple(n for n in needed if n <= max_len)
 
 
-def cut_sizes_of(step_tokens: int, max_len: int) -> tuple[int, ...]:
+def dealt_of(step_tokens: int, ranks: int) -> tuple[int, ...]:
+    """Sizes in tokens of captured steps whose prompts are dealt out over ranks: those beyond `extends_of`."""
+    sizes = [n for n in DEALT if n > ranks * UNIT]
+    if ranks == 1 or step_tokens <= ranks * UNIT:
+        return ()
+    return tuple(n for i, n in enumerate(sizes) if i == 0 or sizes[i - 1] < step_tokens)
+
+
+def owned_of(step_tokens: int, ranks: int) -> tuple[int, ...]:
+    """Tokens of prompts that a rank has in such steps, in runs of UNIT: of one prompt; and a run more in the longest, as several prompts
+    are not dealt out as evenly."""
+    owned = [-(-n // (ranks * UNIT)) * UNIT for n in dealt_of(step_tokens, ranks)]
+    return (*owned, owned[-1] + UNIT) if owned else ()
+
+
+def captured_tokens(running: int, max_len: int, step_tokens: int, ranks: int = 1) -> int:
+    """Tokens of the largest captured step, padding included."""
+    dealt = [ranks * owned + extend_rows_of(running)[-1] for owned in owned_of(step_tokens, ranks)]
+    return max(running, *extends_of(step_tokens, max_len, ranks), *dealt)
+
+
+def cut_sizes_of(step_tokens: int, max_len: int, ranks: int = 1) -> tuple[int, ...]:
     """To which of these the scheduler cuts pieces of prompts (the core's `step_sizes`). The last is no longer than a step may be: a step of
     as many tokens is padded, not cut to the size before."""
-    return tuple(min(n, step_tokens) for n in extends_of(step_tokens, max_len))
+    sizes = (*extends_of(step_tokens, max_len, ranks), *dealt_of(step_tokens, ranks))
+    return tuple(sorted({min(n, step_tokens) for n in sizes}))
 
 
 def extend_rows_of(running: int) -> tuple[int, ...]:
@@ -70,11 +91,16 @@ def at_start(contexts: Sequence[int], capture_context: int | None) -> tuple[int,
     return tuple(reversed([n for i, n in enumerate(contexts) if (contexts[i - 1] if i else 0) < most]))
 
 
-def steps_of(running: int, max_len: int, step_tokens: int, chosen: Sequence[int] = ()) -> int:
+def dealt_contexts_of(max_len: int, owned: int, ranks: int) -> tuple[int, ...]:
+    """Contexts in tokens of captured steps whose prompts are dealt out, of which a rank has `owned` tokens: those of others that are no shorter
+    than the step."""
+    contexts = extend_contexts_of(max_len)
+    return tuple(n for n in contexts if n >= min(owned * ranks, max_len))
+
+
+def steps_of(running: int, max_len: int, step_tokens: int, ranks: int = 1, chosen: Sequence[int] = ()) -> int:
     """Steps that are captured at most."""
-    extends = (
-        len(extends_of(step_tokens, max_len))
-        * len(extend_rows_of(running))
-        * len(extend_contexts_of(max_len))
-    )
-    return len(sizes_of(running, chosen)) * len(contexts_of(max_len)) + extends
+    extends = len(extends_of(step_tokens, max_len, ranks)) * len(extend_contexts_of(max_len))
+    dealt = sum(len(dealt_contexts_of(max_len, owned, ranks)) for owned in owned_of(step_tokens, ranks))
+    rows = len(extend_rows_of(running))
+    return len(sizes_of(running, chosen)) * len(contexts_of(max_len)) + rows * (extends + dealt)

@@ -21,7 +21,7 @@ from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import UNIT, Parallel
 from dsv4.ops.forms import Dims, Scratch
 from dsv4.plan.cache import pages_of
-from dsv4.plan.graphs import chunk_tokens, extends_of, sizes_of, steps_of
+from dsv4.plan.graphs import captured_tokens, sizes_of, steps_of
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
@@ -70,11 +70,12 @@ class _Sheet:
 
 def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limits: Limits) -> list[Buffer]:
     """Every buffer with its formula, on one rank, activations in bfloat16."""
-    sheet, chunk = _Sheet(), chunk_tokens(limits.step_tokens, parallel.tp)
+    sheet = _Sheet()
     if limits.graphs is None:
-        limits = replace(limits, graphs=steps_of(limits.running, limits.max_len, chunk))
+        graphs = steps_of(limits.running, limits.max_len, limits.step_tokens, parallel.tp)
+        limits = replace(limits, graphs=graphs)
     if limits.graphs:  # their memory pool is their own
-        tokens = max(limits.running, *extends_of(chunk, limits.max_len))
+        tokens = captured_tokens(limits.running, limits.max_len, limits.step_tokens, parallel.tp)
         step = replace(limits, step_tokens=tokens, graphs=0)
         phases = [b for b in workspace(config, layout, parallel, step) if b.phase not in ("always", "logits")]
         sheet.add("always", "largest phase of a captured step", ("bytes", bound(phases)))
@@ -177,12 +178,13 @@ def _attention(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Para
     if any(s.indexed for s in c.layers):
         _index(sheet, c, limits)
     if parallel.tp > 1:
-        _gathered(sheet, c, layout, limits)
+        _gathered(sheet, c, layout, limits, parallel.tp)
 
 
-def _gathered(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits) -> None:
-    """What a prompt's ranks fetch from each other in a layer: the history of the longest request, and what crosses of its compressors."""
-    phase = "attention"
+def _gathered(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits, ranks: int) -> None:
+    """What a prompt's ranks fetch from each other in a layer: the history of the longest request (a page of each further prompt is filled in
+    part), and what crosses of its compressors. Of prompts there are at most two for each run that a rank has."""
+    phase, runs = "attention", -(-limits.step_tokens // (ranks * UNIT))
     of = {x.name: x for x in layout.components if x.kind == "stride"}
     main = max(
         (x for n, x in of.items() if n != "csa_index"), key=lambda x: x.row_bytes / x.ratio, default=None
@@ -190,15 +192,19 @@ def _gathered(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits)
     for x in filter(None, (main, of.get("csa_index"))):
         rows = ("rows", -(-limits.max_len // x.ratio))
         sheet.add(phase, f"{x.name} of the longest request, gathered", rows, ("bytes", x.row_bytes))
-    if main is not None:
-        tails = (
-            "tokens",
-            -(-limits.step_tokens // UNIT) * max((s.ratio for s in c.layers if s.overlap), default=0),
+        part = ("rows", -(-limits.max_len // (x.ratio * ranks)))
+        sheet.add(phase, f"{x.name} of it that a rank sends", part, ("bytes", x.row_bytes))
+        rows = ("rows, sent and gathered", 2 * layout.block_tokens // x.ratio)
+        sheet.add(
+            phase, f"{x.name} of pages filled in part", ("pages", 2 * runs), rows, ("bytes", x.row_bytes)
         )
+    if main is not None:
+        ratio = max((s.ratio for s in c.layers if s.overlap), default=0)
         channels = ("channels", 4 * (c.head_dim + c.index_head_dim))
+        tails = ("tokens", 3 * ranks * runs * ratio)
         sheet.add(phase, "compressor inputs before a run, gathered", tails, channels, ("bytes", 4))
-        made = ("entries", -(-limits.step_tokens // main.ratio) + limits.running)
-        sheet.add(phase, "entries of the step, gathered", made, ("bytes", main.row_bytes))
+        made = -(-limits.step_tokens // main.ratio) + ranks * (limits.running + 2 * runs)
+        sheet.add(phase, "entries of the step, gathered", ("entries", made), ("bytes", main.row_bytes))
 
 
 def _index(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:

@@ -14,7 +14,7 @@ from dsv4.model import parallel
 from dsv4.model.config import ModelConfig
 from dsv4.model.layout import over_ranks
 from dsv4.model.parallel import Parallel, valid_tp
-from dsv4.plan.graphs import chunk_tokens, cut_sizes_of, steps_of
+from dsv4.plan.graphs import cut_sizes_of, steps_of
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
 
@@ -63,7 +63,7 @@ class Engine:
     def core_options(self, longest_prompt: int) -> dict[str, Any]:
         """Of the core, without tenants. `longest_prompt`: of the trace."""
         s, tokens = self.settings, self.step_tokens
-        sizes = () if s.enforce_eager else cut_sizes_of(chunk_tokens(tokens, self.tp), self.max_len)
+        sizes = () if s.enforce_eager else cut_sizes_of(tokens, self.max_len, self.tp)
         return core_options(s) | {
             "pages": self.pages,
             "max_step_tokens": max(tokens, longest_prompt) if self.sequential else tokens,
@@ -145,8 +145,8 @@ def _pool_bytes(config: ModelConfig, layout: LayoutSpec, gpu: Gpu, tp: int, sett
     """What the share of a GPU's memory leaves for pages, by the planner's figures. Raises ConfigError."""
     running, tokens = settings.max_num_seqs, step_tokens(settings)
     longest = settings.max_model_len or config.max_position
-    chunks, chosen = chunk_tokens(tokens, tp), settings.cudagraph_capture_sizes
-    graphs = 0 if settings.enforce_eager else steps_of(running, longest, chunks, chosen)
+    chosen = settings.cudagraph_capture_sizes
+    graphs = 0 if settings.enforce_eager else steps_of(running, longest, tokens, tp, chosen)
     limits = Limits(tokens, running, longest, graphs)
     weights, memory = _weights(config, tp), gpu.memory_bytes * settings.gpu_memory_utilization
     rest = limits.running * layout.slab_bytes + bound(workspace(config, layout, Parallel(tp=tp), limits))

@@ -1,0 +1,155 @@
+"""Steps whose prompts are dealt out over ranks, as CUDA graphs, beside those in which every rank has every token (`extends.py`).
+
+A step is padded to the next captured size in tokens that a rank owns, to 32 or 256 rows of one token, which all ranks share, and its
+context to the next power of four. Every shape follows from these three (`dsv4.model.deal.Capacity`), so all ranks replay the same graph
+without a word. Rows of more than one token are dealt out, however short: their history is gathered in any case, and a row has the same
+bits either way. Padding sees nothing, and writes the sink's state alone.
+
+As on one GPU the input is one copy of columns, and steps that replay, that ask for the logits of a prompt, or that fit no size are launched kernel
+by kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dsv4.engine.buffers import StepPlan
+from dsv4.engine.extends import ExtendGraphs, _Graph
+from dsv4.engine.graphs import DecodeGraphs
+from dsv4.model.batch import Batch, Row
+from dsv4.model.deal import Capacity, Deal, RankColumns, owners_of, rank_columns, turns, wanted
+from dsv4.model.ranked import RankedModel
+from dsv4.model.step import filled, taking_part
+from dsv4.plan.graphs import at_start, dealt_contexts_of, owned_of
+from dsv4.transfer import put
+
+
+@dataclass(frozen=True, slots=True)
+class _Dealt:
+    tokens: int
+    """That a rank owns."""
+    shared: int
+    end: int
+    """All positions are below this."""
+
+
+class RankExtends(ExtendGraphs):
+    """The captured steps with prompts of one of several ranks."""
+
+    model: RankedModel
+
+    def __init__(self, decode: DecodeGraphs, page_table: Tensor, step_tokens: int) -> None:
+        super().__init__(decode, page_table, step_tokens)
+        ranks = self.model.rank.ranks
+        foldable = all(m in self.model.foldable for m in self.model.geometry.ratios)
+        self.owned = owned_of(step_tokens, ranks) if foldable else ()
+        """Tokens that a rank owns, by size."""
+
+    def takes(self, plan: StepPlan) -> bool:
+        if super().takes(plan):
+            return True
+        if not plan.tokens or not self.samples_ends(plan):
+            return False
+        return self._fitting(plan.row_start.tolist(), plan.row_len.tolist()) is not None
+
+    def hidden(self, batch: Batch) -> Tensor:
+        if len(batch.token_ids) <= max(self.sizes, default=0) and len(batch.rows) < self.rows[-1]:
+            return super().hidden(batch)
+        self.model.reset_fresh(batch)
+        rows = batch.rows
+        size = self._fitting([row.start for row in rows], [row.length for row in rows])
+        assert size is not None, "a step that is taken fits a size"
+        graph = self._dealt(size)
+        put(self._rank_columns(batch, size).packed(), graph.columns)
+        graph.replay()
+        return self.decode.output[: len(batch.logit_index)]
+
+    def rehearse(self) -> None:
+        super().rehearse()
+        for size in self._sizes(None):
+            contexts = self._contexts(size.tokens)
+            if size.tokens == self.owned[0] or size.end in (contexts[0], contexts[-1]):
+                self._run_dealt(self._padded(size)[1])
+
+    def captures(self, capture_context: int | None) -> Iterator[Callable[[], object]]:
+        yield from (partial(self._dealt, size) for size in self._sizes(capture_context))
+        yield from super().captures(capture_context)
+
+    def _sizes(self, capture_context: int | None) -> Iterator[_Dealt]:
+        """Of contexts up to `capture_context` tokens, the largest first."""
+        for owned in reversed(self.owned):
+            for end in at_start(self._contexts(owned), capture_context):
+                for rows in reversed(self.rows):
+                    yield _Dealt(owned, rows - 1, end)
+
+    def _contexts(self, owned: int) -> tuple[int, ...]:
+        return dealt_contexts_of(self.contexts[-1], owned, self.model.rank.ranks)
+
+    def _fitting(self, starts: Sequence[int], lengths: Sequence[int]) -> _Dealt | None:
+        """The smallest size that takes rows of `lengths` tokens from positions `starts` on, if any does."""
+        rows = [(start, length) for start, length in zip(starts, lengths, strict=True) if length > 1]
+        single = len(lengths) - len(rows)
+        shared = next((n - 1 for n in self.rows if n > single), None)
+        if shared is None or not rows:
+            return None
+        _, load = turns(rows, self.model.rank.ranks, self.model.unit)
+        block = self.model.geometry.block_tokens
+        most = max(start + length for start, length in zip(starts, lengths, strict=True))
+        pages = sum(-(-(start + length) // block) for start, length in rows)
+        for owned in self.owned:
+            for end in self._contexts(owned):
+                c = self._capacity(_Dealt(owned, shared, end))
+                if max(load) <= owned and len(rows) <= c.long and pages <= c.pages and most <= end:
+                    return _Dealt(owned, shared, end)
+        return None
+
+    def _capacity(self, size: _Dealt) -> Capacity:
+        """Prompts are half a run of each rank at least, on average, and fill one page in part each."""
+        ranks, unit, geometry = self.model.rank.ranks, self.model.unit, self.model.geometry
+        long = 2 * size.tokens // unit
+        pages = -(-size.end // geometry.block_tokens) + long if geometry.ratios else 0
+        return Capacity(ranks, unit, size.tokens, size.shared, long, size.shared, pages)
+
+    def _rank_columns(self, batch: Batch, size: _Dealt) -> RankColumns:
+        """The padded step."""
+        model, sink = self.model, self.decode.sink
+        rank, ranks, geometry, c = model.rank.rank, model.rank.ranks, model.geometry, self._capacity(size)
+        taking, owner = (
+            taking_part(batch, geometry),
+            owners_of(batch, ranks, model.unit, lambda r: r.length > 1),
+        )
+        assert taking is not None, "a step has tokens"
+        deal = Deal.of(taking, owner, ranks, model.unit)
+        columns = rank_columns(deal, batch, rank, geometry, model.foldable, c, sink=sink, end=size.end)
+        tokens = batch.logit_index.numpy()
+        ends = wanted(owner, tokens, deal.local(c, rank), c.owned, ranks, rank, c.long)
+        ends["source"] = filled(ends["source"], min(c.long + c.short, len(self.decode.output)), 0)
+        more = {name: torch.from_numpy(column) for name, column in ends.items()}
+        return replace(columns, of=columns.of | more)
+
+    def _padded(self, size: _Dealt) -> tuple[Tensor, RankColumns]:
+        """A step of padding and one token of the sink, on the device in one piece and as columns of it."""
+        one, none = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        batch = Batch(one, one, (Row(self.decode.sink, 0, 1, 0),), self.page_table, none)
+        columns = self._rank_columns(batch, size)
+        device = columns.packed().to(self.decode.pages.device)
+        return device, columns.within(device)
+
+    def _dealt(self, size: _Dealt) -> _Graph:
+        """The run before the capture is of padding alone."""
+        if (graph := self._graphs.get(size)) is None:
+            device, columns = self._padded(size)
+            what = f"a step of {size.tokens} tokens of prompts a rank, {size.shared} tokens of decodes and up to {size.end:,} tokens of context"
+            graph = self._graphs[size] = _Graph(
+                device, self.decode.capture(partial(self._run_dealt, columns), what)
+            )
+        return graph
+
+    def _run_dealt(self, columns: RankColumns) -> None:
+        hidden = self.model.dealt(columns, self.decode.pages, self.decode.newest)
+        self.decode.output[: len(hidden)].copy_(hidden)
