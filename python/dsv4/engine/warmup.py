@@ -47,7 +47,7 @@ def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int, progres
         device.forget()
         how = "as a dry run found"
     collected = time.perf_counter()
-    log.info("%d kernels are needed, %s in %.1f s", len(found), how, collected - begun)
+    log.info("%d kernels are needed, %s in %.1f s (list %s)", len(found), how, collected - begun, known.name)
     compiled = compile_all(found, lambda done, total, what: progress(done, total, what, "kernels"))
     if not again:
         known.keep(COMPILATIONS.needed)

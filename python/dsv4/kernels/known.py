@@ -1,7 +1,7 @@
 """What an earlier start found that it needs, beside the compiled kernels: a start with the same settings needs no dry run.
 
-The list is kept under a name made of all that decides it: the sources of this package, torch, Triton and its settings, the GPU, and what the
-caller says of model, cache and sizes of steps. A list of which one kernel is no longer in Triton's cache is none.
+The list is kept under a name made of all that decides it: the sources of this package, torch, Triton, the kind of GPU, and what the caller
+says of model, cache and sizes of steps. A list of which one kernel is no longer in Triton's cache is none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class Known:
 
     def __init__(self, what: str, folder: Path) -> None:
         said = f"{_sources()} {_versions()} {what}"
-        self.path = folder / f"needed-{hashlib.sha256(said.encode()).hexdigest()}"
+        self.name = hashlib.sha256(said.encode()).hexdigest()[:16]
+        self.path = folder / f"needed-{self.name}"
 
     def recall(self) -> list[Needed] | None:
         """None where there is no list, or it cannot be read."""
@@ -55,6 +56,8 @@ def _sources() -> str:
 def _versions() -> str:
     import triton
 
-    gpu = torch.cuda.get_device_properties() if torch.cuda.is_available() else "none"
-    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("TRITON_", "DSV4_"))}
-    return f"{torch.__version__} {triton.__version__} {gpu} {settings}"
+    gpu = "none"
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties()
+        gpu = f"{found.name} {found.major}.{found.minor} {found.multi_processor_count}"
+    return f"{torch.__version__} {triton.__version__} {gpu}"
