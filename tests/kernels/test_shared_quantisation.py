@@ -53,6 +53,15 @@ def test_norm_and_quantisation_are_those_of_two_launches(tokens: int, width: int
         assert torch.equal(expected.scales, got.scales.cpu())
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_norms_take_columns_of_a_wider_matrix_as_they_are(tokens: int) -> None:
+    wide = torch.randn((tokens, 320), generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE)
+    part, whole = wide[:, 64:264], wide[:, 64:264].clone()
+    assert torch.equal(norm.rmsnorm(part, None, 1e-6), norm.rmsnorm(whole, None, 1e-6))
+    for a, b in zip(*(norm.rmsnorm_quantised(x, None, 1e-6) for x in (part, whole)), strict=True):
+        assert torch.equal(a.float(), b.float()) and a.is_contiguous()
+
+
 @pytest.mark.parametrize("tokens", [3, 21, 34])
 def test_products_of_shared_activations_are_those_of_the_values(tokens: int) -> None:
     """In every kernel: few tokens (quantised on the way without), more, and many."""

@@ -50,9 +50,8 @@ class Attention:
     ) -> None:
         self.ops, self.heads, self.dim, self.eps = ops, config.num_heads, config.head_dim, config.rms_eps
         self.scale = config.head_dim**-0.5
-        self.wq_a, self.wq_b, self.wkv = (
-            weights.matrix("linear", f"{n}.weight") for n in ("wq_a", "wq_b", "wkv")
-        )
+        self.down = weights.stack("linear", "wq_a.weight", "wkv.weight")
+        self.wq_b = weights.matrix("linear", "wq_b.weight")
         self._load_output(weights, config)
         self.kv_norm = weights.float("kv_norm.weight")
         self.sink = weights.float("attn_sink")
@@ -88,11 +87,14 @@ class Attention:
         layer's kind, which serves queries, window rows, entries, the indexer and the way back alike. `scratch` holds
         the step's window rows where the ring cannot (see WindowTable)."""
         ops, window = self.ops, step.window
-        stored = beside(lambda: self._stored(x, shared, step, rope, block_rope, scratch), 0)
-        _, qr = self.q_norm(ops.linear(shared, self.wq_a))
+        folded = beside(lambda: self._folded(x, step, block_rope), 0)
+        low, kv = self.down(shared)
+        stored = beside(lambda: self._stored(kv, step, rope, scratch), 2)
+        _, qr = self.q_norm(low)
         query = None if self.indexer is None else beside(lambda: self.indexer.query(x, qr), 1)
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope, self.eps)
+        folded()
         rows = stored()
         compressed = self._compressed(query, step, rope)
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
@@ -101,30 +103,25 @@ class Attention:
         u = ops.grouped_linear(o.view(len(x), self.groups, -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
 
-    def _stored(
-        self,
-        x: Tensor,
-        shared: Tensor | Quantised,
-        step: Step,
-        rope: Rope,
-        block_rope: Rope | None,
-        scratch: Rows | None,
-    ) -> Rows:
-        """Writes the step's window rows and entries, which its tokens see; gives what holds the window's. What is attended to now has been
-        through the format, as what a later step reads."""
+    def _folded(self, x: Tensor, step: Step, rope: Rope | None) -> None:
+        """Takes the step's tokens into the compressors, whose entries they then see."""
+        for compressor in (self.compressor, self.indexer and self.indexer.compressor):
+            if compressor is not None:
+                self._compress(compressor, x, step, rope)
+
+    def _stored(self, kv: Tensor, step: Step, rope: Rope, scratch: Rows | None) -> Rows:
+        """Writes the step's window rows, of key-value rows [T, D] before norm and rotation; gives what holds the window's. What is attended
+        to now has been through the format, as what a later step reads."""
         ops, window, rows = self.ops, step.window, self.window
         if scratch is not None and window.past is not None:
             rows = scratch
-            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=x.device))
-        ops.write_rows(self._kv(shared, step), self.kv_norm, *rope, self.eps, rows, window.target)
-        for compressor in (self.compressor, self.indexer and self.indexer.compressor):
-            if compressor is not None:
-                self._compress(compressor, x, step, block_rope)
+            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=kv.device))
+        ops.write_rows(self._kv(kv, step), self.kv_norm, *rope, self.eps, rows, window.target)
         return rows
 
-    def _kv(self, shared: Tensor | Quantised, step: Step) -> Tensor:
-        """Key-value rows [T, D] of the step's tokens, before norm and rotation."""
-        return self.ops.linear(shared, self.wkv)
+    def _kv(self, kv: Tensor, step: Step) -> Tensor:
+        """Of the step's tokens here those of all."""
+        return kv
 
     def _compress(self, compressor: Compressor, x: Tensor, step: Step, rope: Rope | None) -> None:
         """Takes the step's tokens into a compressor."""

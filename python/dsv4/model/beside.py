@@ -18,7 +18,7 @@ import torch
 
 Result = TypeVar("Result")
 
-LANES = 2
+LANES = 3
 """Streams beside the one that launches."""
 
 _open: ContextVar[tuple[torch.cuda.Stream, ...]] = ContextVar("streams beside", default=())

@@ -78,11 +78,14 @@ class RankedAttention(Attention):
         """Of the local tokens [n, d] -> [n, d]."""
         ops, window, indexer = self.ops, step.window, self.indexer
         # A decode step, which alone has streams for it, says nothing to other ranks beside.
-        stored = beside(lambda: self._stored(x, shared, step, rope.all, block_rope, scratch), 0)
-        _, qr = self.q_norm(ops.linear(shared, self.wq_a))
+        folded = beside(lambda: self._folded(x, step, block_rope), 0)
+        low, kv = self.down(shared)
+        stored = beside(lambda: self._stored(kv, step, rope.all, scratch), 2)
+        _, qr = self.q_norm(low)
         queries = None if indexer is None else beside(lambda: indexer.query(x, qr), 1)
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope.local, self.eps)
+        folded()
         rows, query = stored(), None if queries is None else queries()
         y = self._attended(step, q, rope.local, rows, query)
         if rows is scratch:
@@ -105,8 +108,8 @@ class RankedAttention(Attention):
         step.shared.pick(y).copy_(self._shared(step.shared, q, rope, rows, query))
         return y
 
-    def _kv(self, shared: Tensor | Quantised, step: RankStep) -> Tensor:  # type: ignore[override]
-        return step.places.all(super()._kv(shared, step))  # type: ignore[arg-type]
+    def _kv(self, kv: Tensor, step: RankStep) -> Tensor:  # type: ignore[override]
+        return step.places.all(kv)
 
     def _compress(  # type: ignore[override]
         self, compressor: Compressor, x: Tensor, step: RankStep, rope: Rope | None

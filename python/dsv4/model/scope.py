@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from dsv4.model.stack import Stack
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Gated, Weight, part
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 class Scope:
     """`Scope(weights, ops, prefix="layers.3.attn.")["wq_a.weight"]`. A missing tensor is a KeyError with its full name.
 
-    `consume`: experts are taken out of the mapping, so that a backend's form of them needs no second copy. `rank`: whose
+    `consume`: experts and what is stacked are taken out of the mapping, so that a backend's form of them needs no second copy. `rank`: whose
     weights they are, where several ranks run the model.
     """
 
@@ -56,6 +57,13 @@ class Scope:
         names = [f"{self.prefix}{name}.{part}{suffix}" for part in Gated._fields]
         take = self.weights.pop if self.consume else self.weights.__getitem__
         return self._prepared(op, Gated(*map(take, names)))
+
+    def stack(self, op: str, *names: str) -> Stack:
+        """Matrices of the same input, `names` below, multiplied at once."""
+        take = self.weights.pop if self.consume else self.weights.__getitem__
+        stack = Stack(self.ops, op, [take(self.prefix + name) for name in names])
+        self._used[0] += sum(w.nbytes for w in stack.matrices)
+        return stack
 
     def within(self, prefix: str) -> Scope:
         """The scope below."""

@@ -72,7 +72,7 @@ class Layer:
         self.ffn_hc = HyperConnection(weights, "ffn", config, ops)
         self.attn = self.attention(weights.within("attn"), config, index, cache, codecs, ops, dtype)
         self.moe = self.mixture(weights.within("ffn"), config, index, ops)
-        readers = ("linear", (self.attn.wq_a, self.attn.wkv)), ("swiglu", (self.moe.shared,))
+        readers = ("linear", self.attn.down.matrices), ("swiglu", (self.moe.shared,))
         self.attn_norm, self.ffn_norm = (
             SharedNorm(ops, weights.float(f"{side}_norm.weight"), config.rms_eps, *reads)
             for side, reads in zip(("attn", "ffn"), readers, strict=True)
@@ -93,7 +93,7 @@ class Layer:
 class V4Model:
     """Any model with Flash's or Pro's structure. Weights are in the released naming; activations have the
     dtype of the embedding; norms, compressors, gate, hyper-connections, softmax and head compute in
-    float32. `consume`: experts are taken out of `weights` (see Scope)."""
+    float32. `consume`: weights that take another form are taken out of `weights` (see Scope)."""
 
     layer: ClassVar[type[Layer]] = Layer
     part = (0, 1)

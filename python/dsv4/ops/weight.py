@@ -10,7 +10,7 @@ want it in another form, which `Ops.prepare` asks it for once, at load.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -121,6 +121,23 @@ def part(weight: Weight, axis: int, first: int, end: int) -> Weight:
     if isinstance(weight, Packed):
         return weight.part(axis, first, end)
     return weight.narrow(max(weight.dim() - 2, 0) + axis if weight.dim() > 1 else 0, first, end - first)
+
+
+def joined(weights: Sequence[Weight]) -> Weight | None:
+    """Matrices of one width, the rows of each below those of the one before; None where they are not stored alike or rows that share a
+    scale would be parted."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    if isinstance(first, Packed):
+        whole = all(w.shape[0] % type(first).sharing[0] == 0 for w in weights[:-1])
+        if not whole or any(type(w) is not type(first) or w.dtype != first.dtype for w in weights):
+            return None
+        codes = torch.cat([w.codes.view(torch.uint8) for w in weights]).view(first.codes.dtype)
+        return replace(first, codes=codes, scales=torch.cat([w.scales for w in weights]))
+    if any(isinstance(w, Packed) or w.dtype != first.dtype for w in weights):
+        return None
+    return torch.cat(list(weights))
 
 
 Op = TypeVar("Op", bound=Callable[..., Any])

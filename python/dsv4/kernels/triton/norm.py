@@ -18,6 +18,7 @@ from dsv4.row_sizes import FP8_BLOCK
 @triton.jit(do_not_specialize=["rows"])
 def rmsnorm_kernel(
     x,
+    x_stride,
     weight,
     y,
     rows,
@@ -31,13 +32,14 @@ def rmsnorm_kernel(
     c = tl.arange(0, BLOCK)
     at = r[:, None] * DIM + c[None, :]
     held = (r < rows)[:, None] & (c < DIM)[None, :]
-    v = norm(tl.load(x + at, mask=held, other=0.0).to(tl.float32), weight, eps, DIM, BLOCK, WEIGHTED)
+    v = tl.load(x + r[:, None] * x_stride + c[None, :], mask=held, other=0.0).to(tl.float32)
+    v = norm(v, weight, eps, DIM, BLOCK, WEIGHTED)
     tl.store(y + at, v.to(y.dtype.element_ty), mask=held)
 
 
 @triton.jit(do_not_specialize=["rows", "padded"])
 def rmsnorm_quantised_kernel(
-    x, weight, y, codes, scales, rows, padded, eps,
+    x, x_stride, weight, y, codes, scales, rows, padded, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """One row of y, codes [padded, DIM] and scales [blocks of GROUP channels, padded]; zeros from row `rows` on."""
@@ -45,7 +47,7 @@ def rmsnorm_quantised_kernel(
     c, b = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
     at = r[:, None] * DIM + c[None, :]
     held = (r < rows)[:, None] & (c < DIM)[None, :]
-    v = tl.load(x + at, mask=held, other=0.0).to(tl.float32)
+    v = tl.load(x + r[:, None] * x_stride + c[None, :], mask=held, other=0.0).to(tl.float32)
     v = as_model(norm(v, weight, eps, DIM, BLOCK, WEIGHTED), BF16)
     tl.store(y + at, v.to(y.dtype.element_ty), mask=held)
     blocks = tl.reshape(v, (BLOCK // GROUP, GROUP))
@@ -94,31 +96,48 @@ def tile(rows: int, block: int, *, fixed: bool = False) -> tuple[int, int]:
     return n, max(1, min(8, n * block // 512))
 
 
+def _rows_of(x: Tensor) -> tuple[Tensor, int]:
+    """x as rows of its last dimension, and how far apart they begin: columns of a wider matrix as they are, others with a copy."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x, x.stride(0)
+    return x.contiguous(), x.shape[-1]
+
+
 def rmsnorm(x: Tensor, weight: Tensor | None, eps: float, *, fixed: bool = False) -> Tensor:
     """The op `rmsnorm`, in tiles of one size if `fixed`."""
-    x = x.contiguous()
-    y, dim = torch.empty_like(x), x.shape[-1]
+    x, stride = _rows_of(x)
+    y, dim = x.new_empty(x.shape), x.shape[-1]
     rows = x.numel() // dim
     if rows:
         block = next_pow2(dim)
         n, warps = tile(rows, block, fixed=fixed)
         rmsnorm_kernel[(cdiv(rows, n),)](
-            x, weight, y, rows, eps, N=n, DIM=dim, BLOCK=block, WEIGHTED=weight is not None, num_warps=warps
+            x,
+            stride,
+            weight,
+            y,
+            rows,
+            eps,
+            N=n,
+            DIM=dim,
+            BLOCK=block,
+            WEIGHTED=weight is not None,
+            num_warps=warps,
         )
     return y
 
 
 def rmsnorm_quantised(x: Tensor, weight: Tensor | None, eps: float) -> Quantised:
     """The op `rmsnorm_quantised`: one launch, to the bits of `rmsnorm` and `quantise`."""
-    x = x.contiguous()
+    x, stride = _rows_of(x)
     rows, dim = x.shape
     padded, block = rows + -rows % 4, max(FP8_BLOCK, next_pow2(dim))
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     codes = torch.empty((padded, dim), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((cdiv(dim, FP8_BLOCK), padded), dtype=torch.float32, device=x.device)
     if rows:
         rmsnorm_quantised_kernel[(padded,)](
-            x, weight, y, codes, scales, rows, padded, eps, DIM=dim, BLOCK=block, GROUP=FP8_BLOCK,
+            x, stride, weight, y, codes, scales, rows, padded, eps, DIM=dim, BLOCK=block, GROUP=FP8_BLOCK,
             WEIGHTED=weight is not None, BF16=x.dtype == torch.bfloat16, num_warps=tile(1, block)[1],
         )  # fmt: skip
     return Quantised(y, codes, scales)
@@ -158,13 +177,20 @@ def norm_rope(
 AOT = [
     Aot(
         rmsnorm_kernel,
-        {"x": "*bf16", "weight": "*fp32", "y": "*bf16", "rows": "i32", "eps": "fp32"},
+        {"x": "*bf16", "x_stride": "i32:16", "weight": "*fp32", "y": "*bf16", "rows": "i32", "eps": "fp32"},
         {"N": 1, "DIM": 4096, "BLOCK": 4096, "WEIGHTED": True},
         num_warps=8,
     ),
     Aot(
         rmsnorm_quantised_kernel,
-        {"x": "*bf16", "weight": "*fp32", "y": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
+        {
+            "x": "*bf16",
+            "x_stride": "i32:16",
+            "weight": "*fp32",
+            "y": "*bf16",
+            "codes": "*fp8e4nv",
+            "scales": "*fp32",
+        }
         | {"rows": "i32", "padded": "i32", "eps": "fp32"},
         {"DIM": 7168, "BLOCK": 8192, "GROUP": 128, "WEIGHTED": True, "BF16": True},
         num_warps=8,
