@@ -18,21 +18,20 @@ from torch import Tensor
 from benches.gpu.timing import Bench, Row, max_abs_err
 
 SHAPES: dict[str, tuple[int, int, int]] = {
-    "Flash wq_a": (1, 1024, 4096),
-    "Flash wkv": (1, 512, 4096),
+    "Flash wq_a, wkv": (1, 1536, 4096),
     "Flash wq_b": (1, 32768, 1024),
     "Flash index wq_b": (1, 8192, 1024),
     "Flash wo_a": (8, 1024, 4096),
     "Flash wo_b": (1, 4096, 8192),
     "Flash shared w2": (1, 4096, 2048),
-    "Pro wq_a": (1, 1536, 7168),
+    "Pro wq_a, wkv": (1, 2048, 7168),
     "Pro wq_b": (1, 65536, 1536),
     "Pro wo_a": (16, 1024, 4096),
     "Pro wo_b": (1, 7168, 16384),
 }
 """groups, rows of a group, channels of a group."""
 
-QUICK = ("Flash wq_a", "Flash wq_b", "Flash wo_a", "Flash wo_b", "Pro wo_b")
+QUICK = ("Flash wq_a, wkv", "Flash wq_b", "Flash wo_a", "Flash wo_b", "Pro wo_b")
 TOKENS = (1, 8, 32, 128, 2048, 8192)
 
 

@@ -37,7 +37,7 @@ def compare(
 
 
 def gemms(bench: Bench) -> None:
-    for name in ("Flash wq_a", "Flash wq_b", "Flash wo_a", "Flash wo_b", "Pro wo_b"):
+    for name in ("Flash wq_a, wkv", "Flash wq_b", "Flash wo_a", "Flash wo_b", "Pro wo_b"):
         groups, out, width = gemm_bench.SHAPES[name]
         w, ws = gemm_bench.weights(groups * out, width, bench.device)
         for tokens in (1, 16, 32):

@@ -211,7 +211,7 @@ def test_keys_as_the_gluon_scan_expands_them() -> None:
 
 
 WIDE = {
-    "wq_a": (1024, 4096),
+    "wq_a, wkv": (1536, 4096),
     "wq_b": (32768, 1024),
     "wo_b": (4096, 8192),
     "w2": (4096, 2048),
@@ -243,7 +243,7 @@ def test_grouped_products_and_the_shared_expert_at_full_width() -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("out", [256, 2048, 129280])
+@pytest.mark.parametrize("out", [256, 1024, 2624, 129280])
 def test_plain_products_at_full_width(out: int) -> None:
     weight = (torch.randn((out, 4096), generator=_g(3)) / 64).bfloat16().to(DEVICE)
     _same({"ours": partial(linear.our_linear_f32, weight=weight)}, _x(600, 4096), [1, 7, 17, 33, 129])

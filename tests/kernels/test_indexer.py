@@ -37,6 +37,15 @@ def test_whole_rows(form: str, tokens: int) -> None:
     assert torch.equal(got.cpu(), REFERENCE.index_select(**args))
 
 
+def test_weights_that_are_columns_of_a_wider_matrix() -> None:
+    args = moved(case("index_select", 6), DEVICE)
+    wide = torch.randn((len(args["weights"]), 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    heads = args["weights"].shape[1]
+    wide[:, 8 : 8 + heads] = args["weights"]
+    expected = indexer.index_select(**args)
+    assert torch.equal(indexer.index_select(**args | dict(weights=wide[:, 8 : 8 + heads])), expected)
+
+
 def test_long_rows(small: None) -> None:
     """Prompt chunks sample their thresholds; then decode steps start from what the step before left behind."""
     for tokens in (6, 1, 1):

@@ -76,7 +76,7 @@ def test_binding_topk(name: str) -> None:
     rounding, and from there on everything differs. So two things are compared: (1) our logits before the
     first position where any layer chose another set; (2) with the choices of `transformers` imposed, the
     logits of all positions, and our own choice on the same inputs: entries chosen by one side alone must
-    score within 1e-5 of each other."""
+    score within 1e-5 of each other, as `transformers` scales scores."""
     config, weights, ids = _build(name, index_topk=16)
     theirs: list[list[set[int]]] = []
     twin = hf_twin(config, weights)
@@ -132,7 +132,7 @@ class _Choices:
         forced = self.impose[len(self.sets) - 1]
         every = entries.locate(tokens.slab[:1], torch.arange(entries.most))
         dots = torch.einsum("thd,ed->the", rope(q, cos, sin), keys.read(every)).relu()
-        scores = torch.einsum("th,the->te", weights, dots)
+        scores = torch.einsum("th,the->te", weights, dots) * (q.shape[1] * q.shape[2]) ** -0.5
         for t, (a, b) in enumerate(zip(mine, forced, strict=True)):
             if a != b:
                 odd = scores[t, sorted(a ^ b)]

@@ -27,7 +27,7 @@ APART: dict[str, list[Weight]] = {
 def stacked(weights: list[Weight], *, consume: bool = False) -> tuple[Any, Scope]:
     names = {f"a.{i}": w for i, w in enumerate(weights)}
     scope = Scope(dict(names), choose("reference"), "a.", consume=consume)
-    return scope.stack("linear", *(str(i) for i in range(len(weights)))), scope
+    return scope.stack("linear", *((str(i),) for i in range(len(weights)))), scope
 
 
 @pytest.mark.parametrize("weights", [PLAIN, FP8, PLAIN[:1], FP8[2:]], ids=["plain", "FP8", "one", "one FP8"])

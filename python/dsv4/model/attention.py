@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,13 @@ from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.formats import RowFormat
 from dsv4.model.beside import beside
-from dsv4.model.compressor import Compressor
+from dsv4.model.compressor import PROJECT, Compressor
 from dsv4.model.config import ModelConfig
-from dsv4.model.indexer import Indexer
+from dsv4.model.indexer import WEIGHTS, Indexer
 from dsv4.model.norm import SharedNorm
 from dsv4.model.rope import Rope
 from dsv4.model.scope import Scope
+from dsv4.model.stack import Stack
 from dsv4.model.step import Step
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
@@ -50,7 +50,7 @@ class Attention:
     ) -> None:
         self.ops, self.heads, self.dim, self.eps = ops, config.num_heads, config.head_dim, config.rms_eps
         self.scale = config.head_dim**-0.5
-        self.down = weights.stack("linear", "wq_a.weight", "wkv.weight")
+        self.down = weights.stack("linear", ("wq_a.weight",), ("wkv.weight",))
         self.wq_b = weights.matrix("linear", "wq_b.weight")
         self._load_output(weights, config)
         self.kv_norm = weights.float("kv_norm.weight")
@@ -67,8 +67,24 @@ class Attention:
             )
         if spec.indexed:
             self.indexer = Indexer(weights.within("indexer"), config, spec, cache, codecs.index, ops, dtype)
+        self.compressors, self.inputs = self._load_inputs(weights)
         readers = [self.wq_b] + ([self.indexer.wq_b] if self.indexer else [])
         self.q_norm = SharedNorm(ops, weights.float("q_norm.weight"), self.eps, "linear", readers)
+
+    def _load_inputs(self, weights: Scope) -> tuple[list[Compressor], Stack | None]:
+        """This layer's compressors, and what is made of its input in float32: what each of them takes in, then the weights of the indexer's
+        scores."""
+        parts, compressors = [], []
+        for prefix, compressor in (
+            ("", self.compressor),
+            ("indexer.", self.indexer and self.indexer.compressor),
+        ):
+            if compressor is not None:
+                parts.append(tuple(f"{prefix}compressor.{name}" for name in PROJECT))
+                compressors.append(compressor)
+        if self.indexer is not None:
+            parts.append((f"indexer.{WEIGHTS}",))
+        return compressors, weights.stack("linear_f32", *parts) if parts else None
 
     def _load_output(self, weights: Scope, config: ModelConfig) -> None:
         self.groups, self.wo_a = config.o_groups, weights.matrix("grouped_linear", "wo_a.weight")
@@ -91,11 +107,11 @@ class Attention:
         low, kv = self.down(shared)
         stored = beside(lambda: self._stored(kv, step, rope, scratch), 2)
         _, qr = self.q_norm(low)
-        query = None if self.indexer is None else beside(lambda: self.indexer.query(x, qr), 1)
+        queries = None if self.indexer is None else beside(lambda: self.indexer.query(qr), 1)
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope, self.eps)
-        folded()
-        rows = stored()
+        weights, rows = folded(), stored()
+        query = None if queries is None or weights is None else (queries(), weights)
         compressed = self._compressed(query, step, rope)
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
         if rows is scratch:
@@ -103,11 +119,15 @@ class Attention:
         u = ops.grouped_linear(o.view(len(x), self.groups, -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
 
-    def _folded(self, x: Tensor, step: Step, rope: Rope | None) -> None:
-        """Takes the step's tokens into the compressors, whose entries they then see."""
-        for compressor in (self.compressor, self.indexer and self.indexer.compressor):
-            if compressor is not None:
-                self._compress(compressor, x, step, rope)
+    def _folded(self, x: Tensor, step: Step, rope: Rope | None) -> Tensor | None:
+        """Takes the step's tokens into the compressors, whose entries they then see; gives what an indexer's scores are weighted with,
+        float32 [T, H]."""
+        if self.inputs is None:
+            return None
+        found = self.inputs(x)
+        for compressor, projected in zip(self.compressors, found, strict=False):
+            self._compress(compressor, projected, step, rope)
+        return None if self.indexer is None else found[-1]
 
     def _stored(self, kv: Tensor, step: Step, rope: Rope, scratch: Rows | None) -> Rows:
         """Writes the step's window rows, of key-value rows [T, D] before norm and rotation; gives what holds the window's. What is attended
@@ -123,15 +143,15 @@ class Attention:
         """Of the step's tokens here those of all."""
         return kv
 
-    def _compress(self, compressor: Compressor, x: Tensor, step: Step, rope: Rope | None) -> None:
+    def _compress(self, compressor: Compressor, projected: Tensor, step: Step, rope: Rope | None) -> None:
         """Takes the step's tokens into a compressor."""
-        compressor(x, step, rope)
+        compressor(projected, step.tokens, step.blocks[self.ratio], rope)
 
-    def _compressed(self, query: Callable[[], tuple[Tensor, Tensor]] | None, step: Step, rope: Rope) -> tuple:
+    def _compressed(self, query: tuple[Tensor, Tensor] | None, step: Step, rope: Rope) -> tuple:
         """The history arguments of `sparse_attention`."""
         if self.history is None:
             return ()
         entries = step.entries[self.ratio]
         if query is None or self.indexer is None:
             return self.history, entries
-        return self.history, entries, self.indexer.select(query(), step, rope)
+        return self.history, entries, self.indexer.select(query, step, rope)

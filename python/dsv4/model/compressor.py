@@ -8,9 +8,11 @@ from torch import Tensor
 
 from dsv4.cache.rows import Rows
 from dsv4.model.scope import Scope
-from dsv4.model.step import Step
 from dsv4.ops.registry import Ops
 from dsv4.ops.tables import BlockTable, TokenTable
+
+PROJECT = ("wkv.weight", "wgate.weight")
+"""Values and gates of a token: matrices [w * D, d] of the release."""
 
 
 class Compressor:
@@ -28,20 +30,14 @@ class Compressor:
         dtype: torch.dtype,
     ) -> None:
         self.ops, self.ratio, self.eps, self.dtype = ops, ratio, eps, dtype
-        project = torch.cat((weights["wkv.weight"], weights["wgate.weight"]))
-        self.project = ops.prepare("linear_f32", project)
         self.ape, self.norm = weights.float("ape"), weights.float("norm.weight")
         self.state, self.history = state, history
 
-    def __call__(self, x: Tensor, step: Step, rope: tuple[Tensor, Tensor]) -> None:
-        """Takes in the step's tokens (x [T, d]), writes the entries that they complete, carries the
-        rest over. `rope` is (cos, sin) at the blocks' first positions."""
-        self.take(self.ops.linear_f32(x, self.project), step.tokens, step.blocks[self.ratio], rope)
-
-    def take(
+    def __call__(
         self, projected: Tensor, tokens: TokenTable, blocks: BlockTable, rope: tuple[Tensor, Tensor]
     ) -> None:
-        """The same of projected tokens float32 [T, 2 * w * D]."""
+        """Takes in tokens, projected by `PROJECT` to float32 [T, 2 * w * D], writes the entries that they complete, carries the
+        rest over. `rope` is (cos, sin) at the blocks' first positions."""
         self.ops.compress(
             projected,
             self.ape,

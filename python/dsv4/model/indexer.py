@@ -15,6 +15,9 @@ from dsv4.model.step import Step
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
 
+WEIGHTS = "weights_proj.weight"
+"""Matrix [H, d] of the release."""
+
 
 class Indexer:
     """Scores every visible entry of a second, smaller compressor with a few heads and keeps the best
@@ -34,7 +37,6 @@ class Indexer:
         self.heads, self.dim, self.topk = config.index_heads, config.index_head_dim, config.index_topk
         self.ratio = spec.ratio
         self.wq_b = weights.matrix("linear", "wq_b.weight")
-        self.weights_proj = weights.matrix("linear", "weights_proj.weight")
         self.keys, self.compressor = cache.rows(spec.index, spec.history_of, codec), None
         if spec.stores:
             pools = cache.pools(spec.index_pool, spec.layer)
@@ -42,13 +44,13 @@ class Indexer:
                 weights.within("compressor"), self.ratio, config.rms_eps, ops, pools, self.keys, dtype
             )
 
-    def query(self, x: Tensor, qr: Tensor | Quantised) -> tuple[Tensor, Tensor]:
-        """Queries [T, H, I] and what their scores are weighted with, float32 [T, H]; `qr` is the attention's low-rank query."""
-        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
-        return q, self.ops.linear(x, self.weights_proj).float() * (self.dim * self.heads) ** -0.5
+    def query(self, qr: Tensor | Quantised) -> Tensor:
+        """Queries [T, H, I]; `qr` is the attention's low-rank query."""
+        return self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
 
     def select(self, query: tuple[Tensor, Tensor], step: Step, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Selected entries int32 [T, k], ascending, -1 after the last, for what `query` gives. This step's keys are written."""
+        """Selected entries int32 [T, k], ascending, -1 after the last, for queries and what the scores of their heads are weighted with,
+        float32 [T, H]: x times `WEIGHTS`. (The release multiplies these by (I H)^-0.5, which changes no order.) This step's keys are written."""
         q, weights = query
         return self.ops.index_select(
             q, *rope, weights, self.keys, step.tokens, step.entries[self.ratio], self.topk

@@ -82,11 +82,11 @@ class RankedAttention(Attention):
         low, kv = self.down(shared)
         stored = beside(lambda: self._stored(kv, step, rope.all, scratch), 2)
         _, qr = self.q_norm(low)
-        queries = None if indexer is None else beside(lambda: indexer.query(x, qr), 1)
+        queries = None if indexer is None else beside(lambda: indexer.query(qr), 1)
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope.local, self.eps)
-        folded()
-        rows, query = stored(), None if queries is None else queries()
+        weights, rows = folded(), stored()
+        query = None if queries is None or weights is None else (queries(), weights)
         y = self._attended(step, q, rope.local, rows, query)
         if rows is scratch:
             ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
@@ -112,11 +112,10 @@ class RankedAttention(Attention):
         return step.places.all(kv)
 
     def _compress(  # type: ignore[override]
-        self, compressor: Compressor, x: Tensor, step: RankStep, rope: Rope | None
+        self, compressor: Compressor, projected: Tensor, step: RankStep, rope: Rope | None
     ) -> None:
         """Every rank gets the pools of all rows, and the entries that it holds."""
         assert rope is not None, "a layer with a compressor has a ratio"
-        projected = self.ops.linear_f32(x, compressor.project)
         fold = step.folds.get(self.ratio)
         if fold is not None:
             fold(compressor, projected, rope, self.rank)
@@ -125,7 +124,7 @@ class RankedAttention(Attention):
         if step.slot is not None:
             projected = projected[step.slot]
         assert step.tokens is not None, "what is not folded is taken in whole"
-        compressor.take(projected, step.tokens, step.blocks[self.ratio], rope)
+        compressor(projected, step.tokens, step.blocks[self.ratio], rope)
 
     def _shared(
         self, group: Group, q: Tensor, rope: Rope, rows: Rows, query: tuple[Tensor, Tensor] | None

@@ -58,10 +58,10 @@ class Scope:
         take = self.weights.pop if self.consume else self.weights.__getitem__
         return self._prepared(op, Gated(*map(take, names)))
 
-    def stack(self, op: str, *names: str) -> Stack:
-        """Matrices of the same input, `names` below, multiplied at once."""
+    def stack(self, op: str, *parts: tuple[str, ...]) -> Stack:
+        """Matrices of the same input, multiplied at once: of each result their names below."""
         take = self.weights.pop if self.consume else self.weights.__getitem__
-        stack = Stack(self.ops, op, [take(self.prefix + name) for name in names])
+        stack = Stack(self.ops, op, [[take(self.prefix + name) for name in names] for names in parts])
         self._used[0] += sum(w.nbytes for w in stack.matrices)
         return stack
 

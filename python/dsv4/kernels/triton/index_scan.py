@@ -50,6 +50,7 @@ def query_kernel(
     cos,
     sin,
     weights,
+    weights_stride,
     out,
     out_weights,
     HEADS: tl.constexpr,
@@ -69,7 +70,7 @@ def query_kernel(
     at = (t * HEADS + h)[:, None] * DIM + c[None, :]
     x = tl.load(q + at, mask=live[:, None] & (c >= 0)[None, :], other=0.0).to(tl.float32)
     x = as_model(turn(x, cos, sin, t + h * 0, live, N, DIM, DIM, ROPE), BF16)
-    w = tl.load(weights + t * HEADS + h, mask=live, other=0.0) * 0.5
+    w = tl.load(weights + t * weights_stride + h, mask=live, other=0.0) * 0.5
     place = (t * PADDED + h)[:, None] * DIM + c[None, :]
     held = (h < PADDED)[:, None] & (c >= 0)[None, :]
     if FORMAT == "mxfp4":
@@ -373,6 +374,7 @@ def _aot_query(form: str) -> Aot:
         "cos": "*fp32",
         "sin": "*fp32",
         "weights": "*fp32",
+        "weights_stride": "i32:16",
         "out": "*u8",
         "out_weights": "*fp32",
     }
