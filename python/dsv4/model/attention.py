@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -107,12 +108,10 @@ class Attention:
         low, kv = self.down(shared)
         stored = beside(lambda: self._stored(kv, step, rope, scratch), 2)
         _, qr = self.q_norm(low)
-        queries = None if self.indexer is None else beside(lambda: self.indexer.query(qr), 1)
+        selected = beside(lambda: self._selected(qr, folded, step, rope), 1)
         q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
         q = ops.norm_rope(q, None, *rope, self.eps)
-        weights, rows = folded(), stored()
-        query = None if queries is None or weights is None else (queries(), weights)
-        compressed = self._compressed(query, step, rope)
+        rows, compressed = stored(), self._compressed(selected(), step)
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
         if rows is scratch:
             ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
@@ -147,11 +146,18 @@ class Attention:
         """Takes the step's tokens into a compressor."""
         compressor(projected, step.tokens, step.blocks[self.ratio], rope)
 
-    def _compressed(self, query: tuple[Tensor, Tensor] | None, step: Step, rope: Rope) -> tuple:
+    def _selected(
+        self, qr: Tensor | Quantised, folded: Callable[[], Tensor | None], step: Step, rope: Rope
+    ) -> Tensor | None:
+        """Entries that the indexer chooses, once the step's own are written; None where there is no indexer."""
+        query = None if self.indexer is None else self.indexer.query(qr)
+        weights = folded()
+        if self.indexer is None or query is None or weights is None:
+            return None
+        return self.indexer.select((query, weights), step, rope)
+
+    def _compressed(self, selected: Tensor | None, step: Step) -> tuple:
         """The history arguments of `sparse_attention`."""
         if self.history is None:
             return ()
-        entries = step.entries[self.ratio]
-        if query is None or self.indexer is None:
-            return self.history, entries
-        return self.history, entries, self.indexer.select(query, step, rope)
+        return self.history, step.entries[self.ratio], selected

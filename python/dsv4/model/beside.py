@@ -45,18 +45,19 @@ def lanes(device: torch.device) -> Iterator[None]:
 
 def beside(part: Callable[[], Result], lane: int) -> Callable[[], Result]:
     """Launches `part` on the stream of a lane, which has no other part that is not joined. The call that is given back joins: what is
-    launched after it on the stream that called comes after the part, whose result it gives."""
+    launched after it on the stream that called comes after the part, whose result it gives. A part may join others; who joins it has joined
+    them too."""
     side_by_side = _open.get()
     if not side_by_side:
         result = part()
         return lambda: result
-    here, side = torch.cuda.current_stream(), side_by_side[lane]
-    side.wait_stream(here)
+    side = side_by_side[lane]
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         result = part()
 
     def join() -> Result:
-        here.wait_stream(side)
+        torch.cuda.current_stream().wait_stream(side)
         return result
 
     return join
