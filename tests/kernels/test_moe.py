@@ -135,6 +135,39 @@ def test_both_products_split_and_an_expert_of_more_slots_than_columns(
     check(*SMALL, torch.tensor([[2, 2, 2], [2, 0, 2]] * 4), NEAR)
 
 
+def _planned(experts: Tensor, count: int, bt: int, *, alone: bool) -> tuple[Tensor, Tensor]:
+    """Rows and plan, by one program or by one for each expert."""
+    slots = experts.numel()
+    rows, plan = (torch.full((n,), -7, dtype=torch.int32, device=DEVICE) for n in (slots, 3 + 3 * slots))
+    x = torch.ones((len(experts), 128), device=DEVICE)
+    codes, scales = torch.empty_like(x).to(torch.float8_e4m3fn), torch.zeros((len(x), 1), device=DEVICE)
+    moe.plan_kernel[((1 if alone else count) + -(-len(x) // 8),)](
+        experts.to(DEVICE), rows, plan, x, codes, scales, slots, count, 128, 1, 128, len(x),
+        BINS=moe.next_pow2(count), CHUNK=64, BT=bt, BLOCK=128, PDL=False, ALONE=alone,
+    )  # fmt: skip
+    assert scales.all() and codes.float().all()
+    return rows.cpu(), plan.cpu()
+
+
+@pytest.mark.parametrize("bt", [2, 16])
+@pytest.mark.parametrize(("tokens", "count"), [(1, 8), (21, 5), (21, 40), (20, 3)])
+def test_one_program_plans_as_one_for_each_expert(tokens: int, count: int, bt: int) -> None:
+    """More slots of an expert than a block has, slots of none, experts of none."""
+    experts = torch.randint(0, count + 1, (tokens, 3), generator=_g(tokens))
+    experts[::4, 1] = -1
+    rows, plan = _planned(experts, count, bt, alone=True)
+    assert all(map(torch.equal, (rows, plan), _planned(experts, count, bt, alone=False)))
+    flat = experts.flatten().tolist()
+    order = [s for e in range(count) for s, chosen in enumerate(flat) if chosen == e]
+    blocks = [
+        (e, at, min(bt, flat.count(e) - at)) for e in range(count) for at in range(0, flat.count(e), bt)
+    ]
+    begin = {e: sum(flat.count(other) for other in range(e)) for e in range(count)}
+    assert rows.tolist()[: len(order)] == order and int(plan[0]) == len(blocks)
+    found = plan[3 : 3 + 3 * len(blocks)].view(-1, 3).tolist()
+    assert found == [[e, begin[e] + at, n] for e, at, n in blocks]
+
+
 def test_no_tokens(one_launch: int) -> None:
     x, experts = torch.empty((0, 128), device=DEVICE), torch.empty((0, 2), dtype=torch.int64, device=DEVICE)
     assert moe.run(x, experts, torch.empty((0, 2), device=DEVICE), SMALL[0], LIMIT, None).shape == (0, 128)

@@ -41,28 +41,58 @@ ROWS = 128
 """Rows of a tile."""
 
 
+ALONE = 256
+"""Up to this many slots one program plans all experts: a program for each of them looks at every slot, which takes longer than the work."""
+
+
+@triton.jit
+def _plan_all(experts, rows, plan, S, E, BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr):
+    """`plan_kernel`'s rows and plan of all experts, of up to CHUNK slots."""
+    at, bins = tl.arange(0, CHUNK), tl.arange(0, BINS)
+    ids = tl.load(experts + at, mask=at < S, other=-1).to(tl.int32)
+    known = (ids >= 0) & (ids < E)
+    own = tl.where(known, ids, 0)
+    counts = tl.histogram(own, BINS, mask=known)
+    blocks = (counts + BT - 1) // BT
+    start, first = tl.cumsum(counts, 0) - counts, tl.cumsum(blocks, 0) - blocks
+    tl.store(plan, tl.sum(blocks))
+    for j in range(tl.max(blocks)):
+        entry = plan + 3 + (first + j) * 3
+        tl.store(entry, bins, mask=j < blocks)
+        tl.store(entry + 1, start + j * BT, mask=j < blocks)
+        tl.store(entry + 2, tl.minimum(counts - j * BT, BT), mask=j < blocks)
+    rank = tl.zeros((CHUNK,), tl.int32)
+    for lo in tl.static_range(0, CHUNK, 32):
+        other = lo + tl.arange(0, 32)
+        theirs = tl.load(experts + other, mask=other < S, other=-1).to(tl.int32)
+        rank += tl.sum(((ids[:, None] == theirs[None, :]) & (other[None, :] < at[:, None])).to(tl.int32), 1)
+    tl.store(rows + tl.gather(start, own, 0) + rank, at, mask=known)
+
+
 @triton.jit(do_not_specialize=["S", "T"])
 def plan_kernel(
     experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-    PAIRED: tl.constexpr = False,
+    PAIRED: tl.constexpr = False, ALONE: tl.constexpr = False,
 ):  # fmt: skip
     """Program e < E: `rows` gets expert e's slots (token * k + j) in order, `plan` its blocks of at most BT slots as
-    (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks. The
+    (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks. ALONE: program 0 does so for all of them. The
     programs beyond quantise x, one block of BLOCK channels of 8 tokens each, PAIRED: in the order of `channel_at`. An expert outside 0 .. E - 1 is left out."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    e = tl.program_id(0)
-    if e >= E:
-        t = (e - E) // KB * 8 + tl.arange(0, 8)
-        c = (e - E) % KB * BLOCK + tl.arange(0, BLOCK)
+    e, planners = tl.program_id(0), 1 if ALONE else E
+    if e >= planners:
+        n = e - planners
+        t, c = n // KB * 8 + tl.arange(0, 8), n % KB * BLOCK + tl.arange(0, BLOCK)
         live = (t < T)[:, None] & (c < D)[None, :]
         of = channel_at(c) if PAIRED else c
         v = tl.load(x + t[:, None].to(tl.int64) * x_stride + of[None, :], mask=live, other=0.0).to(tl.float32)
         scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
         tl.store(codes + t[:, None].to(tl.int64) * D + c[None, :], to_e4m3(v * inverse[:, None]), mask=live)
-        tl.store(scales + t.to(tl.int64) * KB + (e - E) % KB, scale, mask=t < T)
+        tl.store(scales + t.to(tl.int64) * KB + n % KB, scale, mask=t < T)
+    elif ALONE:
+        _plan_all(experts, rows, plan, S, E, BINS, CHUNK, BT)
     else:
         at, bins = tl.arange(0, CHUNK), tl.arange(0, BINS)
         counts = tl.zeros((BINS,), tl.int32)
@@ -334,9 +364,10 @@ def run(
         empty(tokens, dim, dtype=torch.float8_e4m3fn),
         empty(tokens, steps1, dtype=torch.float32),
     )
-    plan_kernel[(count + cdiv(tokens, 8) * steps1,)](
+    alone = slots <= ALONE
+    plan_kernel[((1 if alone else count) + cdiv(tokens, 8) * steps1,)](
         experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens,
-        BINS=next_pow2(count), CHUNK=256 if slots <= 256 else 2048, BT=bt, BLOCK=128, PAIRED=paired, PDL=bool(overlap), **overlap,
+        BINS=next_pow2(count), CHUNK=2048 if not alone else 64 if slots <= 64 else ALONE, ALONE=alone, BT=bt, BLOCK=128, PAIRED=paired, PDL=bool(overlap), **overlap,
     )  # fmt: skip
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
     hs = empty(slots, tiles1, dtype=torch.float32)
@@ -435,10 +466,13 @@ AOT = [
     _aot(first=True, absorb=True, bt=64),
     _aot(first=True, bt=64),
     *(_aot(first=first, absorb=True, paired=True, bt=bt, few=few) for first in (True, False) for bt, few in ((16, True), (16, False), (64, False))),
-    Aot(
-        plan_kernel,
-        {k: "*i32" for k in ("rows", "plan")} | {k: "i32" for k in ("S", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")}
-        | {"experts": "*i64", "x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"},
-        dict(BINS=256, CHUNK=2048, BT=16, BLOCK=128, PAIRED=True, PDL=True),
+    *(
+        Aot(
+            plan_kernel,
+            {k: "*i32" for k in ("rows", "plan")} | {k: "i32" for k in ("S", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")}
+            | {"experts": "*i64", "x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"},
+            dict(BINS=256, CHUNK=2048, BT=16, BLOCK=128, PAIRED=True, PDL=True) | flags,
+        )
+        for flags in (dict(ALONE=False), dict(ALONE=True, CHUNK=64, PAIRED=False), dict(ALONE=True, CHUNK=256))
     ),
 ]  # fmt: skip
