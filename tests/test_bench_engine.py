@@ -32,7 +32,7 @@ FIGURES = r"free ([\d.]+) ms a step, held ([\d.]+) ms: (-?[\d.]+)% more; masks (
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of a small world. The prompts have whole pages, so that they can be cached."""
     model = write_random(tmp_path_factory.mktemp("small") / "tiny", compress_ratios=[0, 4, 128])
-    flags = "--device cpu --rows 2 1 --context 24 --contexts 100 --prompts 40 300 --max-len 1200 --step-tokens 128 --steps 2 --step-ms 0"
+    flags = "--device cpu --rows 2 1 --context 24 --contexts 100 --turns 150 --prompts 40 300 --max-len 1200 --step-tokens 128 --steps 2 --step-ms 0"
     return ["--model", str(model), *flags.split(), "--pool", "0.2", "--steps-too"]
 
 
@@ -54,7 +54,7 @@ def test_every_part_is_measured_and_written(
     assert bench.main([*small, "256", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("cpu/engine-tiny-*.json")
     found = json.loads(path.read_text())
-    assert [len(found[part]) for part in PARTS] == [2, 2, 3, 1, 1]
+    assert [len(found[part]) for part in PARTS] == [2, 2, 3, 1, 1, 1]
     assert all(row["limit_ms"] > 0 and row[row["against"]] > 0 for part in PARTS for row in found[part])
     assert [row["kernels"] for row in found["starts"]] == ["to be compiled", "in the cache"]
     assert (
@@ -71,7 +71,7 @@ def test_every_part_is_measured_and_written(
         "## Decode steps\n" in text
         and "memory weights 1.00 GiB" in text
         and "start: start_s " in text
-        and drawn.count("<rect") == 1 + 9
+        and drawn.count("<rect") == 1 + 10
     )
 
 
@@ -84,6 +84,7 @@ def test_a_budget_leaves_out_the_rest_and_writes_what_there_is(tmp_path: Path, s
         *["decode"] * 2,
         "prefill",
         *["cached"] * 3,
+        "turns",
         "beside",
         "long",
         "prefill",

@@ -1,7 +1,7 @@
 """The engine itself with real prompts: decode steps, cold and cached prompts, decodes beside a long prompt, starts, memory against the
 plan, each beside the least time that this machine allows, and beside vLLM where it can be imported.
 
-    python3 -m benches.engine [--model nano|flash|DIRECTORY] [--layers 8] [--budget SECONDS] [--only decode prefill cached beside long]
+    python3 -m benches.engine [--model nano|flash|DIRECTORY] [--layers 8] [--budget SECONDS] [--only decode prefill cached turns beside long]
                               [--rows 8 1 64] [--context 4096] [--prompts 8192 32768] [--step-tokens N] [--tp 2] [--out FOLDER]
 
 `nano` is the small model that ships, `flash` a random one of Flash's widths with `--layers` layers (43: the whole of it). The most valuable parts come first and
@@ -49,6 +49,13 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=4096, help="tokens before a decode step")
     parser.add_argument("--contexts", type=int, nargs="*", default=[131072, 1048000], help="longer ones")
     parser.add_argument("--prompts", type=int, nargs="+", default=[2048, 8192, 32768])
+    parser.add_argument(
+        "--turns",
+        type=int,
+        nargs="*",
+        default=[],
+        help="prompts read once, asked again and followed by a turn",
+    )
     parser.add_argument("--max-len", type=int, default=1048576)
     parser.add_argument("--step-tokens", type=int, help="max_num_batched_tokens")
     parser.add_argument("--steps-too", type=int, nargs="*", default=[8192], help="prompts in other steps too")
@@ -186,7 +193,8 @@ def started(run: Run) -> tuple[Engine, Shapes]:
 def shapes(args: argparse.Namespace, step_tokens: int) -> Shapes:
     contexts = tuple(n for n in args.contexts if n + 1000 < args.max_len)
     prompts = tuple(dict.fromkeys(fitting(n, args.max_len) for n in args.prompts))
-    return Shapes(tuple(args.rows), args.context, contexts, prompts, step_tokens, args.max_len)
+    turns = tuple(n for n in args.turns if n + 1000 < args.max_len)
+    return Shapes(tuple(args.rows), args.context, contexts, prompts, step_tokens, args.max_len, turns)
 
 
 def fitting(prompt: int, max_len: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any, Protocol
 
@@ -18,13 +18,14 @@ class Job:
     """A greedy request; the times of its tokens appear as it runs."""
 
     def __init__(self) -> None:
-        self.begun, self.times = time.perf_counter(), list[float]()
+        self.begun, self.times, self.ids = time.perf_counter(), list[float](), list[int]()
         self.cached: int | None = None
         """Prompt tokens that were not computed, once it is over."""
 
-    def took(self, tokens: int) -> None:
-        """So many tokens have come."""
-        self.times += [time.perf_counter()] * tokens
+    def took(self, tokens: Sequence[int]) -> None:
+        """These tokens have come."""
+        self.times += [time.perf_counter()] * len(tokens)
+        self.ids += tokens
 
     @property
     def ttft(self) -> float:
@@ -68,8 +69,9 @@ class Dsv4:
         if not self._jobs:  # requests that came another way
             self._others(news)
             return
-        for key in np.frombuffer(news.keys, np.int64).tolist():
-            self._jobs[key].took(1)
+        columns = np.frombuffer(news.keys, np.int64), np.frombuffer(news.tokens, np.int32)
+        for key, token in zip(*(x.tolist() for x in columns), strict=True):
+            self._jobs[key].took((token,))
         for end in news.ends:
             self._jobs.pop(end.key).cached = end.explanation["cached_tokens"]
             if end.error is not None:

@@ -9,9 +9,9 @@ from typing import Any
 from benches.engine.decode import decode
 from benches.engine.driver import Driver
 from benches.engine.limits import Limits
-from benches.engine.prefill import beside, cached, cold
+from benches.engine.prefill import beside, cached, cold, turns
 
-PARTS = ("decode", "prefill", "cached", "beside", "long")
+PARTS = ("decode", "prefill", "cached", "turns", "beside", "long")
 NEW = (1, 64, 256, 1024)
 
 
@@ -38,6 +38,8 @@ class Shapes:
     prompts: tuple[int, ...]
     step_tokens: int
     max_len: int
+    turns: tuple[int, ...] = ()
+    """Prompts that are read once, asked again and followed by a turn."""
 
 
 def parts(s: Shapes, only: tuple[str, ...]) -> Iterator[Part]:
@@ -48,6 +50,7 @@ def parts(s: Shapes, only: tuple[str, ...]) -> Iterator[Part]:
         *(_decode("decode", n, s.context) for n in s.rows[:2]),
         _prompt(longest, s.step_tokens),
         *(_cached(longest, new, s.step_tokens) for new in news[:3]),
+        *(_turns(n, s.step_tokens) for n in s.turns),
         _beside(s, 4 * longest),
         *(_decode("decode", n, s.context) for n in s.rows[2:]),
         *(
@@ -76,6 +79,10 @@ def _cached(tokens: int, new: int, step: int) -> Part:
     return Part(
         "cached", lambda d: cached(d, tokens, new), lambda x: x.prompt(new, step, start=tokens), "ttft_ms"
     )
+
+
+def _turns(tokens: int, step: int) -> Part:
+    return Part("turns", lambda d: turns(d, tokens), lambda x: x.prompt(tokens, step), "ttft_ms")
 
 
 def _beside(s: Shapes, tokens: int) -> Part:

@@ -62,6 +62,29 @@ def cached(driver: Driver, tokens: int, new: int) -> dict[str, Any]:
     return {"tokens": tokens, "new": new, "ttft_ms": median(times[1:]), "not_cached": computed}
 
 
+def turns(driver: Driver, tokens: int, new: int = 64, answer: int = 40) -> dict[str, Any]:
+    """A prompt that nothing is known of, read once; decode steps of its answer; the same prompt again with `new` tokens behind it; and the
+    conversation's next turn, which has the answer and `new` tokens."""
+    base = driver.ids(tokens)
+    first = driver.job(base, answer)
+    driver.run()
+    again = driver.job(np.concatenate((base, driver.ids(new))))
+    driver.run()
+    said = np.array(first.ids, np.int32)
+    turn = driver.job(np.concatenate((base, said, driver.ids(new))))
+    driver.run()
+    return {
+        "tokens": tokens,
+        "ttft_ms": 1e3 * first.ttft,
+        "tokens_s": tokens / first.ttft,
+        "decode_ms": 1e3 * float(median(np.diff(first.times))),
+        "again_ms": 1e3 * again.ttft,
+        "again_not_cached": len(base) + new - (again.cached or 0),
+        "turn_ms": 1e3 * turn.ttft,
+        "turn_not_cached": len(base) + answer + new - (turn.cached or 0),
+    }
+
+
 def beside(driver: Driver, tokens: int, rows: int = 8, context: int = 4000) -> dict[str, Any]:
     """Gaps between the tokens of `rows` decodes, alone and while a prompt of `tokens` tokens is read, and how fast it is read then."""
     jobs = [driver.job(driver.ids(context), 100_000) for _ in range(rows)]

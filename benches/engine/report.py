@@ -15,6 +15,7 @@ TITLES = {
     "long": "Decode steps on long history",
     "prefill": "One cold prompt",
     "cached": "A cached prompt and new tokens",
+    "turns": "A prompt read once, asked again, and the next turn",
     "beside": "Gaps between the tokens of decodes, alone and while a prompt is read",
     "steps": "Other sizes of steps",
 }

@@ -54,7 +54,7 @@ class Vllm:
         for output in self._engine.step():
             job, before = self._jobs[output.request_id]
             now = len(output.outputs[0].token_ids)
-            job.took(now - before)
+            job.took(output.outputs[0].token_ids[before:])
             job.cached = getattr(output, "num_cached_tokens", None)
             self._jobs[output.request_id] = job, now
             if output.finished:
