@@ -20,7 +20,7 @@ from dsv4 import profiles
 from dsv4.elsewhere import why_not
 from dsv4.errors import ConfigError
 from dsv4.quantities import SHARE, Range
-from dsv4.settings import check_choices, check_ranges, convert, read_yaml, setting
+from dsv4.settings import convert, put_right, read_yaml, setting
 
 ENV_PREFIX = "DSV4_"
 LONGEST_NAME = 512
@@ -259,8 +259,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_ranges(self)
+        put_right(self)
         if isinstance(self.step_ms, str) and self.step_ms != "auto":
             raise ConfigError(f"step_ms is {self.step_ms!r}; it takes a number, auto, or none for no limit")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
@@ -353,8 +352,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_ranges(self)
+        put_right(self)
         _check_key("api_key", self.api_key)
         _check_key("admin_key", self.admin_key)
         if self.admin_key is not None and self.admin_key == self.api_key:
@@ -526,7 +524,12 @@ def _is_none(profile: Any) -> bool:
 
 
 def with_profile(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of EngineConfig, and those of the profile that they name for all that they leave out. Raises ConfigError."""
+    """Fields of EngineConfig, and those of the profile that they name for all that they leave out. Raises ConfigError, also for
+    what is no such field."""
+    known = set(_names(EngineConfig))
+    for name in values.keys() & set(_names(ServerConfig)):
+        raise ConfigError(f"{name} is a setting of dsv4 serve; an engine takes none")
+    _check_known({name: Given(value) for name, value in values.items()}, known)
     if _is_none(values.get("profile")):
         return {name: value for name, value in values.items() if name != "profile"}
     of_profile = make(EngineConfig, profile_layer(values["profile"]).values)

@@ -11,7 +11,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -61,7 +61,19 @@ def setting(
     )
 
 
-def check_choices(config: Any) -> None:
+def put_right(config: Any) -> None:
+    """Makes every value what its field holds, as flags and files do: 64MiB is a size in Python too. Raises ConfigError for a value
+    that the field does not take, and for one that is none of its choices or outside its range."""
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value is not None and value is not f.default:
+            object.__setattr__(config, f.name, convert(f, hints[f.name], value))
+    _check_choices(config)
+    _check_ranges(config, hints)
+
+
+def _check_choices(config: Any) -> None:
     """Raises ConfigError when a field with choices holds another value."""
     for f in dataclasses.fields(config):
         choices, value = choices_of(f), getattr(config, f.name)
@@ -84,9 +96,8 @@ def check_choice(name: str, value: Any, one: str, choices: Sequence[str], *, sev
     raise ConfigError(f"{name} is {value!r}; valid values are {', '.join(choices)}{more}{meant}")
 
 
-def check_ranges(config: Any) -> None:
+def _check_ranges(config: Any, hints: Mapping[str, Any]) -> None:
     """Raises ConfigError when a number is outside the range of its field."""
-    hints = get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, range_ = getattr(config, f.name), f.metadata["range"]
         if range_ is None or value is None or isinstance(value, str):

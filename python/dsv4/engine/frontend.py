@@ -16,7 +16,7 @@ from dsv4.config import EngineConfig
 from dsv4.engine.answers import Answer
 from dsv4.engine.checks import check
 from dsv4.engine.prompt import TokenIds, as_prompt
-from dsv4.errors import RequestError
+from dsv4.errors import RequestError, show
 from dsv4.model.config import ModelConfig
 from dsv4.model.generation_config import NO_END, Generation, read_generation
 from dsv4.model.source import Source
@@ -96,18 +96,18 @@ class Frontend:
     ) -> tuple[np.ndarray, SamplingParams]:
         """The prompt as int32 [tokens], and `params` with max_tokens filled in. Raises RequestError for what an engine with
         these limits never takes."""
+        check_params(params)
         prompt = as_prompt(ids)
         if not prompt.size:
-            raise RequestError("prompt is empty; it needs at least one token", "prompt", "invalid_value", 400)
+            raise _refused("prompt", "prompt is empty; it needs at least one token")
         vocab = self.model_config.vocab_size
         for token in (prompt.min(), prompt.max()):
             if not 0 <= token < vocab:
-                raise RequestError(
-                    f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}",
-                    "prompt",
-                    "invalid_value",
-                    400,
-                )
+                raise _refused("prompt", f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}")
+        for token in params.logit_bias:
+            if token >= vocab:
+                text = f"logit_bias has the token id {token}; valid ids are 0 to {vocab - 1}"
+                raise _refused("logit_bias", text)
         room, wanted = max_model_len - len(prompt), params.max_tokens
         if room < (0 if wanted == 0 else 1):
             raise _too_long(
@@ -128,6 +128,16 @@ class Frontend:
         if wanted is None:
             wanted = max(self.generation.sampling.get("max_tokens", room), params.min_tokens)
         return prompt, dataclasses.replace(params, max_tokens=min(room, wanted))
+
+
+def check_params(params: SamplingParams) -> None:
+    """Raises RequestError for what a caller passes in its place: a dict, or a list of them."""
+    if not isinstance(params, SamplingParams):
+        raise _refused("params", f"params is {show(params)}; it takes one SamplingParams(...)")
+
+
+def _refused(param: str, text: str) -> RequestError:
+    return RequestError(text, param, "invalid_value", 400)
 
 
 def _too_long(param: str, text: str) -> RequestError:

@@ -3,11 +3,12 @@ several ranks the others are processes, which end with the `LLM`."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +17,15 @@ import numpy as np
 from dsv4.config import EngineConfig, with_profile
 from dsv4.engine.answers import Answer, Answers
 from dsv4.engine.build import build_engine
-from dsv4.engine.frontend import Frontend
+from dsv4.engine.frontend import Frontend, check_params
 from dsv4.engine.messages import News
 from dsv4.engine.process import as_request_error
 from dsv4.engine.progress import Progress
 from dsv4.engine.prompt import TokenIds
 from dsv4.engine.request import RequestOutput, Sampled, Usage
 from dsv4.engine.routing import PLAIN, Routing
-from dsv4.errors import RequestError
+from dsv4.engine.whole import whole
+from dsv4.errors import EngineDead, RequestError, show
 from dsv4.sampling import Grammar, SamplingParams
 from dsv4.text.blocks import Blocks, Call
 from dsv4.text.call_grammar import Calls
@@ -122,30 +124,38 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | None = None,
         *,
         cache_salt: str = "",
         reading: Reading | None = None,
     ) -> list[Completion]:
         """Completions in the order of the prompts. A prompt is text or token ids; `reading`: they are chats, and how the
-        answers are to be read. Raises RequestError when one of them is refused or fails, which ends the others of the
-        call, and EngineDead when the device is lost."""
+        answers are to be read. Raises RequestError, which says which, when one of them is refused or fails, which ends the others
+        of the call, and EngineDead when the device is lost. Ctrl-C ends the call, and the next one works as before."""
         params = params or self.get_default_sampling_params()
-        many = [self._ids(p) for p in ([prompts] if _is_one(prompts) else prompts)]
+        asked = _each(prompts)
+        names = ["" if len(asked) == 1 else f"prompts[{i}]: " for i in range(len(asked))]
+        many = [self._ids(prompt, name) for prompt, name in zip(asked, names, strict=True)]
         done = [Completion() for _ in many]
         keys: list[int] = []
         routing = Routing(salt=cache_salt)
         try:
-            for completion, ids in zip(done, many, strict=True):
-                keys.append(self.submit(ids, params, completion.add, routing=routing, reading=reading))
+            with whole():
+                for completion, ids, name in zip(done, many, names, strict=True):
+                    with _named(name):
+                        keys.append(
+                            self.submit(ids, params, completion.add, routing=routing, reading=reading)
+                        )
             while self.has_work() and any(c.finish_reason is None for c in done):
                 self.step()
-                if failed := next((c.error for c in done if c.error is not None), None):
-                    raise RequestError(failed, None, "internal_error", 500)
+                for completion, name in zip(done, names, strict=True):
+                    if completion.error is not None:
+                        raise RequestError(f"{name}{completion.error}", None, "internal_error", 500)
         finally:
-            for key in keys:
-                self.abort(key)
+            with whole():
+                for key in keys:
+                    self.abort(key)
         return done
 
     def stream(
@@ -196,9 +206,17 @@ class LLM:
         return key
 
     def step(self) -> bool:
-        """One step of all requests. False when there was nothing to do. Raises EngineDead when the device is lost."""
-        busy = self._loop.step()
-        self._deliver()
+        """One step of all requests. False when there was nothing to do. Ctrl-C is raised when the step is over, a second one at
+        once, after which every request is refused. Raises EngineDead when the device is lost."""
+        with whole():
+            try:
+                busy = self._loop.step()
+                self._deliver()
+            except (KeyboardInterrupt, SystemExit):
+                self._loop.dead = EngineDead(
+                    "the engine was interrupted in the middle of a step; make a new LLM"
+                )
+                raise
         return busy
 
     def has_work(self) -> bool:
@@ -259,6 +277,7 @@ class LLM:
         )
         reading = Reading.of_chat(messages, tools, thinking=thinking, ending=ending)
         params = params or self.get_default_sampling_params()
+        check_params(params)
         if params.grammar is None and reading.tools and self.tokenizer is not None:
             calls = Calls(shown_tools(messages, tools))
             text = chat_grammar(self.tokenizer, thinking=reading.thinking, calls=calls)
@@ -310,17 +329,32 @@ class LLM:
         """The memory plan and every choice made, one line each."""
         return self._front.describe(self._about)
 
-    def _ids(self, prompt: Prompt) -> TokenIds:
+    def _ids(self, prompt: Prompt, name: str = "") -> TokenIds:
         if not isinstance(prompt, str):
             return prompt
-        if self.tokenizer is None:
-            raise RequestError(
-                "this model directory has no tokenizer; send token ids", "prompt", "no_tokenizer", 400
-            )
-        return self.tokenizer.draft_text(prompt, bound=Bound(self.max_model_len, "prompt")).finish()
+        with _named(name):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "this model directory has no tokenizer; send token ids", "prompt", "no_tokenizer", 400
+                )
+            return self.tokenizer.draft_text(prompt, bound=Bound(self.max_model_len, "prompt")).finish()
 
 
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+def _each(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """The prompts, of which one may come alone. Raises RequestError for what holds none."""
     if isinstance(prompts, (str, np.ndarray)):
-        return True
-    return len(prompts) > 0 and isinstance(prompts[0], (int, np.integer))
+        return [prompts]
+    if isinstance(prompts, (Mapping, bytes)) or not isinstance(prompts, Iterable):
+        text = f"prompts is {show(prompts)}; it takes text, token ids, or a list of such"
+        raise RequestError(text, "prompts", "invalid_value", 400)
+    found: list[Any] = list(prompts)
+    return [found] if found and isinstance(found[0], (int, np.integer)) else found
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts which of several prompts it is in front of why it is refused."""
+    try:
+        yield
+    except RequestError as e:
+        raise RequestError(f"{name}{e.message}", e.param, e.code, e.status) from None

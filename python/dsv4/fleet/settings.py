@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dsv4.errors import ConfigError
 from dsv4.quantities import Range
-from dsv4.settings import check_choices, check_ranges, setting
+from dsv4.settings import put_right, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,7 @@ class DynamoConfig:
     )
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_ranges(self)
+        put_right(self)
         for name in ("namespace", "component", "endpoint", "worker_host"):
             if not getattr(self, name).strip():
                 raise ConfigError(

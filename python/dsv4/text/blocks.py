@@ -38,11 +38,20 @@ class Call:
 Block = Text | Thinking | Call
 
 
+def _words(block: Block) -> str:
+    return f"{block.name!r}, {block.arguments!r}" if isinstance(block, Call) else repr(block.text)
+
+
 class Blocks:
     """Grows piece by piece."""
 
     def __init__(self) -> None:
         self.all: list[Block] = []
+
+    def __repr__(self) -> str:
+        """What a notebook shows of an answer: `[Thinking('Hm.'), Text('Hello!')]`."""
+        shown = (f"{type(b).__name__}({_words(b)})" for b in self.all)
+        return f"[{', '.join(shown)}]"
 
     def add(self, piece: Piece) -> bool:
         """Whether a new block begins with this piece; it belongs to the last one in any case."""
