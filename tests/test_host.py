@@ -104,6 +104,9 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         == "no GPU: one rank, on the CPU (--tensor-parallel-size R takes R processes)"
     )
     assert _line(findings, "gpu").text.startswith("none (torch ")
+    _, flash = [f for f in _said(Host(shared=None, visible=""), "v4-flash") if f.name == "ranks"]
+    assert flash.text.startswith("v4-flash: 155.42 GiB of weights, ") and "dsv4 plan v4-flash" in flash.fix
+    assert flash.level == "note"
     assert _line(findings, "visible").text == "CUDA_VISIBLE_DEVICES=: 0 GPUs of it here"
     assert _line(findings, "shared memory").text == "no /dev/shm"
     assert all(f.level != "missing" for f in findings)

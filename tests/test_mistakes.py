@@ -125,6 +125,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("dynamo --kv-events-config {}", ["kv_events_config is given", "leave it out"]),
     ("dynamo --port 9000", ["unknown flag --port"]),
     ("trace agents --hours long", ["--hours", "'long'"]),
+    ("key a\x01b", ["tenant is 'a\\x01b'", "can be seen"]),
     ("bench", ["KIND", "serve, compare"]),
     ("bench serv", ["'serv'", "did you mean 'serve'?"]),
     ("bench serve --shape agents", ["--shape", "'agents'", "did you mean 'agent'?"]),

@@ -197,6 +197,14 @@ def _ranks(host: Host, model: str | None) -> Iterator[Finding]:
         yield Finding(
             "ranks", "ok", "no GPU: one rank, on the CPU (--tensor-parallel-size R takes R processes)"
         )
+        if model is not None:
+            config, weights, _ = find_weights(model)
+            size, (bound, *_) = weights.files[1], host_memory()
+            text = f"{config.name}: {size / GIB:,.2f} GiB of weights, {bound.free / GIB:,.1f} GiB of memory"
+            if size <= bound.free:
+                yield Finding("ranks", "ok", text)
+            else:
+                yield Finding("ranks", "note", text, f"dsv4 plan {model} --gpu NAME says which GPUs hold it")
         return
     num, memory = len(host.cards), min(card.memory_bytes for card in host.cards)
     for name in ("v4-flash", "v4-pro") if model is None else (model,):

@@ -131,9 +131,14 @@ def test_tenants_and_what_they_use(tokenizer: Tokenizer, tmp_path: Path) -> None
 def test_draining_and_back(served: RunningServer) -> None:
     told = httpx.post(served.url + "/admin/drain", headers=ADMIN).json()
     assert told == {"draining": True, "running": 0, "waiting": 0, "parked": 0}
-    assert httpx.get(served.url + "/health").status_code == 503
+    health = httpx.get(served.url + "/health")
+    assert health.status_code == 503 and health.json()["status"] == "the server is drained by /admin/drain"
     refused = httpx.post(served.url + "/v1/completions", json=BODY)
     assert refused.status_code == 503 and refused.headers["retry-after"]
+    assert (
+        refused.json()["error"]["message"]
+        == "the server is drained by /admin/drain and takes no new requests"
+    )
     assert httpx.post(served.url + "/admin/resume", headers=ADMIN).json()["draining"] is False
     assert httpx.get(served.url + "/health").status_code == 200
     assert httpx.post(served.url + "/v1/completions", json=BODY).status_code == 200

@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def llm(model: Path) -> LLM:
-    return LLM(str(model), num_pages="20", max_num_seqs="2", device="cpu", enable_prefix_caching="on")  # type: ignore[arg-type]
+    return LLM(str(model), num_pages="20", max_num_seqs="2", device="cpu", enable_prefix_caching="on")
 
 
 def test_settings_are_written_as_flags_are() -> None:
@@ -100,3 +100,11 @@ def test_wrong_params_are_named(llm: LLM, model: Path, params: Any, says: str) -
 def test_a_notebook_shows_the_text(llm: LLM) -> None:
     blocks = LLM(device="cpu", num_pages=8).chat([{"role": "user", "content": "Hello"}], PARAMS).blocks
     assert repr(blocks) == f"[Text({blocks.content!r})]" and blocks.content
+
+
+def test_the_start_says_how_many_requests_the_pages_hold_and_what_is_not_exact(model: Path) -> None:
+    """One page is one request's, however many of them would have room in it."""
+    lines = LLM(str(model), num_pages=3, block_size=1024, max_model_len=512, replay_tokens=5).describe()
+    said = {line.split()[0]: line for line in lines}
+    assert said["capacity"].endswith(" 3,072 tokens of history; 3 requests of 512 tokens")
+    assert "; replay 5 tokens, which is not exact below " in said["prefixes"]

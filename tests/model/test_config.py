@@ -183,6 +183,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"index_head_dim": 96}, "index_head_dim is 96; it must be a power of two"),
     ({"o_groups": 3}, "o_groups is 3; it must be a divisor of the 8 heads"),
     ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be at most the 8 experts"),
+    ({"hidden_size": 10**12}, "hidden_size is 1000000000000; it must be a whole number from 1 to 2147483647"),
     ({"hidden_size": 0}, "hidden_size is 0; it must be a whole number of at least 1"),
     ({"hidden_size": "128"}, 'hidden_size is "128"; it must be a whole number'),
     ({"hidden_size": None, "hiden_size": 128}, "config.json has no hidden_size; did you mean 'hiden_size'"),

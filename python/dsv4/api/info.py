@@ -62,7 +62,7 @@ async def health(request: Request) -> Response:
     service = service_of(request)
     alive, why = service.engine.check_alive()
     if service.draining or service.ending:
-        alive, why = False, "the server is shutting down"
+        alive, why = False, service.going
     if alive:
         return json_response({"status": "ok"})
     return json_response({"status": why}, 503, **{"retry-after": RETRY_AFTER[503].decode()})

@@ -96,9 +96,14 @@ class Service:
         return any(re.fullmatch(".*".join(part), model, re.DOTALL) for part in parts)
 
     def refuse_while_draining(self) -> None:
-        """RequestError 503 once the server is shutting down."""
+        """RequestError 503 once no new requests are taken."""
         if self.draining:
-            raise RequestError("the server is shutting down and takes no new requests", None, "draining", 503)
+            raise RequestError(f"{self.going} and takes no new requests", None, "draining", 503)
+
+    @property
+    def going(self) -> str:
+        """What it does where it drains: for good, or until an operator has it go on."""
+        return "the server is shutting down" if self.ending else "the server is drained by /admin/drain"
 
     def bound(self, param: str) -> Bound:
         """What a prompt in the field `param` may have."""

@@ -70,10 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
             "this model's directory has no tokenizer; chat needs one", "model", "no_tokenizer", 400
         )
     title = f"{llm.model_config.name}, {llm.max_model_len:,} tokens of context"
-    talk(
-        Session(local(llm, params(llm)), arguments, tools), title, HELP if config.model else f"{TRY}\n{HELP}"
-    )
-    return 0
+    help = HELP if config.model else f"{TRY}\n{HELP}"
+    return talk(Session(local(llm, params(llm)), arguments, tools), title, help)
 
 
 def run_remote(arguments: argparse.Namespace) -> int:
@@ -91,12 +89,11 @@ def run_remote(arguments: argparse.Namespace) -> int:
     length = model.get("max_model_len")
     title = f"{model['id']} at {server.url}" + (f", {length:,} tokens of context" if length else "")
     sampling = {name: value for name, value in given.items() if value is not None}
-    talk(Session(answerer(server, model["id"], sampling), arguments, tools), title, HELP)
-    return 0
+    return talk(Session(answerer(server, model["id"], sampling), arguments, tools), title, HELP)
 
 
-def talk(session: Session, title: str, help: str) -> None:
-    """Line after line. `title`: whom one talks to."""
+def talk(session: Session, title: str, help: str) -> int:
+    """Line after line. `title`: whom one talks to. The exit code: 1 where lines came from a script and one got no answer."""
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (line editing for input())
@@ -105,6 +102,7 @@ def talk(session: Session, title: str, help: str) -> None:
     while (line := read_line("\n> ")) is not None:
         if not session.handle(line):
             break
+    return 1 if session.unanswered and not sys.stdin.isatty() else 0
 
 
 def read_tools(path: str) -> list[dict[str, Any]]:
@@ -167,6 +165,8 @@ class Session:
         """`answer`: gives the next answer to messages, with tools, after thoughts or not."""
         self.answer, self.system, self.think = answer, arguments.system, arguments.think
         self.tools, self.attached = tools, ""
+        self.unanswered = 0
+        """Messages that were refused, or whose answer failed."""
         self.turns: list[dict[str, Any]] = []
 
     def handle(self, line: str) -> bool:
@@ -258,6 +258,7 @@ class Session:
             reply = self.answer([*system, *self.turns], self.tools, self.think)
         except RequestError as e:
             note(f"{e.message} (/reset starts anew)")
+            self.unanswered += 1
             return None
         write("\n")
         note(dim(reply.speed()))

@@ -27,6 +27,8 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from dsv4.api.keys import hash_of, new_key
 
+    if not arguments.tenant.strip() or not arguments.tenant.isprintable():
+        raise ConfigError(f"tenant is {arguments.tenant!r}; it takes a name of characters that can be seen")
     key = sys.stdin.read().strip() if arguments.stdin else new_key()
     if not key:
         raise ConfigError("standard input is empty; it takes the key")

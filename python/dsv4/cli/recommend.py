@@ -88,7 +88,7 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
         dest="tensor_parallel_size",
         type=count(),
         metavar="N",
-        help="GPUs of an engine [fewest that hold it]",
+        help="GPUs of an engine [fewest whose memory the weights fill to three quarters at most]",
     )
     machine.add_argument(
         "--pool-gib", type=number(0, 1e6, open=True), metavar="X", help="page pool of each GPU [what is left]"

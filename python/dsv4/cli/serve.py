@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         "serve",
         help="the HTTP server",
         usage="%(prog)s [MODEL] [flags]",
-        description="Serves a model over HTTP (OpenAI's dialect).",
+        description="Serves a model over HTTP (OpenAI's and Anthropic's dialects).",
         epilog="examples:\n  dsv4 serve\n  dsv4 serve /models/DeepSeek-V4-Flash --max-model-len 256k --port 9000\n"
         "  dsv4 serve deepseek-ai/DeepSeek-V4-Flash --config dsv4.yaml\n  dsv4 serve /models/DeepSeek-V4-Flash --profile coding-agent",
     )

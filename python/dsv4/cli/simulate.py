@@ -101,7 +101,7 @@ def add(commands: Any) -> None:
         dest="tensor_parallel_size",
         type=count(),
         metavar="N",
-        help="GPUs of the engine [fewest that hold it]",
+        help="GPUs of the engine [fewest whose memory the weights fill to three quarters at most]",
     )
     engine.add_argument(
         "--policy",

@@ -27,8 +27,9 @@ def add(commands: Any) -> None:
     _rewritten(chat, 0.5)
     chat.set_defaults(spec=_chat)
     rollouts = _kind(
-        kinds, "rollouts", "prompts of which each is answered many times, a batch at a time", "Rollouts", 128
-    )
+        kinds, "rollouts", "prompts of which each is answered many times, a batch at a time", "Rollouts", 128,
+        each="prompts, each of --answers sessions",
+    )  # fmt: skip
     rollouts.add_argument("--answers", type=count(), default=16, metavar="N", help="to each prompt [16]")
     rollouts.add_argument(
         "--batch", type=count(), default=32, metavar="N", help="prompts at the same time [32]"
@@ -51,7 +52,9 @@ def add(commands: Any) -> None:
     mixed.set_defaults(spec=_mixed)
 
 
-def _kind(kinds: Any, name: str, help: str, spec: str, sessions: int, epilog: str = "") -> Any:
+def _kind(
+    kinds: Any, name: str, help: str, spec: str, sessions: int, epilog: str = "", each: str = "sessions"
+) -> Any:
     parser = kinds.add_parser(
         name,
         help=help,
@@ -65,7 +68,7 @@ def _kind(kinds: Any, name: str, help: str, spec: str, sessions: int, epilog: st
         "--seed", type=count(0), default=0, metavar="N", help="the same seed gives the same trace [0]"
     )
     parser.add_argument(
-        "--sessions", type=count(), default=sessions, metavar="N", help=f"sessions [{sessions}]"
+        "--sessions", type=count(), default=sessions, metavar="N", help=f"{each} [{sessions}]"
     )
     parser.set_defaults(run=run)
     return parser

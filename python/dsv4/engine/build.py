@@ -144,6 +144,10 @@ class BuiltEngine:
             f"columns and of the vocabulary; a rank is given up after {self.config.rank_timeout:g} s"
         )
 
+    def _replay(self) -> str:
+        exact, asked = self.layout.replay_tokens, self.config.replay_tokens or self.layout.replay_tokens
+        return f"{asked:,} tokens{f', which is not exact below {exact:,}' if asked < exact else ''}"
+
     def _bits(self) -> str:
         """What `--deterministic` means here."""
         if self.config.deterministic:
@@ -181,12 +185,12 @@ class BuiltEngine:
             *(f"           {note}" for note in m.notes),
             f"pool       {size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {size(layout.page_bytes)} each; "
             f"{history:,.2f} B of history per token, {100 * (layout.page_bytes / layout.block_tokens / history - 1):.2f}% padding",
-            f"capacity   {tokens:,} tokens of history; {tokens // m.max_model_len} requests of {m.max_model_len:,} tokens",
+            f"capacity   {tokens:,} tokens of history; {m.pages // pages_of(layout, m.max_model_len)} requests of {m.max_model_len:,} tokens",
             f"state      {size(m.slabs)}: {m.slabs // layout.slab_bytes} slabs of {size(layout.slab_bytes)}; a snapshot takes "
             f"{size(layout.snapshot_bytes)} in {layout.snapshot_pages} pages",
             f"prefixes   {'on' if c.enable_prefix_caching else 'off'}; snapshots {c.snapshot_policy} (budget {c.snapshot_budget:.0%}); "
             f"eviction {c.eviction}; "
-            f"replay {c.replay_tokens or layout.replay_tokens:,} tokens; cost {c.cost_model}",
+            f"replay {self._replay()}; cost {c.cost_model}",
             f"graphs     {self._graphs()}",
             *([] if self.taken is None else [f"memory     {self.taken.describe()}"]),
             f"context    {m.max_model_len:,} tokens; a max_tokens beyond it is {'cut' if c.max_tokens_overflow == 'cut' else 'refused'}",

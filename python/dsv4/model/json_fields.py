@@ -68,7 +68,8 @@ class Fields:
         """A whole number within [low, high]."""
         value = self.value(name)
         if not _is_whole(value) or not low <= value <= high:
-            limits = f"of at least {low}" if high == _LARGEST else f"from {low} to {high}"
+            above = _is_whole(value) and value > high
+            limits = f"from {low} to {high}" if above or high < _LARGEST else f"of at least {low}"
             raise self.refuse(name, f"a whole number {limits}")
         return int(value)
 

@@ -35,7 +35,8 @@ def size_pool(
     """
     if max_model_len is not None and max_model_len > model_positions:
         raise ConfigError(
-            f"max_model_len is {max_model_len}; the model was trained for {model_positions} positions at most"
+            f"max_model_len is {max_model_len}; the model was trained for {model_positions} positions at most; "
+            f"the nearest is {model_positions}"
         )
     wanted = max_model_len or model_positions
     if num_pages is not None:

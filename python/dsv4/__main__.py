@@ -1,0 +1,5 @@
+"""`python -m dsv4`: the command line where no script is installed."""
+
+from dsv4.cli import main
+
+raise SystemExit(main())
