@@ -265,6 +265,9 @@ PLAN = "-m dsv4.cli plan v4-flash --gpu b200"
     ("shell", "code", "words"),
     [
         (f"{PLAN} > /dev/full", 1, "standard output: No space left on device"),
+        ("-m dsv4.cli plan --help > /dev/full", 1, "standard output: No space left on device"),
+        ("-m dsv4.cli --version > /dev/full", 1, "standard output: No space left on device"),
+        ("-m dsv4.cli --help | head -1", 0, ""),
         (f"{PLAN} 2> /dev/full", 0, ""),
         (f"{PLAN} 2>&-", 0, ""),
         (f"{PLAN} >&-", 0, ""),

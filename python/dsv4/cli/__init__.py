@@ -62,6 +62,10 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
+    def print_help(self, file: Any = None) -> None:
+        """argparse's own is silent where the help cannot be written."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
         message = message.removeprefix("argument ")
         more = "See" if message.endswith("?") else "see"
@@ -116,19 +120,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 (failed), 2 (bad arguments or settings), 130
     (interrupted)."""
     streams.secure()
-    parser, given = build_parser(), list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["help"]:
-        given = [*given[1:], "--help"]
-    command = words.check(parser, given)
-    arguments, rest = parser.parse_known_args(given)
-    if rest:
-        command.error(f"unexpected {rest[0]!r}{words.about_rest(arguments, rest)}")
     from dsv4.errors import ConfigError, Dsv4Error
 
     try:
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
-        return code
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:  # --help and --version end by an exception
+            sys.stdout.flush()
     except ConfigError as e:
         return _fail(e, 2)
     except Dsv4Error as e:
@@ -143,6 +141,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"standard output: {e.strerror}", 1)
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _run(given: list[str]) -> int:
+    parser = build_parser()
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
+    command = words.check(parser, given)
+    arguments, rest = parser.parse_known_args(given)
+    if rest:
+        command.error(f"unexpected {rest[0]!r}{words.about_rest(arguments, rest)}")
+    code: int = arguments.run(arguments)
+    return code
 
 
 def _drop_output() -> None:
