@@ -58,6 +58,23 @@ def test_a_stream_too(model: Path) -> None:
     assert len(llm.generate([[5, 6, 7]], PARAMS)[0].token_ids) == 6
 
 
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_nothing_is_left_of_a_request_that_was_being_queued(model: Path, way: str) -> None:
+    llm = LLM(str(model), num_pages=20, max_num_seqs=2, device="cpu")
+    queue = llm._loop.submit
+
+    def queued(*arguments: Any, **named: Any) -> None:
+        queue(*arguments, **named)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    llm._loop.submit = queued  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        list(getattr(llm, way)([5, 6, 7], PARAMS))
+    llm._loop.submit = queue  # type: ignore[method-assign]
+    assert not llm._loop.requests and not llm._waiting and not llm.has_work()
+    assert len(llm.generate([[5, 6, 7]], PARAMS)[0].token_ids) == 6
+
+
 def test_a_second_ctrl_c_ends_a_step_that_never_ends_and_the_engine_says_so(model: Path) -> None:
     llm = LLM(str(model), num_pages=20, max_num_seqs=2, device="cpu")
     interrupted(llm, 1, times=2)

@@ -169,10 +169,10 @@ class LLM:
         """What each step brings for one prompt; the last output has `finished`. Closing the iterator aborts the request."""
         news: list[RequestOutput] = []
         params = params or self.get_default_sampling_params()
-        key = self.submit(
-            self._ids(prompt), params, news.append, routing=Routing(salt=cache_salt), reading=reading
-        )
+        ids, routing, key = self._ids(prompt), Routing(salt=cache_salt), None
         try:
+            with whole():
+                key = self.submit(ids, params, news.append, routing=routing, reading=reading)
             finished = False
             while not finished and self.has_work():
                 self.step()
@@ -180,7 +180,9 @@ class LLM:
                 yield from news
                 news.clear()
         finally:
-            self.abort(key)
+            if key is not None:
+                with whole():
+                    self.abort(key)
 
     def submit(
         self,
