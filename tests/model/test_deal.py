@@ -97,7 +97,7 @@ def test_nothing_is_sorted_on_the_way(shared: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_sums_are_rounded_once(ranks: int, dtype: torch.dtype) -> None:
     parts = torch.randn(ranks, 1000).to(dtype)
     expected = parts[0].float()

@@ -155,12 +155,12 @@ def _over(work: dist.Work | None) -> None:
 
 def ordered(parts: Tensor | Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """The sum of R parts [...], first to last, in float32, rounded once to the dtype of the parts; in `out` if it is given."""
-    first, second, *rest = parts
-    if not rest:  # torch adds two numbers in float32
-        return torch.add(first, second, out=out)
-    total = first.float() + second
+    first, *rest = parts
+    if len(rest) == 1:  # torch adds two numbers in float32
+        return torch.add(first, rest[0], out=out)
+    total = first.float()
     for part in rest:
-        total += part
+        total = total + part
     return total.to(first.dtype) if out is None else out.copy_(total)
 
 
