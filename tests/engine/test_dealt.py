@@ -142,6 +142,7 @@ def test_every_step_can_be_captured_of_padding_alone(monkeypatch: pytest.MonkeyP
 def test_what_fits_no_size_is_not_taken() -> None:
     driver = driver_of(Deaf(0, 2), 3)
     graphs = graphs_of(driver, 1024)
+    assert graphs.shapes != graphs_of(driver, 512).shapes  # a list of kernels goes by these
     assert graphs._fitting([0], [1024]) == graphs._fitting([5], [1024])
     assert graphs._fitting([0], [1024]).tokens == 512  # type: ignore[union-attr]
     assert graphs._fitting([64, 0], [128, 896]).tokens == 512 + UNIT  # type: ignore[union-attr]

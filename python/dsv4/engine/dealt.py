@@ -50,6 +50,10 @@ class RankExtends(ExtendGraphs):
         self.owned = owned_of(step_tokens, ranks) if foldable else ()
         """Tokens that a rank owns, by size."""
 
+    @property
+    def shapes(self) -> tuple[object, ...]:
+        return *super().shapes, self.owned
+
     def takes(self, plan: StepPlan) -> bool:
         if super().takes(plan):
             return True

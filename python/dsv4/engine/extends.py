@@ -54,6 +54,11 @@ class ExtendGraphs:
         self.sizes, self.rows = extends_of(step_tokens, self.contexts[-1], ranks), extend_rows_of(decode.sink)
         self._graphs: dict[object, _Graph] = {}
 
+    @property
+    def shapes(self) -> tuple[object, ...]:
+        """All that shapes follow from."""
+        return self.sizes, self.rows, self.contexts
+
     def takes(self, plan: StepPlan) -> bool:
         """Whether a plan fits a captured size, and samples from no more than the last token of a row."""
         if not 0 < plan.tokens <= max(self.sizes, default=0) or plan.rows >= self.rows[-1]:

@@ -77,7 +77,7 @@ def _said(device: LocalDevice, step_tokens: int, max_len: int) -> str:
     model, cache, graphs, extends = device.model, device.cache, device.graphs, device.extends
     layout = [(c.name, c.format, c.rows, c.row_bytes) for c in cache.layout.components]
     sizes: tuple[object, ...] = () if graphs is None else (graphs.sizes, graphs.contexts)
-    sizes += () if extends is None else (extends.sizes, extends.rows, extends.contexts)
+    sizes += () if extends is None else (extends.shapes,)
     return repr(
         (
             type(device).__name__, device.rank_of, model.config, model.embed.dtype, model.ops.describe(), layout,
