@@ -223,7 +223,7 @@ def test_every_field_with_every_bad_value(http: httpx.Client, path: str, base: d
         ("completions", {"prompt": None}, "prompt", ["missing"]),
         ("completions", {"prompt": ""}, "prompt", ["empty"]),
         ("completions", {"prompt": []}, "prompt", ["1 to"]),
-        ("completions", {"prompt": [1, "a"]}, "prompt[0]", ["token ids", "text"]),
+        ("completions", {"prompt": [1, "a"]}, "prompt[1]", ["token ids", "text"]),
         ("completions", {"prompt": [8192]}, "prompt[0]", ["8192", "0 to 8191"]),
         ("completions", {"prompt": ["a"] * 1000, "n": 100}, "n", ["1000", "100", "at most 1024"]),
         ("completions", {"best_of": 3}, "best_of", ["3", "1"]),

@@ -55,7 +55,7 @@ def test_refusals(server: RunningServer) -> None:
     for body, says in (
         (
             {"prompt": [1, 2], "suffix": "b"},
-            "prompt[0] is a list of 2; it takes text where there is a suffix",
+            "prompt is a list of 2; it takes text where there is a suffix",
         ),
         ({"echo": True, "suffix": "b"}, "echo is true; it takes false with a suffix"),
         ({"suffix": "b " * 9000}, "the prompt has more than 4096 tokens"),

@@ -25,13 +25,14 @@ def token_ids(field: str, value: Any, vocab: int) -> np.ndarray:
         raise refuse(field, value, "a list of token ids")
     if type(value) is list:
         value = [int(t) if type(t) is float and t.is_integer() else t for t in value]
-        bad = next((t for t in value if type(t) is not int), 0)
+        at, bad = next(((i, t) for i, t in enumerate(value) if type(t) is not int), (0, 0))
         if type(bad) is not int:
-            raise refuse(field, bad, f"token ids, all whole numbers; it holds {kind(bad)}")
+            raise refuse(f"{field}[{at}]", bad, f"token ids, all whole numbers; it holds {kind(bad)}")
     if len(value):
         low, high = (value.min(), value.max()) if type(value) is np.ndarray else (min(value), max(value))
         if low < 0 or high >= vocab:
-            raise refuse(field, int(low if low < 0 else high), f"token ids from 0 to {vocab - 1}")
+            worst, place = (low, np.argmin(value)) if low < 0 else (high, np.argmax(value))
+            raise refuse(f"{field}[{place}]", int(worst), f"token ids from 0 to {vocab - 1}")
     return np.asarray(value, np.int32)
 
 

@@ -71,7 +71,7 @@ async def completions(call: Call) -> None:
     """The handler."""
     service = call.service
     options, given, params, routing = await call.aside(lambda: _read(call))
-    prompts = [await _prompt_ids(call, one, i, routing.salt, options.suffix) for i, one in enumerate(given)]
+    prompts = [await _prompt_ids(call, *one, routing.salt, options.suffix) for one in given.items()]
     jobs = jobs_for(prompts, params, options.n, routing)
     answer = Answer(service, options, f"cmpl-{answer_id_of(call)}", int(time.time()), prompts)
     if options.stream:
@@ -84,7 +84,7 @@ async def completions(call: Call) -> None:
     await call.respond(await call.aside(lambda: answer.whole(replies)))
 
 
-def _read(call: Call) -> tuple[Options, list[Any], SamplingParams, Routing]:
+def _read(call: Call) -> tuple[Options, dict[str, Any], SamplingParams, Routing]:
     """Everything in the body, checked but for what is in the prompts. Raises RequestError."""
     fields, service = call.fields, call.service
     check_known(fields, COMPLETIONS)
@@ -138,40 +138,38 @@ def _options(fields: Fields, service: Service) -> Options:
     return options
 
 
-def _prompts(fields: Fields) -> list[Any]:
-    """One or many prompts, which are to be text or token ids."""
+def _prompts(fields: Fields) -> dict[str, Any]:
+    """One or many prompts by their places in the body, which are to be text or token ids."""
     prompt = fields.get("prompt")
     if prompt is None:
         raise RequestError(
             "prompt is missing; it takes text or token ids, or a list of such", "prompt", "missing_field", 400
         )
-    many = (
-        [prompt]
-        if isinstance(prompt, (str, np.ndarray))
-        or (isinstance(prompt, list) and prompt and type(prompt[0]) is int)
-        else prompt
-    )
-    if not isinstance(many, list) or not 0 < len(many) <= MAX_PROMPTS:
+    if isinstance(prompt, (str, np.ndarray)) or (
+        isinstance(prompt, list) and prompt and type(prompt[0]) is int
+    ):
+        return {"prompt": prompt}
+    if not isinstance(prompt, list) or not 0 < len(prompt) <= MAX_PROMPTS:
         raise refuse("prompt", prompt, f"text or token ids, or a list of 1 to {MAX_PROMPTS} such")
-    return many
+    return {f"prompt[{i}]": one for i, one in enumerate(prompt)}
 
 
-async def _prompt_ids(call: Call, prompt: Any, i: int, salt: str, suffix: str) -> np.ndarray:
-    """A prompt as int32 [tokens]."""
+async def _prompt_ids(call: Call, name: str, prompt: Any, salt: str, suffix: str) -> np.ndarray:
+    """The prompt in the field `name` as int32 [tokens]."""
     service = call.service
     if suffix:
         if not isinstance(prompt, str):
-            raise refuse(f"prompt[{i}]", prompt, "text where there is a suffix")
+            raise refuse(name, prompt, "text where there is a suffix")
         return await service.fill_in(prompt, suffix, service.bound("prompt"), salt=salt)
     if isinstance(prompt, str):
         if not prompt:
             raise RequestError(
-                f"prompt[{i}] is empty; it needs at least one token", "prompt", "invalid_value", 400
+                f"{name} is empty; it needs at least one token", "prompt", "invalid_value", 400
             )
         return await service.encode(prompt, service.bound("prompt"), salt=salt)
     if not isinstance(prompt, (list, np.ndarray)) or not len(prompt):
-        raise refuse(f"prompt[{i}]", prompt, "text or at least one token id")
-    return await call.aside(lambda: token_ids(f"prompt[{i}]", prompt, service.vocab_size))
+        raise refuse(name, prompt, "text or at least one token id")
+    return await call.aside(lambda: token_ids(name, prompt, service.vocab_size))
 
 
 class Answer:
