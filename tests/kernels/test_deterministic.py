@@ -47,7 +47,7 @@ def _family(op: str) -> list[Form]:
     return list(choose("triton", "cuda", deterministic=True, major=8).chains[op])
 
 
-ROWWISE = ["rmsnorm", "rmsnorm_quantised", "norm_rope", "hc_pre", "hc_post", "hc_head", "route", "merge_attention", "sample"]  # fmt: skip
+ROWWISE = ["rmsnorm", "rmsnorm_quantised", "norm_rope", "hc_next", "hc_post", "hc_head", "route", "merge_attention", "sample"]  # fmt: skip
 
 
 @pytest.mark.parametrize("op", ROWWISE)

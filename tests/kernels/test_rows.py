@@ -12,6 +12,9 @@ import torch
 from dsv4.backends import choose
 from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
+from dsv4.kernels.triton import mhc_few
+from dsv4.kernels.triton.forms import FEW_STREAM_TOKENS
+from dsv4.kernels.triton.quantise import quantise
 from dsv4.ops.spec import SPECS
 
 from tests.kernels.device import DEVICE, close, on_gpu
@@ -24,10 +27,12 @@ MODULES = {
     "write_rows": "rows",
     "copy_rows": "rows",
     "compress": "compressor",
-    "hc_pre": "mhc",
+    "hc_next": "mhc",
     "hc_post": "mhc",
     "hc_head": "mhc",
 }
+FEW = [("hc_next", "mhc_few"), ("hc_head", "mhc_few")]
+"""The same ops in one launch for few tokens."""
 FORMATS = [
     ("float32", 64, 32),
     ("bfloat16", 64, 32),
@@ -38,15 +43,15 @@ FORMATS = [
 ]
 
 
-def kernel(op: str) -> Any:
-    return getattr(import_module(f"dsv4.kernels.triton.{MODULES[op]}"), op)
+def kernel(op: str, module: str = "") -> Any:
+    return getattr(import_module(f"dsv4.kernels.triton.{module or MODULES[op]}"), op)
 
 
-@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize(("op", "module"), [*MODULES.items(), *FEW])
 @pytest.mark.parametrize("tokens", [1, 7, 18])
-def test_equals_reference(op: str, tokens: int) -> None:
+def test_equals_reference(op: str, module: str, tokens: int) -> None:
     args = case(op, tokens)
-    ours = outcome(op, kernel(op), moved(args, DEVICE))
+    ours = outcome(op, kernel(op, module), moved(args, DEVICE))
     theirs = outcome(op, getattr(REFERENCE, op), args)
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
@@ -54,13 +59,49 @@ def test_equals_reference(op: str, tokens: int) -> None:
         assert torch.allclose(a.cpu(), b, rtol=0, atol=max(SPECS[op].tolerance, 2e-6), equal_nan=True)
 
 
-@pytest.mark.parametrize("op", ["norm_rope", "rmsnorm", "hc_post", "hc_pre"])
+def bfloat16(op: str, tokens: int) -> dict[str, Any]:
+    """Arguments as a bfloat16 model has them."""
+    args = case(op, tokens)
+    model = [a.name for a in SPECS[op].args if a.dtype == "model" and args[a.name] is not None]
+    return args | {name: args[name].bfloat16() for name in model}
+
+
+@pytest.mark.parametrize("op", ["norm_rope", "rmsnorm", "hc_post", "hc_next"])
 def test_bfloat16(op: str) -> None:
-    args = case(op, 5)
-    args |= {a.name: args[a.name].bfloat16() for a in SPECS[op].args if a.dtype == "model"}
+    args = bfloat16(op, 5)
     for a, b in zip(kernel(op)(**moved(args, DEVICE)), getattr(REFERENCE, op)(**args), strict=True):
         assert a.dtype == b.dtype
         assert close(a, b) < 6e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 6])
+def test_one_launch_gives_what_three_give(tokens: int) -> None:
+    """To rounding, and one step of bfloat16 in a value of a hundred; the e4m3 form is that of the values. No message is left behind."""
+    args = moved(bfloat16("hc_next", tokens) | {"quantised": True}, DEVICE)
+    (x, *rest), (y, *others) = (kernel("hc_next", m)(**args) for m in ("mhc_few", "mhc"))
+    codes, scales = quantise(x.values, pad=4)
+    assert torch.equal(x.codes[:tokens].float(), codes[:tokens].float())
+    assert torch.equal(x.scales[:, :tokens], scales[:, :tokens])
+    assert x.codes.shape == y.codes.shape and not x.codes[tokens:].float().any()
+    for a, b in zip((x.values, *rest), (y.values, *others), strict=True):
+        assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=2.0**-7, atol=1e-5)
+        assert a.dtype != torch.bfloat16 or (a != b).float().mean() < 0.01
+    assert all((words == mhc_few.EMPTY.value).all() for words in mhc_few._words.values())
+
+
+def test_not_a_number_reaches_its_own_token_alone() -> None:
+    args = moved(case("hc_next", 7), DEVICE)
+    whole = kernel("hc_next", "mhc_few")(**args)
+    args["y"][3] = float("nan")
+    for a, b in zip(kernel("hc_next", "mhc_few")(**args), whole, strict=True):
+        assert a[3].isnan().any() and torch.equal(a[:3], b[:3]) and torch.equal(a[4:], b[4:])
+
+
+def test_other_numbers_of_streams_are_named() -> None:
+    args = moved(case("hc_post", 2), DEVICE)
+    args |= {"streams": args["streams"][:, :2], "post": args["post"][:, :2], "comb": args["comb"][:, :2, :2]}
+    with pytest.raises(ValueError, match="hc_mult is 2; the kernels hold 4 streams; --backend reference"):
+        kernel("hc_post")(**args)
 
 
 def _region(codec: Any, pages: int, rows: int) -> Rows:
@@ -197,26 +238,62 @@ def test_compress_at_full_width(halves: int, ratio: int, form: str, dim: int) ->
 
 @on_gpu
 @pytest.mark.parametrize("dim", [4096, 7168])
-@pytest.mark.parametrize("tokens", [1, 3, 16, 33, 200, 300, 1500])
-def test_hyper_connections_at_full_width(dim: int, tokens: int) -> None:
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 17, 32, 33, 200, 300, 1500])
+def test_hyper_connections_at_full_width(dim: int, first: bool, tokens: int) -> None:
     g = torch.Generator().manual_seed(tokens)
-    streams = torch.randn((tokens, 4, dim), generator=g).bfloat16()
-    fn = torch.randn((24, 4 * dim), generator=g) / (4 * dim) ** 0.5
-    args = dict(streams=streams, fn=fn, scale=torch.rand(3, generator=g), base=torch.randn(24, generator=g))
-    args |= dict(norm_eps=1e-6, hc_eps=1e-6, iters=20)
-    expected = REFERENCE.hc_pre(**args)
-    first = None
-    for _ in range(3):
-        y, post, comb = kernel("hc_pre")(**moved(args, DEVICE))
-        assert close(y, expected[0]) < 3e-3
-        assert torch.allclose(post.cpu(), expected[1], atol=2e-5) and torch.allclose(
-            comb.cpu(), expected[2], atol=2e-5
-        )
-        first = first or (y, post, comb)
-        assert all(map(torch.equal, first, (y, post, comb)))
-    out = torch.randn((tokens, dim), generator=g).bfloat16()
-    mixed = kernel("hc_post")(*moved(dict(a=out, b=streams, c=expected[1], d=expected[2]), DEVICE).values())
-    assert close(mixed, REFERENCE.hc_post(out, streams, *expected[1:])) < 3e-3
+    r = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
+    streams, fn = r(tokens, 4, dim).bfloat16(), r(24, 4 * dim) / (4 * dim) ** 0.5
+    args = dict(y=r(tokens, dim).bfloat16(), streams=streams, post=2 * r(tokens, 4).sigmoid())
+    args["comb"] = r(tokens, 4, 4).softmax(-1)
+    args |= dict.fromkeys(("y", "post", "comb")) if first else {}
+    args |= dict(fn=fn, scale=r(3).abs(), base=r(24), norm_eps=1e-6, hc_eps=1e-6, iters=20)
+    args |= dict(weight=1 + r(dim) / 10, eps=1e-6, quantised=True)
+    expected, given = REFERENCE.hc_next(**args), moved(args, DEVICE)
+    for module in ("mhc", "mhc_few") if tokens <= FEW_STREAM_TOKENS else ("mhc",):
+        once = None
+        for _ in range(20):
+            x, *rest = kernel("hc_next", module)(**given)
+            assert close(x.values, expected[0].values) < 3e-3 and close(rest[0], expected[1]) < 3e-3
+            assert torch.allclose(rest[1].cpu(), expected[2], atol=1e-4)
+            assert torch.allclose(rest[2].cpu(), expected[3], atol=1e-4)
+            codes, scales = quantise(x.values, pad=4)
+            assert torch.equal(x.codes[:tokens].view(torch.uint8), codes[:tokens].view(torch.uint8))
+            assert torch.equal(x.scales[:, :tokens], scales[:, :tokens])
+            once = once or (x.values, *rest)
+            assert all(map(torch.equal, once, (x.values, *rest)))
+
+
+@on_gpu
+def test_a_graph_of_steps_between_sub_layers() -> None:
+    """Launches that follow each other closely, as a decode step's do, of changing numbers of tokens: what they give one by one."""
+    dim, g = 4096, torch.Generator().manual_seed(0)
+    r = lambda *shape: torch.randn(shape, generator=g).to(DEVICE)  # noqa: E731
+    fn, rest = (
+        r(24, 4 * dim) / (4 * dim) ** 0.5,
+        (r(3).abs(), r(24), 1e-6, 1e-6, 20, 1 + r(dim) / 10, 1e-6, True),
+    )
+    starts = [(None, r(t, 4, dim).bfloat16(), None, None) for t in (1, 8, 32, 3)]
+
+    def chain() -> list[torch.Tensor]:
+        found = []
+        for before in starts:
+            for _ in range(6):
+                x, *after = kernel("hc_next", "mhc_few")(*before, fn, *rest)
+                before = (x.values, *after)
+            found += [x.values, *after]
+        return found
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected = chain()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            got = chain()
+        for _ in range(50):
+            graph.replay()
+        torch.cuda.synchronize()
+    assert all(map(torch.equal, got, expected))
 
 
 def test_rows_beyond_four_gigabytes() -> None:

@@ -28,7 +28,7 @@ from dsv4.kernels.triton import gemm, norm
 from dsv4.kernels.triton.quantise import quantise
 
 PACKED = ("wq_a.", "wq_b.", "attn.wkv.", "wo_b.", "shared_experts.")
-OURS = ("linear", "swiglu", "rmsnorm", "rmsnorm_quantised")
+OURS = ("linear", "swiglu", "rmsnorm", "rmsnorm_quantised", "hc_next")
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(0, 128), (3, 200), (4, 64), (5, 384)])
@@ -91,17 +91,20 @@ def _model(monkeypatch: pytest.MonkeyPatch, *, share: bool) -> tuple[torch.Tenso
         monkeypatch.setattr(Ops, "quantises", lambda self, op, weight: False)
     driver = Driver(config, weights, max_len=128, device=DEVICE)
     count: Counter[str] = Counter()
-    plain, fused = gemm.quantise, driver.model.ops.rmsnorm_quantised
+    ops = driver.model.ops
+    plain, fused, following = gemm.quantise, ops.rmsnorm_quantised, ops.hc_next
 
     def counted(x: torch.Tensor, *args: int) -> tuple[torch.Tensor, torch.Tensor]:
         count[f"alone {x.shape[1]}"] += 1
         return plain(x, *args)
 
     monkeypatch.setattr(gemm, "quantise", counted)
+    monkeypatch.setattr(
+        ops, "hc_next", lambda *args: count.update(["fused"] * args[-1]) or following(*args), raising=False
+    )
     for layer in driver.model.layers:
-        for shared_norm in (layer.attn_norm, layer.attn.q_norm, layer.ffn_norm):
-            if shared_norm._run is fused:
-                shared_norm._run = lambda *args: count.update(["fused"]) or fused(*args)
+        if layer.attn.q_norm._run is fused:
+            layer.attn.q_norm._run = lambda *args: count.update(["fused"]) or fused(*args)
     return driver.step([Chunk(0, random_tokens(config, 34), 0)])[0], count
 
 

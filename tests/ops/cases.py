@@ -12,7 +12,7 @@ from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.model.batch import Batch, Row
 from dsv4.model.step import Geometry, Step, build_step
-from dsv4.ops.quantised import Quantised
+from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.spec import SPECS
 from dsv4.ops.tables import END, PROMPT, RESET, RESTORE, SAVE, Span, StateTable
 from dsv4.ops.weight import Fp4Weight, Fp8Weight, Gated, Weight
@@ -88,6 +88,13 @@ def _hyper(t: int, g: torch.Generator, rows: int, scales: int) -> dict[str, Any]
 def _hc_post(t: int, g: torch.Generator) -> dict[str, Any]:
     r = lambda *shape: torch.rand(shape, generator=g)  # noqa: E731
     return dict(y=r(t, D), streams=r(t, 4, D), post=r(t, 4), comb=r(t, 4, 4))
+
+
+def _hc_next(t: int, g: torch.Generator) -> dict[str, Any]:
+    """For an even number of tokens the way into the first sub-layer."""
+    around = dict.fromkeys(("y", "streams", "post", "comb")) if t % 2 == 0 else _hc_post(t, g)
+    norm = dict(iters=20, weight=1 + 0.1 * torch.randn(D, generator=g), eps=1e-6, quantised=t % 3 == 0)
+    return around | _hyper(t, g, 24, 3) | norm
 
 
 def _norm_rope(t: int, g: torch.Generator) -> dict[str, Any]:
@@ -409,7 +416,7 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "write_rows": _write_rows,
     "copy_rows": _copy_rows,
     "copy_state": _copy_state,
-    "hc_pre": lambda t, g: dict(**_hyper(t, g, 24, 3), iters=20),
+    "hc_next": _hc_next,
     "hc_post": _hc_post,
     "hc_head": lambda t, g: _hyper(t, g, 4, 1),
     "compress": _compress,
@@ -464,8 +471,8 @@ def moved(args: dict[str, Any], device: str) -> dict[str, Any]:
 def outcome(op: str, run: Callable[..., Any], args: dict[str, Any]) -> tuple[Tensor, ...]:
     """What an op gives: its results, and what it wrote (rows decoded, unwritten ones as zeros). Changes `args`."""
     result = run(**args)
-    result = result.values if isinstance(result, Quantised) else result
-    found = () if result is None else result if isinstance(result, tuple) else (result,)
+    several = isinstance(result, tuple) and not isinstance(result, Quantised)
+    found = () if result is None else tuple(map(plain, result)) if several else (plain(result),)
     for name in SPECS[op].writes:
         x = args[name]
         if isinstance(x, Rows):

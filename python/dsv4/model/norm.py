@@ -11,14 +11,18 @@ from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.registry import Ops
 
 
+def quantised_for(ops: Ops, op: str, readers: Iterable[Any]) -> bool:
+    """Whether one of `readers`, the prepared matrices of `op` that an output goes to, multiplies in FP8, so that it is quantised once
+    for all of them, in the pass that makes it."""
+    return any(ops.quantises(op, w) for w in readers)
+
+
 class SharedNorm:
-    """Where one of `readers`, the prepared matrices of `op` that its output goes to, multiplies in FP8, the output is
-    quantised in the same pass, once for all of them."""
+    """A norm whose output goes to `readers`."""
 
     def __init__(self, ops: Ops, weight: Tensor, eps: float, op: str, readers: Iterable[Any]) -> None:
         self.weight, self.eps = weight, eps
-        shared = any(ops.quantises(op, w) for w in readers)
-        self._run = ops.rmsnorm_quantised if shared else ops.rmsnorm
+        self._run = ops.rmsnorm_quantised if quantised_for(ops, op, readers) else ops.rmsnorm
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | Quantised]:
         """[T, d] -> the output [T, d], and in the form for `op`."""

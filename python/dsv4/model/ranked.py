@@ -29,6 +29,7 @@ from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep
 from dsv4.model.deal import Deal, RankColumns, owners, rank_columns, wanted
+from dsv4.model.hyper import Residual
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
 from dsv4.model.rank import Rank, ordered
@@ -260,7 +261,7 @@ class RankedModel(V4Model):
         self.reset_fresh(batch)
         replays = any(row.replay_end for row in batch.rows)
         owner = owners(batch, self.rank.ranks, self.unit)
-        alive, streams, step = np.empty(0, np.int64), None, None
+        alive, residual, step = np.empty(0, np.int64), None, None
         for i, layer in enumerate(self.layers):
             if i == 0 or replays:
                 found = self._step(batch, owner, i)
@@ -268,20 +269,21 @@ class RankedModel(V4Model):
                     return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
                 step, local = found
                 ropes, scratch = self._rank_ropes(step), self._scratch(step)
-                if streams is None:
-                    streams = self._embedded(step)
+                if residual is None:
+                    residual = Residual.of(self._embedded(step))
                 else:  # padding may have any streams
                     slot = np.zeros(len(owner) + 1, np.int64)
                     slot[alive] = np.arange(len(alive))
-                    streams = streams[to_device(torch.from_numpy(slot[local]), self.embed.device)]
+                    residual = residual.picked(to_device(torch.from_numpy(slot[local]), self.embed.device))
                 alive = local
-            streams = layer(streams, step, *ropes[layer.ratio], scratch)
-        assert step is not None and streams is not None, "a model has layers"
+            residual = layer(residual, step, *ropes[layer.ratio], scratch)
+        assert step is not None and residual is not None, "a model has layers"
         places = step.places
         columns = wanted(
             owner, batch.logit_index.numpy(), alive, places.owned, places.rank.ranks, places.rank.rank
         )
         of = {name: torch.from_numpy(column) for name, column in columns.items()}
+        streams = residual.settled(self.ops)
         return self._wanted(streams, places, **unpacked(of, to_device(packed(of), self.embed.device)))
 
     def _step(self, batch: Batch, owner: np.ndarray, layer: int) -> tuple[RankStep, np.ndarray] | None:
@@ -311,7 +313,7 @@ class RankedModel(V4Model):
         of a step without replaying rows of which some are cut, after `reset_fresh`. As `decode`, for a CUDA graph."""
         step = RankStep.of(columns, self.rank, self.geometry, pages)
         step = replace(step, token_ids=resolved(step.token_ids, newest))
-        streams = self._through(step, self._rank_ropes(step))
+        streams = self._through(step, self._rank_ropes(step)).settled(self.ops)
         return self._wanted(streams, step.places, columns.of["send"], columns.of["source"])
 
     def _alone(self, step: Step, ropes: dict[int, tuple[Rope, Rope | None]]) -> tuple[Any, dict[int, Any]]:

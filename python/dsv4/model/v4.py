@@ -16,8 +16,8 @@ from dsv4.model.attention import Attention, Codecs
 from dsv4.model.batch import Batch, resolved
 from dsv4.model.beside import lanes
 from dsv4.model.config import ModelConfig
+from dsv4.model.hyper import HyperConnection, Residual
 from dsv4.model.moe import MoE
-from dsv4.model.norm import SharedNorm
 from dsv4.model.rope import Rope, RopeTable
 from dsv4.model.scope import Scope
 from dsv4.model.step import Columns, Geometry, Step, columns_of, decode_step, step_of
@@ -32,27 +32,8 @@ _SCRATCH_ROWS = 64
 """Rows of a page of the scratch region."""
 
 
-class HyperConnection:
-    """Mixes the streams around one sub-layer: `pre` gives its input, `post` takes its output back."""
-
-    def __init__(self, weights: Scope, name: str, config: ModelConfig, ops: Ops) -> None:
-        self.ops = ops
-        self.fn, self.scale, self.base = (
-            weights.float(f"hc_{name}_{part}") for part in ("fn", "scale", "base")
-        )
-        self.norm_eps, self.eps, self.iters = config.rms_eps, config.hc_eps, config.hc_sinkhorn_iters
-
-    def pre(self, streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[T, n, d] -> input [T, d], post [T, n], comb [T, n, n]."""
-        return self.ops.hc_pre(streams, self.fn, self.scale, self.base, self.norm_eps, self.eps, self.iters)
-
-    def post(self, y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        """[T, d] and the streams before -> the streams after."""
-        return self.ops.hc_post(y, streams, post, comb)
-
-
 class Layer:
-    """Attention and mixture of experts, each between its hyper-connection and after its norm."""
+    """Attention and mixture of experts, each after its hyper-connection and norm."""
 
     attention: ClassVar[type[Attention]] = Attention
     mixture: ClassVar[type[MoE]] = MoE
@@ -68,26 +49,19 @@ class Layer:
         dtype: torch.dtype,
     ) -> None:
         self.ratio = config.compress_ratios[index]
-        self.attn_hc = HyperConnection(weights, "attn", config, ops)
-        self.ffn_hc = HyperConnection(weights, "ffn", config, ops)
         self.attn = self.attention(weights.within("attn"), config, index, cache, codecs, ops, dtype)
         self.moe = self.mixture(weights.within("ffn"), config, index, ops)
-        readers = ("linear", self.attn.down.matrices), ("swiglu", (self.moe.shared,))
-        self.attn_norm, self.ffn_norm = (
-            SharedNorm(ops, weights.float(f"{side}_norm.weight"), config.rms_eps, *reads)
-            for side, reads in zip(("attn", "ffn"), readers, strict=True)
-        )
+        self.attn_hc = HyperConnection(weights, "attn", config, ops, "linear", self.attn.down.matrices)
+        self.ffn_hc = HyperConnection(weights, "ffn", config, ops, "swiglu", (self.moe.shared,))
 
     def __call__(
-        self, streams: Tensor, step: Step, rope: Rope, block_rope: Rope | None, scratch: Rows | None
-    ) -> Tensor:
-        y, post, comb = self.attn_hc.pre(streams)
-        y = self.attn(*self.attn_norm(y), step, rope, block_rope, scratch)
-        streams = self.attn_hc.post(y, streams, post, comb)
+        self, residual: Residual, step: Step, rope: Rope, block_rope: Rope | None, scratch: Rows | None
+    ) -> Residual:
+        x, shared, residual = self.attn_hc(residual)
+        residual = residual._replace(y=self.attn(x, shared, step, rope, block_rope, scratch))
 
-        y, post, comb = self.ffn_hc.pre(streams)
-        y = self.moe(*self.ffn_norm(y), step)
-        return self.ffn_hc.post(y, streams, post, comb)
+        x, shared, residual = self.ffn_hc(residual)
+        return residual._replace(y=self.moe(x, shared, step))
 
 
 class V4Model:
@@ -164,7 +138,7 @@ class V4Model:
         device = self.embed.device
         pages = batch.page_table if batch.device_pages is None else batch.device_pages
         replays = any(row.replay_end for row in batch.rows)
-        alive, streams = torch.arange(len(batch.token_ids)), None
+        alive, residual = torch.arange(len(batch.token_ids)), None
         for i, layer in enumerate(self.layers):
             if i == 0 or replays:  # the deeper the layer, the fewer tokens of a replay take part
                 columns = columns_of(batch, self.geometry, i)
@@ -175,9 +149,13 @@ class V4Model:
                 if batch.newest is not None:
                     step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
                 ropes, scratch = self._ropes(step), self._scratch(step)
-                streams = self._embedded(step) if streams is None else streams[to_device(kept, device)]
-            streams = layer(streams, step, *ropes[layer.ratio], scratch)
-        return streams[to_device(torch.searchsorted(alive, batch.logit_index), device)]
+                if residual is None:
+                    residual = Residual.of(self._embedded(step))
+                else:
+                    residual = residual.picked(to_device(kept, device))
+            residual = layer(residual, step, *ropes[layer.ratio], scratch)
+        wanted = to_device(torch.searchsorted(alive, batch.logit_index), device)
+        return residual.picked(wanted).settled(self.ops)
 
     def reset_fresh(self, batch: Batch) -> None:
         """Empties the state of the rows that begin."""
@@ -198,7 +176,7 @@ class V4Model:
         by_kind = dict(zip(self.rope_tables, turns, strict=True))
         ropes = {m: (by_kind[bool(m)], block_turns.get(m)) for m in self.ropes}
         with lanes(self.embed.device):
-            return self._through(*self._alone(step, ropes))
+            return self._through(*self._alone(step, ropes)).settled(self.ops)
 
     @torch.inference_mode()
     def extend(self, columns: Columns, logit_index: Tensor, pages: Tensor, newest: Tensor) -> Tensor:
@@ -206,7 +184,7 @@ class V4Model:
         `reset_fresh`, from its columns and the rest on the model's device. As `decode`, for a CUDA graph."""
         step = step_of(columns, pages, self.geometry)
         step = replace(step, token_ids=resolved(step.token_ids, newest))
-        return self._through(*self._whole(step))[logit_index]
+        return self._through(*self._whole(step)).picked(logit_index).settled(self.ops)
 
     def _alone(self, step: Step, ropes: dict[int, tuple[Rope, Rope | None]]) -> tuple[Any, dict[int, Any]]:
         """A step of single tokens with its rotations, as layers take both."""
@@ -216,11 +194,11 @@ class V4Model:
         """The same of any step."""
         return step, self._ropes(step)
 
-    def _through(self, step: Any, ropes: dict[int, Any]) -> Tensor:
-        scratch, streams = self._scratch(step), self._embedded(step)
+    def _through(self, step: Any, ropes: dict[int, Any]) -> Residual:
+        scratch, residual = self._scratch(step), Residual.of(self._embedded(step))
         for layer in self.layers:
-            streams = layer(streams, step, *ropes[layer.ratio], scratch)
-        return streams
+            residual = layer(residual, step, *ropes[layer.ratio], scratch)
+        return residual
 
     def reserve(self, end: int) -> None:
         """Makes what grows with the positions, up to `end`; it stays where it is from then on."""

@@ -155,12 +155,14 @@ SPECS: dict[str, OpSpec] = dict(
             "positions and entries of numbers part mod parts; turns: K pairs (cos, sin) float32[positions,r/2], blocks turn by the last",
         ),
         _spec(
-            "hc_pre",
-            "streams model[T,n,d]; fn float32[n(n+2),nd]; scale float32[3]; base float32[n(n+2)]; "
-            "norm_eps value; hc_eps value; iters value",
-            "y model[T,d]; post float32[T,n]; comb float32[T,n,n]",
+            "hc_next",
+            "y model[T,d] or None; streams model[T,n,d]; post float32[T,n] or None; comb float32[T,n,n] or None; "
+            "fn float32[n(n+2),nd]; scale float32[3]; base float32[n(n+2)]; norm_eps value; hc_eps value; iters value; "
+            "weight float32[d]; eps value; quantised value",
+            "x model[T,d]; streams model[T,n,d]; post float32[T,n]; comb float32[T,n,n]",
             1e-5,
-            "manifold-constrained hyper-connections, paper 2.2; column first Sinkhorn",
+            "manifold-constrained hyper-connections, paper 2.2, from one sub-layer to the next: the streams after y (hc_post; None: as they "
+            "are), what the next takes of them (sigmoid gates; column first Sinkhorn) after its rmsnorm, in FP8 too if quantised",
         ),
         _spec(
             "hc_post",
@@ -175,7 +177,7 @@ SPECS: dict[str, OpSpec] = dict(
             "norm_eps value; hc_eps value",
             "y model[T,d]",
             1e-5,
-            "hc_head of the release: hc_pre without Sinkhorn",
+            "hc_head of the release: hc_next without Sinkhorn and norm",
         ),
         _spec(
             "compress",

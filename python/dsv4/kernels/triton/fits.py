@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kernels.triton.forms import NARROW_TOKENS, ONE_LAUNCH, PLAIN_TOKENS, ROUTE_TOKENS
+from dsv4.kernels.triton.forms import FEW_STREAM_TOKENS, NARROW_TOKENS, ONE_LAUNCH, PLAIN_TOKENS, ROUTE_TOKENS
 from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.weight import FP8_BLOCK, Fp8Weight, Gated
 
@@ -67,6 +67,14 @@ def few_routed(x: Tensor, gate: Tensor, *rest: Any) -> bool:
 
 def few_experts(x: Tensor, *rest: Any) -> bool:
     return 0 < len(x) <= ONE_LAUNCH
+
+
+def few_next(y: Tensor | None, streams: Tensor, *rest: Any) -> bool:
+    return 0 < len(streams) <= FEW_STREAM_TOKENS
+
+
+def few_head(streams: Tensor, *rest: Any) -> bool:
+    return 0 < len(streams) <= FEW_STREAM_TOKENS
 
 
 def all_fit(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int) -> bool:  # fmt: skip

@@ -27,8 +27,11 @@ SPLIT_PROGRAMS, SPLIT_ROWS, SPLIT_COLUMNS = 6, 128, 16
 ATTENTION_PROGRAMS, ATTENTION_HEADS = 2, 64
 """The same for attention: heads of each program."""
 STREAM_PROGRAMS, STREAM_SUMS, STREAM_TILE = 16, 32, 64
-"""Programs that share a tile of tokens, numbers of each, tokens of a tile at most. (Of up to 32 tokens 32 or 64 programs share a tile of 16:
-no more than one of 64 in all.)"""
+"""Programs that share a tile of tokens, numbers of each, tokens of a tile at most."""
+STREAM_SPREAD = 256
+"""With `fixed` twice as many programs share up to this many tokens."""
+FEW_STREAM_TOKENS, FEW_STREAM_PROGRAMS = 32, 128
+"""Up to this many tokens take `mhc_few.py`, where at most so many programs share a tile."""
 
 
 def lacks() -> str:
@@ -60,10 +63,23 @@ PRODUCT_SCRATCH = Scratch(
 STREAM_SCRATCH = Scratch(
     "hyper-connection sums",
     lambda d: (
-        ("tokens of whole tiles", d.tokens + STREAM_TILE),
+        (
+            "tokens of whole tiles, and those shared by twice as many",
+            d.tokens + STREAM_TILE + min(d.tokens, STREAM_SPREAD),
+        ),
         ("numbers", STREAM_PROGRAMS * STREAM_SUMS),
         ("bytes", 4),
     ),
+)
+FEW_STREAM_SCRATCH = Scratch(
+    "hyper-connection messages",
+    lambda d: (
+        ("tokens", FEW_STREAM_TOKENS),
+        ("programs", FEW_STREAM_PROGRAMS),
+        ("numbers", STREAM_SUMS),
+        ("bytes", 4),
+    ),
+    kept=True,
 )
 
 
@@ -117,12 +133,19 @@ FORMS = [
             ("norm_rope", "norm", ()),
             ("write_rows", "rows", ()),
             ("compress", "compressor", ()),
-            ("hc_pre", "mhc", (STREAM_SCRATCH,)),
-            ("hc_head", "mhc", (STREAM_SCRATCH,)),
         )
         for form in (_form(op, module, "", *scratch), _fixed(op, module, "fixed", *scratch))
     ),
     _form("decode_tables", "decode", **_WHATEVER),
+    *(
+        form
+        for op in ("hc_next", "hc_head")
+        for form in (
+            _form(op, "mhc_few", "one launch", FEW_STREAM_SCRATCH, fits=f"{_FITS}few_{op[3:]}", when=f"up to {FEW_STREAM_TOKENS} tokens"),
+            _form(op, "mhc", "", STREAM_SCRATCH),
+            _fixed(op, "mhc", "fixed", STREAM_SCRATCH),
+        )
+    ),
     _form("merge_candidates", "topk", **_WHATEVER),
     _form("entries_of_part", "topk", **_WHATEVER),
     _form("rmsnorm_quantised", "norm", **_WHATEVER),

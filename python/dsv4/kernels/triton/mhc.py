@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections in one launch each.
+"""Manifold-constrained hyper-connections of many tokens, in a launch each; `mhc_few.py` has those of a decode step.
 
 `hc_pre` needs fn . v over all channels of a token before it can mix the streams, so a tile of tokens is shared by SPLITS
 programs, each with its own slice of every stream. A program multiplies its slice, publishes the partial sums, waits for
@@ -18,19 +18,27 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.triton.common import INTERPRETED, cdiv, next_pow2
+from dsv4.kernels.triton.codec import as_model
+from dsv4.kernels.triton.common import INTERPRETED, cdiv, next_pow2, pdl
+from dsv4.kernels.triton.forms import STREAM_SPREAD, STREAM_SUMS
+from dsv4.kernels.triton.norm import rmsnorm, rmsnorm_quantised
+from dsv4.kernels.triton.sinkhorn import store_sinkhorn
+from dsv4.ops.quantised import Quantised
 
-_COLUMNS = 32
+STREAMS = 4
+"""The kernels hold as many, which is what every release has."""
+
+_COLUMNS = STREAM_SUMS
 """Room for the n (n + 2) products of a token and the sum of its squares, in floats."""
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _product(x, f, PIECES: tl.constexpr):
+def product(x, f, PIECES: tl.constexpr):
     """[M, K] x [C, K] -> [M, C] in float32; PIECES: x is bfloat16, f is taken as two pieces of it."""
     if PIECES:
         high = f.to(tl.bfloat16)
@@ -87,18 +95,6 @@ def _wait(arrived, SPLITS: tl.constexpr):
     tl.debug_barrier()
 
 
-@triton.jit
-def _sinkhorn(a, eps, ITERS: tl.constexpr):
-    """[M, n, n]: softmax over rows, then ITERS rounds of normalising, the first of the columns alone."""
-    a = tl.exp(a - tl.max(a, 2)[:, :, None])
-    a = a / tl.sum(a, 2)[:, :, None] + eps
-    a = a / (tl.sum(a, 1)[:, None, :] + eps)
-    for _ in range(ITERS - 1):
-        a = a / (tl.sum(a, 2)[:, :, None] + eps)
-        a = a / (tl.sum(a, 1)[:, None, :] + eps)
-    return a
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def hc_pre_kernel(
     streams,
@@ -125,9 +121,13 @@ def hc_pre_kernel(
     PIECES: tl.constexpr,
     SHARES: tl.constexpr = 1,
     JOINED: tl.constexpr = 1,
+    PDL: tl.constexpr = False,
 ):
     """A program's sums are those of SHARES slices of SLICE channels of every stream, added in order; JOINED programs are added
     first. SHARES * SPLITS and SHARES * JOINED say how results are added up, whatever SPLITS is."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     split, tile = tl.program_id(0), tl.program_id(1)
     t = tile.to(tl.int64) * M + tl.arange(0, M)
     live = t < tokens
@@ -135,7 +135,7 @@ def hc_pre_kernel(
     products: tl.constexpr = STREAMS if HEAD else STREAMS * (STREAMS + 2)
     tl.static_assert(products + STREAMS <= COLUMNS)
     # Columns: the n products of `pre`, the sum of squares (so that what every program reads is one sector), then the rest.
-    product = tl.where(column < STREAMS, column, tl.where(column < 2 * STREAMS, -1, column - STREAMS))
+    number = tl.where(column < STREAMS, column, tl.where(column < 2 * STREAMS, -1, column - STREAMS))
     acc, squares = tl.zeros((M, COLUMNS), tl.float32), tl.zeros((M,), tl.float32)
     added, all_squares = tl.zeros((M, COLUMNS), tl.float32), tl.zeros((M,), tl.float32)
     steps: tl.constexpr = SLICE // K
@@ -149,11 +149,11 @@ def hc_pre_kernel(
             other=0.0,
         )
         f = tl.load(
-            fn + product[:, None] * (STREAMS * DIM) + at[None, :],
-            mask=((product >= 0) & (product < products))[:, None] & held[None, :],
+            fn + number[:, None] * (STREAMS * DIM) + at[None, :],
+            mask=((number >= 0) & (number < products))[:, None] & held[None, :],
             other=0.0,
         )
-        acc += _product(x, f, PIECES)
+        acc += product(x, f, PIECES)
         x = x.to(tl.float32)
         squares += tl.sum(x * x, 1)
         if SHARES > 1:  # noqa: SIM102 (constexpr)
@@ -181,7 +181,7 @@ def hc_pre_kernel(
         partial, row, i, ij, few, all, split == SPLITS - 1, HEAD, SPLITS, JOINED, M, STREAMS, COLUMNS
     )
     norm = tl.rsqrt(tl.sum(tl.where((i == 0)[None, :], norm, 0.0), 1) / (STREAMS * DIM) + norm_eps)[:, None]
-    pre = _sigmoid(mix * norm * tl.load(scale) + tl.load(base + i)[None, :]) + eps
+    pre = sigmoid(mix * norm * tl.load(scale) + tl.load(base + i)[None, :]) + eps
     for step in range(SHARES * steps):
         c = split * SHARES * SLICE + step * K + k
         held = live[:, None] & (c < DIM)[None, :]
@@ -189,16 +189,26 @@ def hc_pre_kernel(
         for n in tl.static_range(STREAMS):
             x = tl.load(streams + t[:, None] * (STREAMS * DIM) + n * DIM + c[None, :], mask=held, other=0.0)
             total += tl.sum(tl.where((i == n)[None, :], pre, 0.0), 1)[:, None] * x.to(tl.float32)
+        total = as_model(total, y.dtype.element_ty == tl.bfloat16)
         tl.store(y + t[:, None] * DIM + c[None, :], total.to(y.dtype.element_ty), mask=held)
 
     if not HEAD:  # noqa: SIM102 (constexpr: no code in the head's kernel)
         if split == SPLITS - 1:
-            p = 2 * _sigmoid(p * norm * tl.load(scale + 1) + tl.load(base + STREAMS + i)[None, :])
+            p = 2 * sigmoid(p * norm * tl.load(scale + 1) + tl.load(base + STREAMS + i)[None, :])
             tl.store(post + t[:, None] * STREAMS + i[None, :], p, mask=few)
             a = a * norm * tl.load(scale + 2) + tl.load(base + 2 * STREAMS + ij)[None, :]
-            b = _sinkhorn(tl.reshape(a, (M, STREAMS, STREAMS)), eps, ITERS)
-            out = comb + t[:, None] * (STREAMS * STREAMS) + ij[None, :]
-            tl.store(out, tl.reshape(b, (M, STREAMS * STREAMS)), mask=all)
+            store_sinkhorn(a, comb + t[:, None] * (STREAMS * STREAMS), live[:, None], eps, M, ITERS)
+
+
+@triton.jit
+def put_back(v, x0, x1, x2, x3, post, comb, t, live, j: tl.constexpr):
+    """Stream j [M, K] after a sub-layer of tokens t [M]: post_j v + sum_i comb[i][j] x_i, in float32, added in this order."""
+    a = comb + t * 16 + j
+    total = tl.load(post + t * 4 + j, mask=live, other=0.0)[:, None] * v
+    total = tl.fma(tl.load(a, mask=live, other=0.0)[:, None], x0, total)
+    total = tl.fma(tl.load(a + 4, mask=live, other=0.0)[:, None], x1, total)
+    total = tl.fma(tl.load(a + 8, mask=live, other=0.0)[:, None], x2, total)
+    return tl.fma(tl.load(a + 12, mask=live, other=0.0)[:, None], x3, total)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -209,33 +219,27 @@ def hc_post_kernel(
     comb,
     out,
     tokens,
-    STREAMS: tl.constexpr,
     DIM: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     t = tl.program_id(1).to(tl.int64) * M + tl.arange(0, M)
     c = tl.program_id(0) * K + tl.arange(0, K)
     live = t < tokens
     held = live[:, None] & (c < DIM)[None, :]
-    at = t[:, None] * (STREAMS * DIM) + c[None, :]
+    at = t[:, None] * (4 * DIM) + c[None, :]
     v = tl.load(y + t[:, None] * DIM + c[None, :], mask=held, other=0.0).to(tl.float32)
     x0 = tl.load(streams + at, mask=held, other=0.0).to(tl.float32)
-    x1, x2, x3 = x0, x0, x0
-    if STREAMS > 1:
-        x1 = tl.load(streams + at + DIM, mask=held, other=0.0).to(tl.float32)
-    if STREAMS > 2:
-        x2 = tl.load(streams + at + 2 * DIM, mask=held, other=0.0).to(tl.float32)
-        x3 = tl.load(streams + at + 3 * DIM, mask=held, other=0.0).to(tl.float32)
-    for j in tl.static_range(STREAMS):
-        a = comb + t * (STREAMS * STREAMS) + j
-        total = tl.load(post + t * STREAMS + j, mask=live, other=0.0)[:, None] * v
-        total += tl.load(a, mask=live, other=0.0)[:, None] * x0
-        if STREAMS > 1:
-            total += tl.load(a + STREAMS, mask=live, other=0.0)[:, None] * x1
-        if STREAMS > 2:
-            total += tl.load(a + 2 * STREAMS, mask=live, other=0.0)[:, None] * x2
-            total += tl.load(a + 3 * STREAMS, mask=live, other=0.0)[:, None] * x3
+    x1 = tl.load(streams + at + DIM, mask=held, other=0.0).to(tl.float32)
+    x2 = tl.load(streams + at + 2 * DIM, mask=held, other=0.0).to(tl.float32)
+    x3 = tl.load(streams + at + 3 * DIM, mask=held, other=0.0).to(tl.float32)
+    for j in tl.static_range(4):
+        total = put_back(v, x0, x1, x2, x3, post, comb, t, live, j)
+        total = as_model(total, out.dtype.element_ty == tl.bfloat16)
         tl.store(out + at + j * DIM, total.to(out.dtype.element_ty), mask=held)
 
 
@@ -244,12 +248,12 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _plan(tokens: int, dim: int) -> tuple[int, int]:
-    """Tokens of a tile and programs that share it. Few tokens: enough programs to read fn quickly; many: wide tiles,
+    """Tokens of a tile and programs that share it. Fewer tokens: enough programs to read fn quickly; many: wide tiles,
     so that fn, which every tile reads from L2, weighs little."""
     if INTERPRETED:
         return 16, 1  # programs run one after the other there and cannot wait for each other
     if tokens <= 256:
-        tile, splits = 16, 64 if tokens <= 2 else 32 if tokens <= 32 else 16
+        tile, splits = 16, 16
     else:
         tile, splits = 64, 16 if tokens <= 1024 else 8  # 32 was measured: 280 us, not 235, at 8,192 tokens
     return tile, min(splits, max(1, dim // 64))
@@ -266,7 +270,13 @@ def _fixed_plan(tokens: int, dim: int) -> tuple[int, int, int, int]:
     joined = min(JOINED, shares)
     if INTERPRETED:
         return 16, 1, shares, 1
-    return (16, shares, 1, joined) if tokens <= 256 else (16, shares // joined, joined, 1)
+    return (16, shares, 1, joined) if tokens <= STREAM_SPREAD else (16, shares // joined, joined, 1)
+
+
+def check_streams(n: int) -> None:
+    """Raises ValueError where the kernels hold another number."""
+    if n != STREAMS:
+        raise ValueError(f"hc_mult is {n}; the kernels hold {STREAMS} streams; --backend reference holds any")
 
 
 def _pre(
@@ -282,8 +292,7 @@ def _pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     streams = streams.contiguous()
     tokens, n, dim = streams.shape
-    if n not in (1, 2, 4):
-        raise ValueError(f"hc_mult is {n}; the kernels hold 1, 2 or 4 streams")
+    check_streams(n)
     y = torch.empty((tokens, dim), dtype=streams.dtype, device=streams.device)
     post = torch.empty((tokens, n), dtype=torch.float32, device=streams.device)
     comb = torch.empty((tokens, n, n), dtype=torch.float32, device=streams.device)
@@ -297,7 +306,7 @@ def _pre(
     if counters is None or len(counters) < tiles:
         counters = torch.zeros(max(4096, tiles), dtype=torch.int64, device=streams.device)
         _counters[name] = counters
-    k = 64 if dim >= 64 else max(16, next_pow2(dim))
+    k, overlap = 64 if dim >= 64 else max(16, next_pow2(dim)), pdl()
     hc_pre_kernel[(splits, tiles)](
         streams,
         fn,
@@ -323,8 +332,10 @@ def _pre(
         PIECES=streams.dtype == torch.bfloat16 and not INTERPRETED,  # it multiplies bits of bfloat16
         SHARES=shares,
         JOINED=joined,
+        PDL=bool(overlap),
         num_warps=4,
         num_stages=3,
+        **overlap,
     )
     return y, post, comb
 
@@ -332,7 +343,8 @@ def _pre(
 def hc_pre(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float, hc_eps: float, iters: int, *, fixed: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The op `hc_pre`. `fixed`: sums are cut by the number of channels alone."""
+    """What a sub-layer takes of the streams [T, n, d], [T, d], and how they are mixed after it: post [T, n], comb [T, n, n]. `fixed`: sums are
+    cut by the number of channels alone."""
     return _pre(streams, fn, scale, base, norm_eps, hc_eps, iters, False, fixed)
 
 
@@ -347,13 +359,26 @@ def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     """The op `hc_post`."""
     streams = streams.contiguous()
     tokens, n, dim = streams.shape
+    check_streams(n)
     out = torch.empty_like(streams)
     if tokens:
-        k = min(1024, next_pow2(dim))
+        k, overlap = min(1024, next_pow2(dim)), pdl()
         hc_post_kernel[(cdiv(dim, k), tokens)](
-            y.contiguous(), streams, post, comb, out, tokens, STREAMS=n, DIM=dim, M=1, K=k, num_warps=4
-        )
+            y.contiguous(), streams, post, comb, out, tokens, DIM=dim, M=1, K=k, PDL=bool(overlap), num_warps=4, **overlap
+        )  # fmt: skip
     return out
+
+
+def hc_next(
+    y: Tensor | None, streams: Tensor, post: Tensor | None, comb: Tensor | None, fn: Tensor, scale: Tensor, base: Tensor,
+    norm_eps: float, hc_eps: float, iters: int, weight: Tensor, eps: float, quantised: bool, *, fixed: bool = False,
+) -> tuple[Tensor | Quantised, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op `hc_next` in three launches; `fixed` as in `hc_pre`."""
+    if y is not None:
+        streams = hc_post(y, streams, post, comb)
+    x, post, comb = hc_pre(streams, fn, scale, base, norm_eps, hc_eps, iters, fixed=fixed)
+    normed = rmsnorm_quantised(x, weight, eps) if quantised else rmsnorm(x, weight, eps, fixed=fixed)
+    return normed, streams, post, comb
 
 
 _PRE = {
@@ -361,7 +386,7 @@ _PRE = {
     **dict.fromkeys(("fn", "scale", "base", "post", "comb", "partial"), "*fp32"),
     **{"counters": "*i64", "tokens": "i32", "norm_eps": "fp32", "eps": "fp32"},
 }
-_SHAPE = {"STREAMS": 4, "DIM": 4096, "K": 64, "COLUMNS": _COLUMNS, "PIECES": True}
+_SHAPE = {"STREAMS": 4, "DIM": 4096, "K": 64, "COLUMNS": _COLUMNS, "PIECES": True, "PDL": True}
 AOT = [
     Aot(
         hc_pre_kernel,
@@ -391,6 +416,6 @@ AOT = [
             **dict.fromkeys(("y", "streams", "out"), "*bf16"),
             **{"post": "*fp32", "comb": "*fp32", "tokens": "i32"},
         },
-        {"STREAMS": 4, "DIM": 4096, "M": 1, "K": 1024},
+        {"DIM": 4096, "M": 1, "K": 1024, "PDL": True},
     ),
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.codec import as_model, norm, turn
 from dsv4.kernels.triton.common import cdiv, next_pow2
-from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
+from dsv4.kernels.triton.quantise import store_quantised
 from dsv4.ops.quantised import Quantised
 from dsv4.row_sizes import FP8_BLOCK
 
@@ -44,17 +44,13 @@ def rmsnorm_quantised_kernel(
 ):  # fmt: skip
     """One row of y, codes [padded, DIM] and scales [blocks of GROUP channels, padded]; zeros from row `rows` on."""
     r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    c, b = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
+    c = tl.arange(0, BLOCK)
     at = r[:, None] * DIM + c[None, :]
     held = (r < rows)[:, None] & (c < DIM)[None, :]
     v = tl.load(x + r[:, None] * x_stride + c[None, :], mask=held, other=0.0).to(tl.float32)
     v = as_model(norm(v, weight, eps, DIM, BLOCK, WEIGHTED), BF16)
     tl.store(y + at, v.to(y.dtype.element_ty), mask=held)
-    blocks = tl.reshape(v, (BLOCK // GROUP, GROUP))
-    scale, inverse = pow2_scale(tl.max(tl.abs(blocks), 1))
-    code = tl.reshape(to_e4m3(blocks * inverse[:, None]), (1, BLOCK))
-    tl.store(codes + at, code, mask=(r < padded)[:, None] & (c < DIM)[None, :])
-    tl.store(scales + b.to(tl.int64) * padded + tl.program_id(0), scale, mask=b * GROUP < DIM)
+    store_quantised(v, codes, scales, tl.program_id(0), padded, DIM, BLOCK, GROUP)
 
 
 @triton.jit(do_not_specialize=["rows"])

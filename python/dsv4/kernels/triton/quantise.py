@@ -50,6 +50,21 @@ def exponent_scale(byte):
     return (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def store_quantised(
+    v, codes, scales, row, padded, DIM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr
+):
+    """Row `row` of codes [padded, DIM] and scales [blocks of GROUP channels, padded] for v float32 [1, BLOCK], zero beyond DIM."""
+    c, b = tl.arange(0, BLOCK), tl.arange(0, BLOCK // GROUP)
+    blocks = tl.reshape(v, (BLOCK // GROUP, GROUP))
+    scale, inverse = pow2_scale(tl.max(tl.abs(blocks), 1))
+    code = tl.reshape(to_e4m3(blocks * inverse[:, None]), (1, BLOCK))
+    tl.store(
+        codes + row.to(tl.int64) * DIM + c[None, :], code, mask=(c < tl.where(row < padded, DIM, 0))[None, :]
+    )
+    tl.store(scales + b.to(tl.int64) * padded + row, scale, mask=b * GROUP < DIM)
+
+
 @triton.jit(do_not_specialize=["T", "PADDED"])
 def quantise_kernel(
     x, codes, scales, T, PADDED, K, KB, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr

@@ -10,7 +10,7 @@ _MODULES = {
     "norm": ("rmsnorm", "rmsnorm_quantised", "norm_rope"),
     "rows": ("write_rows", "copy_rows"),
     "state": ("copy_state",),
-    "hyper": ("hc_pre", "hc_post", "hc_head"),
+    "hyper": ("hc_next", "hc_post", "hc_head"),
     "compress": ("compress",),
     "index": ("index_select", "index_candidates", "merge_candidates", "entries_of_part"),
     "attention": ("sparse_attention", "partial_attention", "merge_attention"),

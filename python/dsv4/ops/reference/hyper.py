@@ -5,8 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4.ops.quantised import Quantised
 from dsv4.ops.reference.elementwise import ordered_sum, sigmoid
 from dsv4.ops.reference.linear import linear
+from dsv4.ops.reference.norm import rmsnorm, rmsnorm_quantised
+
+
+def hc_next(
+    y: Tensor | None,
+    streams: Tensor,
+    post: Tensor | None,
+    comb: Tensor | None,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    iters: int,
+    weight: Tensor,
+    eps: float,
+    quantised: bool,
+) -> tuple[Tensor | Quantised, Tensor, Tensor, Tensor]:
+    """From the streams [T, n, d] around a sub-layer with result y [T, d] (None: there was none) to the normed input [T, d] of the next,
+    quantised too where asked, with the streams before it and `post` and `comb` for its end."""
+    if y is not None:
+        assert post is not None and comb is not None, "a sub-layer has both"
+        streams = hc_post(y, streams, post, comb)
+    x, post, comb = hc_pre(streams, fn, scale, base, norm_eps, hc_eps, iters)
+    return (rmsnorm_quantised if quantised else rmsnorm)(x, weight, eps), streams, post, comb
 
 
 def hc_pre(
