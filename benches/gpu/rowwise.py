@@ -5,13 +5,15 @@ All are bound by memory; in decode by launch and latency, so that the figure to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from dsv4.formats import row_format
-from dsv4.kernels.triton import compressor, mhc, norm
+from dsv4.kernels.triton import compressor, mhc, mhc_few, norm
 from dsv4.kernels.triton import rows as row_kernels
+from dsv4.kernels.triton.forms import FEW_STREAM_TOKENS
 from dsv4.ops.tables import BlockTable, TokenTable
 from torch import Tensor
 
@@ -49,6 +51,8 @@ def rows(bench: Bench) -> Iterator[Row]:
     for name, (dim, heads) in MODELS.items():
         for tokens in (*DECODE, 8192):
             yield from _hyper(bench, name, dim, tokens)
+            if tokens in DECODE:
+                yield from _between(bench, name, dim, tokens)
             yield from _norms(bench, name, dim, heads, tokens)
             bench.free()
 
@@ -137,6 +141,38 @@ def _hyper(bench: Bench, name: str, dim: int, tokens: int) -> Iterator[Row]:
     yield Row("mhc", f"{name} pre", tokens, 0, bench.us(f), streams.nbytes + y.nbytes + fn.nbytes + small)
     g = partial(mhc.hc_post, y, streams, post, comb)
     yield Row("mhc", f"{name} post", tokens, 0, bench.us(g), 2 * streams.nbytes + y.nbytes + small)
+
+
+CHAIN = 16
+"""Ways from one sub-layer to the next in one graph, each with weights of its own as in a step: a launch may begin before the one before it is
+over."""
+
+
+def _between(bench: Bench, name: str, dim: int, tokens: int) -> Iterator[Row]:
+    """Time of one way: by three launches, and by one where there are few tokens."""
+    r = lambda *shape: torch.randn(shape, device=bench.device)  # noqa: E731
+    fns, rest = [r(24, 4 * dim) / dim**0.5 / 2 for _ in range(CHAIN)], (r(3).abs(), r(24), 1e-6, 1e-6, 20)
+    start = (
+        r(tokens, dim).bfloat16(),
+        r(tokens, 4, dim).bfloat16(),
+        r(tokens, 4).sigmoid(),
+        r(tokens, 4, 4).softmax(-1),
+    )
+    norm_of = r(dim), 1e-6, True
+
+    def chain(run: Callable[..., Any]) -> None:
+        before = start
+        for fn in fns:
+            x, *after = run(*before, fn, *rest, *norm_of)
+            before = (x.values, *after)
+
+    moved = 2 * start[1].nbytes + start[0].nbytes * 5 // 2 + fns[0].nbytes + tokens * 160
+    ways = {"three launches": mhc.hc_next} | (
+        {"one launch": mhc_few.hc_next} if tokens <= FEW_STREAM_TOKENS else {}
+    )
+    for way, run in ways.items():
+        us = (bench.us(partial(chain, run)) - bench.floor_us) / CHAIN
+        yield Row("mhc", f"{name} between sub-layers, {way}", tokens, 0, us, moved)
 
 
 def _norms(bench: Bench, name: str, dim: int, heads: int, tokens: int) -> Iterator[Row]:
