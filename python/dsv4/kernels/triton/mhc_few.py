@@ -55,6 +55,7 @@ def _sums(words, token, slot, wanted, SPLITS: tl.constexpr, SP: tl.constexpr, M:
     word = tl.load(at, mask=held, other=0, volatile=True)
     while tl.max(tl.max((word == EMPTY).to(tl.int32), 1), 0) > 0:
         word = tl.load(at, mask=held, other=0, volatile=True)
+    tl.debug_barrier()  # a narrow model's words may be read by several warps each
     tl.store(at, tl.full((SP, slot.shape[0]), EMPTY, tl.int32), mask=held)
     return tl.sum(word.to(tl.float32, bitcast=True), 0)
 
