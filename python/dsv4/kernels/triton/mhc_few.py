@@ -34,8 +34,8 @@ EMPTY = tl.constexpr(-1)
 TILE = 16
 """Tokens that share a product: the least of a matrix instruction."""
 WORDS = tl.constexpr(STREAM_SUMS)
-"""Words of a program and token: 0 to 3 the products of `pre` and 4 the sum of squares, for the inputs; 8 the sum of squares, 12 to 15 the
-products of `post` and 16 to 31 those of `comb`, for the gates."""
+"""Words of a program and token, read four at a time: 0 to 3 the products of `pre` and 4 the sum of squares, for the inputs; 8 the sum of
+squares, 12 to 15 the products of `post` and 16 to 31 those of `comb`, for the gates. Between them are zeros."""
 
 
 @triton.jit
@@ -98,8 +98,7 @@ def _products(
     squares = _square(x0) + _square(x1) + _square(x2) + _square(x3)
     acc = tl.where((slot == 4) | (slot == 8), tl.sum(squares, 1)[:, None], acc)
     to = words + ((tile * SPLITS + split) * M + row)[:, None] * WORDS + slot[None, :]
-    sent = (slot < 5) if HEAD else (slot < 5) | (slot == 8) | (slot >= 12)
-    _send(to, acc, live[:, None] & sent[None, :])
+    _send(to, acc, live[:, None] & ((slot < 8) if HEAD else (slot >= 0))[None, :])
 
 
 @triton.jit
@@ -143,7 +142,7 @@ def _gates(
     plus = tl.load(base + slot - 8, mask=slot >= 12, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    x = _sums(words, token, slot, (slot == 8) | (slot >= 12), SPLITS, SP, M)
+    x = _sums(words, token, slot, slot >= 8, SPLITS, SP, M)
     norm = tl.rsqrt(_of_slot(x, slot, 8) / (4 * DIM) + norm_eps)
     x = x * norm * times + plus
     here = token.to(tl.int64)
@@ -164,12 +163,12 @@ def _inputs(
     held = live[:, None] & inside[None, :]
     times = tl.load(scale)
     plus = tl.load(base + slot, mask=slot < 4, other=0.0)
+    if NORM:
+        w = tl.load(weight + c, mask=inside, other=0.0)[None, :]
     if PDL:
         tl.extra.cuda.gdc_wait()
     x0, x1, x2, x3 = _mixed(y, streams, post, comb, t, c, live, held, PUT, DIM, BF16)
-    if NORM:
-        w = tl.load(weight + c, mask=inside, other=0.0)[None, :]
-    sums = _sums(words, token, slot, slot < tl.where(token < tokens, 5, 0), SPLITS, SP, M)
+    sums = _sums(words, token, slot, slot < tl.where(token < tokens, 8, 0), SPLITS, SP, M)
     norm = tl.rsqrt(_of_slot(sums, slot, 4) / (4 * DIM) + norm_eps)
     pre = sigmoid(sums * norm * times + plus) + hc_eps
     v = _of_slot(pre, slot, 0) * x0.to(tl.float32)
@@ -322,7 +321,7 @@ def _aot(dim: int, *, head: bool = False) -> Aot:
     }
     constants |= {"BLOCK": block, "M": TILE, **_slices(dim), "PIECES": True, "BF16": True, "PDL": True}
     signature = _SIGNATURE | ({"codes": "*bf16"} if head else {})
-    return Aot(few_kernel, signature, constants, _warps(block), stack=8)
+    return Aot(few_kernel, signature, constants, _warps(block), stack=32)
 
 
 AOT = [_aot(4096), _aot(7168), _aot(4096, head=True)]
