@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.codec import as_model, store_rows, turn_pairs, unit
+from dsv4.kernels.triton.common import pdl
 from dsv4.kernels.triton.rows import row_constants
 
 
@@ -153,6 +154,7 @@ def compress_kernel(
     PLANE: tl.constexpr,
     SCALES: tl.constexpr,
     BF16: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """ROLE "decode": batch row r is token r is block r. "edge": program r takes the first two blocks and the last of
     batch row r. "inner": program b takes block b if it is none of these."""
@@ -162,6 +164,9 @@ def compress_kernel(
     width: tl.constexpr = 2 * DIM if OVERLAP else DIM
     none, never = tl.zeros((BLOCK,), tl.float32), tl.full((BLOCK,), float("-inf"), tl.float32)
     w = tl.load(weight + c, mask=held, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     j = tl.arange(0, TILE)
 
     if ROLE == "inner":
@@ -321,7 +326,7 @@ def compress(
     if not count:
         return
     constants = row_constants(rows.codec, rows.rows)
-    block, overlap = constants["BLOCK"], state.shape[1] == 2
+    block, halves, overlap = constants["BLOCK"], state.shape[1], pdl()
 
     def launch(role: str, programs: int, tile: int, warps: int) -> None:
         compress_kernel[(programs,)](
@@ -347,14 +352,16 @@ def compress(
             len(projected),
             eps,
             ROLE=role,
-            OVERLAP=overlap,
+            OVERLAP=halves == 2,
             RATIO=ratio,
             TILE=tile,
             ROPE=2 * cos.shape[-1],
             BF16=dtype == torch.bfloat16,
+            PDL=bool(overlap),
             **constants,
             num_warps=warps,
             enable_fp_fusion=False,
+            **overlap,
         )
 
     warps = max(1, min(4, block // 128))
@@ -390,7 +397,14 @@ def _aot(role: str, overlap: bool, index: bool, tile: int, warps: int) -> Aot:
     )
     signature |= {"closed": "*i1", "region": "*u8", "tokens": "i32", "eps": "fp32"}
     signature |= {"stride": "i32:16", "state_stride": "i64:16", "region_stride": "i64:16"}
-    constants = {"ROLE": role, "OVERLAP": overlap, "RATIO": 4 if overlap else 128, "TILE": tile, "BF16": True}
+    constants = {
+        "ROLE": role,
+        "OVERLAP": overlap,
+        "RATIO": 4 if overlap else 128,
+        "TILE": tile,
+        "BF16": True,
+        "PDL": True,
+    }
     constants |= row if index else main
     return Aot(compress_kernel, signature, constants, num_warps=warps, options={"enable_fp_fusion": False})
 

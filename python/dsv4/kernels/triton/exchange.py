@@ -22,7 +22,7 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.messages import LIMIT
 from dsv4.kernels.triton.codec import round_bf16
-from dsv4.kernels.triton.common import cdiv
+from dsv4.kernels.triton.common import cdiv, pdl
 
 BLOCK = 256
 """Words of a program, the fastest of 256, 512 and 1,024 up to 256 KiB."""
@@ -80,12 +80,16 @@ def _joined(low, high):
 
 @triton.jit
 def all_reduce_kernel(
-    x, out, buffers, epochs, stop, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, out, buffers, epochs, stop, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     """out[i] = sum over ranks of x[i], bf16 pairs as int32 words [N], added in float32 in the order of ranks.
 
     buffers int64 [RANKS]: each rank's memory of 2 slots x RANKS senders x capacity pairs. epochs int32 [programs]: exchanges so
     far. stop int32 [1]: not 0 where nothing is waited for any more. Grid: cdiv(N, BLOCK)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     p = tl.program_id(0)
     epoch = _next(epochs + p)
     at = p * BLOCK + tl.arange(0, BLOCK)
@@ -114,10 +118,13 @@ def all_reduce_kernel(
 @triton.jit
 def gather_kernel(
     x, out, buffers, epochs, stop, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
-    SPREAD: tl.constexpr,
+    PDL: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """out[r, i] = what rank r has for this one, int32 words: its x[i] [N], the same for all (all-gather), or with SPREAD its
     x[own rank, i] [RANKS, N] (all-to-all). Other arguments as those of `all_reduce_kernel`."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     p = tl.program_id(0)
     epoch = _next(epochs + p)
     at = p * BLOCK + tl.arange(0, BLOCK)
@@ -183,6 +190,7 @@ class Exchange:
         return out
 
     def _run(self, kernel: Any, x: Tensor, out: Tensor, words: int, **flags: bool) -> None:
+        overlap = pdl()
         kernel[(cdiv(words, BLOCK),)](
             x.contiguous().view(-1).view(torch.int32),
             out.view(-1).view(torch.int32),
@@ -194,8 +202,10 @@ class Exchange:
             RANK=self.rank,
             RANKS=self.ranks,
             BLOCK=BLOCK,
+            PDL=bool(overlap),
             num_warps=BLOCK // 128,
             **flags,
+            **overlap,
         )
 
 
@@ -204,7 +214,7 @@ _TYPES |= {"N": "i32:16", "capacity": "i32:16"}
 
 
 def _aot(kernel: Any, ranks: int, **flags: bool) -> Aot:
-    constants = {"RANK": 0, "RANKS": ranks, "BLOCK": BLOCK, **flags}
+    constants = {"RANK": 0, "RANKS": ranks, "BLOCK": BLOCK, "PDL": True, **flags}
     return Aot(kernel, _TYPES, constants, num_warps=BLOCK // 128)
 
 

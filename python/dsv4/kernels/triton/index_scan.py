@@ -60,9 +60,13 @@ def query_kernel(
     DIM: tl.constexpr,
     ROPE: tl.constexpr,
     BF16: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """N heads of a token. `out` [T, PADDED, DIM] in the arithmetic of the scan, `out_weights` float32 [T, PADDED]: half
     of weight times query scale, as the scan sums s + |s| = 2 relu(s)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     t = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * N + tl.arange(0, N)
     c = tl.arange(0, DIM)
@@ -386,6 +390,7 @@ def _aot_query(form: str) -> Aot:
         "DIM": 128,
         "ROPE": 64,
         "BF16": True,
+        "PDL": True,
     }
     return Aot(query_kernel, signature, constants, options={"enable_fp_fusion": False})
 

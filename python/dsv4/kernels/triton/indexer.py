@@ -145,6 +145,7 @@ def prepare(
     out = torch.empty((tokens, plan.heads, dim), dtype=dtype, device=q.device)
     folded = torch.empty((tokens, plan.heads), dtype=torch.float32, device=q.device)
     n = min(16, plan.heads)
+    overlap = pdl()
     query_kernel[(tokens, cdiv(plan.heads, n))](
         q.contiguous(),
         cos.contiguous(),
@@ -160,8 +161,10 @@ def prepare(
         DIM=dim,
         ROPE=rope_dim,
         BF16=q.dtype == torch.bfloat16,
+        PDL=bool(overlap),
         num_warps=4,
         enable_fp_fusion=False,
+        **overlap,
     )
     return out, folded
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.triton.common import cdiv, next_pow2
+from dsv4.kernels.triton.common import cdiv, next_pow2, pdl
 
 
 def merge_attention(
@@ -49,7 +49,7 @@ def join(
     total, heads, dim = out.shape
     parts = partial.shape[0] if ranks else partial.shape[1]
     block = 1 if ordered or total * heads <= 2048 else 4
-    cos, sin = turn or (lse, lse)
+    (cos, sin), overlap = turn or (lse, lse), pdl()
     _merge[(total * cdiv(heads, block),)](
         partial,
         lse,
@@ -72,7 +72,9 @@ def join(
         WHOLE=sums is None,
         ORDERED=ordered,
         ABOVE=above,
+        PDL=bool(overlap),
         num_warps=4,
+        **overlap,
     )
 
 
@@ -118,12 +120,16 @@ def _merge(
     WHOLE: tl.constexpr,
     ORDERED: tl.constexpr = False,
     ABOVE: tl.constexpr = -1,
+    PDL: tl.constexpr = False,
 ):
     """Joins the parts of HB heads of one token in index order. Where that is the WHOLE, the sink enters here and the result
     is turned back. RANKS: parts lie one after the other and have natural logarithms. ORDERED: empty parts change nothing, to the
     bit (C is 1). Tokens that see no more than ABOVE entries are left alone."""
     HEAD_BLOCKS: tl.constexpr = (H + HB - 1) // HB
     BASE: tl.constexpr = 1.4426950408889634 if RANKS else 1.0
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     t = (tl.program_id(0) // HEAD_BLOCKS).to(tl.int64)
     if ABOVE >= 0:  # noqa: SIM102 (constexpr)
         if tl.load(visible + t) <= ABOVE:
@@ -178,7 +184,18 @@ def _aot(parts: str = "*fp32", **values: object) -> Aot:
     signature = dict.fromkeys(("lse", "sink_ptr", "cos", "sin", "out_lse"), "*fp32")
     signature |= dict(partial=parts, out="*bf16", visible="*i32", splits="i32", tokens="i32")
     shape = dict(
-        H=64, D=512, DP=512, R=64, HB=1, SP=16, C=8, RANKS=False, WHOLE=True, ORDERED=False, ABOVE=-1
+        H=64,
+        D=512,
+        DP=512,
+        R=64,
+        HB=1,
+        SP=16,
+        C=8,
+        RANKS=False,
+        WHOLE=True,
+        ORDERED=False,
+        ABOVE=-1,
+        PDL=True,
     )
     return Aot(_merge, signature, shape | values)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.codec import as_model, norm, turn
-from dsv4.kernels.triton.common import cdiv, next_pow2
+from dsv4.kernels.triton.common import cdiv, next_pow2, pdl
 from dsv4.kernels.triton.quantise import store_quantised
 from dsv4.ops.quantised import Quantised
 from dsv4.row_sizes import FP8_BLOCK
@@ -27,7 +27,11 @@ def rmsnorm_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     r = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     c = tl.arange(0, BLOCK)
     at = r[:, None] * DIM + c[None, :]
@@ -41,8 +45,12 @@ def rmsnorm_kernel(
 def rmsnorm_quantised_kernel(
     x, x_stride, weight, y, codes, scales, rows, padded, eps,
     DIM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, WEIGHTED: tl.constexpr, BF16: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row of y, codes [padded, DIM] and scales [blocks of GROUP channels, padded]; zeros from row `rows` on."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     r = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     c = tl.arange(0, BLOCK)
     at = r[:, None] * DIM + c[None, :]
@@ -69,7 +77,11 @@ def norm_rope_kernel(
     ROPE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BF16: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     r = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     c = tl.arange(0, BLOCK)
     at = r[:, None] * DIM + c[None, :]
@@ -106,20 +118,11 @@ def rmsnorm(x: Tensor, weight: Tensor | None, eps: float, *, fixed: bool = False
     rows = x.numel() // dim
     if rows:
         block = next_pow2(dim)
-        n, warps = tile(rows, block, fixed=fixed)
+        (n, warps), overlap = tile(rows, block, fixed=fixed), pdl()
         rmsnorm_kernel[(cdiv(rows, n),)](
-            x,
-            stride,
-            weight,
-            y,
-            rows,
-            eps,
-            N=n,
-            DIM=dim,
-            BLOCK=block,
-            WEIGHTED=weight is not None,
-            num_warps=warps,
-        )
+            x, stride, weight, y, rows, eps, N=n, DIM=dim, BLOCK=block, WEIGHTED=weight is not None, PDL=bool(overlap), num_warps=warps,
+            **overlap,
+        )  # fmt: skip
     return y
 
 
@@ -132,9 +135,11 @@ def rmsnorm_quantised(x: Tensor, weight: Tensor | None, eps: float) -> Quantised
     codes = torch.empty((padded, dim), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((cdiv(dim, FP8_BLOCK), padded), dtype=torch.float32, device=x.device)
     if rows:
+        overlap = pdl()
         rmsnorm_quantised_kernel[(padded,)](
             x, stride, weight, y, codes, scales, rows, padded, eps, DIM=dim, BLOCK=block, GROUP=FP8_BLOCK,
-            WEIGHTED=weight is not None, BF16=x.dtype == torch.bfloat16, num_warps=tile(1, block)[1],
+            WEIGHTED=weight is not None, BF16=x.dtype == torch.bfloat16, PDL=bool(overlap),
+            num_warps=tile(1, block)[1], **overlap,
         )  # fmt: skip
     return Quantised(y, codes, scales)
 
@@ -148,7 +153,7 @@ def norm_rope(
     rows = x.numel() // dim
     if rows:
         block = next_pow2(dim)
-        n, warps = tile(rows, block, fixed=fixed)
+        (n, warps), overlap = tile(rows, block, fixed=fixed), pdl()
         norm_rope_kernel[(cdiv(rows, n),)](
             x,
             weight,
@@ -164,8 +169,10 @@ def norm_rope(
             ROPE=2 * cos.shape[-1],
             WEIGHTED=weight is not None,
             BF16=x.dtype == torch.bfloat16,
+            PDL=bool(overlap),
             num_warps=warps,
             enable_fp_fusion=False,
+            **overlap,
         )
     return y
 
@@ -174,7 +181,7 @@ AOT = [
     Aot(
         rmsnorm_kernel,
         {"x": "*bf16", "x_stride": "i32:16", "weight": "*fp32", "y": "*bf16", "rows": "i32", "eps": "fp32"},
-        {"N": 1, "DIM": 4096, "BLOCK": 4096, "WEIGHTED": True},
+        {"N": 1, "DIM": 4096, "BLOCK": 4096, "WEIGHTED": True, "PDL": True},
         num_warps=8,
     ),
     Aot(
@@ -188,7 +195,7 @@ AOT = [
             "scales": "*fp32",
         }
         | {"rows": "i32", "padded": "i32", "eps": "fp32"},
-        {"DIM": 7168, "BLOCK": 8192, "GROUP": 128, "WEIGHTED": True, "BF16": True},
+        {"DIM": 7168, "BLOCK": 8192, "GROUP": 128, "WEIGHTED": True, "BF16": True, "PDL": True},
         num_warps=8,
     ),
     Aot(
@@ -203,7 +210,7 @@ AOT = [
             "per_token": "i32",
             "eps": "fp32",
         },
-        {"N": 4, "DIM": 512, "BLOCK": 512, "ROPE": 64, "WEIGHTED": False, "BF16": True},
+        {"N": 4, "DIM": 512, "BLOCK": 512, "ROPE": 64, "WEIGHTED": False, "BF16": True, "PDL": True},
         options={"enable_fp_fusion": False},
     ),
 ]

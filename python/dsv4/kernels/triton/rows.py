@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.codec import as_model, norm, store_rows, turn
-from dsv4.kernels.triton.common import cdiv, next_pow2
+from dsv4.kernels.triton.common import cdiv, next_pow2, pdl
 from dsv4.kernels.triton.norm import tile
 
 
@@ -49,7 +49,11 @@ def write_rows_kernel(
     PLANE: tl.constexpr,
     SCALES: tl.constexpr,
     BF16: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     t = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     c = tl.arange(0, BLOCK)
     held = t < tokens
@@ -115,7 +119,7 @@ def write_rows(
     if not tokens:
         return
     constants = row_constants(rows.codec, rows.rows)
-    n, warps = tile(tokens, constants["BLOCK"], fixed=fixed)
+    (n, warps), overlap = tile(tokens, constants["BLOCK"], fixed=fixed), pdl()
     write_rows_kernel[(cdiv(tokens, n),)](
         x,
         x.stride(0),
@@ -130,9 +134,11 @@ def write_rows(
         N=n,
         ROPE=2 * cos.shape[-1],
         BF16=x.dtype == torch.bfloat16,
+        PDL=bool(overlap),
         **constants,
         num_warps=warps,
         enable_fp_fusion=False,
+        **overlap,
     )
 
 
@@ -183,7 +189,7 @@ AOT = [
             "tokens": "i32",
             "eps": "fp32",
         },
-        {"N": 1, "BF16": True, **_ROW},
+        {"N": 1, "BF16": True, "PDL": True, **_ROW},
         num_warps=1,
         options={"enable_fp_fusion": False},
     ),
