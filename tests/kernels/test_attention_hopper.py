@@ -3,6 +3,7 @@ that follow each other in a CTA); on a GPU both at small shapes and at those in 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -140,3 +141,11 @@ def test_which_kernel_is_taken(
     SPARSE_ATTENTION(**case, splits=splits)
     items = tokens * cdiv(options.get("heads", 64), 64)
     assert taken == [("stays", 2) if stays else ("one item", items * (splits or 1))]
+
+
+@pytest.mark.parametrize("file", ["hopper_attention", "hopper_stream", "blackwell_attention"])
+def test_how_far_apart_regions_lie_is_a_number_of_64_bits(file: str) -> None:
+    """Whatever it is: a kernel for short ways and one for long ones would be compiled when a request first meets the other."""
+    attend = import_module(f"dsv4.kernels.gluon.{file}").attend
+    [delta] = [p for p in attend.params if p.name == "delta"]
+    assert delta.annotation_type == "i64" and delta.do_not_specialize

@@ -13,6 +13,7 @@ Tensor memory: O 64 x 512, two S of 64 x 64. Shared memory: Q 64 KiB, two row bu
 
 from __future__ import annotations
 
+import triton.language as tl  # its name in an annotation is the one that Triton knows
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.blackwell import (
@@ -122,7 +123,7 @@ def attend(
     pm,
     st1,
     st2,
-    delta: gl.int64,
+    delta: tl.int64,
     pages_stride,
     scale,
     splits,

@@ -11,6 +11,7 @@ Shared memory: Q 64 KiB, two row buffers of 64 KiB, P 16 KiB, row places.
 
 from __future__ import annotations
 
+import triton.language as tl  # its name in an annotation is the one that Triton knows
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -204,7 +205,7 @@ def attend(
     pm,
     st1,
     st2,
-    delta: gl.int64,
+    delta: tl.int64,
     pages_stride,
     scale,
     splits,

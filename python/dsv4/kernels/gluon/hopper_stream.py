@@ -18,6 +18,7 @@ it, once every warp has done with the last one.
 
 from __future__ import annotations
 
+import triton.language as tl  # its name in an annotation is the one that Triton knows
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -485,7 +486,7 @@ def attend(
     pm,
     st1,
     st2,
-    delta: gl.int64,
+    delta: tl.int64,
     pages_stride,
     scale,
     splits,
