@@ -89,13 +89,17 @@ class Demand:
         return self.layout.slab_bytes if self.graphs else 0
 
     @property
-    def workspace(self) -> int:
-        """An upper bound: a step is never larger than all that can run at once."""
+    def limits(self) -> Limits:
+        """Of a step, which is never larger than all that can run at once."""
         tokens = min(self.step_tokens, self.running * self.max_len)
-        limits = Limits(max(tokens, self.running), self.running, self.max_len, self.graphs)
-        work = (
-            bound(workspace(self.config, self.layout, Parallel(self.layout.ranks), limits)) * self.width // 2
-        )
+        return Limits(max(tokens, self.running), self.running, self.max_len, self.graphs)
+
+    @property
+    def workspace(self) -> int:
+        """An upper bound."""
+        tokens = min(self.step_tokens, self.running * self.max_len)
+        buffers = workspace(self.config, self.layout, Parallel(self.layout.ranks), self.limits)
+        work = bound(buffers) * self.width // 2
         arrays = 16 * (self.step_tokens - tokens)  # a plan's arrays have all the room that was asked for
         return work + max(arrays, 0)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from dsv4.engine.memory import Demand, size
-from dsv4.plan.outside import ALLOCATOR, CONTEXT, LIBRARIES
-from dsv4.plan.workspace import GRAPH_BYTES
+from dsv4.plan.outside import ALLOCATOR, LIBRARIES, outside
+from dsv4.plan.workspace import graph_bytes
 
 MOST = 0.02
 """Share of the card by which plan and start may differ."""
@@ -52,14 +52,16 @@ class Taken:
     @classmethod
     def of(cls, demand: Demand, card: Card, *, weights: int, pool: int, slabs: int) -> Taken:
         """`demand`: what was planned for; `weights`, `pool`, `slabs`: bytes of the tensors that there are."""
-        graphs = demand.graphs * demand.config.num_layers * GRAPH_BYTES  # memory of the driver, not of torch
+        ranks = demand.layout.ranks
+        graphs = graph_bytes(demand.limits, demand.config.num_layers, ranks)  # not torch's
+        beside = sum(x.size for x in outside(ranks) if x not in (LIBRARIES, ALLOCATOR))
         work = demand.workspace - graphs - demand.padding + LIBRARIES.size + ALLOCATOR.size
         lines = (
             Line("weights", demand.weights, weights),
             Line("pool", demand.pages * demand.layout.page_bytes, pool),
             Line("state", demand.running * demand.layout.slab_bytes + demand.padding, slabs),
             Line("workspace", work, card.reserved - weights - pool - slabs),
-            Line("context and graphs", CONTEXT.size + graphs, card.used - card.reserved),
+            Line("context and graphs", beside + graphs, card.used - card.reserved),
         )
         return cls(lines, card.total)
 

@@ -101,6 +101,11 @@ def dealt_contexts_of(max_len: int, owned: int, ranks: int) -> tuple[int, ...]:
 def steps_of(running: int, max_len: int, step_tokens: int, ranks: int = 1, chosen: Sequence[int] = ()) -> int:
     """Steps that are captured at most."""
     extends = len(extends_of(step_tokens, max_len, ranks)) * len(extend_contexts_of(max_len))
+    ordinary = len(sizes_of(running, chosen)) * len(contexts_of(max_len)) + len(extend_rows_of(running)) * extends
+    return ordinary + dealt_steps_of(running, max_len, step_tokens, ranks)
+
+
+def dealt_steps_of(running: int, max_len: int, step_tokens: int, ranks: int) -> int:
+    """Those of them whose prompts are dealt out over ranks."""
     dealt = sum(len(dealt_contexts_of(max_len, owned, ranks)) for owned in owned_of(step_tokens, ranks))
-    rows = len(extend_rows_of(running))
-    return len(sizes_of(running, chosen)) * len(contexts_of(max_len)) + rows * (extends + dealt)
+    return len(extend_rows_of(running)) * dealt

@@ -10,7 +10,7 @@ from typing import Any
 from dsv4.model.parallel import Parallel
 from dsv4.plan.build import Alternative, Plan
 from dsv4.plan.cache import Capacity, window_bytes_per_token
-from dsv4.plan.outside import OUTSIDE
+from dsv4.plan.outside import outside
 from dsv4.plan.weights import PUBLISHED, whole_attention
 
 NOT_YET = "an engine is one group of tensor-parallel ranks; data and expert parallelism, as planned here, it has not yet"
@@ -34,7 +34,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "notes": list(q.weights.notes),
         "weights": [asdict(row) for row in plan.weights],
         "memory": {**asdict(plan.memory), "total": plan.memory.total},
-        "outside": [asdict(x) for x in OUTSIDE],
+        "outside": [asdict(x) for x in outside(q.parallel.tp)],
         "workspace": [asdict(b) for b in plan.buffers],
         "layout": {
             "block_tokens": layout.block_tokens,
@@ -136,13 +136,14 @@ def _weights(plan: Plan) -> list[str]:
 def _memory(plan: Plan) -> list[str]:
     m, q = plan.memory, plan.question
     have = q.gpu.memory_bytes
-    left = have - m.total - sum(x.size for x in OUTSIDE)
+    beside = outside(q.parallel.tp)
+    left = have - m.total - sum(x.size for x in beside)
     rows = [
         ("weights", f"{m.weights:,}", f"{m.weights / have:.1%}"),
         (f"state: {q.limits.running:,} slabs", f"{m.slabs:,}", f"{m.slabs / have:.1%}"),
         ("workspace, at most", f"{m.workspace:,}", f"{m.workspace / have:.1%}"),
         (f"pool: {m.pages:,} pages", f"{m.pool:,}", f"{m.pool / have:.1%}"),
-        *((f"{x.name}, about", f"{x.size:,}", f"{x.size / have:.1%}") for x in OUTSIDE),
+        *((f"{x.name}, about", f"{x.size:,}", f"{x.size / have:.1%}") for x in beside),
         ("left", f"{left:,}", f"{left / have:.1%}"),
     ]
     lines = ["memory of one GPU", *_table(("", "bytes", ""), rows, left=1)]
