@@ -1,4 +1,4 @@
-"""Steps that were measured on GPUs beside what the step model says of them: 8 layers of Flash's widths on one card."""
+"""Steps that were measured on GPUs beside what the step model says of them: 8 layers of Flash's widths on one card, and all of it on two."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dsv4.gpus import gpu
 from dsv4.plan.weights import find_weights
 from dsv4.simulate.device import step_coefficients
 
-LAYERS = 8
 H100, H200 = "h100-80gb-hbm3/engine-2026-11-28.md", "h200/engine-2026-11-28.md"
+WHOLE = "h200/engine-2026-11-29.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ class Measured:
     ms: float
     """Of all steps."""
     source: str
+    layers: int = 8
+    ranks: int = 1
 
 
 def _decodes(rows: int, context: int) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -44,16 +46,26 @@ MEASURED = (
     Measured("h100", "prompt of 32,768 tokens, steps of 4,096", _prompt(32768, 4096), 32768 / 80.608, H100),
     Measured("h100", "64 new tokens after 32,768 cached", (((32768, 64),),), 9.2, H100),
     Measured("h100", "1,024 new tokens after 32,768 cached", (((32768, 1024),),), 35.5, H100),
+    *(
+        Measured("h200", f"two GPUs, 43 layers: {what}", steps, ms, WHOLE, 43, 2)
+        for what, steps, ms in (
+            ("decode step, 1 row after 4,096 tokens", _decodes(1, 4096), 5.98),
+            ("decode step, 8 rows", _decodes(8, 4096), 10.81),
+            ("decode step, 32 rows", _decodes(32, 4096), 20.83),
+            ("prompt of 65,536 tokens, steps of 8,192", _prompt(65536, 8192), 2726.0),
+            ("prompt of 1,000,000 tokens, steps of 8,192", _prompt(1000000, 8192), 83014.0),
+        )
+    ),
 )
 
 
 def measure() -> list[dict[str, Any]]:
     """A row for each figure, times in ms."""
-    config, _, _ = find_weights("v4-flash", num_layers=LAYERS)
-    layout = config.layout("fp8_ds_mla", "mxfp4")
     rows = []
     for m in MEASURED:
-        model = StepModel(step_coefficients(config, layout, gpu(m.gpu), 1))
+        config, _, _ = find_weights("v4-flash", num_layers=m.layers)
+        layout = config.layout("fp8_ds_mla", "mxfp4")
+        model = StepModel(step_coefficients(config, layout, gpu(m.gpu), m.ranks))
         told = 0.0
         for step in m.steps:
             fixed, parts = model.parts([(at, n, 0) for at, n in step], 0)
