@@ -27,9 +27,11 @@ def cold(driver: Driver, tokens: int) -> dict[str, Any]:
         }
     job = driver.job(driver.ids(tokens))
     ends = driver.run()
-    steps = np.diff(ends[-8:-1])
+    steps = np.diff(ends[-PROFILED - 2 : -1])
     third = driver.job(driver.ids(tokens))
-    for _ in range(max(0, len(ends) - 2 * PROFILED - 2)):
+    for _ in range(
+        max(0, len(ends) - PROFILED - 2)
+    ):  # to the last steps, whose histories are as long as those of the wall time
         driver.engine.step()
     busy = driver.busy(min(PROFILED, max(1, len(ends) - 2)))
     driver.run()

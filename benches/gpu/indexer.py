@@ -82,26 +82,22 @@ class Case:
 
     def scores(self) -> Any:
         """A function that writes all scores, and the scores."""
-        plan = indexer.plan_of(HEADS, self.keys, 512, self.entries, True)
+        plan = indexer.plan_of(HEADS, self.keys, 512, self.entries, 1)
         scores = torch.empty((self.batch, self.entries), dtype=torch.float32, device=self.q.device)
-        nothing = dict(bound=self.none, bound_by_slab=False, used=self.none, key=self.none, index=self.none)
+        nothing = dict(bound=self.none, used=self.none, key=self.none, index=self.none)
         f = partial(scan_of(self.form), plan, *self.part(self.q), append=False, scores=scores, **nothing)
         return f, scores
 
     def choice(self, k: int) -> Any:
         """A function that chooses k entries of each request."""
         plan, scan, out = (
-            indexer.plan_of(HEADS, self.keys, k, self.entries, True),
+            indexer.plan_of(HEADS, self.keys, k, self.entries, 1),
             scan_of(self.form),
             self.out[:, :k],
         )
         if not plan.append:
             return partial(indexer.whole, plan, scan, self.part(self.q), out)
-        for noise in (0.1, 0.1):  # the first finds thresholds the long way
-            near = self.q + noise * torch.randn_like(self.q)
-            indexer.appended(plan, scan, self.part(near), out)
-        bound = indexer.State.hint(self.keys, self.batch).clone()
-        return partial(indexer.appended, plan, scan, self.part(self.q), out, bound)
+        return partial(indexer.appended, plan, scan, self.part(self.q), out)
 
     def error(self, scores: Tensor) -> float:
         """Largest error of the first thousand scores of the last request, over the largest score."""
@@ -136,7 +132,6 @@ def rows(bench: Bench) -> Iterator[Row]:
         for context in CONTEXTS:
             for batch in (1, 8) if bench.quick else BATCHES:
                 yield from _rows(bench, form, size, batch, context, peers)
-                indexer.State.hints.clear()
                 bench.free()
     yield from _choices(bench)
     yield from _prompts(bench)
@@ -214,7 +209,7 @@ def _prompts(bench: Bench) -> Iterator[Row]:
         for context in (32_768, 1_048_576):
             entries = context // 4
             case = Case(form, 1, entries, bench.device)
-            plan = indexer.plan_of(HEADS, case.keys, 512, entries, False, 4 if form == "mxfp4" else 2)
+            plan = indexer.plan_of(HEADS, case.keys, 512, entries, 4 if form == "mxfp4" else 2)
             q = torch.randn((256, HEADS, DIM), device=bench.device).to(torch.float8_e4m3fn)
             part = (
                 q,

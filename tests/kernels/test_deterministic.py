@@ -292,18 +292,17 @@ def test_scores_of_gluon_and_of_the_exact_pass() -> None:
     angle = torch.rand((tokens, 32), generator=_g(2)).to(DEVICE)
     q, weights = _x(tokens, 64, 128), torch.randn((tokens, 64), generator=_g(3)).to(DEVICE)
     found: list[tuple[Tensor, Tensor]] = []
-    for decode in (False, True, True):
-        plan = indexer.plan_of(64, keys, topk, entries, decode, 4, "mxfp4 as e4m3")
+    for queries in (4, 1, 1):
+        plan = indexer.plan_of(64, keys, topk, entries, queries, "mxfp4 as e4m3")
         q8, folded = indexer.prepare(q, angle.cos(), angle.sin(), weights, plan, 64)
         out, values = (
             torch.empty((tokens, topk), dtype=d, device=DEVICE) for d in (torch.int32, torch.float32)
         )
         part = (q8, folded, keys, pages, slab, visible, entries)
         given = None
-        if decode:  # the least score that any token selects, then one that no entry reaches
-            given = (
-                found[0][1].min()[None] if len(found) == 1 else torch.full((1,), float("inf"), device=DEVICE)
-            )
+        if found:  # the least score that any token selects, then one that no entry reaches
+            least = found[0][1].min() if len(found) == 1 else torch.tensor(float("inf"))
+            given = least.to(DEVICE).repeat(tokens)
         indexer.appended(plan, gluon.launch_scan, part, out, values, given)
         found.append((out, values))
     for ids, values in found[1:]:

@@ -24,7 +24,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So little room that rows of a hundred entries are long ones."""
     for name, value in (("SAMPLE", 8), ("CAP", 64), ("SAMPLED", 32), ("TOKENS", 16)):
         monkeypatch.setattr(indexer, name, value)
-    monkeypatch.setattr(indexer.State, "hints", {})
     monkeypatch.setattr(indexer.State, "lists", {})
 
 
@@ -47,7 +46,7 @@ def test_weights_that_are_columns_of_a_wider_matrix() -> None:
 
 
 def test_long_rows(small: None) -> None:
-    """Prompt chunks sample their thresholds; then decode steps start from what the step before left behind."""
+    """Of prompt chunks and of decode steps."""
     for tokens in (6, 1, 1):
         args = case("index_select", tokens)
         args["keys"] = history_rows(torch.Generator().manual_seed(3), 3, args["q"].shape[-1], "fp8")
@@ -98,8 +97,8 @@ def _check_integers(
     q[:, :heads] = x["q"]
     w = torch.zeros((requests, padded))
     w[:, :heads] = weights / 2
-    for decode in (False, True, True):
-        plan = indexer.plan_of(heads, rows, topk, entries, decode)
+    for queries in (2, 1, 1):
+        plan = indexer.plan_of(heads, rows, topk, entries, queries)
         for _ in range(1 if DEVICE == "cpu" else 2):
             out = torch.full((requests, topk), -7, dtype=torch.int32, device=DEVICE)
             indexer.select_entries(
@@ -130,7 +129,6 @@ def test_keys_beyond_four_gigabytes() -> None:
 @pytest.mark.parametrize("topk", [512, 1024])
 @pytest.mark.parametrize("entries", [700, 5000, 9000, 40_000, 262_144])
 def test_ties_by_lowest_index_in_long_rows(entries: int, topk: int) -> None:
-    indexer.State.hints.clear()
     _check_integers(5, entries, min(topk, entries), 64, 128, 64)
 
 

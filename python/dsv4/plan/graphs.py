@@ -101,7 +101,9 @@ def dealt_contexts_of(max_len: int, owned: int, ranks: int) -> tuple[int, ...]:
 def steps_of(running: int, max_len: int, step_tokens: int, ranks: int = 1, chosen: Sequence[int] = ()) -> int:
     """Steps that are captured at most."""
     extends = len(extends_of(step_tokens, max_len, ranks)) * len(extend_contexts_of(max_len))
-    ordinary = len(sizes_of(running, chosen)) * len(contexts_of(max_len)) + len(extend_rows_of(running)) * extends
+    ordinary = (
+        len(sizes_of(running, chosen)) * len(contexts_of(max_len)) + len(extend_rows_of(running)) * extends
+    )
     return ordinary + dealt_steps_of(running, max_len, step_tokens, ranks)
 
 

@@ -197,7 +197,6 @@ def scan_kernel(
     slab,
     visible,
     bound,
-    bound_by,
     used,
     key,
     index,
@@ -317,7 +316,7 @@ def scan_kernel(
                         for i in gl.static_range(QUERIES):
                             ti = gl.minimum(t0 + i, tokens - 1)
                             n = gl.where((i >= done) & (i < done + count), gl.load(visible + ti), 0)
-                            least = gl.load(bound + gl.where(bound_by == 0, ti, s))
+                            least = gl.load(bound + ti)
                             _append(
                                 found.index(i).load(B2),
                                 base,

@@ -175,7 +175,6 @@ def scan_kernel(
     slab,
     visible,
     bound,
-    bound_by,
     used,
     key,
     index,
@@ -194,8 +193,8 @@ def scan_kernel(
     SCALES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Part program_id(0) of the entries for the QUERIES tokens of program_id(1). APPEND: what reaches `bound` (of the
-    token, or of its slab where `bound_by`) goes to the candidates. Else `scores` [T, sampled] gets entries 0 .. sampled
+    """Part program_id(0) of the entries for the QUERIES tokens of program_id(1). APPEND: what reaches the token's `bound` goes to
+    the candidates. Else `scores` [T, sampled] gets entries 0 .. sampled
     - 1, or evenly spread tiles of a longer row."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -227,9 +226,7 @@ def scan_kernel(
             t64 = t.to(tl.int64)
             gap = 1 if APPEND else tl.maximum(most // tl.maximum(sampled, 1), 1)
             if APPEND:
-                b = tl.load(
-                    bound + tl.where(bound_by == 0, t64, s.to(tl.int64)), mask=mine, other=float("inf")
-                )
+                b = tl.load(bound + t64, mask=mine, other=float("inf"))
             for at in range(begin, end, TILE):
                 e = at + tl.arange(0, TILE)
                 v = tile_scores(
@@ -343,7 +340,6 @@ SCAN = {
     **KEYS,
     **LISTS,
     "bound": "*fp32",
-    "bound_by": "i32",
     "scores": "*fp32",
     "tokens": "i32",
     "sampled": "i32",

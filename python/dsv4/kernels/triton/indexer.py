@@ -5,8 +5,7 @@
             SAMPLE entries, or an even sample of longer ones) or appends the entries that pass a threshold.
 3. `topk`   selects: directly, where the whole row was written; else among the appended candidates.
 
-The threshold of a decode step is the one that the last step of the same slab left behind (`State.hint`), that of a
-prompt's token comes from a sample of its own scores. Should it have been wrong, `refine` takes the exact best k of each
+The threshold of a token comes from a sample of its own scores: those of one token say little of the next one's. Should it have been wrong, `refine` takes the exact best k of each
 of several parts of the row, in one launch that ends at once where nothing was wrong. So the result is exact always.
 
 Workspace is for TOKENS tokens at a time, whatever the context: CAP candidates of 8 bytes and SAMPLE scores each.
@@ -32,8 +31,7 @@ TOKENS, CAP, SAMPLE, SAMPLED = INDEX_TOKENS, INDEX_CANDIDATES, INDEX_SAMPLE, IND
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One call's constants. `rows`: of `row_constants`; `heads` are padded; `queries` share a tile of `tile` keys. `decode`: one token of
-    each request, so that the last step's thresholds serve. `refine`: FORMAT of the kernel of this name, where not that of the keys."""
+    """One call's constants. `rows`: of `row_constants`; `heads` are padded; `queries` share a tile of `tile` keys. `refine`: FORMAT of the kernel of this name, where not that of the keys."""
 
     rows: dict[str, Any]
     heads: int
@@ -41,7 +39,6 @@ class Plan:
     tile: int
     k: int
     append: bool
-    decode: bool
     refine: str | None = None
 
     @property
@@ -73,7 +70,7 @@ def list_arguments(lists: dict[str, Any]) -> tuple[Any, ...]:
     """What a scan takes after them; `lists` are the keyword arguments of `launch_scan`."""
     scores = lists["scores"]
     found = (lists["used"], lists["key"], lists["index"])
-    return lists["bound"], int(lists["bound_by_slab"]), *found, scores, *scores.shape
+    return lists["bound"], *found, scores, *scores.shape
 
 
 def launch_scan(
@@ -89,7 +86,7 @@ def launch_scan(
     append: bool,
     **lists: Any,
 ) -> None:
-    """Plain Triton's scan. `lists`: bound, bound_by_slab, used, key, index and scores [T, sampled]."""
+    """Plain Triton's scan. `lists`: bound, used, key, index and scores [T, sampled]."""
     tokens, sampled = lists["scores"].shape
     groups = cdiv(tokens, plan.queries)
     length = most if append else min(most, sampled)
@@ -110,20 +107,10 @@ def launch_scan(
 
 
 class State:
-    """What outlives a call. `hints`: by stored region, the threshold of each slab's last query; a stale one costs time
-    only. `lists`: by device, candidates (key, index) and their numbers, and room for `refine`; calls share them, so they
+    """What outlives a call. `lists`: by device, candidates (key, index) and their numbers, and room for `refine`; calls share them, so they
     belong to one stream."""
 
-    hints: ClassVar[dict[tuple[int, int], Tensor]] = {}
     lists: ClassVar[dict[torch.device, tuple[Tensor, ...]]] = {}
-
-    @classmethod
-    def hint(cls, keys: Any, slabs: int) -> Tensor:
-        """float32 [slabs]; NaN, which nothing reaches, where there was no query yet."""
-        name = (keys.region.data_ptr(), slabs)
-        if name not in cls.hints:
-            cls.hints[name] = torch.full((slabs,), float("nan"), device=keys.region.device)
-        return cls.hints[name]
 
     @classmethod
     def workspace(cls, device: torch.device) -> tuple[Tensor, ...]:
@@ -225,7 +212,9 @@ def best(
     out = torch.empty((total, k), dtype=torch.int32, device=q.device)
     if not total or not k:
         return out
-    plan = plan_of(q.shape[1], keys, k, entries.most, total == len(tokens.slabs), queries, refine)
+    if total == len(tokens.slabs):  # one token of each request: none share keys
+        queries = 1
+    plan = plan_of(q.shape[1], keys, k, entries.most, queries, refine)
     q8, folded = prepare(q, cos, sin, weights, plan, 2 * cos.shape[-1])
     select_entries(
         plan, scan, q8, folded, keys, entries.pages, tokens.slab, entries.visible, entries.most, out, values
@@ -241,19 +230,16 @@ def every_entry(
     return torch.where(every < entries.visible[:, None], every, -1)
 
 
-def plan_of(
-    heads: int, keys: Any, k: int, most: int, decode: bool, queries: int = 2, refine: str | None = None
-) -> Plan:
-    """`decode` and `refine` as in `Plan`."""
+def plan_of(heads: int, keys: Any, k: int, most: int, queries: int = 2, refine: str | None = None) -> Plan:
+    """`queries` and `refine` as in `Plan`."""
     quantised = keys.codec.name in ("fp8", "mxfp4")
     return Plan(
         rows=row_constants(keys.codec, keys.rows),
         heads=max(16, next_pow2(heads)),
-        queries=1 if decode else queries,
+        queries=queries,
         tile=32 if INTERPRETED or not quantised else 64,
         k=k,
         append=most > SAMPLE,
-        decode=decode,
         refine=refine,
     )
 
@@ -290,7 +276,6 @@ def whole(plan: Plan, scan: Scan, part: tuple, out: Tensor, values: Tensor | Non
         *part,
         append=False,
         bound=none,
-        bound_by_slab=False,
         used=none,
         key=none,
         index=none,
@@ -307,18 +292,14 @@ def appended(
     values: Tensor | None = None,
     bound: Tensor | None = None,
 ) -> None:
-    """Longer rows. `bound` float32 [slabs]: thresholds of a decode step, else those that the last step left."""
+    """Longer rows. `bound` float32 [T]: thresholds in place of those of a sample."""
     q, weights, keys, pages, slab, visible, _most = part
-    decode = plan.decode
     n, device, parts, width = len(out), out.device, plan.parts, plan.width
-    hint = State.hint(keys, len(pages))
     used, key, index, fresh = State.workspace(device)
-    scores = torch.empty((n, 0 if decode else SAMPLED), dtype=torch.float32, device=device)
-    if decode:
-        bound = hint if bound is None else bound
-    else:
+    scores = torch.empty((n, SAMPLED), dtype=torch.float32, device=device)
+    if bound is None:
         bound = torch.empty((n,), dtype=torch.float32, device=device)
-        common = dict(bound=bound, bound_by_slab=False, used=used, key=key, index=index, scores=scores)
+        common = dict(bound=bound, used=used, key=key, index=index, scores=scores)
         scan(plan, *part, append=False, **common)
         select.threshold_kernel[(n,)](
             scores, SAMPLED, visible, bound, used, plan.k, BLOCK=SAMPLED, num_warps=8
@@ -328,7 +309,6 @@ def appended(
         *part,
         append=True,
         bound=bound,
-        bound_by_slab=decode,
         used=used,
         key=key,
         index=index,
@@ -355,18 +335,13 @@ def appended(
     )
     select.finish_kernel[(n,)](
         visible,
-        slab,
-        bound,
-        int(decode),
         used,
         key,
         index,
         fresh,
-        hint,
         out,
         out.stride(0),
-        hint if values is None else values,
-        n,
+        bound if values is None else values,
         plan.k,
         K=width,
         SMALL=min(CAP, 4 * width),

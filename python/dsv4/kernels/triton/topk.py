@@ -178,7 +178,7 @@ def threshold_kernel(scores, score_stride, visible, bound, used, k, BLOCK: tl.co
 @triton.jit
 def _take(u, e, row, scratch, out, values, k, K: tl.constexpr, VALUES: tl.constexpr):
     """The k largest of the keys u (0: none) of entries e, in any order, of equal ones those with the lowest entry: ascending
-    into `out`, and with VALUES their scores. Returns how many there are, and the least key taken."""
+    into `out`, and with VALUES their scores."""
     present = tl.sum((u > 0).to(tl.int32), 0)
     lo, hi, c_lo, c_hi = search(u, present, k)
     full = c_lo > k
@@ -206,29 +206,17 @@ def _take(u, e, row, scratch, out, values, k, K: tl.constexpr, VALUES: tl.conste
     else:
         found = tl.sort(found)
     tl.store(out + i, tl.where(found == 0x7FFFFFFF, -1, found), mask=i < k)
-    return present, lo
 
 
 @triton.jit
 def _select(
-    key, index, total, bound, row, cap, scratch, out, values, k, K: tl.constexpr, TILE: tl.constexpr,
-    VALUES: tl.constexpr,
+    key, index, total, row, cap, scratch, out, values, k, K: tl.constexpr, TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Among `total` <= TILE candidates in any order, those that reached `bound`, or all that matter where it is -inf.
-    Returns a threshold that about 2 k to 3 k would reach."""
+    """The k best of `total` <= TILE candidates in any order."""
     j = tl.arange(0, TILE)
     u = tl.load(key + row * cap + j, mask=j < total, other=0).to(tl.uint32, bitcast=True)
     e = tl.load(index + row * cap + j, mask=j < total, other=0x7FFFFFFF)
-    present, lo = _take(u, e, row, scratch, out, values, k, K, VALUES)
-    kth = value_of(lo)
-    next = float("-inf")
-    if (present >= 2 * k) & (bound == float("-inf")):
-        low, _hi, _a, _b = search(u, present, 2 * k)
-        next = value_of(low)
-    if bound > float("-inf"):  # the tail falls off exponentially: k reach kth, `present` the bound
-        scale = tl.log(tl.maximum(present * 1.0 / k, 1.15))
-        next = kth - (kth - bound) * (1.0986 / scale)
-    return next
+    _take(u, e, row, scratch, out, values, k, K, VALUES)
 
 
 @triton.jit(do_not_specialize=["tokens", "given", "k"])
@@ -261,21 +249,16 @@ def part_kernel(selected, out, count, k, part, PARTS: tl.constexpr, K: tl.conste
     tl.store(count + token, found)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def finish_kernel(
     visible,
-    slab,
-    bound,
-    bound_by,
     used,
     key,
     index,
     scratch,
-    hint,
     out,
     out_stride,
     values,
-    tokens,
     k,
     K: tl.constexpr,
     SMALL: tl.constexpr,
@@ -285,26 +268,19 @@ def finish_kernel(
     PDL: tl.constexpr,
 ):
     """Selects among the candidates of a row: the `used` appended ones, or K of each of PARTS parts where the threshold
-    was wrong. Leaves a threshold for the next step of the slab in `hint` and an empty list."""
+    was wrong. Leaves an empty list."""
     if PDL:
         tl.extra.cuda.gdc_wait()
     t = tl.program_id(0).to(tl.int64)
-    n, total, s = tl.load(visible + t), tl.load(used + t), tl.load(slab + t)
-    b = tl.load(bound + tl.where(bound_by == 0, t, s.to(tl.int64)))
+    n, total = tl.load(visible + t), tl.load(used + t)
     if wrong(n, total, k, CAP):
         total = PARTS * K
-        b = float("-inf")
-    next, row = float("-inf"), t * out_stride
+    row = t * out_stride
     if total <= SMALL:
-        next = _select(key, index, total, b, t, CAP, scratch, out + row, values + row, k, K, SMALL, VALUES)
+        _select(key, index, total, t, CAP, scratch, out + row, values + row, k, K, SMALL, VALUES)
     else:
-        next = _select(key, index, total, b, t, CAP, scratch, out + row, values + row, k, K, CAP, VALUES)
+        _select(key, index, total, t, CAP, scratch, out + row, values + row, k, K, CAP, VALUES)
     tl.store(used + t, n * 0)
-    if t == tokens - 1:
-        tl.store(hint + s, next)
-    else:
-        if tl.load(slab + t + 1) != s:
-            tl.store(hint + s, next)
 
 
 def choose(scores: Tensor, visible: Tensor, out: Tensor, most: int, values: Tensor | None = None) -> None:
@@ -363,14 +339,10 @@ def entries_of_part(selected: Tensor, part: int, parts: int) -> tuple[Tensor, Te
 
 
 _FINISH = {
-    **dict.fromkeys(("visible", "slab", "used", "key", "index", "scratch", "out"), "*i32"),
+    **dict.fromkeys(("visible", "used", "key", "index", "scratch", "out"), "*i32"),
     **{
-        "bound": "*fp32",
-        "bound_by": "i32",
-        "hint": "*fp32",
         "values": "*fp32",
         "out_stride": "i32",
-        "tokens": "i32",
         "k": "i32",
     },
 }
