@@ -28,8 +28,9 @@ def test_the_start_finds_every_kernel_that_random_steps_need(world: list[str]) -
         capture_output=True, text=True, cwd=Path(__file__).parents[2], env={**os.environ, "TRITON_INTERPRET": "0"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    first, *missed = run.stdout.splitlines()
+    first, again, *missed = run.stdout.splitlines()
     assert int(first.split()[0]) > 40 and missed == []
+    assert again.startswith("0 of them"), "what a process has already is needed all the same"
 
 
 KEYS = """
@@ -101,6 +102,38 @@ def test_a_list_that_is_cut_or_of_other_settings_is_none(
     known.path.write_bytes(known.path.read_bytes()[:-3])
     assert known.recall() is None
     assert list((tmp_path / "new").iterdir()) == [known.path]
+
+
+def test_a_layer_that_reads_anothers_history_is_a_kind_of_its_own() -> None:
+    """Its input has fewer products."""
+    from dsv4.engine.warmup import _kinds
+
+    def layer(ratio: int, *, stores: bool, table: bool = False) -> Any:
+        attn = SimpleNamespace(compressor=object() if stores else None)
+        return SimpleNamespace(ratio=ratio, attn=attn, moe=SimpleNamespace(table=object() if table else None))
+
+    layers = [
+        layer(4, stores=True),
+        layer(4, stores=False),
+        layer(4, stores=True),
+        layer(4, stores=False, table=True),
+    ]
+    assert list(_kinds(layers)) == [layers[0], layers[1], layers[3]]
+
+
+def test_a_folder_that_takes_no_list_costs_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    Known("a model", tmp_path / "file").keep([])
+    assert "the list of needed kernels is not kept" in caplog.text
+
+
+def test_old_lists_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv4.kernels.known.MOST", 2)
+    for i, model in enumerate("abc"):
+        Known(model, tmp_path).keep([])
+        os.utime(Known(model, tmp_path).path, (i, i))
+    assert Known("a", tmp_path).recall() is None and Known("c", tmp_path).recall() == []
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 class _Agreeing:

@@ -49,14 +49,14 @@ def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int, progres
     collected = time.perf_counter()
     log.info("%d kernels are needed, %s in %.1f s (list %s)", len(found), how, collected - begun, known.name)
     compiled = compile_all(found, lambda done, total, what: progress(done, total, what, "kernels"))
-    if not again:
-        known.keep(COMPILATIONS.needed)
-    loading = time.perf_counter()
+    loading, needed = time.perf_counter(), COMPILATIONS.needed
     COMPILATIONS.load()
     log.info(
         "compiled %d kernels in %.1f s, loaded %d in %.1f s",
         compiled, loading - collected, len(found), time.perf_counter() - loading,
     )  # fmt: skip
+    if not again:
+        known.keep(needed)
 
 
 def _found_before(device: LocalDevice, known: Known) -> list[Specialisation]:
@@ -80,10 +80,22 @@ def _said(device: LocalDevice, step_tokens: int, max_len: int) -> str:
     sizes += () if extends is None else (extends.shapes,)
     return repr(
         (
-            type(device).__name__, device.rank_of, model.config, model.embed.dtype, model.ops.describe(), layout,
+            type(device).__name__, device.rank_of, model.config, model.embed.dtype, model.ops.describe(), layout, _held(model.layers),
             len(cache.pages) % 16, len(cache.pages).bit_length(), cache.slabs.shape, device.page_table.shape, sizes, step_tokens, max_len,
         )
     )  # fmt: skip
+
+
+def _held(layers: Sequence[Layer]) -> list[tuple[str, ...]]:
+    """How each kind of layer holds its weights, which a config does not say."""
+    parts = [
+        x for layer in _kinds(layers) for x in (layer.attn, layer.attn.indexer, layer.moe) if x is not None
+    ]
+    return [
+        (name, type(value).__name__, str(getattr(value, "dtype", "")), str(getattr(value, "absorb", "")))
+        for part in parts
+        for name, value in vars(part).items()
+    ]
 
 
 def capture_graphs(device: LocalDevice, capture_context: int | None, progress: Progress) -> None:
@@ -166,7 +178,7 @@ def _kinds(layers: Sequence[Layer]) -> Iterator[Layer]:
     """One layer of each kind."""
     seen = set()
     for layer in layers:
-        kind = (layer.ratio, layer.moe.table is None)
+        kind = (layer.ratio, layer.attn.compressor is None, layer.moe.table is None)
         if kind not in seen:
             seen.add(kind)
             yield layer

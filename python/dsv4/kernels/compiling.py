@@ -17,6 +17,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -143,18 +144,23 @@ class Compilations:
 
     @contextlib.contextmanager
     def dry(self) -> Iterator[list[Specialisation]]:
-        """Nothing that would have to be compiled is launched inside; on leaving, the list holds all of it. What kernels did not write is
-        zero, as it may be an index (`torch.empty` is `torch.zeros` inside: for a process that does nothing else)."""
+        """Nothing is launched inside, also no kernel that this process has already; on leaving, the list holds all of them. What kernels did
+        not write is zero, as it may be an index (`torch.empty` is `torch.zeros` inside: for a process that does nothing else)."""
         import torch
 
         self.watch()
         found: list[Specialisation] = []
         self._collected, empty, empty_like = {}, torch.empty, torch.empty_like
         torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+        held = [(function, function.device_caches) for function in _loaded()]
         try:
+            for function, _ in held:
+                function.device_caches = defaultdict(function.create_binder)
             yield found
         finally:
             torch.empty, torch.empty_like = empty, empty_like
+            for function, caches in held:
+                function.device_caches = caches
             self.needed = list(self._collected.values())
             found += [spec for spec, _ in self.needed]
             self._collected = None
@@ -186,6 +192,15 @@ class Compilations:
             if kernel is not None and hasattr(kernel, "_init_handles"):
                 kernel._init_handles()
         self.needed = []
+
+
+def _loaded() -> list[Any]:
+    """The kernels of this package whose modules are imported."""
+    from triton.runtime.jit import JITFunction
+
+    modules = [m for name, m in sys.modules.items() if name.startswith("dsv4.kernels.") and m is not None]
+    every = [f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)]
+    return list({id(f): f for f in every}.values())
 
 
 COMPILATIONS = Compilations()

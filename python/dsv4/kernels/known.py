@@ -7,6 +7,7 @@ says of model, cache and sizes of steps. A list of which one kernel is no longer
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 from functools import cache
@@ -17,6 +18,11 @@ import torch
 
 if TYPE_CHECKING:
     from dsv4.kernels.compiling import Needed
+
+log = logging.getLogger("dsv4.kernels")
+
+MOST = 64
+"""Lists that are kept; each version and each change of settings leaves one a rank."""
 
 
 class Known:
@@ -36,11 +42,20 @@ class Known:
         return needed
 
     def keep(self, needed: list[Needed]) -> None:
-        """Replaces the list at once, as another process may read it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        written = self.path.with_suffix(f".{os.getpid()}")
-        written.write_bytes(pickle.dumps(needed))
-        written.replace(self.path)
+        """Replaces the list at once, as another process may read it, and removes the oldest of many. Where that cannot be written, as in an image
+        with a cache that is full already, the log says so."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            written = self.path.with_suffix(f".{os.getpid()}")
+            written.write_bytes(pickle.dumps(needed))
+            written.replace(self.path)
+            lists = sorted(self.path.parent.glob("needed-*"), key=lambda path: path.stat().st_mtime)
+            for old in lists[:-MOST]:
+                old.unlink(missing_ok=True)
+        except OSError as e:
+            log.warning(
+                "the list of needed kernels is not kept, so the next start looks for them again: %s", e
+            )
 
 
 @cache

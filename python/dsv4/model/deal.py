@@ -2,7 +2,7 @@
 
 Tokens of long rows (prompts) are cut: each is on one rank, its *owner*, in runs of `unit` positions dealt out in turn. So work is even
 where a token's cost grows with its position, and stays even where the deeper layers of a replay take fewer tokens; a layer never
-moves a token. Tokens of short rows (decode) are *shared*: every rank has them.
+moves a token. Tokens of short rows (decode) are *shared*: every rank has them. What is long the caller says.
 
 ```
 slots of all tokens     | owned by rank 0  | owned by rank 1  | ... | shared |      each part padded to the same size on all ranks
@@ -168,7 +168,8 @@ class Deal:
     def capacity(self, geometry: Geometry) -> Capacity:
         """What it takes. There are more slots than runs, as as many of both would be taken for a decode step."""
         long = len(self.long)
-        owned = max(2 * long + 2, *map(len, self.own))
+        least = 2 * long + 2
+        owned = max(least + least // max(self.unit - 1, 1) + 1, *map(len, self.own))
         short, pages = len(self.taking.rows) - long, int(self.blocks(geometry).sum())
         return Capacity(self.ranks, self.unit, owned, len(self.shared), long, short, pages)
 
