@@ -54,6 +54,7 @@ def test_every_part_is_measured_and_written(
     assert bench.main([*small, "256", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("cpu/engine-tiny-*.json")
     found = json.loads(path.read_text())
+    assert "--rows 2 1" in found["command"] and str(tmp_path) not in found["command"]
     assert [len(found[part]) for part in PARTS] == [2, 2, 3, 1, 1, 1]
     assert all(row["limit_ms"] > 0 and row[row["against"]] > 0 for part in PARTS for row in found[part])
     assert [row["kernels"] for row in found["starts"]] == ["to be compiled", "in the cache"]

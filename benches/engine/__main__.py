@@ -72,6 +72,12 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def told(argv: list[str]) -> list[str]:
+    """A command without where its results go, which is a place of that machine."""
+    at = argv.index("--out") if "--out" in argv else len(argv)
+    return argv[:at] + argv[at + 2 :]
+
+
 class Run:
     """One run: the time that is left, and what was found."""
 
@@ -83,7 +89,7 @@ class Run:
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
             "model": model if args.tp == 1 else f"{model}-tp{args.tp}",
             "torch": torch.__version__,
-            "command": f"python3 -m benches.engine {' '.join(argv)}".strip(),
+            "command": f"python3 -m benches.engine {' '.join(told(argv))}".strip(),
         }
         self.path = args.alone or report.place(args.out, self.found)
         self.rates: Rates | None = None

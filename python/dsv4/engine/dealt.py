@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4.engine.buffers import StepPlan
-from dsv4.engine.extends import ExtendGraphs, _Graph
+from dsv4.engine.extends import ExtendGraphs, Graph
 from dsv4.engine.graphs import DecodeGraphs
 from dsv4.model.batch import Batch, Row
 from dsv4.model.deal import Capacity, Deal, RankColumns, owners_of, rank_columns, turns, wanted
@@ -123,10 +123,8 @@ class RankExtends(ExtendGraphs):
         """The padded step."""
         model, sink = self.model, self.decode.sink
         rank, ranks, geometry, c = model.rank.rank, model.rank.ranks, model.geometry, self._capacity(size)
-        taking, owner = (
-            taking_part(batch, geometry),
-            owners_of(batch, ranks, model.unit, lambda r: r.length > 1),
-        )
+        taking = taking_part(batch, geometry)
+        owner = owners_of(batch, ranks, model.unit, lambda r: r.length > 1)
         assert taking is not None, "a step has tokens"
         deal = Deal.of(taking, owner, ranks, model.unit)
         columns = rank_columns(deal, batch, rank, geometry, model.foldable, c, sink=sink, end=size.end)
@@ -144,12 +142,12 @@ class RankExtends(ExtendGraphs):
         device = columns.packed().to(self.decode.pages.device)
         return device, columns.within(device)
 
-    def _dealt(self, size: _Dealt) -> _Graph:
+    def _dealt(self, size: _Dealt) -> Graph:
         """The run before the capture is of padding alone."""
         if (graph := self._graphs.get(size)) is None:
             device, columns = self._padded(size)
             what = f"a step of {size.tokens} tokens of prompts a rank, {size.shared} tokens of decodes and up to {size.end:,} tokens of context"
-            graph = self._graphs[size] = _Graph(
+            graph = self._graphs[size] = Graph(
                 device, self.decode.capture(partial(self._run_dealt, columns), what)
             )
         return graph

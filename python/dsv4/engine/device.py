@@ -146,6 +146,8 @@ class LocalDevice:
 
     decode_graphs: ClassVar[type[DecodeGraphs]] = DecodeGraphs
     extend_graphs: ClassVar[type[ExtendGraphs]] = ExtendGraphs
+    rank_of = (0, 1)
+    """Its rank, of how many."""
 
     def __init__(
         self,
@@ -219,9 +221,6 @@ class LocalDevice:
         self._newest.zero_()
         self.cache.slabs.zero_()
         self.cache.reset(range(len(self.page_table)))
-
-    rank_of = (0, 1)
-    """Its rank, of how many."""
 
     def all_agree(self, yes: bool) -> bool:
         """Whether it is yes on every rank."""

@@ -36,7 +36,7 @@ class _Size:
 
 
 @dataclass(frozen=True, slots=True)
-class _Graph:
+class Graph:
     columns: Tensor
     """Its input, int64 [all columns] on the device."""
     replay: Step
@@ -52,7 +52,7 @@ class ExtendGraphs:
         self.contexts = extend_contexts_of(decode.contexts[-1])
         ranks = decode.model.cache.layout.ranks
         self.sizes, self.rows = extends_of(step_tokens, self.contexts[-1], ranks), extend_rows_of(decode.sink)
-        self._graphs: dict[object, _Graph] = {}
+        self._graphs: dict[object, Graph] = {}
 
     @property
     def shapes(self) -> tuple[object, ...]:
@@ -132,16 +132,14 @@ class ExtendGraphs:
         device = columns.packed().to(self.decode.pages.device)
         return device, replace(columns.within(device), rows=())
 
-    def _graph(self, size: _Size) -> _Graph:
+    def _graph(self, size: _Size) -> Graph:
         """The run before the capture is of padding alone."""
         if (graph := self._graphs.get(size)) is None:
             device, columns = self._padding(size)
             what = (
                 f"a step of {size.tokens} tokens in {size.rows} rows and up to {size.end:,} tokens of context"
             )
-            graph = self._graphs[size] = _Graph(
-                device, self.decode.capture(partial(self._run, columns), what)
-            )
+            graph = self._graphs[size] = Graph(device, self.decode.capture(partial(self._run, columns), what))
         return graph
 
     def _run(self, columns: Columns) -> None:

@@ -97,11 +97,10 @@ class Demand:
     @property
     def workspace(self) -> int:
         """An upper bound."""
-        tokens = min(self.step_tokens, self.running * self.max_len)
         buffers = workspace(self.config, self.layout, Parallel(self.layout.ranks), self.limits)
-        work = bound(buffers) * self.width // 2
-        arrays = 16 * (self.step_tokens - tokens)  # a plan's arrays have all the room that was asked for
-        return work + max(arrays, 0)
+        beyond = max(0, self.step_tokens - self.running * self.max_len)
+        # a plan's arrays have all the room that was asked for
+        return bound(buffers) * self.width // 2 + 16 * beyond
 
     @property
     def bytes(self) -> int:

@@ -48,7 +48,9 @@ def compile_kernels(device: LocalDevice, step_tokens: int, max_len: int, progres
         how = "as a dry run found"
     collected = time.perf_counter()
     log.info("%d kernels are needed, %s in %.1f s (list %s)", len(found), how, collected - begun, known.name)
-    compiled = compile_all(found, lambda done, total, what: progress(done, total, what, "kernels"))
+    compiled = 0
+    if not again:
+        compiled = compile_all(found, lambda done, total, what: progress(done, total, what, "kernels"))
     loading, needed = time.perf_counter(), COMPILATIONS.needed
     COMPILATIONS.load()
     log.info(
@@ -63,9 +65,9 @@ def _found_before(device: LocalDevice, known: Known) -> list[Specialisation]:
     """What an earlier start needed, if all of it lies compiled in the cache; nothing unless every rank knows, as in a dry run ranks talk."""
     from dsv4.kernels.compiling import COMPILATIONS, compiled_already
 
-    needed = known.recall()
-    found = [spec for spec, _ in needed or ()]
-    if not device.all_agree(bool(found) and compiled_already(found)) or needed is None:
+    needed = known.recall() or []
+    found = [spec for spec, _ in needed]
+    if not device.all_agree(bool(found) and compiled_already(found)):
         return []
     COMPILATIONS.needed = needed
     return found

@@ -304,15 +304,21 @@ def _run_columns(deal: Deal, c: Capacity, rank: int) -> dict[str, np.ndarray]:
     }
 
 
+def slots_of(alive: np.ndarray, tokens: int) -> np.ndarray:
+    """int64 [T + 1]: the local slot of each of a batch's T tokens, of which `alive` int64 [n] are in the local slots (-1: padding, whose place
+    is the last)."""
+    slot = np.zeros(tokens + 1, np.int64)
+    slot[alive] = np.arange(len(alive))
+    return slot
+
+
 def wanted(
     owner: np.ndarray, tokens: np.ndarray, alive: np.ndarray, shared_from: int, ranks: int, rank: int, most: int | None = None
 ) -> dict[str, np.ndarray]:  # fmt: skip
     """Columns of tokens int64 [S] of a batch whose streams every rank wants, of which `alive` int64 [n] are in the local slots: `send`, the
     local slots of this rank's own (padded to `most`), and `source`, where each token is in what all ranks send, followed by the
     shared ones, whose slots begin at `shared_from`."""
-    slot = np.zeros(len(owner) + 1, np.int64)  # the last is where padding goes
-    slot[alive] = np.arange(len(alive))
-    who = owner[tokens]
+    slot, who = slots_of(alive, len(owner)), owner[tokens]
     counts = [int((who == p).sum()) for p in range(ranks)]
     most = max(counts) if most is None else most
     nth = np.zeros(len(tokens), np.int64)

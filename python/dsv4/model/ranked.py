@@ -28,7 +28,7 @@ from dsv4.model.beside import beside
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep
-from dsv4.model.deal import Deal, RankColumns, owners, rank_columns, wanted
+from dsv4.model.deal import Deal, RankColumns, owners, rank_columns, slots_of, wanted
 from dsv4.model.hyper import Residual
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
@@ -272,8 +272,7 @@ class RankedModel(V4Model):
                 if residual is None:
                     residual = Residual.of(self._embedded(step))
                 else:  # padding may have any streams
-                    slot = np.zeros(len(owner) + 1, np.int64)
-                    slot[alive] = np.arange(len(alive))
+                    slot = slots_of(alive, len(owner))
                     residual = residual.picked(to_device(torch.from_numpy(slot[local]), self.embed.device))
                 alive = local
             residual = layer(residual, step, *ropes[layer.ratio], scratch)

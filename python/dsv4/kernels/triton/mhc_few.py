@@ -183,7 +183,7 @@ def _inputs(
 
 
 @triton.jit(do_not_specialize=["tokens", "padded"])
-def few_kernel(
+def hc_few_kernel(
     y, streams, post, comb, fn, scale, base, weight, out, x, codes, scales, new_post, new_comb, words,
     tokens, padded, norm_eps, hc_eps, eps,
     PUT: tl.constexpr, HEAD: tl.constexpr, NORM: tl.constexpr, GROUP: tl.constexpr, ITERS: tl.constexpr,
@@ -269,7 +269,7 @@ def _launch(
     slices, overlap = _slices(dim), pdl()
     programs = cdiv(tokens, TILE) * slices["SPLITS"] + (0 if head else tokens) + padded
     block = max(FP8_BLOCK, next_pow2(dim))
-    few_kernel[(programs,)](
+    hc_few_kernel[(programs,)](
         x if y is None else y.contiguous(), streams, base if post is None else post, base if comb is None else comb,
         fn, scale, base, base if weight is None else weight, out, x, codes, scales, new_post, new_comb, _empty(streams.device),
         tokens, padded, norm_eps, hc_eps, eps,
@@ -321,7 +321,7 @@ def _aot(dim: int, *, head: bool = False) -> Aot:
     }
     constants |= {"BLOCK": block, "M": TILE, **_slices(dim), "PIECES": True, "BF16": True, "PDL": True}
     signature = _SIGNATURE | ({"codes": "*bf16"} if head else {})
-    return Aot(few_kernel, signature, constants, _warps(block), stack=32)
+    return Aot(hc_few_kernel, signature, constants, _warps(block), stack=32)
 
 
 AOT = [_aot(4096), _aot(7168), _aot(4096, head=True)]
