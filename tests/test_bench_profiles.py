@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -90,11 +91,14 @@ def test_profiles_are_compared_over_http(monkeypatch: pytest.MonkeyPatch, tmp_pa
             yield found.url
 
     monkeypatch.setattr(over_http, "server", server)
-    line = ["over_http", "/m", "--shapes", "document", "--serve", "--tp 2", "--out", str(tmp_path / "x.json")]
+    model, reports = str(resources.files("dsv4") / "data" / "nano"), tmp_path / "reports"
+    line = ["over_http", model, "--shapes", "document", "--serve", "--tp 2", "--reports", str(reports)]
     bench = "--requests 2 --turns 2 --context 200 --output-tokens 4 --concurrency 1"
-    monkeypatch.setattr("sys.argv", [*line, "--bench", bench])
+    monkeypatch.setattr("sys.argv", [*line, "--out", str(tmp_path / "x.json"), "--bench", bench])
     over_http.main()
-    assert asked == [(["/m"], profile, ["--tp", "2"]) for profile in ("mixed", "long-document")]
+    over_http.main()  # of the reports that are there
+    assert asked == [([model], profile, ["--tp", "2"]) for profile in ("mixed", "long-document")]
     [row] = json.loads((tmp_path / "x.json").read_text())
     for kind in ("measured", "simulated"):
         assert set(row[kind]) == {"mixed", "long-document"} and min(row[kind].values()) > 0
+    assert row["recommended"] in profiles.names()

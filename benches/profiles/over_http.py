@@ -2,7 +2,9 @@
 requests.
 
 python -m benches.profiles.over_http [MODEL] --gpu h200 [--shapes rollout,document] [--bench "--context 16k --requests 96"]
-    [--serve "--load-format dummy --num-layers 8 --generation-config none"] [--simulate "--coefficients flash.json"]
+    [--serve "--load-format dummy --generation-config none"] [--simulate "--coefficients flash.json"] [--reports FOLDER]
+
+With --reports the reports stay in a folder, and what is there already is not measured again: a simulation with other figures needs no GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -61,31 +64,18 @@ def _ready(port: int) -> bool:
     return False
 
 
-def measured(url: str, shape: str, more: list[str], path: Path) -> dict[str, Any]:
-    """The stage of a run, whose report is left at `path`."""
-    command = [
-        *DSV4,
-        "bench",
-        "serve",
-        "--url",
-        url,
-        "--shape",
-        shape,
-        "--seed",
-        "1",
-        "--json",
-        str(path),
-        *more,
-    ]
-    subprocess.run(command, check=True, stdout=sys.stderr)
-    return json.loads(path.read_text())["stages"][-1]  # type: ignore[no-any-return]
+def measure(url: str, shape: str, more: list[str], path: Path) -> None:
+    """Leaves the report of a run at `path`."""
+    asked = ["--url", url, "--shape", shape, "--seed", "1", "--json", str(path)]
+    subprocess.run([*DSV4, "bench", "serve", *asked, *more], check=True, stdout=sys.stderr)
 
 
-def simulated(report: Path, gpu: str, more: list[str]) -> dict[str, dict[str, Any]]:
-    """Of every profile, on the requests of a report."""
-    command = [*DSV4, "profiles", "recommend", str(report), "--gpu", gpu, "--json", *more]
+def simulated(report: Path, model: list[str], gpu: str, more: list[str]) -> dict[str, Any]:
+    """What `dsv4 profiles recommend` says of the requests of a report."""
+    of = ["--model", *(model or [str(resources.files("dsv4") / "data" / "nano")])]
+    command = [*DSV4, "profiles", "recommend", str(report), *of, "--gpu", gpu, "--json", *more]
     run = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    return {o["profile"]: o for o in json.loads(run.stdout)["profiles"]}
+    return json.loads(run.stdout)  # type: ignore[no-any-return]
 
 
 def compare(shape: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -94,17 +84,20 @@ def compare(shape: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"shape": shape, "profile": OWN[shape], "measured": {}, "simulated": {}}
     for profile in ("mixed", OWN[shape]):
         path = folder / f"{shape}-{profile}.json"
-        with server(model, profile, shlex.split(a.serve)) as url:
-            stage = measured(url, shape, shlex.split(a.bench), path)
+        if not path.exists():
+            with server(model, profile, shlex.split(a.serve)) as url:
+                measure(url, shape, shlex.split(a.bench), path)
+        stage = json.loads(path.read_text())["stages"][-1]
         times = [
             ms
             for ms, how in zip(stage["rows"]["e2e_ms"], stage["rows"]["ended"], strict=True)
             if how == "whole"
         ]
         found["measured"][profile] = sum(times) / max(len(times), 1) / 1000
-    told = simulated(folder / f"{shape}-mixed.json", a.gpu, shlex.split(a.simulate))
-    found["simulated"] = {profile: told[profile]["answer"] for profile in ("mixed", OWN[shape])}
-    return found
+    told = simulated(folder / f"{shape}-mixed.json", model, a.gpu, shlex.split(a.simulate))
+    answers = {o["profile"]: o["answer"] for o in told["profiles"]}
+    found["simulated"] = {profile: answers[profile] for profile in ("mixed", OWN[shape])}
+    return found | {"recommended": told["profiles"][0]["profile"]}
 
 
 def main() -> None:
@@ -119,21 +112,26 @@ def main() -> None:
     )
     parser.add_argument("--serve", default="", help="further flags of dsv4 serve")
     parser.add_argument("--simulate", default="", help="further flags of dsv4 profiles recommend")
+    parser.add_argument(
+        "--reports", type=Path, help="folder in which reports stay, and are found [a new one]"
+    )
     parser.add_argument("--out", type=Path, help="file for the figures as JSON [none]")
     a = parser.parse_args()
     shapes = a.shapes.split(",")
     if unknown := sorted(set(shapes) - set(OWN)):
         parser.error(f"--shapes has {', '.join(unknown)}; known are {', '.join(OWN)}")
     with tempfile.TemporaryDirectory() as folder:
-        rows = [compare(shape, a, Path(folder)) for shape in shapes]
-    print("| shape | profile | measured: answer against `mixed`, s | simulated, s |")
-    print("| --- | --- | --- | --- |")
+        kept = a.reports or Path(folder)
+        kept.mkdir(parents=True, exist_ok=True)
+        rows = [compare(shape, a, kept) for shape in shapes]
+    print("| shape | profile | measured: answer against `mixed`, s | simulated, s | recommended |")
+    print("| --- | --- | --- | --- | --- |")
     for row in rows:
         cells = (
             f"{row[kind][row['profile']]:.2f} against {row[kind]['mixed']:.2f} ({row[kind][row['profile']] / row[kind]['mixed'] - 1:+.0%})"
             for kind in ("measured", "simulated")
         )
-        print(f"| {row['shape']} | {row['profile']} | {' | '.join(cells)} |")
+        print(f"| {row['shape']} | {row['profile']} | {' | '.join(cells)} | {row['recommended']} |")
     if a.out:
         a.out.write_text(json.dumps(rows) + "\n")
 
