@@ -55,7 +55,7 @@ def test_every_part_is_measured_and_written(
     (path,) = tmp_path.glob("cpu/engine-tiny-*.json")
     found = json.loads(path.read_text())
     assert "--rows 2 1" in found["command"] and str(tmp_path) not in found["command"]
-    assert [len(found[part]) for part in PARTS] == [2, 2, 3, 1, 1, 1]
+    assert [len(found[part]) for part in PARTS] == [2, 2, 3, 1, 1, 2]
     assert all(row["limit_ms"] > 0 and row[row["against"]] > 0 for part in PARTS for row in found[part])
     assert [row["kernels"] for row in found["starts"]] == ["to be compiled", "in the cache"]
     assert (
@@ -72,7 +72,7 @@ def test_every_part_is_measured_and_written(
         "## Decode steps\n" in text
         and "memory weights 1.00 GiB" in text
         and "start: start_s " in text
-        and drawn.count("<rect") == 1 + 10
+        and drawn.count("<rect") == 1 + 11
     )
 
 
@@ -87,7 +87,7 @@ def test_a_budget_leaves_out_the_rest_and_writes_what_there_is(tmp_path: Path, s
         *["cached"] * 3,
         "turns",
         "beside",
-        "long",
+        *["long"] * 2,
         "prefill",
         "start with a cache",
     ]

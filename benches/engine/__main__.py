@@ -48,6 +48,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 1, 64, 128, 32, 256])
     parser.add_argument("--context", type=int, default=4096, help="tokens before a decode step")
     parser.add_argument("--contexts", type=int, nargs="*", default=[131072, 1048000], help="longer ones")
+    parser.add_argument("--history", type=int, default=2**20, help="tokens of longer contexts at a time")
     parser.add_argument("--prompts", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument(
         "--turns",
@@ -200,7 +201,9 @@ def shapes(args: argparse.Namespace, step_tokens: int) -> Shapes:
     contexts = tuple(n for n in args.contexts if n + 1000 < args.max_len)
     prompts = tuple(dict.fromkeys(fitting(n, args.max_len) for n in args.prompts))
     turns = tuple(n for n in args.turns if n + 1000 < args.max_len)
-    return Shapes(tuple(args.rows), args.context, contexts, prompts, step_tokens, args.max_len, turns)
+    return Shapes(
+        tuple(args.rows), args.context, contexts, prompts, step_tokens, args.max_len, turns, args.history
+    )
 
 
 def fitting(prompt: int, max_len: int) -> int:

@@ -40,6 +40,8 @@ class Shapes:
     max_len: int
     turns: tuple[int, ...] = ()
     """Prompts that are read once, asked again and followed by a turn."""
+    history: int = 2**20
+    """Tokens of longer contexts at a time."""
 
 
 def parts(s: Shapes, only: tuple[str, ...]) -> Iterator[Part]:
@@ -53,12 +55,7 @@ def parts(s: Shapes, only: tuple[str, ...]) -> Iterator[Part]:
         *(_turns(n, s.step_tokens) for n in s.turns),
         _beside(s, 4 * longest),
         *(_decode("decode", n, s.context) for n in s.rows[2:]),
-        *(
-            _decode("long", rows, n)
-            for n in s.contexts
-            for rows in (1, 8)
-            if rows * n <= 2**20 and rows <= max(s.rows)
-        ),
+        *(_decode("long", rows, n) for n in s.contexts for rows in sorted(s.rows) if rows * n <= s.history),
         *(_prompt(n, s.step_tokens) for n in reversed(s.prompts[:-1])),
         *(_cached(longest, new, s.step_tokens) for new in news[3:]),
     ]
