@@ -141,8 +141,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.begun = args, time.perf_counter()
-        on_gpu = args.device != "cpu" and torch.cuda.is_available()
-        device = torch.cuda.get_device_name() if on_gpu else "cpu"
+        self.on_gpu = args.device != "cpu" and torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if self.on_gpu else "cpu"
         self.found: dict[str, Any] = {"device": device, "torch": torch.__version__, "cases": [], "cost": []}
 
     @property
@@ -185,11 +185,9 @@ class Run:
 
     @contextmanager
     def kernels(self, what: str) -> Iterator[None]:
-        """Prints the kernels that take most of the GPU's time meanwhile."""
+        """Prints the kernels that take most of the device's time meanwhile."""
         where = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(
-            activities=[where.CUDA if torch.cuda.is_available() else where.CPU]
-        ) as found:
+        with torch.profiler.profile(activities=[where.CUDA if self.on_gpu else where.CPU]) as found:
             yield
         print(what, flush=True)
         of = sorted(found.key_averages(), key=lambda k: -k.self_device_time_total)[: self.args.kernels]

@@ -20,7 +20,7 @@ from benches import grammar_step
 from benches.engine import __main__ as bench
 from benches.engine import report, vllm
 from benches.engine.driver import Driver, by_kernel
-from benches.engine.limits import Limits, Rates
+from benches.engine.limits import Limits, Rates, measured
 from benches.engine.model import flash
 from benches.engine.parts import PARTS, Shapes, parts
 from tests.support.checkpoints import write_random
@@ -182,12 +182,24 @@ def test_the_same_jobs_run_on_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     engine = object.__new__(vllm.Vllm)
     engine._engine, engine._jobs, engine._count, engine.vocab = FakeVllm(), {}, 0, 1000
+    engine.on_gpu = False
     driver = Driver(engine, steps=4)
     job = driver.job(np.arange(5, dtype=np.int32), 3)
     driver.run()
     assert len(job.times) == 3 and job.cached == 3 and not engine._jobs
     figures = bench.parts(Shapes((2,), 24, (), (40,), 64, 1600), ("decode", "prefill", "cached", "beside"))
     assert all(part.run(driver)[part.against] >= 0 for part in figures)
+
+
+def test_an_engine_on_the_cpu_is_not_measured_by_the_gpu_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its rates a small model's limit would be zero, and its steps are idle there."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    run = bench.Run(bench.parsed(["--device", "cpu"]), [])
+    assert not run.on_gpu and run.found["device"] == "cpu"
+    assert 0 < measured(on_gpu=run.on_gpu).copy_tb_s < 2
+    steps: list[int] = []
+    engine = SimpleNamespace(on_gpu=False, step=lambda: steps.append(1))
+    assert Driver(engine).busy(3) == {} and len(steps) == 3  # type: ignore[arg-type]
 
 
 def test_the_engine_beside_is_shown() -> None:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dsv4 import doctor
 from dsv4.doctor import Finding
 from dsv4.host import Card, Host, _smi, bind, bus_ids, cpus_of, link_matrix, numa_node, shared_memory
+from dsv4.host_memory import MACHINE, Bound
 
 GIB = 2**30
 TOPOLOGY = """\
@@ -104,6 +106,8 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         == "no GPU: one rank, on the CPU (--tensor-parallel-size R takes R processes)"
     )
     assert _line(findings, "gpu").text.startswith("none (torch ")
+    memory = [Bound(60 * GIB, 64 * GIB, MACHINE)]
+    monkeypatch.setattr(doctor, "host_memory", lambda: memory)
     _, flash = [f for f in _said(Host(shared=None, visible=""), "v4-flash") if f.name == "ranks"]
     assert flash.text.startswith("v4-flash: 155.42 GiB of weights, ") and "dsv4 plan v4-flash" in flash.fix
     assert flash.level == "note"
@@ -111,7 +115,11 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _line(findings, "shared memory").text == "no /dev/shm"
     assert all(f.level != "missing" for f in findings)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
-    assert Host.here().visible == "5"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Host.here().visible == "5" and not Host.here().cards
+    memory[0] = Bound(240 * GIB, 256 * GIB, MACHINE)
+    _, flash = [f for f in _said(Host(shared=None), "v4-flash") if f.name == "ranks"]
+    assert flash.level == "ok" and flash.text.endswith("240.0 GiB of memory")
 
 
 def test_tools_that_fail_or_hang_say_nothing() -> None:

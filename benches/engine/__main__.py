@@ -84,7 +84,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, argv: list[str]) -> None:
         self.args, self.argv, self.begun = args, argv, time.perf_counter()
-        on_gpu = args.device != "cpu" and torch.cuda.is_available()
+        self.on_gpu = on_gpu = args.device != "cpu" and torch.cuda.is_available()
         model = f"flash-{args.layers}-layers" if args.model == "flash" else Path(args.model).name
         self.found: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if on_gpu else "cpu",
@@ -190,8 +190,10 @@ def started(run: Run) -> tuple[Engine, Shapes]:
     )
     kernels = "in the cache" if args.keep_cache or args.alone else "to be compiled"
     run.keep("starts", {"start_s": time.perf_counter() - begun, "kernels": kernels})
+    # What a process beside another takes of a GPU cannot be told: the card counts both.
+    lines = ("ranks", "graphs", "scheduler") if args.alone else ("ranks", "graphs", "memory", "scheduler")
     for line in llm.describe():
-        if line.startswith(("ranks", "graphs", "memory", "scheduler")):
+        if line.startswith(lines):
             print(line, flush=True)
             run.found[line.split()[0]] = line.split(maxsplit=1)[1]
     return Dsv4(llm), shapes(args, llm.config.max_num_batched_tokens or 0)
@@ -233,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     if cache is not None:
         os.environ["TRITON_CACHE_DIR"] = cache
     if not args.alone:
-        run.rates = measured()
+        run.rates = measured(on_gpu=run.on_gpu)
         run.found["rates"] = {k: float(f"{v:.3g}") for k, v in asdict(run.rates).items()}
     engine, found = started(run)
     run.parts(engine, found, limits_of(engine, run))

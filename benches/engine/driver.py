@@ -38,6 +38,7 @@ class Engine(Protocol):
 
     name: str
     vocab: int
+    on_gpu: bool
 
     def submit(self, ids: np.ndarray, tokens: int) -> Job: ...
     def step(self) -> None: ...
@@ -51,7 +52,7 @@ class Dsv4:
     name = "dsv4"
 
     def __init__(self, llm: LLM) -> None:
-        self.llm, self.vocab = llm, llm.model_config.vocab_size
+        self.llm, self.vocab, self.on_gpu = llm, llm.model_config.vocab_size, llm.config.device == "cuda"
         self.step, self.has_work, self.abort_all = llm.step, llm.has_work, llm.abort_all
         self._jobs, self._keys, self._others = dict[int, Job](), count(1 << 40), llm._loop.tell
         llm._loop.tell = self._told
@@ -111,8 +112,8 @@ class Driver:
 
     def busy(self, steps: int) -> dict[str, float]:
         """Of the next `steps` steps: milliseconds of a step in which the GPU works (the union of kernels and copies by torch's
-        profiler), and how many of them there are. Empty without a GPU."""
-        if not torch.cuda.is_available():
+        profiler), and how many of them there are. Empty for an engine on the CPU, also beside a GPU."""
+        if not self.engine.on_gpu:
             for _ in range(steps):
                 self.engine.step()
             return {}

@@ -26,9 +26,9 @@ class Rates:
     fp8_tf: float
 
 
-def measured() -> Rates:
-    """On the GPU; on the CPU a copy and a product in float32, which stand for all."""
-    if torch.cuda.is_available():
+def measured(*, on_gpu: bool) -> Rates:
+    """On the CPU a copy and a product in float32, which stand for all."""
+    if on_gpu:
         from benches.gpu.timing import Bench
 
         bench = Bench(quick=True)

@@ -20,6 +20,7 @@ class Vllm:
     """Its engine core in this process, stepped by hand."""
 
     name = "vllm"
+    on_gpu = True
 
     def __init__(self, model: str, *, running: int, max_len: int, step_tokens: int | None, pool: int) -> None:
         """`model`: a directory with config.json. `pool`: bytes."""

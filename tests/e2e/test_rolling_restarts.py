@@ -36,7 +36,8 @@ class Replica:
     def __init__(self, *options: str, scripted: bool, log: Path) -> None:
         self.port, self.log = free_port(), log
         start = ("-c", SERVE) if scripted else ("-m", "dsv4.cli", "serve")
-        self._command = [*start, *SETTINGS, *options, "--port", str(self.port)]
+        # On a GPU, whose kernels differ by what runs beside a token, a request that is asked again may get another answer.
+        self._command = [*start, *SETTINGS, "--device", "cpu", *options, "--port", str(self.port)]
         self._env = environment(step=0.02) | {"OMP_NUM_THREADS": "1"}
 
     async def start(self) -> None:

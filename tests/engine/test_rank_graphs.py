@@ -30,7 +30,7 @@ from tests.engine.test_graphs import capture
 from tests.support.checkpoints import write_random
 from tests.support.models import random_config, random_weights
 from tests.support.ranks import RankDriver, run_ranks
-from tests.support.scripted import ROOT
+from tests.support.scripted import python_path
 
 SETTINGS: dict[str, Any] = dict(
     tensor_parallel_size=2, device="cpu", max_model_len=1024, max_num_batched_tokens=600, max_num_seqs=4,
@@ -69,7 +69,7 @@ def test_captured_steps_are_those_without(tmp_path: Path, monkeypatch: pytest.Mo
     plain.close()
     capture(monkeypatch)
     monkeypatch.setattr(group, "PROCESS", "tests.support.capturing_rank")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     llm = LLM(model, cudagraph_capture_sizes=(1, 2), **SETTINGS)
     try:
         assert list(answers(llm)) == expected

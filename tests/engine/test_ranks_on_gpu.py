@@ -30,7 +30,7 @@ from torch import Tensor
 from tests.record_golden import GOLDEN, cases, prompt_ids
 from tests.support import sharing_gpu
 from tests.support.ranks import run_ranks
-from tests.support.scripted import ROOT
+from tests.support.scripted import ROOT, python_path
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 pytestmark = pytest.mark.skipif(not GPUS, reason="needs a CUDA device")
@@ -139,7 +139,7 @@ def test_two_ranks_on_one_gpu(eager: bool, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(group, "PROCESS", "tests.support.sharing_gpu")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     # Of these steps no message is too long for memory: what goes over gloo no graph can hold.
     _serves(enforce_eager=eager, max_num_batched_tokens=512)
 

@@ -241,6 +241,9 @@ def test_compress_at_full_width(halves: int, ratio: int, form: str, dim: int) ->
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 32, 33, 200, 300, 1500])
 def test_hyper_connections_at_full_width(dim: int, first: bool, tokens: int) -> None:
+    """The streams against the reference's, and what is made of them against what the reference makes of the same streams: the kernel fuses
+    multiply and add, so of some 16,384 sums of a token one in two tokens rounds to the next bfloat16, which alone moves `post` by up to
+    1.5e-4 (1,500 tokens on the CPU, in float64). Beside that fn in two bfloat16 pieces moves it by 5e-6, sums in another order by less than 1e-4."""
     g = torch.Generator().manual_seed(tokens)
     r = lambda *shape: torch.randn(shape, generator=g)  # noqa: E731
     streams, fn = r(tokens, 4, dim).bfloat16(), r(24, 4 * dim) / (4 * dim) ** 0.5
@@ -249,12 +252,16 @@ def test_hyper_connections_at_full_width(dim: int, first: bool, tokens: int) -> 
     args |= dict.fromkeys(("y", "post", "comb")) if first else {}
     args |= dict(fn=fn, scale=r(3).abs(), base=r(24), norm_eps=1e-6, hc_eps=1e-6, iters=20)
     args |= dict(weight=1 + r(dim) / 10, eps=1e-6, quantised=True)
-    expected, given = REFERENCE.hc_next(**args), moved(args, DEVICE)
+    streams, given = REFERENCE.hc_next(**args)[1], moved(args, DEVICE)
     for module in ("mhc", "mhc_few") if tokens <= FEW_STREAM_TOKENS else ("mhc",):
-        once = None
+        once = expected = None
         for _ in range(20):
             x, *rest = kernel("hc_next", module)(**given)
-            assert close(x.values, expected[0].values) < 3e-3 and close(rest[0], expected[1]) < 3e-3
+            assert close(rest[0], streams) < 3e-3
+            if expected is None:
+                on = dict.fromkeys(("y", "post", "comb")) | {"streams": rest[0].cpu()}
+                expected = REFERENCE.hc_next(**args | on)
+            assert close(x.values, expected[0].values) < 3e-3
             assert torch.allclose(rest[1].cpu(), expected[2], atol=1e-4)
             assert torch.allclose(rest[2].cpu(), expected[3], atol=1e-4)
             codes, scales = quantise(x.values, pad=4)

@@ -26,11 +26,15 @@ sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
 OPTIONS = ("--num-pages", "64", "--max-num-seqs", "2", "--block-size", "128")
 
 
+def python_path() -> str:
+    """PYTHONPATH of processes that are to find this folder, and every package that this process finds."""
+    return os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+
+
 def environment(**settings: object) -> dict[str, str]:
     """For processes that are to find this folder; `settings` as SCRIPTED_…"""
-    paths = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     told = {f"SCRIPTED_{name.upper()}": str(value) for name, value in settings.items()}
-    return {**os.environ, "PYTHONPATH": paths, **told}
+    return {**os.environ, "PYTHONPATH": python_path(), **told}
 
 
 @contextmanager
