@@ -18,6 +18,7 @@ from dsv4.engine.buffers import StepPlan
 from dsv4.engine.build import _core
 from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import DecodeGraphs
+from dsv4.model.step import columns_of, padded, step_of
 from dsv4.plan import graphs as sizes
 from dsv4.plan.graphs import EXTEND_ROWS, EXTENDS, extend_contexts_of, extend_rows_of, extends_of
 from torch import Tensor
@@ -160,3 +161,18 @@ def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch
     assert got == expected
     extends = llm._loop.device.extends
     assert extends is not None and {size.tokens for size in extends._graphs} >= {64, 256}
+
+
+def test_only_window_rows_that_are_seen_are_copied() -> None:
+    """A row that goes on at position 5 sees five rows before it; rows of padding see none."""
+    config = random_config("flash")
+    other = Driver(config, random_weights(config, 1), slabs=3, max_len=512)
+    geometry = other.model.geometry
+    batch = other.batch([Chunk(0, random_tokens(config, 40), 5), Chunk(1, random_tokens(config, 1), 400)])
+    columns = columns_of(batch, geometry)
+    assert columns is not None
+    window = step_of(padded(columns, 9, 2, 512, geometry), batch.page_table, geometry).window
+    assert window.past_to is not None and window.past is not None
+    copied = window.past_to[window.past_to >= 0].tolist()
+    seen = window.ids[(window.ids >= 0) & (window.ids < len(window.past))].tolist()
+    assert len(copied) == 5 + geometry.window and set(seen) <= set(copied)

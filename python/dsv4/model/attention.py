@@ -114,7 +114,7 @@ class Attention:
         rows, compressed = stored(), self._compressed(selected(), step)
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
         if rows is scratch:
-            ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
+            ops.copy_rows(rows, window.kept, self.window, window.kept_to)
         u = ops.grouped_linear(o.view(len(x), self.groups, -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
 
@@ -134,7 +134,7 @@ class Attention:
         ops, window, rows = self.ops, step.window, self.window
         if scratch is not None and window.past is not None:
             rows = scratch
-            ops.copy_rows(self.window, window.past, rows, torch.arange(len(window.past), device=kv.device))
+            ops.copy_rows(self.window, window.past, rows, window.past_to)
         ops.write_rows(self._kv(kv, step), self.kv_norm, *rope, self.eps, rows, window.target)
         return rows
 

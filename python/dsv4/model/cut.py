@@ -170,10 +170,11 @@ class RankStep:
 def _window(of: Mapping[str, Tensor], geometry: Geometry) -> WindowTable:
     """Rows of all tokens, beside the ring; `ids` are those of groups."""
     slabs, position, kept = of["slabs"], of["position"], of["kept"]
-    past = past_of(slabs, of["start"], geometry)
+    past, past_to = past_of(slabs, of["start"], of["floor"], geometry)
     own = slabs[of["row"]] * geometry.ring + position % geometry.ring
     none = torch.empty((0, geometry.window), dtype=torch.int32, device=past.device)
-    return WindowTable(none, len(past) + of["place"], past, kept, own[kept])
+    target = len(past) + of["place"]
+    return WindowTable(none, target, past, past_to, target[kept], own[kept])
 
 
 def _groups(

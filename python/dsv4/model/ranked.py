@@ -90,7 +90,7 @@ class RankedAttention(Attention):
         query = None if queries is None or weights is None else (queries(), weights)
         y = self._attended(step, q, rope.local, rows, query)
         if rows is scratch:
-            ops.copy_rows(rows, window.target[window.kept], self.window, window.kept_to)
+            ops.copy_rows(rows, window.kept, self.window, window.kept_to)
         return y
 
     def _attended(

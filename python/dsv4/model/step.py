@@ -310,13 +310,14 @@ def _in_ring(t: TokenTable, floor: Tensor, geometry: Geometry) -> WindowTable:
 
 
 def _beside_ring(t: TokenTable, floor: Tensor, kept: Tensor, geometry: Geometry) -> WindowTable:
-    past = past_of(t.slabs, t.start, geometry)
+    past, past_to = past_of(t.slabs, t.start, floor, geometry)
     own = t.slabs[t.row] * geometry.ring + t.position % geometry.ring
     return WindowTable(
         ids=ids_beside_ring(t, floor, geometry),
         target=len(past) + torch.arange(len(t.row), device=own.device),
         past=past,
-        kept=kept,
+        past_to=past_to,
+        kept=len(past) + kept,
         kept_to=own[kept],
     )
 
@@ -332,10 +333,12 @@ def ids_beside_ring(t: TokenTable, floor: Tensor, geometry: Geometry) -> Tensor:
     return torch.where(held, torch.where(position < start, old, new), -1).int()
 
 
-def past_of(slabs: Tensor, start: Tensor, geometry: Geometry) -> Tensor:
-    """Ring rows int64 [R * W] before each row's start."""
+def past_of(slabs: Tensor, start: Tensor, floor: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Ring rows int64 [R * W] before each row's start, and their places in the scratch region, -1 for those that no token sees."""
     behind = start[:, None] - geometry.window + torch.arange(geometry.window, device=start.device)
-    return (slabs[:, None] * geometry.ring + behind % geometry.ring).flatten()
+    past = (slabs[:, None] * geometry.ring + behind % geometry.ring).flatten()
+    place = torch.arange(len(past), device=past.device)
+    return past, torch.where((behind >= floor.clamp(min=0)[:, None]).flatten(), place, -1)
 
 
 def _entries(t: TokenTable, pages: Tensor, end: int, geometry: Geometry) -> dict[int, EntryTable]:

@@ -112,13 +112,15 @@ class WindowTable:
     `ids` int32 [T, W]: physical row of each key of each token, ascending by position and the token's own last, -1
     where there is none. Where every batch row is so short that the ring holds its window and its own tokens, ids
     name rows of the ring and `target` int64 [T] is the token's own row there. Otherwise they name rows of a
-    scratch region that holds first the W ring rows `past` int64 [R * W] before each batch row's start and then the
-    step's own, which is `target`; tokens `kept` int64 [M] are copied to ring rows `kept_to` int64 [M] afterwards.
+    scratch region that has room first for the W ring rows `past` int64 [R * W] before each batch row's start, which are
+    copied to `past_to` int64 [R * W] (-1: no token sees it), and then for the step's own, which is `target`; of the scratch
+    rows `kept` int64 [M] are copied to ring rows `kept_to` int64 [M] afterwards.
     """
 
     ids: Tensor
     target: Tensor
     past: Tensor | None = None
+    past_to: Tensor | None = None
     kept: Tensor | None = None
     kept_to: Tensor | None = None
 
