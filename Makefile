@@ -6,7 +6,7 @@
 #   make test-tools  lm-eval, aiperf, guidellm and schemathesis, unmodified, against a scripted model (2 GB in .venv-tools)
 #   make test-ray  the example for Ray Serve on a Ray of this machine (400 MB in .venv-ray)
 #   make test-fleet  dsv4 dynamo behind Dynamo's frontend and router, on this machine (330 MB in .venv-fleet); CI runs ARGS="-m contract"
-#   make test-gpu  the Python tests on a GPU machine, JOBS at a time (PYTHON=python3 takes its torch)
+#   make test-gpu  the Python tests that may touch a GPU, JOBS at a time (PYTHON=python3 takes its torch)
 #   make test-ready  what a GPU engine still compiles or captures under load (needs CUDA)
 #   make lint    formatting, lints, types, stubs        make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
@@ -113,11 +113,14 @@ test-lowest: setup .venv-lowest/built
 test-clients: setup .venv-clients/built
 	CLIENTS=$(CURDIR)/.venv-clients $(BIN)/python -m pytest -q tests/clients $(ARGS)
 
-# Uses the machine's own torch and needs the built core and pytest-xdist. What tests ahead-of-time compiling and training runs
-# without a GPU; `make test` has it.
+# What may touch a GPU: kernels and ops, and engines that take the device of the machine. All else (HTTP, texts, the planner, the reference's model,
+# ahead-of-time compiling, ranks and restarts on the CPU) is the same on every machine, and `make test` has it. Uses the machine's own torch and
+# needs the built core and pytest-xdist; two threads a job, as torch would start one a core in each.
+ON_GPU := tests/kernels tests/ops tests/engine tests/e2e tests/model/test_on_gpu.py tests/test_python_page.py
+NOT_ON_GPU := tests/kernels/test_aot.py tests/e2e/test_rolling_restarts.py tests/e2e/test_ranks.py tests/engine/test_ctrl_c.py
 test-gpu:
-	PYTHONPATH=python:. $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile -p no:benchmark tests \
-	  --ignore tests/kernels/test_aot.py --ignore tests/examples $(ARGS)
+	PYTHONPATH=python:. OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile -p no:benchmark --durations 25 \
+	  $(ON_GPU) $(addprefix --ignore ,$(NOT_ON_GPU)) $(ARGS)
 
 .venv-tools/built: | setup
 	@echo "test-tools: an evaluation harness, load generators and a fuzzer in .venv-tools: 2 GB on disk, 2 to 10 minutes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from dsv4 import doctor
 from dsv4.doctor import Finding
 from dsv4.host import Card, Host, _smi, bind, bus_ids, cpus_of, link_matrix, numa_node, shared_memory
 from dsv4.host_memory import MACHINE, Bound
+
+from tests.support.scripted import ROOT
 
 GIB = 2**30
 TOPOLOGY = """\
@@ -120,6 +123,17 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     memory[0] = Bound(240 * GIB, 256 * GIB, MACHINE)
     _, flash = [f for f in _said(Host(shared=None), "v4-flash") if f.name == "ranks"]
     assert flash.level == "ok" and flash.text.endswith("240.0 GiB of memory")
+
+
+def test_what_needs_a_gpu_is_in_make_test_gpu() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    taken, left = (re.search(rf"^{name} := (.*)$", makefile, re.M)[1].split() for name in ("ON_GPU", "NOT_ON_GPU"))  # type: ignore[index]
+    assert all((ROOT / path).exists() for path in (*taken, *left))
+    needs = re.compile(r"needs a CUDA device|@on_(gpu|hopper)|DEVICES = |import DEVICE")
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        name = str(path.relative_to(ROOT))
+        if needs.search(path.read_text()) and path != Path(__file__):
+            assert name.startswith(tuple(taken)) and name not in left, name
 
 
 def test_tools_that_fail_or_hang_say_nothing() -> None:
