@@ -127,7 +127,9 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_needs_a_gpu_is_in_make_test_gpu() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    taken, left = (re.search(rf"^{name} := (.*)$", makefile, re.M)[1].split() for name in ("ON_GPU", "NOT_ON_GPU"))  # type: ignore[index]
+    taken, left = (
+        re.search(rf"^{name} := (.*)$", makefile, re.M)[1].split() for name in ("ON_GPU", "NOT_ON_GPU")
+    )  # type: ignore[index]
     assert all((ROOT / path).exists() for path in (*taken, *left))
     needs = re.compile(r"needs a CUDA device|@on_(gpu|hopper)|DEVICES = |import DEVICE")
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
