@@ -248,20 +248,27 @@ SHAPES: dict[int, dict[str, Any]] = {
         kind="flash", compress_ratios=[0, 4, 128], num_attention_heads=6, o_groups=3, moe_intermediate_size=96
     ),
     4: dict(kind="pro", compress_ratios=[128, 4, 128], o_groups=4, moe_intermediate_size=128),
+    8: dict(
+        kind="pro",
+        compress_ratios=[128, 4, 128],
+        num_attention_heads=8,
+        o_groups=8,
+        moe_intermediate_size=256,
+    ),
 }
 
 
 @pytest.mark.parametrize("ranks", SHAPES)
-def test_three_and_four_ranks_give_what_one_does(ranks: int, tmp_path: Path) -> None:
+def test_more_ranks_give_what_one_does(ranks: int, tmp_path: Path) -> None:
     """A prompt that they cut beside one that they share, then one that hits. Nothing stays of engines that nobody holds any more."""
     path, told = write_random(tmp_path / "model", index_topk=16, **SHAPES[ranks]), []
-    params = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    params, length = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True), 900 if ranks < 8 else 1800
     for r in (1, ranks):
         settings: dict[str, Any] = dict(num_pages=12, max_num_seqs=2, max_num_batched_tokens=700)
         before = children(os.getpid())
         llm = LLM(str(path), device="cpu", tensor_parallel_size=r, **settings)
-        done = llm.generate([tokens(76, 900), tokens(77, 30)], params)
-        done += llm.generate([[*tokens(76, 900), 9]], params)
+        done = llm.generate([tokens(76, length), tokens(77, 30)], params)
+        done += llm.generate([[*tokens(76, length), 9]], params)
         assert done[2].usage is not None and done[2].usage.cached_tokens >= 512
         told.append([completion.token_ids for completion in done])
         assert len(children(os.getpid())) == len(before) + r - 1
