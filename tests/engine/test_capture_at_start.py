@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from dsv4.plan.graphs import at_start, extend_contexts_of, extends_of, sizes_of,
 
 from tests.engine.test_graphs import capture
 from tests.support.checkpoints import write_random
+from tests.support.scripted import python_path
 
 PROMPTS = [[5, 9, 100 + i, 7, 40] * (3 + 4 * i) for i in range(4)] + [[7, 8, 9] * 95]
 KNOBS: list[dict[str, Any]] = [
@@ -160,3 +164,24 @@ def test_a_wrong_size_is_named(given: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as e:
         load([EngineConfig], {"cudagraph_capture_sizes": given}, {})
     assert str(e.value).startswith(said)
+
+
+SAID = """
+import sys
+from dsv4 import LLM
+from dsv4.engine.warmup import _said
+llm = LLM(sys.argv[1], device="cpu", max_num_seqs=3, max_model_len=512, num_pages=int(sys.argv[2]))
+print(_said(llm._loop.device, 128, 512))
+"""
+
+
+def test_starts_of_one_model_in_folders_of_other_names_look_for_one_list(tmp_path: Path) -> None:
+    """In processes of their own, as starts are, and with two pages more, as starts may have."""
+    said = []
+    for name, pages in (("one", 21), ("other", 23)):
+        model = str(write_random(tmp_path / name, compress_ratios=[0, 4, 128]))
+        command = [sys.executable, "-c", SAID, model, str(pages)]
+        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": python_path()})  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        said.append(run.stdout)
+    assert said[0] == said[1] and "0x" not in said[0]
