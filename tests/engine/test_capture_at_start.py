@@ -40,10 +40,14 @@ class Counting:
 
     def __init__(self) -> None:
         self.runs: list[Callable[[], None]] = []
+        self.first: list[Callable[[], None]] = []
+        """Of them, those that ran before."""
 
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, run: Callable[[], None], before: bool) -> Callable[[], None]:
         self.runs.append(run)
-        run()
+        if before:
+            self.first.append(run)
+            run()
         return run
 
 
@@ -86,6 +90,25 @@ def test_nothing_is_captured_after_ready(tmp_path: Path, captures: Counting) -> 
     assert len(captures.runs) == count == llm._loop.device.graphs.held
     assert late_captures(llm._loop.device) == 0
     assert "contexts up to 256, 512 tokens, captured at start;" in "".join(llm.describe())
+
+
+def test_a_step_runs_before_its_capture_where_one_of_its_kind_has_not(
+    tmp_path: Path, captures: Counting
+) -> None:
+    """Every size and every context once, which is a small part of all pairs; later captures always."""
+    llm, _ = started(tmp_path, capture_context=256)
+    graphs = llm._loop.device.graphs
+    steps = [run.args for run in captures.first if run.func == graphs._run]  # type: ignore[attr-defined]
+    assert steps == [(size, 256) for size in reversed(graphs.sizes)]
+    draws = [run.args for run in captures.first if run.func == graphs._run_draw]  # type: ignore[attr-defined]
+    assert {size for size, _ in draws} == set(graphs.sizes) and {kind for _, kind in draws} == set(KINDS)
+    assert len(draws) == len(graphs.sizes) + len(KINDS) - 1
+    chunks = [run.args[0] for run in captures.first if run.func == llm._loop.device.extends._run]  # type: ignore[attr-defined]
+    assert len(chunks) == len(extends_of(128, 512)) and len(captures.first) < len(captures.runs)
+    count = len(captures.first)
+    llm.generate([PROMPTS[-1]], SamplingParams(max_tokens=3, ignore_eos=True))
+    late = late_captures(llm._loop.device)
+    assert late > 1 and len(captures.first) == count + late
 
 
 def test_the_largest_come_first(tmp_path: Path, captures: Counting) -> None:

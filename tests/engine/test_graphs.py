@@ -34,7 +34,7 @@ from tests.support.models import random_config, random_weights
 from tests.support.ranks import Deaf
 
 
-def as_it_is(run: Step) -> Step:
+def as_it_is(run: Step, before: bool) -> Step:
     """In place of a capture."""
     return run
 

@@ -61,7 +61,7 @@ def test_replays(name: str, rows: int, starts: tuple[int, ...], max_len: int) ->
     decoder.cache.slabs[-1] = 0xFF
     assert decoder.model.uncaptured() == []
     run: Callable[[Hidden], list[Tensor]] = lambda hidden: logits_of(decoder, hidden, starts, 5)  # noqa: E731
-    as_it_is = decoder.graphs(lambda region: region)
+    as_it_is = decoder.graphs(lambda region, before: region)
     direct, again = run(as_it_is.hidden), run(as_it_is.hidden)
     assert all(x.isfinite().all() for x in direct), "not finite, without any graph"
     assert not (why := differ(direct, again)), f"not deterministic, without any graph: {why}"
@@ -106,7 +106,7 @@ def test_replays_of_chunks(name: str) -> None:
     def captured(capture: Capture) -> ExtendGraphs:
         return ExtendGraphs(decoder.graphs(capture), decoder.host_pages, 512)
 
-    direct, graphs = outcome(captured(lambda region: region).hidden), captured(Recorder())
+    direct, graphs = outcome(captured(lambda region, before: region).hidden), captured(Recorder())
     assert direct[0].isfinite().all()
     for turn in range(2):
         for what, a, b in zip(("logits", "state", "pages"), direct, outcome(graphs.hidden), strict=True):

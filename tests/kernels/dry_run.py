@@ -73,7 +73,7 @@ def device(ranks: int, tokens: int, context: int, *, deterministic: bool) -> Loc
     make = LocalDevice if ranks == 1 else RankDevice
     return make(
         model, cache, slabs=SLABS, max_blocks=context // layout.block_tokens, replay_tokens=layout.replay_tokens,
-        step_tokens=tokens, capture=lambda run: run,
+        step_tokens=tokens, capture=lambda run, before: run,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dsv4.model.v4 import V4Model
 
 def main() -> None:
     build._why_eager = lambda config: None
-    build.Recorder = lambda: lambda run: run  # type: ignore[assignment, misc]
+    build.Recorder = lambda: lambda run, before: run  # type: ignore[assignment, misc]
     V4Model.uncaptured = lambda self: []  # type: ignore[method-assign]
     follower.main()
 

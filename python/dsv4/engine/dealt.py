@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4.engine.buffers import StepPlan
-from dsv4.engine.extends import ExtendGraphs, Graph
+from dsv4.engine.extends import ExtendGraphs, Graph, is_power_of_two
 from dsv4.engine.graphs import DecodeGraphs
 from dsv4.model.batch import Batch, Row
 from dsv4.model.deal import Capacity, Deal, RankColumns, owners_of, rank_columns, turns, wanted
@@ -143,12 +143,16 @@ class RankExtends(ExtendGraphs):
         return device, columns.within(device)
 
     def _dealt(self, size: _Dealt) -> Graph:
-        """The run before the capture is of padding alone."""
+        """A run before the capture is of padding alone."""
         if (graph := self._graphs.get(size)) is None:
             device, columns = self._padded(size)
             what = f"a step of {size.tokens} tokens of prompts a rank, {size.shared} tokens of decodes and up to {size.end:,} tokens of context"
+            kinds = (
+                ("dealt", size.tokens, size.shared, is_power_of_two(size.end)),
+                ("dealt up to", size.shared, size.end),
+            )
             graph = self._graphs[size] = Graph(
-                device, self.decode.capture(partial(self._run_dealt, columns), what)
+                device, self.decode.capture(partial(self._run_dealt, columns), what, *kinds)
             )
         return graph
 

@@ -35,6 +35,11 @@ class _Size:
     """All positions are below this."""
 
 
+def is_power_of_two(n: int) -> bool:
+    """Of a context, by which kernels differ."""
+    return n & (n - 1) == 0
+
+
 @dataclass(frozen=True, slots=True)
 class Graph:
     columns: Tensor
@@ -133,13 +138,16 @@ class ExtendGraphs:
         return device, replace(columns.within(device), rows=())
 
     def _graph(self, size: _Size) -> Graph:
-        """The run before the capture is of padding alone."""
+        """A run before the capture is of padding alone."""
         if (graph := self._graphs.get(size)) is None:
             device, columns = self._padding(size)
             what = (
                 f"a step of {size.tokens} tokens in {size.rows} rows and up to {size.end:,} tokens of context"
             )
-            graph = self._graphs[size] = Graph(device, self.decode.capture(partial(self._run, columns), what))
+            kinds = (size.tokens, size.rows, is_power_of_two(size.end)), ("prompts up to", size.end)
+            graph = self._graphs[size] = Graph(
+                device, self.decode.capture(partial(self._run, columns), what, *kinds)
+            )
         return graph
 
     def _run(self, columns: Columns) -> None:

@@ -12,7 +12,8 @@ only. It comes in kinds: with and without edits of logits, with and without top_
 log-probabilities draw without a graph.
 
 All of them are captured at start (`warmup.py`), the largest first, or those of contexts up to `capture_context`; what was left out
-is captured when it first comes, which is told and counted. A capture takes about as long as three steps without graphs.
+is captured when it first comes, which is told and counted. Before a capture its step runs once where it is the first of its kind
+(`DecodeGraphs.capture`); with that a capture takes about as long as three steps without graphs, else as two.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -36,8 +38,8 @@ from dsv4.transfer import put
 log = logging.getLogger("dsv4.engine")
 
 Step = Callable[[], None]
-Capture = Callable[[Step], Step]
-"""Takes what launches kernels; gives what launches the same again."""
+Capture = Callable[[Step, bool], Step]
+"""Takes what launches kernels, and whether it is to run once before; gives what launches the same again."""
 
 
 class Recorder:
@@ -46,21 +48,37 @@ class Recorder:
     def __init__(self) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def __call__(self, run: Step) -> Step:
+    def __call__(self, run: Step, before: bool) -> Step:
         """Raises RuntimeError, which says what to start with."""
         try:
+            if before:
+                self._run(run)
             return self._recorded(run)
         except Exception as e:
             raise RuntimeError(f"a step could not be captured ({e}); start with --enforce-eager") from e
 
-    def _recorded(self, run: Step) -> Step:
+    def _run(self, run: Step) -> None:
+        """Allocates what outlives a step, loads kernels of libraries, connects ranks. What it took besides is given back, as a capture has memory
+        of its own and cannot ask for it."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            run()  # compiles kernels and allocates what outlives a step
-        graph = torch.cuda.CUDAGraph()
-        mode = "thread_local"  # another thread may use the device meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode):
             run()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    def _recorded(self, run: Step) -> Step:
+        """Without `torch.cuda.graph`, which waits for the device and gives memory back each time."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # another thread may use the device meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException:
+                with suppress(Exception):  # which would say that the capture failed, not why
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph.replay
 
 
@@ -84,6 +102,7 @@ class DecodeGraphs:
         self.held = self.late = 0
         """Graphs that there are, of chunks too (`extends.py`), and of them those captured after `ready`."""
         self.ready = False
+        self._ran: set[object] = set()
         self.sink = len(pages) - 1
         self.sizes = sizes_of(self.sink, sizes)
         self.contexts = contexts_of(pages.shape[1] * model.geometry.block_tokens)
@@ -155,10 +174,15 @@ class DecodeGraphs:
             for kind in reversed(KINDS):
                 yield partial(self._drawing, size, kind)
 
-    def capture(self, run: Step, what: str) -> Step:
-        """Captures `run`. `what`: named in the log where requests wait for it."""
+    def capture(self, run: Step, what: str, *kinds: object) -> Step:
+        """Captures `run`. `what`: named in the log where requests wait for it. `kinds`: each thing that decides which kernels and lasting buffers it
+        needs, as in `rehearse`. It runs before its capture if one of them is new: libraries load a kernel, make a handle or connect ranks where it
+        first runs, and scratch memory is zeroed once, which a capture would only note down. All ranks capture in the same order, so they run the
+        same, collectives included. Later than at start it always runs, as what ran at start has given its memory back."""
         begun = time.perf_counter()
-        replay = self._capture(run)
+        before = self.ready or not self._ran.issuperset(kinds)
+        replay = self._capture(run, before)
+        self._ran.update(kinds)
         self.held += 1
         if self.ready:
             self.late += 1
@@ -184,15 +208,18 @@ class DecodeGraphs:
 
     def _replay(self, size: int, end: int) -> Step:
         if (replay := self._replays.get((size, end))) is None:
-            self._put()  # the run before the capture is of padding alone
-            what = f"a decode step of {size} rows and up to {end:,} tokens"
-            replay = self._replays[size, end] = self.capture(partial(self._run, size, end), what)
+            self._put()  # a run before the capture is of padding alone
+            what, kinds = (
+                f"a decode step of {size} rows and up to {end:,} tokens",
+                (("rows", size), ("up to", end)),
+            )
+            replay = self._replays[size, end] = self.capture(partial(self._run, size, end), what, *kinds)
         return replay
 
     def _drawing(self, size: int, kind: Kind) -> Step:
         if (replay := self._draws.get((size, kind))) is None:
-            what = f"a draw of {size} rows, {kind.words()}"
-            replay = self._draws[size, kind] = self.capture(partial(self._run_draw, size, kind), what)
+            what, kinds = f"a draw of {size} rows, {kind.words()}", (("draws", size), kind)
+            replay = self._draws[size, kind] = self.capture(partial(self._run_draw, size, kind), what, *kinds)
         return replay
 
     def _put(self, *columns: np.ndarray) -> None:

@@ -75,8 +75,8 @@ class RankGraphs(DecodeGraphs):
 
     def _heading(self, size: int) -> Step:
         if (replay := self._heads.get(size)) is None:
-            what = f"the logits of {size} rows"
-            replay = self._heads[size] = self.capture(partial(self._run_head, size), what)
+            what, kind = f"the logits of {size} rows", ("logits", size)
+            replay = self._heads[size] = self.capture(partial(self._run_head, size), what, kind)
         return replay
 
     def _run_head(self, size: int) -> None:

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,7 +76,7 @@ def _found_before(device: LocalDevice, known: Known) -> list[Specialisation]:
 
 def _said(device: LocalDevice, step_tokens: int, max_len: int) -> str:
     """All that decides which kernels a device's steps need, beside code and machine; not the model's name, which is that of its folder. Of the
-    number of pages, which may differ a little from start to start, only what kernels are specialised by."""
+    number of pages, which may differ a little from start to start, only how far offsets may reach: no kernel is told it."""
     model, cache, graphs, extends = device.model, device.cache, device.graphs, device.extends
     layout = [(c.name, c.format, c.rows, c.row_bytes) for c in cache.layout.components]
     sizes: tuple[object, ...] = () if graphs is None else (graphs.sizes, graphs.contexts)
@@ -85,7 +84,7 @@ def _said(device: LocalDevice, step_tokens: int, max_len: int) -> str:
     return repr(
         (
             type(device).__name__, device.rank_of, replace(model.config, name=""), model.embed.dtype, model.ops.describe(), layout,
-            _held(model.layers), gcd(len(cache.pages), 16), len(cache.pages).bit_length(), cache.slabs.shape, device.page_table.shape, sizes,
+            _held(model.layers), len(cache.pages).bit_length(), cache.slabs.shape, device.page_table.shape, sizes,
             step_tokens, max_len,
         )
     )  # fmt: skip
