@@ -3,6 +3,7 @@ widths on a GPU."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
@@ -190,6 +191,49 @@ def test_compress_in_pieces_equals_whole(halves: int) -> None:
     for rows, state in results[1:]:
         assert torch.allclose(rows, results[0][0], atol=1e-5, equal_nan=True)
         assert torch.allclose(state, results[0][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 30])
+def test_what_begins_without_state_reads_none(halves: int, tokens: int) -> None:
+    """Slab -1 gives what an empty slab gives; with a place to leave its state nothing else is written, without one the slab is."""
+    found = []
+    for slab in (-1, 2):
+        args = case("compress", 6 + (halves - 1))
+        step = step_of((0, tokens), (37, 1))
+        blocks, g = step.blocks[4], torch.Generator().manual_seed(3)
+        at = blocks.position // 4
+        angle = torch.rand((16, 16), generator=g)
+        args |= {
+            "projected": torch.randn((tokens + 1, args["projected"].shape[1]), generator=g),
+            "blocks": blocks,
+        }
+        args |= {
+            "cos": angle.cos()[at],
+            "sin": angle.sin()[at],
+            "left": args["left"][:2],
+            "left_to": torch.tensor([1, -1]),
+        }
+        slabs = torch.tensor([slab, 1])
+        args["tokens"] = replace(step.tokens, slabs=slabs)
+        state = args["state"].clone()
+        ours = moved(args, DEVICE)
+        kernel("compress")(**ours)
+        assert torch.equal(ours["state"].cpu(), state) and not ours["left"][0].any()
+        found.append((ours["left"][1].cpu(), moved({"rows": ours["rows"]}, "cpu")["rows"].region))
+        REFERENCE.compress(**args)
+        assert torch.equal(args["state"], state) and torch.allclose(
+            args["left"], ours["left"].cpu(), atol=1e-5
+        )
+        again = case("compress", 6 + (halves - 1)) | {
+            k: args[k] for k in ("projected", "blocks", "cos", "sin")
+        }
+        again |= {"tokens": replace(step.tokens, slabs=torch.tensor([2, 1])), "left": None, "left_to": None}
+        REFERENCE.compress(**again)
+        assert torch.equal(again["state"][2], args["left"][1]) and not torch.equal(
+            again["state"][1], state[1]
+        )
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 @on_gpu

@@ -144,6 +144,8 @@ def _compress(t: int, g: torch.Generator) -> dict[str, Any]:
         eps=1e-6,
         dtype=torch.float32,
         rows=stored(torch.zeros(3 * BLOCKS * BLOCK_TOKENS // RATIO, DIM), BLOCK_TOKENS // RATIO),
+        left=torch.zeros((4, halves, 2, DIM)),
+        left_to=torch.tensor([3, -1, 0]),
     )
 
 

@@ -34,10 +34,17 @@ class Compressor:
         self.state, self.history = state, history
 
     def __call__(
-        self, projected: Tensor, tokens: TokenTable, blocks: BlockTable, rope: tuple[Tensor, Tensor]
+        self,
+        projected: Tensor,
+        tokens: TokenTable,
+        blocks: BlockTable,
+        rope: tuple[Tensor, Tensor],
+        rows: Rows | None = None,
+        left: Tensor | None = None,
+        left_to: Tensor | None = None,
     ) -> None:
-        """Takes in tokens, projected by `PROJECT` to float32 [T, 2 * w * D], writes the entries that they complete, carries the
-        rest over. `rope` is (cos, sin) at the blocks' first positions."""
+        """Takes in tokens, projected by `PROJECT` to float32 [T, 2 * w * D], writes the entries that they complete into the history (or
+        `rows`), carries the rest over (or to where `left` says, as in the op). `rope` is (cos, sin) at the blocks' first positions."""
         self.ops.compress(
             projected,
             self.ape,
@@ -48,5 +55,7 @@ class Compressor:
             *rope,
             self.eps,
             self.dtype,
-            self.history,
+            self.history if rows is None else rows,
+            left,
+            left_to,
         )

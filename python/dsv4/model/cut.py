@@ -152,7 +152,7 @@ class RankStep:
             shared,
             cut,
             of["pages"] if geometry.ratios else None,
-            folds={m: Fold.of(of, m, geometry, c) for m in geometry.ratios if f"{m} last" in of},
+            folds={m: Fold.of(of, m, geometry, c) for m in geometry.ratios if f"{m} left" in of},
         )
         if columns.plain is None:
             return found

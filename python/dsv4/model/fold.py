@@ -3,7 +3,7 @@
 A run of a rank's tokens starts at a multiple of every ratio, so an entry is made of one run's tokens, but for entries that overlap:
 those also see the block before, whose tokens the rank before sends (`send`). A rank folds its runs as if they were batch rows,
 the first of a row from the row's state and any other from an empty one, into pages of its own (`room`), which are gathered, and each
-rank keeps the rows that lie on it. The state that a batch row leaves is that of its last run.
+rank keeps the rows that lie on it. The state that a batch row leaves is that of its last run. A layer's compressors cross together.
 
 ```
 run of rank 0          | 4 |     run of rank 1          | 4 |     run of rank 0      ...
@@ -15,8 +15,9 @@ The same numbers are folded in the same order as by one rank alone, so bits are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dsv4.cache.rows import Rows
+from dsv4.formats import row_format
 from dsv4.model.compressor import Compressor
 from dsv4.model.rank import Rank
 from dsv4.model.step import Geometry, Taking, blocks_of, filled, ranges
@@ -46,24 +48,23 @@ class Runs:
 @dataclass(frozen=True, slots=True)
 class Fold:
     """Tables of one ratio on one rank. Folded are the local tokens, followed by what all ranks `send` (int64 [most], among the local
-    ones; None: nothing crosses), in runs of which `tokens` and `blocks` tell as of batch rows.
+    ones; None: nothing crosses), in runs of which `tokens` and `blocks` tell as of batch rows. The slab of a run is that whose state it starts
+    from, -1 for none.
 
-    `slabs` int64, `fresh` bool [runs]: whose state a run starts from, or from none. `room`: pages, as long as a rank's pages of history are, that
-    hold the entries of any rank. `ids`, `target` int64 [N]: of all ranks' entries (rank * rows of `room` + place) those that this one keeps, and
-    its rows for them, -1 for padding. `ends`, `owner`, `rows` int64 [R]: the local run that ends each batch row (0 if none does), the rank on
-    which that is, and the row's slab."""
+    `room`: pages, as long as a rank's pages of history are, that hold the entries of any rank. `ids`, `target` int64 [N]: of all ranks' entries
+    (rank * rows of `room` + place) those that this one keeps, and its rows for them, -1 for padding. `left_to` int64 [runs]: the batch row that
+    a run ends, -1 for none. `ended`, `slabs` int64 [R]: where each batch row's state is in those that all ranks have left (rank * R + row), and
+    its slab, -1 for padding."""
 
     send: Tensor | None
     tokens: TokenTable
     blocks: BlockTable
-    slabs: Tensor
-    fresh: Tensor
     room: int
     ids: Tensor
     target: Tensor
-    ends: Tensor
-    owner: Tensor
-    rows: Tensor
+    left_to: Tensor
+    ended: Tensor
+    slabs: Tensor
 
     @classmethod
     def of(cls, columns: Mapping[str, Tensor], ratio: int, geometry: Geometry, c: Capacity) -> Fold:
@@ -76,36 +77,82 @@ class Fold:
         names = ("first", "count", "opens", "ends", "target", "position", "slot")
         return cls(
             send=of.get("send"),
-            tokens=TokenTable(run, run.int(), of["slot"], runs, runs, runs, runs, geometry.tile),
+            tokens=TokenTable(run, run.int(), of["slot"], of["begin"], runs, runs, runs, geometry.tile),
             blocks=BlockTable(**{name: of[name] for name in names}, closed=of["closed"].bool()),
-            slabs=columns["slabs"][columns["run row"]],
-            fresh=of["fresh"].bool(),
             room=_room(c, ratio, geometry),
             ids=of["ids"],
             target=of["to"],
-            ends=of["last"],
-            owner=of["owner"],
-            rows=columns["slabs"][:-1],
+            left_to=of["left"],
+            ended=of["ended"],
+            slabs=of["slabs"],
         )
 
+    def with_tails(self, projected: Tensor, rank: Rank) -> Tensor:
+        """[n, ...] of the local tokens -> of all that are folded."""
+        if self.send is None:
+            return projected
+        return torch.cat((projected, rank.gather(projected[self.send]).flatten(0, 1)))
+
     def __call__(
-        self, compressor: Compressor, projected: Tensor, rope: tuple[Tensor, Tensor], rank: Rank
+        self,
+        compressors: Sequence[Compressor],
+        projected: Sequence[Tensor],
+        rope: tuple[Tensor, Tensor],
+        rank: Rank,
     ) -> None:
-        """Takes in the step's tokens, of which `projected` float32 [n, 2 * w * D] are the local ones. `rope` is at `blocks.position`."""
-        c = compressor
-        if self.send is not None:
-            projected = torch.cat((projected, rank.gather(projected[self.send]).flatten(0, 1)))
-        state, fresh = c.state[self.slabs], self.fresh[:, None, None]
-        state[:, :, 0].masked_fill_(fresh, 0)
-        state[:, :, 1].masked_fill_(fresh, -torch.inf)
-        codec, per_page = c.history.codec, c.history.rows
-        shape = self.room, per_page * sum(codec.planes)
-        rows = Rows(codec, torch.zeros(shape, dtype=torch.uint8, device=projected.device), per_page)
-        c.ops.compress(projected, c.ape, state, self.tokens, self.blocks, c.norm, *rope, c.eps, c.dtype, rows)
-        every = Rows(codec, rank.gather(rows.region).flatten(0, 1), per_page)
-        c.ops.copy_rows(every, self.ids, c.history, self.target)
-        left = rank.gather(state[self.ends])
-        c.state[self.rows] = left[self.owner, torch.arange(len(self.rows), device=left.device)]
+        """Has a layer's compressors take in what `with_tails` gave for each of them, float32 [N, 2 * w * D]. `rope` is at
+        `blocks.position`."""
+        device = rope[0].device
+        pages, states = (
+            _Packed([c.history.region for c in compressors]),
+            _Packed([c.state for c in compressors]),
+        )
+        rows, left = pages.room(self.room, device), states.room(len(self.slabs), device)
+        parts = zip(compressors, projected, pages.parts(rows), states.parts(left), strict=True)
+        for c, of_it, page, state in parts:
+            made = Rows(c.history.codec, page, c.history.rows)
+            c(
+                of_it,
+                self.tokens,
+                self.blocks,
+                rope,
+                made,
+                state.unflatten(1, c.state.shape[1:]),
+                self.left_to,
+            )
+        every, states_of_all = rank.gather(rows).flatten(0, 1), rank.gather(left).flatten(0, 1)
+        parts = zip(compressors, pages.parts(every), states.parts(states_of_all), strict=True)
+        for c, page, state in parts:
+            c.ops.copy_rows(Rows(c.history.codec, page, c.history.rows), self.ids, c.history, self.target)
+            c.ops.copy_rows(_rows(state), self.ended, _rows(c.state.flatten(1)), self.slabs)
+
+
+ALIGNED = 64
+"""Bytes of which what crosses is a multiple, as pages of the cache are, so that kernels load 16 at a time."""
+
+
+class _Packed:
+    """Several tensors side by side in the rows of one, to cross in one message."""
+
+    def __init__(self, of: Sequence[Tensor]) -> None:
+        """`of`: [..., ...] each, as those that are packed but for the number of rows."""
+        self.dtype = of[0].dtype
+        unit = ALIGNED // self.dtype.itemsize
+        self.sizes = [x[0].numel() for x in of]
+        self.ends = list(accumulate(-(-size // unit) * unit for size in self.sizes))
+
+    def room(self, rows: int, device: torch.device) -> Tensor:
+        """For so many rows, not written."""
+        return torch.empty((rows, self.ends[-1]), dtype=self.dtype, device=device)
+
+    def parts(self, whole: Tensor) -> list[Tensor]:
+        """[N, ...] of each, views."""
+        return [whole[:, at : at + size] for at, size in zip((0, *self.ends), self.sizes, strict=False)]
+
+
+def _rows(values: Tensor) -> Rows:
+    """float32 [N, n] as stored rows."""
+    return Rows(row_format("float32", values.shape[1], 0), values.view(torch.uint8), 1)
 
 
 def _room(c: Capacity, ratio: int, geometry: Geometry) -> int:
@@ -159,12 +206,15 @@ def fold_columns(
     found = _blocks(blocks, place, counts, mine, rows, c, ratio)
     found |= {"row": row, "slot": slot, "ids": ids, "to": to}
     last = np.flatnonzero(runs.end == (t.offsets + t.lengths)[runs.row])  # by row, as runs are in its order
-    found["last"] = filled(np.maximum(at[last], 0), c.rows - 1, 0)
-    found["owner"] = filled(np.where(runs.owner[last] < 0, rank, runs.owner[last]), c.rows - 1, 0)
-    fresh = np.ones(c.runs + c.short, np.int64)
-    fresh[at[mine]] = before[mine] > tail[mine]
-    fresh[at[rows]] = 0
-    found["fresh"] = fresh
+    left, here = np.full(c.runs + c.short, -1), np.flatnonzero(at[last] >= 0)
+    left[at[last][here]] = here
+    owner = np.where(runs.owner[last] < 0, rank, runs.owner[last])
+    ended = owner * (c.rows - 1) + np.arange(len(last))
+    begin = np.full(c.runs + c.short, -1)
+    begins = (at >= 0) & (before == tail)  # nothing of the row lies between its state and what is folded
+    begin[at[begins]] = t.slabs[runs.row[begins]]
+    found |= {"begin": begin, "left": left}
+    found |= {"ended": filled(ended, c.rows - 1, 0), "slabs": filled(t.slabs, c.rows - 1, -1)}
     return found | ({"send": send} if overlap else {})
 
 

@@ -112,15 +112,21 @@ class RankedAttention(Attention):
     def _kv(self, kv: Tensor, step: RankStep) -> Tensor:  # type: ignore[override]
         return step.places.all(kv)
 
+    def _folded(self, x: Tensor, step: RankStep, rope: Rope | None) -> Tensor | None:  # type: ignore[override]
+        """Every rank gets the pools of all rows, and the entries that it holds."""
+        fold = step.folds.get(self.ratio)
+        if self.inputs is None or fold is None:
+            return super()._folded(x, step, rope)  # type: ignore[arg-type]
+        assert rope is not None, "a layer with a compressor has a ratio"
+        found = self.inputs.split(fold.with_tails(self.inputs.whole(x), self.rank))
+        fold(self.compressors, found[: len(self.compressors)], rope, self.rank)
+        return None if self.indexer is None else found[-1][: len(x)]
+
     def _compress(  # type: ignore[override]
         self, compressor: Compressor, projected: Tensor, step: RankStep, rope: Rope | None
     ) -> None:
-        """Every rank gets the pools of all rows, and the entries that it holds."""
+        """Of what is not folded every rank takes in all."""
         assert rope is not None, "a layer with a compressor has a ratio"
-        fold = step.folds.get(self.ratio)
-        if fold is not None:
-            fold(compressor, projected, rope, self.rank)
-            return
         projected = step.places.all(projected)
         if step.slot is not None:
             projected = projected[step.slot]

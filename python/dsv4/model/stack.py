@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dsv4.ops.quantised import Quantised
@@ -28,4 +29,13 @@ class Stack:
     def __call__(self, x: Tensor | Quantised) -> tuple[Tensor, ...]:
         """[T, d] -> [T, rows] of each part: columns of the whole product, so the rows of a result lie apart."""
         found = [self._run(x, w) for w in self.matrices]
-        return found[0].split(self._rows, 1) if len(found) == 1 else tuple(found)
+        return self.split(found[0]) if len(found) == 1 else tuple(found)
+
+    def whole(self, x: Tensor | Quantised) -> Tensor:
+        """The same side by side, [T, rows of all parts]: a copy where the matrices are apart."""
+        found = [self._run(x, w) for w in self.matrices]
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """[N, rows of all parts] -> [N, rows] of each, views."""
+        return whole.split(self._rows, 1)

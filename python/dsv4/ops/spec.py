@@ -183,12 +183,13 @@ SPECS: dict[str, OpSpec] = dict(
             "compress",
             "projected float32[T,2*w*D]; ape float32[m,w*D]; state float32[slabs,w,2,D]; tokens TokenTable; "
             "blocks BlockTable; weight float32[D]; cos float32[B,r/2]; sin float32[B,r/2]; eps value; "
-            "dtype value; rows rows[.,D]",
+            "dtype value; rows rows[.,D]; left float32[N,w,2,D] or None; left_to int64[R] or None",
             "",
             1e-5,
             "paper 2.3.1 (CSA, w = 2) and 2.3.2 (HCA, w = 1): softmax over slots per channel as a left fold of "
-            "(value, lse) pairs; complete blocks are rounded to dtype, normed, turned and written to blocks.target",
-            writes="state rows",
+            "(value, lse) pairs; complete blocks are rounded to dtype, normed, turned and written to blocks.target; a row whose "
+            "tokens.slabs is -1 begins with no state; what row r carries over goes to left[left_to[r]] (-1: nowhere), or without left to its slab",
+            writes="state rows left",
         ),
         _spec(
             "index_select",

@@ -217,8 +217,12 @@ def _gathered(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits,
         channels = ("channels", 4 * (c.head_dim + c.index_head_dim))
         tails = ("tokens", 3 * ranks * runs * ratio)
         sheet.add(phase, "compressor inputs before a run, gathered", tails, channels, ("bytes", 4))
-        made = -(-limits.step_tokens // main.ratio) + ranks * (limits.running + 2 * runs)
-        sheet.add(phase, "entries of the step, gathered", ("entries", made), ("bytes", main.row_bytes))
+        each = limits.running + 2 * runs
+        made = -(-limits.step_tokens // main.ratio) + ranks * each
+        size = sum(x.row_bytes for x in (main, of.get("csa_index")) if x is not None)
+        sheet.add(phase, "entries of the step, gathered", ("entries", made), ("bytes", size))
+        left = ("rows, sent and gathered", (ranks + 1) * each)
+        sheet.add(phase, "states that compressors leave", left, channels, ("bytes", 4))
 
 
 def _index(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:

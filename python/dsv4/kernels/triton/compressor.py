@@ -4,9 +4,9 @@ A program takes one block: it reads the tokens' (value, score) pairs once, pools
 weighted sum), and finishes and writes the row when the block is complete. With overlap (CSA) it also pools the lo
 halves of the block before, so that blocks do not wait for each other and each value is still read once.
 
-The carried state of a batch row is read by its first two blocks and written by its last. In decode (one token a row)
-these are one block. In a prompt one program, the row's *edge*, takes the three one after the other, so the order holds;
-the blocks between, which neither read nor write state, have a launch of their own.
+The carried state of a batch row is read by its first block, with overlap by its second too, and written by its last. In
+decode (one token a row) these are one block. In a prompt one program, the row's *edge*, takes them one after the other, so the
+order holds; the blocks between, which neither read nor write state, have a launch of their own.
 
 All loads whose addresses are known are asked for before the first is needed: in decode a launch is a chain of two.
 """
@@ -118,6 +118,7 @@ def _finish(
         "closed",
         "target",
         "slot",
+        "left_to",
     ],
 )
 def compress_kernel(
@@ -140,6 +141,9 @@ def compress_kernel(
     sin,
     region,
     region_stride,
+    left,
+    left_stride,
+    left_to,
     tokens,
     eps,
     ROLE: tl.constexpr,
@@ -156,8 +160,8 @@ def compress_kernel(
     BF16: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """ROLE "decode": batch row r is token r is block r. "edge": program r takes the first two blocks and the last of
-    batch row r. "inner": program b takes block b if it is none of these."""
+    """ROLE "decode": batch row r is token r is block r. "edge": program r takes the first block, with overlap the second, and the
+    last of batch row r. "inner": program b takes block b if it is none of these."""
     pid = tl.program_id(0).to(tl.int64)
     c, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2) - (DIM - ROPE) // 2
     held, turned = c < DIM, (pair >= 0) & (pair < ROPE // 2)
@@ -189,7 +193,7 @@ def compress_kernel(
                 projected, stride, ape, i * TILE + j, t, t < tokens, width - DIM, width, DIM, BLOCK
             )
             value, lse = _join(value, lse, kv, score)
-        inside = (pid >= tl.load(opens + r) + 2) & (pid < tl.load(ends + r))
+        inside = (pid >= tl.load(opens + r) + (2 if OVERLAP else 1)) & (pid < tl.load(ends + r))
         if inside & (to >= 0):
             _finish(
                 value,
@@ -214,22 +218,24 @@ def compress_kernel(
         b0, b1 = pid, pid
         if ROLE == "edge":
             b0, b1 = tl.load(opens + pid), tl.load(ends + pid)
-        place = state + tl.load(slabs + pid) * state_stride + c
+        slab, to_left = tl.load(slabs + pid), tl.load(left_to + pid)
+        begins, place = (held & (slab >= 0)) != 0, state + tl.maximum(slab, 0) * state_stride + c
         done = tl.load(closed + pid) != 0
         hi_v, hi_l = (
-            tl.load(place, mask=held, other=0.0),
-            tl.load(place + DIM, mask=held, other=float("-inf")),
+            tl.load(place, mask=begins, other=0.0),
+            tl.load(place + DIM, mask=begins, other=float("-inf")),
         )
         lo_v, lo_l = none, never
         if OVERLAP:
-            lo_v = tl.load(place + 2 * DIM, mask=held, other=0.0)
-            lo_l = tl.load(place + 3 * DIM, mask=held, other=float("-inf"))
-        for i in range(1 if ROLE == "decode" else 3):
+            lo_v = tl.load(place + 2 * DIM, mask=begins, other=0.0)
+            lo_l = tl.load(place + 3 * DIM, mask=begins, other=float("-inf"))
+        first_ones: tl.constexpr = 2 if OVERLAP else 1
+        for i in range(1 if ROLE == "decode" else first_ones + 1):
             b = b0
             wanted = True
             if ROLE == "edge":
-                b = tl.where(i < 2, b0 + i, b1)
-                wanted = ((i < 2) & (b <= b1)) | ((i == 2) & (b1 >= b0 + 2))
+                b = tl.where(i < first_ones, b0 + i, b1)
+                wanted = ((i < first_ones) & (b <= b1)) | ((i == first_ones) & (b1 >= b0 + first_ones))
             if wanted:
                 at, n = pid, 1
                 if ROLE == "edge":
@@ -299,11 +305,12 @@ def compress_kernel(
                         BF16,
                     )
                 if b == b1:
-                    tl.store(place, tl.where(done, v, value), mask=held)
-                    tl.store(place + DIM, tl.where(done, s, lse), mask=held)
+                    goes, out = (held & (to_left >= 0)) != 0, left + tl.maximum(to_left, 0) * left_stride + c
+                    tl.store(out, tl.where(done, v, value), mask=goes)
+                    tl.store(out + DIM, tl.where(done, s, lse), mask=goes)
                     if OVERLAP:
-                        tl.store(place + 2 * DIM, tl.where(done, none, v), mask=held)
-                        tl.store(place + 3 * DIM, tl.where(done, never, s), mask=held)
+                        tl.store(out + 2 * DIM, tl.where(done, none, v), mask=goes)
+                        tl.store(out + 3 * DIM, tl.where(done, never, s), mask=goes)
 
 
 def compress(
@@ -318,6 +325,8 @@ def compress(
     eps: float,
     dtype: torch.dtype,
     rows: Any,
+    left: Tensor | None = None,
+    left_to: Tensor | None = None,
     *,
     fixed: bool = False,
 ) -> None:
@@ -327,6 +336,8 @@ def compress(
         return
     constants = row_constants(rows.codec, rows.rows)
     block, halves, overlap = constants["BLOCK"], state.shape[1], pdl()
+    if left is None or left_to is None:
+        left, left_to = state, tokens.slabs
 
     def launch(role: str, programs: int, tile: int, warps: int) -> None:
         compress_kernel[(programs,)](
@@ -349,6 +360,9 @@ def compress(
             sin.contiguous(),
             rows.region,
             rows.region.stride(0),
+            left,
+            left.stride(0),
+            left_to,
             len(projected),
             eps,
             ROLE=role,
@@ -391,12 +405,17 @@ def _aot(role: str, overlap: bool, index: bool, tile: int, warps: int) -> Aot:
         "PLANE": 576,
         "SCALES": 8,
     }
-    signature = dict.fromkeys(("projected", "ape", "state", "weight", "cos", "sin"), "*fp32")
+    signature = dict.fromkeys(("projected", "ape", "state", "weight", "cos", "sin", "left"), "*fp32")
     signature |= dict.fromkeys(
-        ("slabs", "of_token", "first", "count", "opens", "ends", "target", "slot"), "*i64"
+        ("slabs", "of_token", "first", "count", "opens", "ends", "target", "slot", "left_to"), "*i64"
     )
     signature |= {"closed": "*i1", "region": "*u8", "tokens": "i32", "eps": "fp32"}
-    signature |= {"stride": "i32:16", "state_stride": "i64:16", "region_stride": "i64:16"}
+    signature |= {
+        "stride": "i32:16",
+        "state_stride": "i64:16",
+        "region_stride": "i64:16",
+        "left_stride": "i64:16",
+    }
     constants = {
         "ROLE": role,
         "OVERLAP": overlap,

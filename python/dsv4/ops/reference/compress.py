@@ -27,20 +27,27 @@ def compress(
     eps: float,
     dtype: torch.dtype,
     rows: RowSource,
+    left: Tensor | None = None,
+    left_to: Tensor | None = None,
 ) -> None:
     """Takes in a step's tokens, writes the entries that they complete and carries the rest over.
 
     `projected` float32 [T, 2 w D]: values, then scores, of each token's w halves (`lo` before `hi`); `ape` float32
     [m, w D] is added to the scores by place in the block. `state` float32 [slabs, w, 2, D] holds pools as (value,
     lse): row 0 the entry being filled, row 1 (CSA) the lo halves of the block so far. cos and sin float32 [B, r/2]
-    are at `blocks.position`.
+    are at `blocks.position`. A row of slab -1 begins with empty pools. `left` float32 [N, w, 2, D], if given, takes what row r carries over
+    at `left_to[r]` (int64 [R]; -1: nowhere) in place of its slab.
     """
     kv, score = projected.chunk(2, dim=-1)
     score = score + ape[blocks.slot]
-    carried = state[tokens.slabs]
+    begins = tokens.slabs >= 0
+    carried = torch.where(begins[:, None, None, None], state[tokens.slabs.clamp(min=0)], _none(state))
     pool = _plain if state.shape[1] == 1 else _overlapping
     value = pool(kv, score, carried, blocks)
-    state[tokens.slabs] = carried
+    if left is None or left_to is None:
+        left, left_to = state, tokens.slabs
+    taken = left_to >= 0
+    left[left_to[taken]] = carried[taken]
     emitted = torch.nonzero(blocks.target >= 0).flatten()
     if len(emitted):
         pooled = value[emitted].to(dtype)
@@ -92,6 +99,11 @@ def _overlapping(kv: Tensor, score: Tensor, state: Tensor, blocks: BlockTable) -
     state[:, 0] = following
     _carry(state[:, 1], lo, blocks)
     return hi[0]
+
+
+def _none(state: Tensor) -> Tensor:
+    """[2, 1]: value and lse of an empty pool."""
+    return state.new_tensor([[0], [-torch.inf]])
 
 
 def _empty(blocks: int, like: Tensor) -> Pool:
