@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 from dsv4.errors import show
 
@@ -24,6 +26,7 @@ _FLOAT_RANGES = {
     "frequency_penalty": (-2.0, 2.0),
     "repetition_penalty": (0.01, 100.0),
 }
+_FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 RANGES: Mapping[str, tuple[float, float]] = {**_INT_RANGES, **_FLOAT_RANGES}
 """The least and the most of each number; whole numbers where both are."""
 
@@ -67,30 +70,39 @@ class SamplingParams:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_stops()
+        self._check_bias()
         for name, (low, high) in _INT_RANGES.items():
             value = getattr(self, name)
             if value is None and name not in ("top_k", "min_tokens"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_whole(value):
                 raise ValueError(f"{name} is {show(value)}; it must be a whole number from {low} to {high}")
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
+            self._set(name, int(value))
         for name, (low, high) in _FLOAT_RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if not is_number(value):
                 raise ValueError(f"{name} is {show(value)}; it must be a number from {low:g} to {high:g}")
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
+            self._set(name, float(value))
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {show(getattr(self, name))}; it must be true or false")
         if self.top_p == 0:
             raise ValueError("top_p is 0; it must be above 0, and 1 turns it off")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}; it must be at most max_tokens ({self.max_tokens})"
             )
-        self._check_stops()
-        self._check_bias()
+        if not isinstance(self.grammar, (Grammar, type(None))):
+            raise ValueError(f"grammar is {show(self.grammar)}; it must be a Grammar(...)")
+
+    def _set(self, name: str, value: Any) -> None:
+        """Puts a number of numpy's in Python's own type, as only that crosses to the engine's process."""
+        object.__setattr__(self, name, value)
 
     @property
     def looks_back(self) -> bool:
@@ -99,6 +111,8 @@ class SamplingParams:
         return bool(penal or self.min_tokens or self.grammar is not None)
 
     def _check_stops(self) -> None:
+        self._set("stop", (self.stop,) if isinstance(self.stop, str) else self._listed("stop"))
+        self._set("stop_token_ids", self._listed("stop_token_ids"))
         if len(self.stop) > MAX_STOPS:
             raise ValueError(f"stop has {len(self.stop)} strings; the limit is {MAX_STOPS}")
         for s in self.stop:
@@ -106,15 +120,53 @@ class SamplingParams:
                 raise ValueError(
                     f"stop has {show(s)}; each entry must be text of 1 to {MAX_STOP_LENGTH} characters"
                 )
+            if not is_unicode(s):
+                raise ValueError(
+                    f"stop has {show(s)}, half of a surrogate pair; each entry must be Unicode text"
+                )
         for t in self.stop_token_ids:
-            if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < 2**31:
+            if not is_whole(t) or not 0 <= t < 2**31:
                 raise ValueError(f"stop_token_ids has {show(t)}; each entry must be a token id")
+        self._set("stop_token_ids", tuple(map(int, self.stop_token_ids)))
+
+    def _listed(self, name: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+            raise ValueError(f"{name} is {show(value)}; it must be a list")
+        return tuple(value)
 
     def _check_bias(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(
+                f"logit_bias is {show(self.logit_bias)}; it must be a dict of token ids and numbers"
+            )
         if len(self.logit_bias) > MAX_BIASES:
             raise ValueError(f"logit_bias has {len(self.logit_bias)} entries; the limit is {MAX_BIASES}")
         for token, bias in self.logit_bias.items():
-            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            if not is_whole(token) or token < 0:
                 raise ValueError(f"logit_bias has the key {show(token)}; keys are token ids")
-            if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+            if not is_number(bias) or not -100 <= bias <= 100:
                 raise ValueError(f"logit_bias of token {token} is {show(bias)}; it must be from -100 to 100")
+        self._set("logit_bias", {int(token): float(bias) for token, bias in self.logit_bias.items()})
+
+
+def is_whole(value: object) -> bool:
+    """A whole number, numpy's too; a boolean is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """A finite number, numpy's too; a boolean is none."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can say it: no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dsv4 import LLM, EngineConfig, SamplingParams
+from dsv4.engine.messages import Submit
+from dsv4.engine.request import RequestOutput
+from dsv4.engine.routing import PLAIN, Routing
 from dsv4.errors import ConfigError, RequestError
 
 from tests.support.engines import tiny_engine, write_tiny
@@ -95,6 +101,144 @@ def test_wrong_params_are_named(llm: LLM, model: Path, params: Any, says: str) -
             assert says in str(told.value)
 
     asyncio.run(remote())
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"logit_bias": [1]}, "logit_bias is a list of 1; it must be a dict of token ids and numbers"),
+        ({"ignore_eos": "yes"}, "ignore_eos is 'yes'; it must be true or false"),
+        ({"stop": 5}, "stop is 5; it must be a list"),
+        ({"stop_token_ids": "12"}, "stop_token_ids is '12'; it must be a list"),
+        ({"stop": ["\ud83d"]}, "stop has '\\ud83d', half of a surrogate pair"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"grammar": 'start: "a"'}, "grammar is 'start: \"a\"'; it must be a Grammar(...)"),
+    ],
+)
+def test_a_wrong_field_of_the_params_is_named(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        SamplingParams(**fields)
+
+
+def test_numbers_may_be_numpys(model: Path) -> None:
+    params = SamplingParams(
+        max_tokens=np.int64(2),  # type: ignore[arg-type]
+        temperature=np.float64(0),
+        stop_token_ids=np.array([9]),  # type: ignore[arg-type]
+        logit_bias={np.int64(3): np.float32(1)},  # type: ignore[dict-item]
+        ignore_eos=True,
+    )
+
+    async def remote() -> int:
+        async with tiny_engine(model) as engine:
+            return sum([len(o.token_ids) async for o in engine.generate([5, 6], params)])
+
+    assert asyncio.run(remote()) == 2
+
+
+@pytest.mark.parametrize(
+    ("hints", "says"),
+    [
+        ({"salt": 3}, "salt is 3; it must be Unicode text"),
+        ({"tenant": "\ud83d"}, "tenant is '\\ud83d'; it must be Unicode text"),
+        ({"session": 5}, "session is 5; it must be Unicode text"),
+        (
+            {"priority": "high"},
+            "priority is 'high'; it must be a whole number from -2147483648 to 2147483647",
+        ),
+        ({"priority": 2**70}, "priority is 1180591620717411303424; it must be"),
+        ({"retention": 101}, "retention is 101; it must be a whole number from -100 to 100"),
+        ({"deadline_ms": float("nan")}, "deadline_ms is nan; it must be a number from 0 to 1e+09"),
+        ({"ttl": -1}, "ttl is -1; it must be a number from 0 to 1e+09"),
+    ],
+)
+def test_wrong_hints_are_named(hints: dict[str, Any], says: str) -> None:
+    """They would reach the engine's process, where nobody could say what was wrong."""
+    with pytest.raises(ValueError, match=re.escape(says)):
+        Routing(**hints)
+
+
+def test_a_wrong_salt_is_named(llm: LLM, model: Path) -> None:
+    for salt in (3, None, "\ud83d"):
+        with pytest.raises(RequestError, match=r"cache_salt is .*; it must be Unicode text"):
+            llm.generate([[5]], PARAMS, cache_salt=salt)  # type: ignore[arg-type]
+
+    async def remote() -> None:
+        async with tiny_engine(model) as engine:
+            with pytest.raises(RequestError, match="routing is 'high'; it takes one Routing"):
+                await anext(engine.generate([5], PARAMS, routing="high"))  # type: ignore[arg-type]
+            with pytest.raises(RequestError, match="cache_salt is 3"):
+                await engine.pin([5], 3)  # type: ignore[arg-type]
+
+    asyncio.run(remote())
+
+
+def test_an_engine_ends_at_a_message_that_it_cannot_read(model: Path) -> None:
+    """It went on without whoever reads, and every later request waited for ever."""
+
+    async def remote() -> None:
+        async with tiny_engine(model) as engine:
+            bad = Submit("no number", PARAMS, PLAIN, None, 0.0)  # type: ignore[arg-type]
+            engine._send(bad, np.array([5], np.int32))
+            for _ in range(400):
+                if engine.ended is not None:
+                    break
+                await asyncio.sleep(0.05)
+            assert "a message cannot be read: Expected `int`, got `str`" in (engine.ended or "")
+
+    asyncio.run(remote())
+
+
+def test_what_cannot_be_sent_is_not_waited_for(model: Path) -> None:
+    async def remote() -> None:
+        async with tiny_engine(model, stuck_after=0.2) as engine:
+            with pytest.raises((TypeError, OverflowError)):
+                await engine.ask("unpin", 2**100)
+            await asyncio.sleep(0.5)
+            assert engine.check_alive() == (True, "ok")
+
+    asyncio.run(remote())
+
+
+def test_threads_share_an_engine(llm: LLM) -> None:
+    prompts = [[5, 6, 7], [8, 9], [10], [11, 12, 13, 14]]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0)
+    expected = [c.token_ids for c in llm.generate(prompts, params)]
+
+    def ask(place: int) -> bool:
+        i = place % len(prompts)
+        if place % 2:
+            return [t for o in llm.stream(prompts[i], params) for t in o.token_ids] == expected[i]
+        return llm.generate([prompts[i]], params)[0].token_ids == expected[i]
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(ask, range(40)))
+
+
+def test_a_callback_that_raises_ends_its_request_alone(llm: LLM) -> None:
+    got: list[int] = []
+    one = llm.submit([5], PARAMS, lambda output: 1 / 0)  # type: ignore[arg-type, return-value]
+    llm.submit([6], PARAMS, lambda output: got.extend(output.token_ids))
+    with pytest.raises(ZeroDivisionError):
+        while llm.has_work():
+            llm.step()
+    assert one not in llm._loop.requests
+    while llm.has_work():
+        llm.step()
+    assert got == llm.generate([[6]], PARAMS)[0].token_ids
+
+
+def test_a_callback_may_ask_the_engine(llm: LLM) -> None:
+    expected, got = llm.generate([[7]], PARAMS)[0].token_ids, []
+
+    def ask(output: RequestOutput) -> None:
+        if output.finished:
+            got.append(llm.generate([[7]], PARAMS)[0].token_ids)
+
+    llm.submit([5], PARAMS, ask)
+    while llm.has_work():
+        llm.step()
+    assert got == [expected]
 
 
 def test_a_notebook_shows_the_text(llm: LLM) -> None:

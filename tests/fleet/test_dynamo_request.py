@@ -73,6 +73,8 @@ def test_what_is_not_set_has_the_models_default() -> None:
     ("parts", "field"),
     [
         ({"sampling_options": {"n": 0}}, "n is 0"),
+        ({"routing": {"priority": 2**40}}, "priority is 1099511627776; it must be a whole number"),
+        ({"routing": {"priority": "high"}}, "priority is 'high'"),
         ({"sampling_options": {"n": 129}}, "1 to 128"),
         ({"sampling_options": {"best_of": 3}}, "best_of is 3"),
         ({"sampling_options": {"use_beam_search": True}}, "use_beam_search is true"),

@@ -178,9 +178,9 @@ class Answer:
         self.news = False
         if self.fault is not None:
             raise self.fault
-        if self._started is not None:
-            yield RequestOutput(self.request_id, started=self._started)
-            self._started = None
+        started, self._started = self._started, None
+        if started is not None:
+            yield RequestOutput(self.request_id, started=started)
         pending, end = self._pending, self._end
         if not end and not pending.token_ids and pending.prefilled is None:
             return

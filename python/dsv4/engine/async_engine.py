@@ -28,7 +28,7 @@ from dsv4.engine import remote
 from dsv4.engine.answers import Answers
 from dsv4.engine.child import Child, state_of
 from dsv4.engine.counts import Tally
-from dsv4.engine.frontend import Frontend
+from dsv4.engine.frontend import Frontend, check_routing, salted
 from dsv4.engine.link import Link
 from dsv4.engine.liveness import Liveness
 from dsv4.engine.messages import (
@@ -242,6 +242,7 @@ class AsyncEngine:
         Raises RequestError when the request cannot be taken: empty or too long (400), queue full or draining (429, 503).
         """
         self._check_open()
+        check_routing(routing)
         tokens, params = self.frontend.admissible(prompt, params, self.config, self.max_model_len)
         key, home, news = next(self._keys), self._home(), asyncio.Event()
         request_id = request_id or f"req-{key}"
@@ -268,7 +269,7 @@ class AsyncEngine:
 
     async def pin(self, tokens: TokenIds, salt: str = "") -> int:
         """Keeps the cached whole blocks of a prefix until `unpin` of what is returned."""
-        pin: int = await self.ask("pin", salt.encode(), prompt=as_prompt(tokens))
+        pin: int = await self.ask("pin", salted(salt).salt.encode(), prompt=as_prompt(tokens))
         return (self._number - 1) * _PINS + pin
 
     def may_hold(self, pin: int) -> bool:
@@ -330,12 +331,13 @@ class AsyncEngine:
 
     def _send(self, message: ToEngine, prompt: np.ndarray = _NO_PROMPT) -> int:
         """Hands a message to the process; which one that is. Raises RequestError when there is none."""
+        encoded = encode(message)  # which may raise, and then nothing was sent that could be waited for
         with self._lock:
             if self._link is None:
                 raise self._refusal()
             self._sent += 1
             self._liveness.begin()
-            self._link.send(encode(message), prompt)
+            self._link.send(encoded, prompt)
             return self._number
 
     def _send_if_open(self, message: ToEngine) -> None:

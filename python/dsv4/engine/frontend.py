@@ -16,6 +16,7 @@ from dsv4.config import EngineConfig
 from dsv4.engine.answers import Answer
 from dsv4.engine.checks import check
 from dsv4.engine.prompt import TokenIds, as_prompt
+from dsv4.engine.routing import Routing
 from dsv4.errors import RequestError, show
 from dsv4.model.config import ModelConfig
 from dsv4.model.generation_config import NO_END, Generation, read_generation
@@ -134,6 +135,20 @@ def check_params(params: SamplingParams) -> None:
     """Raises RequestError for what a caller passes in its place: a dict, or a list of them."""
     if not isinstance(params, SamplingParams):
         raise _refused("params", f"params is {show(params)}; it takes one SamplingParams(...)")
+
+
+def check_routing(routing: Routing) -> None:
+    """Raises RequestError for what a caller passes in its place."""
+    if not isinstance(routing, Routing):
+        raise _refused("routing", f"routing is {show(routing)}; it takes one Routing(...)")
+
+
+def salted(salt: str) -> Routing:
+    """The hints of a request that has a salt alone. Raises RequestError."""
+    try:
+        return Routing(salt=salt)
+    except ValueError as e:
+        raise _refused("cache_salt", f"cache_{e}") from None
 
 
 def _refused(param: str, text: str) -> RequestError:

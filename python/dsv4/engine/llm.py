@@ -1,11 +1,12 @@
-"""Blocking use from Python: `LLM().generate(...)`. No event loop and no process of its own: the caller's thread drives the engine. With
-several ranks the others are processes, which end with the `LLM`."""
+"""Blocking use from Python: `LLM().generate(...)`. No event loop and no process of its own: the caller's thread drives the engine. Of
+several threads each takes steps for all of them, one at a time. With several ranks the others are processes, which end with the `LLM`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import itertools
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from dsv4.config import EngineConfig, with_profile
 from dsv4.engine.answers import Answer, Answers
 from dsv4.engine.build import build_engine
-from dsv4.engine.frontend import Frontend, check_params
+from dsv4.engine.frontend import Frontend, check_params, check_routing, salted
 from dsv4.engine.messages import News
 from dsv4.engine.process import as_request_error
 from dsv4.engine.progress import Progress
@@ -101,6 +102,8 @@ class LLM:
         self.max_model_len, self._loop = built.max_model_len, built.loop
         self.memory, self._about = built.memory, built.describe()
         self._keys = itertools.count(1)
+        self._lock = threading.RLock()
+        """Held by the thread that is in the engine; of a callback's own calls it is the same one."""
         self._answers, self._told = Answers(), deque[News]()
         self._loop.tell = self._told.append
         self._close = weakref.finalize(self, self._loop.close)
@@ -139,7 +142,7 @@ class LLM:
         many = [self._ids(prompt, name) for prompt, name in zip(asked, names, strict=True)]
         done = [Completion() for _ in many]
         keys: list[int] = []
-        routing = Routing(salt=cache_salt)
+        routing = salted(cache_salt)
         try:
             with whole():
                 for completion, ids, name in zip(done, many, names, strict=True):
@@ -167,18 +170,25 @@ class LLM:
         reading: Reading | None = None,
     ) -> Iterator[RequestOutput]:
         """What each step brings for one prompt; the last output has `finished`. Closing the iterator aborts the request."""
-        news: list[RequestOutput] = []
+        news: deque[RequestOutput] = deque()
         params = params or self.get_default_sampling_params()
-        ids, routing, key = self._ids(prompt), Routing(salt=cache_salt), None
+        ids, routing, key = self._ids(prompt), salted(cache_salt), None
         try:
             with whole():
                 key = self.submit(ids, params, news.append, routing=routing, reading=reading)
             finished = False
-            while not finished and self.has_work():
-                self.step()
-                finished = bool(news) and news[-1].finished
-                yield from news
-                news.clear()
+            while not finished:
+                busy = (
+                    self.has_work()
+                )  # before the look at the news: another thread may bring the last of them
+                if news:
+                    output = news.popleft()
+                    finished = output.finished
+                    yield output
+                elif busy:
+                    self.step()
+                else:
+                    break
         finally:
             if key is not None:
                 with whole():
@@ -195,22 +205,25 @@ class LLM:
         reading: Reading | None = None,
     ) -> int:
         """Queues a request whose steps the caller takes by hand (`step`), and returns its number. `deliver` gets what each of them
-        brings. `parent`: the number of a request whose state it takes over, if that is live. Raises RequestError."""
+        brings, on the thread that took the step; where it raises, the request ends and the step raises that. `parent`: the number of a
+        request whose state it takes over, if that is live. Raises RequestError."""
+        check_routing(routing)
         prompt, params = self._front.admissible(ids, params, self.config, self.max_model_len)
         key = next(self._keys)
         answer = self._front.answer(key, f"llm-{key}", prompt, params, reading)
-        try:
-            self._loop.submit(key, prompt, params, routing=routing, parent=parent)
-        except Exception as e:
-            raise as_request_error(e) from None
-        self._answers.live[key] = answer
-        self._waiting[key] = answer, deliver
+        with self._lock:
+            try:
+                self._loop.submit(key, prompt, params, routing=routing, parent=parent)
+            except Exception as e:
+                raise as_request_error(e) from None
+            self._answers.live[key] = answer
+            self._waiting[key] = answer, deliver
         return key
 
     def step(self) -> bool:
         """One step of all requests. False when there was nothing to do. Ctrl-C is raised when the step is over, a second one at
         once, after which every request is refused. Raises EngineDead when the device is lost."""
-        with whole():
+        with self._lock, whole():
             try:
                 busy = self._loop.step()
                 self._deliver()
@@ -223,12 +236,14 @@ class LLM:
 
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return self._loop.has_work()
+        with self._lock:
+            return self._loop.has_work()
 
     def abort(self, key: int) -> None:
         """Ends a request at any time; one that has ended, or never was, is ignored."""
-        self._loop.abort(key)
-        self._deliver()
+        with self._lock:
+            self._loop.abort(key)
+            self._deliver()
 
     def close(self) -> None:
         """Ends the processes of other ranks and the telling of events at once; without them, or when nothing holds the `LLM` any more,
@@ -237,21 +252,30 @@ class LLM:
 
     def abort_all(self) -> None:
         """Ends every request."""
-        for key in list(self._loop.requests):
-            self._loop.abort(key)
-        self._deliver()
+        with self._lock:
+            for key in list(self._loop.requests):
+                self._loop.abort(key)
+            self._deliver()
 
     def _deliver(self) -> None:
         while self._told:
             for key in self._answers.read(self._told.popleft()):
                 self._loop.stop(key)  # which tells more
+        failed: BaseException | None = None
         for key, (answer, deliver) in list(self._waiting.items()):
             if not answer.news:
                 continue
             if key not in self._answers.live:
-                del self._waiting[key]
-            for output in answer.take():
-                deliver(output)
+                self._waiting.pop(key, None)  # a callback may have taken a step of its own
+            try:
+                for output in answer.take():
+                    deliver(output)
+            except BaseException as e:
+                failed = failed or e
+                self._waiting.pop(key, None)
+                self._loop.abort(key)
+        if failed is not None:
+            raise failed
 
     def chat(
         self,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from dsv4 import garbage
@@ -239,10 +240,16 @@ Inbox = queue.SimpleQueue[tuple[ToEngine, np.ndarray] | Compiled | RankLost | No
 
 
 def receive_all(link: Link, inbox: Inbox, gone: Callable[[], None]) -> None:
-    """Fills `inbox` until the other side says that it is over, or is gone, upon which it calls `gone`."""
-    while (received := link.receive()) is not None:
-        message = to_engine(received[0])
-        inbox.put(None if isinstance(message, Quit) else (message, received[1]))
+    """Fills `inbox` until the other side says that it is over, or is gone, upon which it calls `gone`. After a message that
+    cannot be read it is over too, as whoever sent it would wait for ever."""
+    try:
+        while (received := link.receive()) is not None:
+            message = to_engine(received[0])
+            inbox.put(None if isinstance(message, Quit) else (message, received[1]))
+    except msgspec.ValidationError as e:
+        log.critical("a message to the engine cannot be read: %s", e)
+        link.send(encode(Failed(type(e).__name__, f"a message cannot be read: {e}")))
+        link.flush(LAST_WORDS)
     gone()
     inbox.put(None)
 

@@ -9,13 +9,19 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from dsv4.errors import ConfigError
+from dsv4.errors import ConfigError, show
 from dsv4.quantities import parse_bytes
+from dsv4.sampling import is_number, is_unicode, is_whole
+
+_TEXTS = ("salt", "tenant", "session")
+_WHOLE = {"priority": (-(2**31), 2**31 - 1), "retention": (-100, 100)}
+_SPANS = {"deadline_ms": 1e9, "ttl": 1e9}
+"""The most of each, in its unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The hints of one request."""
+    """The hints of one request. Raises ValueError with one line naming field, value and limit."""
 
     salt: str = ""
     """Prefixes are shared only between requests of an equal salt."""
@@ -31,6 +37,24 @@ class Routing:
     """Seconds that its prefix is to be kept after its last use."""
     retention: int = 0
     """Higher goes later when memory is short."""
+
+    def __post_init__(self) -> None:
+        for name in _TEXTS:
+            value = getattr(self, name)
+            if value is None and name == "session":
+                continue
+            if not isinstance(value, str) or not is_unicode(value):
+                raise ValueError(f"{name} is {show(value)}; it must be Unicode text")
+        for name, (low, high) in _WHOLE.items():
+            value = getattr(self, name)
+            if not is_whole(value) or not low <= value <= high:
+                raise ValueError(f"{name} is {show(value)}; it must be a whole number from {low} to {high}")
+            object.__setattr__(self, name, int(value))
+        for name, most in _SPANS.items():
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and 0 <= value <= most):
+                raise ValueError(f"{name} is {show(value)}; it must be a number from 0 to {most:g}")
+            object.__setattr__(self, name, None if value is None else float(value))
 
     def core(self, tenants: Tenants, now_us: int) -> dict[str, Any]:
         """As keywords of `Core.submit`."""

@@ -117,15 +117,17 @@ class Translator:
 
 
 def routing_of(request: Mapping[str, Any]) -> Routing:
-    """Session, priority and salt, where a request has them."""
+    """Session, priority and salt, where a request has them. Raises RequestError naming the field."""
     session = _part(request, "agent_context").get("session_id")
     route = _part(request, "routing")
-    priority, salt = route.get("priority") or 0, route.get("cache_salt") or ""
-    return Routing(
-        session=session if isinstance(session, str) and session else None,
-        priority=int(priority),
-        salt=str(salt),
-    )
+    try:
+        return Routing(
+            session=session if isinstance(session, str) and session else None,
+            priority=route.get("priority") or 0,
+            salt=str(route.get("cache_salt") or ""),
+        )
+    except ValueError as e:
+        raise RequestError(f"routing: {e}", "routing", "invalid_value", 400) from None
 
 
 class Whole:
