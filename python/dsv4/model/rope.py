@@ -13,6 +13,9 @@ Rope = tuple[Tensor, Tensor]
 """(cos, sin), float32 [N, rope_dim / 2] each."""
 
 _GROW = 4096
+"""Positions by which a table grows."""
+_PIECE = 1 << 16
+"""Positions that are made at once: enough work for every thread of the host. A million take one thread seconds."""
 
 
 def frequencies(dim: int, theta: float, yarn: object | None) -> Tensor:
@@ -31,8 +34,8 @@ def frequencies(dim: int, theta: float, yarn: object | None) -> Tensor:
 
 
 class RopeTable:
-    """cos and sin by position, float32; angles are float32 products as in the release. Grows in fixed pieces,
-    so an entry has the same bits whenever it was made."""
+    """cos and sin by position, float32; angles are float32 products as in the release, and made on the CPU, so
+    an entry has the same bits whenever and wherever it is made."""
 
     def __init__(self, freq: Tensor, device: torch.device | str) -> None:
         self._freq = freq
@@ -57,9 +60,13 @@ class RopeTable:
 
     def grow(self, end: int) -> None:
         """Makes the entries below `end`; where some are missing, all move."""
-        device, parts = self._cos.device, [(self._cos, self._sin)]
-        for at in range(len(self._cos), end, _GROW):
-            angle = torch.arange(at, at + _GROW, dtype=torch.float32)[:, None] * self._freq
-            parts.append((angle.cos().to(device), angle.sin().to(device)))
-        if len(parts) > 1:
-            self._cos, self._sin = map(torch.cat, zip(*parts, strict=True))
+        held, end = len(self._cos), -(-end // _GROW) * _GROW
+        if end <= held:
+            return
+        cos, sin = (torch.empty((end, len(self._freq)), device=self._cos.device) for _ in range(2))
+        cos[:held], sin[:held] = self._cos, self._sin
+        for at in range(held, end, _PIECE):
+            to = min(at + _PIECE, end)
+            angle = torch.arange(at, to, dtype=torch.float32)[:, None] * self._freq
+            cos[at:to], sin[at:to] = angle.cos(), angle.sin()
+        self._cos, self._sin = cos, sin
