@@ -37,11 +37,13 @@ def step_budget(step_ms: float | str | None, device: str, sizes: Sequence[int] =
     return "open" if step_ms is None else {"fixed": 1000 * float(step_ms)}
 
 
-def default_step_tokens(device: str, running: int) -> int:
+def default_step_tokens(device: str, running: int, ranks: int = 1) -> int:
     """Tokens of a step where none are given. A GPU reads all experts of Flash for 512 tokens as for 4,096, which is the largest step with
-    prompts that is captured as a graph; more take more workspace and are hardly read faster. While requests decode `step_ms` keeps
-    steps short. Each running request needs its token."""
-    return max({"cpu": 512, "cuda": 4096}[device], running)
+    prompts that one GPU has captured as a graph; more take more workspace and are hardly read faster. Ranks read prompts that are dealt out, as
+    fast from 4,096 tokens a rank on; 8,192 is the largest that is captured then. While requests decode `step_ms` keeps steps short. Each
+    running request needs its token."""
+    tokens = {"cpu": 512, "cuda": min(4096 * ranks, 8192)}[device]
+    return max(tokens, running)
 
 
 def backend_names() -> tuple[str, ...]:
@@ -143,7 +145,7 @@ class EngineConfig:
     )
     max_num_batched_tokens: int | None = setting(
         None,
-        "tokens of one step, prefill chunks and decodes together (default: 512 on a CPU, 4096 on a GPU)",
+        "tokens of one step, prefill chunks and decodes together (default: 512 on a CPU, 4096 on a GPU, 8192 on several)",
         range=_COUNT,
         core="max_step_tokens",
     )

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from dsv4.config import EngineConfig
+from dsv4.config import EngineConfig, default_step_tokens
 from dsv4.engine import build
 from dsv4.engine.build import Sizing
 from dsv4.engine.memory import Free
 from dsv4.engine.rank_count import check_ranks, ranks_of, threads_of
 from dsv4.errors import ConfigError
+from dsv4.gpus import GPUS
 from dsv4.model.config import ModelConfig
 from dsv4.model.survey import Survey, without_files
+from dsv4.plan.ranks import planned
+from dsv4.plan.weights import find_weights
 
 from tests.support.models import random_config
 
@@ -73,6 +77,24 @@ def test_the_least_that_hold_the_model_are_taken(
     )
     sizing = Sizing(config, release("v4-flash"), torch.bfloat16, packed=True)
     assert build._ranks(sizing, Free(memory, "memory"))[0] == ranks
+
+
+def test_steps_of_several_gpus_have_4096_tokens_a_rank_up_to_8192() -> None:
+    """Where none are given; one rule for the engine, its plan and the count of ranks."""
+    assert [default_step_tokens("cuda", 16, n) for n in (1, 2, 4, 8)] == [4096, 8192, 8192, 8192]
+    assert default_step_tokens("cuda", 10_000, 2) == 10_000 and default_step_tokens("cpu", 16, 2) == 512
+    auto = EngineConfig(device="cuda", kv_cache_dtype="fp8_ds_mla", index_cache_dtype="mxfp4")
+    sizings = (
+        Sizing(replace(auto, max_num_batched_tokens=n), release("v4-flash"), torch.bfloat16, packed=True)
+        for n in (None, 3000)
+    )
+    assert [[s.demand(n).step_tokens for n in (1, 2, 4)] for s in sizings] == [[4096, 8192, 8192], [3000] * 3]
+
+
+def test_two_h200_hold_flash_with_longer_steps() -> None:
+    config, weights, _ = find_weights("v4-flash")
+    ranks, tokens, enough = planned(config, weights, GPUS["h200"].memory_bytes, 2)
+    assert ranks == 2 and enough and tokens > 24_000_000
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from dsv4 import LLM, SamplingParams
-from dsv4.config import step_budget
+from dsv4.config import default_step_tokens, step_budget
 from dsv4.engine import group, warmup
 from dsv4.engine.group import Group
 from dsv4.engine.ranked import FollowingDevice, LeadingDevice, LedStep, RankDevice
@@ -149,6 +149,9 @@ def test_prompts_beside_decodes_get_a_captured_step() -> None:
         return int(step_budget("auto", device, sizes)["decodes"]["floor"])
 
     assert floor(cut_sizes_of(4096, 4096)) == floor(cut_sizes_of(4096, 4096, 2)) == floor(()) == 512
+    assert (
+        floor(cut_sizes_of(default_step_tokens("cuda", 8, 2), 4096, 2)) == 512
+    )  # whatever a prompt alone gets
     assert floor(cut_sizes_of(200, 4096, 2)) == 200
     assert floor((64, 128, 256)) == 256 and floor((64, 128, 256), "cpu") == 64 and floor((600,)) == 512
 

@@ -159,14 +159,15 @@ def question(a: argparse.Namespace) -> Question:
         for given, usual in ((settings.kv_cache_dtype, "fp8_ds_mla"), (settings.index_cache_dtype, "mxfp4"))
     )
     running = settings.max_num_seqs
-    tokens = settings.max_num_batched_tokens or default_step_tokens("cuda", running)
+    parallel = choose(config, a.num, settings.tensor_parallel_size, a.dp, a.ep)
+    tokens = settings.max_num_batched_tokens or default_step_tokens("cuda", running, parallel.tp)
     return Question(
         config=config,
         weights=weights,
         layout=config.layout(rows, index_rows, block_tokens=settings.block_size),
         gpu=gpu(a.gpu),
         num=a.num,
-        parallel=choose(config, a.num, settings.tensor_parallel_size, a.dp, a.ep),
+        parallel=parallel,
         limits=Limits(tokens, running, max_len, a.graphs),
         memory_fraction=settings.gpu_memory_utilization,
         pool_bytes=None if a.pool_gb is None else round(a.pool_gb * 1e9),
@@ -176,6 +177,7 @@ def question(a: argparse.Namespace) -> Question:
         draft=a.draft,
         held=a.weights,
         counted_from=counted_from,
+        tokens_given=settings.max_num_batched_tokens is not None,
     )
 
 

@@ -128,7 +128,12 @@ def add(commands: Any) -> None:
         help="largest share of the pool for snapshots (auto)",
     )
     engine.add_argument("--max-num-seqs", type=count(), metavar="N", help="requests that run at a time [64]")
-    engine.add_argument("--max-num-batched-tokens", type=count(), metavar="N", help="tokens of a step [4096]")
+    engine.add_argument(
+        "--max-num-batched-tokens",
+        type=count(),
+        metavar="N",
+        help="tokens of a step [4096, of several GPUs 8192]",
+    )
     engine.add_argument(
         "--max-num-waiting",
         type=count(),

@@ -229,6 +229,8 @@ def build_engine(
     config = dataclasses.replace(
         config,
         tensor_parallel_size=ranks,
+        max_num_batched_tokens=config.max_num_batched_tokens
+        or default_step_tokens(device, config.max_num_seqs, ranks),
         block_size=block_size(model_config.layers, config.block_size, ranks),
     )
     sizing = dataclasses.replace(sizing, config=config)
@@ -533,8 +535,6 @@ def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch
         config,
         device=device,
         async_scheduling=device == "cuda" if config.async_scheduling is None else config.async_scheduling,
-        max_num_batched_tokens=config.max_num_batched_tokens
-        or default_step_tokens(device, config.max_num_seqs),
         kv_cache_dtype=row if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         index_cache_dtype=index if config.index_cache_dtype == "auto" else config.index_cache_dtype,
         cost_model=",".join(f"{k}={v:g}" for k, v in costs.items()),

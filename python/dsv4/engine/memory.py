@@ -118,7 +118,8 @@ def demand_of(
     held: str,
     width: int,
 ) -> Demand:
-    """Of one rank, for settings whose `auto`s are resolved. A pool whose size is not given counts as one page."""
+    """Of one rank, for settings whose `auto`s are resolved but for the tokens of a step, which depend on the ranks. A pool whose size is not given
+    counts as one page."""
     pages = 1
     if config.num_pages is not None:
         pages = config.num_pages
@@ -126,8 +127,8 @@ def demand_of(
         pages = config.kv_cache_memory // layout.page_bytes
     max_len = min(config.max_model_len or model.max_position, model.max_position)
     graphed = config.device == "cuda" and not config.enforce_eager
-    tokens = config.max_num_batched_tokens or config.max_num_seqs
     chosen, ranks = config.cudagraph_capture_sizes, layout.ranks
+    tokens = config.max_num_batched_tokens or default_step_tokens(config.device, config.max_num_seqs, ranks)
     graphs = steps_of(config.max_num_seqs, max_len, tokens, ranks, chosen) if graphed else 0
     running = config.max_num_seqs
     return Demand(model, tensors, layout, held, width, pages, running, tokens, max_len, graphs)
@@ -196,8 +197,8 @@ def _asked(config: EngineConfig, demand: Demand) -> Iterator[_Asked]:
         return replace(d, pages=n)
 
     def running(d: Demand, n: int) -> Demand:
-        follows = d.step_tokens == default_step_tokens(config.device, d.running)
-        tokens = default_step_tokens(config.device, n) if follows else d.step_tokens
+        follows = d.step_tokens == default_step_tokens(config.device, d.running, d.layout.ranks)
+        tokens = default_step_tokens(config.device, n, d.layout.ranks) if follows else d.step_tokens
         graphs = d.graphs and steps_of(n, d.max_len, tokens, d.layout.ranks)
         return replace(d, running=n, step_tokens=tokens, graphs=graphs)
 

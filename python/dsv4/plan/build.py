@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dsv4.config import default_step_tokens
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model.config import ModelConfig
@@ -39,6 +40,15 @@ class Question:
     held: str
     counted_from: str = ""
     """Where `weights` come from, for a model that is no release."""
+    tokens_given: bool = True
+    """Whether the tokens of a step are asked for; else each layout has its default."""
+
+    def limits_of(self, parallel: Parallel) -> Limits:
+        """Under another layout."""
+        if self.tokens_given:
+            return self.limits
+        tokens = default_step_tokens("cuda", self.limits.running, parallel.tp)
+        return replace(self.limits, step_tokens=tokens)
 
     @property
     def rank_layout(self) -> LayoutSpec:
@@ -141,7 +151,7 @@ def _capacities(q: Question, pages: int, parallel: Parallel) -> list[Capacity]:
 
 
 def _divide(q: Question, parallel: Parallel, memory: int) -> Memory:
-    return divide(q.config, q.weights, q.layout, parallel, q.limits, memory, held=q.held)
+    return divide(q.config, q.weights, q.layout, parallel, q.limits_of(parallel), memory, held=q.held)
 
 
 def _memory(q: Question) -> Memory:

@@ -28,9 +28,9 @@ def planned(
     default settings and the trained formats, as `dsv4 plan` has them."""
     defaults, wanted = EngineConfig(), max_len or config.max_position
     running, share = defaults.max_num_seqs, int(memory * defaults.gpu_memory_utilization)
-    limits = Limits(default_step_tokens("cuda", running), running, wanted, graphs=None)
 
     def tokens(ranks: int) -> int:
+        limits = Limits(default_step_tokens("cuda", running, ranks), running, wanted, graphs=None)
         layout = config.layout("fp8_ds_mla", "mxfp4", ranks=ranks)
         memory_plan = divide(config, weights, layout, Parallel(tp=ranks), limits, share, held="released")
         return memory_plan.pages * layout.block_tokens

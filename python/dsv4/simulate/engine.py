@@ -58,7 +58,7 @@ class Engine:
     @property
     def step_tokens(self) -> int:
         """Most tokens of a step."""
-        return step_tokens(self.settings)
+        return step_tokens(self.settings, self.tp)
 
     def core_options(self, longest_prompt: int) -> dict[str, Any]:
         """Of the core, without tenants. `longest_prompt`: of the trace."""
@@ -92,8 +92,8 @@ class StepTimes:
     """File of measured steps, or name=number,…."""
 
 
-def step_tokens(settings: EngineConfig) -> int:
-    return settings.max_num_batched_tokens or default_step_tokens("cuda", settings.max_num_seqs)
+def step_tokens(settings: EngineConfig, tp: int) -> int:
+    return settings.max_num_batched_tokens or default_step_tokens("cuda", settings.max_num_seqs, tp)
 
 
 def build(
@@ -143,7 +143,7 @@ def smallest_tp(config: ModelConfig, gpu: Gpu) -> int:
 
 def _pool_bytes(config: ModelConfig, layout: LayoutSpec, gpu: Gpu, tp: int, settings: EngineConfig) -> int:
     """What the share of a GPU's memory leaves for pages, by the planner's figures. Raises ConfigError."""
-    running, tokens = settings.max_num_seqs, step_tokens(settings)
+    running, tokens = settings.max_num_seqs, step_tokens(settings, tp)
     longest = settings.max_model_len or config.max_position
     chosen = settings.cudagraph_capture_sizes
     graphs = 0 if settings.enforce_eager else steps_of(running, longest, tokens, tp, chosen)
