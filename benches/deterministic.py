@@ -187,7 +187,9 @@ class Run:
     def kernels(self, what: str) -> Iterator[None]:
         """Prints the kernels that take most of the device's time meanwhile."""
         where = torch.profiler.ProfilerActivity
-        with torch.profiler.profile(activities=[where.CUDA if self.on_gpu else where.CPU]) as found:
+        with torch.profiler.profile(
+            activities=[where.CUDA if self.on_gpu else where.CPU], acc_events=True
+        ) as found:
             yield
         print(what, flush=True)
         of = sorted(found.key_averages(), key=lambda k: -k.self_device_time_total)[: self.args.kernels]

@@ -137,7 +137,7 @@ class Compilations:
                 name_callees_first(function)
                 self.count += 1
                 if self.ready:
-                    log.warning("a kernel is compiled while requests wait: %s", function)
+                    log.warning("a kernel is compiled while requests wait: %s %s", function, args[0])
                 return original(function, *args, **kwargs)
 
             JITFunction._do_compile = compiled
