@@ -10,8 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
+from dsv4 import EngineConfig
+from dsv4.text.tokenizer import Tokenizer
 
-from tests.support.serving import RunningServer
+from tests.support.fake_engine import FakeEngine
+from tests.support.serving import RunningServer, running
 
 CHAT = {"model": "default", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 COMPLETION = {"model": "default", "prompt": "Hi", "max_tokens": 1}
@@ -322,3 +325,14 @@ def test_a_body_that_is_no_plain_text(
     answer = httpx.post(served.url + "/v1/chat/completions", content=body, headers=headers)
     message = answer.json()["error"]["message"]
     assert answer.status_code == status and all(w in message for w in words), message
+
+
+def test_more_choices_than_the_queue_holds_are_no_matter_of_time(tokenizer: Tokenizer) -> None:
+    """It was 429, to try again later."""
+    engine = FakeEngine(tokenizer=tokenizer)
+    engine.config = EngineConfig(max_num_waiting=2)
+    with running(engine) as server, httpx.Client(base_url=server.url) as http:
+        for path, base in (("chat/completions", CHAT), ("completions", COMPLETION)):
+            assert http.post(f"/v1/{path}", json=base | {"n": 2}).status_code == 200
+            error = check_refusal(http.post(f"/v1/{path}", json=base | {"n": 3}))
+            assert error["param"] == "n" and "more than the queue holds; at most 2" in error["message"]

@@ -15,6 +15,7 @@ from dsv4.engine.messages import Submit
 from dsv4.engine.request import RequestOutput
 from dsv4.engine.routing import PLAIN, Routing
 from dsv4.errors import ConfigError, RequestError
+from dsv4.text.chat import ending_of
 
 from tests.support.engines import tiny_engine, write_tiny
 
@@ -169,6 +170,8 @@ def test_a_wrong_salt_is_named(llm: LLM, model: Path) -> None:
                 await anext(engine.generate([5], PARAMS, routing="high"))  # type: ignore[arg-type]
             with pytest.raises(RequestError, match="cache_salt is 3"):
                 await engine.pin([5], 3)  # type: ignore[arg-type]
+            with pytest.raises(RequestError, match="prompt is empty"):
+                await engine.pin([])
 
     asyncio.run(remote())
 
@@ -198,6 +201,12 @@ def test_what_cannot_be_sent_is_not_waited_for(model: Path) -> None:
             assert engine.check_alive() == (True, "ok")
 
     asyncio.run(remote())
+
+
+@pytest.mark.parametrize("messages", [None, "hi", {"role": "user", "content": "hi"}])
+def test_messages_are_a_list(messages: Any) -> None:
+    with pytest.raises(RequestError, match=r"messages is .*; it must be a list of messages"):
+        ending_of(messages)
 
 
 def test_threads_share_an_engine(llm: LLM) -> None:

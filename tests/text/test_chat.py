@@ -363,6 +363,11 @@ def test_the_small_model_brings_its_own_tool_text() -> None:
             "messages[0].tools[1].function.name is a number; it must be text",
         ),
         (
+            [user("x")],
+            {"tools": [TOOL, {"type": "function", "function": {"name": 'a"b'}}]},
+            """tools[1]: the tool's name is 'a"b'; it takes 1 to 512 characters without quotes""",
+        ),
+        (
             [user("x"), assistant("", tool_calls=[CALL, {"function": "f"}])],
             {},
             "messages[1].tool_calls[1].function is text; it must be an object",

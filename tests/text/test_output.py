@@ -9,9 +9,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from dsv4.errors import RequestError
+from dsv4.text.chat import MAX_NAME, encode_chat
 from dsv4.text.output import Content, OutputParser, ToolArguments, ToolStart
 from dsv4.text.tools import schemas_of, shown_tools
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.text.damage import TOOLS, shapes, tokens
@@ -293,6 +295,27 @@ def test_text_in_a_parameter_streams_and_json_comes_whole() -> None:
     assert parser.push(before) == [ToolArguments(0, '", "n": ')]
     assert parser.push("1, 2]") == []
     assert parser.push(after) == [ToolArguments(0, "[1, 2]}")]
+
+
+@settings(deadline=None)
+@given(
+    st.text(alphabet=["a", " ", "\n", '"', "'", "<", ">", "/", "=", "｜", "\t", "é"], max_size=6) | st.text()
+)
+@example("</｜DSML｜tool_calls>")
+@example("<think>")
+@example("x" * MAX_NAME)
+@example("x" * (MAX_NAME + 1))
+def test_every_tool_that_is_taken_can_be_called(name: str) -> None:
+    """A call of a tool named `a"b` came back as one of `a`."""
+    try:
+        tool = {"type": "function", "function": {"name": name}}
+        encode_chat([{"role": "user", "content": "x"}], tools=[tool])
+    except RequestError:
+        return
+    parser = OutputParser(thinking=False, tools=True)
+    text = block((name, [("k", "true", "v")]))
+    pieces = parser.push(text) + parser.finish()
+    assert [p.name for p in pieces if isinstance(p, ToolStart)] == [name]
 
 
 def test_a_call_begins_when_something_of_its_arguments_is_sure() -> None:

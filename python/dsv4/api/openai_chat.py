@@ -26,6 +26,7 @@ from dsv4.api.known_fields import CHAT, check_known
 from dsv4.api.openai_usage import usage_body, usage_so_far
 from dsv4.api.params import (
     answer_id_of,
+    check_queue,
     choices_of,
     include_usage_of,
     max_tokens_of,
@@ -102,6 +103,7 @@ def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParam
     if params.max_tokens == 0:
         takes = f"a whole number from 1 to {service.max_model_len}"
         raise refuse("max_tokens", 0, takes, nearest_number(0, 1, service.max_model_len))
+    check_queue(1, options.n, service.engine.config.max_num_waiting)
     options = dataclasses.replace(
         options, customs=frozenset(chat.inputs), headers=warning_headers(chat.left_out)
     )

@@ -25,6 +25,7 @@ from dsv4.api.known_fields import COMPLETIONS, check_known
 from dsv4.api.openai_usage import usage_body, usage_so_far
 from dsv4.api.params import (
     answer_id_of,
+    check_queue,
     choices_of,
     include_usage_of,
     max_tokens_of,
@@ -100,10 +101,7 @@ def _read(call: Call) -> tuple[Options, dict[str, Any], SamplingParams, Routing]
     if (format := openai_format(fields)) is not None:
         service.tokenizer(format.field)
         params = held_to(params, Grammar(format.text(), format.field))
-    most = service.engine.config.max_num_waiting
-    if len(prompts) * options.n > most:
-        text = f"{len(prompts)} prompts times n {options.n} are more than the queue holds; at most {most}"
-        raise RequestError(text, "n" if options.n > 1 else "prompt", "invalid_value", 400)
+    check_queue(len(prompts), options.n, service.engine.config.max_num_waiting)
     return options, prompts, params, routing_of(call)
 
 

@@ -71,6 +71,14 @@ def choices_of(fields: Fields) -> int:
     return n
 
 
+def check_queue(prompts: int, n: int, most: int) -> None:
+    """Raises RequestError for more answers than the queue ever holds: to try again later would be no use."""
+    if prompts * n > most:
+        asked = f"{prompts} prompts times n {n}" if prompts > 1 else f"the choices of n {n}"
+        text = f"{asked} are more than the queue holds; at most {most}"
+        raise RequestError(text, "n" if n > 1 else "prompt", "invalid_value", 400)
+
+
 def include_usage_of(fields: Fields) -> tuple[bool, bool]:
     """`stream_options`: (whether the usage comes at the end, whether with every chunk too, as vLLM has it)."""
     options = fields.nested("stream_options")

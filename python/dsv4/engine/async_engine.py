@@ -268,8 +268,10 @@ class AsyncEngine:
                 self._send_if_open(Abort([key]))
 
     async def pin(self, tokens: TokenIds, salt: str = "") -> int:
-        """Keeps the cached whole blocks of a prefix until `unpin` of what is returned."""
-        pin: int = await self.ask("pin", salted(salt).salt.encode(), prompt=as_prompt(tokens))
+        """Keeps the cached whole blocks of a prefix until `unpin` of what is returned. Raises RequestError."""
+        if not (prompt := as_prompt(tokens)).size:
+            raise RequestError("prompt is empty; it needs at least one token", "prompt")
+        pin: int = await self.ask("pin", salted(salt).salt.encode(), prompt=prompt)
         return (self._number - 1) * _PINS + pin
 
     def may_hold(self, pin: int) -> bool:

@@ -65,6 +65,11 @@ Ending = Literal["opened", "closed", "continued"]
 PREFIX_FIELDS = ("prefix", "partial", "wo_eos")
 """What marks the last message as one to continue: the names that DeepSeek, Moonshot and Qwen, and SGLang have for it."""
 
+MAX_NAME = 512
+"""Characters of a tool's name."""
+_UNREADABLE = re.compile(r'["\n]|｜DSML｜|</?think>')
+"""What a name cannot hold, as it could not be read back where the model calls the tool."""
+
 _RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
 
@@ -140,6 +145,9 @@ def ending_of(
 ) -> Ending:
     """What is to follow the last message, from a mark on that message (`PREFIX_FIELDS`) and from the switches of vLLM and
     transformers; None is not said. Raises RequestError for wishes that contradict each other."""
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        text = f"messages is {show(messages)}; it must be a list of messages"
+        raise RequestError(text, "messages")
     last = len(messages) - 1
     for i, message in enumerate(messages):
         mark = next((f for f in PREFIX_FIELDS if isinstance(message, Mapping) and message.get(f)), None)
@@ -357,6 +365,10 @@ def _instructions(message: Mapping[str, Any], format: ChatFormat, where: str) ->
 
 def _schema(tool: Any, where: str, format: ChatFormat) -> str:
     function = _function(tool, where)
+    name = function["name"]
+    if _UNREADABLE.search(name) or not 0 < len(name) <= MAX_NAME:
+        text = f'it takes 1 to {MAX_NAME} characters without quotes ("), line feeds and the markers of calls and thoughts'
+        raise RequestError(f"{where}: the tool's name is {show(name)}; {text}", where)
     return _json(tool if format.whole_schema else function)
 
 
