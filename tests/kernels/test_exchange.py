@@ -43,15 +43,29 @@ def _says(rank: Rank, folder: str) -> tuple[list[bool], int, int]:
         asked[0] += 1
         return group()
 
+    for tokens, heads, dim in ((1, 3, 2), (5, 6, 64), (2, 12, 130)):
+        g = torch.Generator().manual_seed(tokens + rank.rank)
+        parts = (
+            torch.randn((tokens, heads, dim), generator=g).bfloat16(),
+            torch.randn((tokens, heads), generator=g),
+        )
+        rank.direct = None
+        expected = rank.heads(*parts)
+        rank.direct, rank._in = direct, counted  # type: ignore[method-assign]
+        found = rank.heads(*parts)
+        rank._in = group  # type: ignore[method-assign]
+        same += [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
     for words in WORDS:
         for x in _messages(rank, words):
             spread = x.view(rank.ranks, -1).repeat(1, rank.ranks)
             told = x.clone()
             rank.direct = None
-            expected = [rank.gather(x), rank.exchange(spread), rank.sum(x), rank.gather(x)[0]]
+            expected = [rank.gather(x), rank.exchange(spread), rank.sum(x), rank.gather(x)[0], rank.gather(x)]
             rank.direct, rank._in = direct, counted  # type: ignore[method-assign]
-            found = [rank.gather(x), rank.exchange(spread), rank.sum(x), told]
+            place = torch.empty_like(expected[0])
+            found = [rank.gather(x), rank.exchange(spread), rank.sum(x), told, rank.gather(x, place)]
             rank.tell(told)
+            same.append(found[-1] is place or found[-1].data_ptr() == place.data_ptr())
             rank._in = group  # type: ignore[method-assign]
             same += [torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True)]
     directly = asked[0]
@@ -66,5 +80,5 @@ def test_messages_are_those_of_a_group(tmp_path: Path) -> None:
     for r in range(ranks):
         (tmp_path / str(r)).write_bytes(bytes(room(ranks)))
     for same, directly, otherwise in run_ranks(ranks, _says, tmp_path, str(tmp_path)):
-        assert len(same) == 8 * len(WORDS) and all(same)
+        assert len(same) == 6 + 12 * len(WORDS) and all(same)
         assert (directly, otherwise) == (0, 2)

@@ -169,6 +169,10 @@ def _index_select(t: int, g: torch.Generator) -> dict[str, Any]:
     )
 
 
+def _index_candidates(t: int, g: torch.Generator) -> dict[str, Any]:
+    return _index_select(t, g) | dict(into=None)
+
+
 def _sparse_attention(t: int, g: torch.Generator) -> dict[str, Any]:
     """Selected entries for odd t, all visible ones for even."""
     step = _two_rows(t)
@@ -423,7 +427,7 @@ CASES: dict[str, Callable[[int, torch.Generator], dict[str, Any]]] = {
     "hc_head": lambda t, g: _hyper(t, g, 4, 1),
     "compress": _compress,
     "index_select": _index_select,
-    "index_candidates": _index_select,
+    "index_candidates": _index_candidates,
     "merge_candidates": _merge_candidates,
     "entries_of_part": _entries_of_part,
     "sparse_attention": _sparse_attention,

@@ -91,9 +91,15 @@ def test_selection_by_parts(backend: str, tokens: int, ties: bool, parts: int) -
         rows, entries = part_of(args["keys"], args["entries"], part, parts)
         selected, scores = candidates(**moved(args | dict(keys=rows, entries=entries), DEVICE))
         assert ((selected < 0) == (scores == -torch.inf)).all()
-        found.append((selected, scores))
-    selected, scores = (torch.stack(x) for x in zip(*found, strict=True))
+        place = torch.empty((2, *selected.shape), dtype=torch.int32, device=selected.device)
+        into = place[0], place[1].view(torch.float32)
+        candidates(**moved(args | dict(keys=rows, entries=entries), DEVICE), into=into)
+        assert torch.equal(into[0], selected) and torch.equal(into[1], scores)
+        found.append(place)
+    every = torch.stack(found)
+    selected, scores = every[:, 0], every[:, 1].view(torch.float32)  # lists that lie apart
     assert torch.equal(merge(selected, scores, whole.shape[1]).cpu(), whole)
+    assert torch.equal(merge(selected.contiguous(), scores, whole.shape[1]).cpu(), whole)
 
 
 def test_the_part_of_a_table() -> None:

@@ -57,7 +57,7 @@ class Places:
             return ordered(each)
         out = parts.new_empty((self.owned + self.shared, *parts.shape[1:]))
         ordered(each, out[: self.owned])
-        out[self.owned :] = self.rank.sum(parts[cut:])
+        self.rank.sum(parts[cut:], out[self.owned :])
         return out
 
 

@@ -31,9 +31,10 @@ class Direct(Protocol):
     def takes(self, size: int) -> bool:
         """Whether a message of `size` bytes to each of the others goes this way."""
 
-    def gather(self, x: Tensor) -> Tensor: ...
+    def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor: ...
     def exchange(self, x: Tensor) -> Tensor: ...
-    def sum(self, x: Tensor) -> Tensor:
+    def heads(self, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]: ...
+    def sum(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Of bfloat16."""
 
     def stop(self) -> None:
@@ -80,7 +81,7 @@ class Rank:
     def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """What every rank has: [...] -> [R, ...], in `out`, contiguous, if it is given. Shapes and dtypes are the same on all."""
         if (direct := self._direct(x.nbytes)) is not None:
-            return direct.gather(x) if out is None else out.copy_(direct.gather(x))
+            return direct.gather(x, out)
         if out is None:
             out = torch.empty((self.ranks, *x.shape), dtype=x.dtype, device=x.device)
         if x.numel():
@@ -100,11 +101,19 @@ class Rank:
                 _over(self._in().alltoall_base(_bytes(out), _bytes(x), [], [], options))
         return out
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of every rank's x, on all of them."""
+    def heads(self, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts of attention o [T, h, D] with lse float32 [T, h], contiguous; an equal run of the heads goes to each rank: [R, T, h / R, D] and
+        [R, T, h / R], what each rank has for this one."""
+        if (direct := self._direct((o.nbytes + lse.nbytes) // self.ranks)) is not None:
+            return direct.heads(o, lse)
+        found = (self.exchange(x.unflatten(1, (self.ranks, -1)).transpose(0, 1)) for x in (o, lse))
+        return next(found), next(found)
+
+    def sum(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The sum of every rank's x, on all of them; in `out`, contiguous, if it is given."""
         if x.dtype == torch.bfloat16 and (direct := self._direct(x.nbytes)) is not None:
-            return direct.sum(x)
-        return ordered(self.gather(x))
+            return direct.sum(x, out)
+        return ordered(self.gather(x), out)
 
     def tell(self, x: Tensor) -> None:
         """Rank 0's x, contiguous and not empty, becomes that of all ranks."""

@@ -106,7 +106,7 @@ class RankedAttention(Attention):
             return ordered(own)
         y = own[0].new_empty((len(q), own[0].shape[1]))
         ordered(own, step.cut.pick(y))
-        step.shared.pick(y).copy_(self._shared(step.shared, q, rope, rows, query))
+        self._shared(step.shared, q, rope, rows, query, step.shared.pick(y))
         return y
 
     def _kv(self, kv: Tensor, step: RankStep) -> Tensor:  # type: ignore[override]
@@ -134,24 +134,31 @@ class RankedAttention(Attention):
         compressor(projected, step.tokens, step.blocks[self.ratio], rope)
 
     def _shared(
-        self, group: Group, q: Tensor, rope: Rope, rows: Rows, query: tuple[Tensor, Tensor] | None
+        self,
+        group: Group,
+        q: Tensor,
+        rope: Rope,
+        rows: Rows,
+        query: tuple[Tensor, Tensor] | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Each rank sums its part, the owner of a head all parts of it."""
+        """Each rank sums its part, the owner of a head all parts of it; in `out` if it is given."""
         ops, rank = self.ops, self.rank
         turn = tuple(group.pick(r) for r in rope)
         compressed: tuple = ()
         if self.history is not None:
             compressed = self.history, group.entries[self.ratio][0]
         if query is not None and self.indexer is not None:
-            found = self._candidates(group, 0, turn, query, self.indexer.keys)
-            chosen = self._choice(group, rank.gather(found[0]), rank.gather(found[1]))
+            lists = self._lists(group, 1)
+            self._candidates(group, 0, turn, query, self.indexer.keys, lists[0])
+            chosen = self._choice(group, rank.gather(lists[0]))
             compressed = *compressed, *ops.entries_of_part(chosen, rank.rank, rank.ranks)
         o, lse = ops.partial_attention(
             group.pick(q), self.scale, group.tokens, rows, group.window[0], *compressed
         )
-        o, lse = (rank.exchange(x.unflatten(1, (rank.ranks, -1)).transpose(0, 1)) for x in (o, lse))
+        o, lse = rank.heads(o, lse)
         sink = self.sink.chunk(rank.ranks)[rank.rank]
-        return rank.sum(self._output(ops.merge_attention(o, lse, sink, *turn), rank.rank))
+        return rank.sum(self._output(ops.merge_attention(o, lse, sink, *turn), rank.rank), out)
 
     def _cut(
         self,
@@ -168,8 +175,10 @@ class RankedAttention(Attention):
         turn, q = tuple(group.pick(r) for r in rope), group.pick(q)
         chosen = None
         if query is not None:
-            found = [self._candidates(group, p, turn, query, keys[p]) for p in range(ranks)]
-            chosen = self._choice(group, *map(torch.stack, zip(*found, strict=True)))
+            lists = self._lists(group, ranks)
+            for p in range(ranks):
+                self._candidates(group, p, turn, query, keys[p], lists[p])
+            chosen = self._choice(group, lists)
         o = q.new_empty((ranks, *q.shape))
         lse = q.new_empty(o.shape[:-1], dtype=torch.float32)
         for p in range(ranks):
@@ -186,19 +195,27 @@ class RankedAttention(Attention):
         u = self.ops.grouped_linear(o.reshape(len(o), self.out_groups, -1), self.wo_a[part])
         return self.ops.linear(u.flatten(1), self.wo_b[part])
 
-    def _candidates(
-        self, group: Group, part: int, turn: tuple, query: tuple[Tensor, Tensor], keys: Rows
-    ) -> tuple[Tensor, Tensor]:
-        """The best entries of a part for the tokens of a group, and their scores."""
+    def _lists(self, group: Group, parts: int) -> Tensor:
+        """Room for the best entries of parts for the tokens of a group, and their scores: int32 [P, 2, m, k], to cross as they are."""
         assert self.indexer is not None
-        q, weights = map(group.pick, query)
-        entries = group.entries[self.ratio][part]
-        return self.ops.index_candidates(q, *turn, weights, keys, group.tokens, entries, self.indexer.topk)
+        tokens, entries = group.tokens.row, group.entries[self.ratio][0]
+        shape = (parts, 2, len(tokens), min(self.indexer.topk, entries.most))
+        return torch.empty(shape, dtype=torch.int32, device=tokens.device)
 
-    def _choice(self, group: Group, selected: Tensor, scores: Tensor) -> Tensor:
-        """The best entries of all parts. One part may hold all of them."""
+    def _candidates(
+        self, group: Group, part: int, turn: tuple, query: tuple[Tensor, Tensor], keys: Rows, lists: Tensor
+    ) -> None:
+        """Fills the lists int32 [2, m, k] of a part."""
         assert self.indexer is not None
-        most = selected.shape[0] * group.entries[self.ratio][0].most
+        (q, weights), entries = map(group.pick, query), group.entries[self.ratio][part]
+        into, topk = (lists[0], lists[1].view(torch.float32)), self.indexer.topk
+        self.ops.index_candidates(q, *turn, weights, keys, group.tokens, entries, topk, into)
+
+    def _choice(self, group: Group, lists: Tensor) -> Tensor:
+        """The best entries of all parts int32 [P, 2, m, k]. One part may hold all of them."""
+        assert self.indexer is not None
+        selected, scores = lists[:, 0], lists[:, 1].view(torch.float32)
+        most = len(lists) * group.entries[self.ratio][0].most
         return self.ops.merge_candidates(selected, scores, min(self.indexer.topk, most))
 
     def _gathered(self, pages: Tensor) -> tuple[list[Rows], list[Rows]]:

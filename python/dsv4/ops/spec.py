@@ -203,10 +203,11 @@ SPECS: dict[str, OpSpec] = dict(
         _spec(
             "index_candidates",
             "q model[T,H,I]; cos float32[T,r/2]; sin float32[T,r/2]; weights float32[T,H]; keys rows[.,I]; "
-            "tokens TokenTable; entries EntryTable; topk value",
+            "tokens TokenTable; entries EntryTable; topk value; into value",
             "selected int32[T,k]; scores float32[T,k]",
             1e-5,
-            "index_select and the scores of what it selects, -inf after the last: a rank's own entries",
+            "index_select and the scores of what it selects, -inf after the last: a rank's own entries; into: None, or contiguous "
+            "(selected, scores) that take the result",
         ),
         _spec(
             "merge_candidates",

@@ -74,7 +74,7 @@ def v4_keys(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tok
     return stored and 32 < q.shape[1] <= 64
 
 
-def short_keys(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int) -> bool:  # fmt: skip
+def short_keys(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int, *rest: Any) -> bool:  # fmt: skip
     """MXFP4 keys of 128 channels, 16 bytes of which are loaded at a time, in pages whose rows are a multiple or a part of 64, for 33 to 64
     heads."""
     whole = keys.rows % BLOCK == 0 or (BLOCK % keys.rows == 0 and keys.rows % 4 == 0)

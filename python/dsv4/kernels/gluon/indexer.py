@@ -393,14 +393,14 @@ def fixed_index_select(
 
 
 def index_candidates(
-    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op `index_candidates`. Its exact pass has the scan's bits: scores of one rank are held against those of others."""
-    values = torch.empty((len(q), min(topk, entries.most)), dtype=torch.float32, device=q.device)
+    out, values = into or portable.lists(q, entries, topk)
     refine = "mxfp4 as e4m3"
-    return portable.best(
-        q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 4, values, refine
-    ), values
+    portable.best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 4, values, refine, out)
+    return out, values
 
 
 def _aot(append: bool, queries: int, rows: int = 64) -> Aot:

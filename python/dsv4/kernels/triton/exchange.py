@@ -149,6 +149,44 @@ def gather_kernel(
     tl.store(epochs + p, epoch)
 
 
+@triton.jit(do_not_specialize=["N", "L"])
+def heads_kernel(
+    x, sums, out, out_sums, buffers, epochs, stop, N, L, capacity, RANK: tl.constexpr, RANKS: tl.constexpr,
+    PIECE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Parts of attention to the owners of the heads: int32 words x [T, RANKS, PIECE] and sums [T, RANKS, HEADS] become out [RANKS, N] and
+    out_sums [RANKS, L], which hold what every rank has for this one, N = T * PIECE and L = T * HEADS words. Other arguments as those of
+    `all_reduce_kernel`. Grid: cdiv(N + L, BLOCK)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    p = tl.program_id(0)
+    epoch = _next(epochs + p)
+    at = p * BLOCK + tl.arange(0, BLOCK)
+    first, i = at < N, at - N
+    second, live = (i >= 0) & (i < L), at < N + L
+    a = x + at // PIECE * (RANKS * PIECE) + at % PIECE
+    b = sums + i // HEADS * (RANKS * HEADS) + i % HEADS
+    turn = (epoch & 1) * RANKS
+    for k in tl.static_range(1, RANKS):
+        peer = (RANK + k) % RANKS
+        slot = tl.load(buffers + peer).to(tl.pointer_type(tl.int64)) + (turn + RANK) * capacity
+        words = tl.load(a + peer * PIECE, mask=first, other=0)
+        _send(slot, at, live, words | tl.load(b + peer * HEADS, mask=second, other=0), epoch)
+    mine = tl.load(buffers + RANK).to(tl.pointer_type(tl.int64))
+    for k in tl.static_range(RANKS):
+        r = (RANK + k) % RANKS
+        if k == 0:
+            got = tl.load(a + RANK * PIECE, mask=first, other=0) | tl.load(
+                b + RANK * HEADS, mask=second, other=0
+            )
+        else:
+            got = _receive(mine + (turn + r) * capacity, at, live, epoch, stop)
+        tl.store(out + r * N + at, got, mask=first)
+        tl.store(out_sums + r * L + i, got, mask=second)
+    tl.store(epochs + p, epoch)
+
+
 class Exchange:
     """Collectives of one of R ranks, called by all alike. They allocate nothing but their result and can be captured in a CUDA graph."""
 
@@ -169,19 +207,52 @@ class Exchange:
         """Whether a message of `size` bytes to each of the others goes this way."""
         return 0 < size <= LIMIT and size % STEP == 0
 
-    def gather(self, x: Tensor) -> Tensor:
-        """What every rank has: [...] -> [R, ...]."""
-        return self._spread(
-            x, torch.empty((self.ranks, *x.shape), dtype=x.dtype, device=x.device), spread=False
-        )
+    def gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """What every rank has: [...] -> [R, ...], in `out`, contiguous, if it is given."""
+        if out is None:
+            out = torch.empty((self.ranks, *x.shape), dtype=x.dtype, device=x.device)
+        return self._spread(x, out, spread=False)
 
     def exchange(self, x: Tensor) -> Tensor:
         """x[p] goes to rank p: [R, ...] -> [R, ...]."""
         return self._spread(x, torch.empty(x.shape, dtype=x.dtype, device=x.device), spread=True)
 
-    def sum(self, x: Tensor) -> Tensor:
-        """The sum of bfloat16 [...] over the ranks, added in their order in float32 and rounded once."""
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    def heads(self, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Parts o [T, h, D] and lse float32 [T, h], both contiguous: heads p h / R .. (p + 1) h / R - 1 go to rank p. [R, T, h / R, D] and
+        [R, T, h / R], what each rank has for this one."""
+        (tokens, heads, _), ranks, words = o.shape, self.ranks, lambda x: x.view(-1).view(torch.int32)
+        assert o.is_contiguous() and lse.is_contiguous()
+        found = (
+            o.new_empty((ranks, tokens, heads // ranks, o.shape[2])),
+            lse.new_empty((ranks, tokens, heads // ranks)),
+        )
+        overlap, (n, m) = pdl(), (x.nbytes // 4 // ranks for x in (o, lse))
+        heads_kernel[(cdiv(n + m, BLOCK),)](
+            words(o),
+            words(lse),
+            words(found[0]),
+            words(found[1]),
+            self._buffers,
+            self._epochs,
+            self._stop,
+            n,
+            m,
+            LIMIT // 4,
+            RANK=self.rank,
+            RANKS=ranks,
+            PIECE=n // tokens,
+            HEADS=m // tokens,
+            BLOCK=BLOCK,
+            PDL=bool(overlap),
+            num_warps=BLOCK // 128,
+            **overlap,
+        )
+        return found
+
+    def sum(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The sum of bfloat16 [...] over the ranks, added in their order in float32 and rounded once; in `out`, contiguous, if it is given."""
+        if out is None:
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         self._run(all_reduce_kernel, x, out, x.nbytes // 4)
         return out
 
@@ -219,6 +290,15 @@ def _aot(kernel: Any, ranks: int, **flags: bool) -> Aot:
 
 
 AOT = [
+    *(
+        Aot(
+            heads_kernel,
+            _TYPES | {"sums": "*i32", "out_sums": "*i32", "N": "i32", "L": "i32"},
+            {"RANK": 0, "RANKS": n, "PIECE": 16384 // n, "HEADS": 64 // n, "BLOCK": BLOCK, "PDL": True},
+            num_warps=BLOCK // 128,
+        )
+        for n in (2, 8)
+    ),
     *(_aot(all_reduce_kernel, n) for n in (2, 8)),
     *(_aot(gather_kernel, n, SPREAD=spread) for spread in (False, True) for n in (2, 8)),
 ]

@@ -184,12 +184,20 @@ def fixed_index_select(
 
 
 def index_candidates(
-    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int, *, fixed: bool = False
+    q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, keys: Any, tokens: Any, entries: Any, topk: int,
+    into: tuple[Tensor, Tensor] | None = None, *, fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op `index_candidates`; `fixed` as in `fixed_index_select`."""
-    values = torch.empty((len(q), min(topk, entries.most)), dtype=torch.float32, device=q.device)
-    queries = 1 if fixed else 2
-    return best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, queries, values), values
+    out, values = into or lists(q, entries, topk)
+    best(q, cos, sin, weights, keys, tokens, entries, topk, launch_scan, 1 if fixed else 2, values, out=out)
+    return out, values
+
+
+def lists(q: Tensor, entries: Any, topk: int) -> tuple[Tensor, Tensor]:
+    """Room for what `index_candidates` gives."""
+    shape = (len(q), min(topk, entries.most))
+    selected = torch.empty(shape, dtype=torch.int32, device=q.device)
+    return selected, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def best(
@@ -205,11 +213,13 @@ def best(
     queries: int,
     values: Tensor | None,
     refine: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """What all forms of the ops do: the arguments of the op, what launches the scan and for how many tokens of a prompt at a time, where scores
-    go (float32 [T, k], if anywhere), and FORMAT of `refine_kernel`."""
+    go (float32 [T, k], if anywhere), FORMAT of `refine_kernel`, and where the selected go (int32 [T, k], if somewhere)."""
     total, k = len(q), min(topk, entries.most)
-    out = torch.empty((total, k), dtype=torch.int32, device=q.device)
+    if out is None:
+        out = torch.empty((total, k), dtype=torch.int32, device=q.device)
     if not total or not k:
         return out
     if total == len(tokens.slabs):  # one token of each request: none share keys

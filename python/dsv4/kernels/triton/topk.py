@@ -219,15 +219,16 @@ def _select(
     _take(u, e, row, scratch, out, values, k, K, VALUES)
 
 
-@triton.jit(do_not_specialize=["tokens", "given", "k"])
+@triton.jit(do_not_specialize=["stride", "given", "k"], do_not_specialize_on_alignment=["selected", "scores"])
 def merge_kernel(
-    selected, scores, scratch, out, tokens, given, k, P: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
+    selected, scores, scratch, out, stride, given, k, P: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
 ):
-    """The k best of P lists [P, tokens, given], where entry i of list p is entry i * P + p of the whole. Grid: tokens."""
+    """The k best of P lists [tokens, given], which lie `stride` apart and in which entry i of list p is entry i * P + p of the whole.
+    Grid: tokens."""
     t = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, TILE)
     part, at = j // given, j % given
-    place = (part.to(tl.int64) * tokens + t) * given + at
+    place = part.to(tl.int64) * stride + t * given + at
     e = tl.load(selected + place, mask=part < P, other=-1)
     f = tl.load(scores + place, mask=part < P, other=0.0)
     u = tl.where(e >= 0, key_of(f), 0).to(tl.uint32)
@@ -307,16 +308,18 @@ def choose(scores: Tensor, visible: Tensor, out: Tensor, most: int, values: Tens
 def merge_candidates(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
     """The op `merge_candidates`."""
     parts, tokens, given = selected.shape
+    if selected.stride() != scores.stride() or selected.stride()[1:] != (given, 1):
+        selected, scores = selected.contiguous(), scores.contiguous()
     out = torch.empty((tokens, topk), dtype=torch.int32, device=selected.device)
     width = next_pow2(max(16, topk))
     scratch = torch.empty((tokens, width), dtype=torch.int32, device=selected.device)
     if tokens and topk:
         merge_kernel[(tokens,)](
-            selected.contiguous(),
-            scores.contiguous(),
+            selected,
+            scores,
             scratch,
             out,
-            tokens,
+            selected.stride(0),
             given,
             topk,
             P=parts,
@@ -366,7 +369,7 @@ AOT = [
 AOT += [
     Aot(
         merge_kernel,
-        dict(selected="*i32", scores="*fp32", scratch="*i32", out="*i32", tokens="i32", given="i32", k="i32"),
+        dict(selected="*i32", scores="*fp32", scratch="*i32", out="*i32", stride="i32", given="i32", k="i32"),
         {"P": 2, "K": 512, "TILE": 1024},
         num_warps=8,
     ),

@@ -40,9 +40,16 @@ def index_candidates(
     tokens: TokenTable,
     entries: EntryTable,
     topk: int,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`index_select` with scores float32 [T, k] beside the entries, -inf after the last, however few are visible."""
-    return _best(q, cos, sin, weights, keys, tokens, entries, min(topk, entries.most))
+    """`index_select` with scores float32 [T, k] beside the entries, -inf after the last, however few are visible. `into`: the (selected,
+    scores) to write."""
+    found = _best(q, cos, sin, weights, keys, tokens, entries, min(topk, entries.most))
+    if into is None:
+        return found
+    for given, result in zip(into, found, strict=True):
+        given.copy_(result)
+    return into
 
 
 def merge_candidates(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
