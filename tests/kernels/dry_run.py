@@ -102,12 +102,13 @@ def random_steps(local: LocalDevice, count: int, tokens: int, context: int) -> N
 
 @torch.inference_mode()
 def many_prompts(local: LocalDevice, longest: int, context: int) -> None:
-    """Steps of several prompts, longer than one prompt can be."""
-    for tokens in (n for n in (context + 1, longest - 7, longest) if context < n <= longest):
-        starts = range(0, tokens, context - 1)
-        warmup._eager(
-            local, [Row(i % SLABS, 0, min(context - 1, tokens - at), at) for i, at in enumerate(starts)]
-        )
+    """Steps of several prompts, longer than one prompt can be, or than one that several ranks share whole, and of many short ones."""
+    for most in {context, min(context, local.rank_of[1] * UNIT), 102}:
+        for tokens in (n for n in (most + 1, longest - 7, longest) if most < n <= longest):
+            starts = range(0, tokens, most - 1)
+            warmup._eager(
+                local, [Row(i % SLABS, 0, min(most - 1, tokens - at), at) for i, at in enumerate(starts)]
+            )
 
 
 @torch.inference_mode()
@@ -120,7 +121,7 @@ def captured_steps(local: LocalDevice) -> None:
 
 def main() -> None:
     ranks = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    tokens = 12 if ranks == 1 else 3 * ranks * UNIT  # so that prompts are cut over the ranks
+    tokens = 12 if ranks == 1 else 4 * ranks * UNIT  # so that prompts are cut over the ranks
     longest = 4096 if ranks == 1 else tokens
     context = 768 if ranks == 1 else 8 * ranks * UNIT
     sizes.SHORTEST = 256  # so that there are several contexts

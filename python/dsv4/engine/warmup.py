@@ -19,6 +19,7 @@ import torch
 from dsv4.engine.sampler import KINDS, judge
 from dsv4.kernels.device import has_triton
 from dsv4.model.batch import Batch, Row
+from dsv4.model.parallel import UNIT
 from dsv4.plan.workspace import LOGIT_ROWS
 
 if TYPE_CHECKING:
@@ -162,9 +163,10 @@ def rehearse(device: LocalDevice, step_tokens: int, max_len: int) -> None:
         for end, n in _cases(step_tokens, max_len):
             start = max(0, end - n)
             _eager(device, [Row(slab, start, min(n, end), 0, reset=not start)])
-        for n in _lengths(step_tokens):
-            if n >= max_len:
-                _eager(device, _short_rows(slab, n, max_len - 1))
+        for each in _short(device.rank_of[1], max_len, model.geometry.window):
+            for n in _lengths(step_tokens):
+                if n > each:
+                    _eager(device, _short_rows(slab, n, each))
         lengths = _lengths(min(step_tokens, max_len - 1))
         for n in lengths[::3]:
             start = max_len - n
@@ -186,6 +188,14 @@ def _kinds(layers: Sequence[Layer]) -> Iterator[Layer]:
         if kind not in seen:
             seen.add(kind)
             yield layer
+
+
+def _short(ranks: int, max_len: int, window: int) -> list[int]:
+    """Tokens of rows of which a step may have many. The longest that every one of `ranks` ranks has all of (longer ones are dealt out, and a rank
+    has a part of the step), and short ones: then all of a step's rows are kept in windows, and the entries to choose from are few, a multiple of 16 (a
+    window's tokens: 32) or not (a little more than half of them: 17, on several ranks R of each)."""
+    longest = (max_len if ranks == 1 else min(max_len, ranks * UNIT)) - 1
+    return sorted({min(n, longest) for n in (longest, window, window // 2 + 4)})
 
 
 def _short_rows(slab: int, tokens: int, longest: int) -> list[Row]:
