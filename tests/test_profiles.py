@@ -125,9 +125,10 @@ def test_a_wrong_profile_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: list[str]
 ) -> None:
     own = written(tmp_path, text)
-    code, out, err = call(capsys, "profiles", "diff", own)
-    assert code == 2 and out == "" and err.count("\n") == 1
-    assert all(w in err for w in (own, *words)), err
+    for command in (["diff", own], ["show", own]):
+        code, out, err = call(capsys, "profiles", *command)
+        assert code == 2 and out == "" and err.count("\n") == 1
+        assert all(w in err for w in (own, *words)), err
 
 
 @pytest.mark.parametrize(

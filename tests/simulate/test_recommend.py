@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ EXCERPT = str(Path(__file__).parents[1] / "data/traces/mooncake_200.jsonl")
 
 def outcome(profile: str, answer: float, **more: Any) -> Outcome:
     plain = {q: 0.1 for q in ("p50", "p90", "p99")}
-    made = Outcome(profile, 10**7, 0.9, plain, plain, answer, 100.0, 0.5, 1.0, 0)
+    made = Outcome(profile, 10**7, 0.9, plain, plain, answer, 100.0, 0.5, 1.0, 0, 0.0)
     return dataclasses.replace(made, **more)
 
 
@@ -78,10 +79,16 @@ def test_goals_and_refusals_come_before_time() -> None:
     choice = picked(found, None, "itl=50")
     assert choice.best.profile == "chat" and "misses itl p90 50 ms, as does every other" in said(choice)
     assert "the others refuse requests, rollout 3 of them" in said(picked([found[2], found[1]]))
-    assert "more than they hold" in said(picked([outcome("chat", 4.0, busy=0.99), outcome("mixed", 5.0)]))
+    full = [outcome("chat", 4.0, busy=0.99, waiting=7.2), outcome("mixed", 5.0)]
+    assert "99% of the time and 7 requests wait in the mean: this traffic is more than they hold" in said(
+        picked(full)
+    )
+    alone = [outcome("chat", 4.0, busy=1.0), outcome("mixed", 5.0)]
+    assert "more than they hold" not in said(picked(alone)), "one conversation without a pause"
     for bad in ("ttf=3", "ttft=", "itl=-1", "e2e=4", "ttft=inf"):
-        with pytest.raises(ConfigError, match="--goal is"):
+        with pytest.raises(ConfigError, match="--goal is") as told:
             Goal.read(bad)
+        assert ("did you mean" in str(told.value)) == (bad == "ttf=3")
 
 
 def rows(**columns: list[Any]) -> dict[str, Any]:
@@ -169,6 +176,45 @@ def test_a_written_report_is_known_by_its_beginning(tmp_path: Path) -> None:
     path.write_text(json.dumps(report))
     with pytest.raises(ConfigError, match="no request whose prompt tokens"):
         of_file(str(path), None, 256, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: r["stages"][0].pop("rows"), "Object missing required field `rows` - at `$.stages[0]`"),
+        (lambda r: r["stages"][0]["rows"].update(due_ms=[None] * 40), "got `null` - at `$.stages[0].rows.due_ms[0]`"),
+        (lambda r: r["stages"][1]["rows"]["turn"].pop(), "columns differ in length - at `$.stages[1].rows`"),
+        (lambda r: r["stages"][0]["rows"].update(prompt_tokens=[-5] * 40), "Expected `int` >= 0"),
+        (lambda r: r["stages"][0]["output"].pop("p50"), "Object missing required field `p50`"),
+        (lambda r: r.pop("settings"), "Object missing required field `settings`"),
+    ],
+)  # fmt: skip
+def test_a_damaged_report_says_where(tmp_path: Path, change: Callable[[Any], Any], says: str) -> None:
+    path, report = tmp_path / "bench.json", made()
+    change(report)
+    path.write_text(json.dumps(report))
+    with pytest.raises(ConfigError, match=re.escape(f"{path} is a damaged report of dsv4 bench: ")) as told:
+        of_file(str(path), None, 256, {})
+    assert says in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: d["cache"].update(nodes=5), "Expected `array`, got `int`"),
+        (
+            lambda d: d["cache"]["nodes"][0].pop("tokens"),
+            "Object missing required field `tokens` - at `$[0]`",
+        ),
+        (lambda d: d["cache"]["nodes"][0].update(above={"Node": 7}), "a node stands before the one above it"),
+    ],
+)
+def test_a_damaged_dump_says_where(tmp_path: Path, change: Callable[[Any], Any], says: str) -> None:
+    path, found = tmp_path / "core.json", json.loads(dump())
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(ConfigError, match=re.escape(f"{path} is a damaged dump: cache.nodes: {says}")):
+        of_file(str(path), 1.0, 256, {})
 
 
 def dump() -> str:
@@ -305,6 +351,7 @@ def test_the_command_tells_a_table_and_a_choice(capsys: pytest.CaptureFixture[st
         (f"{EXCERPT} --gpu b100", ["b100", "b200"]),
         (f"{EXCERPT} --gpu h100 --tp 2", ["tp is 2", "larger --tp"]),
         (f"{EXCERPT} --coefficients /nowhere.json", ["/nowhere.json"]),
+        (f"{EXCERPT} --coefficients /dev/null", ["/dev/null is no JSON; it takes a file of dsv4 calibrate"]),
     ],
 )
 def test_a_bad_call_is_one_line(capsys: pytest.CaptureFixture[str], line: str, words: list[str]) -> None:

@@ -262,3 +262,6 @@ def test_a_dump_of_the_core_runs_on(capsys: pytest.CaptureFixture[str], tmp_path
     assert call(capsys, "simulate", "--dump", str(path))[0] == 0
     code, _, err = call(capsys, "simulate", "--dump", str(path), "--index-cache-dtype", "fp8")
     assert code == 2 and "another layout" in err
+    path.write_text("{}")
+    code, _, err = call(capsys, "simulate", "--dump", str(path))
+    assert code == 2 and f"{path}: dump is missing field" in err

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from dsv4.bench.figures import Price, Stage, figures
 from dsv4.bench.record import Record
@@ -15,6 +17,72 @@ from dsv4.errors import ConfigError
 VERSION = 1
 
 Report = dict[str, Any]
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+_Tokens = Annotated[int, msgspec.Meta(ge=0, le=2**24)]
+_Spread = Annotated[list[float], msgspec.Meta(min_length=3, max_length=3)] | None
+"""A figure and its interval."""
+
+
+class _Settings(msgspec.Struct):
+    """Of a report, what is read again."""
+
+    shape: str
+    seed: int
+    n: Annotated[int, msgspec.Meta(ge=1, le=2**16)]
+    prefixes: Annotated[int, msgspec.Meta(ge=1, le=2**40)] | None
+    history: str
+
+
+class _Rows(msgspec.Struct):
+    session: list[_Count]
+    turn: list[_Count]
+    due_ms: list[Annotated[float, msgspec.Meta(ge=0, le=3.2e12)]]
+    e2e_ms: list[float | None]
+    prompt_tokens: list[_Tokens | None]
+    cached_tokens: list[_Tokens | None]
+    output_tokens: list[_Tokens | None]
+
+
+class _Lengths(msgspec.Struct):
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p99: float | None
+
+
+class _Prompts(msgspec.Struct):
+    hit_rate: _Spread
+
+
+class _Goodput(msgspec.Struct):
+    requests_per_s: _Spread
+
+
+class _Stage(msgspec.Struct):
+    load: str
+    completed: _Count
+    failed: _Count
+    concurrency: int | None
+    output: _Lengths
+    prompt: _Prompts
+    ttft_ms: dict[str, _Spread] | None
+    itl_ms: dict[str, _Spread] | None
+    mean_itl_ms: dict[str, _Spread] | None
+    longest_gap_ms: dict[str, _Spread] | None
+    e2e_ms: dict[str, _Spread] | None
+    requests_per_s: _Spread
+    output_tokens_per_s: _Spread
+    prompt_tokens_per_s: _Spread
+    goodput: _Goodput | None
+    rows: _Rows
+
+
+class _Report(msgspec.Struct):
+    model: str
+    settings: _Settings
+    interrupted: bool
+    stages: list[_Stage]
 
 
 def report(
@@ -109,6 +177,13 @@ def read(path: str) -> Report:
             else f"has version {version}, this dsv4 reads {VERSION}"
         )
         raise ConfigError(f"{path} {told}; it takes a file of dsv4 bench serve --json")
+    try:
+        checked = msgspec.convert(found, _Report)
+        for i, stage in enumerate(checked.stages):
+            if len({len(column) for column in msgspec.structs.astuple(stage.rows)}) > 1:
+                raise msgspec.ValidationError(f"columns differ in length - at `$.stages[{i}].rows`")
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{path} is a damaged report of dsv4 bench: {e}") from None
     if not found["stages"]:
         raise ConfigError(f"{path} has no stage, as the run was interrupted; run it again")
     return found  # type: ignore[no-any-return]

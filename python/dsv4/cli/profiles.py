@@ -8,7 +8,7 @@ from typing import Any
 
 from dsv4 import profiles
 from dsv4.cli import recommend
-from dsv4.config import profile_diff, profile_layer
+from dsv4.config import profile_diff
 
 
 def add(commands: Any) -> None:
@@ -55,8 +55,8 @@ def list_all(arguments: argparse.Namespace) -> int:
 
 
 def show_one(arguments: argparse.Namespace) -> int:
-    """The file. Raises ConfigError, also for a setting that is none."""
-    profile_layer(arguments.profile)
+    """The file. Raises ConfigError, also for a setting that is none or a value that it does not take."""
+    profile_diff(arguments.profile, None)
     sys.stdout.write(profiles.read(arguments.profile).text)
     return 0
 

@@ -206,8 +206,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dump:
         text = _read_dump(arguments.dump)
         note(said[1])
-        with Progress() as progress:
-            reports = resume(text, engine, progress)
+        try:
+            with Progress() as progress:
+                reports = resume(text, engine, progress)
+        except ConfigError as e:
+            raise ConfigError(f"{arguments.dump}: {e}") from None
         pool = reports["dump"]["pool"]["pages"] * reports["dump"]["pool"]["page_bytes"]
     else:
         trace, pool = _trace(arguments), engine.pool_bytes

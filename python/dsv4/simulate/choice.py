@@ -38,7 +38,8 @@ class Goal:
             ms = -1.0
         if name not in GOALS or not 0 < ms < float("inf"):
             raise ConfigError(
-                f"--goal is {text!r}; it takes ttft or itl and milliseconds above 0, such as ttft=2000{nearest(name, GOALS)}"
+                f"--goal is {text!r}; it takes ttft or itl and milliseconds above 0, such as ttft=2000"
+                + ("" if name in GOALS else nearest(name, GOALS))
             )
         return cls(name, ms)
 
@@ -142,8 +143,13 @@ def reasons(choice: Choice) -> Iterator[str]:
     yield f"{best.profile}: {_why(choice)}."
     if missed := choice.missed(best):
         yield f"It misses {' and '.join(map(str, missed))}, as does every other profile: more GPUs, or fewer requests for each."
-    if best.busy > BUSY:
-        yield f"The GPUs are in steps {best.busy:.0%} of the time: this traffic is more than they hold."
+    if (
+        best.busy > BUSY and best.waiting >= 1
+    ):  # alone the first is true of one conversation that never pauses
+        yield (
+            f"The GPUs are in steps {best.busy:.0%} of the time and {best.waiting:,.0f} requests wait in the mean: this traffic is more "
+            "than they hold."
+        )
     yield f"Runner-up: {second.profile}, {_against(second, best)}."
     changes = list(_changes(choice))
     top = _level(choice.heavier, choice.goals)

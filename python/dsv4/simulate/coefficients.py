@@ -97,8 +97,10 @@ class Calibration:
         """Raises ConfigError naming file, field and value."""
         try:
             record: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as e:
-            raise ConfigError(f"coefficients {path}: {getattr(e, 'strerror', None) or e}") from None
+        except OSError as e:
+            raise ConfigError(f"coefficients {path}: {e.strerror}") from None
+        except ValueError:
+            raise ConfigError(f"coefficients {path} is no JSON; it takes a file of dsv4 calibrate") from None
         names = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(record, dict) or set(record) != set(names):
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from dsv4.config import settle
@@ -38,6 +39,8 @@ class Outcome:
     gpu_hours: float
     """Of steps, for a million output tokens."""
     refused: int
+    waiting: float
+    """Requests that wait, in the mean over the run."""
 
     @classmethod
     def of(cls, profile: str, engine: Engine, report: Mapping[str, Any]) -> Outcome:
@@ -55,6 +58,7 @@ class Outcome:
             report["busy_s"] / max(report["virtual_s"], 1e-9),
             report["busy_s"] * engine.tp / 3600 / max(output, 1) * 1e6,
             report["refused"],
+            fmean(report["timeline"]["waiting"] or [0]),
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
 
 from dsv4.errors import ConfigError
 from dsv4.simulate.records import BLOCK, Context, Recorder, write
@@ -166,8 +168,28 @@ class _Shape(Recorder):
         return base
 
 
+class _Facts(msgspec.Struct):
+    used: int
+    uses: int
+
+
+class _Node(msgspec.Struct):
+    """Of a dump, what is read of a stored prefix."""
+
+    tokens: list[int]
+    above: dict[str, Annotated[int, msgspec.Meta(ge=0)]]
+    """`Node`: its place in the list; others stand at the root."""
+    facts: _Facts
+
+
 def of_dump(dump: Mapping[str, Any], path: str, rate: float, output: int) -> Workload:
     """A prompt for each stored prefix that ends, as often as it was used, in order of its last use. Raises ConfigError."""
+    try:
+        checked = msgspec.convert(dump["cache"]["nodes"], list[_Node])
+        if any(node.above.get("Node", -1) >= n for n, node in enumerate(checked)):
+            raise msgspec.ValidationError("a node stands before the one above it")
+    except msgspec.ValidationError as e:
+        raise ConfigError(f"{path} is a damaged dump: cache.nodes: {e}") from None
     nodes = dump["cache"]["nodes"]
     ids = [[f"{n}.{i}" for i in range(len(node["tokens"]) // DUMP_BLOCK)] for n, node in enumerate(nodes)]
     paths: list[list[str]] = []
