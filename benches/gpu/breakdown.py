@@ -13,8 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from dsv4.kernels.triton.common import cdiv
 from dsv4.kernels.triton.forms import ONE_LAUNCH
 from dsv4.kernels.triton.gemm import counters
+from dsv4.kernels.triton.moe_few import CHUNK
 from triton.runtime.jit import JITFunction
 
 from benches.gpu import moe as moe_bench
@@ -89,6 +91,7 @@ def layer_breakdown(bench: Bench, name: str, tokens: int) -> None:
         whole = _print_launches(bench, backend, partial(f, form=kernel), expected, bound)[-1][2]
     if tokens <= ONE_LAUNCH:
         programs = experts.numel() * model.packed.w13.shape[1] * whole.keywords["SPLIT1"]
+        programs += tokens * cdiv(dim, CHUNK)
         print(f"    of it the first product: {first_product_us(bench, whole, programs):6.1f} us")
 
 

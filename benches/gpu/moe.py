@@ -1,6 +1,7 @@
 """Routed FP4 experts of Flash and Pro, from router to sum: scores and choice of 6 experts, plan, quantisation, both
 products, sum over experts and the shared expert's result. The router is random, so experts are hit at random. Where the
-Gluon form takes a shape, it has a row of its own."""
+Gluon form takes a shape, it has a row of its own. Rows "experts" are a decode step's: without the router, whose load is uneven
+as that of the weights made up by `--load-format dummy`, several layers one after the other in one graph."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 from dsv4.formats import fp4_decode, fp4_unpack, ue8m0_decode
 from dsv4.kernels.gluon import moe as gluon
-from dsv4.kernels.gluon.fits import narrow_scales
 from dsv4.kernels.gluon.forms import MANY
 from dsv4.kernels.triton.common import capability
+from dsv4.kernels.triton.fits import narrow_scales
 from dsv4.kernels.triton.forms import ONE_LAUNCH, ROUTE_TOKENS
 from dsv4.kernels.triton.moe import run
 from dsv4.kernels.triton.moe_few import run_few
@@ -28,6 +29,13 @@ SHAPES = {"Flash": (256, 4096, 2048), "Pro": (384, 7168, 3072)}
 
 TOKENS = (1, 2, 8, 32, 128, 512, 2048, 8192)
 TOPK, LIMIT = 6, 10.0
+DECODED = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Tokens of the rows "experts"."""
+SKEW = 0.2
+"""How much of a token's direction all have in common. Of 1,500 tokens the busiest of 256 experts then takes 4.9 times the mean, and the
+effective number of experts is 86%: as with made-up weights (`dsv4/model/dummy.py`)."""
+LAYERS = 4
+"""Calls of a graph, each with tokens of its own."""
 
 
 class Experts:
@@ -98,6 +106,50 @@ def layer(
     return form(x, *route(x, gate, bias, None, TOPK, 1.5), packed, LIMIT, shared)
 
 
+Step = list[tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def step(tokens: int, gate: Tensor, layers: int = LAYERS) -> Step:
+    """(x, experts, weights, shared) of each layer, unevenly routed."""
+    dim, dev = gate.shape[1], gate.device
+    common = torch.randn(dim, device=dev)
+    bias = 0.02 * torch.randn(len(gate), device=dev)
+    made = []
+    for _ in range(layers):
+        own = torch.randn((tokens, dim), device=dev)
+        x = ((1 - SKEW**2) ** 0.5 * own + SKEW * common).to(torch.bfloat16)
+        made.append((x, *many_route(x, gate, bias, None, TOPK, 1.5), torch.randn_like(x)))
+    return made
+
+
+def run_step(made: Step, packed: PackedExperts, form: Callable[..., Tensor]) -> list[Tensor]:
+    """The sums of each layer."""
+    return [form(x, experts, weights, packed, LIMIT, shared) for x, experts, weights, shared in made]
+
+
+def step_bytes(made: Step, packed: PackedExperts) -> tuple[float, float]:
+    """(experts that are hit, least bytes that move) a layer."""
+    hit = sum(len(experts.unique()) for _, experts, *_ in made) / len(made)
+    return hit, hit * (packed.nbytes // len(packed.w13)) + 6 * made[0][0].numel()
+
+
+def decoded(bench: Bench, name: str, model: Experts, gate: Tensor) -> Iterator[Row]:
+    """Rows of decode steps; `context` is how many experts are hit."""
+    (count, dim), inner = gate.shape, SHAPES[name][2]
+    for tokens in DECODED:
+        made = step(tokens, gate)
+        hit, size = step_bytes(made, model.packed)
+        form = forms(tokens, dim, model.packed)["triton"]
+        us = bench.us(partial(run_step, made, model.packed, form)) / LAYERS
+        last = slice(tokens - min(tokens, 16), None)
+        error = max_abs_err(
+            form(*made[0][:3], model.packed, LIMIT, made[0][3])[last],
+            model.expected(*(t[last] for t in made[0])),
+        )
+        flops = 2 * tokens * TOPK * 3 * dim * inner
+        yield Row("experts", f"{name} {count} x {dim} x {inner} top {TOPK} uneven", tokens, round(hit), us, round(size), flops, "fp8", "", None, error)  # fmt: skip
+
+
 def rows(bench: Bench) -> Iterator[Row]:
     torch.manual_seed(0)
     for name, (count, dim, inner) in SHAPES.items():
@@ -105,6 +157,7 @@ def rows(bench: Bench) -> Iterator[Row]:
         size = model.packed.nbytes // count
         gate = torch.randn((count, dim), device=bench.device, dtype=torch.bfloat16) / dim**0.5
         bias = torch.randn(count, device=bench.device) / 10
+        yield from decoded(bench, name, model, gate)
         for tokens in (1, 8, 128, 2048, 8192) if bench.quick else TOKENS:
             x = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)
             shared = torch.randn((tokens, dim), device=bench.device, dtype=torch.bfloat16)

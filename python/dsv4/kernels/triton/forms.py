@@ -13,7 +13,7 @@ PLAIN_TOKENS = 16
 """Up to this many tokens our kernel multiplies plain matrices with a float32 result, beyond cuBLAS through torch."""
 ROUTE_TOKENS = 16
 """Up to this many tokens the router's product and its choice are one launch."""
-ONE_LAUNCH = 2
+ONE_LAUNCH = 4
 """Up to this many tokens take `moe_few.py`; 8 are slower there (decision 0011)."""
 
 INDEX_TOKENS = 256

@@ -3,13 +3,12 @@
 Weights stay FP4 in memory and become e4m3 in registers, as the wide operand of the matrix unit; tokens are the narrow
 one, 16 columns in decode, up to 128 in prefill. `moe_pack.py` says how they lie in memory.
 
-Scales: with few columns the products of each 32 channels are scaled (exact for any scales). With many, the scale
-relative to the row's smallest goes into the lookup table, and the row's own is applied once at the end (`row_base`):
+Scales: with few tokens an expert the products of each 32 channels are scaled (`moe_groups.py`; exact for any scales). With many, the scale
+relative to the row's smallest goes into the lookup table, and the row's own is applied once at the end (`base`):
 exact where a row's scales span at most 2^11, which `pack_rows` reports.
 
 Launches of one call: plan and quantisation; first product with SwiGLU, routing weight and quantisation per 64; second
-product; sum over experts and the shared expert. With up to FEW tokens the sum is done by whichever program arrives last.
-Every sum has a fixed order. (One or two tokens take `moe_few.py`; see `forms.py`.)
+product; sum over experts and the shared expert. Every sum has a fixed order. (The fewest tokens take `moe_few.py`; see `forms.py`.)
 """
 
 from __future__ import annotations
@@ -22,11 +21,14 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, cdiv, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
+from dsv4.kernels.triton.moe_groups import grouped
 from dsv4.kernels.triton.moe_pack import (
     PackedExperts,
     _expand,
+    _four,
     _group_scale,
     _paired,
+    _side_by_side,
     _table,
     channel_at,
     prepare,
@@ -35,7 +37,7 @@ from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 from dsv4.ops.weight import prepared_by
 
 FEW = 8
-"""Up to this many tokens the program that arrives last sums over experts."""
+"""Up to this many tokens K is split with `fixed`."""
 
 ROWS = 128
 """Rows of a tile."""
@@ -119,23 +121,23 @@ def plan_kernel(
                 start += tl.sum(here.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["T", "STEPS", "SPLIT", "limit"])
+@triton.jit(do_not_specialize=["STEPS", "SPLIT", "limit"])
 def experts_kernel(
-    x, xs, w, ws, base, plan, rows, gate, out, out_s, parts, arrived, shared, y, limit,
-    T, K, N, TILES, SPLIT, STEPS,
-    TOPK: tl.constexpr, FIRST: tl.constexpr, SUM: tl.constexpr, ABSORB: tl.constexpr,
-    PARTS: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, SUMMED: tl.constexpr = 1,
-    PAIRED: tl.constexpr = False,
+    x, xs, w, ws, base, plan, rows, gate, out, out_s, parts, arrived, limit,
+    K, N, TILES, SPLIT, STEPS,
+    TOPK: tl.constexpr, FIRST: tl.constexpr, ABSORB: tl.constexpr, PARTS: tl.constexpr, BT: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr, PAIRED: tl.constexpr = False, GROUPED: tl.constexpr = False, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """One product of routed experts; a program takes one tile of 128 rows, BT slots of one expert, STEPS of the steps of
     128 channels. Grid: blocks * TILES * SPLIT.
 
     FIRST: x codes [T, K] with scales [T, K / 128]; out codes [slots, N] with scales [slots, TILES]; tile rows alternate
-    between w1 and w3. Else: x codes [slots, K] with scales per 64; out bf16 [slots, N], or, where SUM, y [T, N] through
-    `parts`, plus `shared` [T, N] unless that is None.
+    between w1 and w3. Else: x codes [slots, K] with scales per 64; out [slots, N].
 
     PAIRED: as the Gluon form, to its bits: channels in the order of `channel_at`, two instructions at a time, and one sum over
     all steps, for which with PARTS every step's product goes to parts [slots, TILES, sums, 128].
+
+    GROUPED: by `moe_groups.grouped`, with K a multiple of 128 where WHOLE.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -149,87 +151,100 @@ def experts_kernel(
     blocks = tl.load(plan)
     if block >= blocks:
         return
-    expert = tl.load(plan + 3 + block * 3).to(tl.int64)
-    start, count = tl.load(plan + 4 + block * 3), tl.load(plan + 5 + block * 3)
+    entry = plan + 3 + block * 3
+    expert = tl.load(entry).to(tl.int64)
+    start, count = tl.load(entry + 1), tl.load(entry + 2)
+    c, steps = tl.arange(0, 32), tl.cdiv(K, 128)
+    first_step, end_step = split * STEPS, tl.minimum((split + 1) * STEPS, steps)
+    here = (expert * TILES + tile) * steps
     live = m < count
     slot = tl.load(rows + start + m, mask=live, other=0).to(tl.int64)
-    src = slot // TOPK if FIRST else slot
-    c, steps = tl.arange(0, 32), tl.cdiv(K, 128)
-    wp = w + (expert * TILES + tile) * steps * (2 * 128 * 32) + r[:, None] * 32 + c[None, :]
-    sp = ws + (expert * TILES + tile) * steps * 128 + r
-    xp = x + src[None, :] * K + c[:, None]
-    c2 = tl.arange(0, 64)
-    xp2 = x + src[None, :] * K + c2[:, None]
+    wp = w + here * (2 * 128 * 32) + r[:, None] * 32 + c[None, :]
+    sp = ws + here * 128 + r
     xb: tl.constexpr = 1 if FIRST else 2
-    qp = xs + src * (steps * xb)
     step_parts = parts + (slot[None, :] * TILES + tile) * (steps * xb * 128) + r[:, None]
     if ABSORB:
         lowest = tl.load(base + (expert * TILES + tile) * 128 + r).to(tl.int32)
-    acc = tl.zeros((128, BT), tl.float32)
-    for k in tl.range(split * STEPS, tl.minimum((split + 1) * STEPS, steps), num_stages=STAGES):
-        s = tl.load(sp + k * 128)
-        q = tl.load(qp + k * xb)
-        if PAIRED:
-            x0 = tl.load(xp2 + k * 128, mask=live[None, :] & (k * 128 + c2 < K)[:, None], other=0.0)
-            x1 = tl.load(xp2 + k * 128 + 64, mask=live[None, :] & (k * 128 + 64 + c2 < K)[:, None], other=0.0)
-        else:
-            x0 = tl.load(xp + k * 128, mask=live[None, :] & (k * 128 + c < K)[:, None], other=0.0)
-            x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (k * 128 + 32 + c < K)[:, None], other=0.0)
-            x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (k * 128 + 64 + c < K)[:, None], other=0.0)
-            x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (k * 128 + 96 + c < K)[:, None], other=0.0)
-        if ABSORB:
-            byte = ((s - lowest * 0x01010101) << 3)[:, None]
-            a0, b0 = _table(byte, 0)
-            a1, b1 = _table(byte, 1)
-            w0, w1 = _expand(wp + 2 * k * (128 * 32), a0, b0, a1, b1)
-            a0, b0 = _table(byte, 2)
-            a1, b1 = _table(byte, 3)
-            w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a0, b0, a1, b1)
-            if PAIRED:
-                p = tl.dot(_paired(w0, w1), x0)
-                if FIRST:
-                    p = tl.dot(_paired(w2, w3), x1, p) * q[None, :]
-                    if PARTS:
-                        tl.store(step_parts + k * 128, p, mask=live[None, :])
-                    acc += p
+    if GROUPED:
+        col = tl.arange(0, 4 * BT)
+        on = col % BT < count
+        at = tl.load(rows + start + col % BT, mask=on, other=0).to(tl.int64)
+        acc = grouped(
+            x, xs, at // TOPK if FIRST else at, on, wp, sp, first_step, end_step, K, xb, BT, WHOLE, STAGES
+        )
+    else:
+        src = slot // TOPK if FIRST else slot
+        width: tl.constexpr = 32 if not ABSORB else 128 if FIRST and not PAIRED else 64
+        cx = tl.arange(0, width)
+        xp = x + src[None, :] * K + cx[:, None]
+        qp = xs + src * (steps * xb)
+        acc = tl.zeros((128, BT), tl.float32)
+        for k in tl.range(first_step, end_step, num_stages=STAGES):
+            s = tl.load(sp + k * 128)
+            q = tl.load(qp + k * xb)
+            n = k * 128 + cx
+            x0 = tl.load(xp + k * 128, mask=live[None, :] & (n < K)[:, None], other=0.0)
+            if width < 128:
+                x1 = tl.load(xp + k * 128 + width, mask=live[None, :] & (n + width < K)[:, None], other=0.0)
+            if ABSORB:
+                byte = ((s - lowest * 0x01010101) << 3)[:, None]
+                a0, b0 = _table(byte, 0)
+                a1, b1 = _table(byte, 1)
+                w0, w1 = _expand(wp + 2 * k * (128 * 32), a0, b0, a1, b1)
+                a0, b0 = _table(byte, 2)
+                a1, b1 = _table(byte, 3)
+                w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a0, b0, a1, b1)
+                if PAIRED:
+                    p = tl.dot(_paired(w0, w1), x0)
+                    if FIRST:
+                        p = tl.dot(_paired(w2, w3), x1, p) * q[None, :]
+                        if PARTS:
+                            tl.store(step_parts + k * 128, p, mask=live[None, :])
+                        acc += p
+                    else:
+                        p *= q[None, :]
+                        p1 = tl.dot(_paired(w2, w3), x1) * tl.load(qp + k * xb + 1)[None, :]
+                        if PARTS:
+                            tl.store(step_parts + k * 256, p, mask=live[None, :])
+                            tl.store(step_parts + k * 256 + 128, p1, mask=live[None, :])
+                        acc += p
+                        acc += p1
+                elif FIRST:
+                    acc += tl.dot(_four(w0, w1, w2, w3), x0) * q[None, :]
                 else:
-                    p *= q[None, :]
-                    p1 = tl.dot(_paired(w2, w3), x1) * tl.load(qp + k * xb + 1)[None, :]
-                    if PARTS:
-                        tl.store(step_parts + k * 256, p, mask=live[None, :])
-                        tl.store(step_parts + k * 256 + 128, p1, mask=live[None, :])
-                    acc += p
-                    acc += p1
+                    acc += tl.dot(_side_by_side(w0, w1), x0) * q[None, :]
+                    acc += tl.dot(_side_by_side(w2, w3), x1) * tl.load(qp + k * xb + 1)[None, :]
             else:
-                p = tl.dot(w1, x1, tl.dot(w0, x0))
+                x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (n + 64 < K)[:, None], other=0.0)
+                x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (n + 96 < K)[:, None], other=0.0)
+                a = tl.full((128, 1), 0x0C080400, tl.int32)
+                b = tl.full((128, 1), 0x1C181410, tl.int32)
+                w0, w1 = _expand(wp + 2 * k * (128 * 32), a, b, a, b)
+                w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a, b, a, b)
+                p0 = (
+                    tl.dot(w0, x0) * _group_scale(s, 0)[:, None]
+                    + tl.dot(w1, x1) * _group_scale(s, 1)[:, None]
+                )
+                p2 = (
+                    tl.dot(w2, x2) * _group_scale(s, 2)[:, None]
+                    + tl.dot(w3, x3) * _group_scale(s, 3)[:, None]
+                )
                 if FIRST:
-                    acc += tl.dot(w3, x3, tl.dot(w2, x2, p)) * q[None, :]
+                    acc += (p0 + p2) * q[None, :]
                 else:
-                    acc += p * q[None, :]
-                    acc += tl.dot(w3, x3, tl.dot(w2, x2)) * tl.load(qp + k * xb + 1)[None, :]
-        else:
-            a = tl.full((128, 1), 0x0C080400, tl.int32)
-            b = tl.full((128, 1), 0x1C181410, tl.int32)
-            w0, w1 = _expand(wp + 2 * k * (128 * 32), a, b, a, b)
-            w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a, b, a, b)
-            p0 = tl.dot(w0, x0) * _group_scale(s, 0)[:, None] + tl.dot(w1, x1) * _group_scale(s, 1)[:, None]
-            p2 = tl.dot(w2, x2) * _group_scale(s, 2)[:, None] + tl.dot(w3, x3) * _group_scale(s, 3)[:, None]
-            if FIRST:
-                acc += (p0 + p2) * q[None, :]
-            else:
-                acc += p0 * q[None, :] + p2 * tl.load(qp + k * xb + 1)[None, :]
+                    acc += p0 * q[None, :] + p2 * tl.load(qp + k * xb + 1)[None, :]
     last = True
     if PAIRED and PARTS:
-        here = block * TILES + tile
+        at_block = block * TILES + tile
         tl.debug_barrier()
-        last = tl.atomic_add(arrived + here, 1, sem="acq_rel") == SPLIT - 1
+        last = tl.atomic_add(arrived + at_block, 1, sem="acq_rel") == SPLIT - 1
         if last:
             acc = tl.zeros((128, BT), tl.float32)
             for i in range(0, steps * xb, 4):
                 for j in tl.static_range(4):
                     there = (m < tl.where(i + j < steps * xb, count, 0))[None, :]
                     acc += tl.load(step_parts + (i + j) * 128, mask=there, other=0.0, cache_modifier=".cg")
-            tl.store(arrived + here, 0)
+            tl.store(arrived + at_block, 0)
     if ABSORB:
         acc *= ((lowest + 5) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
@@ -237,18 +252,18 @@ def experts_kernel(
     if FIRST:
         if PARTS and not PAIRED:
             at = r[:, None] * BT + m[None, :]
-            here = block * TILES + tile
-            mine = parts + here.to(tl.int64) * SPLIT * (128 * BT)
+            at_block = block * TILES + tile
+            mine = parts + at_block.to(tl.int64) * SPLIT * (128 * BT)
             tl.store(mine + split * (128 * BT) + at, acc, mask=live[None, :])
             tl.debug_barrier()
-            last = tl.atomic_add(arrived + here, 1, sem="acq_rel") == SPLIT - 1
+            last = tl.atomic_add(arrived + at_block, 1, sem="acq_rel") == SPLIT - 1
             if last:
                 acc = tl.zeros((128, BT), tl.float32)
                 for i in range(SPLIT):
                     acc += tl.load(
                         mine + i * (128 * BT) + at, mask=live[None, :], other=0.0, cache_modifier=".cg"
                     )
-                tl.store(arrived + here, 0)
+                tl.store(arrived + at_block, 0)
         if last:
             pair = acc.reshape(8, 2, 8, BT).permute(0, 2, 3, 1)
             a, b = tl.split(pair)
@@ -263,21 +278,7 @@ def experts_kernel(
             tl.store(out_s + slot * TILES + tile, scale, mask=live)
     else:
         n = tile * 128 + r
-        if SUM:
-            o = (slot[None, :] * SPLIT + split) * (TILES * 128) + n[:, None]
-            tl.store(parts + o, acc, mask=live[None, :])
-            tl.debug_barrier()
-            if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == blocks * SPLIT - 1:
-                j = tl.arange(0, SUMMED)
-                for t in range(T):
-                    p = parts + (t * TOPK * SPLIT + j)[:, None].to(tl.int64) * (TILES * 128) + n[None, :]
-                    term = tl.load(p, mask=(j < TOPK * SPLIT)[:, None], other=0.0, cache_modifier=".cg")
-                    total = tl.sum(term, 0)
-                    if shared is not None:
-                        total += tl.load(shared + t * N + n, mask=n < N, other=0.0).to(tl.float32)
-                    tl.store(y + t * N + n, total.to(y.dtype.element_ty), mask=n < N)
-                tl.store(arrived + tile, 0)
-        elif last:
+        if last:
             tl.store(
                 out + slot[None, :] * N + n[:, None],
                 acc.to(out.dtype.element_ty),
@@ -350,11 +351,11 @@ def run(
     if not tokens:
         return y
     slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]
-    pick = _config(tokens, k, count, tiles1, tiles2, packed) | (tune or {})
+    pick = _config(tokens, k, count, tiles1, tiles2, packed, fixed=fixed) | (tune or {})
     paired = fixed and packed.absorb and dim % 128 == 0
-    if fixed:
-        pick |= dict(absorb=paired) if paired else dict(absorb=False, split1=1, split2=1)
-    bt, few = pick["bt"], tokens <= FEW and not fixed
+    if fixed and not paired:
+        pick |= dict(absorb=False, split1=1, split2=1)
+    bt, by_groups = pick["bt"], bool(pick["grouped"])
     blocks = min(slots, count + slots // bt)
     empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
     overlap = pdl()
@@ -371,94 +372,94 @@ def run(
     )  # fmt: skip
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
     hs = empty(slots, tiles1, dtype=torch.float32)
-    out = empty(1 if few else slots, dim, dtype=torch.bfloat16)
-    each1, each2 = cdiv(steps1, pick["split1"]), cdiv(tiles1 // 2, pick["split2"])
+    out = empty(slots, dim, dtype=torch.float32 if by_groups else torch.bfloat16)
+    each1, each2 = cdiv(steps1, pick["split1"]), cdiv(tiles1 // 2, pick["split2"] if paired else 1)
     split1, split2 = cdiv(steps1, each1), cdiv(tiles1 // 2, each2)
-    if paired:
-        parts1, parts2 = slots * tiles1 * steps1, slots * tiles2 * tiles1
-    else:
-        parts1, parts2 = blocks * tiles1 * split1 * bt, slots * split2 * tiles2
+    parts1 = slots * tiles1 * steps1 if paired else blocks * tiles1 * split1 * bt
     parts1 = empty(parts1 * 128 if split1 > 1 else 1, dtype=torch.float32)
-    parts2 = empty(parts2 * 128 if few or split2 > 1 else 1, dtype=torch.float32)
+    parts2 = empty(slots * tiles2 * tiles1 * 128 if split2 > 1 else 1, dtype=torch.float32)
     arrived = counters(dev)
     common = dict(
-        TOPK=k, ABSORB=bool(pick["absorb"]), PAIRED=paired, BT=bt, STAGES=pick["stages"], PDL=bool(overlap),
-        num_warps=pick["warps"], **overlap,
+        TOPK=k, ABSORB=bool(pick["absorb"]) and not by_groups, PAIRED=paired, GROUPED=by_groups, WHOLE=by_groups and dim % 128 == 0, BT=bt,
+        STAGES=pick["stages"], PDL=bool(overlap), num_warps=pick["warps"], maxnreg=pick["regs"] or None, **overlap,
     )  # fmt: skip
     experts_kernel[(blocks * tiles1 * split1,)](
-        codes, scales, packed.w13, packed.s13, packed.b13, plan, rows, weights, h, hs, parts1, arrived, None, y,
-        limit, tokens, dim, tiles1 * 64, tiles1, split1, each1, FIRST=True, SUM=False, PARTS=split1 > 1, **common,
+        codes, scales, packed.w13, packed.s13, packed.b13, plan, rows, weights, h, hs, parts1, arrived,
+        limit, dim, tiles1 * 64, tiles1, split1, each1, FIRST=True, PARTS=split1 > 1, **common,
     )  # fmt: skip
     experts_kernel[(blocks * tiles2 * split2,)](
-        h, hs, packed.w2, packed.s2, packed.b2, plan, rows, weights, out, hs, parts2, arrived, shared, y,
-        limit, tokens, tiles1 * 64, dim, tiles2, split2, each2, FIRST=False, SUM=few, PARTS=paired and split2 > 1,
-        SUMMED=next_pow2(k * split2), **common,
+        h, hs, packed.w2, packed.s2, packed.b2, plan, rows, weights, out, hs, parts2, arrived,
+        limit, tiles1 * 64, dim, tiles2, split2, each2, FIRST=False, PARTS=split2 > 1, **common,
     )  # fmt: skip
-    if not few:
-        combine(out, experts, count, shared, y)
-    return y
+    return combine(out, experts, count, shared, y)
+
+
+GROUPED = dict(bt=4, grouped=1, split1=1, split2=1, absorb=0, warps=4, stages=4, regs=96)
+"""Of few tokens an expert: 96 registers are five programs a multiprocessor, which hold 125 KB of weights in flight."""
+GROUPED_SLOTS = 2
+"""Up to this many slots an expert on average they take that form, beyond the scales go into the lookup table."""
 
 
 def _config(
-    tokens: int, k: int, count: int, tiles1: int, tiles2: int, packed: PackedExperts
+    tokens: int, k: int, count: int, tiles1: int, tiles2: int, packed: PackedExperts, *, fixed: bool
 ) -> dict[str, int]:
-    """Block of tokens by how many an expert has on average; K split while a decode step leaves the machine idle."""
+    """Block of tokens by how many an expert has on average. K is split while a decode step has few programs, so that the last ones end
+    together."""
     slots = tokens * k
+    if not fixed and slots <= GROUPED_SLOTS * count:
+        split1 = split_of(slots * tiles1, packed.w13.shape[2] // 2, per_sm=24, least=4, most=2)
+        return GROUPED | dict(split1=split1)
     bt = 16 if INTERPRETED else min(128, max(16, next_pow2(cdiv(slots, count))))
     split1, split2 = 1, 1
-    if tokens <= FEW:
-        blocks = min(slots, count)
-        split1 = split_of(blocks * tiles1, packed.w13.shape[2] // 2, per_sm=6, least=4)
-        split2 = split_of(blocks * tiles2, packed.w2.shape[2] // 2, per_sm=6, least=4)
-    many = bt >= 32
+    if fixed and tokens <= FEW:
+        split1 = split_of(slots * tiles1, packed.w13.shape[2] // 2, per_sm=6, least=4)
+        split2 = split_of(slots * tiles2, packed.w2.shape[2] // 2, per_sm=6, least=4)
     return dict(
-        bt=bt, split1=split1, split2=split2, absorb=many and packed.absorb,
-        warps=8 if bt >= 64 else 4, stages=3 if many else 4,
+        bt=bt, grouped=0, split1=split1, split2=split2, absorb=packed.absorb, warps=8 if bt >= 64 else 4, stages=3 if bt >= 32 else 4, regs=0,
     )  # fmt: skip
 
 
-def _aot(*, first: bool, few: bool = False, absorb: bool = False, bt: int = 16, paired: bool = False) -> Aot:
+def _aot(
+    *,
+    first: bool,
+    few: bool = False,
+    absorb: bool = False,
+    bt: int = 16,
+    paired: bool = False,
+    by_groups: bool = False,
+) -> Aot:
     signature = {
         "x": "*fp8e4nv",
-        "xs": "*fp32",
         "w": "*u8",
         "ws": "*i32",
         "base": "*u8",
-    }
-    signature |= {
         "plan": "*i32",
         "rows": "*i32",
-        "gate": "*fp32",
-        "out_s": "*fp32",
-        "limit": "fp32",
-    }
-    signature |= {
-        "out": "*fp8e4nv" if first else "*bf16",
-        "parts": "*fp32",
         "arrived": "*i32",
-        "shared": "*bf16",
     }
-    signature |= (
-        {"y": "*bf16"} | {k: "i32" for k in ("T", "TILES", "SPLIT", "STEPS")} | {"K": "i32:16", "N": "i32:16"}
-    )
+    signature |= {n: "*fp32" for n in ("xs", "gate", "out_s", "parts")} | {"limit": "fp32"}
+    signature |= {n: "i32" for n in ("TILES", "SPLIT", "STEPS")} | {"K": "i32:16", "N": "i32:16"}
+    signature["out"] = "*fp8e4nv" if first else "*fp32" if by_groups else "*bf16"
+    stages = 3 if bt >= 32 else 4
     flags = dict(
         TOPK=6,
         FIRST=first,
-        SUM=few and not first and not paired,
         ABSORB=absorb,
         PAIRED=paired,
-        PARTS=few and (first or paired),
+        GROUPED=by_groups,
+        WHOLE=by_groups,
+        PARTS=few,
         BT=bt,
         PDL=True,
-        STAGES=3 if bt >= 32 else 4,
+        STAGES=stages,
     )
-    warps = 8 if bt >= 64 else 4
-    return Aot(experts_kernel, signature, flags | {"SUMMED": 32}, warps, 3 if bt >= 32 else 4, matrix=True)
+    options = dict(maxnreg=GROUPED["regs"]) if by_groups else {}
+    return Aot(experts_kernel, signature, flags, 8 if bt >= 64 else 4, stages, matrix=True, options=options)  # fmt: skip
 
 
 AOT = [
-    _aot(first=True, few=True),
-    _aot(first=False, few=True),
+    _aot(first=True, by_groups=True, bt=4),
+    _aot(first=False, by_groups=True, bt=4),
     _aot(first=True),
     _aot(first=False),
     _aot(first=True, absorb=True, bt=128),

@@ -1,18 +1,15 @@
 """Routed FP4 experts of at most 8 tokens, in one launch that never stops reading weights.
 
-Programs of the first product come first in the grid, expert by expert, then those of the second product in the same
-order; a program of the second waits for its own expert only, so that by the time it starts its input is there. Programs
-start in the order of their number, and none waits for a later one: the launch cannot hang, whatever fits on the machine.
+Programs that quantise the activations come first in the grid, then those of the first product, expert by expert, then those of the
+second in the same order. A program of the first waits for the codes, one of the second for its own expert only, so that by the
+time it starts its input is there. Programs start in the order of their number, and none waits for a later one: the launch cannot
+hang, whatever fits on the machine.
 
-There is no plan and no pass that quantises: each program finds the tokens of its expert among the few slots (token * k +
-j), and quantises activations on the way in. The hidden values are quantised where they are made and stored as the values
-that their codes stand for, exact in bf16, so that quantising them again changes nothing and both products are one loop.
-Partial sums are added by whichever program arrives last, in a fixed order.
+There is no plan: each program finds the tokens of its expert among the few slots (token * k + j). Both products are one loop
+(`moe_groups.py`). Partial sums are added by whichever program arrives last, in a fixed order.
 """
 
 from __future__ import annotations
-
-from math import gcd
 
 import torch
 import triton
@@ -22,12 +19,19 @@ from torch import Tensor
 from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import cdiv, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
-from dsv4.kernels.triton.moe_pack import PackedExperts, _expand, _group_scale, prepare
+from dsv4.kernels.triton.moe_groups import grouped
+from dsv4.kernels.triton.moe_pack import (
+    PackedExperts,
+    prepare,
+)
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 from dsv4.ops.weight import prepared_by
 
 FEW = 8
 """Most tokens. `forms.ONE_LAUNCH` says how many take this form."""
+
+CHUNK = 1024
+"""Channels that a program quantises."""
 
 
 @triton.jit
@@ -47,145 +51,70 @@ def _slots_of(experts, block, slots, SLOTS: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
-def _most(a, b):
-    return tl.max(tl.maximum(tl.abs(a), tl.abs(b)), 0)
-
-
-@triton.jit
-def _tokens(x, live, wp, sp, begin, end, width, per_128, BT: tl.constexpr, STAGES: tl.constexpr):
-    """float32 [128, BT] / 64: steps begin .. end - 1 of a tile by BT rows x (pointers, read where `live`), whose scales are
-    per 128 channels or, unless per_128, per 64. A step is 128 channels."""
-    c = tl.arange(0, 32)
-    xp = x[None, :] + c[:, None]
-    a = tl.full((128, 1), 0x0C080400, tl.int32)
-    b = tl.full((128, 1), 0x1C181410, tl.int32)
-    acc = tl.zeros((128, BT), tl.float32)
-    for k in tl.range(begin, end, num_stages=STAGES):
-        s = tl.load(sp + k * 128)
-        n = k * 128 + c
-        x0 = tl.load(xp + k * 128, mask=live[None, :] & (n < width)[:, None], other=0.0).to(tl.float32)
-        x1 = tl.load(xp + k * 128 + 32, mask=live[None, :] & (n + 32 < width)[:, None], other=0.0).to(
-            tl.float32
-        )
-        x2 = tl.load(xp + k * 128 + 64, mask=live[None, :] & (n + 64 < width)[:, None], other=0.0).to(
-            tl.float32
-        )
-        x3 = tl.load(xp + k * 128 + 96, mask=live[None, :] & (n + 96 < width)[:, None], other=0.0).to(
-            tl.float32
-        )
-        most0, most2 = _most(x0, x1), _most(x2, x3)
-        both = tl.maximum(most0, most2)
-        q0, i0 = pow2_scale(tl.where(per_128, both, most0))
-        q2, i2 = pow2_scale(tl.where(per_128, both, most2))
-        w0, w1 = _expand(wp + 2 * k * (128 * 32), a, b, a, b)
-        w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a, b, a, b)
-        p0 = tl.dot(w0, to_e4m3(x0 * i0[None, :])) * _group_scale(s, 0)[:, None]
-        p0 += tl.dot(w1, to_e4m3(x1 * i0[None, :])) * _group_scale(s, 1)[:, None]
-        p2 = tl.dot(w2, to_e4m3(x2 * i2[None, :])) * _group_scale(s, 2)[:, None]
-        p2 += tl.dot(w3, to_e4m3(x3 * i2[None, :])) * _group_scale(s, 3)[:, None]
-        acc += p0 * q0[None, :] + p2 * q2[None, :]
-    return acc
-
-
-@triton.jit
-def _group(codes, m, g: tl.constexpr):
-    """codes [32, BT] in column g, zeros in the others."""
-    return tl.where((m == g)[None, :], codes, 0).to(tl.float8e4nv, bitcast=True)
-
-
-@triton.jit
-def _one_token(
-    x, wp, sp, begin, end, width, BT: tl.constexpr, PER: tl.constexpr, STAGES: tl.constexpr
-):  # fmt: skip
-    """float32 [128, BT] / 64, alike in all columns: steps begin .. end - 1 of a tile by one row x.
-
-    A column takes 32 channels, so that PER steps are one chain of products and all their scales, of weights and of
-    activations (one per 32 channels, at least as fine as the release's), are one multiply-add of its sum: half of the
-    instructions of `_tokens`. begin and end are multiples of PER, which is at most 4."""
-    c, m = tl.arange(0, 32), tl.arange(0, BT)
-    a = tl.full((128, 1), 0x0C080400, tl.int32)
-    b = tl.full((128, 1), 0x1C181410, tl.int32)
-    n = c[:, None] + 32 * m[None, :]
-    acc = tl.zeros((128, BT), tl.float32)
-    for k in tl.range(begin // PER, end // PER, num_stages=STAGES):
-        at = k * (PER * 128) + n
-        v = tl.load(x + at, mask=(m < 4 * PER)[None, :] & (at < width), other=0.0).to(tl.float32)
-        q, inverse = pow2_scale(tl.max(tl.abs(v), 0))
-        codes = to_e4m3(v * inverse[None, :]).to(tl.int8, bitcast=True)
-        s = tl.zeros((128, BT), tl.int32)
-        p = tl.zeros((128, BT), tl.float32)
-        for i in tl.static_range(PER):
-            step = k * PER + i
-            s = tl.where((m // 4 == i)[None, :], tl.load(sp + step * 128)[:, None], s)
-            w0, w1 = _expand(wp + 2 * step * (128 * 32), a, b, a, b)
-            p = tl.dot(w0, _group(codes, m, 4 * i), p)
-            p = tl.dot(w1, _group(codes, m, 4 * i + 1), p)
-            w2, w3 = _expand(wp + (2 * step + 1) * (128 * 32), a, b, a, b)
-            p = tl.dot(w2, _group(codes, m, 4 * i + 2), p)
-            p = tl.dot(w3, _group(codes, m, 4 * i + 3), p)
-        scale = (((s >> (m % 4 * 8)[None, :]) & 255) << 23).to(tl.float32, bitcast=True)
-        acc += p * (scale * q[None, :])
-    return tl.zeros((128, BT), tl.float32) + tl.sum(acc, 1)[:, None]
+def _quantise(x, codes, xs, at, x_stride, D, CHUNK: tl.constexpr):
+    """CHUNK channels of one token, number `at` of them: e4m3 with a scale per 128."""
+    chunks = tl.cdiv(D, CHUNK)
+    t, b = (at // chunks).to(tl.int64), at % chunks * (CHUNK // 128) + tl.arange(0, CHUNK // 128)
+    n = b[:, None] * 128 + tl.arange(0, 128)[None, :]
+    v = tl.load(x + t * x_stride + n, mask=n < D, other=0.0).to(tl.float32)
+    scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
+    tl.store(codes + t * D + n, to_e4m3(v * inverse[:, None]), mask=n < D)
+    tl.store(xs + t * tl.cdiv(D, 128) + b, scale, mask=b * 128 < D)
 
 
 @triton.jit(do_not_specialize=["T", "EACH1", "EACH2", "limit"])
 def few_kernel(
-    x, w13, s13, w2, s2, experts, gate, h, parts1, parts2, arrived, shared, y, limit,
+    x, codes, xs, w13, s13, w2, s2, experts, gate, h, hs, parts1, parts2, arrived, shared, y, limit,
     T, x_stride, D, INNER, TILES1, TILES2, EACH1, EACH2,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, SPLIT1: tl.constexpr, SPLIT2: tl.constexpr, SUMMED: tl.constexpr,
-    BT: tl.constexpr, ONE: tl.constexpr, PER: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T, D] = routed experts plus `shared` [T, D] (None: nothing) for x [T, D], experts int64 and gate float32 [T, TOPK].
 
-    A program takes one tile of 128 rows of one expert and EACH1 (EACH2) of its steps of 128 channels. h [slots, INNER] in x's
-    dtype, parts1 float32 [slots, TILES1, SPLIT1, 128], parts2 float32 [slots, SPLIT2, TILES2 * 128]. `arrived`: zeros,
-    left at zero: of the TILES2 column blocks, of finished column blocks, of the hidden blocks of each slot's expert, of the
-    parts of each hidden block. Grid: slots * (TILES1 * SPLIT1 + TILES2 * SPLIT2).
+    A program takes one tile of 128 rows of one expert and EACH1 (EACH2) of its steps of 128 channels. x becomes codes e4m3 [T, D] with
+    scales xs [T, D / 128], hidden values h e4m3 [slots, INNER] with hs [slots, TILES1]; parts1 float32 [slots, TILES1, SPLIT1, 128],
+    parts2 float32 [slots, SPLIT2, TILES2 * 128]. `arrived`: zeros, left at zero: of the TILES2 column blocks, of finished column
+    blocks, of the hidden blocks of each slot's expert, of the chunks of x, of the parts of each hidden block.
+    Grid: T * chunks + slots * (TILES1 * SPLIT1 + TILES2 * SPLIT2).
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    slots = T * TOPK
+    slots, chunks = T * TOPK, T * tl.cdiv(D, CHUNK)
+    finished, quantised = arrived + TILES2, arrived + TILES2 + 1 + slots
+    if tl.program_id(0) < chunks:
+        _quantise(x, codes, xs, tl.program_id(0), x_stride, D, CHUNK)
+        tl.debug_barrier()
+        tl.atomic_add(quantised, 1, sem="release")
+        return
+    number = tl.program_id(0) - chunks
     ahead = slots * TILES1 * SPLIT1
-    first = tl.program_id(0) < ahead
-    at = tl.program_id(0) - tl.where(first, 0, ahead)
+    first = number < ahead
+    at = number - tl.where(first, 0, ahead)
     tiles, split_in = tl.where(first, TILES1, TILES2), tl.where(first, SPLIT1, SPLIT2)
     split, tile, block = at % split_in, at // split_in % tiles, at // split_in // tiles
     expert, slot, count = _slots_of(experts, block, slots, SLOTS, BT)
     if count == 0:
         return
-    ready, finished = arrived + TILES2 + 1 + block, arrived + TILES2
+    ready = arrived + TILES2 + 1 + block
     m, r, c = tl.arange(0, BT), tl.arange(0, 128), tl.arange(0, 32)
     live = m < count
-    if not first:
-        while tl.atomic_add(ready, 0, sem="acquire") < TILES1:
-            pass
-        tl.debug_barrier()
     width, each = tl.where(first, D, INNER), tl.where(first, EACH1, EACH2)
     steps = tl.cdiv(width, 128)
     here = (expert * tiles + tile) * steps
-    wp = tl.where(first, w13, w2) + here * (2 * 128 * 32) + r[:, None] * 32 + c[None, :]
-    sp = tl.where(first, s13, s2) + here * 128 + r
-    x0 = tl.where(first, x, h)
-    if ONE:
-        acc = _one_token(
-            x0 + tl.where(first, 0, block * INNER), wp, sp, split * each, tl.minimum((split + 1) * each, steps),
-            width, BT, PER, STAGES,
-        )  # fmt: skip
-    else:
-        row = tl.where(first, slot // TOPK * x_stride, slot * INNER)
-        acc = _tokens(
-            x0 + row,
-            live,
-            wp,
-            sp,
-            split * each,
-            tl.minimum((split + 1) * each, steps),
-            width,
-            first,
-            BT,
-            STAGES,
-        )
+    begin, end = split * each, tl.minimum((split + 1) * each, steps)
+    weights = tl.where(first, w13, w2) + here * (2 * 128 * 32)
+    awaited, enough = tl.where(first, quantised, ready), tl.where(first, chunks, TILES1)
+    while tl.atomic_add(awaited, 0, sem="acquire") < enough:
+        pass
+    tl.debug_barrier()
+    src = tl.where(first, slot // TOPK, slot)
+    acc = grouped(
+        tl.where(first, codes, h), tl.where(first, xs, hs),
+        tl.reshape(tl.broadcast_to(src[None, :], (4, BT)), (4 * BT,)), tl.arange(0, 4 * BT) % BT < count,
+        weights + r[:, None] * 32 + c[None, :], tl.where(first, s13, s2) + here * 128 + r, begin, end,
+        width, tl.where(first, 1, 2), BT, WHOLE, STAGES,
+    )  # fmt: skip
     acc *= 64.0
     if first:
         last = True
@@ -193,7 +122,7 @@ def few_kernel(
             part = parts1 + ((slot[None, :] * TILES1 + tile) * SPLIT1 + split) * 128 + r[:, None]
             tl.store(part, acc, mask=live[None, :])
             tl.debug_barrier()
-            mine = arrived + TILES2 + 1 + slots + block * TILES1 + tile
+            mine = quantised + 1 + block * TILES1 + tile
             last = tl.atomic_add(mine, 1, sem="acq_rel") == SPLIT1 - 1
             if last:
                 tl.store(mine, 0)
@@ -207,9 +136,9 @@ def few_kernel(
             v = silu_gate(up, down, limit).reshape(64, BT)
             v = v * tl.load(gate + slot, mask=live, other=0.0)[None, :]
             scale, inverse = pow2_scale(tl.max(tl.abs(v), 0))
-            v = to_e4m3(v * inverse[None, :]).to(tl.float32) * scale[None, :]
             o = slot[None, :] * INNER + tile * 64 + tl.arange(0, 64)[:, None]
-            tl.store(h + o, v.to(h.dtype.element_ty), mask=live[None, :])
+            tl.store(h + o, to_e4m3(v * inverse[None, :]), mask=live[None, :])
+            tl.store(hs + slot * TILES1 + tile, scale, mask=live)
             tl.debug_barrier()
             tl.atomic_add(ready, 1, sem="release")
     else:
@@ -230,6 +159,7 @@ def few_kernel(
             if tl.atomic_add(finished, 1, sem="acq_rel") == TILES2 - 1:
                 each_slot = tl.arange(0, SLOTS)
                 tl.store(arrived + TILES2 + 1 + each_slot, 0, mask=each_slot < slots)
+                tl.store(quantised, 0)
                 tl.store(finished, 0)
 
 
@@ -250,17 +180,16 @@ def run_few(
     steps1, steps2 = packed.w13.shape[2] // 2, packed.w2.shape[2] // 2
     pick = config(tokens, slots, packed) | (tune or {})
     each1, each2 = cdiv(steps1, pick["split1"]), cdiv(steps2, pick["split2"])
-    per = gcd(pick["per"], steps1, steps2) if tokens == 1 else 1
-    each1, each2 = per * cdiv(each1, per), per * cdiv(each2, per)
     split1, split2 = cdiv(steps1, each1), cdiv(steps2, each2)
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
     overlap = pdl()
-    few_kernel[(slots * (tiles1 * split1 + tiles2 * split2),)](
-        x, packed.w13, packed.s13, packed.w2, packed.s2, experts, weights,
-        empty(slots, tiles1 * 64, dtype=x.dtype), empty(slots, tiles1, split1, 128), empty(slots, split2, tiles2 * 128),
+    e4m3 = torch.float8_e4m3fn
+    few_kernel[(tokens * cdiv(dim, CHUNK) + slots * (tiles1 * split1 + tiles2 * split2),)](
+        x, empty(tokens, dim, dtype=e4m3), empty(tokens, cdiv(dim, 128)), packed.w13, packed.s13, packed.w2, packed.s2, experts, weights,
+        empty(slots, tiles1 * 64, dtype=e4m3), empty(slots, tiles1), empty(slots, tiles1, split1, 128), empty(slots, split2, tiles2 * 128),
         counters(dev), shared, y, limit, tokens, x.stride(0), dim, tiles1 * 64, tiles1, tiles2, each1, each2,
-        TOPK=k, SLOTS=next_pow2(slots), SPLIT1=split1, SPLIT2=split2, SUMMED=next_pow2(k * split2), BT=16, ONE=tokens == 1, PER=per,
-        STAGES=pick["stages"], PDL=bool(overlap), num_warps=4, maxnreg=pick["regs"] or None, **overlap,
+        TOPK=k, SLOTS=next_pow2(slots), SPLIT1=split1, SPLIT2=split2, SUMMED=next_pow2(k * split2), BT=pick["bt"], CHUNK=CHUNK,
+        WHOLE=dim % 128 == 0, STAGES=pick["stages"], PDL=bool(overlap), num_warps=4, **overlap,
     )  # fmt: skip
     return y
 
@@ -275,31 +204,23 @@ def few_experts(
 
 def config(tokens: int, slots: int, packed: PackedExperts) -> dict[str, int]:
     """K split until each product has about 6 programs a multiprocessor, together several waves, of at least 4 steps (34
-    KB). `per`: steps of one token that are one chain of products (1, 2, 4). `regs`: registers a thread, 0 for as many as the compiler likes."""
+    KB)."""
     split1 = split_of(slots * packed.w13.shape[1], packed.w13.shape[2] // 2, per_sm=6, least=4)
     split2 = split_of(slots * packed.w2.shape[1], packed.w2.shape[2] // 2, per_sm=6, least=4)
-    return dict(split1=split1, split2=split2, stages=3 if tokens == 1 else 4, per=2, regs=0)
+    return dict(split1=split1, split2=split2, bt=4, stages=3)
 
 
-def _aot(slots: int, split: int, per: int = 1) -> Aot:
-    signature = {n: "*bf16" for n in ("x", "h", "shared", "y")} | {n: "*u8" for n in ("w13", "w2")}
-    signature |= {n: "*i32" for n in ("s13", "s2", "arrived")} | {"experts": "*i64", "limit": "fp32"}
-    signature |= {n: "*fp32" for n in ("gate", "parts1", "parts2")}
+def _aot(slots: int, split: int) -> Aot:
+    signature = {n: "*bf16" for n in ("x", "shared", "y")} | {n: "*u8" for n in ("w13", "w2")}
+    signature |= {n: "*fp8e4nv" for n in ("codes", "h")} | {n: "*i32" for n in ("s13", "s2", "arrived")}
+    signature |= {n: "*fp32" for n in ("xs", "hs", "gate", "parts1", "parts2")}
+    signature |= {"experts": "*i64", "limit": "fp32"}
     signature |= {n: "i32" for n in ("T", "TILES1", "TILES2", "EACH1", "EACH2")}
     signature |= {n: "i32:16" for n in ("x_stride", "D", "INNER")}
-    flags = dict(
-        TOPK=6,
-        SLOTS=slots,
-        SPLIT1=split,
-        SPLIT2=split,
-        SUMMED=8 * split,
-        BT=16,
-        ONE=split > 1,
-        PER=per,
-        STAGES=3 if split > 1 else 4,
-        PDL=True,
+    flags = dict(TOPK=6, SLOTS=slots, SPLIT1=split, SPLIT2=split, SUMMED=8 * split, BT=4, CHUNK=CHUNK)
+    return Aot(
+        few_kernel, signature, flags | dict(WHOLE=True, STAGES=3, PDL=True), 4, 3, matrix=True, stack=0
     )
-    return Aot(few_kernel, signature, flags, 4, flags["STAGES"], matrix=True, stack=0)
 
 
-AOT = [_aot(8, 4), _aot(8, 4, per=2), _aot(8, 4, per=4), _aot(64, 1)]
+AOT = [_aot(8, 4), _aot(32, 1)]

@@ -83,6 +83,21 @@ def _paired(low, high):
 
 
 @triton.jit
+def _side_by_side(w0, w1):
+    """[N, 64] of two [N, 32], one behind the other: a matrix of 64 channels whose values stay in the registers they are in."""
+    n: tl.constexpr = w0.shape[0]
+    return tl.reshape(tl.permute(tl.join(w0, w1), (0, 2, 1)), (n, 64))
+
+
+@triton.jit
+def _four(w0, w1, w2, w3):
+    """[N, 128] of four [N, 32], likewise."""
+    n: tl.constexpr = w0.shape[0]
+    both = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(tl.permute(both, (0, 2, 3, 1)), (n, 128))
+
+
+@triton.jit
 def _table(byte, g: tl.constexpr):
     """Lookup tables of group g, whose byte holds 8 x the exponent above the row's base: e4m3 bytes of value x 2^(t - 5)."""
     t = ((byte >> (8 * g)) & 255) * 0x01010101
