@@ -37,9 +37,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_every_part_is_measured_and_written(
-    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those in processes of their own are stood in for."""
+    """Those in processes of their own are stood in for; they say nothing of memory, as their parent's counts there."""
     asked: list[list[str]] = []
 
     def process(command: list[str], **_: Any) -> SimpleNamespace:
@@ -52,6 +52,8 @@ def test_every_part_is_measured_and_written(
     monkeypatch.setattr(LLM, "describe", lambda llm: [*said(llm), on_a_gpu])
     monkeypatch.setattr(bench.subprocess, "run", process)
     assert bench.main([*small, "256", "--out", str(tmp_path)]) == 0
+    said_of = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert (said_of.count("memory"), said_of.count("scheduler")) == (1, 3)
     (path,) = tmp_path.glob("cpu/engine-tiny-*.json")
     found = json.loads(path.read_text())
     assert "--rows 2 1" in found["command"] and str(tmp_path) not in found["command"]
