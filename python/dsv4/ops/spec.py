@@ -214,7 +214,7 @@ SPECS: dict[str, OpSpec] = dict(
             "selected int32[P,T,k]; scores float32[P,T,k]; topk value",
             "selected int32[T,topk]",
             0.0,
-            "the best of P lists, where entry i of list p is entry i P + p of the whole; ties by lowest, ascending, -1 pads",
+            "the best of P lists, ascending with -1 after the last, where entry i of list p is entry i P + p of the whole; ties by lowest, ascending, -1 pads",
         ),
         _spec(
             "entries_of_part",

@@ -176,9 +176,9 @@ def threshold_kernel(scores, score_stride, visible, bound, used, k, BLOCK: tl.co
 
 
 @triton.jit
-def _take(u, e, row, scratch, out, values, k, K: tl.constexpr, VALUES: tl.constexpr):
-    """The k largest of the keys u (0: none) of entries e, in any order, of equal ones those with the lowest entry: ascending
-    into `out`, and with VALUES their scores."""
+def _taken(u, e, k):
+    """Which of the keys u (0: none) of entries e, in any order, are among the k largest, of equal ones those with the lowest entry; and how
+    many they are."""
     present = tl.sum((u > 0).to(tl.int32), 0)
     lo, hi, c_lo, c_hi = search(u, present, k)
     full = c_lo > k
@@ -188,13 +188,21 @@ def _take(u, e, row, scratch, out, values, k, K: tl.constexpr, VALUES: tl.conste
         early = (0x7FFFFFFF - e).to(tl.uint32)
         first, _hi, _a, _b = search(tl.where(tie, early, 0), c_lo - c_hi, k - c_hi)
         take = (take | (tie & (early >= first))) != 0
+    return take, tl.minimum(c_lo, k)
+
+
+@triton.jit
+def _take(u, e, row, scratch, out, values, k, K: tl.constexpr, VALUES: tl.constexpr):
+    """The k largest of the keys u (0: none) of entries e, in any order, of equal ones those with the lowest entry: ascending
+    into `out`, and with VALUES their scores."""
+    take, total = _taken(u, e, k)
     place = prefix(take.to(tl.int32)) - 1
     tl.store(scratch + row * K + place, e, mask=take & (place < K))
     if VALUES:
         tl.store(values + place, value_of(u), mask=take & (place < k))
     tl.debug_barrier()
     i = tl.arange(0, K)
-    held = i < tl.minimum(c_lo, k)
+    held = i < total
     found = tl.load(scratch + row * K + i, mask=held, other=0x7FFFFFFF)
     if VALUES:
         score = key_of(tl.load(values + i, mask=held, other=0.0))
@@ -219,12 +227,29 @@ def _select(
     _take(u, e, row, scratch, out, values, k, K, VALUES)
 
 
+@triton.jit
+def _below(list, count, e, live, K: tl.constexpr):
+    """How many of the first `count` numbers of an ascending list are below e; count and e are blocks."""
+    low, high = count * 0, count
+    steps: tl.constexpr = tl.constexpr(K.bit_length())
+    for _ in tl.static_range(steps):
+        searching = low < high
+        middle = (low + high) // 2
+        less = tl.load(list + middle, mask=live & searching, other=0) < e
+        low, high = (
+            tl.where(searching & less, middle + 1, low),
+            tl.where(searching & (less == 0), middle, high),
+        )
+    return low
+
+
 @triton.jit(do_not_specialize=["stride", "given", "k"], do_not_specialize_on_alignment=["selected", "scores"])
 def merge_kernel(
     selected, scores, scratch, out, stride, given, k, P: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr
 ):
-    """The k best of P lists [tokens, given], which lie `stride` apart and in which entry i of list p is entry i * P + p of the whole.
-    Grid: tokens."""
+    """The k best of P lists [tokens, given], which lie `stride` apart and in which entry i of list p is entry i * P + p of the whole; lists are
+    ascending, -1 after the last. scratch int32 [tokens, P, 1 + K]: how many of each list are taken, and these, so that one knows its place
+    among all by counting the lower ones of the others. Grid: tokens."""
     t = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, TILE)
     part, at = j // given, j % given
@@ -233,7 +258,22 @@ def merge_kernel(
     f = tl.load(scores + place, mask=part < P, other=0.0)
     u = tl.where(e >= 0, key_of(f), 0).to(tl.uint32)
     e = tl.where(e >= 0, e * P + part, 0x7FFFFFFF)
-    _take(u, e, t, scratch, out + t * k, scores, k, K, False)
+    take, total = _taken(u, e, k)
+    one = take.to(tl.int32)
+    before, lists = j * 0, scratch + t * (P * (K + 1))
+    for p in tl.static_range(P):
+        count = tl.sum(tl.where(part == p, one, 0), 0)
+        before += tl.where(part > p, count, 0)
+        tl.store(lists + p * (K + 1), count)
+    rank = prefix(one) - 1 - before
+    tl.store(lists + part * (K + 1) + 1 + rank, e, mask=take)
+    tl.debug_barrier()
+    for d in tl.static_range(1, P):
+        other = lists + (part + d) % P * (K + 1)
+        rank += _below(other + 1, tl.load(other, mask=take, other=0), e, take, K)
+    tl.store(out + t * k + rank, e, mask=take)
+    i = tl.arange(0, K)
+    tl.store(out + t * k + i, tl.full((K,), -1, tl.int32), mask=(i >= total) & (i < k))
 
 
 @triton.jit(do_not_specialize=["k", "part"])
@@ -312,7 +352,7 @@ def merge_candidates(selected: Tensor, scores: Tensor, topk: int) -> Tensor:
         selected, scores = selected.contiguous(), scores.contiguous()
     out = torch.empty((tokens, topk), dtype=torch.int32, device=selected.device)
     width = next_pow2(max(16, topk))
-    scratch = torch.empty((tokens, width), dtype=torch.int32, device=selected.device)
+    scratch = torch.empty((tokens, parts, width + 1), dtype=torch.int32, device=selected.device)
     if tokens and topk:
         merge_kernel[(tokens,)](
             selected,
