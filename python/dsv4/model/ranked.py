@@ -63,8 +63,9 @@ class RankedAttention(Attention):
         rank = weights.rank
         assert rank is not None, "a ranked model's scope has a rank"
         self.rank = rank
-        self.out_groups = config.o_groups // rank.ranks
-        self.wo_a = weights.parts("grouped_linear", "wo_a.weight", 0, rank.ranks)
+        self.groups = config.o_groups
+        self.wo_a = weights.matrix("grouped_linear", "wo_a.weight")
+        self.own_wo_a = weights.rows("grouped_linear", "wo_a.weight", rank.rank, rank.ranks)
         self.wo_b = weights.parts("linear", "wo_b.weight", 1, rank.ranks)
 
     def __call__(  # type: ignore[override]
@@ -158,7 +159,9 @@ class RankedAttention(Attention):
         )
         o, lse = rank.heads(o, lse)
         sink = self.sink.chunk(rank.ranks)[rank.rank]
-        return rank.sum(self._output(ops.merge_attention(o, lse, sink, *turn), rank.rank), out)
+        o = ops.merge_attention(o, lse, sink, *turn)
+        u = ops.grouped_linear(o.reshape(len(o), self.groups // rank.ranks, -1), self.own_wo_a)
+        return rank.sum(ops.linear(u.flatten(1), self.wo_b[rank.rank]), out)
 
     def _cut(
         self,
@@ -187,13 +190,9 @@ class RankedAttention(Attention):
             ops.partial_attention(
                 q, self.scale, group.tokens, rows, group.window[p], *compressed, *own, (o[p], lse[p])
             )
-        merged = ops.merge_attention(o, lse, self.sink, *turn).chunk(ranks, 1)
-        return [self._output(merged[p], p) for p in range(ranks)]
-
-    def _output(self, o: Tensor, part: int) -> Tensor:
-        """[m, h / R, D] of the heads of a rank -> its part of [m, d]."""
-        u = self.ops.grouped_linear(o.reshape(len(o), self.out_groups, -1), self.wo_a[part])
-        return self.ops.linear(u.flatten(1), self.wo_b[part])
+        merged = ops.merge_attention(o, lse, self.sink, *turn)
+        u = ops.grouped_linear(merged.view(len(merged), self.groups, -1), self.wo_a)
+        return [ops.linear(v.flatten(1), w) for v, w in zip(u.chunk(ranks, 1), self.wo_b, strict=True)]
 
     def _lists(self, group: Group, parts: int) -> Tensor:
         """Room for the best entries of parts for the tokens of a group, and their scores: int32 [P, 2, m, k], to cross as they are."""

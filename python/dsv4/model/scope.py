@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dsv4.model.stack import Stack
 from dsv4.ops.registry import Ops
-from dsv4.ops.weight import Gated, Weight, part
+from dsv4.ops.weight import Gated, Weight
+from dsv4.ops.weight import part as part_of
 
 if TYPE_CHECKING:
     from dsv4.model.rank import Rank
@@ -50,7 +51,13 @@ class Scope:
         """A matrix cut into equal parts along its rows (axis 0) or columns (1), each in the form that the op wants."""
         weight = self.weights[self.prefix + name]
         step = weight.shape[axis] // parts
-        return [self._prepared(op, part(weight, axis, i * step, (i + 1) * step)) for i in range(parts)]
+        return [self._prepared(op, part_of(weight, axis, i * step, (i + 1) * step)) for i in range(parts)]
+
+    def rows(self, op: str, name: str, part: int, parts: int) -> Any:
+        """One of equal parts of the rows of a matrix that is held whole too, whose bytes it shares."""
+        weight = self.weights[self.prefix + name]
+        step = weight.shape[0] // parts
+        return self.ops.prepare(op, part_of(weight, 0, part * step, (part + 1) * step))
 
     def gated(self, op: str, name: str, suffix: str = "") -> Any:
         """The matrices `name`.w1, w3 and w2 in the form that the op wants."""

@@ -213,7 +213,7 @@ class V4Model:
 
     def _embedded(self, step: Any) -> Tensor:
         """Streams [T, n, d] of the step's tokens, all alike."""
-        return self.embed[step.token_ids[:, None].expand(-1, self.config.hc_mult)]
+        return self.embed[step.token_ids].unsqueeze(1).repeat(1, self.config.hc_mult, 1)
 
     def _ropes(self, step: Step) -> dict[int, tuple[Rope, Rope | None]]:
         """By ratio: rotations at the tokens' positions and at the blocks' first."""

@@ -66,4 +66,6 @@ def grouped_linear(x: Tensor, weight: Blocks) -> Tensor:
 @prepared_by(lambda w: Gated(*map(_prepare, w)))
 def swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
     """The shared expert: bf16 [T, d] -> [T, d]."""
+    if not isinstance(x, Quantised):  # once for both products
+        x = Quantised(x, *quantise(x, pad=4))
     return product(gemm.silu_gate_of(product(x, w.w1), product(x, w.w3), limit), w.w2)
