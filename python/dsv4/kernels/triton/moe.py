@@ -137,7 +137,7 @@ def experts_kernel(
     PAIRED: as the Gluon form, to its bits: channels in the order of `channel_at`, two instructions at a time, and one sum over
     all steps, for which with PARTS every step's product goes to parts [slots, TILES, sums, 128].
 
-    GROUPED: by `moe_groups.grouped`, with K a multiple of 128 where WHOLE.
+    GROUPED: by `moe_groups.grouped`. WHOLE: K is a multiple of 128.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -182,10 +182,11 @@ def experts_kernel(
         for k in tl.range(first_step, end_step, num_stages=STAGES):
             s = tl.load(sp + k * 128)
             q = tl.load(qp + k * xb)
-            n = k * 128 + cx
-            x0 = tl.load(xp + k * 128, mask=live[None, :] & (n < K)[:, None], other=0.0)
+            n, there = k * 128 + cx, live[None, :]
+            x0 = tl.load(xp + k * 128, mask=there if WHOLE else there & (n < K)[:, None], other=0.0)
             if width < 128:
-                x1 = tl.load(xp + k * 128 + width, mask=live[None, :] & (n + width < K)[:, None], other=0.0)
+                later = there if WHOLE else there & (n + width < K)[:, None]
+                x1 = tl.load(xp + k * 128 + width, mask=later, other=0.0)
             if ABSORB:
                 byte = ((s - lowest * 0x01010101) << 3)[:, None]
                 a0, b0 = _table(byte, 0)
@@ -380,7 +381,7 @@ def run(
     parts2 = empty(slots * tiles2 * tiles1 * 128 if split2 > 1 else 1, dtype=torch.float32)
     arrived = counters(dev)
     common = dict(
-        TOPK=k, ABSORB=bool(pick["absorb"]) and not by_groups, PAIRED=paired, GROUPED=by_groups, WHOLE=by_groups and dim % 128 == 0, BT=bt,
+        TOPK=k, ABSORB=bool(pick["absorb"]) and not by_groups, PAIRED=paired, GROUPED=by_groups, WHOLE=dim % 128 == 0, BT=bt,
         STAGES=pick["stages"], PDL=bool(overlap), num_warps=pick["warps"], maxnreg=pick["regs"] or None, **overlap,
     )  # fmt: skip
     experts_kernel[(blocks * tiles1 * split1,)](
@@ -447,7 +448,7 @@ def _aot(
         ABSORB=absorb,
         PAIRED=paired,
         GROUPED=by_groups,
-        WHOLE=by_groups,
+        WHOLE=True,
         PARTS=few,
         BT=bt,
         PDL=True,

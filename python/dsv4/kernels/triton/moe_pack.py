@@ -99,9 +99,9 @@ def _four(w0, w1, w2, w3):
 
 @triton.jit
 def _table(byte, g: tl.constexpr):
-    """Lookup tables of group g, whose byte holds 8 x the exponent above the row's base: e4m3 bytes of value x 2^(t - 5)."""
-    t = ((byte >> (8 * g)) & 255) * 0x01010101
-    return (t & -256) + 0x14100800, t + 0x24201C18
+    """Lookup tables of group g, whose byte holds 8 x the exponent above the row's base: e4m3 bytes of value x 2^(t - 5). 0 stays 0."""
+    t = (byte >> (8 * g)) & 255
+    return t * 0x01010100 + 0x14100800, t * 0x01010101 + 0x24201C18
 
 
 @triton.jit
