@@ -202,6 +202,16 @@ def test_the_workspace_is_bounded_by_limits_alone() -> None:
         assert bound(long) < sum(b.size for b in long)
 
 
+def test_every_ranks_part_of_a_cut_token_is_counted() -> None:
+    """The owner of a token sums all parts of its attention: queries, R parts and the whole lie beside each other, of T / R tokens."""
+    flash = ModelConfig.preset("v4-flash")
+    for tp in (2, 4, 8):
+        layout = flash.layout("fp8_ds_mla", "mxfp4", ranks=tp)
+        found = {b.name: b.size for b in workspace(flash, layout, Parallel(tp), Limits(4096, 64, 65_536))}
+        one = 4096 // tp * flash.num_heads * flash.head_dim * 2
+        assert found["queries and outputs, before and after rotation"] >= (1 + tp + 1) * one
+
+
 def test_history_is_dealt_out_over_the_ranks_of_a_group(capsys: pytest.CaptureFixture[str]) -> None:
     """Twice the GPUs at the same bytes each hold twice the tokens, but for padding; a block grows to rows for every rank."""
     of = {

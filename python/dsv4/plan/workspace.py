@@ -177,7 +177,7 @@ def _attention(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Para
         heads,
         ("channels", c.head_dim),
         ("bytes", 2),
-        ("arrays", 4),
+        ("arrays", max(4, 2 + parallel.tp)),  # of a cut token every rank's part, from which the whole is made
     )
     sheet.add(phase, "rows of the step", t, ("channels", c.head_dim), ("bytes", 4), ("arrays", 2))
     window = next(x for x in layout.components if x.kind == "window")
