@@ -94,6 +94,14 @@ def test_json_has_the_numbers_of_the_text(capsys: pytest.CaptureFixture[str]) ->
             r"v4-pro does not fit on 8 x h100 as TP8: a GPU needs .*for more of them with --num$",
         ),
         (
+            ["v4-flash", "--gpu", "b200", "--max-num-seqs", "1000000"],
+            r"of them states of running requests\) .*; plan for a smaller --max-num-seqs$",
+        ),
+        (
+            ["v4-flash", "--gpu", "b200", "--max-num-batched-tokens", "8M"],
+            r"of them workspace\) .*; plan for a smaller --max-num-batched-tokens$",
+        ),
+        (
             ["v4-pro", "--gpu", "b200", "--num", "8", "--max-len", "2000000"],
             "--max-model-len is 2000000; .* 1048576",
         ),

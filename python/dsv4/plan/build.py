@@ -173,8 +173,13 @@ def _alternative(q: Question, parallel: Parallel, total: int) -> Alternative:
 def _does_not_fit(q: Question, m: Memory) -> str:
     have = int(q.gpu.memory_bytes * q.memory_fraction)
     need = m.weights + m.slabs + m.workspace + q.rank_layout.page_bytes
+    parts = {"weights": m.weights, "states of running requests": m.slabs, "workspace": m.workspace}
+    most = max(parts, key=lambda name: parts[name])
+    remedy = {
+        "states of running requests": "plan for a smaller --max-num-seqs",
+        "workspace": "plan for a smaller --max-num-batched-tokens",
+    }.get(most, "plan for a larger GPU, or for more of them with --num")
     return (
         f"{q.config.name} does not fit on {q.num} x {q.gpu.name} as {q.parallel}: a GPU needs {need / 1e9:,.1f} GB "
-        f"({m.weights / 1e9:,.1f} of them weights) and {q.memory_fraction:g} of its memory is {have / 1e9:,.1f} GB; "
-        "plan for a larger GPU, or for more of them with --num"
+        f"({parts[most] / 1e9:,.1f} of them {most}) and {q.memory_fraction:g} of its memory is {have / 1e9:,.1f} GB; {remedy}"
     )
