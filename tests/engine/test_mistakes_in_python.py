@@ -250,6 +250,17 @@ def test_a_callback_may_ask_the_engine(llm: LLM) -> None:
     assert got == [expected]
 
 
+def test_a_closed_engine_says_so(model: Path) -> None:
+    llm = LLM(str(model), num_pages=20, device="cpu")
+    stream = llm.stream([5], SamplingParams(max_tokens=50, ignore_eos=True))
+    next(stream)
+    llm.close()
+    llm.close()
+    assert [output.finish_reason for output in stream][-1] == "abort"
+    with pytest.raises(RequestError, match="the engine has stopped: it was closed; make a new one"):
+        llm.generate([[5]], PARAMS)
+
+
 def test_a_notebook_shows_the_text(llm: LLM) -> None:
     blocks = LLM(device="cpu", num_pages=8).chat([{"role": "user", "content": "Hello"}], PARAMS).blocks
     assert repr(blocks) == f"[Text({blocks.content!r})]" and blocks.content

@@ -246,9 +246,12 @@ class LLM:
             self._deliver()
 
     def close(self) -> None:
-        """Ends the processes of other ranks and the telling of events at once; without them, or when nothing holds the `LLM` any more,
-        there is no need to."""
-        self._close()
+        """Ends what runs, the processes of other ranks and the telling of events at once; without them, or when nothing holds the `LLM`
+        any more, there is no need to. What is asked later is refused."""
+        with self._lock:
+            if self._close.alive and self._loop.dead is None:
+                self.abort_all()
+            self._close()
 
     def abort_all(self) -> None:
         """Ends every request."""

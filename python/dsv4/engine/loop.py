@@ -54,6 +54,7 @@ TOKEN, FINISHED, RESUMED, PREFILL = 1, 2, 4, 5
 """Kinds of core events that are used here; a row is (kind, request, step, a, b, c)."""
 
 
+CLOSED = "it was closed; make a new one"
 POISONED = "the model gave logits that are not finite"
 
 
@@ -180,7 +181,8 @@ class EngineLoop:
             self._tell_events(None)
 
     def close(self) -> None:
-        """Ends the other ranks and the telling of events, if there are any."""
+        """Ends the other ranks and the telling of events, if there are any. No request is taken any more."""
+        self.dead = self.dead or EngineDead(CLOSED)
         if self.group is not None:
             self.group.close()
         if self.events is not None:
