@@ -32,7 +32,7 @@ from dsv4.ops.registry import Ops
 from dsv4.plan.build import divide
 from dsv4.plan.graphs import steps_of
 from dsv4.plan.weights import Weights, weight_rows
-from dsv4.plan.workspace import Limits, bound, workspace
+from dsv4.plan.workspace import MULTIPROCESSORS, Limits, bound, workspace
 
 from tests.support.models import random_config, random_config_dict, random_weights
 
@@ -193,16 +193,19 @@ def test_packed_weights_take_what_is_planned(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_workspace_is_bounded_by_limits_alone() -> None:
-    """Eight times the context costs page table and rotary tables, no activations; on several ranks also the history of one layer,
-    which they gather."""
+    """Eight times the context costs page table and rotary tables, and where a program does not hold all keys of a token the sums of several,
+    of some tokens at a time; on several ranks also the history of one layer, which they gather."""
     pro = ModelConfig.preset("v4-pro")
     layout = pro.layout("fp8_ds_mla", "mxfp4")
+    parts = "partial results of attention to long histories"
     for tp, gathered in ((1, set()), (8, {"csa", "csa_index"})):
         short, long = (
             workspace(pro, layout, Parallel(tp), Limits(4096, 64, n)) for n in (131_072, 1_048_576)
         )
         grown = {b.name for a, b in zip(short, long, strict=True) if a.size != b.size}
-        assert grown == {"page table", "plans, two steps", "rotary tables"} | {
+        assert grown == {"page table", "plans, two steps", "rotary tables"} | (
+            {parts} if tp == 1 else set()
+        ) | {
             f"{name} of {what}"
             for name in gathered
             for what in ("the longest request, gathered", "it that a rank sends")
@@ -253,8 +256,20 @@ def test_the_index_is_counted_in_the_kernels_own_pieces() -> None:
     kept = sum(t.nbytes for t in kernel.State.workspace(torch.device("cpu")))
     kernel.State.lists.clear()
     kept += kernel.TOKENS * 4 * max(kernel.SAMPLE, kernel.SAMPLED)
-    counted = prod(n for _, n in INDEX_SCRATCH.factors(Dims(4096, 512, 132)))
+    counted = prod(n for _, n in INDEX_SCRATCH.factors(Dims(4096, 512, 132, 64, 640)))
     assert counted <= kept <= 1.001 * counted  # beside a counter a query
+
+
+def test_sums_of_attention_to_a_long_history_are_counted() -> None:
+    """More than 32 blocks of 64 keys are shared by several programs, whatever there is to do."""
+    flash = ModelConfig.preset("v4-flash")
+    layout, name = flash.layout("fp8_ds_mla", "mxfp4"), "partial results of attention to long histories"
+    found = {
+        n: {b.name: b.size for b in workspace(flash, layout, Parallel(), Limits(4096, 8, n))}
+        for n in (131_072, 1_048_576)
+    }
+    assert name not in found[131_072]
+    assert found[1_048_576][name] == 16 * MULTIPROCESSORS * 64 * 512 * 4
 
 
 def test_a_smaller_part_of_a_model_needs_fewer_bytes() -> None:

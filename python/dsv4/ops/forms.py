@@ -40,6 +40,9 @@ class Dims:
     """Tokens of a step."""
     head_dim: int
     multiprocessors: int
+    heads: int
+    keys: int
+    """Rows that a token attends to in a layer, at most."""
 
 
 @dataclass(frozen=True, slots=True)

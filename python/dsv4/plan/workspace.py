@@ -1,7 +1,7 @@
 """Upper bound of what a step needs beside weights, pool and slabs, from limits alone.
 
-No buffer grows with the context but the page table and the rotary tables: index scores are made for some queries
-at a time, and of a long row only candidates are kept. Buffers of one phase are live together, phases follow each other, so
+No buffer grows with the context but the page table and the rotary tables: index scores and attention to a long history are made
+for some tokens at a time, and of a long row only candidates are kept. Buffers of one phase are live together, phases follow each other, so
 the bound is what stays plus the largest phase. What kernels take beside that they state themselves (`Form.scratch`); ops run one after
 the other, so a phase counts that of the op that takes most. Activations are counted as if no kernel were fused.
 
@@ -92,7 +92,7 @@ def workspace(config: ModelConfig, layout: LayoutSpec, parallel: Parallel, limit
     _attention(sheet, config, layout, parallel, limits)
     _experts(sheet, config, parallel, limits)
     _logits(sheet, config, limits)
-    _scratch(sheet, config, limits)
+    _scratch(sheet, config, parallel, limits)
     return sheet.buffers
 
 
@@ -271,9 +271,16 @@ PHASES = {
 """Phase in which an op runs; of others "attention". (Sampling's is the logits'.)"""
 
 
-def _scratch(sheet: _Sheet, c: ModelConfig, limits: Limits) -> None:
+def _keys(c: ModelConfig, parallel: Parallel, max_len: int) -> int:
+    """Rows that a token attends to at once in the layer in which they are most: of several ranks' entries those of one."""
+    entries = ((-(-max_len // (s.ratio * parallel.tp)), s.indexed) for s in c.layers if s.ratio)
+    return c.window + max((min(n, c.index_topk) if indexed else n for n, indexed in entries), default=0)
+
+
+def _scratch(sheet: _Sheet, c: ModelConfig, parallel: Parallel, limits: Limits) -> None:
     """Of the forms of every backend, as a plan may be for another machine."""
-    dims = Dims(limits.step_tokens, c.head_dim, MULTIPROCESSORS)
+    keys = _keys(c, parallel, limits.max_len)
+    dims = Dims(limits.step_tokens, c.head_dim, MULTIPROCESSORS, c.num_heads, keys)
     largest: dict[str, tuple[int, Scratch]] = {}
     kept: dict[str, Scratch] = {}
     for form in REGISTRY.forms():

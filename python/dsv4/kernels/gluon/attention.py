@@ -10,6 +10,8 @@ in a fixed order by a second kernel, so the result does not depend on timing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4.kernels.gluon import blackwell_attention, hopper_attention, hopper_stream
-from dsv4.kernels.gluon.forms import BLOCK, MOST_BLOCKS
+from dsv4.kernels.gluon.forms import BLOCK, HEADS, LONG_PROGRAMS, MOST_BLOCKS
 from dsv4.kernels.triton import attention as portable
 from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2
 from dsv4.kernels.triton.merge import merge
@@ -44,24 +46,14 @@ def _attend(
     """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64.
     times: int32 zeros [items, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only)."""
     out = torch.empty_like(q)
-    partial, lse = _run(
-        kernel,
-        q,
-        sink,
-        scale,
-        (cos, sin),
-        tokens,
-        window,
-        window_ids,
-        history,
-        entries,
-        selected,
-        out,
-        splits,
-        times,
-    )
-    if partial.dim() == 4:
-        merge(partial, lse, sink, cos, sin, out)
+    splits = _splits(kernel, q, window_ids, history, entries, selected, splits, part=False)
+    for cut in _pieces(q, splits):
+        mine, seen = _lists(tokens, entries, cut)
+        asked, turn, to = _some(q, cut), (_some(cos, cut), _some(sin, cut)), _some(out, cut)
+        table = (window, _some(window_ids, cut), history, seen, _some(selected, cut))
+        parts, lse = _run(kernel, asked, sink, scale, turn, mine, *table, to, splits, times)
+        if parts.dim() == 4:
+            merge(parts, lse, sink, *turn, to)
     return out
 
 
@@ -81,10 +73,68 @@ def _partial(
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `partial_attention`: as `sparse_attention`, of which a part is one without sink that is not turned back."""
+    if into is None:
+        into = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    splits = _splits(kernel, q, window_ids, history, entries, selected, splits, part=True)
     run = partial(_run, kernel)
-    return portable.attend_part(
-        run, q, scale, tokens, window, window_ids, history, entries, selected, count, into, splits
-    )
+    for cut in _pieces(q, splits):
+        mine, seen = _lists(tokens, entries, cut)
+        table = (window, _some(window_ids, cut), history, seen, _some(selected, cut), _some(count, cut))
+        to = _some(into[0], cut), _some(into[1], cut)
+        portable.attend_part(run, _some(q, cut), scale, mine, *table, to, splits)
+    return into
+
+
+def _splits(
+    kernel: Any,
+    q: Tensor,
+    window_ids: Tensor,
+    history: RowSource | None,
+    entries: EntryTable | None,
+    selected: Tensor | None,
+    wanted: int | None,
+    *,
+    part: bool,
+) -> int:
+    """In how many CTAs a token's blocks are cut: as many as `wanted`, or as fill the GPU, and as many as it takes where one holds
+    MOST_BLOCKS."""
+    if kernel is hopper_stream:
+        return 1
+    _, entries, selected = portable.visible_part(history, entries, selected)
+    blocks = portable.max_blocks(window_ids, entries, selected, BLOCK, own=part)
+    if wanted is None:
+        wanted = portable.choose_splits(len(q) * cdiv(q.shape[1], HEADS), blocks, multiprocessors())
+    return max(wanted, cdiv(blocks, MOST_BLOCKS))
+
+
+def _pieces(q: Tensor, splits: int) -> Iterator[slice | None]:
+    """Tokens that are attended to at a time, None for all: of splits no more than LONG_PROGRAMS a multiprocessor leave their sums, which of
+    a long history and many tokens would be gigabytes."""
+    most = LONG_PROGRAMS * multiprocessors() // (splits * cdiv(q.shape[1], HEADS))
+    pieces = cdiv(len(q), max(4, most // 4 * 4)) if splits > 1 else 1
+    if pieces <= 1:
+        yield None
+        return
+    step = (
+        cdiv(cdiv(len(q), pieces), 4) * 4
+    )  # equal ones, whose pointers stay aligned: none needs a kernel of its own
+    for at in range(0, len(q), step):
+        yield slice(at, at + step)
+
+
+def _some(x: Any, cut: slice | None) -> Any:
+    """Rows of a tensor, if there is one."""
+    return x if x is None or cut is None else x[cut]
+
+
+def _lists(
+    tokens: TokenTable, entries: EntryTable | None, cut: slice | None
+) -> tuple[TokenTable, EntryTable | None]:
+    """What a kernel takes of them for some tokens: slabs, and how many entries each sees."""
+    if cut is None:
+        return tokens, entries
+    seen = None if entries is None else replace(entries, visible=entries.visible[cut])
+    return replace(tokens, slab=tokens.slab[cut]), seen
 
 
 def _run(
@@ -100,7 +150,7 @@ def _run(
     entries: EntryTable | None,
     selected: Tensor | None,
     out: Tensor | None,
-    splits: int | None,
+    splits: int,
     times: Tensor | None = None,
     *,
     sums: Tensor | None = None,
@@ -114,13 +164,7 @@ def _run(
     part = sums is not None
     history, entries, selected = portable.visible_part(history, entries, selected)
     key_blocks = portable.max_blocks(window_ids, entries, selected, BLOCK, own=part)
-    ctas = total * cdiv(heads, 64)
-    if kernel is hopper_stream:
-        splits = 1
-    elif splits is None:
-        splits = portable.choose_splits(ctas, key_blocks, multiprocessors())
-    if not each:
-        splits = max(splits, cdiv(key_blocks, MOST_BLOCKS))
+    ctas = total * cdiv(heads, HEADS)
     parts, lse = portable.scratch(q, splits, always=out is None)
     cos, sin = turn or (lse, lse)
     rows = history or window
