@@ -17,10 +17,12 @@ pytest.importorskip("dsv4._core")
 from dsv4 import LLM, SamplingParams
 from dsv4.config import EngineConfig, load
 from dsv4.engine import build, warmup
+from dsv4.engine.device import LocalDevice
 from dsv4.engine.sampler import KINDS
-from dsv4.engine.warmup import late_captures
+from dsv4.engine.warmup import _said, late_captures
 from dsv4.errors import ConfigError
 from dsv4.plan import graphs as sizes
+from dsv4.plan.cache import table_blocks
 from dsv4.plan.graphs import at_start, extend_contexts_of, extends_of, sizes_of, steps_of
 
 from tests.engine.test_graphs import capture
@@ -208,3 +210,23 @@ def test_starts_of_one_model_in_folders_of_other_names_look_for_one_list(tmp_pat
         assert run.returncode == 0, run.stderr
         said.append(run.stdout)
     assert said[0] == said[1] and "0x" not in said[0]
+
+
+def test_where_memory_limits_the_longest_request_starts_look_for_one_list_too(tmp_path: Path) -> None:
+    """A page more or less is the same length of the page table, which kernels are made for; a request is no longer for it."""
+    model = str(write_random(tmp_path / "model", compress_ratios=[0, 4, 128]))
+    said, longest = [], []
+    for pages in (170, 173):
+        llm = LLM(model, device="cpu", max_num_seqs=3, num_pages=pages)
+        device = llm._loop.device
+        assert isinstance(device, LocalDevice)
+        said.append(_said(device, 128, device.page_table.shape[1] * 256))
+        longest.append(llm.max_model_len)
+        assert device.page_table.shape[1] == 176
+    assert said[0] == said[1] and longest == [170 * 256, 173 * 256]
+
+
+@pytest.mark.parametrize("pages", [1, 2, 7, 15, 16, 17, 31, 100, 400, 4096])
+def test_a_page_table_is_a_sixteenth_longer_at_most(pages: int) -> None:
+    columns = table_blocks(pages)
+    assert pages <= columns <= pages * 17 / 16 and table_blocks(columns) == columns

@@ -54,7 +54,7 @@ from dsv4.model.v4 import V4Model
 from dsv4.model.weights import expanded_bytes, load_weights
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
-from dsv4.plan.cache import pages_of, size_pool
+from dsv4.plan.cache import pages_of, size_pool, table_blocks
 from dsv4.plan.graphs import at_start, contexts_of, cut_sizes_of, dealt_of, extends_of, sizes_of
 from dsv4.plan.ranks import least_ranks
 from dsv4.plan.weights import Weights
@@ -492,7 +492,7 @@ def _device_of(
         model,
         cache,
         slabs=slabs,
-        max_blocks=pages_of(layout, max_len),
+        max_blocks=table_blocks(pages_of(layout, max_len)),
         replay_tokens=config.replay_tokens or layout.replay_tokens,
         step_tokens=config.max_num_batched_tokens or 0,
         capture=Recorder() if eager is None else None,

@@ -18,6 +18,13 @@ def pages_of(layout: LayoutSpec, tokens: int) -> int:
     return -(-tokens // layout.block_tokens)
 
 
+def table_blocks(pages: int) -> int:
+    """Columns of a page table for requests of up to so many pages: a few more, in steps of a sixteenth, as memory that limits the longest request
+    differs a little from start to start and kernels and graphs are made for the table's length."""
+    step = max(1, (1 << pages.bit_length()) // 32)
+    return -(-pages // step) * step
+
+
 def size_pool(
     layout: LayoutSpec,
     *,

@@ -20,7 +20,7 @@ from dsv4.kernels.messages import room
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import UNIT, Parallel
 from dsv4.ops.forms import Dims, Scratch
-from dsv4.plan.cache import pages_of
+from dsv4.plan.cache import pages_of, table_blocks
 from dsv4.plan.graphs import captured_tokens, dealt_steps_of, sizes_of, steps_of
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Paralle
     t, r = ("tokens", limits.step_tokens), ("requests", limits.running)
     streams = ("streams", c.hc_mult), ("hidden", c.hidden_size)
     sheet.add("always", "residual streams, before and after", t, *streams, ("bytes", 2), ("arrays", 2))
-    sheet.add("always", "page table", r, ("pages", pages_of(layout, limits.max_len)), ("bytes", 4))
+    blocks = table_blocks(pages_of(layout, limits.max_len))
+    sheet.add("always", "page table", r, ("pages", blocks), ("bytes", 4))
     options = {"slabs": limits.running, "max_step_tokens": limits.step_tokens, "max_len": limits.max_len}
     schema = plan_schema(layout, options)
     sheet.add("always", "plans, two steps", ("words", schema["words"]), ("bytes", 4), ("steps", 2))
@@ -132,7 +133,7 @@ def _always(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, parallel: Paralle
     sheet.add(
         "always",
         "rotary tables",
-        ("positions", limits.max_len),
+        ("positions", blocks * layout.block_tokens),
         ("channels", c.rope_dim),
         ("bytes", 4),
         ("tables", tables),
