@@ -10,8 +10,11 @@ from dsv4.gpus import gpu
 from dsv4.plan.weights import find_weights
 from dsv4.simulate.device import step_coefficients
 
-H100, H200 = "h100-80gb-hbm3/engine-2026-11-28.md", "h200/engine-2026-11-28.md"
-WHOLE = "h200/engine-2026-11-29.md"
+H100, H200, BEFORE = (
+    "h100-80gb-hbm3/engine-2026-11-28.md",
+    "h200/engine-2026-11-30.md",
+    "h200/engine-2026-11-29.md",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +41,23 @@ def _prompt(tokens: int, step: int) -> tuple[tuple[tuple[int, int], ...], ...]:
 
 
 MEASURED = (
-    Measured("h200", "decode step, 1 row after 4,096 tokens", _decodes(1, 4096), 1.834, H200),
-    Measured("h200", "decode step, 8 rows", _decodes(8, 4096), 2.815, H200),
-    Measured("h200", "decode step, 32 rows", _decodes(32, 4096), 3.939, H200),
+    Measured("h200", "decode step, 1 row after 4,096 tokens", _decodes(1, 4096), 1.424, H200),
+    Measured("h200", "decode step, 8 rows", _decodes(8, 4096), 2.523, H200),
+    Measured("h200", "decode step, 32 rows", _decodes(32, 4096), 5.225, H200),
     Measured("h100", "decode step, 128 rows", _decodes(128, 4096), 6.77, H100),
     Measured("h100", "prompt of 8,192 tokens, steps of 4,096", _prompt(8192, 4096), 8192 / 85.583, H100),
     Measured("h100", "prompt of 32,768 tokens, steps of 4,096", _prompt(32768, 4096), 32768 / 80.608, H100),
     Measured("h100", "64 new tokens after 32,768 cached", (((32768, 64),),), 9.2, H100),
     Measured("h100", "1,024 new tokens after 32,768 cached", (((32768, 1024),),), 35.5, H100),
     *(
-        Measured("h200", f"two GPUs, 43 layers: {what}", steps, ms, WHOLE, 43, 2)
-        for what, steps, ms in (
-            ("decode step, 1 row after 4,096 tokens", _decodes(1, 4096), 5.98),
-            ("decode step, 8 rows", _decodes(8, 4096), 10.81),
-            ("decode step, 32 rows", _decodes(32, 4096), 20.83),
-            ("prompt of 65,536 tokens, steps of 8,192", _prompt(65536, 8192), 2726.0),
-            ("prompt of 1,000,000 tokens, steps of 8,192", _prompt(1000000, 8192), 83014.0),
+        Measured("h200", f"two GPUs, 43 layers: {what}", steps, ms, source, 43, 2)
+        for what, steps, ms, source in (
+            ("decode step, 1 row after 4,096 tokens", _decodes(1, 4096), 5.77, H200),
+            ("decode step, 8 rows", _decodes(8, 4096), 9.45, H200),
+            ("decode step, 32 rows", _decodes(32, 4096), 20.83, BEFORE),
+            ("decode step, 1 row after 1,000,000 tokens", _decodes(1, 1000000), 6.42, H200),
+            ("prompt of 32,768 tokens, steps of 8,192", _prompt(32768, 8192), 1199.0, H200),
+            ("prompt of 1,000,000 tokens, steps of 8,192", _prompt(1000000, 8192), 88160.0, H200),
         )
     ),
 )
