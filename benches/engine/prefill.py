@@ -78,11 +78,12 @@ def cached(driver: Driver, tokens: int, new: int) -> dict[str, Any]:
 
 
 def turns(driver: Driver, tokens: int, new: int = 64, answer: int = 40) -> dict[str, Any]:
-    """A prompt that nothing is known of, read once; decode steps of its answer; the same prompt again with `new` tokens behind it; and the
+    """A prompt that nothing is known of, read once; decode steps of its answer; the same prompt again with `new` tokens behind it, twice; and the
     conversation's next turn, which has the answer and `new` tokens."""
     base = driver.ids(tokens)
     first = driver.job(base, answer)
     driver.run()
+    _, first_launch = asked(driver, np.concatenate((base, driver.ids(new))))  # of its size of step
     again, again_launch = asked(driver, np.concatenate((base, driver.ids(new))))
     said = np.array(first.ids, np.int32)
     turn, turn_launch = asked(driver, np.concatenate((base, said, driver.ids(new))))
@@ -92,6 +93,7 @@ def turns(driver: Driver, tokens: int, new: int = 64, answer: int = 40) -> dict[
         "tokens_s": tokens / first.ttft,
         "decode_ms": 1e3 * float(median(np.diff(first.times))),
         "again_ms": 1e3 * again.ttft,
+        "first_launch_ms": first_launch,
         "again_launch_ms": again_launch,
         "again_not_cached": len(base) + new - (again.cached or 0),
         "turn_ms": 1e3 * turn.ttft,
@@ -101,7 +103,8 @@ def turns(driver: Driver, tokens: int, new: int = 64, answer: int = 40) -> dict[
 
 
 def beside(driver: Driver, tokens: int, rows: int = 8, context: int = 4000) -> dict[str, Any]:
-    """Gaps between the tokens of `rows` decodes, alone and while a prompt of `tokens` tokens is read, and how fast it is read then."""
+    """Gaps between the tokens of `rows` decodes, alone and while a prompt of `tokens` tokens is read, how fast it is read then, and the busy
+    time of a step at the beginning of another prompt."""
     jobs = [driver.job(driver.ids(context), 100_000) for _ in range(rows)]
     driver.run(until=lambda: all(len(job.times) > driver.steps for job in jobs))
     alone = np.concatenate([np.diff(job.times[min(10, driver.steps // 2) :]) for job in jobs])
@@ -109,9 +112,13 @@ def beside(driver: Driver, tokens: int, rows: int = 8, context: int = 4000) -> d
     long = driver.job(driver.ids(tokens))
     driver.run(until=lambda: long.times)
     gaps = np.concatenate([np.diff(job.times[mark:]) for job, mark in zip(jobs, marks, strict=True)])
+    driver.job(driver.ids(tokens))
+    for _ in range(PROFILED):
+        driver.engine.step()
+    busy = driver.busy(min(PROFILED, driver.steps))
     driver.clear()
     found = {
-        "tokens": tokens, "rows": rows, "context": context,
+        "tokens": tokens, "rows": rows, "context": context, **busy,
         "alone_ms": 1e3 * float(np.median(alone)), "alone_p99_ms": 1e3 * float(np.percentile(alone, 99)),
         "ttft_s": long.ttft, "tokens_s": tokens / long.ttft,
     }  # fmt: skip
