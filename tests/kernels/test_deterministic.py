@@ -145,14 +145,17 @@ def _each_token(case: dict[str, Any], run: Callable[..., Any], picks: Sequence[i
 
 
 @pytest.mark.parametrize("halves", [1, 2])
-def test_compressors_fold_a_prompt_as_single_tokens(halves: int) -> None:
+def test_compressors_fold_a_prompt_as_single_tokens(halves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one launch or in two."""
     args = case("compress", 6 + (halves - 1))
     dim, results = args["weight"].shape[0], []
     projected, angle = (
         torch.randn((13, 2 * halves * dim), generator=_g(halves)),
         torch.rand((8, 16), generator=_g(3)),
     )
-    for cuts in ((0, 13), (0, 3, 4, 13), tuple(range(14))):
+    whole = (0, 13)
+    for cuts, wide in ((whole, 0), (whole, 1000), ((0, 3, 4, 13), 0), (tuple(range(14)), 0)):
+        monkeypatch.setattr(compressor, "multiprocessors", lambda wide=wide: wide)
         state = torch.zeros((1, halves, 2, dim), device=DEVICE)
         state[:, :, 1] = -torch.inf
         rows = moved({"rows": args["rows"]}, DEVICE)["rows"]

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 from dsv4.kernels.messages import LIMIT, room
 from dsv4.kernels.triton.common import INTERPRETED
 from dsv4.kernels.triton.exchange import Exchange
+from dsv4.model.config import ModelConfig
 from dsv4.model.rank import Rank
+from dsv4.plan.graphs import EXTEND_ROWS
 
 from tests.support.ranks import run_ranks
 
@@ -73,6 +75,15 @@ def _says(rank: Rank, folder: str) -> tuple[list[bool], int, int]:
     rank.gather(torch.zeros(LIMIT + 64, dtype=torch.uint8))
     rank.gather(torch.zeros(65, dtype=torch.uint8))
     return same, directly, asked[0] - directly
+
+
+def test_parts_of_as_many_rows_as_a_captured_step_shares_are_one_message() -> None:
+    """Of Flash on two ranks 1 MiB and what crosses beside it, which went as two messages and two copies."""
+    flash, rows = ModelConfig.preset("v4-flash"), EXTEND_ROWS[0] - 1
+    heads = rows * flash.num_heads // 2
+    direct = Exchange(0, [0, 0], "cpu")
+    assert direct.takes(heads * flash.head_dim * 2) and direct.takes(heads * (flash.head_dim * 2 + 4))
+    assert LIMIT % 64 == 0 and not direct.takes(2 << 20)
 
 
 def test_messages_are_those_of_a_group(tmp_path: Path) -> None:

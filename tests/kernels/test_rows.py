@@ -167,6 +167,15 @@ def test_row_formats_at_full_width(form: str, dim: int, dtype: torch.dtype) -> N
         _same(ours, theirs, ids)
 
 
+@pytest.fixture(params=[0, 1000], ids=["edges, then what is between", "one launch"])
+def compressor_launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to launch a prompt's blocks, however many there are."""
+    monkeypatch.setattr(
+        import_module("dsv4.kernels.triton.compressor"), "multiprocessors", lambda: request.param
+    )
+
+
+@pytest.mark.usefixtures("compressor_launches")
 @pytest.mark.parametrize("halves", [1, 2])
 def test_compress_in_pieces_equals_whole(halves: int) -> None:
     """A prompt of 21 tokens whole and cut into chunks, each carrying its state on: same rows, same state."""
@@ -193,6 +202,7 @@ def test_compress_in_pieces_equals_whole(halves: int) -> None:
         assert torch.allclose(state, results[0][1], atol=1e-5)
 
 
+@pytest.mark.usefixtures("compressor_launches")
 @pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize("tokens", [1, 2, 30])
 def test_what_begins_without_state_reads_none(halves: int, tokens: int) -> None:
@@ -237,6 +247,7 @@ def test_what_begins_without_state_reads_none(halves: int, tokens: int) -> None:
 
 
 @on_gpu
+@pytest.mark.usefixtures("compressor_launches")
 @pytest.mark.parametrize(
     ("halves", "ratio", "form", "dim"),
     [(2, 4, "fp8_ds_mla", 512), (2, 4, "mxfp4", 128), (1, 128, "fp8_ds_mla", 512)],
