@@ -54,6 +54,7 @@ def _attend(
         parts, lse = _run(kernel, asked, sink, scale, turn, mine, *table, to, splits, times)
         if parts.dim() == 4:
             merge(parts, lse, sink, *turn, to)
+        del parts, lse  # else they lie beside the next ones
     return out
 
 
