@@ -53,6 +53,7 @@ def test_types_and_units() -> None:
         ({"DSV4_MAX_NUM_SEQS": "0"}, ["max_num_seqs", "0", "1"]),
         ({"DSV4_PORT": "70000"}, ["port", "70000", "65535"]),
         ({"DSV4_KV_CACHE_MEMORY": "lots"}, ["kv_cache_memory", "lots", "2GiB"]),
+        ({"DSV4_KEYS_FILE": ""}, ["keys_file is empty", "a path"]),
         ({"DSV4_MAX_NUM_BATCHED_TOKENS": "8"}, ["max_num_batched_tokens", "8", "16"]),
     ],
 )

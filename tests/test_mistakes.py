@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from dsv4.cli import main
+from dsv4.cli import build_parser, generate, main
 from dsv4.cli.talking import Reply
 from dsv4.config import backend_names
 from dsv4.engine.request import Usage
@@ -72,7 +72,19 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("serve --max-num-seqs 2.5", ["max_num_seqs is '2.5'", "whole number"]),
     ("serve --max-num-seqs 1e30", ["max_num_seqs is '1e30'"]),
     ("serve --max-num-seqs 99999999999999999999", ["max_num_seqs is 99999999999999999999", "2147483647"]),
-    ("serve --kv-cache-memory=-1GiB", ["kv_cache_memory is '-1GiB'", "2GiB"]),
+    ("serve --kv-cache-memory=-1GiB", ["kv_cache_memory is '-1GiB'", "above 0", "2GiB"]),
+    # below zero, which argparse alone takes for flags
+    ("serve --kv-cache-memory -5GiB", ["kv_cache_memory is '-5GiB'", "a size above 0, such as 2GiB"]),
+    ("serve --body-min-rate -1k", ["body_min_rate is '-1k'", "a size from 0"]),
+    ("serve --max-model-len -64k", ["max_model_len is -64000", "from 1", "the nearest is 1"]),
+    ("serve --stuck-after -1e3", ["stuck_after is -1000"]),
+    ("serve --gpu-memory-utilization -inf", ["gpu_memory_utilization is -inf", "above 0 and up to 1"]),
+    ("serve --cudagraph-capture-sizes 4 -2k", ["cudagraph_capture_sizes has -2000", "the nearest is 1"]),
+    ("plan v4-flash --gpu h200 --max-model-len -64k", ["--max-model-len", "'-64k'", "the nearest is 1"]),
+    ("plan v4-flash --gpu h200 --pool-gb -4.5e1", ["--pool-gb", "'-4.5e1'", "above 0"]),
+    ("bench serve --rate -1,2", ["--rate", "'-1'", "above 0"]),
+    ("trace agents --sessions -1k", ["--sessions", "'-1k'", "the nearest is 1"]),
+    ("generate --temperature -.5 hi", ["--temperature", "'-.5'", "the nearest is 0"]),
     ("serve --backend gluom", ["'gluom'", ", ".join(backend_names()), "'gluon'?"]),
     ("serve --dtype fp16", ["dtype is 'fp16'", "float32, bfloat16"]),
     ("serve --max-model-len lots", ["max_model_len is 'lots'", "whole number from 1, such as 64k or 1M"]),
@@ -170,6 +182,43 @@ def test_a_mistake_is_told_in_one_line(
     code, out, err = call(capsys, line)
     assert code == 2 and out == "" and err.count("\n") == 1, err
     assert all(w in err for w in words), err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "serve --keys-file",
+        "serve --config",
+        "serve --profile-dir",
+        "generate --file",
+        "chat --tools",
+        "simulate",
+        "simulate x.jsonl --plot",
+        "trace agents --out",
+        "bench serve --json",
+        "bench compare x.json",
+    ],
+)
+def test_an_empty_path_is_told(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    """Of an unset variable; `generate -f ''` answered without the file, `--profile-dir ''` wrote into the folder at hand."""
+    try:
+        code = main([*line.split(), ""])
+    except SystemExit as e:
+        code = int(e.code or 0)
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and "is empty; it takes a path" in err, err
+
+
+@pytest.mark.parametrize("words", [["-"], ["-f", "-"], [], ["-f", "FILE", "-"], ["-f", "-", "second"]])
+def test_a_prompt_from_standard_input(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`-` was a prompt of one dash."""
+    (tmp_path / "FILE").write_text("first")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("read"))
+    text = generate._prompt_text(build_parser().parse_args(["generate", *words]))
+    assert text == "\n".join(["first"] * ("FILE" in words) + ["read"] + ["second"] * ("second" in words))
 
 
 @pytest.mark.parametrize(

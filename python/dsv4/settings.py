@@ -109,7 +109,7 @@ def _check_ranges(config: Any, hints: Mapping[str, Any]) -> None:
             continue
         if f.metadata["unit"] == "bytes":
             if not range_.low <= value:
-                raise ConfigError(f"{f.name} is {value}; it takes a size above 0, such as 2GiB")
+                raise ConfigError(f"{f.name} is {value}; it takes {_sizes(range_)}")
             continue
         also = ", auto, or none for no limit" if f.metadata["unit"] == "auto" else ""
         fault = range_.fault(value, base_type(hints[f.name]), also)
@@ -122,6 +122,11 @@ def choices_of(f: dataclasses.Field[Any]) -> Sequence[str]:
     """The values that a setting can have; empty where they are not names."""
     choices: Any = f.metadata["choices"]
     return choices() if callable(choices) else choices
+
+
+def _sizes(range_: Range) -> str:
+    """Which sizes a setting in bytes takes."""
+    return f"a size {'above' if range_.low > 0 else 'from'} 0, such as 2GiB"
 
 
 def base_type(hint: Any) -> type:
@@ -144,6 +149,10 @@ def convert(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
         return tuple(dict.fromkeys(words))
     if unit == "counts":
         return _counts(name, value, f.metadata["range"])
+    if (
+        unit == "file" and value == ""
+    ):  # an unset variable must not open what was meant to be closed, nor mean this folder
+        raise ConfigError(f"{name} is empty; it takes a path")
     if unit == "auto" and str(value).lower() == "auto":
         return "auto"
     unset = ("none", "null") if kind is str else ("none", "null", "auto")
@@ -163,9 +172,9 @@ def convert(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
             expected = (f.metadata["range"] or Range()).words(kind, str(value))
         expected += ", auto or none" if unit == "auto" else ""
         shown = "empty" if value is None else repr(value)
-        raise ConfigError(
-            f"{name} is {shown}; it takes {'a size such as 2GiB' if unit == 'bytes' else expected}"
-        ) from None
+        if unit == "bytes":
+            expected = _sizes(f.metadata["range"])
+        raise ConfigError(f"{name} is {shown}; it takes {expected}") from None
 
 
 def _counts(name: str, value: Any, range_: Range) -> tuple[int, ...]:

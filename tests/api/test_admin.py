@@ -153,6 +153,8 @@ def test_requests_that_run_are_explained(served: RunningServer) -> None:
     httpx.post(served.url + "/v1/completions", json=BODY, headers={"x-request-id": "was"})
     ended = httpx.get(served.url + "/admin/requests/was", headers=ADMIN).json()["ended"]
     assert ended["id"] == "was" and ended["reason"] == "never_stored" and ended["output_tokens"] == 2
+    nameless = httpx.get(served.url + "/admin/requests/", headers=ADMIN)
+    assert nameless.status_code == 400 and "GET /admin/requests/ID" in nameless.json()["error"]["message"]
     gone = httpx.get(served.url + "/admin/requests/a/b", headers=ADMIN)
     assert gone.status_code == 404 and "'a/b'" in gone.json()["error"]["message"]
 

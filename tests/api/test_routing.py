@@ -173,6 +173,11 @@ def test_a_session_ends(server: RunningServer) -> None:
             "deleted": True,
             "cached": False,
         }
+        for path in ("/v1/sessions", "/v1/sessions/"):
+            refused = http.delete(path, follow_redirects=True)
+            assert (
+                refused.status_code == 400 and "DELETE /v1/sessions/KEY" in refused.json()["error"]["message"]
+            )
     assert server.engine.ended == ["known", "\nof\nlines\n", "a/b"]
 
 

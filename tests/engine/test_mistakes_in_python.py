@@ -47,7 +47,7 @@ def test_settings_are_written_as_flags_are() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"kv_cache_memory": "64XB"}, "kv_cache_memory is '64XB'; it takes a size such as 2GiB"),
+        ({"kv_cache_memory": "64XB"}, "kv_cache_memory is '64XB'; it takes a size above 0, such as 2GiB"),
         ({"max_num_seqs": 1.5}, "max_num_seqs is 1.5; it takes a whole number from 1"),
         ({"max_num_seqs": True}, "max_num_seqs is True; it takes a whole number from 1"),
         ({"max_num_sqs": 2}, "unknown setting 'max_num_sqs'; did you mean 'max_num_seqs'?"),

@@ -82,6 +82,9 @@ def _draining(service: Any) -> dict[str, Any]:
 async def explain(request: Request) -> Response:
     """What a request that runs, or one of the last that ended, reused of the cache and why not more; 404 where there is none of that id."""
     service, name = service_of(request), request.path_params["id"]
+    if not name:
+        text = "the path ends without the request's id; write GET /admin/requests/ID"
+        raise RequestError(text, "id", "missing_field", 400)
     live = await service.engine.explain(name)
     if not live and (ended := service.recent.find(name)) is not None:
         return json_response({"id": name, "object": "explanation", "generations": [], "ended": ended})

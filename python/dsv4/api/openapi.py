@@ -45,7 +45,7 @@ _OTHERS: Mapping[tuple[str, str], Operation] = {
         "Keeps a prompt no longer", "Unpinned", errors=(403, 404), path="The id that POST /v1/prefixes gave."
     ),
     ("delete", "/v1/sessions/{key}"): Operation(
-        "A session is over", "SessionOver", errors=(403,), path="The session's `prompt_cache_key`."
+        "A session is over", "SessionOver", errors=(400, 403), path="The session's `prompt_cache_key`."
     ),
     ("get", "/v1/models"): Operation("What is served", "Models"),
     ("get", "/v1/models/{name}"): Operation(

@@ -106,6 +106,10 @@ async def unpin(request: Request) -> Response:
 async def end_session(request: Request) -> Response:
     """A session (`prompt_cache_key`) is over: what only it used is the first to go. `cached` says whether anything of it
     was there."""
-    key = request.path_params["key"]
+    if not (key := request.path_params["key"]):
+        text = (
+            "the path ends without the session's key; write DELETE /v1/sessions/KEY with its prompt_cache_key"
+        )
+        raise RequestError(text, "key", "missing_field", 400)
     cached = await service_of(request).engine.end_session(caller_of(request).tenant.session(key))
     return json_response({"id": key, "object": "session", "deleted": True, "cached": cached})

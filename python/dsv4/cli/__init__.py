@@ -61,6 +61,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self._negative_number_matcher = words.NEGATIVE
 
     def print_help(self, file: Any = None) -> None:
         """argparse's own is silent where the help cannot be written."""
@@ -151,6 +152,7 @@ def _run(given: list[str]) -> int:
     arguments, rest = parser.parse_known_args(given)
     if rest:
         command.error(f"unexpected {rest[0]!r}{words.about_rest(arguments, rest)}")
+    words.check_paths(command, arguments)
     code: int = arguments.run(arguments)
     return code
 

@@ -32,10 +32,13 @@ def add(commands: Any) -> None:
         "  git diff | dsv4 generate -m /models/DeepSeek-V4-Flash --think",
     )
     parser.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", help="the text; without it and -f, standard input is read"
+        "prompt", nargs="?", metavar="PROMPT", help="the text; - or neither it nor -f: standard input"
     )
     parser.add_argument(
-        "-f", "--file", metavar="FILE", help="read the prompt from a file; with PROMPT, the file comes first"
+        "-f",
+        "--file",
+        metavar="FILE",
+        help="read the prompt from a file, - for standard input; with PROMPT, the file comes first",
     )
     parser.add_argument(
         "-m", "--model", metavar="MODEL", help="model directory (default: the small model that ships)"
@@ -128,17 +131,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _prompt_text(arguments: argparse.Namespace) -> str:
-    """File, then PROMPT; without both, standard input."""
-    try:
-        parts = [Path(arguments.file).read_text(encoding="utf-8")] if arguments.file else []
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"prompt file {arguments.file}: {getattr(e, 'strerror', None) or e}") from None
+    """File, then PROMPT; for - and without both, standard input."""
+    parts = []
+    if arguments.file is not None:
+        parts.append(_of_file(arguments.file))
     if arguments.prompt is not None:
-        parts.append(arguments.prompt)
+        parts.append(sys.stdin.read() if arguments.prompt == "-" else arguments.prompt)
     text = "\n".join(parts) if parts else sys.stdin.read()
     if not text.strip():
         raise ConfigError("the prompt is empty; give it as an argument, with -f FILE or on standard input")
     return text
+
+
+def _of_file(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"prompt file {name}: {getattr(e, 'strerror', None) or e}") from None
 
 
 def _prompt_ids(llm: LLM, text: str, arguments: argparse.Namespace) -> list[int]:

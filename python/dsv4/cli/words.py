@@ -13,7 +13,11 @@ from dsv4.elsewhere import why_not
 from dsv4.quantities import MOST, Range, parse_count
 from dsv4.spelling import nearest
 
-_NUMBER = re.compile(r"-\.?\d")
+NEGATIVE = re.compile(r"-\.?\d|-(?:inf|infinity|nan)$", re.IGNORECASE)
+"""What begins a value and no flag: a number below zero, with a unit too. argparse alone takes -5GiB for a flag."""
+
+PATHS = re.compile(r"(FILE|TRACE|PATH|DIR)\b")
+"""In what stands for a value in the help text: it is a path."""
 
 
 def check(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.ArgumentParser:
@@ -42,6 +46,14 @@ def check(parser: argparse.ArgumentParser, given: Sequence[str]) -> argparse.Arg
             parser.print_help(sys.stderr)
         command.error(f"give a {_kind(command)}; there are: {', '.join(below)}")
     return command
+
+
+def check_paths(command: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Ends the process for an empty path, as a variable of a shell that is not set makes one."""
+    for action in command._actions:
+        given = getattr(arguments, action.dest, None)
+        if PATHS.search(str(action.metavar)) and "" in (given if isinstance(given, list) else [given]):
+            command.error(f"{(action.option_strings or [action.metavar])[-1]} is empty; it takes a path")
 
 
 def about_rest(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
@@ -96,7 +108,7 @@ def one_of(*choices: str) -> Callable[[str], str]:
 
 def _is_flag(word: str) -> bool:
     """As argparse sees it: a negative number and a text with spaces are values."""
-    return len(word) > 1 and word[0] == "-" and " " not in word and not _NUMBER.match(word)
+    return len(word) > 1 and word[0] == "-" and " " not in word and not NEGATIVE.match(word)
 
 
 def commands_of(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser] | None:
