@@ -89,7 +89,7 @@ def layer_breakdown(bench: Bench, name: str, tokens: int) -> None:
     f = partial(moe_bench.layer, x, gate, bias, model.packed, shared)
     for backend, kernel in moe_bench.forms(tokens, dim, model.packed).items():
         whole = _print_launches(bench, backend, partial(f, form=kernel), expected, bound)[-1][2]
-    if tokens <= ONE_LAUNCH:
+    if experts.numel() <= ONE_LAUNCH:
         programs = experts.numel() * model.packed.w13.shape[1] * whole.keywords["SPLIT1"]
         programs += tokens * cdiv(dim, CHUNK)
         print(f"    of it the first product: {first_product_us(bench, whole, programs):6.1f} us")

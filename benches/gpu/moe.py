@@ -82,7 +82,7 @@ def roundtrip(x: Tensor, block: int) -> Tensor:
 
 def forms(tokens: int, dim: int, packed: PackedExperts) -> dict[str, Callable[..., Tensor]]:
     """The op's kernels that take this shape on this machine, by backend."""
-    found: dict[str, Callable[..., Tensor]] = {"triton": run_few if tokens <= ONE_LAUNCH else run}
+    found: dict[str, Callable[..., Tensor]] = {"triton": run_few if tokens * TOPK <= ONE_LAUNCH else run}
     few = tokens * TOPK < MANY * len(packed.w13) or dim % 128
     if capability()[0] == 9 and not few and narrow_scales(packed):
         found["gluon"] = gluon.run

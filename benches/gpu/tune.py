@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from dsv4.kernels.triton import gemm, moe, moe_few
+from dsv4.kernels.triton.forms import ONE_LAUNCH
 from torch import Tensor
 
 from benches.gpu import gemm_fp8 as gemm_bench
@@ -70,9 +71,17 @@ def decode_tries(tokens: int) -> list[tuple[str, dict[str, int]]]:
                 dict(stages=3, bt=32, regs=168),
             )
         ]
-    one = [{}, dict(stages=4), dict(split1=8), dict(split1=4, split2=2), dict(split1=2, split2=2)]
+    one = [
+        {},
+        dict(stages=3),
+        dict(regs=0),
+        dict(regs=96),
+        dict(split1=8),
+        dict(split1=4, split2=2),
+        dict(split1=2, split2=2),
+    ]
     tries = [("several", tune) for tune in several]
-    return tries + ([("one", tune) for tune in one] if tokens <= moe_few.FEW else [])  # fmt: skip
+    return tries + ([("one", tune) for tune in one] if tokens * moe_bench.TOPK <= 2 * ONE_LAUNCH else [])  # fmt: skip
 
 
 def decode(bench: Bench, tokens: Iterable[int], others: dict[str, Callable[..., Tensor]]) -> None:
@@ -140,7 +149,7 @@ def experts(bench: Bench) -> None:
         weights = torch.rand((tokens, moe_bench.TOPK), device=bench.device)
         run = partial(moe.run, x, ids, weights, model.packed, moe_bench.LIMIT, x)
         tries = [
-            dict(bt=bt, absorb=absorb, warps=warps, stages=stages)
+            dict(bt=bt, absorb=absorb, warps=warps, stages=stages, regs=0)
             for bt, absorb, warps, stages in (
                 (16, 0, 4, 4), (16, 1, 4, 4), (32, 0, 4, 3), (32, 1, 4, 2), (32, 1, 4, 3), (32, 1, 4, 4), (32, 1, 8, 3),
                 (64, 1, 4, 2), (64, 1, 4, 3), (64, 1, 8, 2), (64, 1, 8, 3), (64, 1, 8, 4), (128, 1, 8, 3),

@@ -14,17 +14,25 @@ from tests.kernels.quantised import EXACT, fp4, roundtrip
 
 pytest.importorskip("triton")
 
-from dsv4.kernels.triton import moe, moe_few, moe_pack
+from dsv4.backends import REGISTRY
+from dsv4.engine.warmup import _lengths
+from dsv4.kernels.triton import gemm, moe, moe_few, moe_pack
+from dsv4.kernels.triton.forms import ONE_LAUNCH
 from dsv4.kernels.triton.gemm import counters
+from dsv4.model.config import ModelConfig
+from dsv4.model.parallel import Parallel
+from dsv4.ops.forms import Machine
+from dsv4.ops.registry import dispatcher
+from dsv4.plan.workspace import MULTIPROCESSORS, Limits, workspace
 
 LIMIT = 7.0
 
-ONE_LAUNCH = {"tokens": 0}
-"""Up to this many tokens `run` takes the form in one launch."""
+TAKEN = {"slots": 0}
+"""Up to this many slots `run_by_size` takes the form in one launch."""
 
 
-def run_by_size(x: Tensor, *rest: Any, **tune: Any) -> Tensor:
-    return (moe_few.run_few if 0 < len(x) <= ONE_LAUNCH["tokens"] else moe.run)(x, *rest, **tune)
+def run_by_size(x: Tensor, experts: Tensor, *rest: Any, **tune: Any) -> Tensor:
+    return (moe_few.run_few if 0 < experts.numel() <= TAKEN["slots"] else moe.run)(x, experts, *rest, **tune)
 
 
 NEAR = EXACT if DEVICE == "cpu" else 6e-3
@@ -79,9 +87,9 @@ def check(
 SMALL = make(4, 128, 64)
 
 
-@pytest.fixture(params=[0, moe_few.FEW], ids=["several launches", "one launch"])
+@pytest.fixture(params=[0, ONE_LAUNCH], ids=["several launches", "one launch"])
 def one_launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setitem(ONE_LAUNCH, "tokens", request.param)
+    monkeypatch.setitem(TAKEN, "slots", request.param)
     return request.param
 
 
@@ -131,11 +139,13 @@ def test_widths_that_are_no_multiple_and_split_sums(one_launch: int) -> None:
 def test_both_products_split_and_an_expert_of_more_slots_than_columns(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(ONE_LAUNCH, "tokens", moe_few.FEW)
+    monkeypatch.setitem(TAKEN, "slots", ONE_LAUNCH)
     check(*make(2, 160, 288), torch.tensor([[1, 0]]), NEAR, split1=2, split2=3)
     check(*make(2, 512, 256), torch.tensor([[1, 0]]), NEAR, split1=2)
     check(*make(1, 512, 512), torch.tensor([[0]]), NEAR)
     check(*SMALL, torch.tensor([[2, 2, 2], [2, 0, 2]] * 4), NEAR)
+    ids = torch.stack([torch.randperm(4, generator=_g(t))[:3] for t in range(16)])
+    check(*make(4, 288, 96), ids, NEAR)  # 48 slots, and tokens whose experts end in different blocks
 
 
 @pytest.mark.parametrize("tune", [{}, {"bt": 8}, {"split1": 2}], ids=str)
@@ -180,6 +190,108 @@ def test_one_program_plans_as_one_for_each_expert(tokens: int, count: int, bt: i
     assert found == [[e, begin[e] + at, n] for e, at, n in blocks]
 
 
+def _of_shape(count: int, dim: int, inner: int) -> moe.PackedExperts:
+    """Without memory."""
+    tiles1, steps1, tiles2, steps2 = inner // 64, dim // 128, -(-dim // 128), -(-inner // 128)
+    u8, i32 = (partial(torch.empty, dtype=dtype, device="meta") for dtype in (torch.uint8, torch.int32))
+    w13, w2 = u8((count, tiles1, 2 * steps1, 128, 32)), u8((count, tiles2, 2 * steps2, 128, 32))
+    s13, s2 = i32((count, tiles1, steps1, 128)), i32((count, tiles2, steps2, 128))
+    return moe.PackedExperts(
+        w13, s13, u8((count, tiles1, 128)), w2, s2, u8((count, tiles2, 128)), inner, True
+    )
+
+
+def _launched(monkeypatch: pytest.MonkeyPatch, packed: moe.PackedExperts, tokens: int, k: int) -> tuple[list[Any], dict[str, Any]]:  # fmt: skip
+    """Arguments of `few_kernel` of so many tokens."""
+    found: list[Any] = []
+    launch = {"__getitem__": lambda self, grid: lambda *args, **constants: found.append((args, constants))}
+    monkeypatch.setattr(moe_few, "few_kernel", type("Launch", (), launch)())
+    x = torch.empty((tokens, packed.w2.shape[1] * 128), dtype=torch.bfloat16, device="meta")
+    experts = torch.empty((tokens, k), dtype=torch.int64, device="meta")
+    moe_few.run_few(x, experts, experts.float(), packed, LIMIT, x)
+    return found[0]
+
+
+@pytest.mark.parametrize(("tokens", "k", "form"), [(1, 6, "one"), (16, 6, "one"), (17, 6, "several"), (12, 8, "one"), (13, 8, "several"), (0, 6, "several")])  # fmt: skip
+def test_what_takes_one_launch(tokens: int, k: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 16 tokens of six experts, and not one of 17; with `--deterministic` none."""
+    called: list[str] = []
+    monkeypatch.setattr(moe_few, "run_few", lambda *args: called.append("one"))
+    monkeypatch.setattr(moe, "run", lambda *args, fixed: called.append("fixed" if fixed else "several"))
+    x, ids = torch.empty((tokens, 128)), torch.zeros((tokens, k), dtype=torch.int64)
+    for deterministic, expected in ((False, form), (True, "fixed")):
+        chain = REGISTRY.chain("experts", "gluon,triton", Machine("cuda", 9), deterministic=deterministic)
+        dispatcher("experts", chain)(x, ids, ids.float(), SMALL[0], LIMIT, None)
+        assert called.pop() == expected and not called
+
+
+def test_settings_of_the_form_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 8 tokens on five programs a multiprocessor; K is split where there are few."""
+    monkeypatch.setattr(gemm, "multiprocessors", lambda: 132)
+    flash, found = _of_shape(256, 4096, 2048), {}
+    for tokens in range(1, 17):
+        _, c = _launched(monkeypatch, flash, tokens, 6)
+        found[tokens] = (c["STAGES"], c["maxnreg"], c["SPLIT1"], c["SPLIT2"])
+    assert found == {t: (4, 96 if t >= 8 else None, *[{1: 4, 2: 2}.get(t, 1)] * 2) for t in range(1, 17)}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(("dim", "inner", "k"), [(4096, 2048, 6), (7168, 3072, 6), (4096, 2048, 8), (256, 128, 2)])  # fmt: skip
+def test_a_start_compiles_one_launch_for_any_number_of_tokens(
+    dim: int, inner: int, k: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has steps of some numbers of tokens; experts are cut by column over ranks."""
+    monkeypatch.setattr(gemm, "multiprocessors", lambda: 132)
+    packed = _of_shape(8, dim, max(128, inner // ranks))
+    kernel = lambda n: tuple(sorted((name, str(v)) for name, v in _launched(monkeypatch, packed, n, k)[1].items()))  # noqa: E731  # fmt: skip
+    most = ONE_LAUNCH // k
+    assert {kernel(n) for n in range(1, most + 1)} <= {kernel(n) for n in _lengths(4096) if n <= most}
+
+
+@pytest.mark.parametrize("model", ["v4-flash", "v4-pro"])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_the_plan_counts_what_one_launch_takes(
+    model: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "multiprocessors", lambda: MULTIPROCESSORS)
+    c = ModelConfig.preset(model)
+    packed = _of_shape(8, c.hidden_size, c.moe_intermediate_size // ranks)
+    layout = c.layout("fp8_ds_mla", "mxfp4", ranks=ranks)
+    for tokens in range(1, ONE_LAUNCH // c.experts_per_token + 1):
+        args, _ = _launched(monkeypatch, packed, tokens, c.experts_per_token)
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        x, codes, xs, *_ = tensors
+        h, hs, parts1, parts2, arrived, _, y = tensors[9:16]
+        took = sum(t.nbytes for t in (x, codes, xs, h, hs, parts1, parts2, y))
+        planned = workspace(c, layout, Parallel(ranks), Limits(tokens, tokens, 4096))
+        assert took <= sum(b.size for b in planned if b.phase == "experts")
+        slots = tokens * c.experts_per_token
+        last = 2 + slots + slots * packed.w13.shape[1] + packed.w2.shape[1] * tokens
+        assert last <= arrived.numel()
+
+
+def test_blocks_of_32_tokens_have_fewer_registers_where_none_is_on_the_stack(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1,024 tokens of Flash; scales apart, with `fixed` and on Blackwell the compiler has as many as it likes."""
+    monkeypatch.setattr(moe, "INTERPRETED", False)
+    pick = partial(moe._config, k=6, count=256, tiles1=32, tiles2=32)
+    for major, absorb, fixed, regs in (
+        (9, True, False, 168), (9, False, False, 0), (9, True, True, 0), (10, True, False, 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(moe, "capability", lambda major=major: (major, 0))
+        packed = _of_shape(256, 4096, 2048)
+        packed = moe.PackedExperts(
+            *(getattr(packed, n) for n in ("w13", "s13", "b13", "w2", "s2", "b2", "hidden")), absorb
+        )
+        assert pick(1024, packed=packed, fixed=fixed) == dict(
+            bt=32, grouped=0, split1=1, split2=1, absorb=absorb, warps=4, stages=3, regs=regs
+        )
+        for tokens in (256, 512):
+            c = pick(tokens, packed=packed, fixed=fixed)
+            assert (c["bt"], c["warps"], c["stages"], c["regs"]) == (16, 4, 4, 0)
+
+
 def test_no_tokens(one_launch: int) -> None:
     x, experts = torch.empty((0, 128), device=DEVICE), torch.empty((0, 2), dtype=torch.int64, device=DEVICE)
     assert moe.run(x, experts, torch.empty((0, 2), device=DEVICE), SMALL[0], LIMIT, None).shape == (0, 128)
@@ -195,10 +307,10 @@ def test_experts_without_tokens_are_not_read(one_launch: int) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 33, 128, 300, 1100])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 17, 33, 128, 300, 1100])
 def test_many_tokens_of_few_experts(tokens: int, one_launch: int) -> None:
     """Tiles of 16 to 128 tokens, with and without scales in the table, and all tokens to the same two experts."""
-    if one_launch and tokens > moe_few.FEW:
+    if one_launch and tokens * 6 > ONE_LAUNCH:
         pytest.skip("the same launches")
     packed, dense = make(8, 1024, 512)
     ids = torch.stack([torch.randperm(8, generator=_g(t))[:6] for t in range(tokens)])
@@ -208,10 +320,10 @@ def test_many_tokens_of_few_experts(tokens: int, one_launch: int) -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("tokens", [1, 2, 8])
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16])
 def test_one_launch_again_and_again(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several waves of programs, replayed in a graph with other experts each time: the same bits as one by one."""
-    monkeypatch.setitem(ONE_LAUNCH, "tokens", moe_few.FEW)
+    monkeypatch.setitem(TAKEN, "slots", ONE_LAUNCH)
     packed, dense = make(16, 2048, 1024)
     x, weights = torch.randn((tokens, 2048), device=DEVICE), torch.rand((tokens, 6), device=DEVICE)
     ids = torch.stack([torch.randperm(16)[:6] for _ in range(tokens)]).to(DEVICE)

@@ -65,8 +65,8 @@ def few_routed(x: Tensor, gate: Tensor, *rest: Any) -> bool:
     return 0 < len(x) <= ROUTE_TOKENS and x.dtype == gate.dtype == torch.bfloat16
 
 
-def few_experts(x: Tensor, *rest: Any) -> bool:
-    return 0 < len(x) <= ONE_LAUNCH
+def few_experts(x: Tensor, experts: Tensor, *rest: Any) -> bool:
+    return 0 < experts.numel() <= ONE_LAUNCH
 
 
 def few_next(y: Tensor | None, streams: Tensor, *rest: Any) -> bool:

@@ -13,8 +13,9 @@ PLAIN_TOKENS = 16
 """Up to this many tokens our kernel multiplies plain matrices with a float32 result, beyond cuBLAS through torch."""
 ROUTE_TOKENS = 16
 """Up to this many tokens the router's product and its choice are one launch."""
-ONE_LAUNCH = 4
-"""Up to this many tokens take `moe_few.py`; 8 are slower there (decision 0011)."""
+ONE_LAUNCH = 96
+"""Up to this many slots (a token has one for each of its experts), 16 tokens of six, take `moe_few.py`; 32 tokens are slower there
+(decision 0011)."""
 
 INDEX_TOKENS = 256
 """Queries that the index kernels handle at a time."""
@@ -181,7 +182,7 @@ FORMS = [
     _form("route", "route:many_route", "bfloat16, by torch", fits=_FITS + "both_routed", when="bfloat16"),
     _form("route", "route:float32_route", "float32, by torch"),
     _fixed("route", "route:fixed_route", "fixed", PRODUCT_SCRATCH, options=False),
-    _form("experts", "moe_few:few_experts", "one launch", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", fits=_FITS + "few_experts", when=f"FP4, up to {ONE_LAUNCH} tokens", packed=True),
+    _form("experts", "moe_few:few_experts", "one launch", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", fits=_FITS + "few_experts", when=f"FP4, up to {ONE_LAUNCH} experts of all tokens", packed=True),
     _form("experts", "moe:experts", "", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", when="FP4", packed=True),
     _fixed("experts", "moe:experts", "fixed", PRODUCT_SCRATCH, takes=_FITS + "narrow_scales", when="FP4 with narrow scales", packed=True),
     _fixed("experts", "moe:experts", "fixed, scales apart", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", when="FP4", packed=True),

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsv4.kernels.aot import Aot
-from dsv4.kernels.triton.common import INTERPRETED, cdiv, next_pow2, pdl
+from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
 from dsv4.kernels.triton.moe_groups import grouped
 from dsv4.kernels.triton.moe_pack import (
@@ -401,6 +401,15 @@ GROUPED_SLOTS = 2
 """Up to this many slots an expert on average they take that form, beyond the scales go into the lookup table."""
 
 
+BLOCKS = {
+    16: dict(warps=4, stages=4, regs=0),
+    32: dict(warps=4, stages=3, regs=168),
+    64: dict(warps=8, stages=3, regs=0),
+    128: dict(warps=8, stages=3, regs=0),
+}
+"""By tokens of a block. On Hopper, with scales in the lookup table, 168 registers a thread are three programs a multiprocessor."""
+
+
 def _config(
     tokens: int, k: int, count: int, tiles1: int, tiles2: int, packed: PackedExperts, *, fixed: bool
 ) -> dict[str, int]:
@@ -410,14 +419,14 @@ def _config(
     if not fixed and slots <= GROUPED_SLOTS * count:
         split1 = split_of(slots * tiles1, packed.w13.shape[2] // 2, per_sm=24, least=4, most=2)
         return GROUPED | dict(split1=split1)
-    bt = 16 if INTERPRETED else min(128, max(16, next_pow2(cdiv(slots, count))))
+    bt = 16 if INTERPRETED else min(max(BLOCKS), max(min(BLOCKS), next_pow2(cdiv(slots, count))))
     split1, split2 = 1, 1
     if fixed and tokens <= FEW:
         split1 = split_of(slots * tiles1, packed.w13.shape[2] // 2, per_sm=6, least=4)
         split2 = split_of(slots * tiles2, packed.w2.shape[2] // 2, per_sm=6, least=4)
-    return dict(
-        bt=bt, grouped=0, split1=split1, split2=split2, absorb=packed.absorb, warps=8 if bt >= 64 else 4, stages=3 if bt >= 32 else 4, regs=0,
-    )  # fmt: skip
+    pick = dict(bt=bt, grouped=0, split1=split1, split2=split2, absorb=packed.absorb) | BLOCKS[bt]
+    capped = packed.absorb and not fixed and capability()[0] == 9  # the others would keep some on the stack
+    return pick if capped else pick | dict(regs=0)
 
 
 def _aot(
@@ -428,6 +437,9 @@ def _aot(
     bt: int = 16,
     paired: bool = False,
     by_groups: bool = False,
+    regs: int = 0,
+    archs: tuple[int, ...] = (90, 100),
+    stack: int | None = None,
 ) -> Aot:
     signature = {
         "x": "*fp8e4nv",
@@ -441,7 +453,7 @@ def _aot(
     signature |= {n: "*fp32" for n in ("xs", "gate", "out_s", "parts")} | {"limit": "fp32"}
     signature |= {n: "i32" for n in ("TILES", "SPLIT", "STEPS")} | {"K": "i32:16", "N": "i32:16"}
     signature["out"] = "*fp8e4nv" if first else "*fp32" if by_groups else "*bf16"
-    stages = 3 if bt >= 32 else 4
+    pick = GROUPED if by_groups else BLOCKS[bt]
     flags = dict(
         TOPK=6,
         FIRST=first,
@@ -452,19 +464,20 @@ def _aot(
         PARTS=few,
         BT=bt,
         PDL=True,
-        STAGES=stages,
+        STAGES=pick["stages"],
     )
-    options = dict(maxnreg=GROUPED["regs"]) if by_groups else {}
-    return Aot(experts_kernel, signature, flags, 8 if bt >= 64 else 4, stages, matrix=True, options=options)  # fmt: skip
+    options = dict(maxnreg=regs) if regs else {}
+    return Aot(experts_kernel, signature, flags, pick["warps"], pick["stages"], True, stack, archs, options)
 
 
 AOT = [
-    _aot(first=True, by_groups=True, bt=4),
-    _aot(first=False, by_groups=True, bt=4),
+    _aot(first=True, by_groups=True, bt=4, regs=GROUPED["regs"]),
+    _aot(first=False, by_groups=True, bt=4, regs=GROUPED["regs"]),
     _aot(first=True),
     _aot(first=False),
     _aot(first=True, absorb=True, bt=128),
     _aot(first=False, absorb=True, bt=128),
+    *(_aot(first=first, absorb=True, bt=32, regs=BLOCKS[32]["regs"], archs=(90,), stack=0) for first in (True, False)),
     _aot(first=True, absorb=True, bt=64),
     _aot(first=True, bt=64),
     *(_aot(first=first, absorb=True, paired=True, bt=bt, few=few) for first in (True, False) for bt, few in ((16, True), (16, False), (64, False))),

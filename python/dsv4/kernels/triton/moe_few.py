@@ -1,4 +1,4 @@
-"""Routed FP4 experts of at most 8 tokens, in one launch that never stops reading weights.
+"""Routed FP4 experts of few tokens, in one launch that never stops reading weights.
 
 Programs that quantise the activations come first in the grid, then those of the first product, expert by expert, then those of the
 second in the same order. A program of the first waits for the codes, one of the second for its own expert only, so that by the
@@ -6,7 +6,7 @@ time it starts its input is there. Programs start in the order of their number, 
 hang, whatever fits on the machine.
 
 There is no plan: each program finds the tokens of its expert among the few slots (token * k + j). Both products are one loop
-(`moe_groups.py`). Partial sums are added by whichever program arrives last, in a fixed order.
+(`moe_groups.py`). Partial sums are added by whichever program arrives last, in a fixed order: a token's as soon as its experts are done.
 """
 
 from __future__ import annotations
@@ -20,34 +20,39 @@ from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import cdiv, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
 from dsv4.kernels.triton.moe_groups import grouped
-from dsv4.kernels.triton.moe_pack import (
-    PackedExperts,
-    prepare,
-)
+from dsv4.kernels.triton.moe_pack import PackedExperts, prepare
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 from dsv4.ops.weight import prepared_by
-
-FEW = 8
-"""Most tokens. `forms.ONE_LAUNCH` says how many take this form."""
 
 CHUNK = 1024
 """Channels that a program quantises."""
 
+PER_SM, LEAST = 6, 4
+"""K is split until each product has about so many programs a multiprocessor, together several waves, of at least 4 steps (34 KB)."""
+
+SETTINGS = {48: dict(bt=4, stages=4, regs=96), 0: dict(bt=4, stages=4, regs=0)}
+"""By the fewest slots, 48 of 8 tokens: columns of a group, steps that are read ahead, and registers a thread (0: as many as the compiler
+likes). Of many programs five share a multiprocessor with 96."""
+
 
 @triton.jit
-def _slots_of(experts, block, slots, SLOTS: tl.constexpr, BT: tl.constexpr):
-    """(expert of slot `block`, the up to BT slots of this expert from `block` on, how many). The count is 0 where an
-    earlier slot has `block` among its own."""
+def _before(experts, block, slots, SLOTS: tl.constexpr):
+    """(int32 [SLOTS]: 1 where a slot has the expert of slot `block`, how many do before `block`)."""
+    s = tl.arange(0, SLOTS)
+    ids = tl.load(experts + s, mask=s < slots, other=-1).to(tl.int32)
+    same = (ids == tl.load(experts + block).to(tl.int32)).to(tl.int32)
+    return same, tl.sum(tl.where(s < block, same, 0))
+
+
+@triton.jit
+def _slots_of(same, before, SLOTS: tl.constexpr, BT: tl.constexpr):
+    """int64 [BT]: the slots where `same`, from number `before` on."""
     s, m = tl.arange(0, SLOTS), tl.arange(0, BT)
-    ids = tl.load(experts + s, mask=s < slots, other=-1)
-    expert = tl.load(experts + block)
-    same = ids == expert
-    rank = tl.cumsum(same.to(tl.int32), 0) - 1
-    before = tl.sum(tl.where(s == block, rank, 0))
-    hit = same[:, None] & (rank[:, None] - before == m[None, :])
-    slot = tl.sum(tl.where(hit, s[:, None], 0), 0)
-    count = tl.minimum(tl.sum(same.to(tl.int32)) - before, BT)
-    return expert, slot.to(tl.int64), tl.where(before % BT == 0, count, 0)
+    rank = tl.cumsum(same, 0) - 1
+    slot = tl.zeros((BT,), tl.int32)
+    for i in tl.static_range(BT):
+        slot = tl.where(m == i, tl.sum(tl.where((same > 0) & (rank == before + i), s, 0)), slot)
+    return slot.to(tl.int64)
 
 
 @triton.jit
@@ -73,15 +78,15 @@ def few_kernel(
 
     A program takes one tile of 128 rows of one expert and EACH1 (EACH2) of its steps of 128 channels. x becomes codes e4m3 [T, D] with
     scales xs [T, D / 128], hidden values h e4m3 [slots, INNER] with hs [slots, TILES1]; parts1 float32 [slots, TILES1, SPLIT1, 128],
-    parts2 float32 [slots, SPLIT2, TILES2 * 128]. `arrived`: zeros, left at zero: of the TILES2 column blocks, of finished column
-    blocks, of the hidden blocks of each slot's expert, of the chunks of x, of the parts of each hidden block.
+    parts2 float32 [slots, SPLIT2, TILES2 * 128]. `arrived`: zeros, left at zero: of sums written, of the hidden blocks of
+    each slot's expert, of the chunks of x, of the parts of each hidden block, of the parts of each sum.
     Grid: T * chunks + slots * (TILES1 * SPLIT1 + TILES2 * SPLIT2).
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     slots, chunks = T * TOPK, T * tl.cdiv(D, CHUNK)
-    finished, quantised = arrived + TILES2, arrived + TILES2 + 1 + slots
+    finished, quantised = arrived, arrived + 1 + slots
     if tl.program_id(0) < chunks:
         _quantise(x, codes, xs, tl.program_id(0), x_stride, D, CHUNK)
         tl.debug_barrier()
@@ -93,10 +98,11 @@ def few_kernel(
     at = number - tl.where(first, 0, ahead)
     tiles, split_in = tl.where(first, TILES1, TILES2), tl.where(first, SPLIT1, SPLIT2)
     split, tile, block = at % split_in, at // split_in % tiles, at // split_in // tiles
-    expert, slot, count = _slots_of(experts, block, slots, SLOTS, BT)
-    if count == 0:
+    same, before = _before(experts, block, slots, SLOTS)
+    if before % BT > 0:  # in the block of an earlier slot
         return
-    ready = arrived + TILES2 + 1 + block
+    expert, count = tl.load(experts + block), tl.minimum(tl.sum(same) - before, BT)
+    ready = arrived + 1 + block
     m, r, c = tl.arange(0, BT), tl.arange(0, 128), tl.arange(0, 32)
     live = m < count
     width, each = tl.where(first, D, INNER), tl.where(first, EACH1, EACH2)
@@ -104,6 +110,7 @@ def few_kernel(
     here = (expert * tiles + tile) * steps
     begin, end = split * each, tl.minimum((split + 1) * each, steps)
     weights = tl.where(first, w13, w2) + here * (2 * 128 * 32)
+    slot = _slots_of(same, before, SLOTS, BT)
     awaited, enough = tl.where(first, quantised, ready), tl.where(first, chunks, TILES1)
     while tl.atomic_add(awaited, 0, sem="acquire") < enough:
         pass
@@ -146,19 +153,27 @@ def few_kernel(
         o = (slot[None, :] * SPLIT2 + split) * (TILES2 * 128) + n[:, None]
         tl.store(parts2 + o, acc, mask=live[None, :])
         tl.debug_barrier()
-        if tl.atomic_add(arrived + tile, count, sem="acq_rel") == slots * SPLIT2 - count:
-            tl.store(arrived + tile, 0)
+        token = slot // TOPK
+        sums = quantised + 1 + slots * TILES1 + tile * T + token
+        there = tl.atomic_add(sums, 1, mask=live, sem="acq_rel")
+        whole = live & (there == TOPK * SPLIT2 - 1)
+        tl.debug_barrier()
+        done = tl.sum(whole.to(tl.int32))
+        if done > 0:
             j = tl.arange(0, SUMMED)
-            for t in range(T):
-                p = parts2 + (t * TOPK * SPLIT2 + j)[:, None].to(tl.int64) * (TILES2 * 128) + n[None, :]
-                term = tl.load(p, mask=(j < TOPK * SPLIT2)[:, None], other=0.0, cache_modifier=".cg")
-                total = tl.sum(term, 0)
-                if shared is not None:
-                    total += tl.load(shared + t * D + n, mask=n < D, other=0.0).to(tl.float32)
-                tl.store(y + t * D + n, total.to(y.dtype.element_ty), mask=n < D)
-            if tl.atomic_add(finished, 1, sem="acq_rel") == TILES2 - 1:
+            for i in tl.static_range(BT):
+                if tl.sum(tl.where(m == i, whole.to(tl.int32), 0)) > 0:
+                    t = tl.sum(tl.where(m == i, token, 0))
+                    p = parts2 + (t * TOPK * SPLIT2 + j)[:, None] * (TILES2 * 128) + n[None, :]
+                    term = tl.load(p, mask=(j < TOPK * SPLIT2)[:, None], other=0.0, cache_modifier=".cg")
+                    total = tl.sum(term, 0)
+                    if shared is not None:
+                        total += tl.load(shared + t * D + n, mask=n < D, other=0.0).to(tl.float32)
+                    tl.store(y + t * D + n, total.to(y.dtype.element_ty), mask=n < D)
+            tl.store(sums, 0, mask=whole)
+            if tl.atomic_add(finished, done, sem="acq_rel") == T * TILES2 - done:
                 each_slot = tl.arange(0, SLOTS)
-                tl.store(arrived + TILES2 + 1 + each_slot, 0, mask=each_slot < slots)
+                tl.store(arrived + 1 + each_slot, 0, mask=each_slot < slots)
                 tl.store(quantised, 0)
                 tl.store(finished, 0)
 
@@ -173,12 +188,12 @@ def run_few(
     tune: dict[str, int] | None = None,
 ) -> Tensor:
     """y [T, d] in x's dtype: the routed experts' sum plus `shared` [T, d] for x [T, d], experts int64 and weights float32
-    [T, k]; 1 <= T <= FEW, experts of the layer only. Weights of an expert that no token has are never read."""
+    [T, k]; at least one, experts of the layer only. Weights of an expert that no token has are never read."""
     (tokens, k), dim, dev = experts.shape, x.shape[1], x.device
     y = torch.empty((tokens, dim), dtype=x.dtype, device=dev)
     tiles1, tiles2, slots = packed.w13.shape[1], packed.w2.shape[1], tokens * k
     steps1, steps2 = packed.w13.shape[2] // 2, packed.w2.shape[2] // 2
-    pick = config(tokens, slots, packed) | (tune or {})
+    pick = _config(slots, k, packed) | (tune or {})
     each1, each2 = cdiv(steps1, pick["split1"]), cdiv(steps2, pick["split2"])
     split1, split2 = cdiv(steps1, each1), cdiv(steps2, each2)
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
@@ -186,10 +201,11 @@ def run_few(
     e4m3 = torch.float8_e4m3fn
     few_kernel[(tokens * cdiv(dim, CHUNK) + slots * (tiles1 * split1 + tiles2 * split2),)](
         x, empty(tokens, dim, dtype=e4m3), empty(tokens, cdiv(dim, 128)), packed.w13, packed.s13, packed.w2, packed.s2, experts, weights,
-        empty(slots, tiles1 * 64, dtype=e4m3), empty(slots, tiles1), empty(slots, tiles1, split1, 128), empty(slots, split2, tiles2 * 128),
+        empty(slots, tiles1 * 64, dtype=e4m3), empty(slots, tiles1),
+        empty(slots * tiles1 * split1 * 128 if split1 > 1 else 1), empty(slots, split2, tiles2 * 128),
         counters(dev), shared, y, limit, tokens, x.stride(0), dim, tiles1 * 64, tiles1, tiles2, each1, each2,
         TOPK=k, SLOTS=next_pow2(slots), SPLIT1=split1, SPLIT2=split2, SUMMED=next_pow2(k * split2), BT=pick["bt"], CHUNK=CHUNK,
-        WHOLE=dim % 128 == 0, STAGES=pick["stages"], PDL=bool(overlap), num_warps=4, **overlap,
+        WHOLE=dim % 128 == 0, STAGES=pick["stages"], PDL=bool(overlap), num_warps=4, maxnreg=pick["regs"] or None, **overlap,
     )  # fmt: skip
     return y
 
@@ -202,25 +218,39 @@ def few_experts(
     return run_few(x, experts, weights, w, limit, shared)
 
 
-def config(tokens: int, slots: int, packed: PackedExperts) -> dict[str, int]:
-    """K split until each product has about 6 programs a multiprocessor, together several waves, of at least 4 steps (34
-    KB)."""
-    split1 = split_of(slots * packed.w13.shape[1], packed.w13.shape[2] // 2, per_sm=6, least=4)
-    split2 = split_of(slots * packed.w2.shape[1], packed.w2.shape[2] // 2, per_sm=6, least=4)
-    return dict(split1=split1, split2=split2, bt=4, stages=3)
+def _config(slots: int, k: int, packed: PackedExperts) -> dict[str, int]:
+    """K is split as for the fewest tokens with this SLOTS: a split is another kernel, and a start compiles those of some numbers of tokens."""
+    fewest = k * (next_pow2(slots) // 2 // k + 1)
+    split1, split2 = (
+        split_of(fewest * w.shape[1], w.shape[2] // 2, PER_SM, LEAST) for w in (packed.w13, packed.w2)
+    )
+    return _settings(slots) | dict(split1=split1, split2=split2)
 
 
-def _aot(slots: int, split: int) -> Aot:
+def _settings(slots: int) -> dict[str, int]:
+    return next(s for least, s in SETTINGS.items() if slots >= least)
+
+
+def _aot(slots: int, split: int, archs: tuple[int, ...] = (90, 100), stack: int = 0) -> Aot:
     signature = {n: "*bf16" for n in ("x", "shared", "y")} | {n: "*u8" for n in ("w13", "w2")}
     signature |= {n: "*fp8e4nv" for n in ("codes", "h")} | {n: "*i32" for n in ("s13", "s2", "arrived")}
     signature |= {n: "*fp32" for n in ("xs", "hs", "gate", "parts1", "parts2")}
     signature |= {"experts": "*i64", "limit": "fp32"}
     signature |= {n: "i32" for n in ("T", "TILES1", "TILES2", "EACH1", "EACH2")}
     signature |= {n: "i32:16" for n in ("x_stride", "D", "INNER")}
-    flags = dict(TOPK=6, SLOTS=slots, SPLIT1=split, SPLIT2=split, SUMMED=8 * split, BT=4, CHUNK=CHUNK)
-    return Aot(
-        few_kernel, signature, flags | dict(WHOLE=True, STAGES=3, PDL=True), 4, 3, matrix=True, stack=0
+    pick = _settings(slots)
+    flags = dict(
+        TOPK=6, SLOTS=next_pow2(slots), SPLIT1=split, SPLIT2=split, SUMMED=next_pow2(6 * split), CHUNK=CHUNK
     )
+    flags |= dict(BT=pick["bt"], WHOLE=True, STAGES=pick["stages"], PDL=True)
+    options = dict(maxnreg=pick["regs"]) if pick["regs"] else {}
+    return Aot(few_kernel, signature, flags, 4, 3, matrix=True, stack=stack, archs=archs, options=options)
 
 
-AOT = [_aot(8, 4), _aot(32, 1)]
+AOT = [
+    _aot(6, 4),
+    _aot(12, 2),
+    _aot(42, 1),
+    *(_aot(slots, 1, (90,)) for slots in (48, 96)),
+    *(_aot(slots, 1, (100,), stack=8) for slots in (48, 96)),  # one register, stored before the loop
+]
