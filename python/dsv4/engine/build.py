@@ -215,7 +215,7 @@ def build_engine(
     model_config = found.config
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
-    config = _resolve(config, model_config, device, dtype)
+    config = _resolve(config, device, dtype)
     ops = choose(config.backend, device, deterministic=config.deterministic)
     free = usable_memory(config)
     packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
@@ -524,7 +524,7 @@ def _dtype(name: str, device: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _resolve(config: EngineConfig, model: ModelConfig, device: str, dtype: torch.dtype) -> EngineConfig:
+def _resolve(config: EngineConfig, device: str, dtype: torch.dtype) -> EngineConfig:
     """Every `auto` that depends on the device replaced by what it means, so that describe() prints it."""
     plain = str(dtype).removeprefix("torch.")
     # On a GPU in bf16 rows are stored in the formats that the release was trained for, which the kernels read.

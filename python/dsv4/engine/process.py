@@ -246,7 +246,7 @@ def receive_all(link: Link, inbox: Inbox, gone: Callable[[], None]) -> None:
         while (received := link.receive()) is not None:
             message = to_engine(received[0])
             inbox.put(None if isinstance(message, Quit) else (message, received[1]))
-    except msgspec.ValidationError as e:
+    except msgspec.DecodeError as e:  # of a wrong type, or no message at all
         log.critical("a message to the engine cannot be read: %s", e)
         link.send(encode(Failed(type(e).__name__, f"a message cannot be read: {e}")))
         link.flush(LAST_WORDS)

@@ -29,6 +29,7 @@ from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep
 from dsv4.model.deal import Deal, RankColumns, owners, rank_columns, slots_of, wanted
+from dsv4.model.fold import ALIGNED
 from dsv4.model.hyper import Residual
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
@@ -41,9 +42,6 @@ from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
 from dsv4.transfer import to_device
-
-ALIGNED = 64
-"""Bytes of which gathered pages are a multiple, as those of the cache are, so that kernels load them 16 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
