@@ -12,8 +12,10 @@ from dsv4.engine.grammars import Grammars
 from dsv4.engine.masks import Constraint
 from dsv4.sampling import Grammar
 from dsv4.text.call_grammar import Calls
+from dsv4.text.chat import END_THINK, encode_chat
 from dsv4.text.form import Format, chat_grammar
 from dsv4.text.output import OutputParser, ToolArguments, ToolStart
+from dsv4.text.tools import MAX_KEY
 
 from tests.support.fake_engine import EOS, small_tokenizer
 from tests.support.schemas import random_schema
@@ -192,6 +194,25 @@ def test_the_marker_in_letters_is_no_text() -> None:
     letters = tokenizer.encode_segments(["<｜DSML｜"])
     assert tokenizer.find("｜DSML｜") not in letters
     assert 0 < matcher.validate_tokens(letters) < len(letters)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("key", ["a<b", "size>", "a｜b", "filter[a]", "x" * MAX_KEY, "a'b=", "é "])
+def test_every_parameter_that_is_taken_can_be_written(key: str, strict: bool) -> None:
+    """Names with `<`, `>` and `｜` could be asked for and not be given."""
+    schema = {"type": "object", "properties": {key: {"type": "string"}}, "required": [key]}
+    function = {"name": "f", "parameters": schema, "strict": strict}
+    tokenizer = small_tokenizer_once()
+    text = chat_grammar(
+        tokenizer, thinking=False, calls=Calls([{"type": "function", "function": function}], must=True)
+    )
+    call = {"function": {"name": "f", "arguments": json.dumps({key: "v"})}}
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": function}]
+    said = encode_chat(messages, tools=tools)
+    tokens = tokenizer.encode_segments(said[max(i for i, s in enumerate(said) if s == END_THINK) + 1 :])
+    matcher = form_of(text or "").matcher
+    assert matcher.validate_tokens(tokens) == len(tokens), tokenizer.decode(tokens, skip_special=False)
 
 
 @pytest.mark.parametrize("mark", ["｜DSML｜", "<think>", "</think>"])

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from dsv4.errors import RequestError
-from dsv4.text.chat import MAX_NAME, encode_chat
+from dsv4.text.chat import encode_chat
 from dsv4.text.output import Content, OutputParser, ToolArguments, ToolStart
-from dsv4.text.tools import schemas_of, shown_tools
+from dsv4.text.tools import MAX_KEY, MAX_NAME, schemas_of, shown_tools
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -297,25 +297,42 @@ def test_text_in_a_parameter_streams_and_json_comes_whole() -> None:
     assert parser.push(after) == [ToolArguments(0, "[1, 2]}")]
 
 
-@settings(deadline=None)
-@given(
-    st.text(alphabet=["a", " ", "\n", '"', "'", "<", ">", "/", "=", "｜", "\t", "é"], max_size=6) | st.text()
-)
-@example("</｜DSML｜tool_calls>")
-@example("<think>")
-@example("x" * MAX_NAME)
-@example("x" * (MAX_NAME + 1))
-def test_every_tool_that_is_taken_can_be_called(name: str) -> None:
-    """A call of a tool named `a"b` came back as one of `a`."""
+NAMES = st.text(alphabet=["a", " ", "\n", '"', "'", "<", ">", "/", "=", "｜", "\t", "é"], max_size=6)
+
+
+def taken(name: str, key: str) -> bool:
+    """Whether a prompt may have a tool of that name with a parameter of that name."""
+    parameters = {"type": "object", "properties": {key: {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
     try:
-        tool = {"type": "function", "function": {"name": name}}
         encode_chat([{"role": "user", "content": "x"}], tools=[tool])
-    except RequestError:
-        return
-    parser = OutputParser(thinking=False, tools=True)
-    text = block((name, [("k", "true", "v")]))
-    pieces = parser.push(text) + parser.finish()
-    assert [p.name for p in pieces if isinstance(p, ToolStart)] == [name]
+    except RequestError as e:
+        assert e.param == "tools[0]"
+        return False
+    return True
+
+
+@settings(deadline=None)
+@given(NAMES | st.text(), NAMES | st.text())
+@example("</｜DSML｜tool_calls>", "k")
+@example("<think>", "k")
+@example("f", "</think>")
+@example("f", "a<b>｜c")
+@example("x" * MAX_NAME, "k" * MAX_KEY)
+@example("x" * (MAX_NAME + 1), "k")
+@example("x", "k" * (MAX_KEY + 1))
+@example("f", "")
+def test_every_tool_that_is_taken_can_be_called(name: str, key: str) -> None:
+    """A call of a tool named `a"b` came back as one of `a`, and a parameter `a"b` as `a`."""
+    if taken(name, key):
+        *text, [(said, arguments)] = parse(block((name, [(key, "true", "v")])))
+        assert (text, said, json.loads(arguments)) == (["", ""], name, {key: "v"})
+
+
+@pytest.mark.parametrize("key", ['a"b', "a\nb", "", "k" * (MAX_KEY + 1), "｜DSML｜"])
+def test_a_parameter_that_no_call_can_carry_is_refused(key: str) -> None:
+    """Every call would have come back without it."""
+    assert not taken("f", key) and taken("f", "a<b>｜c")
 
 
 def test_a_call_begins_when_something_of_its_arguments_is_sure() -> None:

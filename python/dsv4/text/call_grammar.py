@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4.text.lark import TEXT_RULES, Grammars, fault_of, json_grammar, pattern, quoted
+from dsv4.text.tools import MAX_KEY
 
 MOST_STRICT = 2**18
 """Characters of the schemas of strict tools that are made into rules, in all."""
@@ -20,7 +21,6 @@ MOST_STRICT = 2**18
 _RULES = r"""
 RAW: (ANY "</") & ~MARKED
 NEXT: "\n<"
-KEY: /[^"\n<>｜]{1,256}/
 param: "parameter name=\"" KEY "\" string=\"" ("true\">" RAW | "false\">" json "</") mark "parameter>" more
 more: NEXT mark param | "\n</" mark end
 json: STRING | NUMBER | "true" | "false" | "null" | object | array
@@ -64,6 +64,7 @@ class Calls:
             f"call: {' | '.join(f't{i}' for i in range(len(functions)))}",
             f'end: "invoke>" ({another}"\\n</" mark "tool_calls>")',
             _RULES,
+            f'KEY: /[^"\\n]{{1,{MAX_KEY}}}/ & ~MARKED',
         ]
         named: Grammars = []
         for i, function in enumerate(functions):
@@ -123,7 +124,7 @@ class _Strict:
         if not isinstance(root, Mapping) or root.get("type", "object") != "object" or root.keys() - _OF_ROOT:
             return None
         properties, required = root.get("properties", {}), root.get("required") or []
-        if not isinstance(properties, Mapping) or not all(map(_is_key, properties)):
+        if not isinstance(properties, Mapping):
             return None
         if not isinstance(required, list) or any(key not in list(properties) for key in required):
             return None
@@ -174,10 +175,6 @@ class _Strict:
         name = f"{self.name}_v{len(self.named)}"
         self.named.append({"name": name, **json_grammar(_alone(schema, root))})
         return [f'"false\\">" @{name} "</"']
-
-
-def _is_key(key: str) -> bool:
-    return bool(key) and not set('"\n<>｜') & set(key)
 
 
 def _followed(schema: Any, root: Mapping[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from dsv4.spelling import nearest
 from dsv4.text.chat_format import GA, PREVIEW, ChatFormat
 from dsv4.text.markers import Marker, Prompt, Segments
 from dsv4.text.recall import Recall
+from dsv4.text.tools import MAX_KEY, MAX_NAME, can_be_called, properties_of
 
 __all__ = [
     "EFFORTS",
@@ -64,11 +65,6 @@ Ending = Literal["opened", "closed", "continued"]
 
 PREFIX_FIELDS = ("prefix", "partial", "wo_eos")
 """What marks the last message as one to continue: the names that DeepSeek, Moonshot and Qwen, and SGLang have for it."""
-
-MAX_NAME = 512
-"""Characters of a tool's name."""
-_UNREADABLE = re.compile(r'["\n]|｜DSML｜|</?think>')
-"""What a name cannot hold, as it could not be read back where the model calls the tool."""
 
 _RESPONSE_FORMAT = "\n\n## Response Format:\n\nYou MUST strictly adhere to the following schema to reply:\n"
 
@@ -365,10 +361,12 @@ def _instructions(message: Mapping[str, Any], format: ChatFormat, where: str) ->
 
 def _schema(tool: Any, where: str, format: ChatFormat) -> str:
     function = _function(tool, where)
-    name = function["name"]
-    if _UNREADABLE.search(name) or not 0 < len(name) <= MAX_NAME:
-        text = f'it takes 1 to {MAX_NAME} characters without quotes ("), line feeds and the markers of calls and thoughts'
-        raise RequestError(f"{where}: the tool's name is {show(name)}; {text}", where)
+    names = [("tool", function["name"], MAX_NAME)]
+    names += [("parameter", key, MAX_KEY) for key in properties_of(function) or ()]
+    for what, name, most in names:
+        if not can_be_called(name, most):
+            text = f'it takes 1 to {most} characters without quotes ("), line feeds and the markers of calls and thoughts'
+            raise RequestError(f"{where}: the {what}'s name is {show(name)}; {text}", where)
     return _json(tool if format.whole_schema else function)
 
 

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """By tool, the JSON schemas of its parameters by name."""
+
+MAX_NAME, MAX_KEY = 512, 256
+"""Characters of a tool's name, and of a parameter's."""
+_UNREADABLE = re.compile(r'["\n]|｜DSML｜|</?think>')
+
+
+def can_be_called(name: str, most: int) -> bool:
+    """Whether a name could be read back where the model calls the tool, or gives the parameter."""
+    return 0 < len(name) <= most and not _UNREADABLE.search(name)
+
+
+def properties_of(function: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The parameters of a tool by name, each with its schema; None where they have not the shape of one."""
+    parameters = function.get("parameters")
+    properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
+    return properties if isinstance(properties, Mapping) else None
 
 
 def shown_tools(
@@ -23,9 +40,7 @@ def schemas_of(tools: Sequence[Any]) -> Schemas:
     schemas: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         function = tool.get("function") if isinstance(tool, Mapping) else None
-        parameters = function.get("parameters") if isinstance(function, Mapping) else None
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(properties, Mapping):
+        if isinstance(function, Mapping) and (properties := properties_of(function)) is not None:
             schemas.setdefault(str(function.get("name")), properties)
     return schemas
 
