@@ -477,7 +477,7 @@ AOT = [
     _aot(first=False),
     _aot(first=True, absorb=True, bt=128),
     _aot(first=False, absorb=True, bt=128),
-    *(_aot(first=first, absorb=True, bt=32, regs=BLOCKS[32]["regs"], archs=(90,), stack=0) for first in (True, False)),
+    *(_aot(first=first, absorb=True, bt=32, regs=BLOCKS[32]["regs"], archs=(90,), stack=16) for first in (True, False)),
     _aot(first=True, absorb=True, bt=64),
     _aot(first=True, bt=64),
     *(_aot(first=first, absorb=True, paired=True, bt=bt, few=few) for first in (True, False) for bt, few in ((16, True), (16, False), (64, False))),
