@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from dsv4.config import EngineConfig, ServerConfig, load
 from dsv4.errors import ConfigError
-from dsv4.quantities import parse_bytes, parse_count
+from dsv4.quantities import counted, parse_bytes, parse_count
 from dsv4.settings import add_flags
 
 
@@ -187,3 +187,12 @@ def test_an_error_in_the_environment_names_the_variable(name: str, value: str, w
     with pytest.raises(ConfigError) as e:
         load([EngineConfig, ServerConfig], {}, {name: value})
     assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(n, "request") for n in (0, 1, 2, 1040)] == [
+        "0 requests",
+        "1 request",
+        "2 requests",
+        "1,040 requests",
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -336,3 +337,4 @@ def test_streams_that_are_full_or_closed_are_no_traceback(shell: str, code: int,
 def test_an_answer_without_a_token_has_no_time() -> None:
     usage = Usage(prompt_tokens=5, completion_tokens=0, cached_tokens=0, explanation={})
     assert Reply(usage=usage).speed() == "5 prompt tokens, no token asked for"
+    assert Reply(usage=dataclasses.replace(usage, prompt_tokens=1)).speed().startswith("1 prompt token, ")

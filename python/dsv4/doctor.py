@@ -16,6 +16,7 @@ from pathlib import Path
 from dsv4 import requirements
 from dsv4.host import Host, words_of
 from dsv4.host_memory import MACHINE, host_memory
+from dsv4.quantities import counted
 
 GIB, MIB = 2**30, 2**20
 SHARED = 32 * MIB
@@ -138,7 +139,9 @@ def _gpus(host: Host) -> Iterator[Finding]:
 
     if host.visible is not None:
         yield Finding(
-            "visible", "ok", f"CUDA_VISIBLE_DEVICES={host.visible}: {len(host.cards)} GPUs of it here"
+            "visible",
+            "ok",
+            f"CUDA_VISIBLE_DEVICES={host.visible}: {counted(len(host.cards), 'GPU')} of it here",
         )
     if not host.cards:
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -238,7 +241,7 @@ def _processor() -> Iterator[Finding]:
         "cpu",
         "ok",
         f"{usable} of {os.cpu_count()} cores, {name}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"torch uses {torch.get_num_threads()} threads",
+        f"torch uses {counted(torch.get_num_threads(), 'thread')}",
     )
 
 

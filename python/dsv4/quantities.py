@@ -56,6 +56,11 @@ class Range:
         return f"it takes {self.words(kind)}{also}{near}"
 
 
+def counted(n: int, noun: str) -> str:
+    """`1 request`, `1,040 requests`."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 SHARE = Range(0, 1, open=True, such="0.9")
 
 

@@ -142,7 +142,7 @@ def test_the_log_sums_refusals_up(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     house = asyncio.run(flood())
     assert [r.getMessage() for r in caplog.records] == [
         "all 2 connections are taken: requests on further ones get 503 (see --max-connections)",
-        "connections are free again: 50 requests were refused for want of one",
+        "connections are free again: 50 requests refused for want of one",
     ]
     house.leave(False)
     assert house.promote() and (house.served, house.over) == (2, 2) and not house.promote()

@@ -34,6 +34,43 @@ def bench(server: RunningServer, tmp_path: Path, *flags: str) -> tuple[int, dict
     return code, json.loads(path.read_text())
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--context 1M", ["--context is 1048576", "holds 4096 tokens", "the nearest is 3968"]),
+        ("--context 1k..64k", ["--context is 1000..64000", "the nearest is 3968"]),
+        (
+            "--shape batch --output-tokens 4k",
+            ["--context is 4000", "4000 of them the answer's", "nearest is 96"],
+        ),
+        ("--shape batch --output-tokens 5k", ["holds 4096 tokens", "fewer --output-tokens"]),
+    ],
+)
+def test_a_context_that_the_server_has_not_is_told_before_it_begins(
+    server: RunningServer, capsys: pytest.CaptureFixture[str], flags: str, words: list[str]
+) -> None:
+    """Every request was sent, and failed."""
+    assert main(["bench", "serve", "--url", server.url, *flags.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(word in err for word in words), err
+    assert not server.engine.seen
+
+
+def test_requests_of_a_trace_that_do_not_fit_are_told(
+    server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = [(600, 5), (5000, 5)]
+    lines = [
+        {"timestamp": i, "input_length": n, "output_length": m, "hash_ids": list(range(-(-n // 512)))}
+        for i, (n, m) in enumerate(lengths)
+    ]
+    path = tmp_path / "trace.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    code, told = bench(server, tmp_path, "--trace", str(path))
+    assert code == 1 and told["stages"][0]["failed"] == 1
+    assert "longer than the server's context of 4,096 tokens: 1 of 2 requests" in capsys.readouterr().err
+
+
 def asked(server: RunningServer) -> list[list[int]]:
     return sorted(request.prompt for request in server.engine.seen)
 
@@ -186,7 +223,18 @@ def test_a_server_that_refuses_the_first_look_is_told_in_one_line(
     server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = main(
-        ["bench", "serve", "--url", server.url, "--body", '{"ignore_eos": "maybe"}', "--requests", "1"]
+        [
+            "bench",
+            "serve",
+            "--url",
+            server.url,
+            "--context",
+            "1k",
+            "--body",
+            '{"ignore_eos": "maybe"}',
+            "--requests",
+            "1",
+        ]
     )
     said = capsys.readouterr()
     assert code == 2 and "HTTP 400" in said.err and "--no-ignore-eos" in said.err and said.out == ""

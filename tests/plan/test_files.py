@@ -26,6 +26,7 @@ from tests.support.checkpoints import (
     write_random,
     write_release,
 )
+from tests.support.models import random_config_dict
 
 Capture = pytest.CaptureFixture[str]
 
@@ -141,6 +142,39 @@ def test_the_simulator_reads_the_experts_of_the_files_too(tmp_path: Path) -> Non
     config, weights, source = find_weights(str(tmp_path / "config.json"))
     assert config.expert_dtype == "fp8" and source == f"the headers in {tmp_path} (files: 1)"
     assert Weights.released(config).kinds == weights.kinds
+
+
+MOVED = {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "assumes"),
+    [
+        ({}, True),
+        ({"expert_dtype": "fp4"}, False),
+        ({"expert_dtype": "fp8"}, False),
+        ({"quantization_config": MOVED}, False),
+    ],
+)
+def test_what_a_config_alone_leaves_open_is_told(
+    tmp_path: Path, capsys: Capture, fields: dict[str, Any], assumes: bool
+) -> None:
+    """FP8 experts were planned, and made up, as FP4 without a word."""
+    raw = random_config_dict("flash")
+    raw.pop("expert_dtype", None)
+    files = [tmp_path / "config.json", tmp_path / "other.json"]
+    for file in files:
+        file.write_text(json.dumps(raw | fields))
+    made = "--load-format dummy --token-ids --max-tokens 1 --num-pages 8 --block-size 128"
+    for call in (
+        *(["plan", str(path), "--gpu", "h200"] for path in (tmp_path, *files)),
+        ["generate", "5 6", "-m", str(tmp_path), *made.split()],
+    ):
+        assert main(call) == 0
+        shown = capsys.readouterr()
+        lines = [line for line in (shown.out + shown.err).splitlines() if "experts are taken as" in line]
+        assert len(lines) == assumes, (call, lines)
+        assert all("fp4, as config.json has no expert_dtype" in line for line in lines)
 
 
 def test_the_engine_prints_what_differs(tmp_path: Path) -> None:

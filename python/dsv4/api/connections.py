@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dsv4.errors import ConfigError
+from dsv4.quantities import counted
 
 log = logging.getLogger("dsv4.api")
 
@@ -178,7 +179,8 @@ class Connections:
             return
         self._quiet = None
         log.warning(
-            "connections are free again: %d requests were refused for want of one", self.refused - self._told
+            "connections are free again: %s refused for want of one",
+            counted(self.refused - self._told, "request"),
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from dsv4.config import ServerConfig
 from dsv4.errors import ConfigError, kind
-from dsv4.quantities import Range, parse_bytes, parse_count
+from dsv4.quantities import Range, counted, parse_bytes, parse_count
 from dsv4.spelling import nearest
 
 try:
@@ -113,7 +113,7 @@ class Keys:
         if not self.required:
             return "none: whoever reaches the port is served"
         count = len(self._owners) - (self._config.api_key is not None) - (self._config.admin_key is not None)
-        of_file = f"{count} of {len(self.tenants)} tenants in {self._config.keys_file}"
+        of_file = f"{count} of {counted(len(self.tenants), 'tenant')} in {self._config.keys_file}"
         parts = ["--api-key"] * (self._config.api_key is not None)
         return " and ".join([*parts, *[of_file] * (self._config.keys_file is not None)])
 

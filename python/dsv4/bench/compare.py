@@ -12,6 +12,7 @@ from rich.table import Table
 from dsv4.bench.report import Report
 from dsv4.bench.table import QUANTILES, share, spread
 from dsv4.errors import ConfigError
+from dsv4.quantities import counted
 
 ALIKE = 0.01
 """Output lengths, mean and quantiles, may differ by so much."""
@@ -74,7 +75,7 @@ def differences(a: Report, b: Report) -> Iterator[str]:
             yield f"the {name} run was interrupted"
         failed = sum(s["failed"] for s in r["stages"])
         if failed:
-            yield f"{failed:,} requests of the {name} run failed; times are of those that did not"
+            yield f"{counted(failed, 'request')} of the {name} run failed; times are of those that did not"
 
 
 def tables(a: Report, b: Report, names: tuple[str, str]) -> Iterator[Table]:

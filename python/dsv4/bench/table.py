@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsv4.bench.report import Report
+from dsv4.quantities import counted
 
 Figures = dict[str, Any]
 
@@ -98,20 +99,20 @@ def warnings(stage: Figures, report: Report) -> Iterator[str]:
     if client["cpu"] > BUSY:
         yield f"this client took {client['cpu']:.0%} of a core; it may hold the streams back"
     if client["reconnected"]:
-        yield f"{client['reconnected']:,} requests were sent again on a new connection, as the server had closed the kept one"
+        yield f"{counted(client['reconnected'], 'request')} had to be sent again on a new connection, as the server had closed the kept one"
     if output["counted_by"] == "events":
         yield "the server does not count output tokens; events with text stand for them"
     if output["ended_early"]:
-        yield f"{output['ended_early']:,} answers ended before the tokens that were asked for"
+        yield f"{counted(output['ended_early'], 'answer')} ended before the tokens that were asked for"
     if output["tokens_per_event"] and output["tokens_per_event"] > 1.5:
         yield f"{output['tokens_per_event']:.1f} tokens come in an event, so gaps are not those between tokens; see mean ITL"
     if prompt["mean"] is not None and stage["completed"] and prompt["hit_rate"] is None:
         yield "the server does not report cached tokens (usage.prompt_tokens_details.cached_tokens)"
     elif stage["completed"] > prompt["hit_rate_told_by"]:
-        yield f"cached tokens are reported by {prompt['hit_rate_told_by']:,} of {stage['completed']:,} answers; the hit rate is theirs"
+        yield f"cached tokens are reported by {prompt['hit_rate_told_by']:,} of {counted(stage['completed'], 'answer')}; the hit rate is theirs"
     context = report["settings"]["context"]
     if context and context.isdigit() and prompt["most"] and abs(prompt["most"] / int(context) - 1) > FAR:
-        yield f"the longest prompt had {prompt['most']:,} tokens, --context is {int(context):,}"
+        yield f"the longest prompt had {counted(prompt['most'], 'token')}, --context is {int(context):,}"
 
 
 def spread(estimate: list[float] | None) -> str:

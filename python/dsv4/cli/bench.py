@@ -7,6 +7,7 @@ import json
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ from dsv4.cli.common import LINE_EVERY, dim, note
 from dsv4.cli.remote import Server, add_server
 from dsv4.cli.words import count, number, one_of
 from dsv4.errors import ConfigError
+from dsv4.quantities import counted
 
 if TYPE_CHECKING:
     from dsv4.bench.load import Driver, Limits, Load
     from dsv4.bench.run import Settings
-    from dsv4.bench.shapes import Span
+    from dsv4.bench.shapes import Plan, Span
+    from dsv4.bench.trace import Record
 
 SHAPES = ("chat", "agent", "shared", "rollout", "document", "batch")
 URL = "http://127.0.0.1:8000"
@@ -286,7 +289,10 @@ def _settings(a: argparse.Namespace) -> Settings:
                 )
         records = trace.read(a.trace, unit=a.time_unit, limit=a.requests)
     server = Server.of(a.url, a.key)
-    model = server.model(a.model)["id"]
+    told = server.model(a.model)
+    model, length = told["id"], told.get("max_model_len")
+    if isinstance(length, int):
+        _check_length(plan, records, length)
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     if not a.no_ignore_eos:
         body["ignore_eos"] = True
@@ -297,6 +303,25 @@ def _settings(a: argparse.Namespace) -> Settings:
         Target(server.url, server.key, model), plan, loads, limits, {**body, **a.body}, a.history, goals, a.goal_share,
         a.search, a.precision, records, a.hash_block, a.timeout, a.warmup,
     )  # fmt: skip
+
+
+def _check_length(plan: Plan, records: Sequence[Record] | None, length: int) -> None:
+    """Before anything runs: what the server cannot take. `length`: tokens of its context, as it says. Raises ConfigError."""
+    if records is not None:
+        if longer := sum(r.input + r.output > length for r in records):
+            of = counted(len(records), "request")
+            note(f"warning: longer than the server's context of {length:,} tokens: {longer:,} of {of}")
+        return
+    from dsv4.bench.shapes import least_context
+
+    room, least = length - plan.output.high, least_context(plan)
+    if plan.context.high <= room:
+        return
+    way = f"the nearest is {room}" if room >= least else "give fewer --output-tokens"
+    raise ConfigError(
+        f"--context is {plan.context}; the server's context holds {length} tokens, {plan.output.high} of them the answer's "
+        f"(--output-tokens): {way}"
+    )
 
 
 def _loads(a: argparse.Namespace, goals: bool) -> list[Load]:
@@ -385,7 +410,7 @@ class _Shown:
         since = f"{time.perf_counter() - driver.start:.0f}" + (
             f" of {limits.seconds:g}" if limits.seconds else ""
         )
-        text = f"{name}: {len(driver.records):,}{whole} answers, {driver.live:,} running, {failed:,} failed, {since} s"
+        text = f"{name}: {len(driver.records):,}{whole} answered, {driver.live:,} running, {failed:,} failed, {since} s"
         if self._terminal:
             sys.stderr.write(f"\r\x1b[K{dim(text)}")
             sys.stderr.flush()

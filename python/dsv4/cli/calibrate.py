@@ -16,6 +16,7 @@ from dsv4.cli.common import add_settings, note, read_settings
 from dsv4.cli.words import number
 from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError
+from dsv4.quantities import counted
 
 if TYPE_CHECKING:
     from dsv4.engine.llm import LLM
@@ -114,7 +115,7 @@ def _measure(llm: LLM, record: Path, seconds: float) -> list[Measured]:
 
     steps = [step for some in measuring.run(seconds, progress) for step in some]
     llm.close()
-    note(f"{len(steps):,} steps in {time.monotonic() - begun:.1f} s")
+    note(f"{counted(len(steps), 'step')} in {time.monotonic() - begun:.1f} s")
     return steps
 
 
@@ -160,4 +161,4 @@ def _print(judged: Judged) -> None:
 
     Console(width=None if sys.stdout.isatty() else 110).print(table(judged))
     if judged.left_out:
-        note(f"{judged.left_out} steps took over three times the median of their kind and are left out")
+        note(f"left out: {counted(judged.left_out, 'step')} of over three times the median of its kind")

@@ -16,6 +16,7 @@ from dsv4.cli.generate import add_sampling, sampling_of
 from dsv4.cli.remote import Server, add_server, answerer
 from dsv4.config import EngineConfig
 from dsv4.errors import ConfigError, RequestError, kind
+from dsv4.quantities import counted
 from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ class Session:
             note(f"/file {path}: {getattr(e, 'strerror', None) or e}")
             return
         self.attached += f"{text.rstrip()}\n\n"
-        note(dim(f"{len(text):,} characters go before your next message"))
+        note(dim(f"before your next message: {counted(len(text), 'character')}"))
 
     def _reset(self, _: str) -> None:
         self.turns.clear()

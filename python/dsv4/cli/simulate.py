@@ -15,7 +15,7 @@ from dsv4.cli.words import count, number, one_of, reader
 from dsv4.config import EngineConfig, settle
 from dsv4.errors import ConfigError
 from dsv4.gpus import gpu
-from dsv4.quantities import SHARE
+from dsv4.quantities import SHARE, counted
 
 if TYPE_CHECKING:
     from dsv4._core import Trace
@@ -293,7 +293,7 @@ def _about(trace: Trace) -> str:
     rate = f", {len(trace) / trace.seconds:.2f} a second" if trace.seconds else ""
     skipped = f"; fields not read: {', '.join(trace.skipped)}" if trace.skipped else ""
     return (
-        f"trace      {len(trace):,} requests over {trace.seconds:,.0f} s{rate}; {trace.prompt_tokens / 1e6:,.1f}M prompt and "
+        f"trace      {counted(len(trace), 'request')} over {trace.seconds:,.0f} s{rate}; {trace.prompt_tokens / 1e6:,.1f}M prompt and "
         f"{trace.output_tokens / 1e6:,.2f}M output tokens{skipped}"
     )
 
@@ -312,7 +312,7 @@ def _print_table(reports: dict[str, dict[str, Any]], title: str, sequential: boo
         console.print(parts)
     for name, r in reports.items():
         if r["refused"]:
-            print(f"{name}: {r['refused']} requests were refused; the first: {r['first_refusal']}")
+            print(f"{name}: {counted(r['refused'], 'request')} refused; the first: {r['first_refusal']}")
 
 
 def _as_json(a: argparse.Namespace, e: Engine, reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -370,7 +370,7 @@ class Progress:
             )
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + LINE_EVERY
-            note(f"{policy}: {done:,} of {total:,} requests, {seconds:,.0f} s virtual")
+            note(f"{policy}: {done:,} of {counted(total, 'request')}, {seconds:,.0f} s virtual")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -12,8 +12,9 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.common import LoadProgress, PrefillProgress, dim
+from dsv4.cli.common import LoadProgress, PrefillProgress, dim, note_assumed
 from dsv4.config import EngineConfig
+from dsv4.quantities import counted
 from dsv4.text.blocks import Blocks
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def load_model(config: EngineConfig) -> LLM:
     from dsv4.engine.checks import check
 
     check(config)  # before torch is imported
+    note_assumed(config)
     from dsv4.engine.llm import LLM
 
     with LoadProgress() as progress:
@@ -58,14 +60,14 @@ class Reply:
     def speed(self) -> str:
         """`12 prompt tokens (0 cached), first token after 0.31 s; 40 tokens, 21.3 tokens/s`."""
         if self.usage is None:
-            return f"interrupted after {self.tokens} tokens" if self.tokens else "interrupted"
+            return f"interrupted after {counted(self.tokens, 'token')}" if self.tokens else "interrupted"
         if not self.tokens:
-            return f"{self.usage.prompt_tokens:,} prompt tokens, no token asked for"
+            return f"{counted(self.usage.prompt_tokens, 'prompt token')}, no token asked for"
         seconds, further = self.last - self.first, self.tokens - 1
         rate = f", {further / seconds:.1f} tokens/s" if further > 0 and seconds > 0 else ""
-        prompt = f"{self.usage.prompt_tokens:,} prompt tokens ({self.usage.cached_tokens:,} cached)"
+        prompt = f"{counted(self.usage.prompt_tokens, 'prompt token')} ({self.usage.cached_tokens:,} cached)"
         wait = f"first token after {self.first - self.began:.2f} s"
-        return f"{prompt}, {wait}; {self.tokens:,} tokens{rate}"
+        return f"{prompt}, {wait}; {counted(self.tokens, 'token')}{rate}"
 
 
 class Printer:

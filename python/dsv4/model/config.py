@@ -288,7 +288,7 @@ def _read(f: Fields, name: str) -> ModelConfig:
         bos_id=_token(f, "bos_token_id", vocab),
         eos_ids=token_ids(f, "eos_token_id", vocab),
         pad_id=_token(f, "pad_token_id", vocab),
-        expert_dtype=_expert_dtype(f),
+        expert_dtype=told_experts(f) or USUAL_EXPERTS,
         draft=draft,
         dspark_rank=f.integer("dspark_markov_rank") if draft == "dspark" else 0,
     )
@@ -456,10 +456,14 @@ def _yarn(f: Fields) -> Yarn | None:
     )
 
 
-def _expert_dtype(f: Fields) -> str:
-    """transformers moves the field into quantization_config."""
+USUAL_EXPERTS = "fp4"
+"""Where config.json does not say it: what DeepSeek releases."""
+
+
+def told_experts(f: Fields) -> str | None:
+    """`expert_dtype` of config.json, which transformers moves into quantization_config; None where it is not there."""
     fields = f if "expert_dtype" in f else f.section("quantization_config")
-    return str(fields.value("expert_dtype")) if "expert_dtype" in fields else "fp4"
+    return str(fields.value("expert_dtype")) if "expert_dtype" in fields else None
 
 
 def _token(f: Fields, name: str, vocab: int) -> int | None:

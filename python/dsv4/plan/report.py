@@ -12,6 +12,7 @@ from dsv4.plan.build import Alternative, Plan
 from dsv4.plan.cache import Capacity, window_bytes_per_token
 from dsv4.plan.outside import outside
 from dsv4.plan.weights import PUBLISHED, whole_attention
+from dsv4.quantities import counted
 
 NOT_YET = "an engine is one group of tensor-parallel ranks; data and expert parallelism, as planned here, it has not yet"
 
@@ -98,9 +99,11 @@ def _head(plan: Plan) -> list[str]:
     )
     formats = {c.name: c.format for c in q.layout.components}
     index = next((formats[s.index] for s in q.config.layers if s.indexed), "none")
-    ranks = f"{q.parallel.ranks} GPUs an engine" if q.parallel.replicas > 1 else f"{q.num} GPUs"
+    ranks = (
+        f"{counted(q.parallel.ranks, 'GPU')} an engine" if q.parallel.replicas > 1 else counted(q.num, "GPU")
+    )
     return [
-        f"model    {q.config.name}: {q.config.num_layers} layers, {tensors:,} tensors, {size:,} B{same}",
+        f"model    {q.config.name}: {counted(q.config.num_layers, 'layer')}, {counted(tensors, 'tensor')}, {size:,} B{same}",
         *([f"counted  from {q.counted_from}"] if q.counted_from else []),
         *(f"         {note}" for note in q.weights.notes),
         f"gpu      {q.num} x {q.gpu.name}, {_gb(q.gpu.memory_bytes)} each; {q.parallel} ({ranks})",
@@ -140,9 +143,9 @@ def _memory(plan: Plan) -> list[str]:
     left = have - m.total - sum(x.size for x in beside)
     rows = [
         ("weights", f"{m.weights:,}", f"{m.weights / have:.1%}"),
-        (f"state: {q.limits.running:,} slabs", f"{m.slabs:,}", f"{m.slabs / have:.1%}"),
+        (f"state: {counted(q.limits.running, 'slab')}", f"{m.slabs:,}", f"{m.slabs / have:.1%}"),
         ("workspace, at most", f"{m.workspace:,}", f"{m.workspace / have:.1%}"),
-        (f"pool: {m.pages:,} pages", f"{m.pool:,}", f"{m.pool / have:.1%}"),
+        (f"pool: {counted(m.pages, 'page')}", f"{m.pool:,}", f"{m.pool / have:.1%}"),
         *((f"{x.name}, about", f"{x.size:,}", f"{x.size / have:.1%}") for x in beside),
         ("left", f"{left:,}", f"{left / have:.1%}"),
     ]
@@ -188,7 +191,7 @@ def _what_if(plan: Plan) -> list[str]:
             )
     head = ("layout", "weights", "workspace", "pool", "tokens (auto)", "longest request", "full requests")
     return [
-        f"other layouts of {q.num} GPUs at the same {_gb(plan.memory.total)} a GPU (* asked for)",
+        f"other layouts of {counted(q.num, 'GPU')} at the same {_gb(plan.memory.total)} a GPU (* asked for)",
         *_table(head, rows, left=1),
     ]
 

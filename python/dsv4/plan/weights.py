@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv4.model.config import ModelConfig
+from dsv4.model.config import USUAL_EXPERTS, ModelConfig, told_experts
+from dsv4.model.json_fields import Fields, read_json
 from dsv4.model.names import DTYPE_BYTES, TensorSpec, is_expert, release_totals, tensors
 from dsv4.model.parallel import Parallel, Share
 from dsv4.model.source import RELEASED, has_weights
@@ -122,7 +124,20 @@ def find_weights(
     source = "" if path is None and model in RELEASED and not dummy else f"config.json; {beside}"
     if config.left_out and path is None and not dummy:
         source = f"the first {config.num_layers} layers of the release; {config.left_out} are left out"
-    return config, Weights.released(config, draft=draft), source
+    weights = Weights.released(config, draft=draft)
+    if path is not None or model not in RELEASED:
+        weights = replace(weights, notes=assumed(path or Path(model).expanduser()))
+    return config, weights, source
+
+
+def assumed(path: Path) -> tuple[str, ...]:
+    """What is taken for granted where the config of a directory, or a file with one, is all there is; one line each."""
+    if told_experts(Fields(read_json(path / "config.json" if path.is_dir() else path))) is not None:
+        return ()
+    return (
+        f"experts are taken as {USUAL_EXPERTS}, as config.json has no expert_dtype; where they are not, say it there: "
+        '"expert_dtype": "fp8", or "bf16"',
+    )
 
 
 def _count(specs: Iterable[tuple[str, TensorSpec]]) -> Counter[Kind]:

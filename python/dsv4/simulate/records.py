@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any
 
+from dsv4.quantities import counted
+
 BLOCK = 512
 
 
@@ -116,7 +118,7 @@ def describe(records: list[dict[str, Any]]) -> Iterator[str]:
     longest = max(r["input_length"] + r["output_length"] for r in records)
     out = sum(r["output_length"] for r in records)
     yield (
-        f"{len(records):,} calls of {sessions} sessions ({len(main) / sessions:.0f} each, {len(records) - len(main):,} by "
+        f"{counted(len(records), 'call')} of {counted(sessions, 'session')} ({len(main) / sessions:.0f} each, {len(records) - len(main):,} by "
         f"sub-agents) over {(records[-1]['timestamp'] - records[0]['timestamp']) / 3.6e6:.1f} hours"
     )
     yield (

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from dsv4.errors import ConfigError
+from dsv4.quantities import counted
 from dsv4.simulate.records import BLOCK, Context, Recorder, write
 
 if TYPE_CHECKING:
@@ -310,7 +311,7 @@ class _Metrics:
 def lines(workload: Workload, trace: Trace) -> Iterator[str]:
     """What is simulated."""
     yield (
-        f"workload   {workload.about}; {len(trace):,} requests over {trace.seconds:,.0f} s, {trace.prompt_tokens / 1e6:,.1f}M prompt and "
+        f"workload   {workload.about}; {counted(len(trace), 'request')} over {trace.seconds:,.0f} s, {trace.prompt_tokens / 1e6:,.1f}M prompt and "
         f"{trace.output_tokens / 1e6:,.2f}M output tokens"
     )
     for text in workload.assumed:
