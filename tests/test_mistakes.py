@@ -334,6 +334,14 @@ def test_streams_that_are_full_or_closed_are_no_traceback(shell: str, code: int,
     )
 
 
+def test_no_memory_for_torch_is_told_in_one_line() -> None:
+    """It was a traceback."""
+    command = ["bash", "-c", f"ulimit -v 1500000; {sys.executable} -m dsv4.cli generate hi"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+    assert "failed to map segment" in run.stderr and "(ulimit -v)" in run.stderr
+
+
 def test_an_answer_without_a_token_has_no_time() -> None:
     usage = Usage(prompt_tokens=5, completion_tokens=0, cached_tokens=0, explanation={})
     assert Reply(usage=usage).speed() == "5 prompt tokens, no token asked for"

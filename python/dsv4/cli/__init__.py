@@ -28,6 +28,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from dsv4 import host_memory
 from dsv4.cli import (
     bench,
     calibrate,
@@ -54,6 +55,8 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """A disk takes no more."""
+UNMAPPED = "failed to map segment"
+"""What the loader of libraries says where there is no memory for one, as for torch's under `ulimit -v`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -140,6 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _drop_output()
         return _fail(f"standard output: {e.strerror}", 1)
+    except ImportError as e:
+        if UNMAPPED not in str(e):
+            raise
+        least = host_memory.host_memory()[0]
+        return _fail(f"{e}: {least.free / 2**30:.1f} GiB of memory are free ({least.rule})", 1)
     except KeyboardInterrupt:
         return INTERRUPTED
 

@@ -53,7 +53,8 @@ def check_paths(command: argparse.ArgumentParser, arguments: argparse.Namespace)
     for action in command._actions:
         given = getattr(arguments, action.dest, None)
         if PATHS.search(str(action.metavar)) and "" in (given if isinstance(given, list) else [given]):
-            command.error(f"{(action.option_strings or [action.metavar])[-1]} is empty; it takes a path")
+            name = action.option_strings[-1] if action.option_strings else action.metavar
+            command.error(f"{name} is empty; it takes a path")
 
 
 def about_rest(arguments: argparse.Namespace, rest: Sequence[str]) -> str:
