@@ -87,7 +87,9 @@ def test_nothing_is_read_back(ranks: int, tmp_path: Path, monkeypatch: pytest.Mo
     cache.pages[:] = 0
     watched = []
 
-    def capture(run: Step) -> Step:
+    def capture(run: Step, before: bool) -> Step:
+        assert before, "the first of its kind runs before it is captured"
+
         def again() -> None:
             with NoHost():
                 watched.append(run())

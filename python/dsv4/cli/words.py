@@ -52,6 +52,8 @@ def check_paths(command: argparse.ArgumentParser, arguments: argparse.Namespace)
     """Ends the process for an empty path, as a variable of a shell that is not set makes one."""
     for action in command._actions:
         given = getattr(arguments, action.dest, None)
+        if action.const == "":  # a flag without its path means something else there
+            continue
         if PATHS.search(str(action.metavar)) and "" in (given if isinstance(given, list) else [given]):
             name = action.option_strings[-1] if action.option_strings else action.metavar
             command.error(f"{name} is empty; it takes a path")

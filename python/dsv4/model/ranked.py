@@ -114,7 +114,7 @@ class RankedAttention(Attention):
     def _folded(self, x: Tensor, step: RankStep, rope: Rope | None) -> Tensor | None:  # type: ignore[override]
         """Every rank gets the pools of all rows, and the entries that it holds."""
         fold = step.folds.get(self.ratio)
-        if self.inputs is None or fold is None:
+        if self.inputs is None or not self.compressors or fold is None:  # none: entries are another layer's
             return super()._folded(x, step, rope)  # type: ignore[arg-type]
         assert rope is not None, "a layer with a compressor has a ratio"
         found = self.inputs.split(fold.with_tails(self.inputs.whole(x), self.rank))
