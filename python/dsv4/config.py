@@ -46,6 +46,11 @@ def default_step_tokens(device: str, running: int, ranks: int = 1) -> int:
     return max(tokens, running)
 
 
+def step_tokens(config: EngineConfig, device: str, ranks: int) -> int:
+    """Tokens of a step, as they are given or by default."""
+    return config.max_num_batched_tokens or default_step_tokens(device, config.max_num_seqs, ranks)
+
+
 def backend_names() -> tuple[str, ...]:
     """`auto` and every backend of the ops that ships. Loads none of them, nor torch."""
     try:  # the GPU kernels ship beside the package and may be left out

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4.cli.common import add_numbers, model_of
 from dsv4.cli.words import count, number, one_of
-from dsv4.config import default_step_tokens, settle
+from dsv4.config import settle, step_tokens
 from dsv4.errors import ConfigError
 from dsv4.gpus import GPUS, gpu
 
@@ -160,7 +160,7 @@ def question(a: argparse.Namespace) -> Question:
     )
     running = settings.max_num_seqs
     parallel = choose(config, a.num, settings.tensor_parallel_size, a.dp, a.ep)
-    tokens = settings.max_num_batched_tokens or default_step_tokens("cuda", running, parallel.tp)
+    tokens = step_tokens(settings, "cuda", parallel.tp)
     return Question(
         config=config,
         weights=weights,

@@ -15,7 +15,7 @@ import torch
 from dsv4._core import Core, LayoutSpec
 from dsv4.backends import choose
 from dsv4.cache.paged import PagedCache
-from dsv4.config import EngineConfig, core_options, default_step_tokens, step_budget
+from dsv4.config import EngineConfig, core_options, step_budget, step_tokens
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.checks import check
 from dsv4.engine.costs import COST_MODELS, core_costs, parse_costs
@@ -229,8 +229,7 @@ def build_engine(
     config = dataclasses.replace(
         config,
         tensor_parallel_size=ranks,
-        max_num_batched_tokens=config.max_num_batched_tokens
-        or default_step_tokens(device, config.max_num_seqs, ranks),
+        max_num_batched_tokens=step_tokens(config, device, ranks),
         block_size=block_size(model_config.layers, config.block_size, ranks),
     )
     sizing = dataclasses.replace(sizing, config=config)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dsv4.config import EngineConfig, default_step_tokens
+from dsv4.config import EngineConfig, default_step_tokens, step_tokens
 from dsv4.engine.device_errors import first_line
 from dsv4.errors import ConfigError
 from dsv4.host_memory import host_memory
@@ -128,7 +128,7 @@ def demand_of(
     max_len = min(config.max_model_len or model.max_position, model.max_position)
     graphed = config.device == "cuda" and not config.enforce_eager
     chosen, ranks = config.cudagraph_capture_sizes, layout.ranks
-    tokens = config.max_num_batched_tokens or default_step_tokens(config.device, config.max_num_seqs, ranks)
+    tokens = step_tokens(config, config.device, ranks)
     graphs = steps_of(config.max_num_seqs, max_len, tokens, ranks, chosen) if graphed else 0
     running = config.max_num_seqs
     return Demand(model, tensors, layout, held, width, pages, running, tokens, max_len, graphs)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dsv4.config import EngineConfig, core_options, default_step_tokens, step_budget
+from dsv4.config import EngineConfig, core_options, step_budget, step_tokens
 from dsv4.errors import ConfigError
 from dsv4.gpus import Gpu
 from dsv4.model import parallel
@@ -58,7 +58,7 @@ class Engine:
     @property
     def step_tokens(self) -> int:
         """Most tokens of a step."""
-        return step_tokens(self.settings, self.tp)
+        return step_tokens(self.settings, "cuda", self.tp)
 
     def core_options(self, longest_prompt: int) -> dict[str, Any]:
         """Of the core, without tenants. `longest_prompt`: of the trace."""
@@ -90,10 +90,6 @@ class StepTimes:
     """File of `dsv4 calibrate`."""
     step_model: str | None = None
     """File of measured steps, or name=number,…."""
-
-
-def step_tokens(settings: EngineConfig, tp: int) -> int:
-    return settings.max_num_batched_tokens or default_step_tokens("cuda", settings.max_num_seqs, tp)
 
 
 def build(
@@ -143,7 +139,7 @@ def smallest_tp(config: ModelConfig, gpu: Gpu) -> int:
 
 def _pool_bytes(config: ModelConfig, layout: LayoutSpec, gpu: Gpu, tp: int, settings: EngineConfig) -> int:
     """What the share of a GPU's memory leaves for pages, by the planner's figures. Raises ConfigError."""
-    running, tokens = settings.max_num_seqs, step_tokens(settings, tp)
+    running, tokens = settings.max_num_seqs, step_tokens(settings, "cuda", tp)
     longest = settings.max_model_len or config.max_position
     chosen = settings.cudagraph_capture_sizes
     graphs = 0 if settings.enforce_eager else steps_of(running, longest, tokens, tp, chosen)
