@@ -79,6 +79,16 @@ def _joined(low, high):
 
 
 @triton.jit
+def _begun(epochs, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Once what came before is written: the program, its exchange's epoch, and its words."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    p = tl.program_id(0)
+    return p, _next(epochs + p), p * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def all_reduce_kernel(
     x, out, buffers, epochs, stop, N, capacity, RANK: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -87,12 +97,7 @@ def all_reduce_kernel(
 
     buffers int64 [RANKS]: each rank's memory of 2 slots x RANKS senders x capacity pairs. epochs int32 [programs]: exchanges so
     far. stop int32 [1]: not 0 where nothing is waited for any more. Grid: cdiv(N, BLOCK)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    p = tl.program_id(0)
-    epoch = _next(epochs + p)
-    at = p * BLOCK + tl.arange(0, BLOCK)
+    p, epoch, at = _begun(epochs, BLOCK, PDL)
     live = at < N
     words = tl.load(x + at, mask=live, other=0)
     turn = (epoch & 1) * RANKS
@@ -122,12 +127,7 @@ def gather_kernel(
 ):  # fmt: skip
     """out[r, i] = what rank r has for this one, int32 words: its x[i] [N], the same for all (all-gather), or with SPREAD its
     x[own rank, i] [RANKS, N] (all-to-all). Other arguments as those of `all_reduce_kernel`."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    p = tl.program_id(0)
-    epoch = _next(epochs + p)
-    at = p * BLOCK + tl.arange(0, BLOCK)
+    p, epoch, at = _begun(epochs, BLOCK, PDL)
     live = at < N
     if not SPREAD:
         words = tl.load(x + at, mask=live, other=0)
@@ -157,12 +157,7 @@ def heads_kernel(
     """Parts of attention to the owners of the heads: int32 words x [T, RANKS, PIECE] and sums [T, RANKS, HEADS] become out [RANKS, N] and
     out_sums [RANKS, L], which hold what every rank has for this one, N = T * PIECE and L = T * HEADS words. Other arguments as those of
     `all_reduce_kernel`. Grid: cdiv(N + L, BLOCK)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    p = tl.program_id(0)
-    epoch = _next(epochs + p)
-    at = p * BLOCK + tl.arange(0, BLOCK)
+    p, epoch, at = _begun(epochs, BLOCK, PDL)
     first, i = at < N, at - N
     second, live = (i >= 0) & (i < L), at < N + L
     a = x + at // PIECE * (RANKS * PIECE) + at % PIECE
