@@ -84,12 +84,20 @@ def decode_tries(tokens: int) -> list[tuple[str, dict[str, int]]]:
     return tries + ([("one", tune) for tune in one] if tokens * moe_bench.TOPK <= 2 * ONE_LAUNCH else [])  # fmt: skip
 
 
-def decode(bench: Bench, tokens: Iterable[int], others: dict[str, Callable[..., Tensor]]) -> None:
-    """Decode steps of unevenly routed experts, by time; `others` are timed beside them."""
+DECODERS = {"several": moe.run, "one": moe_few.run_few}
+"""Forms of decode steps."""
+
+
+def _flash(device: torch.device) -> tuple[moe_bench.Experts, Tensor]:
+    """Experts of Flash, and a router."""
     count, dim, inner = moe_bench.SHAPES["Flash"]
-    model = moe_bench.Experts(count, dim, inner, bench.device)
-    gate = torch.randn((count, dim), device=bench.device, dtype=torch.bfloat16) / dim**0.5
-    forms = {"several": moe.run, "one": moe_few.run_few}
+    model = moe_bench.Experts(count, dim, inner, device)
+    return model, torch.randn((count, dim), device=device, dtype=torch.bfloat16) / dim**0.5
+
+
+def decode(bench: Bench, tokens: Iterable[int]) -> None:
+    """Decode steps of unevenly routed experts, by time."""
+    model, gate = _flash(bench.device)
     for n in tokens:
         torch.manual_seed(n)
         made = moe_bench.step(n, gate)
@@ -97,10 +105,10 @@ def decode(bench: Bench, tokens: Iterable[int], others: dict[str, Callable[..., 
         last = slice(n - min(n, 16), None)
         expected, found = model.expected(*(t[last] for t in made[0])), []
         runs = [
-            (f"{name} {tune or 'as chosen'}", partial(forms[name], **({"tune": tune} if tune else {})))
+            (f"{name} {tune or 'as chosen'}", partial(DECODERS[name], **({"tune": tune} if tune else {})))
             for name, tune in decode_tries(n)
         ]
-        for label, form in [*others.items(), *runs]:
+        for label, form in runs:
             try:
                 y = moe_bench.run_step(made, model.packed, form)[0]
                 error = max_abs_err(y[last], expected) / float(expected.abs().max())
@@ -121,15 +129,11 @@ def decode(bench: Bench, tokens: Iterable[int], others: dict[str, Callable[..., 
 
 def _compiled(place: int, of: int, tokens: list[int]) -> None:
     """Every of-th setting once."""
-    device = torch.device("cuda")
-    count, dim, inner = moe_bench.SHAPES["Flash"]
-    model = moe_bench.Experts(count, dim, inner, device)
-    gate = torch.randn((count, dim), device=device, dtype=torch.bfloat16) / dim**0.5
-    forms = {"several": moe.run, "one": moe_few.run_few}
+    model, gate = _flash(torch.device("cuda"))
     each = [(n, name, tune) for n in tokens for name, tune in decode_tries(n)]
     for n, name, tune in each[place::of]:
         try:
-            moe_bench.run_step(moe_bench.step(n, gate, 1), model.packed, partial(forms[name], tune=tune))
+            moe_bench.run_step(moe_bench.step(n, gate, 1), model.packed, partial(DECODERS[name], tune=tune))
             torch.cuda.synchronize()
         except Exception as e:  # said again where it is timed
             print(f"{n} tokens, {name} {tune}: {type(e).__name__}")
@@ -177,9 +181,7 @@ def main() -> None:
         f"copy {bench.copy_tb_s:.2f} TB/s, bf16 {bench.bf16_tf:.0f} TF, fp8 {bench.fp8_tf:.0f} TF, floor {bench.floor_us:.1f} us"
     )
     for name in what:
-        {"gemm_fp8": gemms, "moe": experts, "decode": partial(decode, tokens=args.tokens, others={})}[name](
-            bench
-        )
+        {"gemm_fp8": gemms, "moe": experts, "decode": partial(decode, tokens=args.tokens)}[name](bench)
 
 
 if __name__ == "__main__":
