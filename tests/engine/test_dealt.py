@@ -106,10 +106,10 @@ def _random_steps(rank: Rank) -> dict[str, Any]:
             row_samples=torch.ones(len(batch.rows)).numpy(),
             row_flags=torch.zeros(len(batch.rows), dtype=torch.int32).numpy(),
         )
-        if not graphs.takes(plan):  # type: ignore[arg-type]
+        if (size := graphs.fit(plan)) is None:  # type: ignore[arg-type]
             wrong.append((turn, [len(c.tokens) for c in chunks], "is not taken"))
             continue
-        hidden = graphs.hidden(dataclasses.replace(batch, logit_index=ends))
+        hidden = graphs.hidden(dataclasses.replace(batch, logit_index=ends), size)
         if not torch.equal(other.model.logits(hidden), expected):
             wrong.append((turn, [(c.start, len(c.tokens)) for c in chunks], "other logits"))
     if not torch.equal(plain.cache.slabs[:5], other.cache.slabs[:5]):
@@ -143,10 +143,12 @@ def test_what_fits_no_size_is_not_taken() -> None:
     driver = driver_of(Deaf(0, 2), 3)
     graphs = graphs_of(driver, 1024)
     assert graphs.shapes != graphs_of(driver, 512).shapes  # a list of kernels goes by these
-    assert graphs._fitting([0], [1024]) == graphs._fitting([5], [1024])
-    assert graphs._fitting([0], [1024]).tokens == 512  # type: ignore[union-attr]
-    assert graphs._fitting([64, 0], [128, 896]).tokens == 512 + UNIT  # type: ignore[union-attr]
-    assert graphs._fitting([0], [1500]) is None
-    assert graphs._fitting([0] * 5, [2] * 5).tokens == 512  # type: ignore[union-attr]
-    assert graphs._fitting([0] * 11, [2] * 11) is None
-    assert graphs._fitting([0] * 40, [1] * 40) is None and graphs._fitting([0] + [3] * 32, [300] + [1] * 32)
+    assert graphs._dealt_size_of([0], [1024]) == graphs._dealt_size_of([5], [1024])
+    assert graphs._dealt_size_of([0], [1024]).tokens == 512  # type: ignore[union-attr]
+    assert graphs._dealt_size_of([64, 0], [128, 896]).tokens == 512 + UNIT  # type: ignore[union-attr]
+    assert graphs._dealt_size_of([0], [1500]) is None
+    assert graphs._dealt_size_of([0] * 5, [2] * 5).tokens == 512  # type: ignore[union-attr]
+    assert graphs._dealt_size_of([0] * 11, [2] * 11) is None
+    assert graphs._dealt_size_of([0] * 40, [1] * 40) is None and graphs._dealt_size_of(
+        [0] + [3] * 32, [300] + [1] * 32
+    )

@@ -16,8 +16,9 @@ from dsv4 import LLM, SamplingParams
 from dsv4.config import EngineConfig
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.build import _core
-from dsv4.engine.extends import ExtendGraphs
+from dsv4.engine.extends import ExtendGraphs, Size
 from dsv4.engine.graphs import DecodeGraphs
+from dsv4.model.batch import Batch
 from dsv4.model.step import columns_of, padded, step_of
 from dsv4.plan import graphs as sizes
 from dsv4.plan.graphs import EXTEND_ROWS, EXTENDS, extend_contexts_of, extend_rows_of, extends_of
@@ -84,13 +85,20 @@ def test_padded_steps_equal_the_ordinary_path(kind: str, monkeypatch: pytest.Mon
         expected = torch.stack([logits[-1] for logits in plain.step(chunks)])
         batch = other.batch(chunks)
         ends = torch.tensor([row.offset + row.length - 1 for row in batch.rows])
-        hidden = graphs.hidden(dataclasses.replace(batch, logit_index=ends))
+        size = size_of(graphs, batch)
+        hidden = graphs.hidden(dataclasses.replace(batch, logit_index=ends), size)
         assert torch.equal(other.model.logits(hidden), expected), f"turn {turn}"
         for s in slabs:
             at[s] += new[s]
     assert len({size.tokens for size in graphs._graphs}) >= 2
     assert torch.equal(plain.cache.slabs[:4], other.cache.slabs[:4])
     assert same_bytes(plain.cache.pages, other.cache.pages)
+
+
+def size_of(graphs: ExtendGraphs, batch: Batch) -> Size:
+    size = graphs.size_of([row.start for row in batch.rows], [row.length for row in batch.rows])
+    assert size is not None
+    return size
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
@@ -108,7 +116,7 @@ def test_a_full_size_has_no_padding_row() -> None:
         chunk = Chunk(0, ids[start:end], start)
         expected = plain.step([chunk])[0][-1:]
         batch = dataclasses.replace(other.batch([chunk]), logit_index=torch.tensor([end - start - 1]))
-        assert torch.equal(other.model.logits(graphs.hidden(batch)), expected)
+        assert torch.equal(other.model.logits(graphs.hidden(batch, size_of(graphs, batch))), expected)
     assert same_bytes(plain.cache.pages, other.cache.pages)
 
 

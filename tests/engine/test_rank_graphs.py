@@ -76,7 +76,7 @@ def test_captured_steps_are_those_without(tmp_path: Path, monkeypatch: pytest.Mo
         device = llm._loop.device
         assert {size for size, _ in device.graphs._replays} == {1, 2} == set(device.graphs._heads)
         taken = {(type(s).__name__, s.tokens) for s in device.extends._graphs}
-        assert {("_Size", 64), ("_Dealt", 256)} <= taken, (
+        assert {("Size", 64), ("DealtSize", 256)} <= taken, (
             taken
         )  # all tokens on both ranks, or up to 256 on each
         assert "decode steps of 1, 2 rows, steps with prompts of 64, 128, 256, 512, 1024 tokens" in "".join(

@@ -12,14 +12,13 @@ by kernel.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from dsv4.engine.buffers import StepPlan
-from dsv4.engine.extends import ExtendGraphs, Graph, is_power_of_two
+from dsv4.engine.extends import ExtendGraphs, Graph, Size, is_power_of_two
 from dsv4.engine.graphs import DecodeGraphs
 from dsv4.model.batch import Batch, Row
 from dsv4.model.deal import Capacity, Deal, RankColumns, owners_of, rank_columns, turns, wanted
@@ -29,13 +28,15 @@ from dsv4.plan.graphs import at_start, dealt_contexts_of, owned_of
 from dsv4.transfer import put
 
 
-@dataclass(frozen=True, slots=True)
-class _Dealt:
-    tokens: int
-    """That a rank owns."""
-    shared: int
-    end: int
-    """All positions are below this."""
+class DealtSize(Size):
+    """Of a step that is dealt out: `tokens` are those that a rank owns, and one of `rows` is padding."""
+
+    __slots__ = ()
+
+    @property
+    def shared(self) -> int:
+        """Rows of one token, which all ranks have."""
+        return self.rows - 1
 
 
 class RankExtends(ExtendGraphs):
@@ -54,20 +55,13 @@ class RankExtends(ExtendGraphs):
     def shapes(self) -> tuple[object, ...]:
         return *super().shapes, self.owned
 
-    def takes(self, plan: StepPlan) -> bool:
-        if super().takes(plan):
-            return True
-        if not plan.tokens or not self.samples_ends(plan):
-            return False
-        return self._fitting(plan.row_start.tolist(), plan.row_len.tolist()) is not None
+    def size_of(self, starts: Sequence[int], lengths: Sequence[int]) -> Size | None:
+        return super().size_of(starts, lengths) or self._dealt_size_of(starts, lengths)
 
-    def hidden(self, batch: Batch) -> Tensor:
-        if len(batch.token_ids) <= max(self.sizes, default=0) and len(batch.rows) < self.rows[-1]:
-            return super().hidden(batch)
+    def hidden(self, batch: Batch, size: Size) -> Tensor:
+        if not isinstance(size, DealtSize):
+            return super().hidden(batch, size)
         self.model.reset_fresh(batch)
-        rows = batch.rows
-        size = self._fitting([row.start for row in rows], [row.length for row in rows])
-        assert size is not None, "a step that is taken fits a size"
         graph = self._dealt(size)
         put(self._rank_columns(batch, size).packed(), graph.columns)
         graph.replay()
@@ -84,22 +78,22 @@ class RankExtends(ExtendGraphs):
         yield from (partial(self._dealt, size) for size in self._sizes(capture_context))
         yield from super().captures(capture_context)
 
-    def _sizes(self, capture_context: int | None) -> Iterator[_Dealt]:
+    def _sizes(self, capture_context: int | None) -> Iterator[DealtSize]:
         """Of contexts up to `capture_context` tokens, the largest first."""
         for owned in reversed(self.owned):
             for end in at_start(self._contexts(owned), capture_context):
                 for rows in reversed(self.rows):
-                    yield _Dealt(owned, rows - 1, end)
+                    yield DealtSize(owned, rows, end)
 
     def _contexts(self, owned: int) -> tuple[int, ...]:
         return dealt_contexts_of(self.contexts[-1], owned, self.model.rank.ranks)
 
-    def _fitting(self, starts: Sequence[int], lengths: Sequence[int]) -> _Dealt | None:
-        """The smallest size that takes rows of `lengths` tokens from positions `starts` on, if any does."""
+    def _dealt_size_of(self, starts: Sequence[int], lengths: Sequence[int]) -> DealtSize | None:
+        """The smallest size that takes rows dealt out, if any does."""
         rows = [(start, length) for start, length in zip(starts, lengths, strict=True) if length > 1]
         single = len(lengths) - len(rows)
-        shared = next((n - 1 for n in self.rows if n > single), None)
-        if shared is None or not rows:
+        padded = next((n for n in self.rows if n > single), None)
+        if padded is None or not rows:
             return None
         _, load = turns(rows, self.model.rank.ranks, self.model.unit)
         block = self.model.geometry.block_tokens
@@ -107,19 +101,20 @@ class RankExtends(ExtendGraphs):
         pages = sum(-(-(start + length) // block) for start, length in rows)
         for owned in self.owned:
             for end in self._contexts(owned):
-                c = self._capacity(_Dealt(owned, shared, end))
+                size = DealtSize(owned, padded, end)
+                c = self._capacity(size)
                 if max(load) <= owned and len(rows) <= c.long and pages <= c.pages and most <= end:
-                    return _Dealt(owned, shared, end)
+                    return size
         return None
 
-    def _capacity(self, size: _Dealt) -> Capacity:
+    def _capacity(self, size: DealtSize) -> Capacity:
         """Prompts are half a run of each rank at least, on average, and fill one page in part each."""
         ranks, unit, geometry = self.model.rank.ranks, self.model.unit, self.model.geometry
         long = 2 * size.tokens // unit
         pages = -(-size.end // geometry.block_tokens) + long if geometry.ratios else 0
         return Capacity(ranks, unit, size.tokens, size.shared, long, size.shared, pages)
 
-    def _rank_columns(self, batch: Batch, size: _Dealt) -> RankColumns:
+    def _rank_columns(self, batch: Batch, size: DealtSize) -> RankColumns:
         """The padded step."""
         model, sink = self.model, self.decode.sink
         rank, ranks, geometry, c = model.rank.rank, model.rank.ranks, model.geometry, self._capacity(size)
@@ -134,7 +129,7 @@ class RankExtends(ExtendGraphs):
         more = {name: torch.from_numpy(column) for name, column in ends.items()}
         return replace(columns, of=columns.of | more)
 
-    def _padded(self, size: _Dealt) -> tuple[Tensor, RankColumns]:
+    def _padded(self, size: DealtSize) -> tuple[Tensor, RankColumns]:
         """A step of padding and one token of the sink, on the device in one piece and as columns of it."""
         one, none = torch.zeros(1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
         batch = Batch(one, one, (Row(self.decode.sink, 0, 1, 0),), self.page_table, none)
@@ -142,7 +137,7 @@ class RankExtends(ExtendGraphs):
         device = columns.packed().to(self.decode.pages.device)
         return device, columns.within(device)
 
-    def _dealt(self, size: _Dealt) -> Graph:
+    def _dealt(self, size: DealtSize) -> Graph:
         """A run before the capture is of padding alone."""
         if (graph := self._graphs.get(size)) is None:
             device, columns = self._padded(size)

@@ -299,10 +299,11 @@ class LocalDevice:
             hidden = self.graphs.hidden(plan.token_ids, plan.positions, plan.row_slab)
             return hidden, np.arange(plan.rows), True
         batch, last = self._batch(plan)
-        if self.extends is not None and self.graphs is not None and self.extends.takes(plan):
+        size = None if self.extends is None else self.extends.fit(plan)
+        if self.extends is not None and self.graphs is not None and size is not None:
             if len(rows := np.flatnonzero(plan.row_samples)):
                 self.graphs.mark((plan.row_start + plan.row_len - 1)[rows], plan.row_slab[rows])
-            return self.extends.hidden(batch), last, True
+            return self.extends.hidden(batch, size), last, True
         return self.model.hidden(batch), last, False
 
     def _batch(self, plan: StepPlan) -> tuple[Batch, np.ndarray]:

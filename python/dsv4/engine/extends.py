@@ -8,7 +8,7 @@ replay, that ask for the logits of a prompt, or that are longer than the largest
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,7 +28,9 @@ LOGITS = "logits"
 
 
 @dataclass(frozen=True, slots=True)
-class _Size:
+class Size:
+    """Of a captured step."""
+
     tokens: int
     rows: int
     end: int
@@ -64,31 +66,35 @@ class ExtendGraphs:
         """All that shapes follow from."""
         return self.sizes, self.rows, self.contexts
 
-    def takes(self, plan: StepPlan) -> bool:
-        """Whether a plan fits a captured size, and samples from no more than the last token of a row."""
-        if not 0 < plan.tokens <= max(self.sizes, default=0) or plan.rows >= self.rows[-1]:
-            return False
-        return self.samples_ends(plan)
-
-    def samples_ends(self, plan: StepPlan) -> bool:
-        """Whether no more than streams of the last tokens of rows are wanted, for which there is room, and nothing is replayed."""
+    def fit(self, plan: StepPlan) -> Size | None:
+        """The captured size of a plan, for `hidden`; None where its kernels are launched one by one. Graphs give streams of no more than the
+        last tokens of rows, for which there is room, and replay nothing."""
         samples = int((plan.row_samples > 0).sum())
-        return samples <= len(self.decode.output) and not (plan.row_flags & (ALL_LOGITS | REPLAY)).any()
+        if samples > len(self.decode.output) or (plan.row_flags & (ALL_LOGITS | REPLAY)).any():
+            return None
+        return self.size_of(plan.row_start.tolist(), plan.row_len.tolist())
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def size_of(self, starts: Sequence[int], lengths: Sequence[int]) -> Size | None:
+        """The smallest size that takes rows of `lengths` tokens from positions `starts` on, if any does."""
+        tokens, rows = sum(lengths), len(lengths)
+        if not 0 < tokens <= max(self.sizes, default=0) or rows >= self.rows[-1]:
+            return None
+        most = max(start + length for start, length in zip(starts, lengths, strict=True))
+        return Size(
+            tokens=next(n for n in self.sizes if n >= tokens),
+            rows=next(n for n in self.rows if n > rows),
+            end=next(n for n in self.contexts if n >= most),
+        )
+
+    def hidden(self, batch: Batch, size: Size) -> Tensor:
         """Streams [S, n, d] after the last layer of the tokens in `batch.logit_index`. Valid until the next call of a graph."""
         self.model.reset_fresh(batch)
-        size = _Size(
-            tokens=next(n for n in self.sizes if n >= len(batch.token_ids)),
-            rows=next(n for n in self.rows if n > len(batch.rows)),
-            end=next(n for n in self.contexts if n >= max(row.start + row.length for row in batch.rows)),
-        )
         graph = self._graph(size)
         put(self._columns(batch, size).packed(), graph.columns)
         graph.replay()
         return self.decode.output[: len(batch.logit_index)]
 
-    def _columns(self, batch: Batch, size: _Size) -> Columns:
+    def _columns(self, batch: Batch, size: Size) -> Columns:
         """The padded step."""
         geometry, sink, used = self.model.geometry, self.decode.sink, len(batch.token_ids)
         if more := size.tokens - used:
@@ -114,8 +120,8 @@ class ExtendGraphs:
         if not self.sizes:
             return
         ends = {self.contexts[0], self.contexts[-1]}
-        sizes = [_Size(tokens, rows, end) for tokens in self.sizes for rows in self.rows for end in ends]
-        sizes += [_Size(self.sizes[0], self.rows[0], end) for end in self.contexts]
+        sizes = [Size(tokens, rows, end) for tokens in self.sizes for rows in self.rows for end in ends]
+        sizes += [Size(self.sizes[0], self.rows[0], end) for end in self.contexts]
         for size in dict.fromkeys(sizes):
             self._run(self._padding(size)[1])
 
@@ -128,16 +134,16 @@ class ExtendGraphs:
         for tokens in reversed(self.sizes):
             for end in at_start(self.contexts, capture_context):
                 for rows in reversed(self.rows):
-                    yield partial(self._graph, _Size(tokens, rows, end))
+                    yield partial(self._graph, Size(tokens, rows, end))
 
-    def _padding(self, size: _Size) -> tuple[Tensor, Columns]:
+    def _padding(self, size: Size) -> tuple[Tensor, Columns]:
         """A step of padding alone, on the device in one piece and as columns of it."""
         none = torch.empty(0, dtype=torch.int64)
         columns = self._columns(Batch(none, none, (), self.page_table, none), size)
         device = columns.packed().to(self.decode.pages.device)
         return device, replace(columns.within(device), rows=())
 
-    def _graph(self, size: _Size) -> Graph:
+    def _graph(self, size: Size) -> Graph:
         """A run before the capture is of padding alone."""
         if (graph := self._graphs.get(size)) is None:
             device, columns = self._padding(size)
