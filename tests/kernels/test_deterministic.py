@@ -23,7 +23,7 @@ from torch import Tensor
 from tests.kernels.device import DEVICE, on_gpu, on_hopper
 from tests.kernels.quantised import fp8
 from tests.kernels.test_attention import full_width, make
-from tests.kernels.test_indexer import small  # noqa: F401  (a fixture)
+from tests.kernels.test_indexer import Thresholds, small  # noqa: F401  (a fixture)
 from tests.kernels.test_moe import LIMIT
 from tests.kernels.test_moe import make as packed_experts
 from tests.ops.cases import case, history_rows, moved, outcome, partial_args, step_of
@@ -283,7 +283,7 @@ def test_attention_at_full_width(options: dict[str, Any], monkeypatch: pytest.Mo
 
 
 @on_hopper
-def test_scores_of_gluon_and_of_the_exact_pass() -> None:
+def test_scores_of_gluon_and_of_the_exact_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows of 20,000 entries: by the scan of prompts, by that of decode steps, and by the pass for wrong thresholds."""
     from dsv4.kernels.gluon import indexer as gluon
 
@@ -302,11 +302,10 @@ def test_scores_of_gluon_and_of_the_exact_pass() -> None:
             torch.empty((tokens, topk), dtype=d, device=DEVICE) for d in (torch.int32, torch.float32)
         )
         part = (q8, folded, keys, pages, slab, visible, entries)
-        given = None
         if found:  # the least score that any token selects, then one that no entry reaches
-            least = found[0][1].min() if len(found) == 1 else torch.tensor(float("inf"))
-            given = least.to(DEVICE).repeat(tokens)
-        indexer.appended(plan, gluon.launch_scan, part, out, values, given)
+            threshold = float(found[0][1].min()) if len(found) == 1 else float("inf")
+            monkeypatch.setattr(indexer.select, "threshold_kernel", Thresholds(threshold))
+        indexer.appended(plan, gluon.launch_scan, part, out, values)
         found.append((out, values))
     for ids, values in found[1:]:
         assert torch.equal(ids, found[0][0]) and torch.equal(values, found[0][1])

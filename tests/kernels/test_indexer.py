@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,11 +48,31 @@ def test_weights_that_are_columns_of_a_wider_matrix() -> None:
 
 def test_long_rows(small: None) -> None:
     """Of prompt chunks and of decode steps."""
-    for tokens in (6, 1, 1):
+    for tokens in (6, 1):
         args = case("index_select", tokens)
         args["keys"] = history_rows(torch.Generator().manual_seed(3), 3, args["q"].shape[-1], "fp8")
         got = indexer.index_select(**moved(args, DEVICE))
         assert torch.equal(got.cpu(), REFERENCE.index_select(**args))
+
+
+class Thresholds:
+    """In place of `threshold_kernel`: the same threshold for every token."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __getitem__(self, _grid: object) -> Callable[..., None]:
+        return lambda _scores, _stride, _visible, bound, used, *_k, **_options: (
+            bound.fill_(self.value),
+            used.zero_(),
+        )
+
+
+@pytest.mark.parametrize("threshold", [-torch.inf, 0.0, torch.inf])
+def test_wrong_thresholds(small: None, monkeypatch: pytest.MonkeyPatch, threshold: float) -> None:
+    """Too many candidates for the list, and fewer than are selected: none at all."""
+    monkeypatch.setattr(indexer.select, "threshold_kernel", Thresholds(threshold))
+    test_long_rows(small)
 
 
 def _integers(
@@ -97,7 +118,7 @@ def _check_integers(
     q[:, :heads] = x["q"]
     w = torch.zeros((requests, padded))
     w[:, :heads] = weights / 2
-    for queries in (2, 1, 1):
+    for queries in (2, 1):
         plan = indexer.plan_of(heads, rows, topk, entries, queries)
         for _ in range(1 if DEVICE == "cpu" else 2):
             out = torch.full((requests, topk), -7, dtype=torch.int32, device=DEVICE)

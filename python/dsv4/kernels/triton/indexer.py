@@ -294,36 +294,17 @@ def whole(plan: Plan, scan: Scan, part: tuple, out: Tensor, values: Tensor | Non
     select.choose(scores, part[5], out, most, values)
 
 
-def appended(
-    plan: Plan,
-    scan: Scan,
-    part: tuple,
-    out: Tensor,
-    values: Tensor | None = None,
-    bound: Tensor | None = None,
-) -> None:
-    """Longer rows. `bound` float32 [T]: thresholds in place of those of a sample."""
+def appended(plan: Plan, scan: Scan, part: tuple, out: Tensor, values: Tensor | None = None) -> None:
+    """Longer rows: a threshold from a sample, what passes it, and the exact choice where that was wrong."""
     q, weights, keys, pages, slab, visible, _most = part
     n, device, parts, width = len(out), out.device, plan.parts, plan.width
     used, key, index, fresh = State.workspace(device)
     scores = torch.empty((n, SAMPLED), dtype=torch.float32, device=device)
-    if bound is None:
-        bound = torch.empty((n,), dtype=torch.float32, device=device)
-        common = dict(bound=bound, used=used, key=key, index=index, scores=scores)
-        scan(plan, *part, append=False, **common)
-        select.threshold_kernel[(n,)](
-            scores, SAMPLED, visible, bound, used, plan.k, BLOCK=SAMPLED, num_warps=8
-        )
-    scan(
-        plan,
-        *part,
-        append=True,
-        bound=bound,
-        used=used,
-        key=key,
-        index=index,
-        scores=scores,
-    )
+    bound = torch.empty((n,), dtype=torch.float32, device=device)
+    common = dict(bound=bound, used=used, key=key, index=index, scores=scores)
+    scan(plan, *part, append=False, **common)
+    select.threshold_kernel[(n,)](scores, SAMPLED, visible, bound, used, plan.k, BLOCK=SAMPLED, num_warps=8)
+    scan(plan, *part, append=True, **common)
     overlap = pdl()
     refine_kernel[(parts, n)](
         *key_arguments(q, weights, keys, pages, slab, visible),
