@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from dsv4.model.config import ModelConfig
 from dsv4.model.weights import load_weights
-from dsv4.text.chat import ChatFormat, encode_chat
+from dsv4.text.chat import encode_chat
+from dsv4.text.chat_format import choose_format
 from dsv4.text.tokenizer import Tokenizer
 
 from tests.support.models import hf_twin
@@ -85,7 +86,7 @@ def user(text: str) -> dict[str, Any]:
 
 def prompt_ids(case: dict[str, Any], tokenizer: Tokenizer, config: ModelConfig) -> list[int]:
     """The case's prompt as the server would build it."""
-    format = ChatFormat.for_model(str(NANO), config)
+    format = choose_format(str(NANO), config)[0]
     thinking = case.get("thinking", False)
     segments = encode_chat(case["messages"], tools=case.get("tools"), thinking=thinking, format=format)
     return tokenizer.encode_segments(segments)

@@ -10,7 +10,6 @@ from dsv4.formats import (
     fp4_encode,
     fp4_pack,
     fp4_unpack,
-    hadamard,
     pow2_ceil,
     rotate,
     row_format,
@@ -150,6 +149,14 @@ def test_index_rows_keep_dot_products(name: str, bound: float) -> None:
 def test_scales_are_powers_of_two_at_and_around_the_boundary() -> None:
     x = torch.tensor([1.0, 1.0000001, 0.9999999, 0.5, 3.0, 2.0**-100, 448.0 / 448.0])
     assert pow2_ceil(x).tolist() == [1.0, 2.0, 1.0, 0.5, 4.0, 2.0**-100, 1.0]
+
+
+def hadamard(n: int) -> torch.Tensor:
+    """Sylvester's matrix [n, n] scaled by n^-1/2: orthonormal and symmetric, so it is its own inverse."""
+    h = torch.ones(1, 1)
+    while len(h) < n:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return h * n**-0.5
 
 
 def test_rotation_is_the_hadamard_matrix_and_batch_invariant() -> None:

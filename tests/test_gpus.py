@@ -13,8 +13,7 @@ def test_figures_are_in_bytes_and_flops_and_plausible(name: str) -> None:
     assert g.name == name and g.source
     assert 80e9 < g.memory_bytes < 300e9 and 3e12 < g.hbm_bytes_per_s < 9e12
     assert g.fp8_flops == 2 * g.bf16_flops
-    assert g.fp4_flops is None or g.fp4_flops > g.fp8_flops
-    assert 0.5 < g.copy_share <= 1 and 0.5 < g.gemm_share <= 1
+    assert 0.5 < g.copy_share <= 1
 
 
 @pytest.mark.parametrize(

@@ -546,13 +546,12 @@ def with_profile(values: dict[str, Any]) -> dict[str, Any]:
 def sources(
     classes: Sequence[type],
     flags: Mapping[str, Any] | None = None,
-    env: Mapping[str, str] | None = None,
     yaml_path: str | Path | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
     """Of every place, the first that counts first and the defaults last: its name, and `setting value` of what counts of it.
     Secrets are not shown, nor defaults that leave a setting open."""
     fields = {f.name: f for cls in classes for f in dataclasses.fields(cls)}
-    found, seen = layers(classes, flags, env, yaml_path), set[str]()
+    found, seen = layers(classes, flags, yaml_path=yaml_path), set[str]()
     below = found[-1].values if found[-1].name.startswith("profile ") else {}
     for layer in found:
         told = []

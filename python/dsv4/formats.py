@@ -14,7 +14,6 @@ order), so that data stays aligned to 16 bytes.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -95,17 +94,8 @@ def fp4_unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-@lru_cache
-def hadamard(n: int) -> Tensor:
-    """Sylvester's matrix [n, n] scaled by n^-1/2: orthonormal and symmetric, so it is its own inverse."""
-    h = torch.ones(1, 1)
-    while len(h) < n:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
-    return h * n**-0.5
-
-
 def rotate(x: Tensor) -> Tensor:
-    """Hadamard rotation of the last dimension as a butterfly of sums: the same bits for a row however many
+    """Hadamard rotation of the last dimension, its own inverse, as a butterfly of sums: the same bits for a row however many
     there are."""
     n = x.shape[-1]
     y, half = x.float(), 1

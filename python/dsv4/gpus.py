@@ -24,12 +24,8 @@ class Gpu:
     hbm_bytes_per_s: float
     bf16_flops: float
     fp8_flops: float
-    fp4_flops: float | None
-    """None: no FP4 tensor cores, FP4 weights are widened to FP8 first."""
     copy_share: float
     """Share of `hbm_bytes_per_s` that a large copy reaches."""
-    gemm_share: float
-    """Share of `bf16_flops` that an 8192^3 GEMM reaches; FP8 comes a little lower (0.71 on an H100)."""
     source: str
 
     @property
@@ -43,13 +39,13 @@ class Gpu:
         return self.fp8_flops
 
 
-def _hopper(name: str, mib: int, tb_per_s: float, bf16: float, copy: float, gemm: float, source: str) -> Gpu:
-    return Gpu(name, mib * _MIB, tb_per_s * 1e12, bf16 * 1e12, 2 * bf16 * 1e12, None, copy, gemm, source)
+def _hopper(name: str, mib: int, tb_per_s: float, bf16: float, copy: float, source: str) -> Gpu:
+    return Gpu(name, mib * _MIB, tb_per_s * 1e12, bf16 * 1e12, 2 * bf16 * 1e12, copy, source)
 
 
-def _blackwell(name: str, mib: int, bf16: float, fp4: float, memory: str) -> Gpu:
-    source = f"datasheet; {memory}; shares are assumed from Hopper's, not measured"
-    return Gpu(name, mib * _MIB, 8e12, bf16 * 1e12, 2 * bf16 * 1e12, fp4 * 1e12, 0.90, 0.80, source)
+def _blackwell(name: str, mib: int, bf16: float, memory: str) -> Gpu:
+    source = f"datasheet; {memory}; the share is assumed from Hopper's, not measured"
+    return Gpu(name, mib * _MIB, 8e12, bf16 * 1e12, 2 * bf16 * 1e12, 0.90, source)
 
 
 GPUS: dict[str, Gpu] = {
@@ -61,8 +57,7 @@ GPUS: dict[str, Gpu] = {
             3.35,
             989.5,
             0.90,
-            0.79,
-            "datasheet (SXM, 80 GB); copy 3.00 TB/s, GEMM 777-798 TF measured",
+            "datasheet (SXM, 80 GB); copy 3.00 TB/s measured",
         ),
         _hopper(
             "h200",
@@ -70,14 +65,13 @@ GPUS: dict[str, Gpu] = {
             4.8,
             989.5,
             0.89,
-            0.79,
-            "datasheet (SXM, 141 GB); copy 4.27 TB/s, GEMM 769-798 TF measured",
+            "datasheet (SXM, 141 GB); copy 4.27 TB/s measured",
         ),
-        _hopper("h20", 97_871, 4.0, 148.0, 0.90, 0.90, "datasheet (96 GB); shares are assumed, not measured"),
-        _blackwell("b200", 183_359, 2250, 9000, "HGX, 180 GB, driver total 183,359 MiB"),
-        _blackwell("b300", 275_040, 2250, 13_500, "HGX, 288 GB, driver total 275,040 MiB"),
-        _blackwell("gb200", 189_471, 2500, 10_000, "NVL72, 186 GB, driver total 189,471 MiB"),
-        _blackwell("gb300", 284_208, 2500, 15_000, "NVL72, 288 GB, driver total 284,208 MiB"),
+        _hopper("h20", 97_871, 4.0, 148.0, 0.90, "datasheet (96 GB); the share is assumed, not measured"),
+        _blackwell("b200", 183_359, 2250, "HGX, 180 GB, driver total 183,359 MiB"),
+        _blackwell("b300", 275_040, 2250, "HGX, 288 GB, driver total 275,040 MiB"),
+        _blackwell("gb200", 189_471, 2500, "NVL72, 186 GB, driver total 189,471 MiB"),
+        _blackwell("gb300", 284_208, 2500, "NVL72, 288 GB, driver total 284,208 MiB"),
     )
 }
 """By name, in the order in which tables show them."""

@@ -146,10 +146,10 @@ def test_conversations_are_written_as_the_engine_reads_them() -> None:
     from importlib import resources
 
     from chats import FACTS, FORMAT
-    from dsv4.text.chat import ChatFormat
+    from dsv4.text.chat_format import choose_format
 
     nano = resources.files("dsv4") / "data" / "nano"
-    assert ChatFormat.for_model(str(nano), ModelConfig.from_dir(str(nano))) == FORMAT
+    assert choose_format(str(nano), ModelConfig.from_dir(str(nano)))[0] == FORMAT
     assert len(FACTS) == 50 and all(f["key"] in f["answer"] for f in FACTS)
 
 

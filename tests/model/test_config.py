@@ -81,7 +81,7 @@ def test_values_of_flash() -> None:
     stored = Counter(spec.history for spec in c.layers)
     assert stored == {"": 2, "csa": 21, "hca": 20}
     assert (c.num_layers, c.rope_dim, c.index_topk, c.routed_scaling_factor) == (43, 64, 512, 1.5)
-    assert (c.rope_theta, c.compress_rope_theta, c.eos_ids, c.draft_layers) == (10000.0, 160000.0, (1,), 3)
+    assert (c.rope_theta, c.compress_rope_theta, c.eos_ids, c.draft) == (10000.0, 160000.0, (1,), "dspark")
     assert c.yarn is not None and (c.yarn.factor, c.yarn.original_max_position) == (16.0, 65536)
 
 

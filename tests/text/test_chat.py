@@ -17,12 +17,12 @@ from dsv4.text.chat import (
     ROLES,
     TASKS,
     THINK,
-    ChatFormat,
     Marker,
     encode_chat,
     ending_of,
     starts_in_thought,
 )
+from dsv4.text.chat_format import choose_format
 from dsv4.text.tokenizer import Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -316,7 +316,7 @@ def test_markers_in_messages_stay_text() -> None:
 
 def test_the_small_model_brings_its_own_tool_text() -> None:
     path = resources.files("dsv4") / "data" / "nano"
-    format = ChatFormat.for_model(path, ModelConfig.from_dir(path))
+    format = choose_format(path, ModelConfig.from_dir(path))[0]
     assert (
         prompt([user("w?")], tools=[TOOL], format=format)
         == f"{BOS}\n\n## Tools\n\n{json.dumps(TOOL)}{U}w?{A}</think>"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from dsv4.errors import ConfigError
 from dsv4.model.config import ModelConfig
-from dsv4.text.chat_format import GA, PREVIEW, ChatFormat, choose_format
+from dsv4.text.chat_format import GA, PREVIEW, choose_format
 
 WITH_DRAFT = ModelConfig.preset("v4-flash")
 WITHOUT = ModelConfig.preset("v4-pro-preview")
@@ -28,7 +28,7 @@ def test_the_config_decides_where_there_is_no_encoder(tmp_path: Path) -> None:
     assert format is GA and "since 0731" in why and "DSpark draft layers" in why
     format, why = choose_format(tmp_path, WITHOUT)
     assert format is PREVIEW and "the preview's" in why and "no encoding/encoding_dsv4.py" in why
-    assert ChatFormat.for_model("/nowhere", WITH_DRAFT) is GA
+    assert choose_format("/nowhere", WITH_DRAFT)[0] is GA
 
 
 @pytest.mark.parametrize("config", [WITH_DRAFT, WITHOUT])

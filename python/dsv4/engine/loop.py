@@ -334,10 +334,10 @@ class EngineLoop:
             sampled = events[:, 0] == TOKEN
             if result is not None:
                 self._add_tokens(news, events[sampled], result)
-            for kind, key, _step, a, b, c in events[~sampled].tolist():
+            for kind, key, _step, a, _b, c in events[~sampled].tolist():
                 request = self.requests.get(key)
                 if request is not None:
-                    self._add(news, request, kind, a, b, c)
+                    self._add(news, request, kind, a, c)
         if not news.empty:
             self.tell(news)
 
@@ -367,7 +367,7 @@ class EngineLoop:
             if (request := self.requests.get(key)) is not None:
                 request.first = now
 
-    def _add(self, news: News, request: EngineRequest, kind: int, a: int, b: int, c: int) -> None:
+    def _add(self, news: News, request: EngineRequest, kind: int, a: int, c: int) -> None:
         """An event of a request that is no token."""
         if kind == FINISHED:
             news.ends.append(self._finish(request, reason=a, stop_token=c))

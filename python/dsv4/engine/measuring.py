@@ -19,9 +19,9 @@ from dsv4.simulate.shapes import DECODES, TAIL, Limits, Shape, designed
 class Measuring:
     """Of an LLM whose `record_steps` is `record`. Prompts are random tokens; a prompt is read once and serves all shapes of its length."""
 
-    def __init__(self, llm: LLM, record: Path, seed: int = 0) -> None:
+    def __init__(self, llm: LLM, record: Path) -> None:
         self._llm, self._record = llm, record
-        self._draw = np.random.default_rng(seed)
+        self._draw = np.random.default_rng(0)
         self._read: dict[int, list[np.ndarray]] = defaultdict(list)
         """By length, prompts that were read."""
         self._at = record.stat().st_size

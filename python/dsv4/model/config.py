@@ -99,7 +99,6 @@ class ModelConfig:
     num_experts: int
     experts_per_token: int
     moe_intermediate_size: int
-    num_shared_experts: int
     routed_scaling_factor: float
     num_hash_layers: int
     swiglu_limit: float
@@ -117,9 +116,7 @@ class ModelConfig:
     compress_rope_theta: float
     yarn: Yarn | None
     max_position: int
-    bos_id: int | None
     eos_ids: tuple[int, ...]
-    pad_id: int | None
     expert_dtype: str
     """How routed experts are stored: `fp4`, `fp8` (the Base models) or `bf16`. Where there are files, what they hold
     (`survey.py`)."""
@@ -206,11 +203,6 @@ class ModelConfig:
         """Tokens per history entry of each layer, 0 where it has a window only."""
         return tuple(s.ratio for s in self.layers)
 
-    @property
-    def draft_layers(self) -> int:
-        """Blocks of the drafter that the checkpoint carries as `mtp.*`."""
-        return {"none": 0, "mtp": 1, "dspark": 3}[self.draft]
-
     def layout(
         self, row_format: str, index_format: str, *, block_tokens: int | None = None, ranks: int = 1
     ) -> LayoutSpec:
@@ -268,7 +260,6 @@ def _read(f: Fields, name: str) -> ModelConfig:
         num_experts=f.integer("n_routed_experts" if "n_routed_experts" in f else "num_local_experts"),
         experts_per_token=f.integer("num_experts_per_tok"),
         moe_intermediate_size=f.integer("moe_intermediate_size"),
-        num_shared_experts=f.integer("n_shared_experts"),
         routed_scaling_factor=f.number("routed_scaling_factor"),
         num_hash_layers=_hash_layers(f, layers),
         swiglu_limit=f.number("swiglu_limit"),
@@ -285,9 +276,7 @@ def _read(f: Fields, name: str) -> ModelConfig:
         compress_rope_theta=_theta(f, "compress_rope_theta", compress),
         yarn=_yarn(yarn),
         max_position=f.integer("max_position_embeddings"),
-        bos_id=_token(f, "bos_token_id", vocab),
         eos_ids=token_ids(f, "eos_token_id", vocab),
-        pad_id=_token(f, "pad_token_id", vocab),
         expert_dtype=told_experts(f) or USUAL_EXPERTS,
         draft=draft,
         dspark_rank=f.integer("dspark_markov_rank") if draft == "dspark" else 0,
@@ -464,10 +453,6 @@ def told_experts(f: Fields) -> str | None:
     """`expert_dtype` of config.json, which transformers moves into quantization_config; None where it is not there."""
     fields = f if "expert_dtype" in f else f.section("quantization_config")
     return str(fields.value("expert_dtype")) if "expert_dtype" in fields else None
-
-
-def _token(f: Fields, name: str, vocab: int) -> int | None:
-    return f.integer(name, low=0, high=vocab - 1) if name in f else None
 
 
 def token_ids(f: Fields, name: str, vocab: int) -> tuple[int, ...]:

@@ -105,9 +105,9 @@ class Taking:
         return int((self.starts + self.lengths).max())
 
 
-def build_step(batch: Batch, geometry: Geometry, layer: int = 0) -> Step | None:
-    """Tables, on the CPU, for the tokens of `batch` that take part in `layer`; None when there are none."""
-    columns = columns_of(batch, geometry, layer)
+def build_step(batch: Batch, geometry: Geometry) -> Step | None:
+    """Tables, on the CPU, for the tokens of `batch` that take part in the first layer; None when there are none."""
+    columns = columns_of(batch, geometry)
     return None if columns is None else step_of(columns, batch.page_table, geometry)
 
 

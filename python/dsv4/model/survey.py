@@ -121,12 +121,12 @@ def survey(path: Path, config: ModelConfig, *, draft: bool = False) -> Survey:
     return examine(index_checkpoint(path, config.num_experts), config, draft=draft)
 
 
-def without_files(config: ModelConfig, seed: int, *, draft: bool = False) -> Survey:
+def without_files(config: ModelConfig, seed: int) -> Survey:
     """What `survey` would find if there were files as the release has them."""
     return Survey(
         config,
         stored={},
-        kept=dict(tensors(config, draft=draft)),
+        kept=dict(tensors(config)),
         rescaled=(),
         expanded=(),
         buffers=0,

@@ -215,7 +215,7 @@ def of_dump(dump: Mapping[str, Any], path: str, rate: float, output: int) -> Wor
     )  # fmt: skip
 
 
-def of_metrics(text: str, url: str, seed: int = 0) -> Workload:
+def of_metrics(text: str, url: str) -> Workload:
     """Conversations with the lengths, rate and hit rate that a server's `/metrics` tells under vLLM's names. Raises ConfigError."""
     found = _Metrics(text, url)
     prompts, outputs = (
@@ -226,7 +226,7 @@ def of_metrics(text: str, url: str, seed: int = 0) -> Workload:
     if not requests:
         raise ConfigError(f"{url} has served no request yet")
     hit = min(found.value("vllm:prefix_cache_hits") / max(found.value("vllm:prefix_cache_queries"), 1), 0.995)
-    made = Recorder(seed)
+    made = Recorder(0)
     # k turns that grow alike have (k - 1) / (k + 1) of their tokens in the turn before.
     turns = max(1, round((1 + hit) / (1 - hit)))
     rate = requests / seconds

@@ -74,11 +74,6 @@ class ChatFormat:
     tools_after: str = _TOOLS_AFTER
     whole_schema: bool = False
 
-    @classmethod
-    def for_model(cls, path: str | Path, config: ModelConfig) -> ChatFormat:
-        """The format of `choose_format`. Raises ConfigError."""
-        return choose_format(path, config)[0]
-
 
 PREVIEW = ChatFormat({"low": "", "high": "", "max": _ABSOLUTE_MAXIMUM})
 GA = ChatFormat({"low": "", "high": _ABSOLUTE_MAXIMUM, "max": _BEYOND_MAXIMUM})

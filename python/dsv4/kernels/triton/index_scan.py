@@ -348,9 +348,9 @@ _FP8 = {"ROWS": 64, "FORMAT": "fp8", "DIM": 128, "PLANE": 128, "SCALES": 4}
 _FP4 = {"ROWS": 64, "FORMAT": "mxfp4", "DIM": 128, "PLANE": 64, "SCALES": 4}
 
 
-def _aot_scan(append: bool, queries: int, form: dict[str, Any], archs: tuple[int, ...] = (90, 100)) -> Aot:
+def _aot_scan(queries: int, form: dict[str, Any]) -> Aot:
     constants = {
-        "APPEND": append,
+        "APPEND": True,
         "CAP": 8192,
         "HEADS": 64,
         "QUERIES": queries,
@@ -364,7 +364,6 @@ def _aot_scan(append: bool, queries: int, form: dict[str, Any], archs: tuple[int
         constants,
         num_stages=6,
         matrix=True,
-        archs=archs,
     )
 
 
@@ -393,9 +392,9 @@ def _aot_query(form: str) -> Aot:
 
 AOT = [
     _aot_query("mxfp4"),
-    _aot_scan(True, 1, _FP8),
-    _aot_scan(True, 2, _FP8),
-    _aot_scan(True, 1, _FP4),
+    _aot_scan(1, _FP8),
+    _aot_scan(2, _FP8),
+    _aot_scan(1, _FP4),
     *(
         Aot(
             refine_kernel,

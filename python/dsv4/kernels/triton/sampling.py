@@ -80,9 +80,7 @@ def _first_beyond(w, target):
 
 
 @triton.jit
-def _draw(
-    logits, best, mass, V, top, heat, floor, uniform, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
-):
+def _draw(logits, mass, V, top, heat, floor, uniform, chunks, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """A token of all: first the chunk, then inside it."""
     j = tl.arange(0, CHUNKS)
     m = tl.load(mass + j, mask=j < chunks, other=0.0)
@@ -178,7 +176,7 @@ def pick_kernel(
             )
         else:
             start = logits + row.to(tl.int64) * stride
-            chosen = _draw(start, best, mass + row * chunks, V, top, heat, floor, u, chunks, CHUNK, CHUNKS)
+            chosen = _draw(start, mass + row * chunks, V, top, heat, floor, u, chunks, CHUNK, CHUNKS)
     tl.store(token + row, chosen.to(tl.int64))
 
 
