@@ -55,6 +55,31 @@ def test_the_guide_shows_what_the_command_prints(capsys: pytest.CaptureFixture[s
             assert any(line == p for p in printed), f"not printed, or not in this order: {line}"
 
 
+PROFILES = (Path(__file__).parents[2] / "docs" / "profiles.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "row"),
+    [
+        ("v4-pro --gpu b200 --num 8 --tp 8", "HGX B200 | V4-Pro as one engine of eight | {} "),
+        ("v4-flash --gpu b200", "| V4-Flash as eight engines of one, or four of two | {} each"),
+        ("v4-flash --gpu b200 --num 2 --tp 2", "eight engines of one, or four of two | 3.3M each; {} each "),
+        ("v4-pro --gpu h200 --num 8 --tp 8", "8 x H200 | V4-Pro as one engine of eight | {} "),
+        ("v4-flash --gpu h200 --num 2 --tp 2", "| 2 x H200 | V4-Flash as one engine | {} "),
+        (
+            "v4-flash --gpu h200 --num 4 --tp 4",
+            "| V4-Flash as four engines of two, or two of four | 27M each; {} each ",
+        ),
+    ],
+)
+def test_the_guide_from_gpus_to_an_endpoint_has_the_planner_s_tokens(
+    capsys: pytest.CaptureFixture[str], arguments: str, row: str
+) -> None:
+    capacity = plan(capsys, *arguments.split(), "--profile", "mixed")["capacity"]
+    millions = next(c["tokens"] for c in capacity if c["policy"] == "none") / 1e6
+    assert row.format(f"{millions:.0f}M" if millions > 10 else f"{millions:.1f}M") in PROFILES
+
+
 def test_it_starts_without_torch() -> None:
     code = (
         "import sys; from dsv4.cli import main; "
