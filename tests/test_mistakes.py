@@ -334,9 +334,10 @@ def test_streams_that_are_full_or_closed_are_no_traceback(shell: str, code: int,
     )
 
 
-def test_no_memory_for_torch_is_told_in_one_line() -> None:
-    """It was a traceback."""
-    command = ["bash", "-c", f"ulimit -v 1500000; {sys.executable} -m dsv4.cli generate hi"]
+@pytest.mark.parametrize("words", ["generate hi", "serve --port 0"])
+def test_no_memory_for_torch_is_told_in_one_line(words: str) -> None:
+    """It was a traceback; of the engine's process also where the line was there."""
+    command = ["bash", "-c", f"ulimit -v 1500000; {sys.executable} -m dsv4.cli {words}"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
     assert "failed to map segment" in run.stderr and "(ulimit -v)" in run.stderr

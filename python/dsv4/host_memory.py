@@ -14,6 +14,8 @@ from pathlib import Path, PurePosixPath
 
 MACHINE = "the machine's memory"
 """The rule that there always is."""
+UNMAPPED = "failed to map segment"
+"""What the loader of libraries says where there is no memory for one."""
 _UNLIMITED = 2**60
 """Larger limits mean none: version 1 writes the largest multiple of a page below 2^63."""
 
@@ -33,6 +35,14 @@ def host_memory(root: Path = Path("/")) -> list[Bound]:
     """Every rule, the tightest first; never empty. `root`: where /proc and the mounts are, for tests."""
     bounds = [_machine(root), *_groups(root), *_address_space(root)]
     return sorted(bounds, key=lambda b: b.free)
+
+
+def no_room(error: BaseException) -> str | None:
+    """The line for an error that says that a library found no memory, as torch's do under `ulimit -v`; None for others."""
+    if not isinstance(error, ImportError) or UNMAPPED not in str(error):
+        return None
+    least = host_memory()[0]
+    return f"{error}: {least.free / 2**30:.1f} GiB of memory are free ({least.rule})"
 
 
 def _machine(root: Path) -> Bound:

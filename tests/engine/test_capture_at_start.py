@@ -18,8 +18,9 @@ from dsv4 import LLM, SamplingParams
 from dsv4.config import EngineConfig, load
 from dsv4.engine import build, warmup
 from dsv4.engine.device import LocalDevice
+from dsv4.engine.late import late_captures
 from dsv4.engine.sampler import KINDS
-from dsv4.engine.warmup import _said, late_captures
+from dsv4.engine.warmup import _said
 from dsv4.errors import ConfigError
 from dsv4.plan import graphs as sizes
 from dsv4.plan.cache import table_blocks

@@ -13,7 +13,7 @@ pytest.importorskip("dsv4._core")
 from dsv4 import LLM, SamplingParams
 from dsv4.engine.extends import ExtendGraphs
 from dsv4.engine.graphs import Capture, Recorder
-from dsv4.engine.warmup import late_compiles
+from dsv4.engine.late import late_compiles
 from dsv4.model.batch import Batch, Row
 from torch import Tensor
 

@@ -16,9 +16,9 @@ from dsv4 import LLM, SamplingParams
 from dsv4.config import default_step_tokens, step_budget
 from dsv4.engine import group, warmup
 from dsv4.engine.group import Group
+from dsv4.engine.late import late_captures
 from dsv4.engine.ranked import FollowingDevice, LeadingDevice, LedStep, RankDevice
 from dsv4.engine.sampler import KINDS
-from dsv4.engine.warmup import late_captures
 from dsv4.errors import RankLost
 from dsv4.model.parallel import UNIT
 from dsv4.model.rank import Rank

@@ -23,7 +23,7 @@ pytest.importorskip("dsv4._core")
 
 from dsv4 import LLM, SamplingParams
 from dsv4.engine import group, meeting
-from dsv4.engine.warmup import late_captures, late_compiles
+from dsv4.engine.late import late_captures, late_compiles
 from dsv4.model.rank import Rank
 from torch import Tensor
 

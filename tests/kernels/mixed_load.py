@@ -6,7 +6,7 @@ import logging
 import random
 
 from dsv4 import LLM, SamplingParams
-from dsv4.engine.warmup import late_captures, late_compiles
+from dsv4.engine.late import late_captures, late_compiles
 
 PARAMS: list[dict[str, object]] = [
     dict(temperature=0),

@@ -28,7 +28,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dsv4 import host_memory
 from dsv4.cli import (
     bench,
     calibrate,
@@ -50,13 +49,12 @@ from dsv4.cli import (
     words,
 )
 from dsv4.cli.common import note
+from dsv4.host_memory import no_room
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells expect it."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """A disk takes no more."""
-UNMAPPED = "failed to map segment"
-"""What the loader of libraries says where there is no memory for one, as for torch's under `ulimit -v`."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -144,10 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return _fail(f"standard output: {e.strerror}", 1)
     except ImportError as e:
-        if UNMAPPED not in str(e):
+        if (text := no_room(e)) is None:
             raise
-        least = host_memory.host_memory()[0]
-        return _fail(f"{e}: {least.free / 2**30:.1f} GiB of memory are free ({least.rule})", 1)
+        return _fail(text, 1)
     except KeyboardInterrupt:
         return INTERRUPTED
 

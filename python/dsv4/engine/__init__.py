@@ -17,6 +17,7 @@ Two processes. What runs beside the caller knows nothing of torch; what runs bes
 | `answers.py` | from news to text, log-probabilities and stop strings |
 | `frontend.py` | what callers need to know of a model |
 | `counts.py` | statistics over all processes of an engine |
+| `late.py` | how much was compiled or captured after the start |
 | `build.py` | config -> weights, cache, model, core; the memory plan printed at start |
 | `memory.py` | whether that fits into memory, before it is taken |
 | `async_engine.py` | the engine behind asyncio, in a process of its own that is started again when it is lost |

@@ -19,8 +19,7 @@ import numpy as np
 
 from dsv4.engine.child import adopt, held_bytes, stacks
 from dsv4.engine.link import Link
-from dsv4.engine.messages import Failed
-from dsv4.engine.process import LAST_WORDS, Relay
+from dsv4.engine.process import LAST_WORDS, Relay, failed
 from dsv4.engine.rank_messages import (
     Done,
     Hello,
@@ -41,7 +40,6 @@ from dsv4.engine.rank_messages import (
     encode,
     to_rank,
 )
-from dsv4.errors import Dsv4Error
 from dsv4.host import stay_near
 
 if TYPE_CHECKING:
@@ -154,19 +152,16 @@ def main() -> None:
     """The process."""
     link = adopt(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, handlers=[Relay(link)])
-    follower = Follower(link)
-    threading.Thread(target=follower.receive_all, name="dsv4-inbox", daemon=True).start()
-    code = 0
+    follower, code = Follower(link), 0
     try:
+        import dsv4.engine.build  # noqa: F401  torch, which may fail; whole before a message asks how much it holds
+
+        threading.Thread(target=follower.receive_all, name="dsv4-inbox", daemon=True).start()
         follower.run()
     except SystemExit:
         pass
-    except Dsv4Error as e:
-        link.send(encode(Failed(type(e).__name__, str(e))))
-        code = 1
     except Exception as e:
-        log.critical("the process of a rank failed", exc_info=True)
-        link.send(encode(Failed(type(e).__name__, f"{type(e).__name__}: {e}")))
+        link.send(encode(failed(e, "the process of a rank failed")))
         code = 1
     link.flush(LAST_WORDS)
     sys.stderr.flush()

@@ -22,6 +22,7 @@ from dsv4 import garbage
 from dsv4._core import LayoutSpec, NeverFits, Overloaded
 from dsv4.config import EngineConfig
 from dsv4.engine.compiler import Compiled, Compiler
+from dsv4.engine.late import late_captures, late_compiles
 from dsv4.engine.link import Link
 from dsv4.engine.loop import EngineLoop
 from dsv4.engine.messages import (
@@ -46,9 +47,9 @@ from dsv4.engine.messages import (
 )
 from dsv4.engine.profile import Profiling
 from dsv4.engine.progress import Progress
-from dsv4.engine.warmup import late_captures, late_compiles
 from dsv4.errors import Dsv4Error, EngineDead, RankLost, RequestError
 from dsv4.host import stay_near
+from dsv4.host_memory import no_room
 
 log = logging.getLogger("dsv4.engine")
 
@@ -317,13 +318,26 @@ def serve(link: Link, begin: Begin, build: Build, gone: Callable[[], None]) -> i
         finally:
             built.loop.close()
         return 0
-    except Dsv4Error as e:
-        failed = Failed(type(e).__name__, str(e))
     except Exception as e:
-        log.critical("the engine process failed", exc_info=True)
-        failed = Failed(type(e).__name__, f"{type(e).__name__}: {e}")
-    link.send(encode(failed))
+        link.send(encode(failed(e, "the engine process failed")))
     return 1
+
+
+def failed(error: Exception, what: str) -> Failed:
+    """What ends a process, for those who wait for it. Of a mistake in the code the log has the traceback, after `what`."""
+    if isinstance(error, Dsv4Error):
+        return Failed(type(error).__name__, str(error))
+    if (text := no_room(error)) is not None:
+        return Failed(EngineDead.__name__, text)
+    log.critical("%s", what, exc_info=error)
+    return Failed(type(error).__name__, f"{type(error).__name__}: {error}")
+
+
+def _engine_of_settings() -> Build:
+    """Loads torch, which is slow and may fail."""
+    from dsv4.engine.build import build_engine
+
+    return build_engine
 
 
 def main(build: Build | None = None) -> None:
@@ -332,12 +346,13 @@ def main(build: Build | None = None) -> None:
 
     link = adopt(sys.argv[1:])
     logging.basicConfig(level=logging.INFO, handlers=[Relay(link)])
-    if build is None:
-        from dsv4.engine.build import build_engine
-
-        build = build_engine
-    code, begin = 1, first_message(link)
-    if begin is not None:
+    code, begin = 1, None
+    try:
+        build = build or _engine_of_settings()
+        begin = first_message(link)
+    except Exception as e:
+        link.send(encode(failed(e, "the engine process cannot be loaded")))
+    if begin is not None and build is not None:
         logging.getLogger().setLevel(begin.log_level)
         code = serve(link, begin, build, gone=lambda: os._exit(1))
     link.flush(LAST_WORDS)

@@ -8,7 +8,6 @@ A dry run takes one layer of each kind, as layers of a kind launch the same kern
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -135,18 +134,6 @@ def nothing_is_left(device: LocalDevice) -> None:
         from dsv4.kernels.compiling import COMPILATIONS
 
         COMPILATIONS.all_ready()
-
-
-def late_compiles() -> int:
-    """Kernels that were compiled, or read from the cache on disk, after `compile_kernels` was done."""
-    compiling = sys.modules.get("dsv4.kernels.compiling")
-    return 0 if compiling is None else compiling.COMPILATIONS.count
-
-
-def late_captures(device: object) -> int:
-    """Graphs that were captured after the start."""
-    graphs = getattr(device, "graphs", None)
-    return 0 if graphs is None else graphs.late
 
 
 @torch.inference_mode()
