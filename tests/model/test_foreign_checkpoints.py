@@ -164,6 +164,34 @@ def test_a_model_with_scales_of_any_value_writes_what_its_numbers_say(tmp_path: 
     assert (base.token_ids, base.logprobs) == (same.token_ids, same.logprobs)
 
 
+def test_a_scale_below_zero_is_refused(tmp_path: Path) -> None:
+    """It loaded, and turned the signs of its block."""
+    name = "layers.0.attn.wkv.scale"
+
+    def turned(n: str, scale: Tensor) -> Tensor:
+        if n == name:
+            scale[-1, 0] *= -1
+        return scale
+
+    write_base(tmp_path, turned, **RAGGED)
+    with pytest.raises(CheckpointError, match=rf"^tensor {name} holds -\S+; scales are above zero, or zero$"):
+        survey(tmp_path, ModelConfig.from_dir(tmp_path))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["expanded", "packed"])
+@pytest.mark.parametrize("name", ["layers.0.attn.wkv.scale", "layers.1.ffn.experts.3.w2.scale"])
+def test_a_scale_of_one_byte_that_is_no_number(tmp_path: Path, name: str, packed: bool) -> None:
+    """It was said of the weights, which have no such value."""
+    write_release(tmp_path)
+
+    def damage(flat: dict[str, Tensor]) -> None:
+        flat[name].view(torch.uint8)[-1, 0] = 255
+
+    rewrite(tmp_path, damage)
+    with pytest.raises(CheckpointError, match=rf"^tensor {name} holds values that are not finite$"):
+        load_weights(tmp_path, ModelConfig.from_dir(tmp_path), torch.float32, packed=packed)
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [

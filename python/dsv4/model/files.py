@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from dsv4.errors import CheckpointError
 from dsv4.model.names import TensorSpec, scale_name
 from dsv4.model.parallel import Cut
 from dsv4.model.shards import ShardReader, Stored
@@ -26,6 +27,8 @@ _TORCH = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
+_NO_NUMBER = 255
+"""What E8M0 has for NaN; there is no infinity."""
 _MOST_THREADS = 8
 """Enough to keep a disk or the page cache busy; a thread holds one tensor."""
 
@@ -62,14 +65,17 @@ class Files:
 
     def read(self, name: str, cut: Cut) -> Weight:
         """What a rank keeps of the stored values; a quantised matrix packed (decoding to float32), or expanded where it cannot
-        be kept so. Nothing else is read, of columns neither."""
+        be kept so. Nothing else is read, of columns neither. Raises CheckpointError."""
         place, scale = self._places(name, cut)
         value = self._tensor(place)
         if scale is None:
             return value
         kind = PACKED[QUANTISED[place.dtype]]
         if scale.dtype in BYTE_SCALES:
-            return kind(value, self._tensor(scale), torch.float32)
+            exponents = self._tensor(scale)
+            if (exponents == _NO_NUMBER).any():
+                raise CheckpointError(f"tensor {scale_name(name)} holds values that are not finite")
+            return kind(value, exponents, torch.float32)
         raw = scale_bits(self.reader.read(scale), scale.dtype)
         bits = torch.from_numpy(raw.view("int32")).view(scale.shape)
         if self.found.kept[name].storage == "bf16":

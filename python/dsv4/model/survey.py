@@ -240,14 +240,17 @@ def scale_bits(raw: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _powers_of_two(names: Iterable[str], stored: Mapping[str, Stored]) -> set[str]:
-    """Matrices all of whose scales are powers of two, or zero. Raises CheckpointError for one that is no number."""
+    """Matrices all of whose scales are powers of two, or zero. Raises CheckpointError for one that is no number, or below zero."""
     exact = set()
     with ShardReader() as reader:
         for name in names:
-            place = stored[scale_name(name)]
+            place = stored[scale := scale_name(name)]
             bits = scale_bits(reader.read(place), place.dtype)
             if ((bits >> 23) & 0xFF == 0xFF).any():
-                raise CheckpointError(f"tensor {scale_name(name)} holds values that are not finite")
+                raise CheckpointError(f"tensor {scale} holds values that are not finite")
+            if (least := bits.max(initial=0)) > 0x8000_0000:  # the sign is the highest bit
+                value = least.view(np.float32)
+                raise CheckpointError(f"tensor {scale} holds {value:.4g}; scales are above zero, or zero")
             if not (bits & 0x807F_FFFF).any():
                 exact.add(name)
     return exact

@@ -31,7 +31,7 @@ Progress = Callable[[int, int, str], None]
 """Called after each tensor: bytes read, bytes in all, the tensor's name."""
 
 _LARGE_SCALE = 240
-"""From this byte (2^113) on a scaled value may leave float32; 255 is no number."""
+"""From this byte (2^113) on a scaled value may leave float32."""
 
 
 def load_weights(
