@@ -58,16 +58,6 @@ def note_sources(arguments: argparse.Namespace, *classes: type) -> None:
             note(textwrap.fill(text, WIDTH, subsequent_indent=" " * 11, break_on_hyphens=False))
 
 
-def note_assumed(config: EngineConfig) -> None:
-    """What is taken for granted of weights that are made up, on standard error. For a model that was found already."""
-    if config.load_format == "dummy" and config.model is not None:
-        from dsv4.model.source import find_source
-        from dsv4.plan.weights import assumed
-
-        for line in assumed(find_source(config.model, config.revision, weights=None).path):
-            note(f"assumed    {line}")
-
-
 def model_of(arguments: argparse.Namespace) -> str | None:
     """MODEL, which may be given by its place or as --model. Raises ConfigError when it is given twice."""
     flag: str | None = getattr(arguments, "model_flag", None)

@@ -15,7 +15,7 @@ from dsv4.api.connections import check_file_limit, raise_file_limit
 from dsv4.api.keys import Keys
 from dsv4.api.listen import bind_all, bind_unix, remove_dead
 from dsv4.api.loading import Loading
-from dsv4.cli.common import LoadProgress, add_settings, note, note_assumed, note_sources, read_settings
+from dsv4.cli.common import LoadProgress, add_settings, note, note_sources, read_settings
 from dsv4.cli.signals import ends_at_signal
 from dsv4.config import EngineConfig, ServerConfig
 from dsv4.errors import ConfigError
@@ -96,7 +96,6 @@ def load(engine: AsyncEngine, server_config: ServerConfig) -> Service:
         engine.load(progress)
     for line in engine.describe():
         note(line)
-    note_assumed(engine.config)
     service = Service(engine, server_config, engine.name)
     further = ", and every other" if server_config.any_model_name else ""
     note(f"names      {', '.join((*service.names, *service.patterns))}{further}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.common import LoadProgress, PrefillProgress, dim, note_assumed
+from dsv4.cli.common import LoadProgress, PrefillProgress, dim
 from dsv4.config import EngineConfig
 from dsv4.quantities import counted
 from dsv4.text.blocks import Blocks
@@ -31,7 +31,6 @@ def load_model(config: EngineConfig) -> LLM:
     from dsv4.engine.checks import check
 
     check(config)  # before torch is imported
-    note_assumed(config)
     from dsv4.engine.llm import LLM
 
     with LoadProgress() as progress:

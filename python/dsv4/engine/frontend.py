@@ -21,6 +21,7 @@ from dsv4.errors import RequestError, show
 from dsv4.model.config import ModelConfig
 from dsv4.model.generation_config import NO_END, Generation, read_generation
 from dsv4.model.source import Source
+from dsv4.plan.weights import assumed
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat_format import ChatFormat, choose_format
 from dsv4.text.stream import Reading, TextStream
@@ -57,6 +58,9 @@ class Frontend:
         )
         if not generation.eos_ids:
             log.warning(NO_END)
+        if found.seed is not None:
+            for line in assumed(source.path):
+                log.warning("%s", line)
         return cls(source, found.config, tokenizer, chat_format, chat_format_is, generation)
 
     @property
