@@ -55,6 +55,32 @@ def test_closing_the_connection_aborts(
         wait_until(lambda: b"dsv4_client_disconnects_total 1.0" in server.service.metrics.render())
 
 
+def read_all(port: int, request: bytes) -> bytes:
+    """What comes to a client that says that it sends no more."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as s:
+        s.sendall(request)
+        s.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: s.recv(65536), b""))
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/nothing"])
+def test_a_client_that_sends_no_more_has_what_costs_nothing(tokenizer: Tokenizer, path: str) -> None:
+    """`nc -N` had no answer."""
+    with running(FakeEngine(tokenizer=tokenizer)) as server:
+        answer = read_all(server.port, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 404" if path == "/nothing" else b"HTTP/1.1 200"), answer
+        wait_until(lambda: not server.service.connections.served)
+
+
+def test_a_client_that_sends_no_more_is_one_that_went_away(tokenizer: Tokenizer) -> None:
+    """Nothing tells it from one that has closed, and that must not keep the engine busy."""
+    engine = FakeEngine(tokenizer=tokenizer, step_seconds=0.02)
+    with running(engine) as server:
+        assert read_all(server.port, request_bytes(stream=False)) == b""
+        wait_until(lambda: not engine.live)
+        assert read_all(server.port, b"GET /he") == b""
+
+
 def test_64_streams_with_a_third_cut_off(tokenizer: Tokenizer) -> None:
     engine = FakeEngine(tokenizer=tokenizer, step_seconds=0.002)
     rng = random.Random(5)

@@ -139,6 +139,15 @@ class GuardedProtocol(HttpToolsProtocol):
         self.loop.call_soon(self.all_connections.leave, self.over)
         super().connection_lost(exc)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """True keeps the connection for the answer. A client that says that it sends no more cannot be told from one that has
+        closed, so what the engine does for it ends; a GET costs nothing, and is answered."""
+        cycle = self.cycle  # the last one that has come: where others wait before it, they may cost something
+        if self.pipeline or cycle is None or cycle.response_complete or cycle.scope["method"] != "GET":
+            return False
+        cycle.keep_alive = False
+        return True
+
     def data_received(self, data: bytes) -> None:
         if self._lingers:
             return
