@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from dsv4.errors import show
+from dsv4.quantities import nearest_number
 
 _INT_RANGES = {
     "top_k": (-1, 2**31 - 1),
@@ -79,14 +80,18 @@ class SamplingParams:
             if not is_whole(value):
                 raise ValueError(f"{name} is {show(value)}; it must be a whole number from {low} to {high}")
             if not low <= value <= high:
-                raise ValueError(f"{name} is {value}; it must be from {low} to {high}")
+                near = nearest_number(value, low, high)
+                raise ValueError(f"{name} is {value}; it must be from {low} to {high}{near}")
             self._set(name, int(value))
         for name, (low, high) in _FLOAT_RANGES.items():
             value = getattr(self, name)
             if not is_number(value):
                 raise ValueError(f"{name} is {show(value)}; it must be a number from {low:g} to {high:g}")
             if not low <= value <= high:
-                raise ValueError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
+                near = (
+                    "" if name == "top_p" and value < low else nearest_number(value, low, high)
+                )  # 0 is none
+                raise ValueError(f"{name} is {value:g}; it must be from {low:g} to {high:g}{near}")
             self._set(name, float(value))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):

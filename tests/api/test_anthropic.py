@@ -346,6 +346,8 @@ def test_sampling_parameters_arrive(model: Model) -> None:
         ({"max_tokens": 0}, "max_tokens is 0; it takes a whole number from 1"),
         ({"thinking": {"type": "on"}}, "thinking.type is 'on'; it takes one of enabled, adaptive, disabled"),
         ({"output_config": {"effort": "huge"}}, "output_config.effort is 'huge'"),
+        ({"stop_sequences": ["x", ""]}, "stop_sequences[1] is ''; it takes text of 1 to 1024 characters"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences is a list of 17; it takes at most 16 items"),
         ({"stop_sequences": "x"}, "stop_sequences is 'x'"),
         ({"temperature": -1}, "temperature"),
     ],

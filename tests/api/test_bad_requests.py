@@ -119,7 +119,10 @@ def test_every_field_with_every_bad_value(http: httpx.Client, path: str, base: d
 @pytest.mark.parametrize(
     ("path", "change", "param", "words"),
     [
-        ("chat", {"temperature": 2.1}, "temperature", ["2.1", "0 to 2"]),
+        ("chat", {"temperature": 2.1}, "temperature", ["2.1", "0 to 2", "the nearest is 2"]),
+        ("chat", {"top_k": -2}, "top_k", ["-2", "the nearest is -1"]),
+        ("chat", {"stop": ""}, "stop", ["''", "text of 1 to 1024 characters"]),
+        ("chat", {"stop": ["a", "x" * 2000]}, "stop[1]", ["xx…", "text of 1 to 1024 characters"]),
         ("chat", {"top_p": 0}, "top_p", ["0", "above 0"]),
         ("chat", {"n": 129}, "n", ["129", "1 to 128", "nearest is 128"]),
         ("chat", {"n": "2"}, "n", ["'2'", "whole number"]),
@@ -227,6 +230,8 @@ def test_every_field_with_every_bad_value(http: httpx.Client, path: str, base: d
         ("completions", {"prompt": ""}, "prompt", ["empty"]),
         ("completions", {"prompt": []}, "prompt", ["1 to"]),
         ("completions", {"prompt": [1, "a"]}, "prompt[1]", ["token ids", "text"]),
+        ("completions", {"prompt": [1.5, 2]}, "prompt[0]", ["1.5", "token ids", "whole"]),
+        ("completions", {"prompt": [8e9]}, "prompt[0]", ["8000000000", "0 to 8191"]),
         ("completions", {"prompt": [8192]}, "prompt[0]", ["8192", "0 to 8191"]),
         ("completions", {"prompt": ["a"] * 1000, "n": 100}, "n", ["1000", "100", "at most 1024"]),
         ("completions", {"best_of": 3}, "best_of", ["3", "1"]),

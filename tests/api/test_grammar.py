@@ -96,6 +96,8 @@ FORMATS: dict[str, tuple[list[str], dict[str, Any], str, str]] = {
     "SGLang's ebnf": ([CHAT], {"ebnf": 'root ::= "a"'}, "a", "b"),
     "llama.cpp's grammar": ([COMPLETIONS], {"grammar": 'root ::= ("a" | "b")+'}, "abba", "c"),
     "Ollama's format": ([CHAT], {"format": "json"}, "{}", "1"),
+    "formats that JSON Schema has not": ([CHAT], {"guided_json": {"type": "array", "items": {"type": "string", "format": "password"}}}, '["x"]', "[1]"),
+    "a property called format": ([CHAT], {"guided_json": {"properties": {"format": {"const": 1}}, "required": ["format"]}}, '{"format": 1}', "{}"),
     "text.format": ([RESPONSES], {"text": {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}}, '{"n": 1}', "{}"),
     "output_format": ([MESSAGES], {"output_format": {"type": "json_schema", "schema": SCHEMA}}, '{"n": 1}', "{}"),
     "output_config": ([MESSAGES], {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}}, '{"n": 1}', "{}"),
@@ -177,6 +179,7 @@ def test_strict_arguments(server: RunningServer, grammars: Grammars) -> None:
             "note": {"type": ["string", "null"]},
             "at": {"anyOf": [{"type": "string"}, {"type": "null"}]},
             "day": {"type": "string", "pattern": "^[0-9]{2}$"},
+            "key": {"type": "string", "format": "password"},
         },
         "required": ["what", "note"],
         "additionalProperties": False,
@@ -192,7 +195,7 @@ def test_strict_arguments(server: RunningServer, grammars: Grammars) -> None:
     what, note = ("what", '"true">a'), ("note", '"true">any <text>\n')
     assert takes(what, note) and takes(("what", '"false">1'), ("note", '"false">null'))
     assert takes(what, ("n", '"false">3'), note, ("at", '"true">x'), ("day", '"false">"31"'))
-    assert takes(what, note, ("at", '"false">null'))
+    assert takes(what, note, ("at", '"false">null'), ("key", '"true">secret'))
     assert not takes() and not takes(what) and not takes(note) and not takes(note, what)
     assert not takes(("what", '"true">c'), note) and not takes(what, ("n", '"false">4'), note)
     assert not takes(what, what, note) and not takes(what, note, ("more", '"true">x'))
@@ -234,6 +237,8 @@ for _ in range(70):
         ({"guided_json": {"enum": ["x" * 2**18]}}, "guided_json", "the limit is 262144"),
         ({"guided_json": {"$ref": "http://127.0.0.1/x"}}, "guided_json", "no form"),
         ({"guided_json": False}, None, ""),
+        ({"guided_json": {"type": "string", "format": "json-pointer"}}, "guided_json", "Unknown format: json-pointer"),
+        ({"guided_json": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}, "guided_json", "write anyOf"),
         ({"guided_regex": "("}, "guided_regex", "no form"),
         ({"guided_regex": "(?=a)b"}, "guided_regex", "look-around"),
         ({"guided_choice": []}, "guided_choice", "at least one text"),

@@ -113,6 +113,9 @@ def test_wrong_params_are_named(llm: LLM, model: Path, params: Any, says: str) -
         ({"stop_token_ids": "12"}, "stop_token_ids is '12'; it must be a list"),
         ({"stop": ["\ud83d"]}, "stop has '\\ud83d', half of a surrogate pair"),
         ({"temperature": 10**400}, "temperature is 1000"),
+        ({"temperature": -1}, "temperature is -1; it must be from 0 to 2; the nearest is 0"),
+        ({"logprobs": 21}, "logprobs is 21; it must be from 0 to 20; the nearest is 20"),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be from 0 to 1; the nearest is 1"),
         ({"grammar": 'start: "a"'}, "grammar is 'start: \"a\"'; it must be a Grammar(...)"),
     ],
 )

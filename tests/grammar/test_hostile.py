@@ -105,6 +105,16 @@ def grammars() -> Grammars:
     return Grammars(small_tokenizer, VOCAB, [EOS])
 
 
+@pytest.mark.parametrize(
+    "name", ["a rule that is itself", "a reference to itself", "references in a ring", "nothing at all"]
+)
+def test_a_form_that_no_answer_has_is_refused_before_it_runs(grammars: Grammars, name: str) -> None:
+    (field,) = FORMS[name]
+    form = openai_format(Fields(FORMS[name]))
+    with pytest.raises(RequestError, match=f"^{field} is a form that no answer has$"):
+        grammars.constraint(Grammar(form.text(), field, chat=True), ends=[EOS], least=0)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_a_hostile_form(grammars: Grammars, name: str) -> None:
     (field,) = FORMS[name]

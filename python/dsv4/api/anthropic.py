@@ -106,7 +106,7 @@ def _read(call: Call) -> tuple[Options, Conversation, StrictTools, SamplingParam
         max_tokens=fields.integer("max_tokens", 1, 2**31 - 1),
         logprobs=None,
         defaults=service.engine.sampling_defaults,
-        stop=tuple(fields.items("stop_sequences", str, 64)),
+        stops="stop_sequences",
     )
     return options, chat, StrictTools(chat.tools), params, routing_for(call)
 

@@ -144,7 +144,7 @@ def _prompts(fields: Fields) -> dict[str, Any]:
             "prompt is missing; it takes text or token ids, or a list of such", "prompt", "missing_field", 400
         )
     if isinstance(prompt, (str, np.ndarray)) or (
-        isinstance(prompt, list) and prompt and type(prompt[0]) is int
+        isinstance(prompt, list) and prompt and type(prompt[0]) in (int, float)
     ):
         return {"prompt": prompt}
     if not isinstance(prompt, list) or not 0 < len(prompt) <= MAX_PROMPTS:

@@ -9,7 +9,7 @@ from typing import Any
 from dsv4.api.fields import Fields, refuse
 from dsv4.api.http import Call
 from dsv4.errors import RequestError
-from dsv4.sampling import SamplingParams
+from dsv4.sampling import MAX_STOP_LENGTH, MAX_STOPS, SamplingParams
 
 MAX_CHOICES = 128
 """Largest `n`."""
@@ -26,9 +26,9 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None = None,
     defaults: Mapping[str, Any] | None = None,
-    **fixed: Any,
+    stops: str = "stop",
 ) -> SamplingParams:
-    """The request's parameters. `defaults` hold where the body says nothing, `fixed` overrules what it says. Raises
+    """The request's parameters. `defaults` hold where the body says nothing; `stops` is the field of the stop strings. Raises
     RequestError naming the field."""
     values: dict[str, Any] = dict(defaults or {})
     for name in (*_INTEGERS, *_NUMBERS):
@@ -48,8 +48,11 @@ def sampling_params(
         if fields.get(name) is not None:
             values[name] = fields.boolean(name)
     values |= {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-    values |= {"stop": _stops(fields), "stop_token_ids": tuple(fields.items("stop_token_ids", int, 1024))}
-    values |= {"logit_bias": _logit_bias(fields), **fixed}
+    values |= {
+        "stop": _stops(fields, stops),
+        "stop_token_ids": tuple(fields.items("stop_token_ids", int, 1024)),
+    }
+    values |= {"logit_bias": _logit_bias(fields)}
     try:
         return SamplingParams(**values)
     except ValueError as e:
@@ -92,11 +95,14 @@ def answer_id_of(call: Call) -> str:
     return next(filter(None, given), call.request_id)
 
 
-def _stops(fields: Fields) -> tuple[str, ...]:
-    value = fields.get("stop")
-    if isinstance(value, str):
-        return (value,)
-    return tuple(fields.items("stop", str, 16))
+def _stops(fields: Fields, name: str) -> tuple[str, ...]:
+    value = fields.get(name)
+    found = [value] if isinstance(value, str) and name == "stop" else fields.items(name, str, MAX_STOPS)
+    for i, text in enumerate(found):
+        if not 0 < len(text) <= MAX_STOP_LENGTH:
+            where = f"{name}[{i}]" if isinstance(value, list) else name
+            raise refuse(where, text, f"text of 1 to {MAX_STOP_LENGTH} characters")
+    return tuple(found)
 
 
 def _logit_bias(fields: Fields) -> dict[int, float]:

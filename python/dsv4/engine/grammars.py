@@ -154,8 +154,9 @@ class Grammars:
         matcher = LLMatcher(vocabulary, grammar.text, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise _refused(grammar, f"is no form that an answer can be held to: {_line(matcher.get_error())}")
-        # The first mask makes the lexer's first states, which the copies share; a grammar without any answer shows here.
-        if not any(matcher.compute_bitmask()):
+        # The first mask makes the lexer's first states, which the copies share; a grammar without any answer shows here,
+        # by an error too: a mask then still lets the answer end.
+        if not any(matcher.compute_bitmask()) or matcher.is_error():
             raise _refused(grammar, "is a form that no answer has")
         return matcher
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from dsv4.text.json_schema import rewritten, without_foreign_formats
 from dsv4.text.lark import TEXT_RULES, Grammars, fault_of, json_grammar, pattern, quoted
 from dsv4.text.tools import MAX_KEY
 
@@ -120,7 +121,7 @@ class _Strict:
     @classmethod
     def of(cls, name: str, function: Mapping[str, Any]) -> _Strict | None:
         """None where the schema is not that of an object with named parameters, or says what no grammar can."""
-        root = function.get("parameters")
+        root = without_foreign_formats(function.get("parameters"))
         if not isinstance(root, Mapping) or root.get("type", "object") != "object" or root.keys() - _OF_ROOT:
             return None
         properties, required = root.get("properties", {}), root.get("required") or []
@@ -196,23 +197,9 @@ def _alone(schema: Any, root: Mapping[str, Any]) -> Any:
     if '"$ref"' not in json.dumps(schema):
         return schema
     whole = {k: v for k, v in root.items() if k in ("type", "properties", "$defs", "definitions")}
-    return {**_redirected(schema), "$defs": {"root": _redirected(whole)}}
+    return {**rewritten(schema, _from_root), "$defs": {"root": rewritten(whole, _from_root)}}
 
 
-def _redirected(schema: Any) -> Any:
-    """With all references led to `#/$defs/root`."""
-    if isinstance(schema, list):
-        return [_redirected(s) for s in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    made: dict[str, Any] = {}
-    for word, value in schema.items():
-        if word == "$ref" and isinstance(value, str):
-            made[word] = f"#/$defs/root{value[1:]}"
-        elif word in ("properties", "patternProperties", "$defs", "definitions") and isinstance(
-            value, Mapping
-        ):
-            made[word] = {name: _redirected(inner) for name, inner in value.items()}
-        else:
-            made[word] = value if word in ("enum", "const", "default", "examples") else _redirected(value)
-    return made
+def _from_root(word: str, value: Any) -> Any:
+    """A reference led to `#/$defs/root`."""
+    return f"#/$defs/root{value[1:]}" if word == "$ref" and isinstance(value, str) else value

@@ -10,6 +10,8 @@ from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from dsv4.text.json_schema import without_foreign_formats
+
 Grammars = list[dict[str, Any]]
 """Grammars that others name; each has `lark_grammar` or `json_schema`."""
 
@@ -47,7 +49,7 @@ def quoted(text: str) -> str:
 
 def json_grammar(schema: Any) -> dict[str, Any]:
     """JSON that fits a schema. `true` and `false` are schemas as well."""
-    words = schema if isinstance(schema, Mapping) else {} if schema else {"not": {}}
+    words = without_foreign_formats(schema) if isinstance(schema, Mapping) else {} if schema else {"not": {}}
     return {"json_schema": {**words, "x-guidance": {"whitespace_pattern": SPACES}}}
 
 
@@ -107,4 +109,13 @@ def fault_of(grammar: Mapping[str, Any]) -> str | None:
 @lru_cache(4096)
 def _fault(text: str) -> str | None:
     failed, messages = LLMatcher.validate_grammar_with_warnings(text, limits=LIMITS)
-    return " ".join(messages[0].split()) if failed else None
+    if not failed:
+        return None
+    return _ONE_OF if "coerce_one_of" in messages[0] else " ".join(messages[0].split())
+
+
+_ONE_OF = (
+    "alternatives of oneOf must exclude each other by type, or by a required property with a const or enum "
+    "of its own; write anyOf, or require that property"
+)
+"""In place of what the library says, which is about a setting of its own."""
