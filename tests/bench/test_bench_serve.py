@@ -40,10 +40,11 @@ def bench(server: RunningServer, tmp_path: Path, *flags: str) -> tuple[int, dict
         ("--context 1M", ["--context is 1048576", "holds 4096 tokens", "the nearest is 3968"]),
         ("--context 1k..64k", ["--context is 1000..64000", "the nearest is 3968"]),
         (
-            "--shape batch --output-tokens 4k",
+            "--shape batch --context 4k --output-tokens 4k",
             ["--context is 4000", "4000 of them the answer's", "nearest is 96"],
         ),
         ("--shape batch --output-tokens 5k", ["holds 4096 tokens", "fewer --output-tokens"]),
+        ("--output-tokens 1k", ["holds 4096 tokens", "fewer --output-tokens or --turns"]),
     ],
 )
 def test_a_context_that_the_server_has_not_is_told_before_it_begins(
@@ -54,6 +55,21 @@ def test_a_context_that_the_server_has_not_is_told_before_it_begins(
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and all(word in err for word in words), err
     assert not server.engine.seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "context"), [("", 3571), ("--shape agent", 3571), ("--shape batch --output-tokens 200", 3506)]
+)
+def test_what_nobody_gave_fits_the_server(
+    server: RunningServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, context: int
+) -> None:
+    """The default of --context was refused, though nobody had asked for it."""
+    code, told = bench(server, tmp_path, *flags.split(), "--requests", "1", "--concurrency", "1")
+    assert code == 0 and told["settings"]["context"] == str(context)
+    assert (
+        f"--context is {context:,} here: the server's context holds 4,096 tokens" in capsys.readouterr().err
+    )
+    assert max(len(r.prompt) for r in server.engine.seen) <= 4096 - int(told["settings"]["output_tokens"])
 
 
 def test_requests_of_a_trace_that_do_not_fit_are_told(

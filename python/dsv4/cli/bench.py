@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import secrets
 import sys
@@ -27,6 +28,10 @@ SHAPES = ("chat", "agent", "shared", "rollout", "document", "batch")
 URL = "http://127.0.0.1:8000"
 SECONDS = 60.0
 """Of a stage, where nothing else is said."""
+CONTEXT = 4000
+"""Tokens, where nothing else is said and the server's context has room for them."""
+ROOM = 0.9
+"""Share of a shorter context that is taken then: prompts come out a little longer or shorter than they are to be."""
 MOST_TOKENS = 2**24
 
 
@@ -77,7 +82,7 @@ def _add_serve(kinds: Any) -> None:
     )
     what.add_argument(
         "--context", type=span(8), metavar="N", default=None,
-        help="tokens of a session's longest prompt, or A..B, of which each doubling is as likely [4k]",
+        help="tokens of a session's longest prompt, or A..B, of which each doubling is as likely [4k, or what fits]",
     )  # fmt: skip
     what.add_argument(
         "--output-tokens", type=span(1), metavar="N", default=None, help="of an answer, or A..B [128]"
@@ -268,7 +273,7 @@ def _settings(a: argparse.Namespace) -> Settings:
     loads = _loads(a, bool(goals))
     limits = _limits(a)
     seed = secrets.randbelow(2**31) if a.seed is None else a.seed
-    context, output = a.context or Span(4000, 4000), a.output_tokens or Span(128, 128)
+    context, output = a.context or Span(CONTEXT, CONTEXT), a.output_tokens or Span(128, 128)
     plan = Plan(a.shape, context, output, a.turns or TURNS.get(a.shape, 1), a.n, a.prefixes, a.pause, seed)
     if a.turns and a.shape not in TURNS and a.trace is None:
         raise ConfigError(
@@ -292,7 +297,7 @@ def _settings(a: argparse.Namespace) -> Settings:
     told = server.model(a.model)
     model, length = told["id"], told.get("max_model_len")
     if isinstance(length, int):
-        _check_length(plan, records, length)
+        plan = _fitted(plan, records, length, given=a.context is not None)
     body: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
     if not a.no_ignore_eos:
         body["ignore_eos"] = True
@@ -305,19 +310,25 @@ def _settings(a: argparse.Namespace) -> Settings:
     )  # fmt: skip
 
 
-def _check_length(plan: Plan, records: Sequence[Record] | None, length: int) -> None:
-    """Before anything runs: what the server cannot take. `length`: tokens of its context, as it says. Raises ConfigError."""
+def _fitted(plan: Plan, records: Sequence[Record] | None, length: int, *, given: bool) -> Plan:
+    """The plan, whose context is the server's where it is not `given` and would not fit. `length`: tokens of the server's, as it says.
+    Before anything runs. Raises ConfigError for what the server cannot take."""
     if records is not None:
         if longer := sum(r.input + r.output > length for r in records):
             of = counted(len(records), "request")
             note(f"warning: longer than the server's context of {length:,} tokens: {longer:,} of {of}")
-        return
-    from dsv4.bench.shapes import least_context
+        return plan
+    from dsv4.bench.shapes import TURNS, Span, least_context
 
     room, least = length - plan.output.high, least_context(plan)
     if plan.context.high <= room:
-        return
-    way = f"the nearest is {room}" if room >= least else "give fewer --output-tokens"
+        return plan
+    if not given and room >= least:
+        context = max(int(ROOM * room), least)
+        note(f"--context is {context:,} here: the server's context holds {length:,} tokens")
+        return dataclasses.replace(plan, context=Span(context, context))
+    fewer = f"give fewer --output-tokens{' or --turns' if plan.shape in TURNS else ''}"
+    way = f"the nearest is {room}" if room >= least else fewer
     raise ConfigError(
         f"--context is {plan.context}; the server's context holds {length} tokens, {plan.output.high} of them the answer's "
         f"(--output-tokens): {way}"
