@@ -261,7 +261,7 @@ def test_a_dump_of_the_core_runs_on(capsys: pytest.CaptureFixture[str], tmp_path
     assert report["hits"]["best_for_pool"] is None and report["pool"]["pages"] == 64
     assert call(capsys, "simulate", "--dump", str(path))[0] == 0
     code, _, err = call(capsys, "simulate", "--dump", str(path), "--index-cache-dtype", "fp8")
-    assert code == 2 and "another layout" in err
+    assert code == 2 and "another layout" in err and "--kv-cache-dtype (rows), --index-cache-dtype" in err
     path.write_text("{}")
     code, _, err = call(capsys, "simulate", "--dump", str(path))
     assert code == 2 and f"{path}: dump is missing field" in err

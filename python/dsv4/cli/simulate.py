@@ -210,7 +210,8 @@ def run(arguments: argparse.Namespace) -> int:
             with Progress() as progress:
                 reports = resume(text, engine, progress)
         except ConfigError as e:
-            raise ConfigError(f"{arguments.dump}: {e}") from None
+            flags = _LAYOUT_FLAGS if "another layout" in str(e) else ""
+            raise ConfigError(f"{arguments.dump}: {e}{flags}") from None
         pool = reports["dump"]["pool"]["pages"] * reports["dump"]["pool"]["page_bytes"]
     else:
         trace, pool = _trace(arguments), engine.pool_bytes
@@ -228,6 +229,12 @@ def run(arguments: argparse.Namespace) -> int:
         plot.plot(reports, arguments.plot, title=title, sequential=arguments.sequential)
         note(f"picture in {arguments.plot}")
     return 0
+
+
+_LAYOUT_FLAGS = (
+    ": give --model, --kv-cache-dtype (rows), --index-cache-dtype (index) and --block-size (tokens of a page) as the server "
+    "printed them when it started"
+)
 
 
 def _read_dump(path: str) -> str:
