@@ -213,18 +213,21 @@ def _ranks(host: Host, model: str | None) -> Iterator[Finding]:
     for name in ("v4-flash", "v4-pro") if model is None else (model,):
         config, weights, _ = find_weights(name)
         ranks, tokens, enough = planned(config, weights, memory, num)
+        one = "s" * (ranks == 1)
         if enough:
-            yield Finding("ranks", "ok", f"{config.name}: {ranks} of {num} GPUs hold {tokens:,} tokens")
+            yield Finding(
+                "ranks", "ok", f"{config.name}: {ranks} of {counted(num, 'GPU')} hold{one} {tokens:,} tokens"
+            )
             continue
         short = (
-            f"hold {tokens:,} of the {config.max_position:,} tokens of one request"
+            f"hold{one} {tokens:,} of the {config.max_position:,} tokens of one request"
             if tokens
-            else "do not hold the weights"
+            else f"do{'es' * (ranks == 1)} not hold the weights"
         )
         yield Finding(
             "ranks",
             "note",
-            f"{config.name}: {ranks} of {num} GPUs {short}",
+            f"{config.name}: {ranks} of {counted(num, 'GPU')} {short}",
             f"dsv4 plan {name} --gpu NAME --num N, more GPUs, or a smaller --max-model-len",
         )
 

@@ -56,9 +56,9 @@ class Range:
         return f"it takes {self.words(kind)}{also}{near}"
 
 
-def counted(n: int, noun: str) -> str:
-    """`1 request`, `1,040 requests`."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+def counted(n: int, noun: str, plural: str = "") -> str:
+    """`1 request`, `1,040 requests`. `plural`: where it takes more than an s."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 SHARE = Range(0, 1, open=True, such="0.9")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from dsv4 import LLM, EngineConfig, SamplingParams
 from dsv4.engine.messages import Submit
 from dsv4.engine.request import RequestOutput
@@ -17,6 +18,7 @@ from dsv4.engine.routing import PLAIN, Routing
 from dsv4.errors import ConfigError, RequestError
 from dsv4.text.chat import ending_of
 
+from tests.support.checkpoints import rewrite, write_release
 from tests.support.engines import tiny_engine, write_tiny
 
 PARAMS = SamplingParams(max_tokens=2, ignore_eos=True, temperature=0)
@@ -267,6 +269,28 @@ def test_a_closed_engine_says_so(model: Path) -> None:
 def test_a_notebook_shows_the_text(llm: LLM) -> None:
     blocks = LLM(device="cpu", num_pages=8).chat([{"role": "user", "content": "Hello"}], PARAMS).blocks
     assert repr(blocks) == f"[Text({blocks.content!r})]" and blocks.content
+
+
+def test_one_is_no_plural(tmp_path: Path) -> None:
+    """`1 steps in flight`, `1 layers are left out`."""
+    path = write_release(tmp_path, compress_ratios=[4, 0])
+    rewrite(path, lambda flat: flat.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}))
+    one = {"num_layers": 1, "num_pages": 1, "max_num_seqs": 1, "replay_tokens": 1, "async_scheduling": False}
+    lines = LLM(str(path), device="cpu", block_size=128, **one).describe()
+    said = "\n".join(lines)
+    nouns = "layers|pages|tokens|steps|slabs|requests|rows|ranks|threads|buffers|matrices"
+    assert not (wrong := re.findall(rf"(?<![\d.,])1 (?:{nouns})\b", said)), (wrong, said)
+    for right in (
+        "1 layer,",
+        "left out: 1 layer (",
+        "1 buffer ",
+        "1 page of",
+        "1 request of",
+        "1 slab of",
+        "1 step in",
+        "replay 1 token,",
+    ):
+        assert right in said, (right, said)
 
 
 def test_the_start_says_how_many_requests_the_pages_hold_and_what_is_not_exact(model: Path) -> None:

@@ -102,7 +102,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     config = EngineConfig(device="cuda", tensor_parallel_size=4)
     sizing = Sizing(config, release("v4-flash"), torch.bfloat16, packed=True)
     with pytest.raises(
-        ConfigError, match=r"tensor_parallel_size is 4; there are 2 GPUs here .*the largest is 2"
+        ConfigError, match=r"tensor_parallel_size is 4; this machine has 2 GPUs .*the largest is 2"
     ):
         build._ranks(sizing, Free(GB, "memory"))
 

@@ -385,7 +385,9 @@ def test_tables_of_rotations_are_left_out(tmp_path: Path) -> None:
     rewrite(tmp_path, add)
     found = survey(tmp_path, ModelConfig.from_dir(tmp_path))
     assert found.buffers == 3
-    assert found.describe() == ["3 buffers (such as rotary_emb.inv_freq) are left out: they are computed"]
+    assert found.describe() == [
+        "left out: 3 buffers (such as rotary_emb.inv_freq), which the engine computes"
+    ]
     load_weights(tmp_path, found.config, torch.bfloat16)
     (tmp_path / "model.safetensors.index.json").unlink()
     save_file(

@@ -98,9 +98,7 @@ def test_a_part_of_a_model_and_one_that_is_made_up_are_counted_from_their_config
     whole, weights, _ = find_weights("v4-flash")
     few, less, where = find_weights("v4-flash", num_layers=8)
     assert (few.num_layers, few.left_out, few.draft) == (8, 35, "none")
-    assert less.files[1] < weights.files[1] / 4 and where == (
-        "the first 8 layers of the release; 35 are left out"
-    )
+    assert less.files[1] < weights.files[1] / 4 and where == ("the first 8 layers of the release, without 35")
     write_release(tmp_path, compress_ratios=[0, 4, 128])
     config, found, where = find_weights(str(tmp_path), num_layers=2)
     assert config.num_layers == 2 and where.startswith("the headers in")

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 
 from dsv4.api.keys import Tenant
 from dsv4.errors import RequestError
-from dsv4.quantities import nearest_number
+from dsv4.quantities import counted, nearest_number
 from dsv4.sampling import SamplingParams
 
 Clock = Callable[[], float]
@@ -87,7 +87,7 @@ class Meter:
         """A request from here to its end. Raises RequestError (429) where there are too many."""
         most = self.tenant.max_concurrent
         if most is not None and self.running >= most:
-            raise self._too_much("concurrent", f"runs {most} requests, which is its limit", 1.0)
+            raise self._too_much("concurrent", f"runs {counted(most, 'request')}, which is its limit", 1.0)
         for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None and (wait := bucket.wait(1)):
                 raise self._too_much(what, f"has had its {bucket.most} {what} a minute", wait)

@@ -13,6 +13,8 @@ from typing import Any
 
 import orjson
 
+from dsv4.quantities import counted
+
 QUEUED = 10_000
 """Lines that may wait to be written."""
 
@@ -77,7 +79,7 @@ class LogWriter(logging.Handler):
             lines = self.format(record)
             if self.dropped:
                 lost, self.dropped = self.dropped, 0
-                text = f"{lost} lines of log were dropped, as nobody took them"
+                text = f"dropped {counted(lost, 'line')} of log, as nobody took them"
                 about = logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None)
                 lines += "\n" + self.format(about)
             try:

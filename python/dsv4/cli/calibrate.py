@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if llm.model_config.left_out:
         layers = llm.model_config.num_layers
         note(
-            f"{layers} of {layers + llm.model_config.left_out} layers were measured: for the whole depth the overhead grows with the layers, "
+            f"measured: {layers} of {layers + llm.model_config.left_out} layers; for the whole depth the overhead grows with the layers, "
             "and reads, arithmetic and copies follow from all layers' shapes by the factors above"
         )
     note(f"coefficients in {arguments.output}; dsv4 simulate --coefficients reads them")

@@ -58,6 +58,7 @@ from dsv4.plan.cache import pages_of, size_pool, table_blocks
 from dsv4.plan.graphs import at_start, contexts_of, cut_sizes_of, dealt_of, extends_of, sizes_of
 from dsv4.plan.ranks import least_ranks
 from dsv4.plan.weights import Weights
+from dsv4.quantities import counted
 from dsv4.text.tokenizer import Tokenizer
 
 log = logging.getLogger("dsv4.engine")
@@ -125,7 +126,7 @@ class BuiltEngine:
                 else "captured when they first come"
             )
         return (
-            f"decode steps of {', '.join(map(str, sizes))} rows, steps with prompts of {', '.join(map(str, chunks)) or 'no'} tokens, contexts up "
+            f"decode steps of {', '.join(map(str, sizes))} row{'s' * (sizes != (1,))}, steps with prompts of {', '.join(map(str, chunks)) or 'no'} tokens, contexts up "
             f"to {', '.join(f'{n:,}' for n in contexts)} tokens, {when}; one slab is for padding"
         )
 
@@ -138,7 +139,7 @@ class BuiltEngine:
         assert group is not None and group.rank is not None, "an engine of several ranks has a group"
         by = words(group.rank, self.config.device)
         if self.config.device == "cpu":
-            by = f"{by}, {torch.get_num_threads()} threads each"
+            by = f"{by}, {counted(torch.get_num_threads(), 'thread')} each"
         return (
             f"{ranks} ({self.ranks_are}), a process each, over {by}; what follows is of each one: 1/{ranks} of every page, of expert "
             f"columns and of the vocabulary; a rank is given up after {self.config.rank_timeout:g} s"
@@ -146,7 +147,7 @@ class BuiltEngine:
 
     def _replay(self) -> str:
         exact, asked = self.layout.replay_tokens, self.config.replay_tokens or self.layout.replay_tokens
-        return f"{asked:,} tokens{f', which is not exact below {exact:,}' if asked < exact else ''}"
+        return f"{counted(asked, 'token')}{f', which is not exact below {exact:,}' if asked < exact else ''}"
 
     def _bits(self) -> str:
         """What `--deterministic` means here."""
@@ -164,7 +165,7 @@ class BuiltEngine:
         )
         if ms == "auto":
             times, floor = budget["decodes"].values()
-            return f"step time auto: {times:g} times that of the decodes alone, or of {floor} prompt tokens if longer"
+            return f"step time auto: {times:g} times that of the decodes alone, or of {counted(floor, 'prompt token')} if longer"
         return "step time open" if ms is None else f"step time {ms:g} ms while requests decode"
 
     def describe(self) -> list[str]:
@@ -175,7 +176,7 @@ class BuiltEngine:
         index = next((formats[s.index] for s in self.model_config.layers if s.indexed), "none")
         tokens = m.pages * layout.block_tokens
         return [
-            f"model      {self.name}: {self.model_config.num_layers} layers, vocabulary {self.model_config.vocab_size}, from {self.source.path}",
+            f"model      {self.name}: {counted(self.model_config.num_layers, 'layer')}, vocabulary {self.model_config.vocab_size}, from {self.source.path}",
             f"dtype      {str(self.dtype).removeprefix('torch.')}; rows {formats['window']}, index {index}",
             f"device     {c.device}",
             f"ranks      {self._ranks()}",
@@ -183,19 +184,20 @@ class BuiltEngine:
             f"bits       {self._bits()}",
             f"weights    {size(m.weights)}, {'packed as stored' if m.packed else 'expanded'}",
             *(f"           {note}" for note in m.notes),
-            f"pool       {size(m.pool)}: {m.pages} pages of {layout.block_tokens} tokens, {size(layout.page_bytes)} each; "
+            f"pool       {size(m.pool)}: {counted(m.pages, 'page')} of {layout.block_tokens} tokens, {size(layout.page_bytes)} each; "
             f"{history:,.2f} B of history per token, {100 * (layout.page_bytes / layout.block_tokens / history - 1):.2f}% padding",
-            f"capacity   {tokens:,} tokens of history; {m.pages // pages_of(layout, m.max_model_len)} requests of {m.max_model_len:,} tokens",
-            f"state      {size(m.slabs)}: {m.slabs // layout.slab_bytes} slabs of {size(layout.slab_bytes)}; a snapshot takes "
-            f"{size(layout.snapshot_bytes)} in {layout.snapshot_pages} pages",
+            f"capacity   {counted(tokens, 'token')} of history; {counted(m.pages // pages_of(layout, m.max_model_len), 'request')} of "
+            f"{counted(m.max_model_len, 'token')}",
+            f"state      {size(m.slabs)}: {counted(m.slabs // layout.slab_bytes, 'slab')} of {size(layout.slab_bytes)}; a snapshot takes "
+            f"{size(layout.snapshot_bytes)} in {counted(layout.snapshot_pages, 'page')}",
             f"prefixes   {'on' if c.enable_prefix_caching else 'off'}; snapshots {c.snapshot_policy} (budget {c.snapshot_budget:.0%}); "
             f"eviction {c.eviction}; "
             f"replay {self._replay()}; cost {c.cost_model}",
             f"graphs     {self._graphs()}",
             *([] if self.taken is None else [f"memory     {self.taken.describe()}"]),
-            f"context    {m.max_model_len:,} tokens; a max_tokens beyond it is {'cut' if c.max_tokens_overflow == 'cut' else 'refused'}",
-            f"scheduler  {c.max_num_seqs} running, {c.max_num_waiting} waiting, {c.max_num_batched_tokens} tokens a step, "
-            f"{2 if c.async_scheduling else 1} steps in flight; "
+            f"context    {counted(m.max_model_len, 'token')}; a max_tokens beyond it is {'cut' if c.max_tokens_overflow == 'cut' else 'refused'}",
+            f"scheduler  {c.max_num_seqs} running, {c.max_num_waiting} waiting, {counted(c.max_num_batched_tokens or 0, 'token')} a step, "
+            f"{counted(2 if c.async_scheduling else 1, 'step')} in flight; "
             f"{self._step_time()}; tenants {c.tenants or 'equal'}; "
             f"first after {c.max_wait:g} s",
             *([] if self.loop.events is None else [f"events     {self.loop.events.describe()}"]),
@@ -277,7 +279,7 @@ def _ranks(sizing: Sizing, free: Free) -> tuple[int, str]:
     if wanted is not None:
         if gpus and wanted > gpus:
             raise ConfigError(
-                f"tensor_parallel_size is {wanted}; there are {gpus} GPUs here (CUDA_VISIBLE_DEVICES counts), so the largest is {gpus}"
+                f"tensor_parallel_size is {wanted}; this machine has {counted(gpus, 'GPU')} (CUDA_VISIBLE_DEVICES counts), so the largest is {gpus}"
             )
         return wanted, "tensor_parallel_size"
     if not gpus:
@@ -292,7 +294,7 @@ def _ranks(sizing: Sizing, free: Free) -> tuple[int, str]:
     chosen = least_ranks(valid, gpus, fits)
     return (
         chosen,
-        f"the least of 1, 2, 4, 8 whose plan holds a request of {sizing.demand(chosen).max_len:,} tokens, of {gpus} GPUs",
+        f"the least of 1, 2, 4, 8 whose plan holds a request of {counted(sizing.demand(chosen).max_len, 'token')}, of {counted(gpus, 'GPU')}",
     )
 
 

@@ -20,6 +20,7 @@ from dsv4.model.quantization import check_config as check_quantization
 from dsv4.model.quantization import check_files as check_foreign_files
 from dsv4.model.source import RELEASED as RELEASED
 from dsv4.model.source import find_source, model_name
+from dsv4.quantities import counted
 from dsv4.row_sizes import row_bytes
 from dsv4.spelling import nearest
 
@@ -318,7 +319,7 @@ def _layers(f: Fields, layers: int, window: int) -> tuple[tuple[LayerSpec, ...],
         history_of = f.entries("history_layers", int)
         if len(history_of) != layers:
             raise ConfigError(
-                f"history_layers has {len(history_of)} entries; each of the num_hidden_layers ({layers}) needs one"
+                f"history_layers has {counted(len(history_of), 'entry', 'entries')}; each of the num_hidden_layers ({layers}) needs one"
             )
     csa, hca = rates.values()
     return layers_of(ratios, window, csa=csa, hca=hca, history_of=history_of), tail
@@ -350,7 +351,7 @@ def _ratios(
     for field, ratios in forms.items():
         if len(ratios) < layers:
             raise ConfigError(
-                f"{field} has {len(ratios)} entries; each of the num_hidden_layers ({layers}) needs one"
+                f"{field} has {counted(len(ratios), 'entry', 'entries')}; each of the num_hidden_layers ({layers}) needs one"
             )
     if len({tuple(ratios[:layers]) for ratios in forms.values()}) > 1:
         raise ConfigError(

@@ -16,6 +16,7 @@ from dsv4.model.config import ModelConfig
 from dsv4.model.names import TensorSpec, is_buffer, is_expert, scale_name, tensors
 from dsv4.model.quantization import check_tensors, foreign
 from dsv4.model.shards import ShardReader, Stored, index_checkpoint
+from dsv4.quantities import counted
 from dsv4.spelling import nearest
 
 PLAIN = ("BF16", "F32", "F16")
@@ -82,7 +83,7 @@ class Survey:
             )
         if self.config.left_out:
             lines.append(
-                f"{self.config.left_out} layers are left out (--num-layers {self.config.num_layers})"
+                f"left out: {counted(self.config.left_out, 'layer')} (--num-layers {self.config.num_layers})"
             )
         if self.config.expert_dtype not in (self.asked, "bf16"):
             lines.append(
@@ -91,7 +92,7 @@ class Survey:
         if not packed and (self.rescaled or self.expanded):
             count = len(self.rescaled) + len(self.expanded)
             lines.append(
-                f"{count} matrices have scales in F32 or BF16 (or are experts stored unlike each other); expanded as all are"
+                f"scales in F32 or BF16, or experts stored unlike each other: {counted(count, 'matrix', 'matrices')}, expanded as all are"
             )
         elif self.rescaled:
             lines.append(
@@ -105,7 +106,7 @@ class Survey:
             )
         if self.buffers:
             lines.append(
-                f"{self.buffers} buffers (such as rotary_emb.inv_freq) are left out: they are computed"
+                f"left out: {counted(self.buffers, 'buffer')} (such as rotary_emb.inv_freq), which the engine computes"
             )
         return lines
 
@@ -113,7 +114,7 @@ class Survey:
 def _some(names: tuple[str, ...]) -> str:
     """`3 matrices (layers.0.attn.wq_a.weight, ...)`."""
     more = ", ..." if len(names) > 1 else ""
-    return f"{len(names)} {'matrices' if len(names) > 1 else 'matrix'} ({names[0]}{more})"
+    return f"{counted(len(names), 'matrix', 'matrices')} ({names[0]}{more})"
 
 
 def survey(path: Path, config: ModelConfig, *, draft: bool = False) -> Survey:

@@ -15,6 +15,7 @@ from dsv4.model.parallel import Parallel, alternatives
 from dsv4.plan.cache import Capacity, Traffic, capacities
 from dsv4.plan.weights import WeightRow, Weights, weight_rows
 from dsv4.plan.workspace import Buffer, Limits, bound, workspace
+from dsv4.quantities import counted
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
@@ -126,7 +127,7 @@ def answer(q: Question) -> Plan:
     tokens = pages * q.rank_layout.block_tokens
     if tokens < max_len:
         raise ConfigError(
-            f"max_len is {max_len}; the pool of {pages} pages holds {tokens} tokens, give --max-len {tokens} or less"
+            f"max_len is {max_len}; the pool of {counted(pages, 'page')} holds {tokens} tokens, give --max-len {tokens} or less"
         )
     return Plan(
         question=q,

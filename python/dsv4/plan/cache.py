@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from dsv4.errors import ConfigError
+from dsv4.quantities import counted
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
@@ -56,7 +57,7 @@ def size_pool(
     longest = pages * layout.block_tokens
     if max_model_len is not None and longest < wanted:
         raise ConfigError(
-            f"max_model_len is {wanted}, but the pool of {pages} pages holds {longest} tokens; "
+            f"max_model_len is {wanted}, but the pool of {counted(pages, 'page')} holds {longest} tokens; "
             f"give at least --kv-cache-memory {pages_of(layout, wanted) * layout.page_bytes}"
         )
     if pages < 1:

@@ -16,6 +16,7 @@ from dsv4.model.json_fields import Fields, read_json
 from dsv4.model.names import DTYPE_BYTES, TensorSpec, is_expert, release_totals, tensors
 from dsv4.model.parallel import Parallel, Share
 from dsv4.model.source import RELEASED, has_weights
+from dsv4.quantities import counted
 
 if TYPE_CHECKING:
     from dsv4.model.survey import Survey
@@ -123,7 +124,7 @@ def find_weights(
     beside = "weights are made up" if dummy else "there are no weights beside it"
     source = "" if path is None and model in RELEASED and not dummy else f"config.json; {beside}"
     if config.left_out and path is None and not dummy:
-        source = f"the first {config.num_layers} layers of the release; {config.left_out} are left out"
+        source = f"the first {counted(config.num_layers, 'layer')} of the release, without {config.left_out}"
     weights = Weights.released(config, draft=draft)
     if path is not None or model not in RELEASED:
         weights = replace(weights, notes=assumed(path or Path(model).expanduser()))

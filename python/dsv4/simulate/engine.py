@@ -17,6 +17,7 @@ from dsv4.model.parallel import Parallel, valid_tp
 from dsv4.plan.graphs import cut_sizes_of, steps_of
 from dsv4.plan.weights import Weights, weight_rows
 from dsv4.plan.workspace import Limits, bound, workspace
+from dsv4.quantities import counted
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
@@ -78,7 +79,7 @@ class Engine:
         tokens = self.pages * self.layout.block_tokens
         return (
             f"{self.config.name} on {self.tp} x {self.gpu.name}; pool {self.pool_bytes / 2**30:.2f} GiB{' each' if self.tp > 1 else ''}: "
-            f"{self.pages:,} pages of {self.layout.block_tokens} tokens, {tokens / 1e6:.2f}M tokens"
+            f"{counted(self.pages, 'page')} of {self.layout.block_tokens} tokens, {tokens / 1e6:.2f}M tokens"
         )
 
 
