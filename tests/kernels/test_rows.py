@@ -98,6 +98,25 @@ def test_not_a_number_reaches_its_own_token_alone() -> None:
         assert a[3].isnan().any() and torch.equal(a[:3], b[:3]) and torch.equal(a[4:], b[4:])
 
 
+@pytest.mark.parametrize("dim", [16, 64, 256, 1024, 4096, 7168, 16384])
+def test_each_thread_has_sums_of_its_own(dim: int) -> None:
+    """Of a word that several threads read one could see it sent and another not yet, which only one is asked."""
+    threads = 32 * mhc_few._warps(mhc_few._block(dim))
+    slices = mhc_few._slices(dim)
+    assert slices["SP"] * mhc_few.INPUT_WORDS >= threads * mhc_few.VECTOR and slices["SP"] >= slices["SPLITS"]
+
+
+@on_gpu
+def test_no_sum_is_taken_before_it_is_sent() -> None:
+    args = moved(case("hc_next", 7), DEVICE)
+    first, other = kernel("hc_next", "mhc_few")(**args), torch.empty(1 << 26, device=DEVICE)
+    for i in range(3000):
+        if i % 4 == 0:
+            other.add_(1)  # programs start while another kernel still has most of the GPU
+        for a, b in zip(kernel("hc_next", "mhc_few")(**args), first, strict=True):
+            assert torch.equal(a, b), f"launch {i}"
+
+
 def test_other_numbers_of_streams_are_named() -> None:
     args = moved(case("hc_post", 2), DEVICE)
     args |= {"streams": args["streams"][:, :2], "post": args["post"][:, :2], "comb": args["comb"][:, :2, :2]}

@@ -33,6 +33,8 @@ from dsv4.row_sizes import FP8_BLOCK
 EMPTY = tl.constexpr(-1)
 TILE = 16
 """Tokens that share a product: the least of a matrix instruction."""
+VECTOR, INPUT_WORDS = 4, 8
+"""Words that a thread reads at a time, and words of a sum that the inputs wait for."""
 WORDS = tl.constexpr(STREAM_SUMS)
 """Words of a program and token, read four at a time: 0 to 3 the products of `pre` and 4 the sum of squares, for the inputs; 8 the sum of
 squares, 12 to 15 the products of `post` and 16 to 31 those of `comb`, for the gates. Between them are zeros."""
@@ -55,7 +57,7 @@ def _sums(words, token, slot, wanted, SPLITS: tl.constexpr, SP: tl.constexpr, M:
     word = tl.load(at, mask=held, other=0, volatile=True)
     while tl.max(tl.max((word == EMPTY).to(tl.int32), 1), 0) > 0:
         word = tl.load(at, mask=held, other=0, volatile=True)
-    tl.debug_barrier()  # a narrow model's words may be read by several warps each
+    tl.debug_barrier()  # who takes a word away need not be who has read it
     tl.store(at, tl.full((SP, slot.shape[0]), EMPTY, tl.int32), mask=held)
     return tl.sum(word.to(tl.float32, bitcast=True), 0)
 
@@ -240,9 +242,16 @@ def _empty(device: torch.device) -> Tensor:
 
 
 def _slices(dim: int) -> dict[str, int]:
-    """Channels of a program of products, programs, and that rounded up to a power of two."""
+    """Channels of a program of products, programs, and the rows that `_sums` reads: so many that each of its threads has words of its own. Of a
+    word that several had, one could see EMPTY where another saw the sum, and only one of them is asked whether all are there."""
     each = max(16, next_pow2(cdiv(dim, FEW_STREAM_PROGRAMS)))
-    return {"SLICE": each, "SPLITS": cdiv(dim, each), "SP": next_pow2(cdiv(dim, each))}
+    rows = 32 * _warps(_block(dim)) * VECTOR // INPUT_WORDS
+    return {"SLICE": each, "SPLITS": cdiv(dim, each), "SP": max(rows, next_pow2(cdiv(dim, each)))}
+
+
+def _block(dim: int) -> int:
+    """Channels of a token, rounded up to a power of two and to whole scales."""
+    return max(FP8_BLOCK, next_pow2(dim))
 
 
 def _warps(block: int) -> int:
@@ -268,7 +277,7 @@ def _launch(
     new_comb = base if head else empty((tokens, n, n), dtype=torch.float32)
     slices, overlap = _slices(dim), pdl()
     programs = cdiv(tokens, TILE) * slices["SPLITS"] + (0 if head else tokens) + padded
-    block = max(FP8_BLOCK, next_pow2(dim))
+    block = _block(dim)
     hc_few_kernel[(programs,)](
         x if y is None else y.contiguous(), streams, base if post is None else post, base if comb is None else comb,
         fn, scale, base, base if weight is None else weight, out, x, codes, scales, new_post, new_comb, _empty(streams.device),
