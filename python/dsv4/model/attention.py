@@ -108,15 +108,27 @@ class Attention:
         low, kv = self.down(shared)
         stored = beside(lambda: self._stored(kv, step, rope, scratch), 2)
         _, qr = self.q_norm(low)
-        selected = beside(lambda: self._selected(qr, folded, step, rope), 1)
-        q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
-        q = ops.norm_rope(q, None, *rope, self.eps)
-        rows, compressed = stored(), self._compressed(selected(), step)
+        queries = self._beside_choice(lambda: self._queries(qr, rope))
+        selected = self._selected(qr, folded, step, rope)
+        q, rows, compressed = queries(), stored(), self._compressed(selected, step)
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
         if rows is scratch:
             ops.copy_rows(rows, window.kept, self.window, window.kept_to)
         u = ops.grouped_linear(o.view(len(x), self.groups, -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
+
+    def _queries(self, qr: Tensor | Quantised, rope: Rope) -> Tensor:
+        """[T, h, D], normed and turned, of low-rank queries."""
+        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
+        return self.ops.norm_rope(q, None, *rope, self.eps)
+
+    def _beside_choice(self, queries: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Queries on a lane where entries are chosen: the choice is a chain of small launches, and the queries' product, which fills the GPU,
+        must not come before them."""
+        if self.indexer is not None:
+            return beside(queries, 1)
+        q = queries()
+        return lambda: q
 
     def _folded(self, x: Tensor, step: Step, rope: Rope | None) -> Tensor | None:
         """Takes the step's tokens into the compressors, whose entries they then see; gives what an indexer's scores are weighted with,

@@ -33,6 +33,8 @@ class MoE:
     def mixed(self, x: Tensor, shared: Tensor | Quantised, token_ids: Tensor) -> Tensor:
         """The same for token ids int64 [T]."""
         chosen = None if self.table is None else self.table[token_ids]
-        always = beside(lambda: self.ops.swiglu(shared, self.shared, self.limit), 0)
-        experts, weights = self.ops.route(x, self.gate, self.bias, chosen, self.k, self.scale)
-        return self.ops.experts(x, experts, weights, self.experts, self.limit, always())
+        # The shared expert is the longer chain: it stays on the stream where each launch begins before the last one is over.
+        routed = beside(lambda: self.ops.route(x, self.gate, self.bias, chosen, self.k, self.scale), 0)
+        always = self.ops.swiglu(shared, self.shared, self.limit)
+        experts, weights = routed()
+        return self.ops.experts(x, experts, weights, self.experts, self.limit, always)

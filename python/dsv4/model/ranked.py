@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,30 +82,35 @@ class RankedAttention(Attention):
         low, kv = self.down(shared)
         stored = beside(lambda: self._stored(kv, step, rope.all, scratch), 2)
         _, qr = self.q_norm(low)
-        queries = None if indexer is None else beside(lambda: indexer.query(qr), 1)
-        q = ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
-        q = ops.norm_rope(q, None, *rope.local, self.eps)
+        queries = self._beside_choice(lambda: self._queries(qr, rope.local))
+        asked = None if indexer is None else indexer.query(qr)
         weights, rows = folded(), stored()
-        query = None if queries is None or weights is None else (queries(), weights)
-        y = self._attended(step, q, rope.local, rows, query)
+        query = None if asked is None or weights is None else (asked, weights)
+        y = self._attended(step, queries, rope.local, rows, query)
         if rows is scratch:
             ops.copy_rows(rows, window.kept, self.window, window.kept_to)
         return y
 
     def _attended(
-        self, step: RankStep, q: Tensor, rope: Rope, rows: Rows, query: tuple[Tensor, Tensor] | None
+        self,
+        step: RankStep,
+        queries: Callable[[], Tensor],
+        rope: Rope,
+        rows: Rows,
+        query: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Of queries [n, h, D] of the local tokens: [n, d]."""
+        """Of what gives the queries [n, h, D] of the local tokens: [n, d]."""
         if step.cut is None:
             assert step.shared is not None, "a step has tokens"
-            return self._shared(step.shared, q, rope, rows, query)
+            return self._shared(step.shared, queries, rope, rows, query)
+        q = queries()
         past, keys = ([], []) if step.pages is None else self._gathered(step.pages)
         own = self._cut(step.cut, q, rope, rows, past, keys, query)
         if step.shared is None:
             return ordered(own)
         y = own[0].new_empty((len(q), own[0].shape[1]))
         ordered(own, step.cut.pick(y))
-        self._shared(step.shared, q, rope, rows, query, step.shared.pick(y))
+        self._shared(step.shared, lambda: q, rope, rows, query, step.shared.pick(y))
         return y
 
     def _kv(self, kv: Tensor, step: RankStep) -> Tensor:  # type: ignore[override]
@@ -135,7 +140,7 @@ class RankedAttention(Attention):
     def _shared(
         self,
         group: Group,
-        q: Tensor,
+        queries: Callable[[], Tensor],
         rope: Rope,
         rows: Rows,
         query: tuple[Tensor, Tensor] | None,
@@ -153,7 +158,7 @@ class RankedAttention(Attention):
             chosen = self._choice(group, rank.gather(lists[0]))
             compressed = *compressed, *ops.entries_of_part(chosen, rank.rank, rank.ranks)
         o, lse = ops.partial_attention(
-            group.pick(q), self.scale, group.tokens, rows, group.window[0], *compressed
+            group.pick(queries()), self.scale, group.tokens, rows, group.window[0], *compressed
         )
         o, lse = rank.heads(o, lse)
         sink = self.sink.chunk(rank.ranks)[rank.rank]

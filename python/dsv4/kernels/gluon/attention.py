@@ -21,7 +21,7 @@ from torch import Tensor
 from dsv4.kernels.gluon import blackwell_attention, hopper_attention, hopper_stream
 from dsv4.kernels.gluon.forms import BLOCK, HEADS, LONG_PROGRAMS, MOST_BLOCKS
 from dsv4.kernels.triton import attention as portable
-from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2
+from dsv4.kernels.triton.common import cdiv, multiprocessors, next_pow2, pdl
 from dsv4.kernels.triton.merge import merge
 from dsv4.ops.tables import EntryTable, RowSource, TokenTable
 
@@ -209,8 +209,15 @@ def _run(
     else:
         blocks = next_pow2(each or cdiv(key_blocks, splits))
         cut = dict(EACH=each, LONG=long) if each else {}
+        overlap = pdl() if kernel is hopper_attention else {}
         kernel.attend[(ctas * splits,)](
-            *args, times, SPLIT=out is None or splits > 1, NBP=blocks, **values, **cut
+            *args,
+            times,
+            SPLIT=out is None or splits > 1,
+            NBP=blocks,
+            **values,
+            **cut,
+            **({"PDL": True} | overlap if overlap else {}),
         )
     return parts, lse
 

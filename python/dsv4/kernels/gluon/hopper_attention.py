@@ -221,16 +221,16 @@ def attend(
     EACH: gl.constexpr = 0,
     LONG: gl.constexpr = False,
     PART: gl.constexpr = False,
+    PDL: gl.constexpr = False,
 ):
     """MODE 0: window only; 1: and all visible entries; 2: and the selected ones. Strides in int32 words. EACH, LONG, PART: as in
     the plain kernel.
-    times: None, or where trace.py stores when each role did what."""
+    times: None, or where trace.py stores when each role did what. PDL: begun before the kernel before is over."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if times is not None:
         times += gl.program_id(0) * ((NBP + 1) * 32)
         begin(times)
-    sp, qi, h0, count, table, run = my_blocks(
-        visible, slabs, pages, pages_stride, splits, k, H, W, MODE, SPLIT, EACH, LONG, PART
-    )
     V2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     qs, ks = tiles()
     weights, bias = handover()
@@ -240,6 +240,11 @@ def attend(
     mbarrier.init(qfull, count=2)
     full, empty, pfull, pempty = barriers()
     bars = (full, empty, pfull, pempty, qfull)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    sp, qi, h0, count, table, run = my_blocks(
+        visible, slabs, pages, pages_stride, splits, k, H, W, MODE, SPLIT, EACH, LONG, PART
+    )
     at = (qi * splits + sp) * H
     to = (out, po, cos + qi * 32, sin + qi * 32, qi, at, h0)
     keys = (c1, window_ids + qi * W, table, selected + qi * k, count, st1, st2, delta)
@@ -290,7 +295,7 @@ SHAPES = [
         (64, 2, 1, True, 32),
     )
 ]
-_WHOLE = {"EACH": 0, "LONG": False, "PART": False}
+_WHOLE = {"EACH": 0, "LONG": False, "PART": False, "PDL": True}
 _BY_LENGTH = SHAPES[0] | _WHOLE | {"HIST_ROWS": 2, "MODE": 1, "EACH": 16}
 _PART = SHAPES[0] | _WHOLE | {"HIST_ROWS": 32, "PART": True}  # a rank's pages
 AOT = [
