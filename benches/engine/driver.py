@@ -86,7 +86,7 @@ class Driver:
         """`steps`: decode steps that are timed."""
         self.engine, self.steps = engine, steps
         self.where: list[dict[str, Any]] = []
-        """What the GPU did in the steps that `busy` saw last, of each kernel and kind of copy: launches and microseconds a step, the most first."""
+        """What the GPU did in the steps that `busy` saw last, as `by_kernel` says it."""
         self.rng = np.random.default_rng(seed)
 
     def ids(self, n: int) -> np.ndarray:
@@ -125,7 +125,7 @@ class Driver:
                 self.engine.step()
             torch.cuda.synchronize()
         on_gpu = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        self.where = by_kernel([(e.name, e.time_range.end - e.time_range.start) for e in on_gpu], steps)
+        self.where = by_kernel([(e.name, e.time_range.start, e.time_range.end) for e in on_gpu], steps)
         spans = sorted((e.time_range.start, e.time_range.end) for e in on_gpu)
         total, end = 0.0, float("-inf")
         for begun, ended in spans:
@@ -134,14 +134,20 @@ class Driver:
         return {"busy_ms": total / 1e3 / steps, "kernels": len(spans) / steps}
 
 
-def by_kernel(launched: list[tuple[str, float]], steps: int) -> list[dict[str, Any]]:
-    """Of launches (name, microseconds) in so many steps: `kernel`, `launches` and `us` a step, the most first. Kernels of torch have long names,
-    of which the operation is kept."""
+def by_kernel(launched: list[tuple[str, float, float]], steps: int) -> list[dict[str, Any]]:
+    """Of launches (name, begin, end in microseconds) in so many steps, for each kernel and kind of copy, the most first: `launches` and
+    `us` a step from begin to end, in which kernels that begin before the one before is over also wait; and `chain_us`, by which they put off
+    the end of all that was launched so far. The sum of the latter is the time in which the GPU works. Kernels of torch have long names, of
+    which the operation is kept."""
     found: dict[str, list[float]] = {}
-    for name, us in launched:
-        found.setdefault(_short(name), []).append(us)
-    rows = [{"kernel": k, "launches": len(us) / steps, "us": sum(us) / steps} for k, us in found.items()]
-    return [rounded(row) for row in sorted(rows, key=lambda row: -float(row["us"]))]
+    end = float("-inf")
+    for name, begun, ended in sorted(launched, key=lambda span: span[2]):
+        row = found.setdefault(_short(name), [0, 0.0, 0.0])
+        for i, value in enumerate((1, ended - begun, max(0.0, ended - max(begun, end)))):
+            row[i] += value / steps
+        end = max(end, ended)
+    rows = [{"kernel": k, "launches": n, "us": us, "chain_us": chain} for k, (n, us, chain) in found.items()]
+    return [rounded(row) for row in sorted(rows, key=lambda row: -float(row["chain_us"]))]
 
 
 def _short(name: str) -> str:

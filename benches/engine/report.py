@@ -118,18 +118,20 @@ MOST = 30
 
 
 def _where(where: dict[str, Any]) -> list[str]:
-    """Where the time of a part's steps goes. Kernels beside each other count both."""
+    """Where the time of a part's steps goes."""
     of = ", ".join(f"{k} {v}" for k, v in where.items() if k not in ("part", "kernels"))
     rows, rest = where["kernels"][:MOST], where["kernels"][MOST:]
     if rest:
-        sums = {k: round(sum(row[k] for row in rest), 3) for k in ("launches", "us")}
+        sums = {k: round(sum(row[k] for row in rest), 3) for k in ("launches", "us", "chain_us")}
         rows = [*rows, {"kernel": f"{len(rest)} others", **sums}]
     return [
         f"### A step of {where['part']}, {of}: its kernels",
         "",
-        _line(["kernel", "launches a step", "microseconds a step"]),
-        _line(["---"] * 3),
-        *(_line([row["kernel"], row["launches"], row["us"]]) for row in rows),
+        _line(
+            ["kernel", "launches a step", "us a step, waiting included", "us by which it puts off the end"]
+        ),
+        _line(["---"] * 4),
+        *(_line([row["kernel"], row["launches"], row["us"], row["chain_us"]]) for row in rows),
     ]
 
 
