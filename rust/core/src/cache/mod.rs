@@ -8,7 +8,8 @@
 //!
 //! | file | does |
 //! | --- | --- |
-//! | `mod.rs` | the life of a sequence, from lookup to release |
+//! | `mod.rs` | the life of a sequence, from attach to release |
+//! | `lookup.rs` | what is known of a prompt, and why not more |
 //! | `evict.rs` | room for what is needed: who goes |
 //! | `states.rs` | snapshots: room, admission, what replaces what |
 //! | `turns.rs` | which of a turn's two states is gone on from |
@@ -34,6 +35,7 @@ pub mod eviction;
 mod ghosts;
 mod image;
 mod keep;
+mod lookup;
 pub mod pool;
 pub mod retention;
 pub mod snapshot;
@@ -47,18 +49,19 @@ use std::collections::{BTreeMap, HashMap};
 pub use self::changes::Change;
 use self::changes::Changes;
 use self::keep::Pin;
+pub use self::lookup::{Lost, Match};
 pub use crate::cache::eviction::Eviction;
-use crate::cache::ghosts::{Ghosts, name_of};
+use crate::cache::ghosts::Ghosts;
 use crate::cache::pool::PagePool;
 use crate::cache::retention::{Hint, Quotas, Sessions};
 use crate::cache::snapshot::Snapshots;
-use crate::cache::tree::{Facts, NIL, Tree, hash_block};
-use crate::cache::turns::{End, Habit, Habits};
+use crate::cache::tree::{Facts, NIL, Tree};
+use crate::cache::turns::{Habit, Habits};
 use crate::cache::worth::Worth;
 use crate::cost::CostModel;
 use crate::error::CoreError;
 use crate::fence::{Fence, Until};
-use crate::ids::{PageId, PinId, SnapshotId, Step, Ticket};
+use crate::ids::{PageId, PinId, Step, Ticket};
 use crate::layout::LayoutSpec;
 pub use image::CacheImage;
 
@@ -99,36 +102,6 @@ impl Default for CacheOptions {
             changes: false,
         }
     }
-}
-
-/// Why a prefix was not known any further.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Lost {
-    /// All of it was known.
-    Nothing,
-    /// The next block was never stored.
-    NeverStored,
-    /// The next block was stored once and evicted.
-    HistoryEvicted,
-    /// The first block is known, but under another salt only.
-    Salt,
-    /// The prompt has no whole block that could be shared.
-    BelowBlock,
-}
-
-/// What is known of a prompt.
-#[derive(Clone, Debug)]
-pub struct Match {
-    /// Tokens with history, a multiple of the block size.
-    pub history: u32,
-    /// Saved states on the way, by position, ascending; all within `history`.
-    pub snapshots: Vec<(u32, SnapshotId)>,
-    /// Why `history` ends where it ends.
-    pub lost: Lost,
-    /// The deepest position at which a saved state was evicted.
-    pub snapshot_evicted: Option<u32>,
-    /// The deepest end of an earlier turn, and its position.
-    pub turn: Option<(u32, End)>,
 }
 
 /// A running request's place in the cache. Give it back with [`KvCache::release`].
@@ -264,59 +237,6 @@ impl KvCache {
             counters: CacheCounters::default(),
             options: options.clone(),
         })
-    }
-
-    /// How far whole blocks of `tokens` are known, at most `limit` tokens. Changes nothing, recency included.
-    pub fn lookup(&self, salt: &[u8], tokens: &[u32], limit: u32) -> Match {
-        let limit = limit.min(tokens.len() as u32) / self.block;
-        let nothing =
-            |lost| Match { history: 0, snapshots: Vec::new(), lost, snapshot_evicted: None, turn: None };
-        if limit == 0 {
-            return nothing(Lost::BelowBlock);
-        }
-        let Some(&root) = self.roots.get(salt) else {
-            return nothing(self.loss(self.seed(salt), tokens, 0));
-        };
-        let walk = self.tree.walk(root, &tokens[..(limit * self.block) as usize]);
-        let (mut snapshots, mut evicted) = (Vec::new(), None);
-        for n in self.tree.path(walk.node).map(|id| self.tree.node(id)) {
-            if n.end() <= walk.blocks {
-                snapshots.extend(n.snapshot.map(|s| (n.end() * self.block, s)));
-                evicted = evicted.max(n.facts.lost_snapshot.then_some(n.end() * self.block));
-            }
-        }
-        snapshots.reverse();
-        let lost = if walk.blocks == limit {
-            Lost::Nothing
-        } else {
-            self.loss(self.salts[&root].1, tokens, walk.blocks)
-        };
-        let turn = self.last_turn(walk.node, walk.blocks);
-        let turn = turn.map(|(id, t)| (self.tree.node(id).end() * self.block, t.end));
-        Match { history: walk.blocks * self.block, snapshots, lost, snapshot_evicted: evicted, turn }
-    }
-
-    /// Why block `index` of `tokens` is not known.
-    fn loss(&self, seed: u64, tokens: &[u32], index: u32) -> Lost {
-        if self.ghosts.find(self.name(seed, tokens, index)).is_some() {
-            Lost::HistoryEvicted
-        } else if index == 0 && self.tree.is_first_of_any(&tokens[..self.block as usize]) {
-            Lost::Salt
-        } else {
-            Lost::NeverStored
-        }
-    }
-
-    /// The name of block `index` of `tokens` among the evicted ones.
-    fn name(&self, seed: u64, tokens: &[u32], index: u32) -> u64 {
-        let (at, block) = ((index * self.block) as usize, self.block as usize);
-        let before = if index == 0 { &[][..] } else { &tokens[at - block..at] };
-        name_of(seed, index, before, &tokens[at..at + block])
-    }
-
-    fn seed(&self, salt: &[u8]) -> u64 {
-        let words: Vec<u32> = salt.iter().map(|&b| u32::from(b)).collect();
-        hash_block(self.fingerprint, &words)
     }
 
     /// Starts a sequence on the first `upto` known tokens (as `lookup` found them): pins the path, shares its pages.
