@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from dsv4 import LLM
-from dsv4.engine.warmup import late_captures, late_compiles
+from dsv4.engine.late import late_captures, late_compiles
 
 from benches.engine import report, vllm
 from benches.engine.driver import Driver, Dsv4, Engine, rounded
