@@ -96,6 +96,27 @@ def test_generate_writes_the_answer_only_to_standard_output(tmp_path: object) ->
     assert dsv4("generate", "--max-tokens", "12", stdin="Hello").stdout == result.stdout
 
 
+def test_an_interrupted_answer_is_no_success() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dsv4.cli",
+        "generate",
+        "--raw",
+        "--max-tokens",
+        "30000",
+        "Once upon a time",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    try:
+        assert process.stdout is not None and process.stdout.read(20)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "interrupted after" in err and "Traceback" not in err
+
+
 def test_generate_as_json_from_token_ids() -> None:
     result = dsv4("generate", "--raw", "--token-ids", "--json", "--max-tokens", "3", "336, 1537 405")
     body = json.loads(result.stdout)
@@ -181,12 +202,13 @@ def test_every_stage_of_a_start_is_shown(
 ) -> None:
     monkeypatch.setattr(common, "LINE_EVERY", 0.0)
     with common.LoadProgress() as progress:
+        progress(2**21, 2**22, "embed")
         progress(2**30, 2**31, "embed")
         progress(3, 12, "compiling", "kernels")
         progress(12, 120, "capturing", "graphs")
     assert (
         capsys.readouterr().err
-        == "weights 50% (1.0 of 2.0 GiB)\nkernels 25% (3 of 12)\ngraphs 10% (12 of 120)\n"
+        == "weights 50% (2.0 of 4.0 MiB)\nweights 50% (1.0 of 2.0 GiB)\nkernels 25% (3 of 12)\ngraphs 10% (12 of 120)\n"
     )
 
 

@@ -125,8 +125,9 @@ def _shown(done: int, total: int, stage: str, seconds: float) -> str:
     """`1.0 of 4.0 GiB, 2.0 GiB/s` of weights, `3 of 80` of others."""
     if stage != "weights":
         return f"{done:,} of {total:,}"
-    rate = f", {done / 2**30 / seconds:.1f} GiB/s" if seconds > 1 else ""
-    return f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB{rate}"
+    unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
+    rate = f", {done / unit / seconds:.1f} {name}/s" if seconds > 1 else ""
+    return f"{done / unit:.1f} of {total / unit:.1f} {name}{rate}"
 
 
 class PrefillProgress:

@@ -107,7 +107,7 @@ def sampling_of(arguments: argparse.Namespace, max_tokens: int | None) -> Sampli
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0 when the answer ended by itself or by length."""
+    """Exit code 0 when the answer ended by itself or by length, 130 after Ctrl-C."""
     (config,) = read_settings(arguments, EngineConfig)
     text = _prompt_text(arguments)
     params = sampling_of(arguments, 256)
@@ -127,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         write("\n")
     note(dim(reply.speed()))
-    return 0
+    return 0 if reply.usage is not None else 130
 
 
 def _prompt_text(arguments: argparse.Namespace) -> str:
