@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from dsv4 import LLM, SamplingParams
+from dsv4.engine.late import late_compiles
 from dsv4.engine.llm import Completion
-from dsv4.engine.warmup import late_compiles
 
 from benches.engine.driver import Driver, Dsv4, rounded
 from benches.engine.model import flash

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
+
 import pytest
 
 pytest.importorskip("dsv4._core")
+pytest.importorskip("triton")
 
+import benches
 from benches import event_cost, prompt_path
+
+MODULES = sorted(
+    m.name for m in pkgutil.walk_packages(benches.__path__, "benches.") if "__main__" not in m.name
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_benchmark_takes_is_there(name: str) -> None:
+    """Most of them need a GPU, or hours."""
+    import_module(name)
 
 
 def test_every_stage_of_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:

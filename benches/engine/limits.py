@@ -57,9 +57,7 @@ class Limits:
 
     def __init__(self, config: ModelConfig, layout: object, rates: Rates, ranks: int = 1) -> None:
         fp8 = rates.fp8_tf if rates.fp8_tf == rates.fp8_tf else rates.bf16_tf
-        gpu = Gpu(
-            "this one", 0, rates.copy_tb_s * 1e12, rates.bf16_tf * 1e12, fp8 * 1e12, None, 1, 1, "measured"
-        )
+        gpu = Gpu("this one", 0, rates.copy_tb_s * 1e12, rates.bf16_tf * 1e12, fp8 * 1e12, 1, "measured")
         self.rates = rates
         self._model = StepModel(step_coefficients(config, layout, gpu, ranks, _ALL))  # type: ignore[arg-type]
 

@@ -13,7 +13,6 @@ import torch
 from dsv4.kernels.gluon import moe
 from dsv4.kernels.gluon.trace import EVENTS, ROLES
 from dsv4.kernels.triton.moe_plan import plan_many
-from dsv4.kernels.triton.route import route
 from torch import Tensor
 
 from benches.gpu import moe as moe_bench
@@ -77,7 +76,7 @@ def run(name: str, tokens: int) -> None:
     gate = torch.randn((count, dim), device="cuda", dtype=torch.bfloat16) / dim**0.5
     bias = torch.randn(count, device="cuda") / 10
     x = torch.randn((tokens, dim), device="cuda", dtype=torch.bfloat16)
-    experts, weights = route(x, gate, bias, None, moe_bench.TOPK, 1.5)
+    experts, weights = moe_bench.route(x, gate, bias, None, moe_bench.TOPK, 1.5)
     plan = plan_many(experts, count, 256, 64)[2]
     programs = torch.cuda.get_device_properties(0).multi_processor_count
     tiles = (model.packed.w13.shape[1], model.packed.w2.shape[1])
