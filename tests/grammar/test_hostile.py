@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from dsv4.api.fields import Fields
-from dsv4.api.grammar import openai_format
+from dsv4.api.grammar import MOST_CHOICES, openai_format
 from dsv4.engine.grammars import Grammars
 from dsv4.errors import RequestError
 from dsv4.sampling import Grammar
@@ -106,13 +106,37 @@ def grammars() -> Grammars:
 
 
 @pytest.mark.parametrize(
-    "name", ["a rule that is itself", "a reference to itself", "references in a ring", "nothing at all"]
+    ("name", "why"),
+    [
+        ("a rule that is itself", "is a form that no answer has"),
+        ("a reference to itself", "is a form that no answer has"),
+        ("references in a ring", "is a form that no answer has"),
+        ("nothing at all", "is a form that no answer has"),
+        ("rules without an end", "parser error: Too many items"),
+        ("a million letters", "lexer error: too many expressions constructed"),
+        ("1,000 optional properties", "Current row has"),
+        ("1,000 alternatives", "Current row has"),
+    ],
 )
-def test_a_form_that_no_answer_has_is_refused_before_it_runs(grammars: Grammars, name: str) -> None:
+def test_a_form_that_cannot_be_followed_is_refused_before_it_runs(
+    grammars: Grammars, name: str, why: str
+) -> None:
     (field,) = FORMS[name]
     form = openai_format(Fields(FORMS[name]))
-    with pytest.raises(RequestError, match=f"^{field} is a form that no answer has$"):
+    with pytest.raises(RequestError, match=f"^{field} .*{why}") as told:
         grammars.constraint(Grammar(form.text(), field, chat=True), ends=[EOS], least=0)
+    assert told.value.status == 400 and told.value.param == field and "verbose" not in told.value.message
+
+
+def test_as_many_choices_as_a_body_may_have(grammars: Grammars) -> None:
+    choices = [f"number {i}" for i in range(MOST_CHOICES)]
+    form = openai_format(Fields({"guided_choice": choices}))
+    for chosen in (choices[0], choices[-1]):
+        held = grammars.constraint(Grammar(form.text(), "x"), ends=[EOS], least=0)
+        ids = [*small_tokenizer().encode(chosen), EOS]
+        for at, token in enumerate(ids):
+            masks, failed = grammars.maker.masks([(0, held, ids[:at])])
+            assert not failed and masks.bits[0].view(np.uint8)[token // 8] >> token % 8 & 1
 
 
 @pytest.mark.parametrize("name", FORMS)

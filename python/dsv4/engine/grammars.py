@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
 
+import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from dsv4.engine.bars import Bars
@@ -158,7 +159,18 @@ class Grammars:
         # by an error too: a mask then still lets the answer end.
         if not any(matcher.compute_bitmask()) or matcher.is_error():
             raise _refused(grammar, "is a form that no answer has")
+        self._try(grammar, matcher.deep_copy())
         return matcher
+
+    def _try(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        """Takes one step. Raises RequestError where the library gives up: much that is too large it does not notice before."""
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        may = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+        further = may[~np.isin(may, self._ends)]
+        if not matcher.is_error() and len(further) and matcher.consume_token(int(further[0])):
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise _refused(grammar, f"is no form that an answer can be held to: {_line(matcher.get_error())}")
 
 
 def _size(text: str) -> int:
@@ -166,7 +178,7 @@ def _size(text: str) -> int:
 
 
 def _line(error: str) -> str:
-    text = " ".join(error.split())
+    text = " ".join(error.removesuffix("<non-verbose/>").split())
     return text if len(text) <= 300 else text[:300] + "…"
 
 

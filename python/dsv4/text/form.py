@@ -36,7 +36,8 @@ class Format:
             made = json.loads(LLMatcher.grammar_from_regex(self.value))
             return {"lark_grammar": made["grammars"][0]["lark_grammar"]}
         if self.kind == "choice":
-            return {"lark_grammar": "start: " + " | ".join(map(quoted, self.value))}
+            # One terminal: as rules some two thousand are more than the parser takes.
+            return {"lark_grammar": "start: CHOICE\nCHOICE: " + " | ".join(map(quoted, self.value))}
         return {"lark_grammar": self.value}
 
     def fault(self) -> str | None:
