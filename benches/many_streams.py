@@ -11,7 +11,6 @@ status, number of tokens, end. It leaves with 1 where anything failed or did not
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import random
 import resource
@@ -161,7 +160,7 @@ def state(port: int, pids: list[int]) -> dict[str, Any]:
     return {"core": watch.core(watch.metrics(port)), "descriptors": [watch.descriptors(pid) for pid in pids]}
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--streams", type=int, default=10_000)
     parser.add_argument("--reset", type=float, default=0.3, help="share of the streams that are reset")
@@ -169,7 +168,11 @@ def main() -> int:
     parser.add_argument("--step-ms", type=float, default=1500.0)
     parser.add_argument("--rate", type=float, default=1500.0, help="streams begun a second")
     parser.add_argument("--out", type=Path, help="JSON")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     n = str(args.streams)
@@ -219,8 +222,7 @@ def main() -> int:
     shutil.rmtree(lag.parent)
     print(json.dumps(told, indent=1))
     if args.out:
-        with contextlib.suppress(FileExistsError):
-            args.out.parent.mkdir(parents=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(told, indent=1) + "\n")
     return int(bool(load.bad or probe.failed or before != after))
 

@@ -65,6 +65,13 @@ def _add_serve(kinds: Any) -> None:
     )
     add_server(serve, url=URL)
     serve.add_argument("--model", metavar="NAME", help="a model that it serves [its first]")
+    _add_traffic(serve)
+    _add_load(serve)
+    _add_report(serve)
+    serve.set_defaults(run=run)
+
+
+def _add_traffic(serve: argparse.ArgumentParser) -> None:
     what = serve.add_argument_group("what is asked")
     what.add_argument(
         "--shape", type=one_of(*SHAPES), default="chat", metavar="|".join(SHAPES), help="[chat]"
@@ -112,8 +119,6 @@ def _add_serve(kinds: Any) -> None:
         "--no-ignore-eos", action="store_true", help="answers may end early, for servers without ignore_eos"
     )
     what.add_argument("--body", type=_fields, default={}, metavar="JSON", help="more fields of every request")
-    _add_load(serve)
-    serve.set_defaults(run=run)
 
 
 def _add_load(serve: argparse.ArgumentParser) -> None:
@@ -175,6 +180,9 @@ def _add_load(serve: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of the rate that is searched for [0.1]",
     )
+
+
+def _add_report(serve: argparse.ArgumentParser) -> None:
     out = serve.add_argument_group("report")
     out.add_argument("--json", metavar="FILE", help="every figure and a row for each request")
     out.add_argument("--html", metavar="FILE", help="one page with plots")

@@ -40,6 +40,14 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help=MODELS)
     parser.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="MODEL as a flag")
+    _add_gpus(parser)
+    _add_formats(parser)
+    _add_shown(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_gpus(parser: argparse.ArgumentParser) -> None:
+    """On what, how it is divided, and what bounds requests."""
     parser.add_argument("--gpu", metavar="NAME", help=f"{', '.join(GPUS)} (must be given)")
     parser.add_argument("--num", type=count(), default=1, metavar="N", help="GPUs in all [1]")
     parser.add_argument(
@@ -80,6 +88,10 @@ def add(commands: Any) -> None:
         metavar="NAME|FILE",
         help="settings of a profile (dsv4 profiles), for all flags that are not given",
     )
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    """How rows and weights are stored, and which are counted."""
     parser.add_argument(
         "--rows", dest="kv_cache_dtype", metavar="FORMAT", help="fp8_ds_mla, bfloat16, float32 [fp8_ds_mla]"
     )
@@ -107,6 +119,10 @@ def add(commands: Any) -> None:
         help="dummy counts weights from config.json alone, as serve --load-format dummy makes them [auto]",
     )
     parser.add_argument("--draft", action="store_true", help="count the drafter's weights too")
+
+
+def _add_shown(parser: argparse.ArgumentParser) -> None:
+    """What the plan assumes of steps and turns, and how it is printed."""
     parser.add_argument(
         "--graphs",
         type=count(0),
@@ -120,7 +136,6 @@ def add(commands: Any) -> None:
         "--turn-tokens", type=count(), metavar="N", help="new tokens of a turn, for turns and forks [4340]"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -71,8 +71,6 @@ def add_times(group: Any) -> None:
 
 
 def add(commands: Any) -> None:
-    defaults = EngineConfig.__dataclass_fields__
-    snapshots, eviction = defaults["snapshot_policy"].default, defaults["eviction"].default
     parser = commands.add_parser(
         "simulate",
         help="a request trace against the real core in virtual time",
@@ -89,12 +87,27 @@ def add(commands: Any) -> None:
     )
     engine = parser.add_argument_group("engine")
     add_model(engine)
-    engine.add_argument(
+    _add_memory(engine)
+    _add_limits(engine)
+    load = parser.add_argument_group("load")
+    _add_load(load)
+    add_times(load)
+    out = parser.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="print JSON with timelines instead of a table")
+    out.add_argument("--plot", metavar="FILE.png", help="memory and hit rate over time (needs matplotlib)")
+    parser.set_defaults(run=run)
+
+
+def _add_memory(group: Any) -> None:
+    """GPUs, the pool, and what is kept in it."""
+    defaults = EngineConfig.__dataclass_fields__
+    snapshots, eviction = defaults["snapshot_policy"].default, defaults["eviction"].default
+    group.add_argument(
         "--profile",
         metavar="NAME|FILE",
         help="settings of a profile (dsv4 profiles), for all flags that are not given",
     )
-    engine.add_argument(
+    group.add_argument(
         "--tp",
         "--num",
         "--tensor-parallel-size",
@@ -103,85 +116,87 @@ def add(commands: Any) -> None:
         metavar="N",
         help="GPUs of the engine [fewest whose memory the weights fill to three quarters at most]",
     )
-    engine.add_argument(
+    group.add_argument(
         "--policy",
         metavar="NAME[,NAME…]",
         help=f"snapshot policies, each alone or with an eviction order as NAME/EVICTION [{snapshots}/{eviction}]",
     )
-    engine.add_argument(
+    group.add_argument(
         "--pool-gib",
         type=number(0, 1e6, open=True),
         metavar="X",
         help="page pool of each GPU [what --memory-fraction leaves]",
     )
-    engine.add_argument(
+    group.add_argument(
         "--memory-fraction",
         dest="gpu_memory_utilization",
         type=reader(SHARE, float),
         metavar="F",
         help="share of memory to use [0.9]",
     )
-    engine.add_argument(
+    group.add_argument(
         "--snapshot-budget",
         type=number(0, 1),
         metavar="F",
         help="largest share of the pool for snapshots (auto)",
     )
-    engine.add_argument("--max-num-seqs", type=count(), metavar="N", help="requests that run at a time [64]")
-    engine.add_argument(
+
+
+def _add_limits(group: Any) -> None:
+    """What bounds requests, pages and steps."""
+    group.add_argument("--max-num-seqs", type=count(), metavar="N", help="requests that run at a time [64]")
+    group.add_argument(
         "--max-num-batched-tokens",
         type=count(),
         metavar="N",
         help="tokens of a step [4096, of several GPUs 8192]",
     )
-    engine.add_argument(
+    group.add_argument(
         "--max-num-waiting",
         type=count(),
         metavar="N",
         help="requests that queue in the core [1024]",
     )
-    engine.add_argument(
+    group.add_argument(
         "--block-size", type=count(), metavar="N", help="tokens of a page (default: as dsv4 serve has it)"
     )
-    engine.add_argument(
+    group.add_argument(
         "--index-cache-dtype",
         type=one_of(*INDEX_FORMATS),
         metavar="|".join(INDEX_FORMATS),
         help="format of index rows [mxfp4]",
     )
-    engine.add_argument(
+    group.add_argument(
         "--step-ms",
         type=_step_ms,
         metavar="MS",
         help="time budget of a step with decodes, auto as `dsv4 serve` has it, or none: only its tokens are bounded [none]",
     )
-    engine.add_argument(
+    group.add_argument(
         "--tenant", action="append", default=[], metavar="NAME=WEIGHT", help="a tenant's share [1]"
     )
-    engine.add_argument(
+    group.add_argument(
         "--kv-cache-dtype",
         type=one_of(*ROW_FORMATS),
         metavar="|".join(ROW_FORMATS),
         help="format of rows [fp8_ds_mla]",
     )
-    load = parser.add_argument_group("load")
-    load.add_argument(
+
+
+def _add_load(group: Any) -> None:
+    """What requests come, and when."""
+    group.add_argument(
         "--dump",
         metavar="FILE",
         help="in place of a trace: what Core.dump() returned; its live requests run on under its own policy",
     )
-    load.add_argument(
+    group.add_argument(
         "--rate", metavar="R", help="requests per second, or such as 2x: so many times the trace's [1x]"
     )
-    add_reading(load)
-    load.add_argument(
+    add_reading(group)
+    group.add_argument(
         "--sequential", action="store_true", help="one request at a time, no timing: the cache alone"
     )
-    add_times(load)
-    out = parser.add_argument_group("output")
-    out.add_argument("--json", action="store_true", help="print JSON with timelines instead of a table")
-    out.add_argument("--plot", metavar="FILE.png", help="memory and hit rate over time (needs matplotlib)")
-    parser.set_defaults(run=run)
 
 
 def _step_ms(text: str) -> float | str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -60,6 +60,9 @@ from dsv4.plan.ranks import least_ranks
 from dsv4.plan.weights import Weights
 from dsv4.quantities import counted
 from dsv4.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dsv4._core import PlanSchema
 
 log = logging.getLogger("dsv4.engine")
 
@@ -308,16 +311,12 @@ def _build(
     group: Group | None,
     why: str,
 ) -> BuiltEngine:
-    config, found, dtype, packed = sizing.config, sizing.found, sizing.dtype, sizing.packed
-    model_config, ranks = found.config, config.tensor_parallel_size or 1
+    config, model_config = sizing.config, sizing.found.config
+    ranks = config.tensor_parallel_size or 1
     layout = sizing.layout(ranks)
     record = None if config.record_steps is None else StepRecord(config.record_steps)
     if group is not None:
-        settle_rank(config, 0, ranks)
-        group.greet(config)
-        others = group.free() if config.device == "cuda" else free.bytes
-        free = dataclasses.replace(free, bytes=min(free.bytes, others))
-        free = free if config.device == "cuda" else of_rank(free, ranks)
+        free = _greet(group, config, free)
     demand = sizing.demand(ranks)
     check_fits(config, demand, free)
     pages, max_len = size_pool(
@@ -332,31 +331,13 @@ def _build(
     told = KvEventsConfig.of(config.kv_events_config)
     core = _core(config, layout, pages, max_len, changes=told is not None)
     events = None if told is None else KvEvents(told, core, layout.block_tokens)
-    schema, steps = core.plan_schema(), 2 if config.async_scheduling else 1
-    all_run = config.max_num_seqs * (max_len - 1)
-    warm_up = min(config.max_num_batched_tokens or 1, all_run) if config.device == "cuda" else 0
-    local: LocalDevice
+    schema = core.plan_schema()
     with allocating("lower --kv-cache-memory (or --num-pages), --max-num-seqs or --max-num-batched-tokens"):
-        if group is None:
-            weights = _weights(config, found, dtype, progress, packed, source)
-            local, eager = _device_of(config, layout, model_config, weights, ops, pages, max_len)
-        else:
-            group.load(packed=packed)
-            weights = _weights(
-                config,
-                found,
-                dtype,
-                group.told(progress),
-                packed,
-                source,
-                Share(0, ranks, whole_attention=True),
-            )
-            rank = group.form(pages, max_len, schema, warm_up)
-            make = partial(LeadingDevice, group)
-            local, eager = _device_of(config, layout, model_config, weights, ops, pages, max_len, rank, make)
-        plans = tuple(StepPlan(schema, pinned=config.device == "cuda") for _ in range(steps))
-        if warm_up:
-            local.warm_up(warm_up, config.capture_context, progress)
+        local, eager = _loaded(sizing, source, ops, progress, group, schema, pages, max_len)
+        steps = range(2 if config.async_scheduling else 1)
+        plans = tuple(StepPlan(schema, pinned=config.device == "cuda") for _ in steps)
+        if tokens := _warm_up_tokens(config, max_len):
+            local.warm_up(tokens, config.capture_context, progress)
         if group is not None:
             group.await_all()
     loop = EngineLoop(
@@ -368,46 +349,85 @@ def _build(
         tenants=Tenants(config.tenants),
         record=record,
         events=events,
-        grammars=Grammars(
-            partial(Tokenizer.from_dir, source.path, vocab_size=model_config.vocab_size),
-            model_config.vocab_size,
-            eos_ids,
-            pinned=config.device == "cuda",
-        ),
+        grammars=_grammars(config, source, model_config.vocab_size, eos_ids),
         group=group,
     )
     if events is not None:
         events.start()
-    memory = MemoryPlan(
+    memory = _memory(sizing, local, layout, pages, max_len)
+    taken = _taken(demand, memory) if config.device == "cuda" else None
+    return BuiltEngine(
+        config, model_config, layout, memory, loop, ops, sizing.dtype, source, eager, why, taken
+    )
+
+
+def _greet(group: Group, config: EngineConfig, free: Free) -> Free:
+    """Starts the other ranks; what each of all may use."""
+    ranks = config.tensor_parallel_size or 1
+    settle_rank(config, 0, ranks)
+    group.greet(config)
+    if config.device != "cuda":
+        return of_rank(free, ranks)
+    return dataclasses.replace(free, bytes=min(free.bytes, group.free()))
+
+
+def _loaded(
+    sizing: Sizing,
+    source: Source,
+    ops: Ops,
+    progress: Progress | None,
+    group: Group | None,
+    schema: PlanSchema,
+    pages: int,
+    max_len: int,
+) -> tuple[LocalDevice, str | None]:
+    """Rank 0's device with its weights, and what keeps its decode steps from being captured."""
+    config, found, dtype, packed = sizing.config, sizing.found, sizing.dtype, sizing.packed
+    ranks, layout = config.tensor_parallel_size or 1, sizing.layout(config.tensor_parallel_size or 1)
+    if group is None:
+        weights = _weights(config, found, dtype, progress, packed, source)
+        return _device_of(config, layout, found.config, weights, ops, pages, max_len)
+    group.load(packed=packed)
+    share = Share(0, ranks, whole_attention=True)
+    weights = _weights(config, found, dtype, group.told(progress), packed, source, share)
+    rank = group.form(pages, max_len, schema, _warm_up_tokens(config, max_len))
+    make = partial(LeadingDevice, group)
+    return _device_of(config, layout, found.config, weights, ops, pages, max_len, rank, make)
+
+
+def _grammars(config: EngineConfig, source: Source, vocab_size: int, eos_ids: frozenset[int]) -> Grammars:
+    tokenizer = partial(Tokenizer.from_dir, source.path, vocab_size=vocab_size)
+    return Grammars(tokenizer, vocab_size, eos_ids, pinned=config.device == "cuda")
+
+
+def _memory(sizing: Sizing, local: LocalDevice, layout: LayoutSpec, pages: int, max_len: int) -> MemoryPlan:
+    """What the start prints of memory."""
+    return MemoryPlan(
         weights=local.model.weight_bytes,
-        packed=packed,
+        packed=sizing.packed,
         pages=pages,
         pool=pages * layout.page_bytes,
         slabs=len(local.page_table) * layout.slab_bytes,
-        notes=tuple(found.describe(dtype.itemsize, packed=packed)),
+        notes=tuple(sizing.found.describe(sizing.dtype.itemsize, packed=sizing.packed)),
         page_table=local.page_table.numel() * 4,
         max_model_len=max_len,
     )
-    taken = None
-    if config.device == "cuda":
-        planned = dataclasses.replace(demand, pages=pages)
-        tensors = {"weights": memory.weights, "pool": memory.pool, "slabs": memory.slabs}
-        taken = Taken.of(planned, Card.now(), **tensors)
-        if (fault := taken.fault()) is not None:
-            log.warning("%s", fault)
-    return BuiltEngine(
-        config,
-        model_config,
-        layout,
-        memory,
-        loop,
-        ops,
-        dtype,
-        source,
-        eager,
-        why,
-        taken,
-    )
+
+
+def _warm_up_tokens(config: EngineConfig, max_len: int) -> int:
+    """Tokens of the prompt that a start runs; 0 where it runs none."""
+    if config.device != "cuda":
+        return 0
+    return min(config.max_num_batched_tokens or 1, config.max_num_seqs * (max_len - 1))
+
+
+def _taken(demand: Demand, memory: MemoryPlan) -> Taken:
+    """What the start took of the card; what differs from the plan is logged."""
+    tensors = {"weights": memory.weights, "pool": memory.pool, "slabs": memory.slabs}
+    taken = Taken.of(dataclasses.replace(demand, pages=memory.pages), Card.now(), **tensors)
+    if (fault := taken.fault()) is not None:
+        log.warning("%s", fault)
+    return taken
 
 
 def _weights(
