@@ -18,7 +18,8 @@
 //! | `image.rs` | the cache as data, for a dump |
 //! | `check.rs` | every count from scratch |
 //! | `pool.rs`, `tree.rs`, `snapshot.rs` | what is cached: pages, prefixes, saved states |
-//! | `worth.rs` | the order in which they go; `eviction.rs` its policies, `reuse.rs` rates of reuse, `ghosts.rs` what went |
+//! | `worth.rs`, `eviction/` | the order in which they go, and its policies |
+//! | `ghosts.rs` | what went |
 //! | `retention.rs` | what clients ask for: priorities, times to live, sessions, quotas |
 //!
 //! **Fences.** What a step or a copy in flight may still read or write is given back *behind* it: it waits in `leaving` until
@@ -484,11 +485,6 @@ impl KvCache {
     /// Snapshots in the tree.
     pub fn snapshots(&self) -> u32 {
         self.snapshots.count()
-    }
-
-    /// Cached pages of tenants that have a quota.
-    pub fn quota_use(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
-        self.quotas.held()
     }
 
     /// Pages that wait for a step or copy to end (an upper bound: shared ones count too).
