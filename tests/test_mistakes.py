@@ -149,6 +149,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("bench serve --rate 0", ["--rate", "'0'", "above 0"]),
     ("bench serve --rate 1 --concurrency 2", ["--concurrency and --rate", "one of them"]),
     ("bench serve --goal tfft=3", ["'tfft=3'", "did you mean 'ttft'?"]),
+    ("bench serve --goal ttft", ["--goal is 'ttft'", "NAME=MS", "such as ttft=2000\n"]),
     ("bench serve --goal ttft=soon", ["--goal ttft is 'soon'", "above 0"]),
     ("bench serve --search", ["--search has no goal", "--goal ttft=2000"]),
     ("bench serve --search --goal ttft=9 --rate 1,2", ["--search", "one --rate"]),

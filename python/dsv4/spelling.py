@@ -27,9 +27,11 @@ SHORTEST = 3
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?`, or nothing. Names that begin with `word` come first, then the one most like it. Dashes in
-    front, `_` for `-` and upper case do not count."""
+    """`; did you mean 'x'?`, or nothing, also for a word that is known: what is wrong then is something else. Names that begin
+    with `word` come first, then the one most like it. Dashes in front, `_` for `-` and upper case do not count."""
     plain = {_plain(name): name for name in known}
+    if word in plain.values():
+        return ""
     meant = _plain(word)
     if SAME.get(meant) in plain.values():
         return f"; did you mean {SAME[meant]!r}?"

@@ -38,8 +38,7 @@ class Goal:
             ms = -1.0
         if name not in GOALS or not 0 < ms < float("inf"):
             raise ConfigError(
-                f"--goal is {text!r}; it takes ttft or itl and milliseconds above 0, such as ttft=2000"
-                + ("" if name in GOALS else nearest(name, GOALS))
+                f"--goal is {text!r}; it takes ttft or itl and milliseconds above 0, such as ttft=2000{nearest(name, GOALS)}"
             )
         return cls(name, ms)
 
