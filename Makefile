@@ -8,7 +8,7 @@
 #   make test-fleet  dsv4 dynamo behind Dynamo's frontend and router, on this machine (330 MB in .venv-fleet); CI runs ARGS="-m contract"
 #   make test-gpu  the Python tests that may touch a GPU, JOBS at a time (PYTHON=python3 takes its torch)
 #   make test-ready  what a GPU engine still compiles or captures under load (needs CUDA)
-#   make lint    formatting, lints, types, stubs        make fmt     format in place
+#   make lint    formatting, lints, stubs               make fmt     format in place
 #   make bench   core benchmarks (criterion)            make counts  instruction counts (needs valgrind)
 #   make grammar  answers to 1,000 random schemas (SCHEMAS=1000)
 #   make bench-gpu  kernels against the GPU's limits (needs CUDA; PYTHON=python3, ARGS="--quick --only attention")

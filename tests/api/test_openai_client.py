@@ -231,7 +231,8 @@ def test_sampling_parameters_arrive(served: RunningServer, client: openai.OpenAI
 
 def test_default_lengths(served: RunningServer, client: openai.OpenAI) -> None:
     client.chat.completions.create(model="default", messages=HELLO, extra_body={"ignore_eos": False})
-    assert served.engine.seen[-1].params.max_tokens is None or served.engine.seen[-1].params.max_tokens > 4000
+    seen = served.engine.seen[-1]
+    assert seen.params.max_tokens == served.engine.max_model_len - len(seen.prompt)
     answer = client.completions.create(model="default", prompt="Hello", extra_body={"ignore_eos": True})
     assert answer.usage.completion_tokens == 16 and answer.choices[0].finish_reason == "length"
 

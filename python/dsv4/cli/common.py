@@ -44,6 +44,15 @@ def add_settings(parser: argparse.ArgumentParser, *classes: type, model: bool = 
     add_flags(parser, *classes)
 
 
+def add_profile(parser: Any) -> None:
+    """`--profile` of a command whose flags are not all settings."""
+    parser.add_argument(
+        "--profile",
+        metavar="NAME|FILE",
+        help="settings of a profile (dsv4 profiles), for all flags that are not given",
+    )
+
+
 def read_settings(arguments: argparse.Namespace, *classes: type) -> list[Any]:
     """One config object per class from flags, environment and YAML. Raises ConfigError."""
     return load(classes, {**vars(arguments), "model": model_of(arguments)}, yaml_path=arguments.yaml)

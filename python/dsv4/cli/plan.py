@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.common import add_numbers, model_of
+from dsv4.cli.common import add_numbers, add_profile, model_of
 from dsv4.cli.words import count, number, one_of
 from dsv4.config import settle, step_tokens
 from dsv4.errors import ConfigError
@@ -83,11 +83,7 @@ def _add_gpus(parser: argparse.ArgumentParser) -> None:
         help="longest request, such as 64k or 1M [the model's]",
     )
     add_numbers(parser, NUMBERS)
-    parser.add_argument(
-        "--profile",
-        metavar="NAME|FILE",
-        help="settings of a profile (dsv4 profiles), for all flags that are not given",
-    )
+    add_profile(parser)
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from dsv4.cli.common import LINE_EVERY, note
+from dsv4.cli.common import LINE_EVERY, add_profile, note
 from dsv4.cli.words import count, number, one_of, reader
 from dsv4.config import EngineConfig, settle
 from dsv4.errors import ConfigError
@@ -102,11 +102,7 @@ def _add_memory(group: Any) -> None:
     """GPUs, the pool, and what is kept in it."""
     defaults = EngineConfig.__dataclass_fields__
     snapshots, eviction = defaults["snapshot_policy"].default, defaults["eviction"].default
-    group.add_argument(
-        "--profile",
-        metavar="NAME|FILE",
-        help="settings of a profile (dsv4 profiles), for all flags that are not given",
-    )
+    add_profile(group)
     group.add_argument(
         "--tp",
         "--num",

@@ -87,16 +87,10 @@ def load_weights(
             done += sizes[name]
             if progress is not None:
                 progress(done, total, name)
-    log.info(
-        "%s %s of %s MB of tensors in %.1f s (rank %d of %d; threads: %d)",
-        "read" if found.seed is None else "made up",
-        f"{done / 1e6:,.1f}",
-        f"{sum(origin.size(name, None) for name in expected) / 1e6:,.1f}",
-        time.monotonic() - begun,
-        share.rank,
-        share.ranks,
-        origin.threads,
-    )
+    how = "read" if found.seed is None else "made up"
+    part, whole = (f"{n / 1e6:,.1f}" for n in (done, sum(origin.size(name, None) for name in expected)))
+    took, of = time.monotonic() - begun, f"rank {share.rank} of {share.ranks}; threads: {origin.threads}"
+    log.info("%s %s of %s MB of tensors in %.1f s (%s)", how, part, whole, took, of)
     return weights
 
 
