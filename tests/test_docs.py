@@ -165,6 +165,18 @@ def test_imports_go_down() -> None:
             assert parts.index(part) < parts.index(other), f"{file.relative_to(ROOT)} imports {other}"
 
 
+@pytest.mark.parametrize(
+    "package",
+    [p for p in sorted((ROOT / "python/dsv4").glob("*/__init__.py")) if "| ---" in p.read_text()],
+    ids=lambda p: p.parent.name,
+)
+def test_a_table_of_files_has_them_all(package: Path) -> None:
+    rows = "\n".join(line for line in package.read_text().splitlines() if line.startswith("|"))
+    named = re.findall(r"`(\w+\.py)`", rows)
+    there = {file.name for file in package.parent.glob("*.py")} - {package.name}
+    assert set(named) == there and len(named) == len(there), set(named) ^ there
+
+
 def test_decisions_are_short() -> None:
     for page in ROOT.glob("docs/decisions/*.md"):
         assert page.read_text().count("\n") <= 40, page.name

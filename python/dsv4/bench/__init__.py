@@ -5,8 +5,8 @@
 | `words.py`, `sizing.py` | text of a wanted length in tokens |
 | `shapes.py`, `conversation.py`, `trace.py` | what is asked: sessions of turns |
 | `client.py`, `connection.py`, `answer.py` | one request over HTTP, and what is seen of its answer |
-| `load.py`, `lag.py`, `stage.py` | when requests are sent; how late this process was; one load from start to end |
+| `load.py`, `lag.py`, `run.py` | when requests are sent; how late this process was; a whole run, stage by stage |
 | `search.py`, `goals.py` | the highest rate that keeps the goals |
-| `bootstrap.py`, `figures.py` | figures with intervals |
+| `record.py`, `bootstrap.py`, `figures.py` | one request as figures need it; figures with intervals |
 | `report.py`, `table.py`, `html.py`, `svg.py`, `compare.py` | how they are written, shown and compared |
 """

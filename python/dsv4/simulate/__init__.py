@@ -14,6 +14,8 @@
 | `records.py` | what generated traces are written with: exact ids, lengths from log-normal distributions |
 | `agents.py` | traces of agent sessions from stated distributions |
 | `traffic.py` | the same of conversations, rollouts, documents, and of all together |
+| `workload.py` | traffic as a trace: of a file, a report, a dump or a server's metrics |
+| `outcome.py`, `choice.py` | what a profile makes of it; which profile it should have, and why |
 
 The replay itself is Rust (`rust/sim/src/replay`). Nothing here imports torch.
 """
