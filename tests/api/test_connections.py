@@ -34,11 +34,6 @@ def connect(port: int) -> socket.socket:
     return socket.create_connection(("127.0.0.1", port), timeout=60)
 
 
-def metric(port: int, name: str) -> float:
-    text = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
-    return float(next(x for x in text.splitlines() if x.startswith(name)).rsplit(" ", 1)[1])
-
-
 def test_more_streams_than_descriptors() -> None:
     with server_process(0.05, files=(64, 160), drain_timeout=0) as (process, port):
         clients = [

@@ -129,7 +129,6 @@ def developer(text: str, **more: object) -> dict:
 
 RESULT = {"role": "tool", "tool_call_id": "c1", "content": "sun"}
 REMINDER = {"role": "latest_reminder", "content": "Monday"}
-THOUGHTFUL = assistant("one", reasoning_content="hm")
 CALLING = assistant("", tool_calls=[CALL])
 
 LAST = {
