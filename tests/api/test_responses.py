@@ -247,6 +247,10 @@ def test_parameters_and_session_arrive(model: Model) -> None:
     [
         ({"input": None}, "input is missing"),
         ({"input": []}, "input is empty"),
+        (
+            {"input": [{"type": "web_search_call"}]},
+            "input has nothing that the model reads (input items of type 'web_search_call' were left out)",
+        ),
         ({"input": [{}]}, "input[0].type is missing"),
         ({"input": [{"type": "message", "content": "a"}]}, "input[0].role is missing"),
         ({"input": [{"role": "user"}]}, "input[0].content is missing"),

@@ -121,10 +121,12 @@ def _messages(fields: Fields, tools: ResponsesTools) -> list[dict[str, Any]]:
     if isinstance(given, str):
         reader.messages.append({"role": "user", "content": given})
         return reader.messages
-    for i, item in enumerate(fields.items("input", dict, MAX_ITEMS)):
+    items = fields.items("input", dict, MAX_ITEMS)
+    for i, item in enumerate(items):
         reader.read(Fields(item, f"input[{i}]."))
     if not reader.messages:
-        raise RequestError("input is empty; it needs at least one item", "input", "invalid_value", 400)
+        what = f"has nothing that the model reads ({tools.left_out[-1]})" if items else "is empty"
+        raise RequestError(f"input {what}; it needs at least one message", "input", "invalid_value", 400)
     return reader.messages
 
 
