@@ -202,10 +202,40 @@ def test_strict_arguments(server: RunningServer, grammars: Grammars) -> None:
     assert not takes(what, note, ("day", '"false">"x"')) and not takes(what, ("note", '"false">7'))
 
 
-def test_a_strict_tool_that_no_grammar_holds_is_called_like_any_other(
+def test_a_strict_schema_may_be_a_reference_to_one_that_holds_itself(
     server: RunningServer, grammars: Grammars
 ) -> None:
-    parameters = {"type": "object", "properties": {"at": {"type": "array", "uniqueItems": True}}}
+    node = {
+        "type": "object",
+        "properties": {
+            "n": {"type": "integer"},
+            "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]},
+        },
+        "required": ["n", "next"],
+        "additionalProperties": False,
+    }
+    parameters = {"$defs": {"Node": node}, "$ref": "#/$defs/Node"}
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
+    asked = Asked(server, grammars, CHAT, {"tools": [tool]})
+
+    def takes(*pairs: tuple[str, str]) -> bool:
+        rows = [f'<｜DSML｜parameter name="{k}" string="false">{v}</｜DSML｜parameter>' for k, v in pairs]
+        return asked.takes(block(call_of("f", *rows)))
+
+    assert takes(("n", "1"), ("next", "null")) and takes(("n", "1"), ("next", '{"n": 2, "next": null}'))
+    assert not takes(("n", "1")) and not takes(("n", "1"), ("next", '{"n": 2}')) and not takes(("m", "1"))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": "object", "properties": {"at": {"type": "array", "uniqueItems": True}}},
+        {"$ref": "#/$defs/any", "$defs": {"any": True}},
+    ],
+)
+def test_a_strict_tool_that_no_grammar_holds_is_called_like_any_other(
+    server: RunningServer, grammars: Grammars, parameters: dict[str, Any]
+) -> None:
     tool = {"type": "function", "function": {"name": "look", "strict": True, "parameters": parameters}}
     asked = Asked(server, grammars, CHAT, {"tools": [tool]})
     assert asked.takes(block(LOOK)) and not asked.takes(block(STOP))

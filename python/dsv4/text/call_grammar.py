@@ -106,6 +106,7 @@ _DEEPEST = 4
 _ANY_TEXT = '"true\\">" RAW'
 _OF_ROOT = _BESIDE | {"type", "properties", "required", "additionalProperties", "$defs", "definitions"}
 _OF_ROOT |= {"$schema", "$id", "strict", "x-guidance"}
+_BESIDE_REF = {"$defs", "definitions", "$schema", "$id"}
 
 
 @dataclass(slots=True)
@@ -122,9 +123,13 @@ class _Strict:
     def of(cls, name: str, function: Mapping[str, Any]) -> _Strict | None:
         """None where the schema is not that of an object with named parameters, or says what no grammar can."""
         root = without_foreign_formats(function.get("parameters"))
-        if not isinstance(root, Mapping) or root.get("type", "object") != "object" or root.keys() - _OF_ROOT:
+        if not isinstance(root, Mapping):
             return None
-        properties, required = root.get("properties", {}), root.get("required") or []
+        # A schema that refers to itself, as pydantic writes it, is a reference beside its definitions.
+        top = _followed({word: value for word, value in root.items() if word not in _BESIDE_REF}, root)
+        if not isinstance(top, Mapping) or top.get("type", "object") != "object" or top.keys() - _OF_ROOT:
+            return None
+        properties, required = top.get("properties", {}), top.get("required") or []
         if not isinstance(properties, Mapping):
             return None
         if not isinstance(required, list) or any(key not in list(properties) for key in required):
