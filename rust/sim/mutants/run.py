@@ -2,7 +2,7 @@
 
     python3 rust/sim/mutants/run.py
 
-Each `NAME.patch` here is one bug: a sentence, a file, and hunks (`@@`) of lines that stay (` `), go (`-`) or come (`+`). A hunk
+Each `NAME.patch` here is one bug: a sentence, and for each file (`---`) hunks (`@@`) of lines that stay (` `), go (`-`) or come (`+`). A hunk
 is found by its lines alone, which must be in the file exactly once, so line numbers do not matter. `BUG` in it is whether
 this bug is switched on: all bugs are compiled once, into one copy in `target/mutants`, and tried one after the other.
 """
@@ -27,16 +27,19 @@ def copied() -> dict[Path, str]:
 
 def apply(patch: Path, files: dict[Path, str]) -> None:
     """Puts one bug into the files. Exits with what is not there when a hunk does not fit."""
-    head, *hunks = patch.read_text().split("\n@@\n")
-    path = Path(head.rsplit("--- ", 1)[1])
-    for hunk in hunks:
-        lines = hunk.rstrip("\n").split("\n")
-        old = "".join(line[1:] + "\n" for line in lines if line[0] != "+")
-        new = "".join(line[1:] + "\n" for line in lines if line[0] != "-")
-        found = files[path].count(old) if path in files else 0
-        if found != 1:
-            sys.exit(f"{patch.relative_to(ROOT)}: these lines are in {path} {found} times, not once:\n{old}")
-        files[path] = files[path].replace(old, new.replace("BUG", f'crate::mutant::on("{patch.stem}")'))
+    for part in patch.read_text().split("\n--- ")[1:]:
+        head, *hunks = part.split("\n@@\n")
+        path = Path(head.strip())
+        for hunk in hunks:
+            lines = hunk.rstrip("\n").split("\n")
+            old = "".join(line[1:] + "\n" for line in lines if line[0] != "+")
+            new = "".join(line[1:] + "\n" for line in lines if line[0] != "-")
+            found = files[path].count(old) if path in files else 0
+            if found != 1:
+                sys.exit(
+                    f"{patch.relative_to(ROOT)}: these lines are in {path} {found} times, not once:\n{old}"
+                )
+            files[path] = files[path].replace(old, new.replace("BUG", f'crate::mutant::on("{patch.stem}")'))
 
 
 def write(files: dict[Path, str]) -> None:
