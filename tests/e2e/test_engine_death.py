@@ -76,9 +76,8 @@ def healthy(url: str) -> bool:
 
 
 def test_a_lost_device_ends_the_stream_and_the_engine_comes_back() -> None:
-    with served(
-        breaks=20, step=0.02
-    ) as server:  # slow enough for a first token to be sent on a busy machine too
+    # Slow enough for a first token to be sent on a busy machine too.
+    with served(breaks=20, step=0.02) as server:
         for _ in range(8):  # as often as it may be: each process gave tokens
             until(lambda: healthy(server.url))
             lines = server.lines()
