@@ -137,8 +137,8 @@ class Driver:
 def by_kernel(launched: list[tuple[str, float, float]], steps: int) -> list[dict[str, Any]]:
     """Of launches (name, begin, end in microseconds) in so many steps, for each kernel and kind of copy, the most first: `launches` and
     `us` a step from begin to end, in which kernels that begin before the one before is over also wait; and `chain_us`, by which they put off
-    the end of all that was launched so far. The sum of the latter is the time in which the GPU works. Kernels of torch have long names, of
-    which the operation is kept."""
+    the end of all that has ended by then. The sum of the latter is at most the time in which the GPU works: of a kernel that others begin and end
+    beside, only what comes after them counts. Kernels of torch have long names, of which the operation is kept."""
     found: dict[str, list[float]] = {}
     end = float("-inf")
     for name, begun, ended in sorted(launched, key=lambda span: span[2]):

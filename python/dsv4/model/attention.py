@@ -108,7 +108,7 @@ class Attention:
         low, kv = self.down(shared)
         stored = beside(lambda: self._stored(kv, step, rope, scratch), 2)
         _, qr = self.q_norm(low)
-        queries = self._beside_choice(lambda: self._queries(qr, rope))
+        queries = self._queries(qr, rope)
         selected = self._selected(qr, folded, step, rope)
         q, rows, compressed = queries(), stored(), self._compressed(selected, step)
         o = ops.sparse_attention(q, self.sink, self.scale, *rope, step.tokens, rows, window.ids, *compressed)
@@ -117,18 +117,15 @@ class Attention:
         u = ops.grouped_linear(o.view(len(x), self.groups, -1), self.wo_a)
         return ops.linear(u.flatten(1), self.wo_b)
 
-    def _queries(self, qr: Tensor | Quantised, rope: Rope) -> Tensor:
-        """[T, h, D], normed and turned, of low-rank queries."""
-        q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
-        return self.ops.norm_rope(q, None, *rope, self.eps)
+    def _queries(self, qr: Tensor | Quantised, rope: Rope) -> Callable[[], Tensor]:
+        """What gives the queries [T, h, D] of low-rank ones, normed and turned. They are on a lane where entries are chosen: the choice is a chain
+        of small launches, and the queries' product, which fills the GPU, must not come before them."""
 
-    def _beside_choice(self, queries: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Queries on a lane where entries are chosen: the choice is a chain of small launches, and the queries' product, which fills the GPU,
-        must not come before them."""
-        if self.indexer is not None:
-            return beside(queries, 1)
-        q = queries()
-        return lambda: q
+        def made() -> Tensor:
+            q = self.ops.linear(qr, self.wq_b).unflatten(-1, (self.heads, self.dim))
+            return self.ops.norm_rope(q, None, *rope, self.eps)
+
+        return beside(made, None if self.indexer is None else 1)
 
     def _folded(self, x: Tensor, step: Step, rope: Rope | None) -> Tensor | None:
         """Takes the step's tokens into the compressors, whose entries they then see; gives what an indexer's scores are weighted with,

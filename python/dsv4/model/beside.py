@@ -43,12 +43,12 @@ def lanes(device: torch.device) -> Iterator[None]:
         _open.reset(token)
 
 
-def beside(part: Callable[[], Result], lane: int) -> Callable[[], Result]:
-    """Launches `part` on the stream of a lane, which has no other part that is not joined. The call that is given back joins: what is
-    launched after it on the stream that called comes after the part, whose result it gives. A part may join others; who joins it has joined
-    them too."""
+def beside(part: Callable[[], Result], lane: int | None) -> Callable[[], Result]:
+    """Launches `part` on the stream of a lane, which has no other part that is not joined, or for None on the stream that calls. The call
+    that is given back joins: what is launched after it on the stream that called comes after the part, whose result it gives. A part may
+    join others; who joins it has joined them too."""
     side_by_side = _open.get()
-    if not side_by_side:
+    if not side_by_side or lane is None:
         result = part()
         return lambda: result
     side = side_by_side[lane]

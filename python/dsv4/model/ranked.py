@@ -82,7 +82,7 @@ class RankedAttention(Attention):
         low, kv = self.down(shared)
         stored = beside(lambda: self._stored(kv, step, rope.all, scratch), 2)
         _, qr = self.q_norm(low)
-        queries = self._beside_choice(lambda: self._queries(qr, rope.local))
+        queries = self._queries(qr, rope.local)
         asked = None if indexer is None else indexer.query(qr)
         weights, rows = folded(), stored()
         query = None if asked is None or weights is None else (asked, weights)
