@@ -51,8 +51,8 @@ def sampling_params(
     values |= {
         "stop": _stops(fields, stops),
         "stop_token_ids": tuple(fields.items("stop_token_ids", int, 1024)),
+        "logit_bias": _logit_bias(fields),
     }
-    values |= {"logit_bias": _logit_bias(fields)}
     try:
         return SamplingParams(**values)
     except ValueError as e:

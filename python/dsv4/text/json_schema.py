@@ -32,25 +32,14 @@ def rewritten(schema: Any, change: Change) -> Any:
 
 
 _FORMATS = (
-    *(
-        "date-time",
-        "time",
-        "date",
-        "duration",
-        "email",
-        "idn-email",
-        "hostname",
-        "idn-hostname",
-        "ipv4",
-        "ipv6",
-    ),
-    *("uri", "uri-reference", "uri-template", "iri", "iri-reference", "uuid", "regex"),
-    *("json-pointer", "relative-json-pointer"),
-)
+    "date-time", "time", "date", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri", "uri-reference",
+    "uri-template", "iri", "iri-reference", "uuid", "regex", "json-pointer", "relative-json-pointer",
+)  # fmt: skip
+"""Those that JSON Schema defines."""
 
 
 def without_foreign_formats(schema: Any) -> Any:
-    """Without the formats that JSON Schema has not (`password`, `int64`, …): it says that they bar nothing."""
+    """Without other formats (`password`, `int64`, …), of which JSON Schema says that they bar nothing."""
     return rewritten(
         schema, lambda word, value: LEFT_OUT if word == "format" and value not in _FORMATS else value
     )
