@@ -45,13 +45,19 @@ class Counting:
         self.runs: list[Callable[[], None]] = []
         self.first: list[Callable[[], None]] = []
         """Of them, those that ran before."""
+        self.launched = 0
 
     def __call__(self, run: Callable[[], None], before: bool) -> Callable[[], None]:
         self.runs.append(run)
         if before:
             self.first.append(run)
             run()
-        return run
+
+        def launch() -> None:
+            self.launched += 1
+            run()
+
+        return launch
 
 
 @pytest.fixture
@@ -89,6 +95,8 @@ def test_nothing_is_captured_after_ready(tmp_path: Path, captures: Counting) -> 
     count = len(captures.runs)
     assert count == steps_of(3, 512, 128) + len(sizes_of(3)) * len(KINDS)
     assert shown == [(i + 1, count, "graphs") for i in range(count)]
+    # No request waits for the first launch of a graph; a step and its draw come at the end.
+    assert captures.launched == count + 2
     mixed(llm)
     assert len(captures.runs) == count == llm._loop.device.graphs.held
     assert late_captures(llm._loop.device) == 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4.engine.extends import ExtendGraphs, Graph, Size, is_power_of_two
-from dsv4.engine.graphs import DecodeGraphs
+from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
 from dsv4.model.deal import Capacity, Deal, RankColumns, owners_of, rank_columns, turns, wanted
 from dsv4.model.ranked import RankedModel
@@ -74,8 +74,9 @@ class RankExtends(ExtendGraphs):
             if size.tokens == self.owned[0] or size.end in (contexts[0], contexts[-1]):
                 self._run_dealt(self._padded(size)[1])
 
-    def captures(self, capture_context: int | None) -> Iterator[Callable[[], object]]:
-        yield from (partial(self._dealt, size) for size in self._sizes(capture_context))
+    def captures(self, capture_context: int | None) -> Iterator[Callable[[], Step]]:
+        for size in self._sizes(capture_context):
+            yield lambda size=size: self._dealt(size).replay
         yield from super().captures(capture_context)
 
     def _sizes(self, capture_context: int | None) -> Iterator[DealtSize]:

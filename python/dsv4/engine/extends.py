@@ -129,12 +129,12 @@ class ExtendGraphs:
         """Lets go of all that was captured."""
         self._graphs.clear()
 
-    def captures(self, capture_context: int | None) -> Iterator[Callable[[], object]]:
-        """What captures the steps of contexts up to `capture_context` tokens (None: all), one each, the largest first."""
+    def captures(self, capture_context: int | None) -> Iterator[Callable[[], Step]]:
+        """What captures the steps of contexts up to `capture_context` tokens (None: all), one each, the largest first, and gives what launches it."""
         for tokens in reversed(self.sizes):
             for end in at_start(self.contexts, capture_context):
                 for rows in reversed(self.rows):
-                    yield partial(self._graph, Size(tokens, rows, end))
+                    yield lambda size=Size(tokens, rows, end): self._graph(size).replay
 
     def _padding(self, size: Size) -> tuple[Tensor, Columns]:
         """A step of padding alone, on the device in one piece and as columns of it."""

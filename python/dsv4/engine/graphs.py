@@ -161,15 +161,16 @@ class DecodeGraphs:
         self._replays.clear()
         self._draws.clear()
 
-    def captures(self, capture_context: int | None) -> Iterator[Callable[[], object]]:
-        """What captures the steps of contexts up to `capture_context` tokens (None: all) and every draw, one each, the largest first."""
+    def captures(self, capture_context: int | None) -> Iterator[Callable[[], Step]]:
+        """What captures the steps of contexts up to `capture_context` tokens (None: all) and every draw, one each, the largest first, and gives what
+        launches it."""
         for end in at_start(self.contexts, capture_context):
             for size in reversed(self.sizes):
                 yield partial(self._replay, size, end)
         if capture_context != 0:
             yield from self._draw_captures()
 
-    def _draw_captures(self) -> Iterator[Callable[[], object]]:
+    def _draw_captures(self) -> Iterator[Callable[[], Step]]:
         for size in reversed(self.sizes):
             for kind in reversed(KINDS):
                 yield partial(self._drawing, size, kind)

@@ -67,7 +67,7 @@ class RankGraphs(DecodeGraphs):
         super().release()
         self._heads.clear()
 
-    def _draw_captures(self) -> Iterator[Callable[[], object]]:
+    def _draw_captures(self) -> Iterator[Callable[[], Step]]:
         for size in reversed(self.sizes):
             yield partial(self._heading, size)
         if self.draws:
