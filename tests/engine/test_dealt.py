@@ -9,10 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from dsv4._core import REPLAY
 from dsv4.engine.dealt import RankExtends
 from dsv4.engine.graphs import DecodeGraphs
+from dsv4.model.batch import Batch
 from dsv4.model.parallel import UNIT
 from dsv4.model.rank import Rank
 from dsv4.plan import graphs as sizes
@@ -76,8 +79,20 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def plan_of(batch: Batch) -> SimpleNamespace:
+    rows = batch.rows
+    return SimpleNamespace(
+        tokens=len(batch.token_ids),
+        rows=len(rows),
+        row_start=torch.tensor([r.start for r in rows]),
+        row_len=torch.tensor([r.length for r in rows]),
+        row_samples=np.ones(len(rows)),
+        row_flags=np.full(len(rows), REPLAY * bool(rows[0].replay_end), np.int32),
+    )
+
+
 def _random_steps(rank: Rank) -> dict[str, Any]:
-    """Chunks and single tokens of five requests in any order, from the first token on. All memory was poisoned, the sink's too."""
+    """Chunks and single tokens of five requests in any order, from the first token on, and a replay of one of them. All memory was poisoned, the sink's too."""
     sizes.EXTEND_ROWS, sizes.SHORTEST = (4, 7), 512
     plain, other = driver_of(rank, 6), driver_of(rank, 6)
     graphs, wrong, dealt = graphs_of(other, 1024), [], set()
@@ -98,21 +113,21 @@ def _random_steps(rank: Rank) -> dict[str, Any]:
         expected = torch.stack([logits[-1] for logits in plain.step(chunks)])
         batch = other.batch(chunks)
         ends = torch.tensor([row.offset + row.length - 1 for row in batch.rows])
-        plan = SimpleNamespace(
-            tokens=len(batch.token_ids),
-            rows=len(batch.rows),
-            row_start=torch.tensor([r.start for r in batch.rows]),
-            row_len=torch.tensor([r.length for r in batch.rows]),
-            row_samples=torch.ones(len(batch.rows)).numpy(),
-            row_flags=torch.zeros(len(batch.rows), dtype=torch.int32).numpy(),
-        )
-        if (size := graphs.fit(plan)) is None:  # type: ignore[arg-type]
+        if (size := graphs.fit(plan_of(batch))) is None:  # type: ignore[arg-type]
             wrong.append((turn, [len(c.tokens) for c in chunks], "is not taken"))
             continue
         hidden = graphs.hidden(dataclasses.replace(batch, logit_index=ends), size)
         if not torch.equal(other.model.logits(hidden), expected):
             wrong.append((turn, [(c.start, len(c.tokens)) for c in chunks], "other logits"))
-    if not torch.equal(plain.cache.slabs[:5], other.cache.slabs[:5]):
+    end = at[0] // plain.block_tokens * plain.block_tokens
+    start = end - plain.layout.replay_tokens
+    for begun in range(start, end, 300):
+        tokens = ids[0][begun : min(begun + 300, end)]
+        chunk = Chunk(0, tokens, begun, replay_end=end, replay_start=start)
+        plain.step([chunk])
+        batch = other.batch([chunk])
+        graphs.hidden(batch, graphs.fit(plan_of(batch)))  # type: ignore[arg-type]
+    if start <= 0 or not torch.equal(plain.cache.slabs[:5], other.cache.slabs[:5]):
         wrong.append("other state")
     if not same_bytes(plain.cache.pages, other.cache.pages):
         wrong.append("other pages")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -120,6 +121,23 @@ def test_a_full_size_has_no_padding_row() -> None:
     assert same_bytes(plain.cache.pages, other.cache.pages)
 
 
+def test_a_replay_is_captured_like_a_chunk() -> None:
+    """No page is written, and what follows has the bits of the cold run."""
+    config = random_config("flash", compress_ratios=[0, 4, 128], index_topk=32)
+    other = Driver(config, random_weights(config, 1), slabs=3, max_len=512)
+    decode = DecodeGraphs(other.model, other.page_table, torch.zeros(9, dtype=torch.int64), None, as_it_is)
+    graphs, ids, end = ExtendGraphs(decode, other.page_table, 256), random_tokens(config, 450), 384
+    cold, start = other.run(ids, slab=0), end - other.layout.replay_tokens
+    blocks = end // other.block_tokens
+    other.page_table[1, :blocks] = other.page_table[0, :blocks]
+    pages = other.cache.pages.clone()
+    for at in range(start, end, 150):
+        batch = other.batch([Chunk(1, ids[at : min(at + 150, end)], at, replay_end=end, replay_start=start)])
+        graphs.hidden(batch, size_of(graphs, batch))
+    assert start > 0 and same_bytes(pages, other.cache.pages)
+    assert torch.equal(other.run(ids, start=end, slab=1), cold[end:])
+
+
 def test_every_step_can_be_captured_of_padding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at start: more tokens than the context is long are several rows. No page is written."""
     monkeypatch.setattr(sizes, "SHORTEST", 128)
@@ -143,7 +161,7 @@ def test_every_step_can_be_captured_of_padding_alone(monkeypatch: pytest.MonkeyP
 
 
 def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts in chunks beside decodes, prefixes that hit, log-probabilities, two steps in flight."""
+    """Prompts in chunks beside decodes, prefixes that hit, with their state or by replay, log-probabilities, two steps in flight."""
     model = str(write_random(tmp_path, compress_ratios=[0, 4, 128]))
     prompts = [[5, 9, 100 + i, 7, 40] * (4 + 21 * i) for i in range(5)] + [[7, 8, 9] * 400]
     params = SamplingParams(max_tokens=14, temperature=1, seed=3, ignore_eos=True)
@@ -158,7 +176,13 @@ def test_the_engine_writes_the_same_with_and_without(tmp_path: Path, monkeypatch
             async_scheduling=True,
             device="cpu",
         )
+        one_by_one = MagicMock(side_effect=llm._loop.device.model.hidden)
+        llm._loop.device.model.hidden = one_by_one  # type: ignore[method-assign]
         outputs: list[object] = [o.token_ids for _ in range(2) for o in llm.generate(prompts, params)]
+        llm.core.evict_snapshots(100)
+        outputs += [o.token_ids for o in llm.generate(prompts, params)]
+        assert llm.core.stats()["replayed_tokens"] > 0
+        assert not one_by_one.called or llm._loop.device.extends is None
         outputs += [(o.token_ids, o.logprobs, o.prompt_logprobs) for o in llm.generate(prompts[:2], judged)]
         llm.core.check()
         return outputs, llm
@@ -178,7 +202,6 @@ def test_only_window_rows_that_are_seen_are_copied() -> None:
     geometry = other.model.geometry
     batch = other.batch([Chunk(0, random_tokens(config, 40), 5), Chunk(1, random_tokens(config, 1), 400)])
     columns = columns_of(batch, geometry)
-    assert columns is not None
     window = step_of(padded(columns, 9, 2, 512, geometry), batch.page_table, geometry).window
     assert window.past_to is not None and window.past is not None
     copied = window.past_to[window.past_to >= 0].tolist()

@@ -95,7 +95,6 @@ def test_tables_made_on_the_device_are_those_of_the_host(backend: str, ranks: in
                 [(cos.to(device), sin.to(device)) for cos, sin in turns], 1024, geometry, rank, ranks,
             )  # fmt: skip
             assert got.token_ids.tolist() == [10, 900, 12, 903, 0, 0]
-            assert torch.equal(got.token.cpu(), expected.token)
             assert_equal(expected.tokens, got.tokens)
             for table, made in zip(model.rope_tables.values(), by_table, strict=True):
                 assert all(map(torch.equal, table.at(batch.positions, 1024), (x.cpu() for x in made)))

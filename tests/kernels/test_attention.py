@@ -33,7 +33,7 @@ def make(
     """Inputs for rows (start, length). Every stored row that a token may read is finite; the others are NaN."""
     g = torch.Generator().manual_seed(seed)
     step = step_of(*rows, window=window)
-    n, entries, per_page = len(step.token), step.entries[RATIO], BLOCK_TOKENS // RATIO
+    n, entries, per_page = len(step.token_ids), step.entries[RATIO], BLOCK_TOKENS // RATIO
     seen = torch.zeros(int(step.window.ids.max()) + 1, dtype=torch.bool)
     seen[step.window.ids[step.window.ids >= 0].long()] = True
     values = torch.randn((len(seen), dim), generator=g)

@@ -182,7 +182,6 @@ def wide(
     step = build_step(
         Batch(nothing, positions, tuple(rows), table, nothing[:0]), Geometry(128, 128, 4 * per_page, (4,), 1)
     )
-    assert step is not None
     codec = row_format(form, 128, 64)
     size = per_page * sum(codec.planes)
     region = torch.full((count * blocks, size + 128), 0xFF, dtype=torch.uint8, device=DEVICE)

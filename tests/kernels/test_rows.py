@@ -286,7 +286,6 @@ def test_compress_at_full_width(halves: int, ratio: int, form: str, dim: int) ->
     step = build_step(
         Batch(nothing, positions, tuple(rows), table, nothing[:0]), Geometry(128, 128, 256, (ratio,), 1)
     )
-    assert step is not None
     blocks, codec = step.blocks[ratio], row_format(form, dim, 64)
     angle = 6.3 * torch.rand((len(blocks.first), 32), generator=g)
     state = torch.randn((5, halves, 2, dim), generator=g)

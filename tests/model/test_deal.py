@@ -11,7 +11,7 @@ from dsv4.model.batch import Batch, Row
 from dsv4.model.cut import Places
 from dsv4.model.deal import Deal, owners, rank_columns
 from dsv4.model.rank import ordered
-from dsv4.model.step import Geometry, taking_part
+from dsv4.model.step import Geometry
 
 from tests.support.ranks import Deaf
 
@@ -56,9 +56,7 @@ def test_sizes_follow_from_the_capacity(ranks: int) -> None:
     geometry = Geometry(window=128, ring=256, block_tokens=128 * ranks, ratios=(4, 128), tile=1)
     for seed in range(20):
         b = drawn(seed, ranks)
-        taking = taking_part(b, geometry)
-        assert taking is not None
-        deal = Deal.of(taking, owners(b, ranks, 128), ranks, 128)
+        deal = Deal.of(b, owners(b, ranks, 128), ranks, 128)
         c = deal.capacity(geometry)
         order = deal.order(c)
         assert len(order) == c.slots and sorted(order[order >= 0]) == list(range(len(b.token_ids)))

@@ -38,9 +38,7 @@ def step_of(*rows: tuple[int, int], window: int = WINDOW) -> Step:
         torch.empty(0, dtype=torch.int64),
     )
     geometry = Geometry(window, window, BLOCK_TOKENS, (RATIO,), tile=4)
-    step = build_step(batch, geometry)
-    assert step is not None
-    return step
+    return build_step(batch, geometry)
 
 
 def stored(values: Tensor, per_page: int, form: str = "float32", rope: int = ROPE) -> Rows:
@@ -128,7 +126,7 @@ def _copy_rows(t: int, g: torch.Generator) -> dict[str, Any]:
 def _compress(t: int, g: torch.Generator) -> dict[str, Any]:
     """Overlapping blocks for odd t, plain ones for even."""
     step, halves = _two_rows(t), 1 + t % 2
-    n, blocks = len(step.token), step.blocks[RATIO]
+    n, blocks = len(step.token_ids), step.blocks[RATIO]
     cos, sin = _cos_sin(len(blocks.first), g)
     state = torch.randn((3, halves, 2, DIM), generator=g)
     state[2, :, 0], state[2, :, 1] = 0, -torch.inf  # the row that starts at position 0
@@ -155,7 +153,7 @@ def _two_rows(t: int) -> Step:
 
 def _index_select(t: int, g: torch.Generator) -> dict[str, Any]:
     step = _two_rows(t)
-    n = len(step.token)
+    n = len(step.token_ids)
     cos, sin = _cos_sin(n, g)
     return dict(
         q=torch.randn((n, INDEX_HEADS, INDEX_DIM), generator=g),
@@ -176,7 +174,7 @@ def _index_candidates(t: int, g: torch.Generator) -> dict[str, Any]:
 def _sparse_attention(t: int, g: torch.Generator) -> dict[str, Any]:
     """Selected entries for odd t, all visible ones for even."""
     step = _two_rows(t)
-    n = len(step.token)
+    n = len(step.token_ids)
     cos, sin = _cos_sin(n, g)
     chosen = torch.stack([torch.randperm(5, generator=g)[:3].sort().values for _ in range(n)]).int()
     selected = torch.where(chosen < step.entries[RATIO].visible[:, None], chosen, -1)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from dsv4.backends import choose
 from dsv4.cache.rows import Rows
+from dsv4.model.batch import Row
+from dsv4.model.step import Step
 from dsv4.ops.reference import attention, blocks, index
 from dsv4.ops.reference.index import lowest_index_topk
 from dsv4.ops.reference.norm import rope
@@ -188,6 +190,11 @@ def test_copy_rows_keeps_the_bytes() -> None:
         assert torch.equal(new[to // rows.rows, to % rows.rows], old[at // source.rows, at % source.rows])
 
 
+def rows_of(step: Step) -> list[Row]:
+    of = step.tokens
+    return [Row(*map(int, row)) for row in zip(of.slabs, of.start, of.length, of.offset, strict=True)]
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 6, 21])
 def test_compress(tokens: int) -> None:
     """Every entry that a step completes, from its slots: what was carried, then the step's tokens."""
@@ -196,7 +203,7 @@ def test_compress(tokens: int) -> None:
     OPS.compress(**args)
     kv, score = args["projected"].unflatten(1, (2, halves, -1)).unbind(1)
     ape = args["ape"].unflatten(1, (halves, -1))
-    for row in step.rows:
+    for row in rows_of(step):
         carried = [state[row.slab, i].split(1) for i in range(halves)]  # (value, lse) of each pool
         slots = [([c[0]], [c[1]]) for c in carried]
         for t in range(row.offset, row.offset + row.length):
@@ -245,7 +252,7 @@ def test_sparse_attention(tokens: int, pieces: None) -> None:
     args, step = case("sparse_attention", tokens), step_of((150, tokens), (37, 1), (0, max(1, tokens // 2)))
     got, entries, selected = OPS.sparse_attention(**args), args["entries"], args["selected"]
     for t, position in enumerate(step.tokens.position.tolist()):
-        row = step.rows[int(step.tokens.row[t])]
+        row = rows_of(step)[int(step.tokens.row[t])]
         seen = range(max(0, position - WINDOW + 1), position + 1)
         if step.window.direct:
             index = [row.slab * WINDOW + p % WINDOW for p in seen]

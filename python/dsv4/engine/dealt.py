@@ -5,7 +5,7 @@ context to the next power of four. Every shape follows from these three (`dsv4.m
 without a word. Rows of more than one token are dealt out, however short: their history is gathered in any case, and a row has the same
 bits either way. Padding sees nothing, and writes the sink's state alone.
 
-As on one GPU the input is one copy of columns, and steps that replay, that ask for the logits of a prompt, or that fit no size are launched kernel
+As on one GPU the input is one copy of columns, and steps that ask for the logits of a prompt, or that fit no size are launched kernel
 by kernel.
 """
 
@@ -23,7 +23,7 @@ from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
 from dsv4.model.deal import Capacity, Deal, RankColumns, owners_of, rank_columns, turns, wanted
 from dsv4.model.ranked import RankedModel
-from dsv4.model.step import filled, taking_part
+from dsv4.model.step import filled
 from dsv4.plan.graphs import at_start, dealt_contexts_of, owned_of
 from dsv4.transfer import put
 
@@ -119,10 +119,8 @@ class RankExtends(ExtendGraphs):
         """The padded step."""
         model, sink = self.model, self.decode.sink
         rank, ranks, geometry, c = model.rank.rank, model.rank.ranks, model.geometry, self._capacity(size)
-        taking = taking_part(batch, geometry)
         owner = owners_of(batch, ranks, model.unit, lambda r: r.length > 1)
-        assert taking is not None, "a step has tokens"
-        deal = Deal.of(taking, owner, ranks, model.unit)
+        deal = Deal.of(batch, owner, ranks, model.unit)
         columns = rank_columns(deal, batch, rank, geometry, model.foldable, c, sink=sink, end=size.end)
         tokens = batch.logit_index.numpy()
         ends = wanted(owner, tokens, deal.local(c, rank), c.owned, ranks, rank, c.long)

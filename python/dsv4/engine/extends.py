@@ -3,7 +3,7 @@ is little work for a GPU, and launching it kernel by kernel takes the host longe
 
 A step is padded to the next captured size in tokens with a row of the sink, which no page is written for (padding alone may be
 longer than the context: then it is several), and to the next size in rows with rows that have no tokens. Its input is one copy of small columns; the graph makes the index tables of them. Steps that
-replay, that ask for the logits of a prompt, or that are longer than the largest size are launched kernel by kernel.
+ask for the logits of a prompt, or that are longer than the largest size are launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dsv4._core import ALL_LOGITS, REPLAY
+from dsv4._core import ALL_LOGITS
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
@@ -68,9 +68,9 @@ class ExtendGraphs:
 
     def fit(self, plan: StepPlan) -> Size | None:
         """The captured size of a plan, for `hidden`; None where its kernels are launched one by one. Graphs give streams of no more than the
-        last tokens of rows, for which there is room, and replay nothing."""
+        last tokens of rows, for which there is room."""
         samples = int((plan.row_samples > 0).sum())
-        if samples > len(self.decode.output) or (plan.row_flags & (ALL_LOGITS | REPLAY)).any():
+        if samples > len(self.decode.output) or (plan.row_flags & ALL_LOGITS).any():
             return None
         return self.size_of(plan.row_start.tolist(), plan.row_len.tolist())
 
@@ -107,9 +107,7 @@ class ExtendGraphs:
                 positions=torch.cat((batch.positions, *(torch.arange(n) for n in lengths))),
                 rows=(*batch.rows, *rows),
             )
-        columns = columns_of(batch, geometry)
-        assert columns is not None
-        columns = padded(columns, size.rows, sink, size.end, geometry)
+        columns = padded(columns_of(batch, geometry), size.rows, sink, size.end, geometry)
         wanted = torch.zeros(min(size.rows, len(self.decode.output)), dtype=torch.int64)
         wanted[: len(batch.logit_index)] = batch.logit_index
         return replace(columns, of=columns.of | {LOGITS: wanted})
@@ -141,7 +139,7 @@ class ExtendGraphs:
         none = torch.empty(0, dtype=torch.int64)
         columns = self._columns(Batch(none, none, (), self.page_table, none), size)
         device = columns.packed().to(self.decode.pages.device)
-        return device, replace(columns.within(device), rows=())
+        return device, columns.within(device)
 
     def _graph(self, size: Size) -> Graph:
         """A run before the capture is of padding alone."""

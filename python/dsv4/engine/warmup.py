@@ -155,9 +155,6 @@ def rehearse(device: LocalDevice, step_tokens: int, max_len: int) -> None:
                 if n > each:
                     _eager(device, _short_rows(slab, n, each))
         lengths = _lengths(min(step_tokens, max_len - 1))
-        for n in lengths[::3]:
-            start = max_len - n
-            _eager(device, [Row(slab, start, n, 0, replay_end=max_len, replay_start=start)])
         for rows in (2, 3):  # beside decodes
             _eager(device, [Row(slab, 0, lengths[-1] // 2, 0), *(Row(slab, 5, 1, lengths[-1] // 2 + i) for i in range(rows))])  # fmt: skip
         _draws(device)

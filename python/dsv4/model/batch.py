@@ -14,8 +14,8 @@ class Row:
 
     Its tokens are `offset .. offset + length - 1` of the batch, at positions `start ..`. `reset`: the slab's
     state starts empty. A replaying row has `replay_end` > 0: history below it is cached already and is not
-    written; a layer takes only positions from its `floor` on, as nothing that the first row after `replay_end`
-    reads lies further back.
+    written, and nothing below `floor` is looked at. What a layer makes of the first tokens is wrong then, by as many more in
+    each layer as it reaches back; nothing that the first row after `replay_end` reads lies that far back.
     """
 
     slab: int
@@ -26,12 +26,10 @@ class Row:
     replay_end: int = 0
     replay_start: int = 0
 
-    def floor(self, reached: int) -> int:
-        """Lowest position that takes part in a layer before which others reach back by `reached` tokens together. A replay
-        that reaches back to position 0 is a plain prefill."""
-        if self.replay_end == 0 or self.replay_start <= 0:
-            return 0
-        return self.replay_start + reached
+    @property
+    def floor(self) -> int:
+        """Lowest position that takes part. A replay that reaches back to position 0 is a plain prefill."""
+        return max(0, self.replay_start) if self.replay_end else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
 """Which tokens of a step are on which of R ranks, and the columns of numbers that a rank's tables are made of.
 
 Tokens of long rows (prompts) are cut: each is on one rank, its *owner*, in runs of `unit` positions dealt out in turn. So work is even
-where a token's cost grows with its position, and stays even where the deeper layers of a replay take fewer tokens; a layer never
-moves a token. Tokens of short rows (decode) are *shared*: every rank has them. What is long the caller says.
+where a token's cost grows with its position; a layer never moves a token. Tokens of short rows (decode) are *shared*: every rank has them. What is long the caller says.
 
 ```
 slots of all tokens     | owned by rank 0  | owned by rank 1  | ... | shared |      each part padded to the same size on all ranks
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from dsv4.model.batch import Batch, Row
 from dsv4.model.fold import Runs, fold_columns
-from dsv4.model.step import Columns, Geometry, Taking, columns_for, filled, packed, ringed, unpacked
+from dsv4.model.step import Columns, Geometry, RowColumns, columns_of, filled, packed, ringed, unpacked
 from dsv4.transfer import to_device
 
 _CONTEXT = 900
@@ -125,9 +124,9 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Deal:
-    """A layer's tokens as they are dealt out: the owner of each, int64 [T], tokens of each rank and of all, and runs."""
+    """A batch's tokens as they are dealt out: the owner of each, int64 [T], tokens of each rank and of all, and runs."""
 
-    taking: Taking
+    rows: RowColumns
     ranks: int
     unit: int
     owner: np.ndarray
@@ -136,16 +135,16 @@ class Deal:
     runs: Runs
 
     @classmethod
-    def of(cls, taking: Taking, owner: np.ndarray, ranks: int, unit: int) -> Deal:
-        """From the owner of each token that takes part."""
-        row = np.repeat(np.arange(len(taking.rows)), taking.lengths)
-        position = taking.starts[row] + np.arange(len(row)) - taking.offsets[row]
+    def of(cls, batch: Batch, owner: np.ndarray, ranks: int, unit: int) -> Deal:
+        """From the owner of each token."""
+        rows, position = RowColumns.of(batch.rows), batch.positions.numpy()
+        row = rows.row
         opens = (owner >= 0) & (position % unit == 0)
-        opens[taking.offsets] = True
+        opens[rows.offsets] = True
         first = np.flatnonzero(opens)
         end = np.append(first[1:], len(row))
         return cls(
-            taking,
+            rows,
             ranks,
             unit,
             owner,
@@ -157,20 +156,20 @@ class Deal:
     @property
     def long(self) -> np.ndarray:
         """Rows that are cut."""
-        return np.flatnonzero(self.owner[self.taking.offsets] >= 0)
+        return np.flatnonzero(self.owner[self.rows.offsets] >= 0)
 
     def blocks(self, geometry: Geometry) -> np.ndarray:
         """Of the history of each row that is cut, in pages."""
         if not geometry.ratios:
             return np.zeros(len(self.long), np.int64)
-        return -(-(self.taking.starts + self.taking.lengths)[self.long] // geometry.block_tokens)
+        return -(-(self.rows.starts + self.rows.lengths)[self.long] // geometry.block_tokens)
 
     def capacity(self, geometry: Geometry) -> Capacity:
         """What it takes. There are more slots than runs, as as many of both would be taken for a decode step."""
         long = len(self.long)
         least = 2 * long + 2
         owned = max(least + least // max(self.unit - 1, 1) + 1, *map(len, self.own))
-        short, pages = len(self.taking.rows) - long, int(self.blocks(geometry).sum())
+        short, pages = len(self.rows.slabs) - long, int(self.blocks(geometry).sum())
         return Capacity(self.ranks, self.unit, owned, len(self.shared), long, short, pages)
 
     def order(self, c: Capacity) -> np.ndarray:
@@ -179,14 +178,13 @@ class Deal:
         return np.concatenate((*parts, filled(self.shared, c.shared, -1)))
 
     def local(self, c: Capacity, rank: int) -> np.ndarray:
-        """int64 [n]: the same of the local slots, as indices in the batch."""
-        order = np.concatenate((filled(self.own[rank], c.owned, -1), filled(self.shared, c.shared, -1)))
-        return np.where(order >= 0, self.taking.token[order], -1)
+        """int64 [n]: the same of the local slots."""
+        return np.concatenate((filled(self.own[rank], c.owned, -1), filled(self.shared, c.shared, -1)))
 
 
 @dataclass(frozen=True, slots=True)
 class RankColumns:
-    """What the tables of one layer's tokens on one rank are made of: int64 columns by name, which `cut.py` reads. `end`: all
+    """What the tables on one rank are made of: int64 columns by name, which `cut.py` reads. `end`: all
     positions are below it. `plain`: of tokens in the order of the batch, where a compressor takes in all."""
 
     capacity: Capacity
@@ -220,16 +218,15 @@ def rank_columns(
 ) -> RankColumns:
     """The columns of a rank, as of a step of `capacity` whose positions are below `end`. `foldable`: ratios whose entries lie within a run, and
     whether they overlap. `sink`: slab whose state may be anything; None: there is no padding that writes to one."""
-    c, t = capacity, deal.taking
+    c, t = capacity, deal.rows
     order, sink = deal.order(c), int(t.slabs[0]) if sink is None else sink
-    real, total = order >= 0, len(t.token)
+    real, row, total = order >= 0, t.row, len(batch.token_ids)
     slot = np.zeros(total, np.int64)
     slot[order[real]] = np.flatnonzero(real)
-    row = np.repeat(np.arange(len(t.rows)), t.lengths)
     kept = slot[ringed(t, geometry.ring)]
     of = {
-        "ids": np.where(real, batch.token_ids.numpy()[t.token[order]], 0),
-        "position": np.where(real, batch.positions.numpy()[t.token[order]], 0),
+        "ids": np.where(real, batch.token_ids.numpy()[order], 0),
+        "position": np.where(real, batch.positions.numpy()[order], 0),
         "row": np.where(real, row[order], c.rows - 1),
         "place": np.where(real, order, total - 1 + np.cumsum(~real)),
         "slabs": filled(t.slabs, c.rows, sink),
@@ -250,7 +247,7 @@ def rank_columns(
     plain = None
     if any(m not in foldable for m in geometry.ratios):
         columns[PLAIN + "slot"] = torch.from_numpy(slot)
-        plain = columns_for(t, batch, geometry)
+        plain = columns_of(batch, geometry)
         columns |= {PLAIN + name: column for name, column in plain.of.items()}
     return RankColumns(c, t.end if end is None else end, columns, plain)
 
@@ -261,7 +258,7 @@ def _pages(deal: Deal, batch: Batch, geometry: Geometry, c: Capacity) -> dict[st
     number = np.zeros(c.rows, np.int64)
     number[rows] = np.arange(len(rows))
     table = batch.page_table.numpy()
-    found = [table[deal.taking.slabs[r], :n] for r, n in zip(rows, blocks, strict=True)]
+    found = [table[deal.rows.slabs[r], :n] for r, n in zip(rows, blocks, strict=True)]
     return {
         "long": number,
         "base": filled(blocks.cumsum() - blocks, c.long, 0),
@@ -272,7 +269,7 @@ def _pages(deal: Deal, batch: Batch, geometry: Geometry, c: Capacity) -> dict[st
 def _run_columns(deal: Deal, c: Capacity, rank: int) -> dict[str, np.ndarray]:
     """`run` of each local slot, and of runs (those of owned tokens, padded, then shared rows) their batch row, first position, tokens
     and first slot. All padding of owned tokens is the last run of theirs; that of shared ones is a run each."""
-    t, runs = deal.taking, deal.runs
+    t, runs = deal.rows, deal.runs
     mine, rows = np.flatnonzero(runs.owner == rank), np.flatnonzero(runs.owner < 0)
     size = runs.end - runs.first
     owned, shared = len(deal.own[rank]), len(deal.shared)
@@ -304,21 +301,14 @@ def _run_columns(deal: Deal, c: Capacity, rank: int) -> dict[str, np.ndarray]:
     }
 
 
-def slots_of(alive: np.ndarray, tokens: int) -> np.ndarray:
-    """int64 [T + 1]: the local slot of each of a batch's T tokens, of which `alive` int64 [n] are in the local slots (-1: padding, whose place
-    is the last)."""
-    slot = np.zeros(tokens + 1, np.int64)
-    slot[alive] = np.arange(len(alive))
-    return slot
-
-
 def wanted(
-    owner: np.ndarray, tokens: np.ndarray, alive: np.ndarray, shared_from: int, ranks: int, rank: int, most: int | None = None
+    owner: np.ndarray, tokens: np.ndarray, local: np.ndarray, shared_from: int, ranks: int, rank: int, most: int | None = None
 ) -> dict[str, np.ndarray]:  # fmt: skip
-    """Columns of tokens int64 [S] of a batch whose streams every rank wants, of which `alive` int64 [n] are in the local slots: `send`, the
+    """Columns of tokens int64 [S] of a batch whose streams every rank wants, of which `local` int64 [n] are in the local slots (-1: padding): `send`, the
     local slots of this rank's own (padded to `most`), and `source`, where each token is in what all ranks send, followed by the
     shared ones, whose slots begin at `shared_from`."""
-    slot, who = slots_of(alive, len(owner)), owner[tokens]
+    slot, who = np.zeros(len(owner) + 1, np.int64), owner[tokens]  # padding has the last place
+    slot[local] = np.arange(len(local))
     counts = [int((who == p).sum()) for p in range(ranks)]
     most = max(counts) if most is None else most
     nth = np.zeros(len(tokens), np.int64)

@@ -28,7 +28,7 @@ from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.model.compressor import Compressor
 from dsv4.model.rank import Rank
-from dsv4.model.step import Geometry, Taking, blocks_of, filled, ranges
+from dsv4.model.step import Geometry, RowColumns, blocks_of, filled, ranges
 from dsv4.ops.tables import BlockTable, TokenTable
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _room(c: Capacity, ratio: int, geometry: Geometry) -> int:
 
 
 def fold_columns(
-    t: Taking,
+    t: RowColumns,
     runs: Runs,
     pages: np.ndarray,
     geometry: Geometry,

@@ -28,15 +28,14 @@ from dsv4.model.beside import beside
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep
-from dsv4.model.deal import Deal, RankColumns, owners, rank_columns, slots_of, wanted
+from dsv4.model.deal import Deal, RankColumns, owners, rank_columns, wanted
 from dsv4.model.fold import ALIGNED
-from dsv4.model.hyper import Residual
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.rope import Rope
 from dsv4.model.scope import Scope
-from dsv4.model.step import Step, columns_for, packed, step_of, taking_part, unpacked
+from dsv4.model.step import Step, columns_of, packed, step_of, unpacked
 from dsv4.model.v4 import Layer, V4Model
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
@@ -284,45 +283,24 @@ class RankedModel(V4Model):
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
         self.reset_fresh(batch)
-        replays = any(row.replay_end for row in batch.rows)
         owner = owners(batch, self.rank.ranks, self.unit)
-        alive, residual, step = np.empty(0, np.int64), None, None
-        for i, layer in enumerate(self.layers):
-            if i == 0 or replays:
-                found = self._step(batch, owner, i)
-                if found is None:
-                    return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
-                step, local = found
-                ropes, scratch = self._rank_ropes(step), self._scratch(step)
-                if residual is None:
-                    residual = Residual.of(self._embedded(step))
-                else:  # padding may have any streams
-                    slot = slots_of(alive, len(owner))
-                    residual = residual.picked(to_device(torch.from_numpy(slot[local]), self.embed.device))
-                alive = local
-            residual = layer(residual, step, *ropes[layer.ratio], scratch)
-        assert step is not None and residual is not None, "a model has layers"
-        places = step.places
+        step, local = self._step(batch, owner)
+        streams, places = self._through(step, self._rank_ropes(step)).settled(self.ops), step.places
         columns = wanted(
-            owner, batch.logit_index.numpy(), alive, places.owned, places.rank.ranks, places.rank.rank
+            owner, batch.logit_index.numpy(), local, places.owned, places.rank.ranks, places.rank.rank
         )
         of = {name: torch.from_numpy(column) for name, column in columns.items()}
-        streams = residual.settled(self.ops)
         return self._wanted(streams, places, **unpacked(of, to_device(packed(of), self.embed.device)))
 
-    def _step(self, batch: Batch, owner: np.ndarray, layer: int) -> tuple[RankStep, np.ndarray] | None:
-        """The tables of a layer's tokens, whose owners are given by batch index, and that index of each local one (-1: padding); None
-        when there are none."""
-        taking = taking_part(batch, self.geometry, layer)
-        if taking is None:
-            return None
+    def _step(self, batch: Batch, owner: np.ndarray) -> tuple[RankStep, np.ndarray]:
+        """The tables of a batch, whose tokens' owners are given, and the token in each local slot (-1: padding)."""
         device, geometry = self.embed.device, self.geometry
         pages = batch.page_table if batch.device_pages is None else batch.device_pages
-        if (owner[taking.token] < 0).all():
-            columns = columns_for(taking, batch, geometry).to(device)
-            step, local = RankStep.whole(step_of(columns, pages, geometry), self.rank), taking.token
+        if (owner < 0).all():
+            columns = columns_of(batch, geometry).to(device)
+            step, local = RankStep.whole(step_of(columns, pages, geometry), self.rank), np.arange(len(owner))
         else:
-            deal = Deal.of(taking, owner[taking.token], self.rank.ranks, self.unit)
+            deal = Deal.of(batch, owner, self.rank.ranks, self.unit)
             capacity = deal.capacity(geometry)
             cut = rank_columns(deal, batch, self.rank.rank, geometry, self.foldable, capacity)
             step = RankStep.of(cut.to(device), self.rank, geometry, pages)
@@ -334,7 +312,7 @@ class RankedModel(V4Model):
     @torch.inference_mode()
     def dealt(self, columns: RankColumns, pages: Tensor, newest: Tensor) -> Tensor:
         """Streams [S, n, d] after the last layer, on every rank, of the tokens that the columns of `deal.wanted` among `columns` tell of: `hidden`
-        of a step without replaying rows of which some are cut, after `reset_fresh`. As `decode`, for a CUDA graph."""
+        of a step of which some rows are cut, after `reset_fresh`. As `decode`, for a CUDA graph."""
         step = RankStep.of(columns, self.rank, self.geometry, pages)
         step = replace(step, token_ids=resolved(step.token_ids, newest))
         streams = self._through(step, self._rank_ropes(step)).settled(self.ops)

@@ -1,9 +1,6 @@
 """Index tables of one step. They depend on rows, positions and pages alone, so they are built once for all layers: small
 columns on the host (`Columns`), which go to the device in one copy, and there the tables made of them (`step_of`). Those of
 single tokens need no columns (`decode_step`).
-
-Only a step with replaying rows needs other tables per layer: the deeper the layer, the fewer tokens take
-part.
 """
 
 from __future__ import annotations
@@ -24,24 +21,19 @@ from dsv4.transfer import to_device
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What tables depend on besides the batch. `tile`: tokens of a tile; `ring`: rows of the window ring; `reached`: per
-    layer, how far the layers before it reach back together."""
+    """What tables depend on besides the batch. `tile`: tokens of a tile; `ring`: rows of the window ring."""
 
     window: int
     ring: int
     block_tokens: int
     ratios: tuple[int, ...]
     tile: int
-    reached: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The tables of one layer's tokens. `token` int64 [T]: index in the batch of each token that takes part;
-    `end`: all positions are below this."""
+    """The tables. `end`: all positions are below this."""
 
-    rows: tuple[Row, ...]
-    token: Tensor
     token_ids: Tensor
     end: int
     tokens: TokenTable
@@ -52,10 +44,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What the tables of one layer's tokens are made of. `of`: int64 columns by name, those of a ratio m under "m name";
+    """What the tables are made of. `of`: int64 columns by name, those of a ratio m under "m name";
     `direct`: the ring holds the window of every row (see WindowTable)."""
 
-    rows: tuple[Row, ...]
     end: int
     direct: bool
     of: dict[str, Tensor]
@@ -86,68 +77,45 @@ def unpacked(of: Mapping[str, Tensor], columns: Tensor) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Taking:
-    """What of a batch takes part in a layer: rows, by row int64 [R] slab, first position, tokens, first token, floor and end of replay, and
-    the batch index of each token, int64 [T]."""
+class RowColumns:
+    """The rows of a batch, int64 [R] each: slab, first position, tokens, first token, floor and end of replay."""
 
-    rows: tuple[Row, ...]
     slabs: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
     offsets: np.ndarray
     floors: np.ndarray
     replayed: np.ndarray
-    token: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> RowColumns:
+        """With numpy, as there are many small columns and torch takes some microseconds for each step of each."""
+        table = [(r.slab, r.start, r.length, r.offset, r.floor, r.replay_end) for r in rows]
+        return cls(*np.array(table, np.int64).T)
 
     @property
     def end(self) -> int:
         """All positions are below this."""
         return int((self.starts + self.lengths).max())
 
-
-def build_step(batch: Batch, geometry: Geometry) -> Step | None:
-    """Tables, on the CPU, for the tokens of `batch` that take part in the first layer; None when there are none."""
-    columns = columns_of(batch, geometry)
-    return None if columns is None else step_of(columns, batch.page_table, geometry)
-
-
-def taking_part(batch: Batch, geometry: Geometry, layer: int = 0) -> Taking | None:
-    """The tokens of `batch` that take part in `layer`; None when there are none."""
-    rows: list[Row] = []
-    table: list[tuple[int, ...]] = []
-    offset = 0
-    for row in batch.rows:
-        floor = row.floor(geometry.reached[layer])
-        skipped = max(0, floor - row.start)
-        length = row.length - skipped
-        if length <= 0:
-            continue
-        start = row.start + skipped
-        rows.append(Row(row.slab, start, length, offset, row.reset, row.replay_end, row.replay_start))
-        table.append((row.slab, start, length, offset, floor, row.replay_end, row.offset + skipped))
-        offset += length
-    if not rows:
-        return None
-    # With numpy, as there are many small columns and torch takes some microseconds for each step of each.
-    slabs, starts, lengths, offsets, floors, replayed, taken = np.array(table, np.int64).T
-    token = np.arange(offset) + np.repeat(taken - offsets, lengths)
-    return Taking(tuple(rows), slabs, starts, lengths, offsets, floors, replayed, token)
+    @property
+    def row(self) -> np.ndarray:
+        """int64 [T]: of each token."""
+        return np.repeat(np.arange(len(self.slabs)), self.lengths)
 
 
-def columns_of(batch: Batch, geometry: Geometry, layer: int = 0) -> Columns | None:
-    """Columns (on the CPU, as all tensors of `batch` are) for the tokens of `batch` that take part in `layer`; None when there
-    are none."""
-    taking = taking_part(batch, geometry, layer)
-    return None if taking is None else columns_for(taking, batch, geometry)
+def build_step(batch: Batch, geometry: Geometry) -> Step:
+    """Tables of a batch, on the CPU."""
+    return step_of(columns_of(batch, geometry), batch.page_table, geometry)
 
 
-def columns_for(t: Taking, batch: Batch, geometry: Geometry) -> Columns:
-    """The columns of what takes part."""
+def columns_of(batch: Batch, geometry: Geometry) -> Columns:
+    """Columns (on the CPU, as all tensors of `batch` are) of a batch."""
+    t = RowColumns.of(batch.rows)
     of = {
-        "token": t.token,
-        "ids": batch.token_ids.numpy()[t.token],
-        "row": np.repeat(np.arange(len(t.rows)), t.lengths),
-        "position": batch.positions.numpy()[t.token],
+        "ids": batch.token_ids.numpy(),
+        "row": t.row,
+        "position": batch.positions.numpy(),
         "slabs": t.slabs,
         "start": t.starts,
         "length": t.lengths,
@@ -164,10 +132,10 @@ def columns_for(t: Taking, batch: Batch, geometry: Geometry) -> Columns:
         )
         of |= {f"{m} {name}": column for name, column in blocks.items()}
     columns = {name: torch.from_numpy(np.ascontiguousarray(column)) for name, column in of.items()}
-    return Columns(t.rows, t.end, direct, columns)
+    return Columns(t.end, direct, columns)
 
 
-def ringed(t: Taking, ring: int) -> np.ndarray:
+def ringed(t: RowColumns, ring: int) -> np.ndarray:
     """Tokens int64 [M] that a ring of so many rows keeps: the last of each row."""
     return ranges(t.offsets + t.lengths - np.minimum(t.lengths, ring), np.minimum(t.lengths, ring))
 
@@ -233,8 +201,6 @@ def step_of(columns: Columns, pages: Tensor, geometry: Geometry) -> Step:
         for m in geometry.ratios
     }
     return Step(
-        rows=columns.rows,
-        token=of["token"],
         token_ids=of["ids"],
         end=columns.end,
         tokens=tokens,
@@ -284,8 +250,6 @@ def decode_step(
         )
         block_turns[m] = (block_turn[i, 0], block_turn[i, 1])
     step = Step(
-        rows=(),
-        token=row,
         token_ids=ids,
         end=end,
         tokens=TokenTable(row, slab, positions, slabs, positions, count, row, group=geometry.tile),

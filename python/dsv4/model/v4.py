@@ -109,7 +109,6 @@ class V4Model:
             block_tokens=cache.layout.block_tokens,
             ratios=tuple(m for m in self.ropes if m),
             tile=max(1, _TILE_ROWS // config.num_heads),
-            reached=tuple(sum(s.reach for s in config.layers[:i]) for i in range(config.num_layers)),
         )
 
     def _scope(self, weights: MutableMapping[str, Weight], consume: bool) -> Scope:
@@ -137,25 +136,11 @@ class V4Model:
         self.reset_fresh(batch)
         device = self.embed.device
         pages = batch.page_table if batch.device_pages is None else batch.device_pages
-        replays = any(row.replay_end for row in batch.rows)
-        alive, residual = torch.arange(len(batch.token_ids)), None
-        for i, layer in enumerate(self.layers):
-            if i == 0 or replays:  # the deeper the layer, the fewer tokens of a replay take part
-                columns = columns_of(batch, self.geometry, i)
-                if columns is None:
-                    return self.embed.new_empty((0, self.config.hc_mult, self.config.hidden_size))
-                kept, alive = torch.searchsorted(alive, columns.of["token"]), columns.of["token"]
-                step = step_of(columns.to(device), pages, self.geometry)
-                if batch.newest is not None:
-                    step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
-                ropes, scratch = self._ropes(step), self._scratch(step)
-                if residual is None:
-                    residual = Residual.of(self._embedded(step))
-                else:
-                    residual = residual.picked(to_device(kept, device))
-            residual = layer(residual, step, *ropes[layer.ratio], scratch)
-        wanted = to_device(torch.searchsorted(alive, batch.logit_index), device)
-        return residual.picked(wanted).settled(self.ops)
+        step = step_of(columns_of(batch, self.geometry).to(device), pages, self.geometry)
+        if batch.newest is not None:
+            step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
+        wanted = to_device(batch.logit_index, device)
+        return self._through(step, self._ropes(step)).picked(wanted).settled(self.ops)
 
     def reset_fresh(self, batch: Batch) -> None:
         """Empties the state of the rows that begin."""
@@ -180,8 +165,7 @@ class V4Model:
 
     @torch.inference_mode()
     def extend(self, columns: Columns, logit_index: Tensor, pages: Tensor, newest: Tensor) -> Tensor:
-        """Streams [S, n, d] after the last layer of tokens `logit_index` int64 [S]: `hidden` of a step without replaying rows, after
-        `reset_fresh`, from its columns and the rest on the model's device. As `decode`, for a CUDA graph."""
+        """Streams [S, n, d] after the last layer of tokens `logit_index` int64 [S]: `hidden` of a step, after `reset_fresh`, from its columns and the rest on the model's device. As `decode`, for a CUDA graph."""
         step = step_of(columns, pages, self.geometry)
         step = replace(step, token_ids=resolved(step.token_ids, newest))
         return self._through(*self._whole(step)).picked(logit_index).settled(self.ops)
