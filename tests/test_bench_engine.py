@@ -57,7 +57,7 @@ def test_every_part_is_measured_and_written(
     (path,) = tmp_path.glob("cpu/engine-tiny-*.json")
     found = json.loads(path.read_text())
     assert "--rows 2 1" in found["command"] and str(tmp_path) not in found["command"]
-    assert [len(found[part]) for part in PARTS] == [2, 2, 3, 1, 1, 2]
+    assert [len(found[part]) for part in PARTS] == [1, 2, 2, 3, 1, 1, 2]
     assert all(row["limit_ms"] > 0 and row[row["against"]] > 0 for part in PARTS for row in found[part])
     assert [row["kernels"] for row in found["starts"]] == ["to be compiled", "in the cache"]
     assert (
@@ -74,7 +74,7 @@ def test_every_part_is_measured_and_written(
         "## Decode steps\n" in text
         and "memory weights 1.00 GiB" in text
         and "start: start_s " in text
-        and drawn.count("<rect") == 1 + 11
+        and drawn.count("<rect") == 1 + 12
     )
 
 
@@ -84,6 +84,7 @@ def test_a_budget_leaves_out_the_rest_and_writes_what_there_is(tmp_path: Path, s
     found = json.loads(path.read_text())
     assert len(found["starts"]) == 1 and not any(part in found for part in PARTS)
     assert found["left out"] == [
+        "first",
         *["decode"] * 2,
         "prefill",
         *["cached"] * 3,
@@ -93,7 +94,7 @@ def test_a_budget_leaves_out_the_rest_and_writes_what_there_is(tmp_path: Path, s
         "prefill",
         "start with a cache",
     ]
-    assert "Left out, as there was no time: decode" in path.with_suffix(".md").read_text()
+    assert "Left out, as there was no time: first, decode" in path.with_suffix(".md").read_text()
 
 
 def test_a_part_that_fails_does_not_cost_the_others(
@@ -116,7 +117,8 @@ def test_a_part_that_fails_does_not_cost_the_others(
 
 def test_the_most_valuable_parts_come_first() -> None:
     shapes = Shapes((8, 1, 64), 4096, (131072,), (2048, 32768), 4096, 2**20)
-    assert [p.name for p in parts(shapes, PARTS)][:7] == [
+    assert [p.name for p in parts(shapes, PARTS)][:8] == [
+        "first",
         *["decode"] * 2,
         "prefill",
         *["cached"] * 3,

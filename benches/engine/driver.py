@@ -39,6 +39,8 @@ class Engine(Protocol):
     name: str
     vocab: int
     on_gpu: bool
+    launching: float
+    """When the host began to launch the last step; 0 where that is not told."""
 
     def submit(self, ids: np.ndarray, tokens: int) -> Job: ...
     def step(self) -> None: ...
@@ -56,6 +58,13 @@ class Dsv4:
         self.step, self.has_work, self.abort_all = llm.step, llm.has_work, llm.abort_all
         self._jobs, self._keys, self._others = dict[int, Job](), count(1 << 40), llm._loop.tell
         llm._loop.tell = self._told
+        self.launching, device, launch = 0.0, llm._loop.device, llm._loop.device.launch
+
+        def timed(*args: Any, **options: Any) -> Any:
+            self.launching = time.perf_counter()
+            return launch(*args, **options)
+
+        device.launch = timed  # type: ignore[method-assign]
 
     def submit(self, ids: np.ndarray, tokens: int) -> Job:
         job, key = Job(), next(self._keys)

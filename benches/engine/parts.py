@@ -9,9 +9,9 @@ from typing import Any
 from benches.engine.decode import decode
 from benches.engine.driver import Driver
 from benches.engine.limits import Limits
-from benches.engine.prefill import beside, cached, cold, turns
+from benches.engine.prefill import beside, cached, cold, first, turns
 
-PARTS = ("decode", "prefill", "cached", "turns", "beside", "long")
+PARTS = ("first", "decode", "prefill", "cached", "turns", "beside", "long")
 NEW = (1, 64, 256, 1024)
 
 
@@ -49,6 +49,12 @@ def parts(s: Shapes, only: tuple[str, ...]) -> Iterator[Part]:
     longest = s.prompts[-1]
     news = [n for n in NEW if longest + n < s.max_len]
     every = [
+        Part(
+            "first",
+            lambda d: first(d, min(1000, longest)),
+            lambda x: x.prompt(min(1000, longest), s.step_tokens),
+            "second_ms",
+        ),
         *(_decode("decode", n, s.context) for n in s.rows[:2]),
         _prompt(longest, s.step_tokens),
         *(_cached(longest, new, s.step_tokens) for new in news[:3]),

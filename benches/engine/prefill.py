@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,30 +51,47 @@ def cold(driver: Driver, tokens: int) -> dict[str, Any]:
     return found
 
 
-def asked(driver: Driver, ids: np.ndarray) -> tuple[Job, float]:
-    """A request for one token when it is over, and the milliseconds from its submission until the host had launched its first step
-    (of an engine that waits for each step: until it was over)."""
+class Asked(NamedTuple):
+    """A request for one token when it is over."""
+
+    job: Job
+    launch_ms: float
+    """From its submission until the host began to launch its first step: 0 where an engine does not tell."""
+    launched_ms: float
+    """Until it had (of an engine that waits for each step: until that was over)."""
+
+
+def asked(driver: Driver, ids: np.ndarray) -> Asked:
+    """Of this prompt."""
     job = driver.job(ids)
     driver.engine.step()
-    launched = 1e3 * (time.perf_counter() - job.begun)
+    times = (1e3 * max(0.0, at - job.begun) for at in (driver.engine.launching, time.perf_counter()))
+    found = Asked(job, *times)
     driver.run()
-    return job, launched
+    return found
+
+
+def first(driver: Driver, tokens: int) -> dict[str, Any]:
+    """Milliseconds to the answer of the first request after a start, and of another like it: more than a little apart, something was not ready."""
+    one, other = (asked(driver, driver.ids(tokens)) for _ in range(2))
+    return {"tokens": tokens, "first_ms": 1e3 * one.job.ttft, "second_ms": 1e3 * other.job.ttft}
 
 
 def cached(driver: Driver, tokens: int, new: int) -> dict[str, Any]:
-    """A prompt whose first `tokens` tokens were read before and whose last `new` were not: median times to its first launch and token of up to
-    five."""
+    """A prompt whose first `tokens` tokens were read before and whose last `new` were not: median times to its first launch, to the end of that, and to
+    its token of up to five."""
     base = driver.ids(tokens)
     driver.job(base)
     driver.run()
-    times, launches, computed = [], [], 0
-    for _ in range(1 + min(5, driver.steps)):
-        job, launched = asked(driver, np.concatenate((base, driver.ids(new))))
-        times.append(1e3 * job.ttft)
-        launches.append(launched)
-        computed = tokens + new - (job.cached or 0)
-    found = {"tokens": tokens, "new": new, "ttft_ms": median(times[1:]), "launch_ms": median(launches[1:])}
-    return found | {"not_cached": computed}
+    found = [asked(driver, np.concatenate((base, driver.ids(new)))) for _ in range(1 + min(5, driver.steps))]
+    return {
+        "tokens": tokens,
+        "new": new,
+        "ttft_ms": median(1e3 * f.job.ttft for f in found[1:]),
+        "launch_ms": median(f.launch_ms for f in found[1:]),
+        "launched_ms": median(f.launched_ms for f in found[1:]),
+        "not_cached": tokens + new - (found[-1].job.cached or 0),
+    }
 
 
 def turns(driver: Driver, tokens: int, new: int = 64, answer: int = 40) -> dict[str, Any]:
@@ -83,22 +100,23 @@ def turns(driver: Driver, tokens: int, new: int = 64, answer: int = 40) -> dict[
     base = driver.ids(tokens)
     first = driver.job(base, answer)
     driver.run()
-    _, first_launch = asked(driver, np.concatenate((base, driver.ids(new))))  # of its size of step
-    again, again_launch = asked(driver, np.concatenate((base, driver.ids(new))))
+    once, again = (asked(driver, np.concatenate((base, driver.ids(new)))) for _ in range(2))
     said = np.array(first.ids, np.int32)
-    turn, turn_launch = asked(driver, np.concatenate((base, said, driver.ids(new))))
+    turn = asked(driver, np.concatenate((base, said, driver.ids(new))))
     return {
         "tokens": tokens,
         "ttft_ms": 1e3 * first.ttft,
         "tokens_s": tokens / first.ttft,
         "decode_ms": 1e3 * float(median(np.diff(first.times))),
-        "again_ms": 1e3 * again.ttft,
-        "first_launch_ms": first_launch,
-        "again_launch_ms": again_launch,
-        "again_not_cached": len(base) + new - (again.cached or 0),
-        "turn_ms": 1e3 * turn.ttft,
-        "turn_launch_ms": turn_launch,
-        "turn_not_cached": len(base) + answer + new - (turn.cached or 0),
+        "once_ms": 1e3 * once.job.ttft,
+        "again_ms": 1e3 * again.job.ttft,
+        "again_launch_ms": again.launch_ms,
+        "again_launched_ms": again.launched_ms,
+        "again_not_cached": len(base) + new - (again.job.cached or 0),
+        "turn_ms": 1e3 * turn.job.ttft,
+        "turn_launch_ms": turn.launch_ms,
+        "turn_launched_ms": turn.launched_ms,
+        "turn_not_cached": len(base) + answer + new - (turn.job.cached or 0),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from benches.gpu.report import picture
 
 TITLES = {
+    "first": "The first request after a start",
     "decode": "Decode steps",
     "long": "Decode steps on long history",
     "prefill": "One cold prompt",

@@ -21,6 +21,7 @@ class Vllm:
 
     name = "vllm"
     on_gpu = True
+    launching = 0.0
 
     def __init__(self, model: str, *, running: int, max_len: int, step_tokens: int | None, pool: int) -> None:
         """`model`: a directory with config.json. `pool`: bytes."""

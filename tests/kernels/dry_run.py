@@ -116,7 +116,7 @@ def captured_steps(local: LocalDevice) -> None:
     """Every step with prompts that a start captures."""
     assert local.extends is not None, "steps are captured"
     for capture in local.extends.captures(None):
-        capture().replay()  # type: ignore[attr-defined]
+        capture()()
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from dsv4.engine.masks import Masks
 from dsv4.engine.progress import LogProgress, Progress
 from dsv4.engine.request import EngineRequest, Sampled
 from dsv4.engine.sampler import Drawn, Judged, Sampler, judge
-from dsv4.engine.warmup import capture_graphs, compile_kernels, nothing_is_left
+from dsv4.engine.warmup import beside_steps, capture_graphs, compile_kernels, nothing_is_left
 from dsv4.model.batch import Batch, Row
 from dsv4.model.v4 import V4Model
 from dsv4.plan.graphs import sizes_of
@@ -203,6 +203,7 @@ class LocalDevice:
                 "kernels are compiled when they are first needed, as at start that failed: %s", first_line(e)
             )
         begun, slab, tokens = time.perf_counter(), len(self.page_table) - 1, min(tokens, max_len - 1)
+        beside_steps(self)
         self._hidden_of(Row(slab=slab, start=0, length=tokens, offset=0, reset=True))
         at, position = np.array([slab]), np.array([tokens])
         capture_graphs(self, capture_context, progress)
@@ -270,7 +271,7 @@ class LocalDevice:
 
     def _computed(self, plan: StepPlan) -> tuple[Tensor, np.ndarray, bool]:
         """What a plan does before its draw; returns what `_forward` does."""
-        self._change_pages(plan)
+        self.change_pages(plan.page_deltas)
         if plan.copies:
             for source, slab, _, pages in _copies(plan, FORK):
                 self.cache.fork(source, slab, *pages[:2])
@@ -280,10 +281,11 @@ class LocalDevice:
             self.cache.save_all([(slab, at, *pages) for slab, _, at, pages in _copies(plan, SAVE)])
         return found
 
-    def _change_pages(self, plan: StepPlan) -> None:
-        if not plan.deltas:
+    def change_pages(self, deltas: np.ndarray) -> None:
+        """Of (slab, block, page) each, int [n, 3]."""
+        if not len(deltas):
             return
-        slab, block, page = plan.page_deltas.T
+        slab, block, page = deltas.T
         table = self.page_table.numpy()
         table[slab, block] = page  # where a place changes twice, numpy leaves the last
         if self.device_pages is not None:

@@ -121,6 +121,7 @@ class RankDevice(LocalDevice):
             self.model.rank.gather(x[0])
             self.model.rank.exchange(x)
             self.model.rank.sum(x[0].view(torch.bfloat16))
+        self.model.rank.tell(self._newest[:1])
 
     def _logits(self, hidden: Tensor, picked: np.ndarray | None) -> Tensor:
         """As all ranks make them: of all streams where a graph gave them, which are those that are wanted then."""

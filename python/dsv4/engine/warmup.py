@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from dsv4.engine.sampler import KINDS, judge
@@ -20,6 +21,7 @@ from dsv4.kernels.device import has_triton
 from dsv4.model.batch import Batch, Row
 from dsv4.model.parallel import UNIT
 from dsv4.plan.workspace import LOGIT_ROWS
+from dsv4.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from dsv4.engine.device import LocalDevice
@@ -157,11 +159,28 @@ def rehearse(device: LocalDevice, step_tokens: int, max_len: int) -> None:
         lengths = _lengths(min(step_tokens, max_len - 1))
         for rows in (2, 3):  # beside decodes
             _eager(device, [Row(slab, 0, lengths[-1] // 2, 0), *(Row(slab, 5, 1, lengths[-1] // 2 + i) for i in range(rows))])  # fmt: skip
-        _draws(device)
+        _draws(device, sorted({1, 2, 3, 8, 15, 16, 17, 32, 64, LOGIT_ROWS, len(device.page_table)}))
         _copies(device)
         device.rehearse()
     finally:
         model.layers = layers
+
+
+@torch.inference_mode()
+def beside_steps(device: LocalDevice) -> None:
+    """What a request needs beside steps, once: libraries load a kernel, take page-locked memory and connect ranks where they first run, for
+    which the first request would wait."""
+    slab = len(device.page_table) - 1
+    for params in (_EVERYTHING, SamplingParams()):  # the last changes nothing
+        device.sampler.begin(slab, params, prompt=np.zeros(2, np.int32), output=[0], seed=0, ends=[0])
+    device.change_pages(np.array([[slab, 0, int(device.page_table[slab, 0])]]))
+    _draws(device, (1,))
+    _copies(device)
+    device.rehearse()
+
+
+_EVERYTHING = SamplingParams(presence_penalty=1.0, repetition_penalty=2.0, logit_bias={0: 1.0}, min_tokens=2)
+"""All that is edited in logits."""
 
 
 def _kinds(layers: Sequence[Layer]) -> Iterator[Layer]:
@@ -222,11 +241,11 @@ def _eager(device: LocalDevice, rows: list[Row]) -> None:
     )
 
 
-def _draws(device: LocalDevice) -> None:
-    """Draws outside of a graph, and log-probabilities, of prompts too."""
+def _draws(device: LocalDevice, rows_of: Sequence[int]) -> None:
+    """Draws of so many rows outside of a graph, and log-probabilities, of prompts too."""
     model, slabs = device.model, len(device.page_table)
     shape = (model.config.hc_mult, model.config.hidden_size)
-    for rows in sorted({1, 2, 3, 8, 15, 16, 17, 32, 64, LOGIT_ROWS, slabs}):
+    for rows in rows_of:
         hidden = torch.zeros((rows, *shape), dtype=model.embed.dtype, device=device.device)
         at = torch.zeros(rows, dtype=torch.int64, device=device.device)
         logits = model.logits(hidden)
