@@ -42,6 +42,9 @@ class Deaf(Rank):
     def exchange(self, x: Tensor) -> Tensor:
         return x.contiguous().clone()
 
+    def tell(self, x: Tensor) -> None:
+        pass
+
 
 def run_ranks(ranks: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
     """work(rank, *args) in each of R processes; what each gave, by rank. `work` is a function of a module."""
