@@ -282,7 +282,7 @@ class LocalDevice:
         return found
 
     def change_pages(self, deltas: np.ndarray) -> None:
-        """Of (slab, block, page) each, int [n, 3]."""
+        """Of (slab, block, page) each, int32 [n, 3]."""
         if not len(deltas):
             return
         slab, block, page = deltas.T

@@ -173,7 +173,7 @@ def beside_steps(device: LocalDevice) -> None:
     slab = len(device.page_table) - 1
     for params in (_EVERYTHING, SamplingParams()):  # the last changes nothing
         device.sampler.begin(slab, params, prompt=np.zeros(2, np.int32), output=[0], seed=0, ends=[0])
-    device.change_pages(np.array([[slab, 0, int(device.page_table[slab, 0])]]))
+    device.change_pages(np.array([[slab, 0, int(device.page_table[slab, 0])]], np.int32))
     _draws(device, (1,))
     _copies(device)
     device.rehearse()
