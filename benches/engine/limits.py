@@ -63,7 +63,7 @@ class Limits:
 
     def ms(self, rows: list[tuple[int, int]]) -> float:
         """Of a step with rows (first position, tokens)."""
-        _, parts = self._model.parts([(start, tokens, 0) for start, tokens in rows], 0)
+        _, parts = self._model.parts(rows, 0)
         return sum(max(pair) for pair in parts) / 1e3
 
     def decode(self, rows: int, context: int) -> float:

@@ -72,7 +72,7 @@ def measure() -> list[dict[str, Any]]:
         model = StepModel(step_coefficients(config, layout, gpu(m.gpu), m.ranks))
         told = 0.0
         for step in m.steps:
-            fixed, parts = model.parts([(at, n, 0) for at, n in step], 0)
+            fixed, parts = model.parts(step, 0)
             told += (fixed + sum(map(max, parts))) / 1000
         rows.append(
             {"gpu": m.gpu, "what": m.what, "measured_ms": m.ms, "simulated_ms": told, "source": m.source}

@@ -456,11 +456,9 @@ class StepModel:
     def __new__(cls, coefficients: Mapping[str, Any]) -> StepModel:
         """Every coefficient by name (`dsv4.simulate.device`). Raises ConfigError."""
 
-    def parts(
-        self, rows: Sequence[tuple[int, int, int]], copies: int
-    ) -> tuple[float, list[tuple[float, float]]]:
-        """(fixed us, [(reads us, arithmetic us)]) of a step with rows (first position, tokens, end of replay or 0) and
-        so many saved and restored states. Its time is the fixed part and the larger of each pair."""
+    def parts(self, rows: Sequence[tuple[int, int]], copies: int) -> tuple[float, list[tuple[float, float]]]:
+        """(fixed us, [(reads us, arithmetic us)]) of a step with rows (first position, tokens) and so many saved and
+        restored states. Its time is the fixed part and the larger of each pair."""
 
 @final
 class Replay:

@@ -55,16 +55,16 @@ def test_shapes_fit_and_the_cheap_ones_come_first() -> None:
 
 
 def test_kinds_of_steps() -> None:
-    decodes = [(1500, 1, 0), (1700, 1, 0)]
+    decodes = [(1500, 1), (1700, 1)]
     assert kind_of(Measured(1, decodes, 0)) == "2 decodes at 1K"
-    assert kind_of(Measured(1, [(64, 9, 0)], 0)) == "few prompt tokens at 64"
-    assert kind_of(Measured(1, [(0, 512, 0)], 1)) == "512 prompt tokens at 0, states copied"
-    assert kind_of(Measured(1, [*decodes, (2048, 512, 0)], 0)) == "2 decodes at 1K + 512 prompt tokens at 2K"
+    assert kind_of(Measured(1, [(64, 9)], 0)) == "few prompt tokens at 64"
+    assert kind_of(Measured(1, [(0, 512)], 1)) == "512 prompt tokens at 0, states copied"
+    assert kind_of(Measured(1, [*decodes, (2048, 512)], 0)) == "2 decodes at 1K + 512 prompt tokens at 2K"
 
 
 def made_up(true: dict[str, float]) -> list[Measured]:
-    rows = [[(c + i, 1, 0)] * b for c in (1000, 50_000) for b in (1, 8, 64) for i in range(18)]
-    rows += [[(4096 * i, n, 0)] for i in range(8) for n in (512, 4096)]
+    rows = [[(c + i, 1)] * b for c in (1000, 50_000) for b in (1, 8, 64) for i in range(18)]
+    rows += [[(4096 * i, n)] for i in range(8) for n in (512, 4096)]
     steps = []
     for i, some in enumerate(rows):
         fixed, pairs = StepModel(true).parts(some, i % 3)
@@ -117,12 +117,16 @@ def test_fewer_layers_stand_for_all(tmp_path: Path) -> None:
         ({"layers": 0}, ["layers is 0", "whole number from 1"]),
         ({"roofline": "h10"}, ["roofline", "h10"]),
         ({"version": 9}, ["version is 9", "dsv4 calibrate"]),
-        ({"more": 1}, ["an object with", "dsv4 calibrate"]),
+        ({"reaches": [127] * 43}, ["unknown field 'reaches'", "dsv4 calibrate"]),
+        ({"readz": 1}, ["unknown field 'readz'", "did you mean 'reads'"]),
+        ({"steps": None}, ["has no steps", "dsv4 calibrate"]),
     ],
 )
 def test_bad_files_are_told_in_one_line(tmp_path: Path, changes: dict[str, object], words: list[str]) -> None:
     path = tmp_path / "c.json"
-    path.write_text(json.dumps(dataclasses.asdict(FOUND) | changes))
+    path.write_text(
+        json.dumps({k: v for k, v in (dataclasses.asdict(FOUND) | changes).items() if v is not None})
+    )
     with pytest.raises(ConfigError) as e:
         Calibration.read(str(path))
     assert all(w in str(e.value) for w in (str(path), *words)) and "\n" not in str(e.value)
@@ -153,10 +157,10 @@ def test_an_engine_runs_the_shapes_and_warm_up_is_not_counted(tmp_path: Path) ->
     assert told == list(range(len(shapes))) and len(by_shape) == len(shapes)
     assert uncounted + sum(map(len, by_shape)) == len(record.read_text().splitlines())
     for shape, steps in zip(shapes, by_shape, strict=True):
-        decodes = [s for s in steps if len(s.rows) == shape.batch and all(n == 1 for _, n, _ in s.rows)]
+        decodes = [s for s in steps if len(s.rows) == shape.batch and all(n == 1 for _, n in s.rows)]
         assert len(decodes) >= DECODES - 1, shape
-        assert all(start >= shape.context for s in decodes for start, _, _ in s.rows)
-        mixed = [s for s in steps if {n > 1 for _, n, _ in s.rows} == {True, False}]
+        assert all(start >= shape.context for s in decodes for start, _ in s.rows)
+        mixed = [s for s in steps if {n > 1 for _, n in s.rows} == {True, False}]
         assert mixed or not shape.beside, shape
     assert any(s.copies for steps in by_shape for s in steps)
     assert not llm.has_work()

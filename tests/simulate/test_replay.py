@@ -37,7 +37,6 @@ MODEL = {
     "entry_us": 0.004,
     "topk": 8,
     "indexed": [{"ratio": 2, "share": 1.0}],
-    "reaches": [5.0, 5.0, 5.0],
 }
 
 
@@ -199,8 +198,24 @@ def test_the_same_run_has_the_same_events(tmp_path: Path) -> None:
 
 
 def step_us(*rows: tuple[int, int]) -> float:
-    fixed, pairs = StepModel(MODEL).parts([(*r, 0) for r in rows], 0)
+    fixed, pairs = StepModel(MODEL).parts(rows, 0)
     return fixed + sum(max(p) for p in pairs)
+
+
+def test_replayed_tokens_take_as_long_as_any(tmp_path: Path) -> None:
+    """The second request finds 40 tokens and runs the last 15 of them again, with its own 8, as two pieces of a prompt."""
+    ids = [1, 2, 3, 4, 5]
+    two = [request(0, ids, 40, 1, session="a"), request(0, [*ids, 6], 48, 1, session="a")]
+    report = replay(write(tmp_path / "t", two), timed=True, max_step_tokens=64)
+    assert (report["tokens"]["replayed"], report["steps"]) == (15, 3)
+    assert report["virtual_s"] == pytest.approx(
+        (step_us((0, 40)) + step_us((25, 15)) + step_us((40, 8))) / 1e6
+    )
+
+
+def test_a_coefficient_that_is_unknown_is_named() -> None:
+    with pytest.raises(ConfigError, match='unknown key "reaches"'):
+        StepModel(MODEL | {"reaches": [5.0, 5.0, 5.0]})
 
 
 def test_times_are_the_step_models(tmp_path: Path) -> None:
@@ -300,8 +315,8 @@ def test_answers_go_on_while_a_million_tokens_are_read(
     while (progress := run.run(5000))[0] < progress[1]:
         pass
     report = json.loads(run.report())
-    rows = [(6600, 1, 0)] * 16
-    fixed, pairs = StepModel(coefficients).parts([*rows, (2040 * 512 - 64, 64, 0)], 2)
+    rows = [(6600, 1)] * 16
+    fixed, pairs = StepModel(coefficients).parts([*rows, (2040 * 512 - 64, 64)], 2)
     bound = 1.1 * max(30, (fixed + sum(map(max, pairs))) / 1000)
     assert report["finished"] == 17 and report["preemptions"] == 0
     assert (report["itl_ms"]["max"] <= bound) == held, (report["itl_ms"], bound)

@@ -44,7 +44,6 @@ def test_a_step_scans_a_history_for_each_layer_that_reads_it() -> None:
     assert c["context_read_us"] * per_us == pytest.approx(128 * (3 / 4 + 2 / 16))
     assert c["entry_read_us"] * per_us == pytest.approx(5 * 128)
     assert c["indexed"] == [{"ratio": 4, "share": 0.6}, {"ratio": 16, "share": 0.4}]
-    assert c["reaches"] == [127] * 6
 
 
 def test_a_component_that_the_step_model_does_not_know_is_refused() -> None:

@@ -20,7 +20,7 @@ LAYOUT = FLASH.layout("fp8_ds_mla", "mxfp4")
 IDEAL = Shares(1, 1, 1, 1, 1, 1, kernel_us=1e-9, copy_launch_us=1e-9)
 
 
-def time_us(coefficients: dict[str, float], rows: list[tuple[int, int, int]], copies: int = 0) -> float:
+def time_us(coefficients: dict[str, float], rows: list[tuple[int, int]], copies: int = 0) -> float:
     fixed, pairs = StepModel(coefficients).parts(rows, copies)
     return fixed + sum(max(p) for p in pairs)
 
@@ -29,7 +29,7 @@ def test_a_decode_at_the_roofline_reads_what_the_specification_says() -> None:
     """Flash on one H100 at a million tokens: index keys 357 MB, HCA 91 MB, 512 rows in 21 layers, all windows."""
     c = step_coefficients(FLASH, LAYOUT, gpu("h100"), 1, IDEAL)
     per_us = gpu("h100").copy_bytes_per_s / 1e6
-    attention = (time_us(c, [(2**20 - 1, 1, 0)]) - time_us(c, [(0, 1, 0)])) * per_us
+    attention = (time_us(c, [(2**20 - 1, 1)]) - time_us(c, [(0, 1)])) * per_us
     context = 2**20 * (21 * 68 / 4 + 20 * 584 / 128)
     assert attention == pytest.approx(context + 512 * 21 * 584, rel=1e-3)
     # 13 billion weights work on a token, the head and the embedding apart.
@@ -37,7 +37,7 @@ def test_a_decode_at_the_roofline_reads_what_the_specification_says() -> None:
     assert flops / 2 == pytest.approx(12.4e9, rel=0.05)
     # One token touches 6 of 256 experts of 147 GB; a step of many tokens all of them.
     assert c["expert_read_us"] * per_us == pytest.approx(147.2e9, rel=0.01)
-    one, all_of_them = (StepModel(c).parts([(0, n, 0)], 0)[1][0][0] for n in (1, 4000))
+    one, all_of_them = (StepModel(c).parts([(0, n)], 0)[1][0][0] for n in (1, 4000))
     assert one - c["dense_read_us"] == pytest.approx(c["expert_read_us"] * 6 / 256)
     assert all_of_them == pytest.approx(c["dense_read_us"] + c["expert_read_us"])
 
@@ -70,7 +70,7 @@ def measured(path: Path, coefficients: dict[str, float], noise: float) -> None:
         if not rows or rng.random() < 0.5:
             rows.append([rng.randrange(0, 500_000), rng.choice((64, 512, 4096))])
         copies = rng.randrange(3)
-        us = time_us(coefficients, [(a, n, 0) for a, n in rows], copies) * (1 + noise * rng.uniform(-1, 1))
+        us = time_us(coefficients, [(a, n) for a, n in rows], copies) * (1 + noise * rng.uniform(-1, 1))
         lines.append(json.dumps({"us": us, "rows": rows, "copies": copies}))
     path.write_text("\n".join(lines))
 
@@ -132,8 +132,9 @@ def test_a_served_models_steps_can_be_fitted(tmp_path: Path) -> None:
     steps = read_steps(path)
     rows = [r for s in steps for r in s.rows]
     # Twice the prompt and three of the four tokens; what the second one knows it may take from the cache or run again.
-    assert [n for _, n, _ in rows[:6]] == [128, 128, 44, 1, 1, 1] and rows[5][:2] == (302, 1)
-    assert rows[-1][:2] == (302, 1) and sum(n for _, n, _ in rows[6:]) in (47, 303)
-    assert {end for _, _, end in rows} <= {0, 256}
+    assert [n for _, n in rows[:6]] == [128, 128, 44, 1, 1, 1] and rows[5] == (302, 1)
+    assert rows[-1] == (302, 1) and sum(n for _, n in rows[6:]) in (47, 303)
+    recorded = [r for line in Path(path).read_text().splitlines() for r in json.loads(line)["rows"]]
+    assert {end for _, _, end in recorded} <= {0, 256}
     fit = calibrate(step_coefficients(FLASH, LAYOUT, gpu("h100"), 1), steps)
     assert fit.steps == len(steps) and fit.median_error < 1

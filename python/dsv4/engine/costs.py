@@ -13,7 +13,7 @@ COST_MODELS = {
     "cpu": {
         "token_us": 800.0,
         "context_us_per_1k": 5.0,
-        "replay_factor": 0.6,
+        "replay_factor": 1.0,
         "restore_us": 2000.0,
         "base_us": 20_000.0,
         "decode_us": 3000.0,
@@ -22,8 +22,7 @@ COST_MODELS = {
     # The core's own: a GPU computes some 10,000 tokens a second.
     "cuda": {name: cost for group in _DEFAULTS.values() for name, cost in group.items()},
 }
-"""What ways to resume cost, by device (see docs/architecture.md); replay is about half the work per token, as layer l
-needs only the last (window - 1) * (layers - l) tokens."""
+"""What ways to resume cost, by device (see docs/architecture.md). A replayed token is as much work as a computed one."""
 
 
 def parse_costs(text: str | None) -> dict[str, float]:

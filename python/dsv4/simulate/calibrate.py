@@ -1,7 +1,8 @@
 """Fits the step model to measured steps: an overhead, and one factor each for reads, arithmetic and copies of states.
 
 A file of measured steps (`dsv4 serve --record-steps FILE`) has one JSON object a line: `us` (time of the step) and `rows`, a list of [first position,
-tokens] or [first position, tokens, end of replay]; `copies` (states saved and restored) is optional.
+tokens] or [first position, tokens, end of replay], of which the last is not used, as a replayed token costs what any other does; `copies`
+(states saved and restored) is optional.
 
 The model of a step is `overhead + collectives + k * copies + sum of max(m * reads, c * arithmetic)`. Which of the two is
 larger depends on m and c, so the fit alternates: with the choices fixed it is a linear least-squares problem in relative
@@ -60,7 +61,8 @@ class Measured:
     """One measured step."""
 
     us: float
-    rows: list[tuple[int, int, int]]
+    rows: list[tuple[int, int]]
+    """(first position, tokens)."""
     copies: int
 
 
@@ -96,7 +98,7 @@ def parse_step(where: str, line: str) -> Measured:
             raise ConfigError(
                 f"{where}: rows has {row!r}; a row is [position, tokens] or [position, tokens, replay end]"
             )
-    return Measured(float(us), [(r[0], r[1], r[2] if len(r) == 3 else 0) for r in rows], copies)
+    return Measured(float(us), [(r[0], r[1]) for r in rows], copies)
 
 
 def _whole(value: object) -> bool:

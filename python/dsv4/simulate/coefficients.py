@@ -13,6 +13,7 @@ from dsv4.gpus import gpu
 from dsv4.model.config import ModelConfig
 from dsv4.simulate.calibrate import scaled
 from dsv4.simulate.device import step_coefficients
+from dsv4.spelling import nearest
 
 if TYPE_CHECKING:
     from dsv4._core import LayoutSpec
@@ -101,11 +102,7 @@ class Calibration:
             raise ConfigError(f"coefficients {path}: {e.strerror}") from None
         except ValueError:
             raise ConfigError(f"coefficients {path} is no JSON; it takes a file of dsv4 calibrate") from None
-        names = [f.name for f in dataclasses.fields(cls)]
-        if not isinstance(record, dict) or set(record) != set(names):
-            raise ConfigError(
-                f"coefficients {path}: it must be an object with {', '.join(names)}, as dsv4 calibrate writes it"
-            )
+        _check_names(path, record, [f.name for f in dataclasses.fields(cls)])
         if record["version"] != VERSION:
             raise ConfigError(
                 f"coefficients {path}: version is {record['version']!r}; {VERSION} is read, run dsv4 calibrate again"
@@ -117,6 +114,21 @@ class Calibration:
         except ConfigError as e:
             raise ConfigError(f"coefficients {path}: roofline: {e}") from None
         return cls(**record)
+
+
+def _check_names(path: str, record: object, names: list[str]) -> None:
+    if not isinstance(record, dict):
+        raise ConfigError(
+            f"coefficients {path}: it must be an object with {', '.join(names)}, as dsv4 calibrate writes it"
+        )
+    unknown = next((name for name in record if name not in names), None)
+    if unknown is not None:
+        raise ConfigError(
+            f"coefficients {path}: it has the unknown field {unknown!r}; run dsv4 calibrate again{nearest(unknown, names)}"
+        )
+    missing = next((name for name in names if name not in record), None)
+    if missing is not None:
+        raise ConfigError(f"coefficients {path}: it has no {missing}; run dsv4 calibrate again")
 
 
 def _check_field(path: str, name: str, kind: str, value: object) -> None:

@@ -110,7 +110,6 @@ def step_coefficients(
             {"ratio": ratio, "share": count / len(indexed)}
             for ratio, count in sorted(Counter(spec.ratio for spec in indexed).items())
         ],
-        "reaches": [spec.reach for spec in config.layers],
     }
 
 

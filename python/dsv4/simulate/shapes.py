@@ -72,8 +72,8 @@ def designed(limits: Limits) -> list[Shape]:
 def kind_of(step: Measured) -> str:
     """`8 decodes at 4K`, `512 prompt tokens at 2K`, `4 decodes at 1K + 512 prompt tokens at 0`, with `, states copied`: steps of
     one kind are alike."""
-    decodes = [start for start, length, _ in step.rows if length == 1]
-    pieces = [(start, length) for start, length, _ in step.rows if length > 1]
+    decodes = [start for start, length in step.rows if length == 1]
+    pieces = [(start, length) for start, length in step.rows if length > 1]
     parts = []
     if decodes:
         parts.append(

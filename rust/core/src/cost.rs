@@ -24,7 +24,7 @@ pub struct CostModel {
     pub token_us: f64,
     /// What 1,000 tokens of context add to a token.
     pub context_us_per_1k: f64,
-    /// A replayed token relative to a computed one: layer `l` skips the first `(window - 1) * l` of them.
+    /// A replayed token relative to a computed one. Every layer takes both, so they cost the same; 0 makes replays free.
     pub replay_factor: f64,
     /// Copying a saved state into a slab.
     pub restore_us: f64,
@@ -32,7 +32,7 @@ pub struct CostModel {
 
 impl Default for CostModel {
     fn default() -> Self {
-        CostModel { token_us: 100.0, context_us_per_1k: 0.1, replay_factor: 0.6, restore_us: 200.0 }
+        CostModel { token_us: 100.0, context_us_per_1k: 0.1, replay_factor: 1.0, restore_us: 200.0 }
     }
 }
 
@@ -103,7 +103,7 @@ impl CostModel {
         match way {
             Way::Cold => self.compute(0, n),
             Way::Snapshot { pos, .. } => self.restore_us + self.compute(pos, n),
-            // From token 0 on every layer runs every token.
+            // From token 0 on it is a prompt that is read, and nothing is run twice.
             Way::Replay { from: 0, .. } => self.compute(0, n),
             Way::Replay { from, to } => self.replay_factor * self.compute(from, to) + self.compute(to, n),
         }

@@ -131,9 +131,9 @@ impl PyStepModel {
         Ok(Self(model))
     }
 
-    /// (fixed us, [(reads us, arithmetic us)]) of rows (start, tokens, end of replay).
-    fn parts(&self, rows: Vec<(u32, u32, u32)>, copies: u32) -> (f64, Vec<(f64, f64)>) {
-        let rows = rows.into_iter().map(|(start, len, replay_end)| Row { start, len, replay_end });
+    /// (fixed us, [(reads us, arithmetic us)]) of rows (start, tokens).
+    fn parts(&self, rows: Vec<(u32, u32)>, copies: u32) -> (f64, Vec<(f64, f64)>) {
+        let rows = rows.into_iter().map(|(start, len)| Row { start, len });
         let parts = self.0.parts(rows, copies);
         (parts.fixed_us, parts.pairs)
     }

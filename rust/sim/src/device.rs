@@ -414,10 +414,11 @@ impl Device {
             if plan[Field::positions][at] != pos as i32 {
                 return Err(format!("{row:?}: position {} at {pos}", plan[Field::positions][at]));
             }
-            last = forward(g, &mut view, embed(token, &request.salt), pos, row.replay_end);
+            let output = forward(g, &mut view, embed(token, &request.salt), pos, row.replay_end);
             if !request.over && pos >= row.replay_end {
-                agree(&request.expected, pos, token, last).map_err(|e| format!("{row:?}: {e}"))?;
+                agree(&request.expected, pos, token, output).map_err(|e| format!("{row:?}: {e}"))?;
             }
+            last = Some(output);
         }
         view.slab.pos = row.end;
         Ok(last)
@@ -425,10 +426,10 @@ impl Device {
 }
 
 /// Compares a computed position with the cold run.
-fn agree(expected: &Expected, pos: u32, token: u32, output: Option<u64>) -> Result<(), String> {
+fn agree(expected: &Expected, pos: u32, token: u32, output: u64) -> Result<(), String> {
     match (expected.tokens.get(pos as usize), expected.outputs.get(pos as usize)) {
         (Some(&t), _) if t != token => Err(format!("token {token} at {pos}, the cold run has {t}")),
-        (_, Some(&o)) if Some(o) != output => Err(format!("the output at {pos} is not that of the cold run")),
+        (_, Some(&o)) if o != output => Err(format!("the output at {pos} is not that of the cold run")),
         // Beyond the end of the cold run: a row planned before its request was known to end.
         _ => Ok(()),
     }

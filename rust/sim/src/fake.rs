@@ -37,8 +37,6 @@ pub struct Geometry {
     pub slab_pages: u32,
     /// Per layer.
     pub layers: Vec<Past>,
-    /// Per layer: the first position that takes part in a replay, from the replay's start.
-    pub floors: Vec<u32>,
     /// First history row of each layer in a page; the last element is the rows of a page.
     pub first_row: Vec<u32>,
 }
@@ -85,11 +83,6 @@ impl Geometry {
                 layers[l] = layers[usize::from(of)];
             }
         }
-        let floors = layout.layers.iter().scan(0, |sum, layer| {
-            let floor = *sum;
-            *sum += layer.reach;
-            Some(floor)
-        });
         Geometry {
             block: layout.block_tokens,
             window: layout.window,
@@ -97,7 +90,6 @@ impl Geometry {
             snapshot_pages: layout.snapshot_pages(),
             slab_pages: layout.slab_pages(),
             layers,
-            floors: floors.collect(),
             first_row,
         }
     }
@@ -108,10 +100,9 @@ impl Geometry {
         if past.of == layer { past.ratio } else { 0 }
     }
 
-    /// The first position of each layer that takes part in a replay up to `end`.
-    pub fn floor(&self, end: u32, layer: usize) -> u32 {
-        let start = i64::from(end) - i64::from(self.replay_tokens);
-        if start <= 0 { 0 } else { start as u32 + self.floors[layer] }
+    /// The first position that takes part in a replay up to `end`.
+    pub fn floor(&self, end: u32) -> u32 {
+        end.saturating_sub(self.replay_tokens)
     }
 }
 
@@ -139,14 +130,12 @@ pub fn embed(token: u32, salt: &[u8]) -> u64 {
     salt.iter().fold(mix(0x5eed, u64::from(token)), |x, &b| mix(x, u64::from(b)))
 }
 
-/// Runs the token at `pos` with input `x`; `replay_end` 0 means that everything takes part and history is written.
-/// Returns the output of the last layer, or `None` where a replay does not get that far.
-pub fn forward(g: &Geometry, m: &mut impl Memory, mut x: u64, pos: u32, replay_end: u32) -> Option<u64> {
+/// Runs the token at `pos` with input `x` and returns the output of the last layer; `replay_end` 0 means that everything
+/// takes part and history is written. What a replay makes of its first tokens is wrong, by as many more in each layer as it
+/// reaches back.
+pub fn forward(g: &Geometry, m: &mut impl Memory, mut x: u64, pos: u32, replay_end: u32) -> u64 {
+    let floor = if replay_end > 0 { g.floor(replay_end) } else { 0 };
     for (layer, &past) in g.layers.iter().enumerate() {
-        let floor = if replay_end > 0 { g.floor(replay_end, layer) } else { 0 };
-        if pos < floor {
-            return None;
-        }
         let tag = 16 * (layer as u64 + 1);
         m.set_window(layer, pos, mix(mix(tag, x), u64::from(pos)));
         let ratio = g.own_ratio(layer);
@@ -173,7 +162,7 @@ pub fn forward(g: &Geometry, m: &mut impl Memory, mut x: u64, pos: u32, replay_e
         }
         x = out;
     }
-    Some(x)
+    x
 }
 
 /// The greedy token of an output.

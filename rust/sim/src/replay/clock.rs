@@ -9,11 +9,11 @@
 //!   selected[m] = sum over the row's tokens of min(topk, context / m)
 //! ```
 //!
-//! A row is a token in decode or a piece of a prompt: its tokens share what they read, not what they compute. A replayed
-//! token counts by the share of layers that run it.
+//! A row is a token in decode or a piece of a prompt: its tokens share what they read, not what they compute. Replayed
+//! tokens are a piece of a prompt like any other.
 
 use dsv4_core::cost::CostModel;
-use dsv4_core::plan::{Field, Plan, REPLAY};
+use dsv4_core::plan::{Field, Plan};
 use dsv4_core::sched::budget::StepCost;
 use serde::{Deserialize, Serialize};
 
@@ -55,8 +55,6 @@ pub struct StepModel {
     pub topk: f64,
     /// The layers with an index, by ratio.
     pub indexed: Vec<Indexed>,
-    /// Of each layer, how many tokens of a replay it takes from those before it (`Layer::reach`).
-    pub reaches: Vec<f64>,
 }
 
 /// Layers that select rows of one ratio.
@@ -69,15 +67,13 @@ pub struct Indexed {
     pub share: f64,
 }
 
-/// A row of a step: `len` tokens from position `start`; with `replay_end` above 0 they are replayed up to there.
+/// A row of a step: `len` tokens from position `start`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
     /// First position.
     pub start: u32,
     /// Tokens.
     pub len: u32,
-    /// End of the replay, 0 without.
-    pub replay_end: u32,
 }
 
 /// Where the time of a step goes: what is always there, and pairs (reads, arithmetic) of which the larger one counts.
@@ -104,8 +100,7 @@ impl StepModel {
         let flat = flat.map(|(name, value)| (name.clone(), value.as_f64().unwrap_or(f64::NAN)));
         let ratios = self.indexed.iter().map(|x| ("ratio".to_owned(), x.ratio));
         let shares = self.indexed.iter().map(|x| ("share".to_owned(), x.share));
-        let reaches = self.reaches.iter().map(|&x| ("reaches".to_owned(), x));
-        for (name, value) in flat.chain(ratios).chain(shares).chain(reaches) {
+        for (name, value) in flat.chain(ratios).chain(shares) {
             let least = if matches!(name.as_str(), "ratio" | "experts") { 1.0 } else { 0.0 };
             if !(value >= least && value.is_finite()) {
                 return Err(format!(
@@ -124,9 +119,8 @@ impl StepModel {
     pub fn parts(&self, rows: impl Iterator<Item = Row>, copies: u32) -> Parts {
         let (mut tokens, mut pairs) = (0.0, vec![(0.0, 0.0)]);
         for row in rows {
-            let run = self.share(row) * f64::from(row.len);
-            tokens += run;
-            pairs.push(self.row(row, run));
+            tokens += f64::from(row.len);
+            pairs.push(self.row(row));
         }
         let untouched = (1.0 - self.experts_per_token / self.experts).powf(tokens);
         pairs[0] = (self.dense_read_us + self.expert_read_us * (1.0 - untouched), self.token_us * tokens);
@@ -140,46 +134,23 @@ impl StepModel {
     /// The time of a planned step.
     pub fn step_us(&self, plan: &Plan) -> f64 {
         let header = plan.header();
-        let row = |r: usize| Row {
-            start: plan[Field::row_start][r] as u32,
-            len: plan[Field::row_len][r] as u32,
-            replay_end: if plan[Field::row_flags][r] & REPLAY != 0 {
-                plan[Field::row_replay_end][r] as u32
-            } else {
-                0
-            },
-        };
+        let row =
+            |r: usize| Row { start: plan[Field::row_start][r] as u32, len: plan[Field::row_len][r] as u32 };
         self.parts((0..header.rows as usize).map(row), header.copies).total_us()
     }
 
-    /// Share of the layers that run a row's tokens, on average: a layer skips the start of a replay, as far as the layers
-    /// before it reach back.
-    fn share(&self, row: Row) -> f64 {
-        let mut floor = f64::from(row.replay_end) - self.reaches.iter().sum::<f64>();
-        if row.replay_end == 0 || floor <= 0.0 {
-            return 1.0;
-        }
-        let (start, len) = (f64::from(row.start), f64::from(row.len.max(1)));
-        let mut run = 0.0;
-        for reach in &self.reaches {
-            run += (start + len - floor).clamp(0.0, len);
-            floor += reach;
-        }
-        run / (len * self.reaches.len() as f64)
-    }
-
-    fn row(&self, row: Row, run: f64) -> (f64, f64) {
+    fn row(&self, row: Row) -> (f64, f64) {
         let (start, end) = (f64::from(row.start), f64::from(row.start + row.len));
-        let share = run / f64::from(row.len.max(1));
-        let contexts = run * (start + end + 1.0) / 2.0;
+        let tokens = f64::from(row.len);
+        let contexts = tokens * (start + end + 1.0) / 2.0;
         let mut read = self.row_read_us + self.context_read_us * end;
-        let mut compute = self.query_us * run + self.context_us * contexts;
+        let mut compute = self.query_us * tokens + self.context_us * contexts;
         for layers in &self.indexed {
-            let selected = share * self.selected(start, end, layers.ratio);
+            let selected = self.selected(start, end, layers.ratio);
             read += layers.share * self.entry_read_us * selected.min(end / layers.ratio);
             compute += layers.share * self.entry_us * selected;
         }
-        (share * read, compute)
+        (read, compute)
     }
 
     /// Rows that tokens `start..end` select: the integral of `min(topk, context / ratio)`.
@@ -193,17 +164,15 @@ impl StepModel {
     pub fn cost(&self, chunk: u32) -> (CostModel, StepCost) {
         const FAR: u32 = 1 << 18;
         const MANY: usize = 64;
-        let decode = Row { start: 0, len: 1, replay_end: 0 };
+        let decode = Row { start: 0, len: 1 };
         let total = |rows: &[Row]| self.parts(rows.iter().copied(), 0).total_us();
         let (base, many) = (total(&[decode]), total(&[decode; MANY]));
-        let per_token =
-            |start| (total(&[Row { start, len: chunk, ..decode }]) - base).max(0.0) / f64::from(chunk);
+        let per_token = |start| (total(&[Row { start, len: chunk }]) - base).max(0.0) / f64::from(chunk);
         let (near, far) = (per_token(0), per_token(FAR));
         let cost = CostModel {
             token_us: near,
             context_us_per_1k: ((far - near) / f64::from(FAR) * 1000.0).max(0.0),
-            // The mean share of layers over a whole replay.
-            replay_factor: 0.5,
+            replay_factor: 1.0,
             restore_us: self.copy_us,
         };
         let decode_us = ((many - base) / (MANY - 1) as f64).max(0.0);
@@ -235,13 +204,12 @@ mod tests {
             entry_us: 0.004,
             topk: 8.0,
             indexed: vec![Indexed { ratio: 4.0, share: 1.0 }],
-            reaches: vec![50.0, 30.0, 20.0],
         }
     }
 
     #[test]
     fn a_decode_and_a_piece_of_a_prompt_add_up() {
-        let rows = [Row { start: 999, len: 1, replay_end: 0 }, Row { start: 0, len: 100, replay_end: 0 }];
+        let rows = [Row { start: 999, len: 1 }, Row { start: 0, len: 100 }];
         let p = easy().parts(rows.into_iter(), 2);
         assert_eq!(p.fixed_us, 100.0 + 10.0 + 0.5 * 101.0 + 6.0);
         let touched = 1.0 - 0.75f64.powi(101);
@@ -257,23 +225,9 @@ mod tests {
     }
 
     #[test]
-    fn a_replay_runs_as_many_layers_as_reach_so_far() {
-        let replay = Row { start: 200, len: 100, replay_end: 300 };
-        // The first layer runs all of it, the second 50 tokens, the third 20.
-        assert_eq!(easy().share(replay), (100.0 + 50.0 + 20.0) / 300.0);
-        assert_eq!(easy().share(Row { start: 270, len: 20, replay_end: 300 }), (20.0 + 20.0 + 10.0) / 60.0);
-        assert_eq!(easy().share(Row { start: 0, len: 50, replay_end: 50 }), 1.0);
-        let (whole, half) = (
-            easy().parts([Row { replay_end: 0, ..replay }].into_iter(), 0),
-            easy().parts([replay].into_iter(), 0),
-        );
-        assert!(half.pairs[1].1 < 0.57 * whole.pairs[1].1);
-    }
-
-    #[test]
     fn the_scheduler_hears_the_same_costs() {
         let (c, s) = easy().cost(1000);
-        let step = |start, len| easy().parts([Row { start, len, replay_end: 0 }].into_iter(), 0).total_us();
+        let step = |start, len| easy().parts([Row { start, len }].into_iter(), 0).total_us();
         assert_eq!(s.base_us, step(0, 1));
         assert!((s.base_us + c.token_us * 1000.0 - step(0, 1000)).abs() < 1e-6);
         // Far out a piece costs what the linear form says there.
