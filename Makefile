@@ -92,7 +92,7 @@ test-python: setup
 	touch $@
 
 test-lowest: setup .venv-lowest/built
-	PYTHONPATH=python .venv-lowest/bin/python -m pytest -q $(LOWEST) $(ARGS)
+	PYTHONPATH=$(CURDIR)/python .venv-lowest/bin/python -m pytest -q $(LOWEST) $(ARGS)
 
 # Each of the newest version, in environments of their own, as they pin each other's.
 .venv-clients/built:
@@ -119,7 +119,7 @@ test-clients: setup .venv-clients/built
 ON_GPU := tests/kernels tests/ops tests/engine tests/e2e tests/model/test_on_gpu.py tests/test_python_page.py
 NOT_ON_GPU := tests/kernels/test_aot.py tests/e2e/test_rolling_restarts.py tests/e2e/test_ranks.py tests/engine/test_ctrl_c.py
 test-gpu:
-	PYTHONPATH=python:. OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile -p no:benchmark --durations 25 \
+	PYTHONPATH=$(CURDIR)/python:$(CURDIR) OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile -p no:benchmark --durations 25 \
 	  $(ON_GPU) $(addprefix --ignore ,$(NOT_ON_GPU)) $(ARGS)
 
 .venv-tools/built: | setup
@@ -164,7 +164,7 @@ test-fleet: .venv-fleet/built
 
 # Nothing is left to compile or to capture when the engine is ready: 0 in every line.
 test-ready:
-	PYTHONPATH=python:. $(PYTHON) -m tests.kernels.mixed_load
+	PYTHONPATH=$(CURDIR)/python:$(CURDIR) $(PYTHON) -m tests.kernels.mixed_load
 
 lint: setup
 	cargo fmt --all --check
@@ -187,11 +187,11 @@ bench:
 	cargo bench --workspace --quiet
 
 bench-gpu:
-	PYTHONPATH=python:. $(PYTHON) -m benches.gpu $(ARGS)
+	PYTHONPATH=$(CURDIR)/python:$(CURDIR) $(PYTHON) -m benches.gpu $(ARGS)
 
 # The engine with real prompts; ARGS="--budget 480" stops in time, with what it has. PYTHON=python3 takes the machine's torch.
 bench-engine:
-	PYTHONPATH=python:. $(PYTHON) -m benches.engine $(ARGS)
+	PYTHONPATH=$(CURDIR)/python:$(CURDIR) $(PYTHON) -m benches.engine $(ARGS)
 
 bench-peers: setup
 	$(BIN)/pip install -q matplotlib xxhash cbor2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -103,13 +104,16 @@ def test_replays_of_chunks(name: str) -> None:
         decoder.cache.pages.copy_(pages)
         return logits, *after
 
-    def captured(capture: Capture) -> ExtendGraphs:
-        return ExtendGraphs(decoder.graphs(capture), decoder.host_pages, 512)
+    def captured(capture: Capture) -> Callable[[Batch], Tensor]:
+        graphs = ExtendGraphs(decoder.graphs(capture), decoder.host_pages, 512)
+        size = graphs.size_of([r.start for r in rows], [r.length for r in rows])
+        assert size is not None
+        return partial(graphs.hidden, size=size)
 
-    direct, graphs = outcome(captured(lambda region, before: region).hidden), captured(Recorder())
+    direct, hidden = outcome(captured(lambda region, before: region)), captured(Recorder())
     assert direct[0].isfinite().all()
     for turn in range(2):
-        for what, a, b in zip(("logits", "state", "pages"), direct, outcome(graphs.hidden), strict=True):
+        for what, a, b in zip(("logits", "state", "pages"), direct, outcome(hidden), strict=True):
             assert torch.equal(a, b), f"{what} of replay {turn}"
     ordinary = outcome(decoder.model.hidden)[0]
     off = float((ordinary - direct[0]).abs().median() / direct[0].std())

@@ -23,7 +23,7 @@ class Profile:
             activities.append(ProfilerActivity.CUDA)
         self.path, self.steps, self.done = path, steps, 0
         self.over, self.fault = False, ""
-        self._profiler = profile(activities=activities)
+        self._profiler = profile(activities=activities, acc_events=True)
         self._profiler.start()
 
     def step(self) -> None:
