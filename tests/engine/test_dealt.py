@@ -48,17 +48,17 @@ SHAPES: dict[int, dict[str, Any]] = {
 
 def test_sizes() -> None:
     assert dealt_of(8192, 1) == () == dealt_of(2 * UNIT, 2) == owned_of(256, 2)
-    assert dealt_of(8192, 2) == DEALT and dealt_of(300, 2) == (512,) and dealt_of(4097, 2) == DEALT
-    assert dealt_of(4096, 8) == (2048, 4096)
-    assert owned_of(4096, 2) == (256, 512, 1024, 2048, 2048 + UNIT)
+    assert dealt_of(8192, 2) == DEALT and dealt_of(300, 2) == (512,) and dealt_of(4097, 2) == DEALT[:-1]
+    assert dealt_of(4096, 8) == (2048, 3072, 4096)
+    assert owned_of(4096, 2) == (256, 512, 1024, 1536, 2048, 2048 + UNIT)
     assert owned_of(512, 3) == (256, 256 + UNIT)
     assert extends_of(4096, 2**20, 2) == (64, 128, 256) and extends_of(100, 2**20, 2) == (64, 128)
-    assert cut_sizes_of(4096, 2**20, 2) == (64, 128, 256, 512, 1024, 2048, 4096)
+    assert cut_sizes_of(4096, 2**20, 2) == (64, 128, 256, 512, 1024, 2048, 3072, 4096)
     assert cut_sizes_of(600, 2**20, 2) == (64, 128, 256, 512, 600) and cut_sizes_of(200, 2**20, 2)[-1] == 200
-    assert dealt_contexts_of(2**20, 2048, 2) == (2**13, 2**15, 2**17, 2**19, 2**20)
+    assert dealt_contexts_of(2**20, 2048, 2) == (2**12, 2**14, 2**16, 2**18, 2**20)
     assert dealt_contexts_of(1000, 2048, 2) == (1000,)
     few, many = steps_of(16, 2**20, 4096, 2), steps_of(256, 2**20, 4096, 2)
-    assert few - steps_of(16, 2**20, 256, 2) == 28 and many > few
+    assert few - steps_of(16, 2**20, 256, 2) == 29 and many > few
 
 
 def graphs_of(driver: RankDriver, step_tokens: int) -> RankExtends:

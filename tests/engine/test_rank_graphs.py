@@ -98,7 +98,7 @@ STEP = 300
 
 def _started(rank: Rank) -> tuple[list[tuple[int, int]], list[int], int, int, int]:
     """Steps and logits that a rank captured at start, how many draws, how many of chunks, and how many after a step of each kind."""
-    sizes.SHORTEST = 256
+    sizes.SHORTEST = 128
     warmup.has_triton = lambda: False  # type: ignore[assignment]
     config = random_config(compress_ratios=[0, 4, 128])
     driver = RankDriver(
@@ -125,7 +125,7 @@ def _started(rank: Rank) -> tuple[list[tuple[int, int]], list[int], int, int, in
 
 def test_all_ranks_capture_the_same_at_start(tmp_path: Path) -> None:
     """What hears from other ranks, that is; only rank 0 draws. (A rank that ran something else would wait for ever.)"""
-    decodes = [(n, end) for end in (512, 256) for n in reversed(sizes_of(2))]
+    decodes = [(n, end) for end in (512, 256, 128) for n in reversed(sizes_of(2))]
     # One of two contexts is as long as a step that is dealt out.
     chunks = 2 * len(extends_of(STEP, 512, 2)) + len(owned_of(STEP, 2))
     for rank, (steps, heads, draws, extends, late) in enumerate(run_ranks(2, _started, tmp_path)):

@@ -56,8 +56,8 @@ class ExtendGraphs:
     def __init__(self, decode: DecodeGraphs, page_table: Tensor, step_tokens: int) -> None:
         """`step_tokens`: of the longest step."""
         self.decode, self.model, self.page_table = decode, decode.model, page_table
-        self.contexts = extend_contexts_of(decode.contexts[-1])
         ranks = decode.model.cache.layout.ranks
+        self.contexts = extend_contexts_of(decode.contexts[-1], ranks)
         self.sizes, self.rows = extends_of(step_tokens, self.contexts[-1], ranks), extend_rows_of(decode.sink)
         self._graphs: dict[object, Graph] = {}
 

@@ -19,7 +19,7 @@ EXTENDS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 EXTEND_ROWS = (33, 257)
 """Their rows, one of them for padding. Kernels take a step with as many rows as tokens for a decode step, so none is in EXTENDS."""
 
-DEALT = (512, 1024, 2048, 4096, 8192)
+DEALT = (512, 1024, 2048, 3072, 4096, 6144, 8192)
 """Tokens of captured steps whose prompts are dealt out over ranks. Few, as each takes a start of several ranks seconds."""
 
 
@@ -77,10 +77,11 @@ def extend_rows_of(running: int) -> tuple[int, ...]:
     return tuple(n for i, n in enumerate(EXTEND_ROWS) if i == 0 or EXTEND_ROWS[i - 1] <= running)
 
 
-def extend_contexts_of(max_len: int) -> tuple[int, ...]:
+def extend_contexts_of(max_len: int, ranks: int = 1) -> tuple[int, ...]:
     """Contexts in tokens of captured steps with prompts: powers of four, as there are more sizes of them and a context that is too long
-    costs a smaller share of a step."""
-    powers = (SHORTEST << 2 * i for i in range(max_len.bit_length()))
+    costs a smaller share of a step; of several ranks those in which each has as many entries as one has, as it is that number by which kernels
+    change: above 32,768 tokens a rank no row of scores is written whole (dsv4.kernels.triton.indexer), which takes longer."""
+    powers = (SHORTEST * ranks << 2 * i for i in range(max_len.bit_length()))
     return (*(n for n in powers if n < max_len), max_len)
 
 
@@ -94,13 +95,13 @@ def at_start(contexts: Sequence[int], capture_context: int | None) -> tuple[int,
 def dealt_contexts_of(max_len: int, owned: int, ranks: int) -> tuple[int, ...]:
     """Contexts in tokens of captured steps whose prompts are dealt out, of which a rank has `owned` tokens: those of others that are no shorter
     than the step."""
-    contexts = extend_contexts_of(max_len)
+    contexts = extend_contexts_of(max_len, ranks)
     return tuple(n for n in contexts if n >= min(owned * ranks, max_len))
 
 
 def steps_of(running: int, max_len: int, step_tokens: int, ranks: int = 1, chosen: Sequence[int] = ()) -> int:
     """Steps that are captured at most."""
-    extends = len(extends_of(step_tokens, max_len, ranks)) * len(extend_contexts_of(max_len))
+    extends = len(extends_of(step_tokens, max_len, ranks)) * len(extend_contexts_of(max_len, ranks))
     ordinary = (
         len(sizes_of(running, chosen)) * len(contexts_of(max_len)) + len(extend_rows_of(running)) * extends
     )
