@@ -267,11 +267,21 @@ for _ in range(70):
         ({"guided_json": {"enum": ["x" * 2**18]}}, "guided_json", "the limit is 262144"),
         ({"guided_json": {"$ref": "http://127.0.0.1/x"}}, "guided_json", "no form"),
         ({"guided_json": False}, None, ""),
+        ({"guided_choice": ["<thinking>", "", "a\n"]}, None, ""),
+        ({"guided_json": {"properties": {"const": {"description": "<think>", "type": "string"}}}}, None, ""),
         ({"guided_json": {"type": "string", "format": "json-pointer"}}, "guided_json", "Unknown format: json-pointer"),
         ({"guided_json": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}, "guided_json", "write anyOf"),
         ({"guided_regex": "("}, "guided_regex", "no form"),
         ({"guided_regex": "(?=a)b"}, "guided_regex", "look-around"),
         ({"guided_choice": []}, "guided_choice", "at least one text"),
+        ({"guided_choice": ["<think>"]}, "guided_choice[0]", "is '<think>', of which a chat shows ''"),
+        ({"guided_choice": ["no", "yes</think>"]}, "guided_choice[1]", "of which a chat shows 'yes'"),
+        ({"guided_choice": ["<｜DSML｜"]}, "guided_choice[0]", "use /v1/completions"),
+        ({"guided_choice": ["\nyes"]}, "guided_choice[0]", "newlines at the start"),
+        ({"structured_outputs": {"choice": ["<think>"]}}, "structured_outputs.choice[0]", "'<think>'"),
+        ({"guided_json": {"const": "<think>"}}, "guided_json.const", "of which a chat shows"),
+        ({"guided_json": {"properties": {"const": {"enum": [1, "</think>"]}}}}, "guided_json.properties.const.enum[1]", "shows"),
+        ({"guided_json": {"$defs": {"a": {"anyOf": [{"const": {"<think>": 1}}]}}}}, "guided_json.$defs.a.anyOf[0].const", "shows"),
         ({"guided_choice": ["a", 7]}, "guided_choice[1]", "7"),
         ({"guided_grammar": "start: nothing"}, "guided_grammar", "unknown name"),
         ({"guided_grammar": "x"}, "guided_grammar", "Lark or GBNF"),
@@ -294,3 +304,23 @@ def test_refusals(server: RunningServer, body: dict[str, Any], param: str | None
     assert (answer.status_code, error["param"]) == (400, param), error
     assert words in error["message"] and "\n" not in error["message"] and len(error["message"]) < 500
     assert len(server.engine.seen) == before
+
+
+def test_a_completion_may_be_markup(server: RunningServer, grammars: Grammars) -> None:
+    """Its text is shown as it is."""
+    assert Asked(server, grammars, COMPLETIONS, {"guided_choice": ["<think>"]}).grammar is not None
+
+
+@pytest.mark.parametrize("endpoint", [CHAT, COMPLETIONS, MESSAGES, RESPONSES])
+def test_a_form_that_cannot_be_followed_ends_its_answer(tokenizer: Tokenizer, endpoint: str) -> None:
+    """It is the request's own and would fail again: no fault of the server, after which clients try once more by themselves."""
+    why = "guided_regex could not be followed any further: too many states"
+    engine = FakeEngine(tokenizer=tokenizer, fail_after=2, failure=(why, "guided_regex"))
+    with running(engine) as server:
+        url, body = f"{server.url}/v1/{endpoint}", BASES[endpoint]
+        whole, streamed = httpx.post(url, json=body), httpx.post(url, json=body | {"stream": True})
+    error = whole.json()["error"]
+    assert (whole.status_code, error["type"], error["message"]) == (400, "invalid_request_error", why)
+    if endpoint != MESSAGES:  # Anthropic's errors have neither
+        assert (error["param"], error["code"]) == ("guided_regex", "form_failed")
+    assert why in streamed.text and "server_error" not in streamed.text and "api_error" not in streamed.text

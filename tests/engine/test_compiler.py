@@ -112,6 +112,8 @@ def test_one_that_fails_later_ends_its_own_request(tmp_path: Path) -> None:
             long = Grammar(Format("regex", "[ab]{20}", "guided_regex").text(), "guided_regex")
             outputs, others = await asyncio.gather(answer(engine, grammar=long), answer(engine))
             assert (outputs[-1].finish_reason, outputs[-1].error) == ("error", "guided_regex cannot")
+            failure = outputs[-1].failure
+            assert failure is not None and (failure.param, failure.status) == ("guided_regex", 400)
             assert others[-1].error is None
             engine.built.loop.core.check()
 

@@ -25,7 +25,7 @@ def many_answers(count: int) -> Answers:
 def news_for(count: int, *, ends: bool = False) -> News:
     keys = np.arange(1, count + 1, dtype=np.int64)
     why = {"cached_tokens": 0}
-    told = [End(int(k), "length", -1, None, why, Timing(0, 0, 0)) for k in keys] if ends else []
+    told = [End(int(k), "length", -1, None, None, why, Timing(0, 0, 0)) for k in keys] if ends else []
     return News(keys=keys.tobytes(), tokens=(keys % 90).astype(np.int32).tobytes(), ends=told)
 
 

@@ -53,9 +53,10 @@ class FakeEngine:
         max_model_len: int = 4096,
         max_live: int = 1000,
         fail_after: int | None = None,
+        failure: tuple[str, str | None] = ("the step failed: boom", None),
     ) -> None:
-        """`fail_after`: requests end with an error after so many tokens. `max_live`: more requests are
-        refused with 429."""
+        """`fail_after`: requests end with an error after so many tokens; `failure`: what it says, and the field at
+        fault. `max_live`: more requests are refused with 429."""
         self.script, self.tokenizer, self.step_seconds, self.prefill_steps = (
             script,
             tokenizer,
@@ -63,6 +64,7 @@ class FakeEngine:
             prefill_steps,
         )
         self.max_model_len, self.max_live, self.fail_after = max_model_len, max_live, fail_after
+        self.failure = failure
         self.config, self.chat_format = EngineConfig(), GA
         self.sampling_defaults: dict[str, Any] = {}
         self.model_config = SimpleNamespace(vocab_size=8192)
@@ -157,7 +159,8 @@ class FakeEngine:
                 finished=reason is not None,
                 finish_reason=reason,
                 stop_reason=stream.stop_string if stream is not None else None,
-                error="the step failed: boom" if reason == "error" else None,
+                error=self.failure[0] if reason == "error" else None,
+                error_field=self.failure[1] if reason == "error" else None,
                 usage=self._usage(prompt, done, stream) if reason else None,
             )
             if reason is not None:

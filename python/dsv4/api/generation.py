@@ -58,7 +58,7 @@ def jobs_for(
 async def run(call: Call, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """(choice, output) as they come, until every choice has finished. Closing it aborts all of them.
 
-    A choice that ends with `error` or `abort` raises RequestError (500, 503) and takes its siblings along:
+    A choice that ends with `error` or `abort` raises RequestError (400, 500, 503) and takes its siblings along:
     half an answer is not what was asked for.
     """
     if len(jobs) == 1:
@@ -125,8 +125,8 @@ async def _one(call: Call, job: Job) -> AsyncGenerator[RequestOutput, None]:
 
 
 def _raise_if_cut(output: RequestOutput) -> None:
-    if output.finish_reason == "error":
-        raise RequestError(output.error or "the generation failed", None, "generation_failed", 500)
+    if (failure := output.failure) is not None:
+        raise failure
     if output.finish_reason == "abort":
         raise RequestError("the generation was cut off: the server is shutting down", None, "aborted", 503)
 

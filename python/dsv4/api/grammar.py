@@ -19,6 +19,7 @@ from dsv4.errors import RequestError, kind, show
 from dsv4.sampling import Grammar, SamplingParams
 from dsv4.text.call_grammar import Calls
 from dsv4.text.form import Format, chat_grammar
+from dsv4.text.output import shown
 from dsv4.text.stream import Reading
 from dsv4.text.tokenizer import Tokenizer
 from dsv4.text.tools import shown_tools
@@ -302,11 +303,24 @@ def of_chat(
     if format is not None and reading.continues:
         text = f"{field} is about a whole answer, but the last message is to be continued; send it without that message"
         raise RequestError(text, field, "invalid_value", 400)
+    if format is not None:
+        _check_shown(format)
     try:
         text = chat_grammar(tokenizer, thinking=reading.thinking, format=format, calls=calls)
     except ValueError as e:
         raise RequestError(f"{field} cannot be honoured: {e}", field, "unsupported_field", 400) from None
     return None if text is None else Grammar(text, field, chat=True)
+
+
+def _check_shown(format: Format) -> None:
+    """Raises RequestError for a text that a chat's answer cannot be: the client would get another one."""
+    for field, text in format.spelled():
+        if (left := shown(text)) != text:
+            why = (
+                f"{field} is {show(text)}, of which a chat shows {show(left)}: tags of thoughts and calls, and newlines at the start, "
+                "are no part of its answer; send a text without them, or use /v1/completions"
+            )
+            raise RequestError(why, field, "invalid_value", 400)
 
 
 def _grammars(inputs: Mapping[str, Format | None]) -> dict[str, tuple[str, str] | None]:

@@ -208,9 +208,8 @@ class Answer:
 
     def failed(self, error: RequestError) -> bytes:
         """The last frame of a stream that failed."""
-        code = (
-            error.code if error.code in ("context_length_exceeded", "rate_limit_exceeded") else "server_error"
-        )
+        own = "invalid_prompt" if error.status == 400 else "server_error"
+        code = error.code if error.code in ("context_length_exceeded", "rate_limit_exceeded") else own
         body = self._body("failed", self._items())
         body["error"] = {"code": code, "message": error.message}
         return self._event("response.failed", response=body)

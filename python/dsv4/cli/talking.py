@@ -104,14 +104,12 @@ def answer(
 
     Raises RequestError when the request is refused or fails.
     """
-    from dsv4.errors import RequestError
-
     reply, progress = Reply(), PrefillProgress(len(prompt))
     stream = _stream(llm, prompt, params, reading)
     with interrupts() as interrupted, contextlib.closing(stream) as outputs:
         for output in outputs:
-            if output.error is not None:
-                raise RequestError(output.error, None, "generation_failed", 500)
+            if (failure := output.failure) is not None:
+                raise failure
             if output.prefilled is not None:
                 progress.update(output.prefilled)
             if output.token_ids:

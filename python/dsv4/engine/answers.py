@@ -146,7 +146,13 @@ class Answer:
             end.timing,
         )
         reason = "error" if end.error else "stop" if whole else end.reason
-        self._finished(finish_reason=reason, stop_reason=stopped, error=end.error, usage=usage)
+        self._finished(
+            finish_reason=reason,
+            stop_reason=stopped,
+            error=end.error,
+            error_field=end.error_field,
+            usage=usage,
+        )
 
     def fail(self, error: str) -> None:
         """It ends without the engine, which is no more."""

@@ -51,7 +51,7 @@ class Completion:
     logprobs: list[Sampled] | None = None
     prompt_logprobs: list[Sampled | None] | None = None
     usage: Usage | None = None
-    error: str | None = None
+    failure: RequestError | None = None
     """Why it failed; `LLM` raises it."""
 
     @property
@@ -71,7 +71,7 @@ class Completion:
 
     def add(self, output: RequestOutput) -> None:
         """Appends what a step brought."""
-        self.error = output.error
+        self.failure = output.failure
         for piece in output.pieces:
             self.blocks.add(piece)
         self.token_ids += output.token_ids
@@ -153,8 +153,9 @@ class LLM:
             while self.has_work() and any(c.finish_reason is None for c in done):
                 self.step()
                 for completion, name in zip(done, names, strict=True):
-                    if completion.error is not None:
-                        raise RequestError(f"{name}{completion.error}", None, "internal_error", 500)
+                    if completion.failure is not None:
+                        with _named(name):
+                            raise completion.failure
         finally:
             with whole():
                 for key in keys:

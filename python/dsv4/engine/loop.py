@@ -242,7 +242,7 @@ class EngineLoop:
         self._flights[0] = replace(flight, held=())
         for place, key in flight.held:
             if place in failed:
-                self._fail(key, failed[place])
+                self._fail(key, failed[place], self.requests[key].params.grammar.field)
         if failed:
             self._tell_events(None)
 
@@ -320,8 +320,9 @@ class EngineLoop:
             raise self.dead
         log.warning("%d steps in a row failed (%s); the engine itself is well", failed, self.last_failure)
 
-    def _fail(self, key: int, message: str) -> None:
-        self.requests[key].error = message
+    def _fail(self, key: int, message: str, field: str | None = None) -> None:
+        request = self.requests[key]
+        request.error, request.error_field = message, field
         self.core.abort(key)
 
     def _tell_events(self, result: StepResult | None) -> None:
@@ -387,7 +388,8 @@ class EngineLoop:
         if not self._warned and self._finished % WARN_EVERY == 0:
             self._warned = self._warn_of_misses()
         reason_name = "error" if request.error else FINISH_REASONS[reason]
-        return End(request.key, reason_name, stop_token, request.error, explanation, request.timing())
+        error, field = request.error, request.error_field
+        return End(request.key, reason_name, stop_token, error, field, explanation, request.timing())
 
     def _warn_of_misses(self) -> bool:
         """Says once when prefixes come again and again and never hit; `/metrics` goes on counting."""

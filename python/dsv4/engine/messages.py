@@ -142,6 +142,8 @@ class End(_Message):
     stop_token: int
     """-1 when no token ended it."""
     error: str | None
+    error_field: str | None
+    """As in `RequestOutput`."""
     explanation: dict[str, Any]
     timing: Timing
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsv4.errors import RequestError
 from dsv4.sampling import SamplingParams
 from dsv4.text.output import Content, Piece
 
@@ -74,6 +75,8 @@ class RequestOutput:
     stop_reason: str | int | None = None
     """The stop string or stop token that ended the request."""
     error: str | None = None
+    error_field: str | None = None
+    """The field that asked for a form, where the form is what failed."""
     usage: Usage | None = None
     prefilled: int | None = None
     """Prompt tokens computed so far, while the prompt is still being read."""
@@ -84,6 +87,15 @@ class RequestOutput:
     def text(self) -> str:
         """The content among the pieces."""
         return "".join(piece.text for piece in self.pieces if isinstance(piece, Content))
+
+    @property
+    def failure(self) -> RequestError | None:
+        """What a request that failed raises: a form that cannot be followed is the request's own, and would fail as it is again."""
+        if self.finish_reason != "error":
+            return None
+        if self.error_field is not None:
+            return RequestError(self.error or "", self.error_field, "form_failed", 400)
+        return RequestError(self.error or "the generation failed", None, "generation_failed", 500)
 
 
 class EngineRequest:
@@ -101,6 +113,7 @@ class EngineRequest:
         self.judged = 1
         """Prompt tokens whose log-probabilities were told, the first one, which has none, included."""
         self.error: str | None = None
+        self.error_field: str | None = None
         self.submitted = time.monotonic()
         self.begun = self.first = 0.0
         """Times of the plan of its first step and of its first token; 0 before that."""

@@ -8,6 +8,7 @@ from there on what `call_grammar.py` says.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,9 +45,42 @@ class Format:
         """Why it is no grammar; None where it is one. It may take milliseconds."""
         return fault_of(self.grammar())
 
+    def spelled(self) -> Iterator[tuple[str, str]]:
+        """Texts that it spells out, as an answer has them, each with the field that it stands in."""
+        if self.kind == "choice":
+            yield from ((f"{self.field}[{i}]", text) for i, text in enumerate(self.value))
+        elif self.kind == "json":
+            yield from _values(self.value, self.field)
+
     def text(self) -> str:
         """For an answer that is nothing else."""
         return listed([self.grammar()])
+
+
+_NAMES = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+"""Where the keys of an object in a schema are names, and no words of JSON Schema."""
+
+
+def _values(schema: Any, where: str) -> Iterator[tuple[str, str]]:
+    """The values that a JSON schema spells out, as JSON."""
+    if isinstance(schema, list):
+        for i, one in enumerate(schema):
+            yield from _values(one, f"{where}[{i}]")
+    if not isinstance(schema, dict):
+        return
+    for key, inside in schema.items():
+        field = f"{where}.{key}"
+        if key in _NAMES and isinstance(inside, dict):
+            for name, one in inside.items():
+                yield from _values(one, f"{field}.{name}")
+        elif key == "const":
+            yield field, json.dumps(inside, ensure_ascii=False)
+        elif key == "enum" and isinstance(inside, list):
+            yield from (
+                (f"{field}[{i}]", json.dumps(one, ensure_ascii=False)) for i, one in enumerate(inside)
+            )
+        elif key not in ("default", "examples"):
+            yield from _values(inside, field)
 
 
 def chat_grammar(

@@ -465,6 +465,15 @@ class OutputParser:
         return False
 
 
+def shown(answer: str) -> str:
+    """What a chat shows of a whole answer."""
+    if _MARK.search(answer) is None and not answer.startswith("\n"):
+        return answer  # as most are
+    parser = OutputParser(thinking=False, tools=False)
+    pieces = [*parser.push(answer), *parser.finish()]
+    return "".join(piece.text for piece in pieces if isinstance(piece, Content))
+
+
 def _kind(tag: re.Match[str]) -> tuple[str, bool]:
     """A tag's word, and whether it closes."""
     word = tag["word"] or tag["plain"] or tag["end"] or ""
