@@ -174,6 +174,26 @@ fn a_long_prompt_that_runs_shares_the_steps_with_others() {
 }
 
 #[test]
+fn a_short_prompt_waits_for_one_step_of_a_long_one_which_keeps_half_of_the_time() {
+    let mut rig = Rig::new(Options { slabs: 3, pages: 200, max_len: 400, prefix_cache: false, ..options() });
+    submit(&mut rig.core, request(1, &tokens(300), 1));
+    rig.step(1);
+    // Of the same tenant short ones keep coming, each when the one before is done.
+    let (mut read, mut short) = ([0, 0], 2);
+    while read[0] < 200 {
+        submit(&mut rig.core, request(short, &[short as u32; 4], 1));
+        let done = (1..=2).find(|_| {
+            let rows = rig.step(1);
+            rows.iter().for_each(|r| read[usize::from(r.0 != 1)] += r.2);
+            rows.iter().any(|r| r.0 == short && r.4 == 1)
+        });
+        assert!(done.is_some(), "request {short} waited for more than a step");
+        short += 1;
+    }
+    assert!(read[0] >= read[1], "{read:?}");
+}
+
+#[test]
 fn bad_shares_are_refused_by_name() {
     let with =
         |tenants| Core::new(&presets::toy_v4(), Options { tenants, ..options() }).map(drop).unwrap_err();

@@ -282,6 +282,11 @@ impl Request {
         self.tokens.len()
     }
 
+    /// Of these, those that are still to be read: not planned, or of a waiting request not found in the cache when it was looked up last.
+    pub fn left(&self) -> u32 {
+        self.known() - self.run().map_or(self.known_prefix, |run| run.planned).min(self.known())
+    }
+
     /// Tokens sampled so far.
     pub fn outputs(&self) -> u32 {
         self.known() - self.prompt

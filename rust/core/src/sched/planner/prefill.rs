@@ -10,16 +10,18 @@ use crate::sched::request::Start;
 use crate::sched::requests::Slot;
 
 impl Planner<'_, '_> {
-    /// Pieces of prompts and admissions, whoever is next in fairness first (see `fairness.rs`).
+    /// Pieces of prompts and admissions, whoever is next in fairness first (see `fairness.rs`). Every other step is for the prompt of which least
+    /// is left, so that a short one waits for one step of a long one, and the long one gets half of the time at least.
     pub(super) fn plan_prefills(&mut self, mut prefilling: Vec<Slot>) -> Result<(), CoreError> {
-        let mut tried = Vec::new();
+        let (mut tried, short_first) = (Vec::new(), self.flight.step.0.is_multiple_of(2));
         let mut open = self.may_admit();
         while self.plan.room() > 0 {
-            let piece = self.core.requests.next_piece(&prefilling);
+            let piece = self.core.requests.next_piece(&prefilling, short_first);
             let head = if open { self.core.requests.next_waiting(&tried, &self.core.pace) } else { None };
             match (head, piece) {
                 (Some(slot), piece)
-                    if piece.is_none_or(|i| self.core.requests.goes_before(slot, prefilling[i])) =>
+                    if piece
+                        .is_none_or(|i| self.core.requests.goes_before(slot, prefilling[i], short_first)) =>
                 {
                     let request = self.core.requests.get(slot);
                     let (forked, n) = (request.forked.is_some(), request.known());

@@ -126,28 +126,31 @@ impl Requests {
         (senior && a.forked.is_none() && run.computed > run.begun).then_some((head, last))
     }
 
-    /// Which of the started prompts is next: by class, by its tenant's turn, by seniority.
-    pub fn next_piece(&self, prefilling: &[Slot]) -> Option<usize> {
+    /// Which of the started prompts is next: by class, by its tenant's turn, by what is left of it where the step is one for
+    /// the short, by seniority.
+    pub fn next_piece(&self, prefilling: &[Slot], short_first: bool) -> Option<usize> {
         if prefilling.len() < 2 {
             return prefilling.len().checked_sub(1);
         }
         let key = |slot: Slot| {
             let request = self.get(slot);
             let place = request.place;
-            (Reverse(place.priority), self.shares.turn(place.tenant), place.arrival)
+            let left = if short_first { request.left() } else { 0 };
+            (Reverse(place.priority), self.shares.turn(place.tenant), left, place.arrival)
         };
         (0..prefilling.len()).min_by_key(|&i| key(prefilling[i]))
     }
 
     /// Whether a waiting request goes before the next piece of a started prompt: by age, class, its tenant's turn, a
-    /// deadline, and arrival.
-    pub fn goes_before(&self, waiting: Slot, started: Slot) -> bool {
+    /// deadline, what is left of it where the step is one for the short, and arrival.
+    pub fn goes_before(&self, waiting: Slot, started: Slot, short_first: bool) -> bool {
         let (a, b) = (self.get(waiting), self.get(started));
         let due = |r: &Request| r.deadline_us.unwrap_or(u64::MAX);
         let sooner = matches!(a.place.order, Order::Due(deadline) if deadline < due(b));
         let turn = |r: &Request| self.shares.turn(r.place.tenant);
         let key = |r: &Request, first: bool, sooner: bool| {
-            (!first, Reverse(r.place.priority), turn(r), !sooner, r.place.arrival)
+            let left = if short_first { r.left() } else { 0 };
+            (!first, Reverse(r.place.priority), turn(r), !sooner, left, r.place.arrival)
         };
         key(a, a.place.order == Order::Aged, sooner) < key(b, false, false)
     }
