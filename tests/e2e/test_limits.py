@@ -27,6 +27,11 @@ def test_more_min_tokens_than_the_context_holds_is_refused(llm: LLM) -> None:
     assert (e.value.param, e.value.status) == ("min_tokens", 400)
 
 
+def test_one_token_is_no_plural(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"after this prompt the context holds 1 token$"):
+        llm.generate([[3] * 255], SamplingParams(max_tokens=None, min_tokens=2))
+
+
 def test_a_max_tokens_that_does_not_fit_is_cut(llm: LLM) -> None:
     """Clients send the same maximum whatever the prompt (Claude Code 32,000)."""
     for left in (1, 6):
