@@ -249,6 +249,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: pointer(p / "tokenizer.json"),
         "holds pointers of git-lfs in place of files .tokenizer.json.",
     ),
+    "a pointer in place of the encoder": (
+        lambda p: [(p / "encoding").mkdir(), pointer(p / "encoding" / "encoding_dsv4.py")],
+        "holds pointers of git-lfs in place of files .encoding_dsv4.py.",
+    ),
     "an unfinished download": (
         lambda p: [
             (p / SECOND).unlink(),

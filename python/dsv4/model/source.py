@@ -189,6 +189,7 @@ def _check_whole(source: Source, *, weights: bool) -> None:
     has its weights in another format."""
     path = source.path
     files = [f for f in path.iterdir() if f.suffix in (".safetensors", ".json")]
+    files += [*path.glob("encoding_*.py"), *path.glob("encoding/*.py")]  # by which the chat format is chosen
     again = (
         f"finish it with `hf download {source.repository}`"
         if source.repository
