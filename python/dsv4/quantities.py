@@ -61,6 +61,11 @@ def counted(n: int, noun: str, plural: str = "") -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
+def numbered(n: int, noun: str) -> str:
+    """`1 token`, `1040 tokens`: for refusals, in which clients look for numbers."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 SHARE = Range(0, 1, open=True, such="0.9")
 
 

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 
 from dsv4.api.keys import Tenant
 from dsv4.errors import RequestError
-from dsv4.quantities import counted, nearest_number
+from dsv4.quantities import counted, nearest_number, numbered
 from dsv4.sampling import SamplingParams
 
 Clock = Callable[[], float]
@@ -104,7 +104,7 @@ class Meter:
         its prompt's tokens. Raises RequestError (400, 429)."""
         tenant, most = self.tenant, self.tenant.max_tokens
         if tenant.max_prompt_tokens is not None and prompt > tenant.max_prompt_tokens:
-            text = f"prompt has {counted(prompt, 'token')}; tenant {tenant.name!r} may send {tenant.max_prompt_tokens}"
+            text = f"prompt has {numbered(prompt, 'token')}; tenant {tenant.name!r} may send {tenant.max_prompt_tokens}"
             raise RequestError(text, "prompt", "context_length_exceeded", 400)
         if most is not None and (params.max_tokens is None or params.max_tokens > most):
             name = "max_tokens" if refuse and params.max_tokens is not None else "min_tokens"
@@ -115,7 +115,7 @@ class Meter:
             params = dataclasses.replace(params, max_tokens=most)
         if self._tokens is not None and (wait := self._tokens.wait(prompt)):
             left = max(int(self._tokens.level), 0)
-            text = f"has {counted(left, 'token')} left of {self._tokens.most} a minute, and the prompt has {prompt}"
+            text = f"has {numbered(left, 'token')} left of {self._tokens.most} a minute, and the prompt has {prompt}"
             raise self._too_much("tokens", text, wait)
         self.take(prompt)
         return params

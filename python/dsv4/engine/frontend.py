@@ -22,7 +22,7 @@ from dsv4.model.config import ModelConfig
 from dsv4.model.generation_config import NO_END, Generation, read_generation
 from dsv4.model.source import Source
 from dsv4.plan.weights import assumed
-from dsv4.quantities import counted
+from dsv4.quantities import numbered
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat_format import ChatFormat, choose_format
 from dsv4.text.stream import Reading, TextStream
@@ -118,18 +118,18 @@ class Frontend:
         if room < (0 if wanted == 0 else 1):
             raise _too_long(
                 "prompt",
-                f"prompt has {counted(len(prompt), 'token')}, but the context holds {max_model_len} with the answer",
+                f"prompt has {numbered(len(prompt), 'token')}, but the context holds {max_model_len} with the answer",
             )
         if wanted is not None and wanted > room and config.max_tokens_overflow == "refuse":
             raise _too_long(
                 "max_tokens",
-                f"prompt has {counted(len(prompt), 'token')} and max_tokens is {wanted}, but the context holds "
-                f"{counted(max_model_len, 'token')}; the most that max_tokens can be here is {room}",
+                f"prompt has {numbered(len(prompt), 'token')} and max_tokens is {wanted}, but the context holds "
+                f"{numbered(max_model_len, 'token')}; the most that max_tokens can be here is {room}",
             )
         if params.min_tokens > room:
             raise _too_long(
                 "min_tokens",
-                f"min_tokens is {params.min_tokens}; after this prompt the context holds {counted(room, 'token')}",
+                f"min_tokens is {params.min_tokens}; after this prompt the context holds {numbered(room, 'token')}",
             )
         if wanted is None:
             wanted = max(self.generation.sampling.get("max_tokens", room), params.min_tokens)
