@@ -162,8 +162,8 @@ def test_a_warm_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, captur
     if captured:
         capture(monkeypatch)
     params = SamplingParams(max_tokens=6, temperature=0)
-    cold, warm = (LLM(device="cpu", max_num_seqs=1, max_model_len=1024, num_pages=8) for _ in range(2))
-    warm._loop.device.warm_up(700)
+    cold, warm = (LLM(device="cpu", max_num_seqs=1, max_model_len=512, num_pages=8) for _ in range(2))
+    warm._loop.device.warm_up(200)
     warm.core.check()
     prompt = list(range(300, 600))
     (expected,), (got,) = (llm.generate([prompt], params) for llm in (cold, warm))
