@@ -76,14 +76,13 @@ test-rust:
 	cargo test --workspace --quiet
 	$(PYTHON) rust/sim/mutants/run.py
 
-# Two minutes of seeds that nobody has seen; a failure prints its seed.
+# A minute of seeds that nobody has seen; a failure prints its seed.
 test-seeds:
-	cargo run --release --quiet -p dsv4-sim -- --seconds 120 --from fresh
+	cargo run --release --quiet -p dsv4-sim -- --seconds 60 --from fresh
 
-# Whole files at a time on each processor; many tests wait for servers, and torch has one thread in each process then. In the order of their
-# names, of which the last are quick: by the number of their tests a few files with long ones would come last, one processor idle.
+# Whole files at a time on each processor; many tests wait for servers, and torch has one thread in each process then.
 test-python: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests $(ARGS)
 
 # pytest and the clients are the newest; of what dsv4 needs, each is the lowest that pyproject.toml allows.
 .venv-lowest/built: tests/lowest.txt

@@ -15,7 +15,7 @@ from dsv4.text.form import Format
 
 from tests.support.schemas import random_schema
 
-SCHEMAS = int(os.environ.get("GRAMMAR_SCHEMAS", "96"))
+SCHEMAS = int(os.environ.get("GRAMMAR_SCHEMAS", "64"))
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one step in flight", "two steps in flight"])
