@@ -21,7 +21,7 @@ from torch import Tensor
 from dsv4.engine.extends import ExtendGraphs, Graph, Size, is_power_of_two
 from dsv4.engine.graphs import DecodeGraphs, Step
 from dsv4.model.batch import Batch, Row
-from dsv4.model.deal import Capacity, Deal, RankColumns, owners_of, rank_columns, turns, wanted
+from dsv4.model.deal import Capacity, RankColumns, owners_of, turns
 from dsv4.model.ranked import RankedModel
 from dsv4.model.step import filled
 from dsv4.plan.graphs import at_start, dealt_contexts_of, owned_of
@@ -117,16 +117,11 @@ class RankExtends(ExtendGraphs):
 
     def _rank_columns(self, batch: Batch, size: DealtSize) -> RankColumns:
         """The padded step."""
-        model, sink = self.model, self.decode.sink
-        rank, ranks, geometry, c = model.rank.rank, model.rank.ranks, model.geometry, self._capacity(size)
-        owner = owners_of(batch, ranks, model.unit, lambda r: r.length > 1)
-        deal = Deal.of(batch, owner, ranks, model.unit)
-        columns = rank_columns(deal, batch, rank, geometry, model.foldable, c, sink=sink, end=size.end)
-        tokens = batch.logit_index.numpy()
-        ends = wanted(owner, tokens, deal.local(c, rank), c.owned, ranks, rank, c.long)
-        ends["source"] = filled(ends["source"], min(c.long + c.short, len(self.decode.output)), 0)
-        more = {name: torch.from_numpy(column) for name, column in ends.items()}
-        return replace(columns, of=columns.of | more)
+        model, c = self.model, self._capacity(size)
+        owner = owners_of(batch, model.rank.ranks, model.unit, lambda r: r.length > 1)
+        columns = model.dealt_columns(batch, owner, c, sink=self.decode.sink, end=size.end)
+        source = filled(columns.of["source"].numpy(), min(c.long + c.short, len(self.decode.output)), 0)
+        return replace(columns, of=columns.of | {"source": torch.from_numpy(source)})
 
     def _padded(self, size: DealtSize) -> tuple[Tensor, RankColumns]:
         """A step of padding and one token of the sink, on the device in one piece and as columns of it."""

@@ -52,6 +52,13 @@ class Batch:
     device_pages: Tensor | None = None
 
 
-def resolved(token_ids: Tensor, newest: Tensor) -> Tensor:
+def pages_of(batch: Batch) -> Tensor:
+    """The page table on the model's device."""
+    return batch.page_table if batch.device_pages is None else batch.device_pages
+
+
+def resolved(token_ids: Tensor, newest: Tensor | None) -> Tensor:
     """Ids with those of `newest` in place of what stands for them (see `Batch`)."""
+    if newest is None:
+        return token_ids
     return torch.where(token_ids < 0, newest[(-1 - token_ids).clamp(min=0)], token_ids)

@@ -1,7 +1,8 @@
 """Which tokens of a step are on which of R ranks, and the columns of numbers that a rank's tables are made of.
 
 Tokens of long rows (prompts) are cut: each is on one rank, its *owner*, in runs of `unit` positions dealt out in turn. So work is even
-where a token's cost grows with its position; a layer never moves a token. Tokens of short rows (decode) are *shared*: every rank has them. What is long the caller says.
+where a token's cost grows with its position; a layer never moves a token. Tokens of short rows (decode) are *shared*: every rank has
+them. What is long the caller says.
 
 ```
 slots of all tokens     | owned by rank 0  | owned by rank 1  | ... | shared |      each part padded to the same size on all ranks

@@ -23,24 +23,23 @@ from torch import Tensor
 from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.model.attention import Attention
-from dsv4.model.batch import Batch, resolved
+from dsv4.model.batch import Batch, pages_of, resolved
 from dsv4.model.beside import beside
 from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep
-from dsv4.model.deal import Deal, RankColumns, owners, rank_columns, wanted
+from dsv4.model.deal import Capacity, Deal, RankColumns, owners, rank_columns, wanted
 from dsv4.model.fold import ALIGNED
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
 from dsv4.model.rank import Rank, ordered
 from dsv4.model.rope import Rope
 from dsv4.model.scope import Scope
-from dsv4.model.step import Step, columns_of, packed, step_of, unpacked
+from dsv4.model.step import Step
 from dsv4.model.v4 import Layer, V4Model
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
 from dsv4.ops.weight import Weight
-from dsv4.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,35 +281,29 @@ class RankedModel(V4Model):
 
     @torch.inference_mode()
     def hidden(self, batch: Batch) -> Tensor:
-        self.reset_fresh(batch)
         owner = owners(batch, self.rank.ranks, self.unit)
-        step, local = self._step(batch, owner)
-        streams, places = self._through(step, self._rank_ropes(step)).settled(self.ops), step.places
-        columns = wanted(
-            owner, batch.logit_index.numpy(), local, places.owned, places.rank.ranks, places.rank.rank
-        )
-        of = {name: torch.from_numpy(column) for name, column in columns.items()}
-        return self._wanted(streams, places, **unpacked(of, to_device(packed(of), self.embed.device)))
-
-    def _step(self, batch: Batch, owner: np.ndarray) -> tuple[RankStep, np.ndarray]:
-        """The tables of a batch, whose tokens' owners are given, and the token in each local slot (-1: padding)."""
-        device, geometry = self.embed.device, self.geometry
-        pages = batch.page_table if batch.device_pages is None else batch.device_pages
         if (owner < 0).all():
-            columns = columns_of(batch, geometry).to(device)
-            step, local = RankStep.whole(step_of(columns, pages, geometry), self.rank), np.arange(len(owner))
-        else:
-            deal = Deal.of(batch, owner, self.rank.ranks, self.unit)
-            capacity = deal.capacity(geometry)
-            cut = rank_columns(deal, batch, self.rank.rank, geometry, self.foldable, capacity)
-            step = RankStep.of(cut.to(device), self.rank, geometry, pages)
-            local = deal.local(capacity, self.rank.rank)
-        if batch.newest is not None:
-            step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
-        return step, local
+            return super().hidden(batch)
+        self.reset_fresh(batch)
+        columns = self.dealt_columns(batch, owner).to(self.embed.device)
+        return self.dealt(columns, pages_of(batch), batch.newest)
+
+    def dealt_columns(
+        self, batch: Batch, owner: np.ndarray, capacity: Capacity | None = None, **padding: int
+    ) -> RankColumns:
+        """What `dealt` takes of a batch, whose tokens' owners are given, on the CPU; `capacity` and `padding` of a larger step, as in `rank_columns`."""
+        rank, ranks = self.rank.rank, self.rank.ranks
+        deal = Deal.of(batch, owner, ranks, self.unit)
+        c = capacity or deal.capacity(self.geometry)
+        columns = rank_columns(deal, batch, rank, self.geometry, self.foldable, c, **padding)
+        most = None if capacity is None else c.long
+        ends = wanted(owner, batch.logit_index.numpy(), deal.local(c, rank), c.owned, ranks, rank, most)
+        return replace(
+            columns, of=columns.of | {name: torch.from_numpy(column) for name, column in ends.items()}
+        )
 
     @torch.inference_mode()
-    def dealt(self, columns: RankColumns, pages: Tensor, newest: Tensor) -> Tensor:
+    def dealt(self, columns: RankColumns, pages: Tensor, newest: Tensor | None) -> Tensor:
         """Streams [S, n, d] after the last layer, on every rank, of the tokens that the columns of `deal.wanted` among `columns` tell of: `hidden`
         of a step of which some rows are cut, after `reset_fresh`. As `decode`, for a CUDA graph."""
         step = RankStep.of(columns, self.rank, self.geometry, pages)

@@ -13,7 +13,7 @@ from dsv4.cache.paged import PagedCache
 from dsv4.cache.rows import Rows
 from dsv4.formats import row_format
 from dsv4.model.attention import Attention, Codecs
-from dsv4.model.batch import Batch, resolved
+from dsv4.model.batch import Batch, pages_of, resolved
 from dsv4.model.beside import lanes
 from dsv4.model.config import ModelConfig
 from dsv4.model.hyper import HyperConnection, Residual
@@ -135,12 +135,8 @@ class V4Model:
         """
         self.reset_fresh(batch)
         device = self.embed.device
-        pages = batch.page_table if batch.device_pages is None else batch.device_pages
-        step = step_of(columns_of(batch, self.geometry).to(device), pages, self.geometry)
-        if batch.newest is not None:
-            step = replace(step, token_ids=resolved(step.token_ids, batch.newest))
-        wanted = to_device(batch.logit_index, device)
-        return self._through(step, self._ropes(step)).picked(wanted).settled(self.ops)
+        columns, wanted = columns_of(batch, self.geometry).to(device), to_device(batch.logit_index, device)
+        return self.extend(columns, wanted, pages_of(batch), batch.newest)
 
     def reset_fresh(self, batch: Batch) -> None:
         """Empties the state of the rows that begin."""
@@ -164,8 +160,9 @@ class V4Model:
             return self._through(*self._alone(step, ropes)).settled(self.ops)
 
     @torch.inference_mode()
-    def extend(self, columns: Columns, logit_index: Tensor, pages: Tensor, newest: Tensor) -> Tensor:
-        """Streams [S, n, d] after the last layer of tokens `logit_index` int64 [S]: `hidden` of a step, after `reset_fresh`, from its columns and the rest on the model's device. As `decode`, for a CUDA graph."""
+    def extend(self, columns: Columns, logit_index: Tensor, pages: Tensor, newest: Tensor | None) -> Tensor:
+        """Streams [S, n, d] after the last layer of tokens `logit_index` int64 [S]: `hidden` of a step, after `reset_fresh`, from its columns
+        and the rest on the model's device. As `decode`, for a CUDA graph."""
         step = step_of(columns, pages, self.geometry)
         step = replace(step, token_ids=resolved(step.token_ids, newest))
         return self._through(*self._whole(step)).picked(logit_index).settled(self.ops)
