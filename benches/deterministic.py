@@ -1,6 +1,6 @@
 """`--deterministic`: whether a request's tokens and log-probabilities are the same to the bit in every company, and what that costs.
 
-    python3 -m benches.deterministic --out FOLDER [--models nano flash] [--prompt 2500] [--budget SECONDS]
+    python3 -m benches.deterministic --out FOLDER [--models nano flash] [--tp RANKS] [--prompt 2500] [--budget SECONDS]
 
 `nano` is the small model that ships, `flash` a random one of Flash's widths with 4 layers. A request is run alone first; every case
 runs it again under other circumstances, and all its log-probabilities (those of the tokens it drew with their best alternatives)
@@ -15,7 +15,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -143,7 +143,7 @@ class Run:
         self.args, self.begun = args, time.perf_counter()
         self.on_gpu = args.device != "cpu" and torch.cuda.is_available()
         device = torch.cuda.get_device_name() if self.on_gpu else "cpu"
-        self.found: dict[str, Any] = {"device": device, "torch": torch.__version__, "cases": [], "cost": []}
+        self.found: dict[str, Any] = {"device": device, "ranks": args.tp, "torch": torch.__version__, "cases": [], "cost": []}
 
     @property
     def left(self) -> float:
@@ -165,6 +165,7 @@ class Run:
             {"nano": None, "flash": flash(4) if model == "flash" else None}.get(model, model),
             load_format="dummy" if model == "flash" else "auto",
             device=args.device,
+            tensor_parallel_size=args.tp,
             max_num_seqs=MANY + 1,
             cudagraph_capture_sizes=(1, 8, MANY),
             max_model_len=max(args.prompt, args.cold) + 16 * args.tokens + 2000,
@@ -172,16 +173,28 @@ class Run:
             **settings,
         )
 
-    def proof(self, model: str, **settings: Any) -> Trace:
-        """All cases on one engine; the trace of the request alone."""
-        llm = self.llm(model, deterministic=True, **settings)
-        company = Company(llm, self.args.prompt, self.args.tokens)
-        for name, run in cases(company):
-            if self.left <= 0:
-                break
-            self.keep("cases", {"model": model, **settings, "case": name, **compared(*run())})
-        print("kernels compiled after ready:", late_compiles(), flush=True)
-        return company.alone()
+    @contextmanager
+    def company(self, model: str, **settings: Any) -> Iterator[Company]:
+        """On an engine of its own."""
+        with closing(self.llm(model, deterministic=True, **settings)) as llm:
+            yield Company(llm, self.args.prompt, self.args.tokens)
+
+    def proof(self, model: str) -> None:
+        """All cases: on one engine, and on others whether they give the same."""
+        with self.company(model) as company:
+            for name, run in cases(company):
+                if self.left <= 0:
+                    break
+                self.keep("cases", {"model": model, "case": name, **compared(*run())})
+            print("kernels compiled after ready:", late_compiles(), flush=True)
+            whole = company.alone()
+        others: dict[str, dict[str, Any]] = {
+            f"steps of {self.args.chunk} tokens": {"max_num_batched_tokens": self.args.chunk},
+            "without graphs": {"enforce_eager": True},
+        }
+        for name, settings in others.items():
+            with self.company(model, **settings) as company:
+                self.keep("cases", {"model": model, "case": name, **compared(whole, company.alone())})
 
     @contextmanager
     def kernels(self, what: str) -> Iterator[None]:
@@ -198,8 +211,11 @@ class Run:
 
     def costs(self, model: str, *, deterministic: bool) -> None:
         """Milliseconds of a cold prompt, and of decode steps."""
-        llm = self.llm(model, deterministic=deterministic)
-        driver = Driver(Dsv4(llm), steps=self.args.steps)
+        with closing(self.llm(model, deterministic=deterministic)) as llm:
+            self.timed(Driver(Dsv4(llm), steps=self.args.steps), model, deterministic=deterministic)
+
+    def timed(self, driver: Driver, model: str, *, deterministic: bool) -> None:
+        """What `costs` finds."""
         times = []
         for _ in range(4):
             job = driver.job(driver.ids(self.args.cold))
@@ -247,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benches.deterministic", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["nano", "flash"], help="nano, flash, or directories")
+    parser.add_argument("--tp", type=int, default=1, help="ranks")
     parser.add_argument("--prompt", type=int, default=2500, help="tokens of the request that is compared")
     parser.add_argument("--tokens", type=int, default=24, help="tokens that it draws")
     parser.add_argument("--chunk", type=int, default=768, help="tokens of a step of the second engine")
@@ -264,16 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     run = Run(args)
     for model in args.models:
-        whole = run.proof(model)
-        cut = Company(
-            run.llm(model, deterministic=True, max_num_batched_tokens=args.chunk), args.prompt, args.tokens
-        )
-        run.keep(
-            "cases", {"model": model, "case": f"steps of {args.chunk} tokens", **compared(whole, cut.alone())}
-        )
-        eager = Company(run.llm(model, deterministic=True, enforce_eager=True), args.prompt, args.tokens)
-        run.keep("cases", {"model": model, "case": "without graphs", **compared(whole, eager.alone())})
-        del cut, eager
+        run.proof(model)
         for deterministic in (True, False) if args.rows else ():
             if run.left > 0:
                 run.costs(model, deterministic=deterministic)

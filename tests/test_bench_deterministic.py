@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import pytest
 pytest.importorskip("dsv4._core")
 
 from dsv4 import LLM
-from dsv4.errors import ConfigError
 
 from benches import deterministic as bench
 from tests.support.checkpoints import write_random
@@ -41,11 +41,12 @@ def test_a_difference_is_told() -> None:
     assert bench.compared(one, other) == {"equal": False, "first": 1, "of": 3, "apart": 0.5}
 
 
-def test_start_up_says_it_and_several_ranks_are_refused(tiny: str) -> None:
-    small = dict(device="cpu", max_model_len=256, num_pages=8, max_num_seqs=2)
-    (line,) = [x for x in LLM(tiny, deterministic=True, **small).describe() if x.startswith("bits")]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_start_up_says_for_how_many_ranks(ranks: int, tiny: str) -> None:
+    small = dict(device="cpu", max_model_len=256, num_pages=8, max_num_seqs=2, tensor_parallel_size=ranks)
+    with closing(LLM(tiny, deterministic=True, **small)) as llm:
+        (line,) = [x for x in llm.describe() if x.startswith("bits")]
+        company = bench.Company(llm, 40, 3)
+        assert company.among(2, last=True) == company.alone()
     assert line.split(maxsplit=1)[1].startswith("deterministic: ")
-    with pytest.raises(
-        ConfigError, match=r"deterministic is on and there are 2 ranks .*tensor_parallel_size 1"
-    ):
-        LLM(tiny, deterministic=True, tensor_parallel_size=2, **small)
+    assert ("those of 2 ranks" in line) == (ranks == 2)

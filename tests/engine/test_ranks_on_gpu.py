@@ -157,6 +157,17 @@ def test_two_ranks_on_two_gpus(p2p: bool) -> None:
     assert ("straight into each other's memory" in run.stdout) == p2p
 
 
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+def test_two_ranks_deterministic(tmp_path: Path) -> None:
+    """Twelve kinds of company, of which prompts cut over the ranks and steps of each kind are some: the same bits."""
+    run = subprocess.run(
+        [sys.executable, "-m", "benches.deterministic", "--models", "nano", "--tp", "2", "--rows", "--out", str(tmp_path)],
+        capture_output=True, text=True, timeout=300, cwd=ROOT, env=os.environ,
+    )  # fmt: skip
+    print(run.stdout, run.stderr[-3000:])
+    assert run.returncode == 0 and run.stdout.count("'equal': True") == 12
+
+
 ALONE = """
 import sys, tempfile
 from pathlib import Path

@@ -283,6 +283,19 @@ def test_attention_at_full_width(options: dict[str, Any], monkeypatch: pytest.Mo
 
 
 @on_hopper
+@pytest.mark.parametrize("k", [64, None], ids=["selected", "all"])
+def test_parts_of_ranks_at_full_width(k: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv4.kernels.gluon import attention as gluon
+
+    monkeypatch.setattr(attention, "LONGEST", 3)
+    case = moved(partial_args(full_width(((0, 300), (37, 1), (80, 300)), k=k)), DEVICE)
+    if k is not None:
+        for a, b in zip(gluon.stream_part(**case), gluon.fixed_partial_attention(**case), strict=True):
+            assert torch.equal(a, b)
+    _each_token(case, gluon.fixed_partial_attention, [0, 3, 70, 200, 299, 300, 301, 450, 600])
+
+
+@on_hopper
 def test_scores_of_gluon_and_of_the_exact_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows of 20,000 entries: by the scan of prompts, by that of decode steps, and by the pass for wrong thresholds."""
     from dsv4.kernels.gluon import indexer as gluon

@@ -155,7 +155,9 @@ class BuiltEngine:
     def _bits(self) -> str:
         """What `--deterministic` means here."""
         if self.config.deterministic:
-            return "deterministic: a token's do not depend on what runs beside it, nor on how its prompt was cut, cached or resumed"
+            ranks = self.config.tensor_parallel_size or 1
+            held = f"; they are those of {ranks} ranks, another number gives others" if ranks > 1 else ""
+            return f"deterministic: a token's do not depend on what runs beside it, nor on how its prompt was cut, cached or resumed{held}"
         if self.config.device == "cpu":
             return "the reference's, which do not depend on what runs beside a token"
         return "may change with what runs beside a token (--deterministic)"
@@ -226,11 +228,6 @@ def build_engine(
     packed = ops.packed or expanded_bytes(model_config, dtype) > free.bytes // 2
     sizing = Sizing(config, found, dtype, packed)
     ranks, why = _ranks(sizing, free)
-    if config.deterministic and ranks > 1:
-        raise ConfigError(
-            f"deterministic is on and there are {ranks} ranks ({why}); several add the parts of a decoded token's attention, but not of a "
-            "prompt's, so use tensor_parallel_size 1 or leave deterministic out"
-        )
     config = dataclasses.replace(
         config,
         tensor_parallel_size=ranks,

@@ -60,8 +60,7 @@ class RankedAttention(Attention):
         assert rank is not None, "a ranked model's scope has a rank"
         self.rank = rank
         self.groups = config.o_groups
-        self.wo_a = weights.matrix("grouped_linear", "wo_a.weight")
-        self.own_wo_a = weights.rows("grouped_linear", "wo_a.weight", rank.rank, rank.ranks)
+        self.wo_a = weights.parts("grouped_linear", "wo_a.weight", 0, rank.ranks)
         self.wo_b = weights.parts("linear", "wo_b.weight", 1, rank.ranks)
 
     def __call__(  # type: ignore[override]
@@ -161,8 +160,7 @@ class RankedAttention(Attention):
         o, lse = rank.heads(o, lse)
         sink = self.sink.chunk(rank.ranks)[rank.rank]
         o = ops.merge_attention(o, lse, sink, *turn)
-        u = ops.grouped_linear(o.reshape(len(o), self.groups // rank.ranks, -1), self.own_wo_a)
-        return rank.sum(ops.linear(u.flatten(1), self.wo_b[rank.rank]), out)
+        return rank.sum(self._projected(o, rank.rank), out)
 
     def _cut(
         self,
@@ -192,8 +190,13 @@ class RankedAttention(Attention):
                 q, self.scale, group.tokens, rows, group.window[p], *compressed, *own, (o[p], lse[p])
             )
         merged = ops.merge_attention(o, lse, self.sink, *turn)
-        u = ops.grouped_linear(merged.view(len(merged), self.groups, -1), self.wo_a)
-        return [ops.linear(v.flatten(1), w) for v, w in zip(u.chunk(ranks, 1), self.wo_b, strict=True)]
+        return [self._projected(v, p) for p, v in enumerate(merged.chunk(ranks, 1))]
+
+    def _projected(self, o: Tensor, part: int) -> Tensor:
+        """What the heads [m, h / R, D] of a part add to the result [m, d]. Matrices of a part, not the whole one's rows: how a product is cut may
+        follow from its matrix."""
+        u = self.ops.grouped_linear(o.reshape(len(o), self.groups // self.rank.ranks, -1), self.wo_a[part])
+        return self.ops.linear(u.flatten(1), self.wo_b[part])
 
     def _lists(self, group: Group, parts: int) -> Tensor:
         """Room for the best entries of parts for the tokens of a group, and their scores: int32 [P, 2, m, k], to cross as they are."""

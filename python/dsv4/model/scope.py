@@ -53,12 +53,6 @@ class Scope:
         step = weight.shape[axis] // parts
         return [self._prepared(op, part_of(weight, axis, i * step, (i + 1) * step)) for i in range(parts)]
 
-    def rows(self, op: str, name: str, part: int, parts: int) -> Any:
-        """One of equal parts of the rows of a matrix that is held whole too, whose bytes it shares."""
-        weight = self.weights[self.prefix + name]
-        step = weight.shape[0] // parts
-        return self.ops.prepare(op, part_of(weight, 0, part * step, (part + 1) * step))
-
     def gated(self, op: str, name: str, suffix: str = "") -> Any:
         """The matrices `name`.w1, w3 and w2 in the form that the op wants."""
         names = [f"{self.prefix}{name}.{part}{suffix}" for part in Gated._fields]

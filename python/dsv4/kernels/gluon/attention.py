@@ -74,8 +74,7 @@ def _partial(
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The op `partial_attention`: as `sparse_attention`, of which a part is one without sink that is not turned back."""
-    if into is None:
-        into = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    into = into or portable.part_of(q)
     splits = _splits(kernel, q, window_ids, history, entries, selected, splits, part=True)
     run = partial(_run, kernel)
     for cut in _pieces(q, splits):
@@ -237,12 +236,36 @@ def fixed_sparse_attention(
 ) -> Tensor:
     """The op on Hopper, cut as `portable.by_length` says; without splits to the bits of `stream`. Selected entries and window are at most
     MOST_BLOCKS blocks."""
+    _one_run(window_ids, selected)
+    out, table = torch.empty_like(q), (window, window_ids, history, entries, selected)
+    portable.by_length(partial(_run, hopper_attention), BLOCK, q, sink, scale, (cos, sin), tokens, *table, out)
+    return out
+
+
+def fixed_partial_attention(
+    q: Tensor,
+    scale: float,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None = None,
+    entries: EntryTable | None = None,
+    selected: Tensor | None = None,
+    count: Tensor | None = None,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op `partial_attention`, as `fixed_sparse_attention`; without splits to the bits of `stream_part`."""
+    _one_run(window_ids, selected)
+    table = (window, window_ids, history, entries, selected)
+    run = partial(_run, hopper_attention)
+    return portable.part_by_length(run, BLOCK, q, scale, tokens, *table, count, into)
+
+
+def _one_run(window_ids: Tensor, selected: Tensor | None) -> None:
+    """Raises ValueError where window and selected entries are more than one program takes."""
     keys = window_ids.shape[1] + (0 if selected is None else selected.shape[1])
     if keys > MOST_BLOCKS * BLOCK:
         raise ValueError(f"attention to {keys} rows as one part; it takes {MOST_BLOCKS * BLOCK}")
-    return portable.by_length(
-        partial(_run, hopper_attention), q, sink, scale, cos, sin, tokens, window, window_ids, history, entries, selected, BLOCK,
-    )  # fmt: skip
 
 
 sparse_attention = partial(_attend, hopper_attention)

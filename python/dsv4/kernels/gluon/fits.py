@@ -47,9 +47,8 @@ def busy_attention(
 
 
 def busy_part(q: Tensor, scale: float, tokens: Any, window: Any, window_ids: Tensor, *rest: Any, **options: Any) -> bool:  # fmt: skip
-    """V4's dims in bfloat16, as `v4_part`, where CTAs stay."""
-    busy = _busy(q, window, window_ids, *rest, **options)
-    return busy and v4_part(q, scale, tokens, window, window_ids, *rest)
+    """Where CTAs stay."""
+    return _busy(q, window, window_ids, *rest, **options)
 
 
 def _busy(

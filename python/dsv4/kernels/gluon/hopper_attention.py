@@ -306,6 +306,7 @@ AOT = [
         _BY_LENGTH | {"SPLIT": True, "LONG": True},
         _PART,
         _PART | {"HIST_ROWS": 1, "MODE": 1},
+        _PART | {"HIST_ROWS": 1, "MODE": 1, "EACH": 16},
         _PART | {"SPLIT": True, "NBP": 1},
     )
 ]

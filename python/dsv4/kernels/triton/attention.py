@@ -52,11 +52,12 @@ def sparse_attention(
     `selected` int32 [T, k] or all visible ones; -1 is no row. [T, h, D] in q's dtype, the last 2 * cos.shape[1] channels
     turned back by cos, sin float32 [T, r/2]. `splits`: programs per token and head block; by default enough to fill the
     GPU. `fixed`: as `by_length` says."""
-    if fixed:
-        return by_length(
-            _run, q, sink, scale, cos, sin, tokens, window, window_ids, history, entries, selected, _BN
-        )
     out = torch.empty_like(q)
+    if fixed:
+        by_length(
+            _run, _BN, q, sink, scale, (cos, sin), tokens, window, window_ids, history, entries, selected, out
+        )
+        return out
     partial, lse = _run(
         q, sink, scale, (cos, sin), tokens, window, window_ids, history, entries, selected, out, splits
     )
@@ -81,27 +82,11 @@ def partial_attention(
     fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op `partial_attention`: (o [T, h, D] in q's dtype, lse float32 [T, h]) over a part of the keys, where it says the tensors
-    `into`. `fixed`: a split has LONGEST blocks of a token, however many tokens there are."""
-    each = LONGEST if fixed else 0
+    `into`. `fixed`: as `by_length` says."""
+    table = (window, window_ids, history, entries, selected)
     if fixed:
-        blocks = max_blocks(window_ids, *visible_part(history, entries, selected)[1:], _BN, own=True)
-        splits = cdiv(blocks, LONGEST)
-    run = partial(_run, each=each)
-    return attend_part(
-        run,
-        q,
-        scale,
-        tokens,
-        window,
-        window_ids,
-        history,
-        entries,
-        selected,
-        count,
-        into,
-        splits,
-        ordered=fixed,
-    )
+        return part_by_length(_run, _BN, q, scale, tokens, *table, count, into)
+    return attend_part(_run, q, scale, tokens, *table, count, into, splits)
 
 
 def attend_part(
@@ -117,18 +102,19 @@ def attend_part(
     count: Tensor | None,
     into: tuple[Tensor, Tensor] | None,
     splits: int | None,
-    *,
-    ordered: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op by the `_run` of a backend, which writes the result itself where one split does."""
-    if into is None:
-        into = torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    o, lse = into
+    o, lse = into = into or part_of(q)
     table = (window, window_ids, history, entries, selected)
     parts, sums = run(q, None, scale, None, tokens, *table, o, splits, sums=lse, count=count)
     if parts.dim() == 4:
-        join(parts, sums, None, None, o, lse, ranks=False, ordered=ordered)
+        join(parts, sums, None, None, o, lse, ranks=False)
     return into
+
+
+def part_of(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what `partial_attention` gives of q [T, h, D]."""
+    return torch.empty_like(q), torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
 
 def visible_part(
@@ -144,32 +130,55 @@ LONGEST = 16
 """Key blocks that one program takes where the number of tokens must not matter; more of them are split, every LONGEST."""
 
 
-def by_length(
+def part_by_length(
     run: Callable[..., tuple[Tensor, Tensor]],
+    size: int,
     q: Tensor,
-    sink: Tensor,
     scale: float,
-    cos: Tensor,
-    sin: Tensor,
     tokens: TokenTable,
     window: RowSource,
     window_ids: Tensor,
     history: RowSource | None,
     entries: EntryTable | None,
     selected: Tensor | None,
-    size: int,
-) -> Tensor:
-    """Sparse attention in which a token's keys decide alone how its sum is cut: window and selected entries are one part; where
-    all visible entries are read, a token with up to LONGEST blocks of `size` keys is one part and another has a part for each LONGEST,
-    added in order. `run` is the `_run` of a backend."""
-    history, entries, selected = visible_part(history, entries, selected)
-    out = torch.empty_like(q)
+    count: Tensor | None,
+    into: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """The op `partial_attention` as `by_length` says."""
+    o, lse = into = into or part_of(q)
     table = (window, window_ids, history, entries, selected)
-    blocks = max_blocks(window_ids, entries, selected, size)
+    by_length(run, size, q, None, scale, None, tokens, *table, o, lse, count)
+    return into
+
+
+def by_length(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    size: int,
+    q: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    turn: tuple[Tensor, Tensor] | None,
+    tokens: TokenTable,
+    window: RowSource,
+    window_ids: Tensor,
+    history: RowSource | None,
+    entries: EntryTable | None,
+    selected: Tensor | None,
+    out: Tensor,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
+) -> None:
+    """Sparse attention in which a token's keys decide alone how its sum is cut: window and selected entries are one run of blocks; where
+    all visible entries are read, a token with up to LONGEST blocks of `size` keys is one and another has a run for each LONGEST,
+    added in order. `run` is the `_run` of a backend; with `sums` float32 [T, h] it is a part of ranks, as there."""
+    history, entries, selected = visible_part(history, entries, selected)
+    table = (window, window_ids, history, entries, selected)
+    one = partial(run, q, sink, scale, turn, tokens, *table, out, 1, sums=sums, count=count)
+    blocks = max_blocks(window_ids, entries, selected, size, own=sums is not None)
     if entries is None or selected is not None or blocks <= LONGEST:
-        run(q, sink, scale, (cos, sin), tokens, *table, out, 1)
-        return out
-    run(q, sink, scale, (cos, sin), tokens, *table, out, 1, each=LONGEST)
+        one()
+        return
+    one(each=LONGEST)
     above = (LONGEST - cdiv(window_ids.shape[1], size)) * size
     splits = cdiv(blocks, LONGEST)
     step = ATTENTION_PROGRAMS * multiprocessors() // (splits * cdiv(q.shape[1], ATTENTION_HEADS))
@@ -177,13 +186,11 @@ def by_length(
     for at in range(0, len(q), step):
         cut = slice(at, at + step)
         mine, seen = replace(tokens, slab=tokens.slab[cut]), replace(entries, visible=entries.visible[cut])
-        parts, sums = run(
+        parts, logs = run(
             q[cut], None, scale, None, mine, window, window_ids[cut], history, seen, None, None, splits, each=LONGEST, long=True,
         )  # fmt: skip
-        join(
-            parts, sums, sink, (cos[cut], sin[cut]), out[cut], None, ranks=False, ordered=True, visible=seen.visible, above=above,
-        )  # fmt: skip
-    return out
+        turned, own = turn and (turn[0][cut], turn[1][cut]), None if sums is None else sums[cut]
+        join(parts, logs, sink, turned, out[cut], own, ranks=False, ordered=True, visible=seen.visible, above=above)
 
 
 def _run(
