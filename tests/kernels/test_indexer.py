@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from dsv4.ops.forms import Machine
 from dsv4.ops.reference.index import lowest_index_topk
 
 from tests.kernels.device import DEVICE, on_gpu
-from tests.ops.cases import case, history_rows, moved
+from tests.ops.cases import case, history_rows, moved, stored
 
 REFERENCE = choose("reference")
 
@@ -73,6 +74,23 @@ def test_wrong_thresholds(small: None, monkeypatch: pytest.MonkeyPatch, threshol
     """Too many candidates for the list, and fewer than are selected: none at all."""
     monkeypatch.setattr(indexer.select, "threshold_kernel", Thresholds(threshold))
     test_long_rows(small)
+
+
+def test_a_wrong_threshold_reads_no_page_behind_the_last(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 70 entries in pages of 32, 64 are taken in at a time; the page table goes on with what would not be memory."""
+    monkeypatch.setattr(indexer.select, "threshold_kernel", Thresholds(torch.inf))
+    g, n = torch.Generator().manual_seed(1), 70
+    keys = moved({"keys": stored(torch.randn((96, 16), generator=g), 32, "fp8")}, DEVICE)["keys"]
+    q, weights = torch.randn((1, 2, 16), generator=g).to(DEVICE), torch.rand((1, 2), generator=g).to(DEVICE)
+    slab, visible = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (0, n))
+    turn = (torch.ones((1, 4), device=DEVICE), torch.zeros((1, 4), device=DEVICE))
+    found = []
+    for behind in (0, 2**31 - 1):
+        table = torch.tensor([[2, 0, 1, *[behind] * 5]], dtype=torch.int32, device=DEVICE)
+        entries = SimpleNamespace(pages=table[:, :3], visible=visible, most=n)
+        tokens = SimpleNamespace(slab=slab, slabs=slab)
+        found.append(indexer.index_select(q, *turn, weights, keys, tokens, entries, 40))
+    assert torch.equal(*found) and 0 <= int(found[0].min()) and int(found[0].max()) < n
 
 
 def _integers(

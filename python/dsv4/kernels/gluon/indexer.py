@@ -30,6 +30,8 @@ from dsv4.kernels.triton.common import cdiv, multiprocessors
 from dsv4.kernels.triton.index_scan import SCAN
 
 TILE = gl.constexpr(64)
+REGISTERS = 168
+"""Of a thread: so many let three programs of four queries share a multiprocessor; with one more, as pages of ranks took, it is two."""
 
 EXPAND = gl.constexpr("""{
     .reg .b32 pl, ph, s, y, m1, m2, g1, g2;
@@ -364,6 +366,7 @@ def launch_scan(
         ROWS=r["ROWS"],
         STAGES=4,
         num_warps=4,
+        maxnreg=REGISTERS if plan.queries > 1 else None,
     )
 
 
@@ -406,7 +409,8 @@ def index_candidates(
 def _aot(append: bool, queries: int, rows: int = 64) -> Aot:
     signature = {**SCAN, "q": "*i32"}
     constants = {"APPEND": append, "CAP": portable.CAP, "QUERIES": queries, "ROWS": rows, "STAGES": 4}
-    return Aot(scan_kernel, signature, constants, matrix=True, archs=(90,))
+    options = {"maxnreg": REGISTERS} if queries > 1 else {}
+    return Aot(scan_kernel, signature, constants, stack=0, matrix=True, archs=(90,), options=options)
 
 
 AOT = [_aot(True, 1), _aot(False, 4), _aot(True, 4), _aot(True, 4, 32), _aot(False, 4, 32), _aot(True, 1, 8)]
