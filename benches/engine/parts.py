@@ -58,7 +58,7 @@ def parts(s: Shapes, only: tuple[str, ...]) -> Iterator[Part]:
         *(_decode("decode", n, s.context) for n in s.rows[:2]),
         _prompt(longest, s.step_tokens),
         *(_cached(longest, new, s.step_tokens) for new in news[:3]),
-        *(_turns(n, s.step_tokens) for n in s.turns),
+        *(_turns(s, n) for n in s.turns),
         _beside(s, 4 * longest),
         *(_decode("decode", n, s.context) for n in s.rows[2:]),
         *(_decode("long", rows, n) for n in s.contexts for rows in sorted(s.rows) if rows * n <= s.history),
@@ -84,8 +84,14 @@ def _cached(tokens: int, new: int, step: int) -> Part:
     )
 
 
-def _turns(tokens: int, step: int) -> Part:
-    return Part("turns", lambda d: turns(d, tokens), lambda x: x.prompt(tokens, step), "ttft_ms")
+def _turns(s: Shapes, tokens: int) -> Part:
+    rows, behind = min(8, max(s.rows)), min(32_768, s.max_len - tokens - 500)
+    return Part(
+        "turns",
+        lambda d: turns(d, tokens, rows=rows, behind=behind),
+        lambda x: x.prompt(tokens, s.step_tokens),
+        "ttft_ms",
+    )
 
 
 def _beside(s: Shapes, tokens: int) -> Part:

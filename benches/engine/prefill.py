@@ -94,15 +94,18 @@ def cached(driver: Driver, tokens: int, new: int) -> dict[str, Any]:
     }
 
 
-def turns(driver: Driver, tokens: int, new: int = 64, answer: int = 40) -> dict[str, Any]:
-    """A prompt that nothing is known of, read once; decode steps of its answer; the same prompt again with `new` tokens behind it, twice; and the
-    conversation's next turn, which has the answer and `new` tokens."""
+def turns(
+    driver: Driver, tokens: int, new: int = 64, answer: int = 40, rows: int = 8, behind: int = 32_768
+) -> dict[str, Any]:
+    """A prompt that nothing is known of, read once; decode steps of its answer; the same prompt again with `new` tokens behind it, twice; the
+    conversation's next turn, which has the answer and `new` tokens; and `beside` for `rows` decodes and `behind` tokens behind the prompt."""
     base = driver.ids(tokens)
     first = driver.job(base, answer)
     driver.run()
     once, again = (asked(driver, np.concatenate((base, driver.ids(new)))) for _ in range(2))
     said = np.array(first.ids, np.int32)
     turn = asked(driver, np.concatenate((base, said, driver.ids(new))))
+    last = beside(driver, behind, rows, min(4000, tokens // 2), base)
     return {
         "tokens": tokens,
         "ttft_ms": 1e3 * first.ttft,
@@ -117,20 +120,29 @@ def turns(driver: Driver, tokens: int, new: int = 64, answer: int = 40) -> dict[
         "turn_launch_ms": turn.launch_ms,
         "turn_launched_ms": turn.launched_ms,
         "turn_not_cached": len(base) + answer + new - (turn.job.cached or 0),
+        **{f"behind_{name}": value for name, value in last.items()},
     }
 
 
-def beside(driver: Driver, tokens: int, rows: int = 8, context: int = 4000) -> dict[str, Any]:
+def beside(
+    driver: Driver, tokens: int, rows: int = 8, context: int = 4000, base: np.ndarray | None = None
+) -> dict[str, Any]:
     """Gaps between the tokens of `rows` decodes, alone and while a prompt of `tokens` tokens is read, how fast it is read then, and the busy
-    time of a step at the beginning of another prompt."""
+    time of a step at the beginning of another prompt. They come behind the tokens `base`,
+    which are in the cache."""
+
+    def prompt() -> np.ndarray:
+        ids = driver.ids(tokens)
+        return ids if base is None else np.concatenate((base, ids))
+
     jobs = [driver.job(driver.ids(context), 100_000) for _ in range(rows)]
     driver.run(until=lambda: all(len(job.times) > driver.steps for job in jobs))
     alone = np.concatenate([np.diff(job.times[min(10, driver.steps // 2) :]) for job in jobs])
     marks = [len(job.times) - 1 for job in jobs]
-    long = driver.job(driver.ids(tokens))
+    long = driver.job(prompt())
     driver.run(until=lambda: long.times)
     gaps = np.concatenate([np.diff(job.times[mark:]) for job, mark in zip(jobs, marks, strict=True)])
-    driver.job(driver.ids(tokens))
+    driver.job(prompt())
     for _ in range(PROFILED):
         driver.engine.step()
     busy = driver.busy(min(PROFILED, driver.steps))
