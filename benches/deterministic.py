@@ -143,7 +143,13 @@ class Run:
         self.args, self.begun = args, time.perf_counter()
         self.on_gpu = args.device != "cpu" and torch.cuda.is_available()
         device = torch.cuda.get_device_name() if self.on_gpu else "cpu"
-        self.found: dict[str, Any] = {"device": device, "ranks": args.tp, "torch": torch.__version__, "cases": [], "cost": []}
+        self.found: dict[str, Any] = {
+            "device": device,
+            "ranks": args.tp,
+            "torch": torch.__version__,
+            "cases": [],
+            "cost": [],
+        }
 
     @property
     def left(self) -> float:

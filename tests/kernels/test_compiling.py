@@ -20,7 +20,9 @@ from dsv4.kernels.known import Known
 from triton.runtime.jit import JITFunction
 
 
-@pytest.mark.parametrize("world", [["1"], ["2"], ["1", "deterministic"], ["2", "deterministic"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "world", [["1"], ["2"], ["1", "deterministic"], ["2", "deterministic"]], ids=" ".join
+)
 def test_the_start_finds_every_kernel_that_random_steps_need(world: list[str]) -> None:
     """With the kernels for Hopper, which are collected and neither compiled nor run, in a process that does not interpret them."""
     run = subprocess.run(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from dsv4.backends import REGISTRY
-from dsv4.cache.rows import Rows
+from dsv4.cache.rows import Rows, woven
 from dsv4.ops.forms import Machine
 from dsv4.ops.reference.index import entries_of_part
 from dsv4.ops.spec import SPECS
@@ -29,6 +29,18 @@ def part_of(rows: Rows, entries: EntryTable, part: int, parts: int) -> tuple[Row
     values = rows.read(torch.arange(len(rows.region) * rows.rows)).view(len(rows.region), rows.rows, -1)
     mine = values[:, part::parts].flatten(0, 1)
     return stored(mine, rows.rows // parts, rows.codec.name), entries.of_part(part, parts)
+
+
+@pytest.mark.parametrize("form", ["float32", "fp8", "mxfp4"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_rows_of_parts_are_woven_into_those_of_the_whole(form: str, parts: int) -> None:
+    values = torch.randn((3 * 8, 32), generator=torch.Generator().manual_seed(1))
+    whole = stored(values, 8, form)
+    pages = values.view(3, 8, -1)
+    found = woven([stored(pages[:, p::parts].flatten(0, 1), 8 // parts, form) for p in range(parts)])
+    every = torch.arange(len(values))
+    assert found.rows == 8 and found.region.stride(0) % 64 == 0
+    assert torch.equal(found.read(every), whole.read(every))
 
 
 def merged_attention(backend: str, args: dict[str, Any], parts: int) -> Tensor:

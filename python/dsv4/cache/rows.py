@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from dsv4.formats import RowFormat
+
+ALIGNED = 64
+"""Bytes that a page, and whatever crosses between ranks, is a multiple of, so that kernels load 16 at a time."""
 
 
 class Rows:
@@ -32,3 +38,25 @@ class Rows:
         sizes = [self.rows * n for n in self.codec.planes]
         parts = self.region.split(sizes, dim=1)
         return tuple(p.unflatten(1, (self.rows, -1)) for p in parts)
+
+
+def woven(parts: Sequence[Rows]) -> Rows:
+    """The rows of R parts in one: row j of a page is row j // R of that page of part j mod R."""
+    first, ranks = parts[0], len(parts)
+    rows, size = ranks * first.rows, ranks * first.region.shape[1]
+    region = first.region.new_empty((len(first.region), size + -size % ALIGNED))[:, :size]
+    found = Rows(first.codec, region, rows)
+    for whole, *planes in zip(found.planes(), *(part.planes() for part in parts), strict=True):
+        for to, plane in zip(whole.unflatten(1, (first.rows, ranks)).unbind(2), planes, strict=True):
+            words = _words(to), _words(plane)
+            if words[0].dtype == words[1].dtype:
+                words[0].copy_(words[1])
+            else:
+                to.copy_(plane)
+    return found
+
+
+def _words(plane: Tensor) -> Tensor:
+    """As int32 where that is what it is made of, which is copied faster."""
+    numbers = (plane.shape[-1], plane.storage_offset(), *plane.stride()[:-1])
+    return plane if any(n % 4 for n in numbers) else plane.view(torch.int32)

@@ -63,12 +63,14 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tokens that are attended to alike, which are local ones side by side. By part: window ids int32 [m, W], and by ratio entries."""
+    """Tokens that are attended to alike, which are local ones side by side. By part: window ids int32 [m, W], and by ratio entries; `whole`: those of
+    all parts in one."""
 
     at: slice
     tokens: TokenTable
     window: tuple[Tensor, ...]
     entries: dict[int, tuple[EntryTable, ...]]
+    whole: Mapping[int, EntryTable] = field(default_factory=dict)
 
     def pick(self, x: Tensor) -> Tensor:
         """Of the local tokens those of the group."""
@@ -92,6 +94,7 @@ class Group:
             tokens,
             window=tuple(torch.where(part == p, ids, -1) for p in parts),
             entries={m: tuple(t.of_part(p, ranks) for p in parts) for m, t in entries.items()},
+            whole=entries,
         )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsv4.cache.rows import Rows
+from dsv4.cache.rows import ALIGNED, Rows
 from dsv4.formats import row_format
 from dsv4.model.compressor import Compressor
 from dsv4.model.rank import Rank
@@ -125,10 +125,6 @@ class Fold:
         for c, page, state in parts:
             c.ops.copy_rows(Rows(c.history.codec, page, c.history.rows), self.ids, c.history, self.target)
             c.ops.copy_rows(_rows(state), self.ended, _rows(c.state.flatten(1)), self.slabs)
-
-
-ALIGNED = 64
-"""Bytes of which what crosses is a multiple, as pages of the cache are, so that kernels load 16 at a time."""
 
 
 class _Packed:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dsv4.cache.paged import PagedCache
-from dsv4.cache.rows import Rows
+from dsv4.cache.rows import ALIGNED, Rows, woven
 from dsv4.model.attention import Attention
 from dsv4.model.batch import Batch, pages_of, resolved
 from dsv4.model.beside import beside
@@ -29,7 +29,6 @@ from dsv4.model.compressor import Compressor
 from dsv4.model.config import ModelConfig
 from dsv4.model.cut import Group, Places, RankStep
 from dsv4.model.deal import Capacity, Deal, RankColumns, owners, rank_columns, wanted
-from dsv4.model.fold import ALIGNED
 from dsv4.model.moe import MoE
 from dsv4.model.parallel import UNIT, Share
 from dsv4.model.rank import Rank, ordered
@@ -149,10 +148,8 @@ class RankedAttention(Attention):
         compressed: tuple = ()
         if self.history is not None:
             compressed = self.history, group.entries[self.ratio][0]
-        if query is not None and self.indexer is not None:
-            lists = self._lists(group, 1)
-            self._candidates(group, 0, turn, query, self.indexer.keys, lists[0])
-            chosen = self._choice(group, rank.gather(lists[0]))
+        if query is not None:
+            chosen = self._best_of_ranks(group, turn, query)
             compressed = *compressed, *ops.entries_of_part(chosen, rank.rank, rank.ranks)
         o, lse = ops.partial_attention(
             group.pick(queries()), self.scale, group.tokens, rows, group.window[0], *compressed
@@ -172,15 +169,16 @@ class RankedAttention(Attention):
         keys: list[Rows],
         query: tuple[Tensor, Tensor] | None,
     ) -> list[Tensor]:
-        """The owner makes all parts, [m, d] each."""
+        """The owner chooses among all entries and makes all parts, [m, d] each."""
         ops, ranks = self.ops, self.rank.ranks
         turn, q = tuple(group.pick(r) for r in rope), group.pick(q)
         chosen = None
-        if query is not None:
-            lists = self._lists(group, ranks)
-            for p in range(ranks):
-                self._candidates(group, p, turn, query, keys[p], lists[p])
-            chosen = self._choice(group, lists)
+        if query is not None and self.indexer is not None:
+            asked, weights = map(group.pick, query)
+            every = group.whole[self.ratio]
+            chosen = ops.index_select(
+                asked, *turn, weights, woven(keys), group.tokens, every, self.indexer.topk
+            )
         o = q.new_empty((ranks, *q.shape))
         lse = q.new_empty(o.shape[:-1], dtype=torch.float32)
         for p in range(ranks):
@@ -198,28 +196,18 @@ class RankedAttention(Attention):
         u = self.ops.grouped_linear(o.reshape(len(o), self.groups // self.rank.ranks, -1), self.wo_a[part])
         return self.ops.linear(u.flatten(1), self.wo_b[part])
 
-    def _lists(self, group: Group, parts: int) -> Tensor:
-        """Room for the best entries of parts for the tokens of a group, and their scores: int32 [P, 2, m, k], to cross as they are."""
+    def _best_of_ranks(self, group: Group, turn: tuple, query: tuple[Tensor, Tensor]) -> Tensor:
+        """The best entries of all ranks int32 [m, k], for which each tells its own: entries and their scores, int32 [2, m, k], cross as they are. One
+        rank may hold all of them."""
         assert self.indexer is not None
-        tokens, entries = group.tokens.row, group.entries[self.ratio][0]
-        shape = (parts, 2, len(tokens), min(self.indexer.topk, entries.most))
-        return torch.empty(shape, dtype=torch.int32, device=tokens.device)
-
-    def _candidates(
-        self, group: Group, part: int, turn: tuple, query: tuple[Tensor, Tensor], keys: Rows, lists: Tensor
-    ) -> None:
-        """Fills the lists int32 [2, m, k] of a part."""
-        assert self.indexer is not None
-        (q, weights), entries = map(group.pick, query), group.entries[self.ratio][part]
-        into, topk = (lists[0], lists[1].view(torch.float32)), self.indexer.topk
-        self.ops.index_candidates(q, *turn, weights, keys, group.tokens, entries, topk, into)
-
-    def _choice(self, group: Group, lists: Tensor) -> Tensor:
-        """The best entries of all parts int32 [P, 2, m, k]. One part may hold all of them."""
-        assert self.indexer is not None
+        (q, weights), entries = map(group.pick, query), group.entries[self.ratio][0]
+        ranks, topk = self.rank.ranks, self.indexer.topk
+        own = torch.empty((2, len(q), min(topk, entries.most)), dtype=torch.int32, device=q.device)
+        into = own[0], own[1].view(torch.float32)
+        self.ops.index_candidates(q, *turn, weights, self.indexer.keys, group.tokens, entries, topk, into)
+        lists = self.rank.gather(own)
         selected, scores = lists[:, 0], lists[:, 1].view(torch.float32)
-        most = len(lists) * group.entries[self.ratio][0].most
-        return self.ops.merge_candidates(selected, scores, min(self.indexer.topk, most))
+        return self.ops.merge_candidates(selected, scores, min(topk, ranks * entries.most))
 
     def _gathered(self, pages: Tensor) -> tuple[list[Rows], list[Rows]]:
         """Every rank's rows of these pages, and index rows."""

@@ -213,6 +213,9 @@ def _gathered(sheet: _Sheet, c: ModelConfig, layout: LayoutSpec, limits: Limits,
         sheet.add(
             phase, f"{x.name} of pages filled in part", ("pages", 2 * runs), rows, ("bytes", x.row_bytes)
         )
+    if (index := of.get("csa_index")) is not None:
+        rows = ("rows", -(-(limits.max_len + 2 * runs * layout.block_tokens) // index.ratio))
+        sheet.add(phase, "gathered csa_index, in order", rows, ("bytes", index.row_bytes))
     if main is not None:
         ratio = max((s.ratio for s in c.layers if s.overlap), default=0)
         channels = ("channels", 4 * (c.head_dim + c.index_head_dim))

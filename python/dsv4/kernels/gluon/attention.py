@@ -238,7 +238,9 @@ def fixed_sparse_attention(
     MOST_BLOCKS blocks."""
     _one_run(window_ids, selected)
     out, table = torch.empty_like(q), (window, window_ids, history, entries, selected)
-    portable.by_length(partial(_run, hopper_attention), BLOCK, q, sink, scale, (cos, sin), tokens, *table, out)
+    portable.by_length(
+        partial(_run, hopper_attention), BLOCK, q, sink, scale, (cos, sin), tokens, *table, out
+    )
     return out
 
 

@@ -190,7 +190,18 @@ def by_length(
             q[cut], None, scale, None, mine, window, window_ids[cut], history, seen, None, None, splits, each=LONGEST, long=True,
         )  # fmt: skip
         turned, own = turn and (turn[0][cut], turn[1][cut]), None if sums is None else sums[cut]
-        join(parts, logs, sink, turned, out[cut], own, ranks=False, ordered=True, visible=seen.visible, above=above)
+        join(
+            parts,
+            logs,
+            sink,
+            turned,
+            out[cut],
+            own,
+            ranks=False,
+            ordered=True,
+            visible=seen.visible,
+            above=above,
+        )
 
 
 def _run(

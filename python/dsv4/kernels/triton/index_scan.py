@@ -120,7 +120,8 @@ def tile_scores(
     `pages`. q [DIM, QUERIES * HEADS], weights float32 [QUERIES * HEADS]. Past the last entry they mean nothing."""
     e = at + tl.arange(0, TILE)
     if ROWS % TILE == 0:  # all in one page
-        page = tl.load(pages + tl.minimum(at, n - 1) // ROWS).to(tl.int64)  # there is none past the last entry
+        last = tl.minimum(at, n - 1)  # past the last entry there is no page
+        page = tl.load(pages + last // ROWS).to(tl.int64)
         e = at % ROWS + tl.arange(0, TILE)
     else:
         e = tl.minimum(e, n - 1)
