@@ -70,6 +70,11 @@ impl Core {
         })
     }
 
+    /// An empty list with room for a prompt, in memory of one that has ended where that fits.
+    pub fn room_for_prompt(&mut self, tokens: usize) -> Vec<u32> {
+        self.requests.spare.take(tokens)
+    }
+
     /// Queues a request. Refuses what could never run, and everything while the queue is full.
     pub fn submit(&mut self, submit: Submit) -> Result<(), CoreError> {
         let id = submit.id;

@@ -193,7 +193,7 @@ impl World {
         self.check_loss(salt, &tokens, found.lost, known);
         let hint = self.hint();
         self.now += 1;
-        let seq = self.cache.attach(&[salt], &tokens, found.history, hint);
+        let seq = self.cache.attach_found(&[salt], &tokens, found.history, hint, &found);
         for b in blocks_of(&tokens[..found.history as usize]) {
             use_again(self.blocks.get_mut(&(salt, b)).unwrap(), &hint, self.now, self.now_us);
         }

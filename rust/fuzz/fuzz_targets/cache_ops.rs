@@ -48,9 +48,10 @@ fuzz_target!(|ops: Vec<Op>| {
         match op {
             Op::Attach { salt, length, bits } if running.len() < 6 => {
                 let tokens = prompt(length, bits);
-                let known = cache.lookup(&[u8::from(salt)], &tokens, tokens.len() as u32 - 1).history;
-                let seq = cache.attach(&[u8::from(salt)], &tokens, known, Hint::default());
-                running.push(Running { seq, tokens, computed: known as usize });
+                let salt = [u8::from(salt)];
+                let found = cache.lookup(&salt, &tokens, tokens.len() as u32 - 1);
+                let seq = cache.attach_found(&salt, &tokens, found.history, Hint::default(), &found);
+                running.push(Running { seq, tokens, computed: found.history as usize });
             }
             Op::Compute { which, tokens } => {
                 let Some(i) = pick(which, running.len()) else { continue };

@@ -40,15 +40,30 @@ pub fn counts_of(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<i32>> {
 
 /// Copies token ids out of an int32 array.
 pub fn tokens_of(name: &str, value: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    tokens_in(name, value, |n| Ok(Vec::with_capacity(n)))
+}
+
+/// [`tokens_of`] into an empty list that `room` gives for so many.
+pub fn tokens_in(
+    name: &str,
+    value: &Bound<'_, PyAny>,
+    room: impl FnOnce(usize) -> PyResult<Vec<u32>>,
+) -> PyResult<Vec<u32>> {
     let array = readable(name, value)?;
     let ids = array.as_array();
-    // One pass that looks for signs and one that copies: each is a few instructions for many ids.
-    if ids.fold(0, |signs, &t| signs | t) < 0 {
+    let ids = ids.as_standard_layout(); // of an array in one piece it is that piece, which is copied many ids at a time
+    let ids = ids.as_slice().unwrap_or_default();
+    let (mut tokens, mut signs) = (room(ids.len())?, 0);
+    tokens.extend(ids.iter().map(|&t| {
+        signs |= t;
+        t as u32
+    }));
+    if signs < 0 {
         let bad = ids.iter().find(|&&t| t < 0).copied().unwrap_or_default();
         let found = format!("with token {bad}");
         return Err(config_error(value.py(), name, found, "token ids are at least 0"));
     }
-    Ok(ids.iter().map(|&t| t as u32).collect())
+    Ok(tokens)
 }
 
 fn readable<'py>(name: &str, value: &Bound<'py, PyAny>) -> PyResult<PyReadonlyArray1<'py, i32>> {

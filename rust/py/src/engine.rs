@@ -11,7 +11,7 @@ use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyTuple};
 
-use crate::arrays::{counts_of, tokens_of, writable};
+use crate::arrays::{counts_of, tokens_in, tokens_of, writable};
 use crate::data::{from_python, to_python};
 use crate::door::{enter, enter_locked};
 use crate::layout::PyLayoutSpec;
@@ -74,9 +74,10 @@ tenant=0, deadline_us=None, session=None, ttl_us=None, retention=0, parent=None)
         retention: i32,
         parent: Option<u64>,
     ) -> PyResult<()> {
+        let room = |n| enter_locked(py, &self.core, |core| Ok(core.room_for_prompt(n)));
         let submit = Submit {
             id: RequestId(req),
-            prompt: tokens_of("prompt", prompt)?,
+            prompt: tokens_in("prompt", prompt, room)?,
             max_new,
             stop_ids,
             salt,

@@ -242,9 +242,23 @@ impl KvCache {
 
     /// Starts a sequence on the first `upto` known tokens (as `lookup` found them): pins the path, shares its pages.
     pub fn attach(&mut self, salt: &[u8], tokens: &[u32], upto: u32, hint: Hint) -> Sequence {
+        self.attach_found(salt, tokens, upto, hint, &Match::nothing(Lost::NeverStored))
+    }
+
+    /// [`KvCache::attach`] after `found`, the lookup of the same tokens: they are not compared again as long as no block has gone since.
+    pub fn attach_found(
+        &mut self,
+        salt: &[u8],
+        tokens: &[u32],
+        upto: u32,
+        hint: Hint,
+        found: &Match,
+    ) -> Sequence {
         self.now += 1;
         let root = self.root(salt);
-        let walk = self.tree.walk(root, &tokens[..upto as usize]);
+        let again = || self.tree.walk(root, &tokens[..upto as usize]);
+        let walk = self.tree.part_of(found.walk, root, upto / self.block).unwrap_or_else(again);
+        debug_assert_eq!(walk, again(), "a walk holds until blocks go");
         assert_eq!(walk.blocks * self.block, upto, "attach goes as far as lookup found");
         // Going on from the end of a path says that its owner is still there, not that others want it, too.
         let habit = self.goes_on(walk.node, walk.blocks, hint.tenant);

@@ -91,11 +91,14 @@ impl Node {
 }
 
 /// How far a prefix is known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Walk {
     /// The last node with a matched block (or the root).
     pub node: u32,
     /// Blocks matched in all; inside `node`'s edge or at its end.
     pub blocks: u32,
+    /// Blocks that had left the tree by then.
+    removed: u64,
 }
 
 /// The tree. Roots are nodes without blocks; the caller keeps one per salt.
@@ -110,6 +113,8 @@ pub(crate) struct Tree {
     firsts: HashTable<(u64, u32)>,
     blocks: u32,
     unpinned_blocks: u32,
+    /// Blocks that have left it so far.
+    removed: u64,
 }
 
 /// A fast hash of tokens, continuing from `seed`. Quality matters little: equality is decided by comparing tokens.
@@ -147,6 +152,7 @@ impl Tree {
             firsts: HashTable::new(),
             blocks: 0,
             unpinned_blocks: 0,
+            removed: 0,
         }
     }
 
@@ -298,7 +304,17 @@ impl Tree {
             }
             rest = &rest[equal * self.block..];
         }
-        Walk { node, blocks }
+        Walk { node, blocks, removed: self.removed }
+    }
+
+    /// The first `blocks` of an earlier walk from `root`, without a look at tokens. `None` when it did not come so far, or blocks have left
+    /// the tree since; to add blocks, or to split edges, moves nothing on the path to a node.
+    pub fn part_of(&self, walk: Walk, root: u32, blocks: u32) -> Option<Walk> {
+        let holds = blocks > 0
+            && blocks <= walk.blocks
+            && walk.removed == self.removed
+            && self.node(walk.node).root == root;
+        holds.then(|| Walk { node: self.node_at(walk.node, blocks), blocks, ..walk })
     }
 
     /// Makes `blocks` (inside the edge of `id`) a node's end and returns that node; the caller looks after its place.
@@ -390,6 +406,7 @@ impl Tree {
         let parent = node.parent;
         self.blocks -= n;
         self.unpinned_blocks -= n;
+        self.removed += u64::from(n);
         if keep == 0 {
             self.node_mut(id).pages = Vec::new();
             self.node_mut(parent).children -= 1;

@@ -32,6 +32,7 @@ pub(crate) fn finish(
     core.journal.counters.aborts += u64::from(reason == Finish::Abort);
     core.journal.keep(request.id, request.explain);
     core.journal.push(request.id, step, What::Finished { reason, outputs, stop });
+    core.requests.spare.keep(request.tokens);
     Ok(())
 }
 

@@ -225,13 +225,8 @@ mod tests {
 
     #[test]
     fn the_reason_names_what_was_lost_first() {
-        let found = |history, lost, snapshot_evicted| Match {
-            history,
-            snapshots: Vec::new(),
-            lost,
-            snapshot_evicted,
-            turn: None,
-        };
+        let found =
+            |history, lost, snapshot_evicted| Match { history, snapshot_evicted, ..Match::nothing(lost) };
         let replay = Way::Replay { from: 2, to: 8 };
         assert_eq!(Reason::of(&found(0, Lost::BelowBlock, None), Way::Cold, 0), Reason::BelowBlock);
         assert_eq!(Reason::of(&found(0, Lost::NeverStored, None), Way::Cold, 8), Reason::NeverStored);

@@ -162,7 +162,7 @@ mod tests {
     use crate::cache::Lost;
 
     fn found(history: u32) -> Match {
-        Match { history, snapshots: Vec::new(), lost: Lost::NeverStored, snapshot_evicted: None, turn: None }
+        Match { history, ..Match::nothing(Lost::NeverStored) }
     }
 
     fn stops(policy: &str, prompt: u32, known: u32, matched: u32) -> Vec<u32> {

@@ -401,14 +401,7 @@ mod tests {
         let layout = presets::toy(4, 6, 3);
         let mut cache = KvCache::new(&layout, &CacheOptions::default()).unwrap();
         let seq = cache.attach(b"", &[], 0, Hint::default());
-        let found = Match {
-            history: 0,
-            snapshots: Vec::new(),
-            lost: Lost::Nothing,
-            snapshot_evicted: None,
-            turn: None,
-        };
-        let due = SnapshotPolicy::None.due(4, 2, 2, &found);
+        let due = SnapshotPolicy::None.due(4, 2, 2, &Match::nothing(Lost::Nothing));
         Run { decoding, unknown: 1, ..Run::new(SlabId(0), seq, 0, Start::Empty, due) }
     }
 

@@ -60,6 +60,38 @@ impl Tokens {
     }
 }
 
+/// Memory of prompts that have ended, for those that come: memory that the system gives anew is faulted in page by page, which takes several
+/// times as long as to copy a long prompt into it.
+#[derive(Debug, Default)]
+pub struct Spare(Vec<Vec<u32>>);
+
+impl Spare {
+    /// How many it keeps.
+    const MOST: usize = 4;
+    /// Below so many tokens the allocator keeps what is freed.
+    const LEAST: usize = 1 << 15;
+
+    /// Empty, with room for so many tokens: the smallest that fits, else new and with room for what may come behind them.
+    pub fn take(&mut self, tokens: usize) -> Vec<u32> {
+        let fits = self.0.iter().position(|v| v.capacity() >= tokens).filter(|_| tokens >= Self::LEAST);
+        fits.map_or_else(|| Vec::with_capacity(tokens + tokens / 8), |at| self.0.remove(at))
+    }
+
+    /// Keeps memory that is no longer in use, the largest pieces.
+    pub fn keep(&mut self, tokens: Tokens) {
+        let mut memory = tokens.settled;
+        if memory.capacity() < Self::LEAST {
+            return;
+        }
+        memory.clear();
+        let at = self.0.partition_point(|v| v.capacity() < memory.capacity());
+        self.0.insert(at, memory);
+        if self.0.len() > Self::MOST {
+            self.0.remove(0);
+        }
+    }
+}
+
 impl From<Vec<u32>> for Tokens {
     fn from(settled: Vec<u32>) -> Self {
         Tokens { len: settled.len() as u32, settled, ..Tokens::default() }
@@ -75,6 +107,22 @@ impl Extend<u32> for Tokens {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_prompt_gets_the_smallest_memory_of_earlier_ones_that_fits() {
+        let (mut spare, long) = (Spare::default(), Spare::LEAST);
+        let sizes = [5, 1, 4, 2, 3, 6].map(|n| n * long);
+        sizes.into_iter().for_each(|size| spare.keep(vec![7; size].into()));
+        spare.keep(vec![7; long - 1].into());
+        assert_eq!(spare.0.iter().map(Vec::capacity).collect::<Vec<_>>(), [3, 4, 5, 6].map(|n| n * long));
+        let mut take = |tokens| (spare.take(tokens), spare.0.len());
+        assert_eq!((take(long - 1).1, take(7 * long).1), (4, 4), "the allocator has it, or nobody");
+        for (tokens, size, left) in [(4 * long, 4, 3), (4 * long, 5, 2), (long, 3, 1), (6 * long, 6, 0)] {
+            let (memory, kept) = take(tokens);
+            assert_eq!((memory.len(), memory.capacity(), kept), (0, size * long, left));
+        }
+        assert_eq!(take(8 * long).0.capacity(), 9 * long);
+    }
 
     #[test]
     fn every_token_is_where_it_was_put_whenever_they_are_brought_together() {

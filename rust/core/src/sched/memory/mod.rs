@@ -105,9 +105,10 @@ impl Memory {
         self.lookup(request, limit).map_or(0, |found| found.history)
     }
 
-    /// A sequence on the first `upto` known tokens of a request.
-    pub fn attach(&mut self, request: &mut Request, upto: u32) -> Sequence {
-        let mut seq = self.cache.attach(&request.salt, request.tokens.all(), upto, request.hint);
+    /// A sequence on the first `upto` known tokens of a request, of which `found` was known.
+    pub fn attach(&mut self, request: &mut Request, upto: u32, found: &Match) -> Sequence {
+        let tokens = request.tokens.all();
+        let mut seq = self.cache.attach_found(&request.salt, tokens, upto, request.hint, found);
         seq.asks((request.prompt - 1) / self.block);
         seq
     }

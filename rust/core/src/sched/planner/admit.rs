@@ -48,14 +48,7 @@ impl Planner<'_, '_> {
             return Ok(false);
         }
         let limit = (n - 1) / block * block;
-        let nothing = Match {
-            history: 0,
-            snapshots: Vec::new(),
-            lost: Lost::NeverStored,
-            snapshot_evicted: None,
-            turn: None,
-        };
-        let found = core.memory.lookup(request, limit).unwrap_or(nothing);
+        let found = core.memory.lookup(request, limit).unwrap_or(Match::nothing(Lost::NeverStored));
         let mut started = self.start_of(slot, &found, alone);
         while started.is_none() && alone && self.core.memory.break_pin() {
             started = self.start_of(slot, &found, alone);
@@ -93,7 +86,7 @@ impl Planner<'_, '_> {
         for snapshots in choices {
             let core = &mut *self.core;
             let way = core.options.cost.cheapest(n, found.history, snapshots, core.replay_tokens);
-            let mut seq = core.memory.attach(core.requests.get_mut(slot), way.resumed_at());
+            let mut seq = core.memory.attach(core.requests.get_mut(slot), way.resumed_at(), found);
             let leased = if matches!(way, Way::Snapshot { .. }) { core.memory.snapshot_pages() } else { 0 };
             let needed = n.div_ceil(block) - seq.pages().len() as u32 + leased + spared;
             while self.core.memory.available() < needed && self.reclaim_juniors(slot, alone) {}

@@ -95,7 +95,8 @@ impl Planner<'_, '_> {
         let (from_slab, from_page) = (of.slab, of.seq.pages().get(full as usize).copied());
         let child = core.requests.get_mut(slot);
         let (id, prompt) = (child.id, child.prompt);
-        let mut seq = core.memory.attach(child, full * block);
+        let found = Match { history: full * block, ..Match::nothing(Lost::Nothing) };
+        let mut seq = core.memory.attach(child, found.history, &found);
         core.memory.extend_surely(&mut seq, n);
         let slab = core.memory.take_slab().expect("a free slab was seen");
         let open = from_page.filter(|_| !at.is_multiple_of(block));
@@ -104,13 +105,6 @@ impl Planner<'_, '_> {
         self.plan.fork(from_slab, slab, at, pages.as_ref().map_or(&[], |p| p), ticket);
         let e = &mut child.explain;
         (e.history_matched, e.resumed_at, e.replayed) = (at, at, 0);
-        let found = Match {
-            history: full * block,
-            snapshots: Vec::new(),
-            lost: Lost::Nothing,
-            snapshot_evicted: None,
-            turn: None,
-        };
         let due = core.options.snapshots.due(block, prompt, n, &found);
         let epoch = core.requests.start(slot, Run::new(slab, seq, at, Start::Running, due))?;
         self.flight.forks.push((slot, epoch));

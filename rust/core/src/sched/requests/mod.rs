@@ -19,6 +19,7 @@ use crate::ids::RequestId;
 use crate::options::Tenant;
 use crate::sched::pace::Pace;
 use crate::sched::request::{Forked, Parked, Rank, Request, Run, Submit};
+use crate::sched::tokens::Spare;
 
 /// A slot of the table; reused after the request has ended.
 pub type Slot = u32;
@@ -46,6 +47,8 @@ pub struct Requests {
     looked_at: u64,
     lookup_credit: u64,
     counts: Counts,
+    /// Memory of prompts that have ended.
+    pub spare: Spare,
 }
 
 /// What happened to waiting requests so far.
