@@ -1,11 +1,11 @@
 """The host's part of a request whose million tokens were seen before, all but one message: from the bytes of the body to the
-first plan, stage by stage: median and best of several rounds, and the best in the processor's time, which a busy machine does not
-lengthen as much.
+launch of its first step, stage by stage: median and best of several rounds, and the best in the processor's time, which a busy machine
+does not lengthen as much. The two stages of the engine's thread together are `launch_ms` of `make bench-engine`.
 
     python -m benches.prompt_path [--messages 200] [--tokens 1000000] [--rounds 9] [--small]
 
 The last block is the same prompt as token ids to /v1/completions. Tokenizer (of the released model; `--small`: that of the
-model that ships), checks, template and core are the real ones; no model runs. Not in it: the network, the joining of a body's
+model that ships), checks, template, loop and core are the real ones; no model runs. Not in it: the network, the joining of a body's
 parts, and the hops between threads.
 """
 
@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,12 +29,15 @@ from dsv4.api.service import Service
 from dsv4.config import EngineConfig, ServerConfig
 from dsv4.engine.buffers import StepPlan
 from dsv4.engine.frontend import Frontend
+from dsv4.engine.loop import EngineLoop
+from dsv4.engine.messages import News
 from dsv4.model.config import ModelConfig
 from dsv4.sampling import SamplingParams
 from dsv4.text.chat import encode_chat
 from dsv4.text.draft import Bound
 from dsv4.text.tokenizer import Tokenizer
 
+from benches.scripted_device import ScriptedDevice
 from benches.stream_gaps import prose
 from tests.support.fake_engine import FakeEngine, small_tokenizer
 
@@ -62,32 +66,31 @@ class Stages:
             print(f"  {name:50} {statistics.median(took):9.2f} {min(took):8.2f} {min(own):8.2f}")
 
 
-class Planner:
-    """A real core of Flash's layout with room for the prompt and its steps."""
+class Engine:
+    """A real loop and core of Flash's layout with room for the prompt and its steps, before a device that computes nothing."""
 
     def __init__(self, tokens: int) -> None:
         layout = ModelConfig.preset("v4-flash").layout("fp8_ds_mla", "mxfp4", block_tokens=BLOCK)
         room = tokens + 65536
-        self.core = Core(layout, dict(pages=3 * room // BLOCK, slabs=4, max_step_tokens=room, max_len=room))
-        self.plan = StepPlan(self.core.plan_schema())
-        self._id = 0
+        limits = dict(pages=3 * room // BLOCK, slabs=4, max_step_tokens=room, max_len=room, max_in_flight=2)
+        core = Core(layout, limits)
+        plans = (StepPlan(core.plan_schema()), StepPlan(core.plan_schema()))
+        self.loop = EngineLoop(core, ScriptedDevice(0, 1000), plans)
+        self.loop.tell = self._told
+        self._keys, self._cached = count(1), 0
 
     def submit(self, prompt: np.ndarray) -> None:
-        self._id += 1
-        self.core.submit(self._id, prompt, max_new=1)
-
-    def first_plan(self) -> None:
-        assert self.core.plan(self.plan.words)
+        self.loop.submit(next(self._keys), prompt, SamplingParams(max_tokens=1, temperature=0))
 
     def finish(self) -> int:
-        """Runs what is planned to its end; tokens of the prompt that were cached."""
-        while True:
-            tokens = np.full(self.plan.samples, 9, np.int32)
-            self.core.commit(self.plan.step, tokens, np.ones_like(tokens))
-            if not self.core.plan(self.plan.words):
-                cached = self.core.explain(self._id)["cached_tokens"]
-                self.core.forget(self._id)
-                return cached
+        """Takes steps until nothing is left; tokens of the prompt that were cached."""
+        while self.loop.has_work():
+            self.loop.step()
+        return self._cached
+
+    def _told(self, news: News) -> None:
+        for end in news.ends:
+            self._cached = end.explanation["cached_tokens"]
 
 
 def chat_of(tokenizer: Tokenizer, messages: int, tokens: int) -> list[dict[str, str]]:
@@ -118,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     caller = service.callers.of(scope)
     limits = SimpleNamespace(model_config=engine.model_config)
     bound = Bound(room, "messages")
-    chat, planner = chat_of(tokenizer, arguments.messages, arguments.tokens), Planner(arguments.tokens)
+    chat, thread = chat_of(tokenizer, arguments.messages, arguments.tokens), Engine(arguments.tokens)
     stages, by_ids, cached = Stages(), Stages(), 0
     for turn in range(arguments.rounds + 1):  # the first one fills the caches
         text = f"And message number {turn}: " + prose(2000)[turn:]
@@ -135,9 +138,9 @@ def main(argv: list[str] | None = None) -> None:
             "event loop: check ids",
             lambda ids=ids: Frontend.admissible(limits, ids, params, config, room),
         )
-        stages.run("engine thread: Core.submit", lambda ids=ids: planner.submit(ids))
-        stages.run("engine thread: first plan (prefix match, 1 row)", planner.first_plan)
-        cached = planner.finish()
+        stages.run("engine thread: submission", lambda ids=ids: thread.submit(ids))
+        stages.run("engine thread: first plan (prefix match) and launch", thread.loop.step)
+        cached = thread.finish()
         if turn:
             raw = json.dumps({"prompt": ids.tolist(), "max_tokens": 1}).encode()
             value = by_ids.run("scan and parse the body", lambda raw=raw: parse_object(raw))

@@ -28,7 +28,7 @@ def test_every_stage_of_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     prompt_path.main(["--small", "--messages", "4", "--tokens", "4000", "--rounds", "1"])
     said = capsys.readouterr().out
     assert said.startswith("5 messages") and said.count("scan and parse the body") == 2
-    for stage in ("check ids", "Core.submit", "first plan"):
+    for stage in ("check ids", "submission", "first plan"):
         assert stage in said
 
 

@@ -74,6 +74,7 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], says: str) -> None:
         ([[5], [10**6], [7]], "prompts[1]: prompt holds token id 1000000; valid ids are 0 to "),
         ([[5], "text"], "prompts[1]: this model directory has no tokenizer"),
         ([10**6], "prompt holds token id 1000000"),
+        ([7, -1], "prompt holds token id -1; valid ids are 0 to "),
     ],
 )
 def test_a_wrong_prompt_is_named_and_costs_nothing(llm: LLM, prompts: Any, says: str) -> None:

@@ -107,9 +107,9 @@ class Frontend:
         if not prompt.size:
             raise _refused("prompt", "prompt is empty; it needs at least one token")
         vocab = self.model_config.vocab_size
-        for token in (prompt.min(), prompt.max()):
-            if not 0 <= token < vocab:
-                raise _refused("prompt", f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}")
+        if (highest := prompt.view(np.uint32).max()) >= vocab:  # a negative id is above all others then
+            token = highest.view(np.int32)
+            raise _refused("prompt", f"prompt holds token id {token}; valid ids are 0 to {vocab - 1}")
         for token in params.logit_bias:
             if token >= vocab:
                 text = f"logit_bias has the token id {token}; valid ids are 0 to {vocab - 1}"
