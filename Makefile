@@ -114,11 +114,11 @@ test-clients: setup .venv-clients/built
 	CLIENTS=$(CURDIR)/.venv-clients $(BIN)/python -m pytest -q tests/clients $(ARGS)
 
 # What may touch a GPU: kernels and ops, and engines that take the device of the machine. All else (HTTP, texts, the planner, the reference's model,
-# ahead-of-time compiling, ranks and restarts on the CPU) is the same on every machine, and `make test` has it. Uses the machine's own torch and
+# ahead-of-time compiling, starts and signals, ranks and restarts on the CPU) is the same on every machine, and `make test` has it. Uses the machine's own torch and
 # needs the built core and pytest-xdist; two threads a job, as torch would start one a core in each.
 # The longest files come first.
 ON_GPU := tests/engine tests/e2e tests/model/test_on_gpu.py tests/test_python_page.py tests/kernels tests/ops
-NOT_ON_GPU := tests/kernels/test_aot.py tests/e2e/test_rolling_restarts.py tests/e2e/test_ranks.py tests/engine/test_ctrl_c.py
+NOT_ON_GPU := tests/kernels/test_aot.py tests/e2e/test_rolling_restarts.py tests/e2e/test_ranks.py tests/e2e/test_start.py tests/engine/test_ctrl_c.py
 test-gpu:
 	PYTHONPATH=$(CURDIR)/python:$(CURDIR) OMP_NUM_THREADS=2 $(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -p no:benchmark --durations 25 \
 	  $(ON_GPU) $(addprefix --ignore ,$(NOT_ON_GPU)) $(ARGS)

@@ -112,6 +112,15 @@ def many_prompts(local: LocalDevice, longest: int, context: int) -> None:
 
 
 @torch.inference_mode()
+def rests(local: LocalDevice, tokens: int, context: int) -> None:
+    """Last pieces of prompts that no graph holds, as their log-probabilities are asked for: some tokens after histories of every length."""
+    for n in (2, 92, 130):
+        for end in range(n + 7, context, 61):
+            if n <= tokens:
+                warmup._eager(local, [Row(2, end - n, n, 0)])
+
+
+@torch.inference_mode()
 def captured_steps(local: LocalDevice) -> None:
     """Every step with prompts that a start captures."""
     assert local.extends is not None, "steps are captured"
@@ -144,6 +153,7 @@ def main() -> None:
     with COMPILATIONS.dry() as later:
         random_steps(local, 12, tokens, context)
         many_prompts(local, longest, context)
+        rests(local, tokens, context)
         captured_steps(local)
     for name in sorted(names(later) - names(first)):
         print("not found:", *name)

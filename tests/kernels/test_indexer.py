@@ -82,8 +82,8 @@ def test_a_wrong_threshold_reads_no_page_behind_the_last(
     """Of 70 entries in pages of 32, 64 are taken in at a time; the page table goes on with what would not be memory."""
     monkeypatch.setattr(indexer.select, "threshold_kernel", Thresholds(torch.inf))
     g, n = torch.Generator().manual_seed(1), 70
-    keys = moved({"keys": stored(torch.randn((96, 16), generator=g), 32, "fp8")}, DEVICE)["keys"]
-    q, weights = torch.randn((1, 2, 16), generator=g).to(DEVICE), torch.rand((1, 2), generator=g).to(DEVICE)
+    keys = moved({"keys": stored(torch.randn((96, 32), generator=g), 32, "fp8")}, DEVICE)["keys"]
+    q, weights = torch.randn((1, 2, 32), generator=g).to(DEVICE), torch.rand((1, 2), generator=g).to(DEVICE)
     slab, visible = (torch.tensor([x], dtype=torch.int32, device=DEVICE) for x in (0, n))
     turn = (torch.ones((1, 4), device=DEVICE), torch.zeros((1, 4), device=DEVICE))
     found = []

@@ -66,12 +66,16 @@ def test_snapshot_and_replay(backend: str) -> None:
 
 
 def test_the_model_that_ships_on_a_gpu() -> None:
-    """Greedy tokens of the engine on a GPU: mostly those of the CPU (bf16 rounds near ties the other way)."""
+    """The engine's first token on a GPU is the CPU's, or one that the CPU holds nearly as likely: in bf16, with the release's rows, the CPU's own
+    log-probabilities of these prompts move by up to 0.12, and two of them have two tokens 0.09 apart."""
     prompts = [[5, 9, 100 + i, 7, 40, 200, 300 + i] * 30 for i in range(4)]
-    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-    expected, got = (
-        [o.token_ids for o in LLM(device=device, max_model_len=2048).generate(prompts, params)]
-        for device in ("cpu", "cuda")
+    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, logprobs=5)
+    on_cpu, on_gpu = (
+        LLM(device=device, max_model_len=2048).generate(prompts, params) for device in ("cpu", "cuda")
     )
-    same = sum(a[0] == b[0] for a, b in zip(expected, got, strict=True))
-    assert same >= 3 and all(len(b) == 16 for b in got)
+    for expected, got in zip(on_cpu, on_gpu, strict=True):
+        assert len(got.token_ids) == 16
+        known = dict(expected.logprobs[0].top)
+        assert known[got.token_ids[0]] >= expected.logprobs[0].logprob - 0.25
+        found = dict(got.logprobs[0].top)
+        assert all(abs(found[t] - known[t]) <= 0.25 for t in found.keys() & known.keys())

@@ -149,7 +149,7 @@ def rehearse(device: LocalDevice, step_tokens: int, max_len: int) -> None:
             device.graphs.rehearse()
         if device.extends is not None:
             device.extends.rehearse()
-        for end, n in _cases(step_tokens, max_len):
+        for end, n in _cases(step_tokens, max_len, device.rank_of[1]):
             start = max(0, end - n)
             _eager(device, [Row(slab, start, min(n, end), 0, reset=not start)])
         for each in _short(device.rank_of[1], max_len, model.geometry.window):
@@ -212,12 +212,13 @@ def _lengths(most: int) -> list[int]:
     return sorted({n for p in (*powers, most) for n in (p, p + 1, p * 3 // 2) if 0 < n <= most})
 
 
-def _cases(step_tokens: int, max_len: int) -> Iterator[tuple[int, int]]:
+def _cases(step_tokens: int, max_len: int, ranks: int) -> Iterator[tuple[int, int]]:
     """(end, tokens) of steps of one row: kernels depend on how many tokens there are, and on how many before them or on whether that is a
-    power of two."""
+    power of two. On several ranks also on whether they are dealt out: some that are not, and too many for the ring of a window."""
     lengths = _lengths(min(step_tokens, max_len - 1))
+    kinds = (1, lengths[-1]) if ranks == 1 else (1, min(UNIT - 1, lengths[-1]), lengths[-1])
     cases = [(max_len, n) for n in lengths] + [(n, n) for n in lengths]
-    cases += [(end, n) for end in _contexts(max_len) for n in (1, lengths[-1])]
+    cases += [(end, n) for end in _contexts(max_len) for n in kinds]
     yield from dict.fromkeys(cases)
 
 

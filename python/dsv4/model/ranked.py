@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -202,11 +203,15 @@ class RankedAttention(Attention):
         assert self.indexer is not None
         (q, weights), entries = map(group.pick, query), group.entries[self.ratio][0]
         ranks, topk = self.rank.ranks, self.indexer.topk
-        own = torch.empty((2, len(q), min(topk, entries.most)), dtype=torch.int32, device=q.device)
-        into = own[0], own[1].view(torch.float32)
+        shape = len(q), min(topk, entries.most)
+        count = prod(shape)
+        own = torch.empty(
+            (2, count + -count % ALIGNED), dtype=torch.int32, device=q.device
+        )  # of one alignment
+        into = own[0, :count].view(shape), own[1, :count].view(torch.float32).view(shape)
         self.ops.index_candidates(q, *turn, weights, self.indexer.keys, group.tokens, entries, topk, into)
-        lists = self.rank.gather(own)
-        selected, scores = lists[:, 0], lists[:, 1].view(torch.float32)
+        every = self.rank.gather(own)[..., :count].unflatten(-1, shape)
+        selected, scores = every[:, 0], every[:, 1].view(torch.float32)
         return self.ops.merge_candidates(selected, scores, min(topk, ranks * entries.most))
 
     def _gathered(self, pages: Tensor) -> tuple[list[Rows], list[Rows]]:
