@@ -295,6 +295,7 @@ REFUSED_BY_ENDPOINT: Mapping[str, Mapping[str, Refused]] = {
         "web_search_options": Refused(_NO_SEARCH),
         "verbosity": Refused("say in a message how long the answer is to be", ("medium",)),
         "echo": Refused("the answer holds only what is new; put it after the message that it continues"),
+        "prefix": Refused("it belongs into the last message, whose role is assistant"),
         "documents": Refused("put them into a message"),
         "chat_template": Refused("V4's prompt has one form; /v1/completions takes any text"),
         "input_ids": Refused("/v1/completions takes token ids"),
