@@ -49,6 +49,22 @@ def test_version_and_help_are_quick() -> None:
     assert subprocess.run([sys.executable, "-c", heavy], env=ENV).returncode == 0
 
 
+def test_ctrl_c_while_the_commands_are_loaded_ends_it_without_a_word() -> None:
+    early = """
+import builtins, sys
+real = builtins.__import__
+def interrupted(name, *rest):
+    if name == "argparse":
+        raise KeyboardInterrupt
+    return real(name, *rest)
+builtins.__import__ = interrupted
+from dsv4.cli import main
+sys.exit(main(["serve"]))
+"""
+    run = subprocess.run([sys.executable, "-c", early], env=ENV, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "7"}])
 def test_threads_of_torch_do_not_spin_unless_the_user_says_so(own: dict[str, str]) -> None:
     named = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
