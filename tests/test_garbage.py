@@ -5,6 +5,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("dsv4._core")
+
+from dsv4 import LLM, SamplingParams
+from dsv4.engine import group
+
+from tests.support.checkpoints import write_random
+from tests.support.scripted import python_path
 
 SCRIPT = """
 import gc, json, sys
@@ -52,6 +64,17 @@ for i in range(100_000):
 assert not any(ref() for ref in made)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_no_rank_looks_at_what_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks would wait for it."""
+    monkeypatch.setattr(group, "PROCESS", "tests.support.settled_rank")
+    monkeypatch.setenv("PYTHONPATH", python_path())
+    model = str(write_random(tmp_path / "tiny", compress_ratios=[0, 4, 128]))
+    settings = dict(device="cpu", tensor_parallel_size=2, max_model_len=512, num_pages=8, max_num_seqs=2)
+    with closing(LLM(model, **settings)) as llm:
+        (done,) = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=2, ignore_eos=True))
+    assert len(done.token_ids) == 2
 
 
 def test_no_collection_looks_at_everything_that_is_new() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from dsv4 import garbage
 from dsv4.engine.child import adopt, held_bytes, stacks
 from dsv4.engine.link import Link
 from dsv4.engine.process import LAST_WORDS, Relay, failed
@@ -108,8 +109,9 @@ class Follower:
         device = following_device(hello.config, model_config, weights, serve.pages, serve.max_len, self.rank)
         if serve.warm_up:
             device.warm_up(serve.warm_up, hello.config.capture_context)
-        self.link.send(encode(Serves()))
         plan = StepPlan(serve.schema, pinned=hello.config.device == "cuda")  # type: ignore[arg-type]
+        garbage.settle()  # all ranks wait for one that looks through everything that stays
+        self.link.send(encode(Serves()))
         return device, plan, serve.meeting
 
     def _next(self, kind: type[Told]) -> Told:
