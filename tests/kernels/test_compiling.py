@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from dsv4.kernels import compiling
 from dsv4.kernels.compiling import Compilations, build_launcher, compile_all
 from dsv4.kernels.known import Known
 from triton.runtime.jit import JITFunction
@@ -175,8 +176,8 @@ def test_a_start_takes_an_earlier_ones_list_if_all_is_compiled_and_every_rank_ha
 class _Spec:
     """A kernel that a file stands for."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, module: str = "dsv4.kernels.triton.rows") -> None:
+        self.name, self.module = name, module
 
     def digest(self) -> str:
         return self.name
@@ -200,6 +201,30 @@ def test_what_the_cache_holds_is_not_compiled_again(tmp_path: Path, monkeypatch:
     assert told == [(1, 2, "compiling kernels"), (2, 2, "compiling kernels")]
     assert compile_all([*specs, _Spec("c")], processes=1) == 1 and compile_all(specs) == 0
     assert (tmp_path / "dsv4" / "a").read_text() == "compiled\n"
+
+
+class _Wrong(_Spec):
+    def compile(self) -> None:
+        raise ValueError("it cannot be compiled")
+
+
+def test_processes_take_the_long_ones_first_and_stop_at_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    told: list[int] = []
+    specs: list[Any] = [*map(_Spec, "abcd"), _Spec("long", "dsv4.kernels.gluon.moe")]
+    assert compile_all(specs, lambda done, *_: told.append(done), processes=2) == 5
+    assert told == [1, 2, 3, 4, 5] and {f.name for f in (tmp_path / "dsv4").iterdir()} == {*"abcd", "long"}
+    assert capfd.readouterr().err == ""
+    with pytest.raises(RuntimeError, match="a process that compiles kernels ended with 1"):
+        compile_all([_Wrong("wrong", "dsv4.kernels.gluon.moe"), *map(_Spec, "efg")], processes=2)  # type: ignore[list-item]
+    assert "it cannot be compiled" in capfd.readouterr().err
+    first = compiling.deque(sorted(specs, key=compiling._short))
+    assert [spec.name for spec in first] == ["long", *"abcd"]
 
 
 def test_processes_that_need_the_same_compile_it_once(

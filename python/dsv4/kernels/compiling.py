@@ -14,10 +14,11 @@ import importlib
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -268,31 +269,47 @@ def compile_all(found: list[Specialisation], progress: Progress | None = None, p
                 done += 1
                 _tell(progress, done, missing)
 
+        rest = deque(sorted(missing, key=_short))
         with ThreadPoolExecutor(workers) as pool:
-            parts = [missing[i::workers] for i in range(workers)]
-            for part in [pool.submit(_in_a_process, part, one_more) for part in parts]:
-                part.result()
+            try:
+                for each in [pool.submit(_in_a_process, rest, one_more) for _ in range(workers)]:
+                    each.result()
+            finally:
+                rest.clear()  # after a failure, or Ctrl-C, nobody begins another
     return len(missing)
 
 
-def _in_a_process(specs: list[Specialisation], one_more: Callable[[], None]) -> None:
-    """Compiles in a process of their own, which gets them on standard input and says a line for each."""
+def _short(spec: Specialisation) -> bool:
+    """Whether a kernel is compiled in a moment. Those of Gluon take longest, so they come first: else all would wait for the last of them."""
+    return ".gluon." not in spec.module
+
+
+def _in_a_process(rest: deque[Specialisation], one_more: Callable[[], None]) -> None:
+    """Compiles one after the other of `rest`, from which others take too, in a process of their own, which gets them on standard input and
+    says a line for each."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, "-c", "from dsv4.kernels.compiling import _worker; _worker()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env) as process:
         assert process.stdin is not None and process.stdout is not None
-        pickle.dump(specs, process.stdin)
-        process.stdin.close()
-        for _ in process.stdout:
-            one_more()
+        with contextlib.suppress(IndexError, BrokenPipeError):  # nothing is left, or it has ended
+            while True:
+                pickle.dump(rest.popleft(), process.stdin)
+                process.stdin.flush()
+                if not process.stdout.readline():
+                    break
+                one_more()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
     if process.returncode:
         raise RuntimeError(f"a process that compiles kernels ended with {process.returncode}")
 
 
 def _worker() -> None:
-    for spec in pickle.load(sys.stdin.buffer):
-        spec.compile()
-        print(flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    with contextlib.suppress(EOFError, BrokenPipeError):  # no more is asked for, or nobody asks any more
+        while True:
+            pickle.load(sys.stdin.buffer).compile()
+            print(flush=True)
 
 
 def _tell(progress: Progress | None, done: int, missing: list[Specialisation]) -> None:
