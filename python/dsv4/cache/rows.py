@@ -46,17 +46,9 @@ def woven(parts: Sequence[Rows]) -> Rows:
     rows, size = ranks * first.rows, ranks * first.region.shape[1]
     region = first.region.new_empty((len(first.region), size + -size % ALIGNED))[:, :size]
     found = Rows(first.codec, region, rows)
+    whole_words = not any(n % 4 for n in (first.region.stride(0), *first.codec.planes))
+    word = torch.int32 if whole_words else torch.uint8  # the wider is copied faster
     for whole, *planes in zip(found.planes(), *(part.planes() for part in parts), strict=True):
         for to, plane in zip(whole.unflatten(1, (first.rows, ranks)).unbind(2), planes, strict=True):
-            words = _words(to), _words(plane)
-            if words[0].dtype == words[1].dtype:
-                words[0].copy_(words[1])
-            else:
-                to.copy_(plane)
+            to.view(word).copy_(plane.view(word))
     return found
-
-
-def _words(plane: Tensor) -> Tensor:
-    """As int32 where that is what it is made of, which is copied faster."""
-    numbers = (plane.shape[-1], plane.storage_offset(), *plane.stride()[:-1])
-    return plane if any(n % 4 for n in numbers) else plane.view(torch.int32)

@@ -192,9 +192,8 @@ class Compilations:
         )  # fmt: skip
         call = (key, signature, device, constants, options, attributes, warmup)
         self._collected[id(function), key] = (spec, call)  # type: ignore[index]
-        function.device_caches[device][0][key] = (
-            _Collected()
-        )  # Triton takes ten times as long for a call of what it has not
+        # Triton takes ten times as long for a call of what it has not.
+        function.device_caches[device][0][key] = _Collected()
 
     def all_ready(self) -> None:
         """Counts from 0 on; what is compiled from now on is told."""

@@ -205,9 +205,10 @@ class RankedAttention(Attention):
         ranks, topk = self.rank.ranks, self.indexer.topk
         shape = len(q), min(topk, entries.most)
         count = prod(shape)
-        own = torch.empty(
-            (2, count + -count % ALIGNED), dtype=torch.int32, device=q.device
-        )  # of one alignment
+        room = (
+            count + -count % ALIGNED
+        )  # so that both lists have one alignment, for which kernels are compiled
+        own = torch.empty((2, room), dtype=torch.int32, device=q.device)
         into = own[0, :count].view(shape), own[1, :count].view(torch.float32).view(shape)
         self.ops.index_candidates(q, *turn, weights, self.indexer.keys, group.tokens, entries, topk, into)
         every = self.rank.gather(own)[..., :count].unflatten(-1, shape)

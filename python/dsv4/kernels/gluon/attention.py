@@ -42,16 +42,23 @@ def _attend(
     *,
     splits: int | None = None,
     times: Tensor | None = None,
+    fixed: bool = False,
 ) -> Tensor:
     """As the Triton kernel's. Here: q bfloat16 [T, h, 512], rotary dim 64, rows fp8_ds_mla, W a multiple of 64.
-    times: int32 zeros [items, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only)."""
+    times: int32 zeros [items, 1 + NBP, ROLES, EVENTS] for the roles' times (trace.py; Hopper only). `fixed`: window and selected entries are at
+    most MOST_BLOCKS blocks."""
     out = torch.empty_like(q)
+    if fixed:
+        _one_run(window_ids, selected)
+        table = (window, window_ids, history, entries, selected)
+        portable.by_length(partial(_run, kernel), BLOCK, q, sink, scale, (cos, sin), tokens, *table, out)
+        return out
     splits = _splits(kernel, q, window_ids, history, entries, selected, splits, part=False)
     for cut in _pieces(q, splits):
         mine, seen = _lists(tokens, entries, cut)
         asked, turn, to = _some(q, cut), (_some(cos, cut), _some(sin, cut)), _some(out, cut)
-        table = (window, _some(window_ids, cut), history, seen, _some(selected, cut))
-        parts, lse = _run(kernel, asked, sink, scale, turn, mine, *table, to, splits, times)
+        some = (window, _some(window_ids, cut), history, seen, _some(selected, cut))
+        parts, lse = _run(kernel, asked, sink, scale, turn, mine, *some, to, splits, times)
         if parts.dim() == 4:
             merge(parts, lse, sink, *turn, to)
         del parts, lse  # else they lie beside the next ones
@@ -72,16 +79,21 @@ def _partial(
     into: tuple[Tensor, Tensor] | None = None,
     *,
     splits: int | None = None,
+    fixed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The op `partial_attention`: as `sparse_attention`, of which a part is one without sink that is not turned back."""
-    into = into or portable.part_of(q)
+    into, run = into or portable.part_of(q), partial(_run, kernel)
+    if fixed:
+        _one_run(window_ids, selected)
+        table = (window, window_ids, history, entries, selected)
+        portable.by_length(run, BLOCK, q, None, scale, None, tokens, *table, *into, count)
+        return into
     splits = _splits(kernel, q, window_ids, history, entries, selected, splits, part=True)
-    run = partial(_run, kernel)
     for cut in _pieces(q, splits):
         mine, seen = _lists(tokens, entries, cut)
-        table = (window, _some(window_ids, cut), history, seen, _some(selected, cut), _some(count, cut))
+        some = (window, _some(window_ids, cut), history, seen, _some(selected, cut), _some(count, cut))
         to = _some(into[0], cut), _some(into[1], cut)
-        portable.attend_part(run, _some(q, cut), scale, mine, *table, to, splits)
+        portable.attend_part(run, _some(q, cut), scale, mine, *some, to, splits)
     return into
 
 
@@ -221,48 +233,6 @@ def _run(
     return parts, lse
 
 
-def fixed_sparse_attention(
-    q: Tensor,
-    sink: Tensor,
-    scale: float,
-    cos: Tensor,
-    sin: Tensor,
-    tokens: TokenTable,
-    window: RowSource,
-    window_ids: Tensor,
-    history: RowSource | None = None,
-    entries: EntryTable | None = None,
-    selected: Tensor | None = None,
-) -> Tensor:
-    """The op on Hopper, cut as `portable.by_length` says; without splits to the bits of `stream`. Selected entries and window are at most
-    MOST_BLOCKS blocks."""
-    _one_run(window_ids, selected)
-    out, table = torch.empty_like(q), (window, window_ids, history, entries, selected)
-    portable.by_length(
-        partial(_run, hopper_attention), BLOCK, q, sink, scale, (cos, sin), tokens, *table, out
-    )
-    return out
-
-
-def fixed_partial_attention(
-    q: Tensor,
-    scale: float,
-    tokens: TokenTable,
-    window: RowSource,
-    window_ids: Tensor,
-    history: RowSource | None = None,
-    entries: EntryTable | None = None,
-    selected: Tensor | None = None,
-    count: Tensor | None = None,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The op `partial_attention`, as `fixed_sparse_attention`; without splits to the bits of `stream_part`."""
-    _one_run(window_ids, selected)
-    table = (window, window_ids, history, entries, selected)
-    run = partial(_run, hopper_attention)
-    return portable.part_by_length(run, BLOCK, q, scale, tokens, *table, count, into)
-
-
 def _one_run(window_ids: Tensor, selected: Tensor | None) -> None:
     """Raises ValueError where window and selected entries are more than one program takes."""
     keys = window_ids.shape[1] + (0 if selected is None else selected.shape[1])
@@ -278,3 +248,7 @@ blackwell = partial(_attend, blackwell_attention)
 """The op on Blackwell."""
 partial_attention, stream_part = partial(_partial, hopper_attention), partial(_partial, hopper_stream)
 """A part, by the same kernels."""
+fixed_sparse_attention = partial(_attend, hopper_attention, fixed=True)
+"""Cut as `portable.by_length` says; without splits to the bits of `stream`."""
+fixed_partial_attention = partial(_partial, hopper_attention, fixed=True)
+"""A part cut so; without splits to the bits of `stream_part`."""

@@ -85,7 +85,9 @@ def partial_attention(
     `into`. `fixed`: as `by_length` says."""
     table = (window, window_ids, history, entries, selected)
     if fixed:
-        return part_by_length(_run, _BN, q, scale, tokens, *table, count, into)
+        into = into or part_of(q)
+        by_length(_run, _BN, q, None, scale, None, tokens, *table, *into, count)
+        return into
     return attend_part(_run, q, scale, tokens, *table, count, into, splits)
 
 
@@ -128,27 +130,6 @@ def visible_part(
 
 LONGEST = 16
 """Key blocks that one program takes where the number of tokens must not matter; more of them are split, every LONGEST."""
-
-
-def part_by_length(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    size: int,
-    q: Tensor,
-    scale: float,
-    tokens: TokenTable,
-    window: RowSource,
-    window_ids: Tensor,
-    history: RowSource | None,
-    entries: EntryTable | None,
-    selected: Tensor | None,
-    count: Tensor | None,
-    into: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    """The op `partial_attention` as `by_length` says."""
-    o, lse = into = into or part_of(q)
-    table = (window, window_ids, history, entries, selected)
-    by_length(run, size, q, None, scale, None, tokens, *table, o, lse, count)
-    return into
 
 
 def by_length(
