@@ -14,7 +14,19 @@ import triton
 import triton.language as tl
 from dsv4.backends import choose
 from dsv4.formats import row_format
-from dsv4.kernels.triton import attention, compressor, gemm, index_scan, indexer, linear, mhc, moe, norm
+from dsv4.kernels.triton import (
+    attention,
+    compressor,
+    gemm,
+    index_scan,
+    indexer,
+    linear,
+    mhc,
+    moe,
+    moe_few,
+    norm,
+)
+from dsv4.kernels.triton.forms import ONE_LAUNCH
 from dsv4.ops.forms import Form
 from dsv4.ops.spec import SPECS
 from dsv4.ops.weight import Fp8Weight, Gated
@@ -114,6 +126,11 @@ def test_experts_however_many_tokens_share_them(dim: int, inner: int) -> None:
     for at, tune in ((slice(0, 1), {"split1": 2, "split2": 2}), (slice(0, 3), {"bt": 32})):
         part = run(*(v[at].to(DEVICE) for v in (x, ids, weights)), tune=tune)
         assert torch.equal(part, whole[at]), tune
+    if dim % 128 == 0:
+        few = partial(moe_few.run_few, packed=packed, limit=LIMIT, fixed=True)
+        for at in (slice(0, 1), slice(1, 3), slice(0, 3)):
+            own, y, r = (v[at].to(DEVICE) for v in (ids, x, weights))
+            assert torch.equal(few(y, own, r, shared=y), moe.run(y, own, r, packed, LIMIT, y, fixed=True)), at
 
 
 @pytest.mark.parametrize("k", [8, None], ids=["selected", "all"])
@@ -267,6 +284,10 @@ def test_experts_of_gluon_and_triton_at_full_width(experts: int, k: int) -> None
             x[2 : 2 + n], ids[2 : 2 + n], weights[2 : 2 + n], packed, LIMIT, x[2 : 2 + n], fixed=True
         )
         assert torch.equal(part, whole[2 : 2 + n]), n
+        if n * k <= ONE_LAUNCH:
+            at = slice(2, 2 + n)
+            few = moe_few.run_few(x[at], ids[at], weights[at], packed, LIMIT, x[at], fixed=True)
+            assert torch.equal(few, whole[at]), n
 
 
 @on_hopper

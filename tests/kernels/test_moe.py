@@ -214,15 +214,20 @@ def _launched(monkeypatch: pytest.MonkeyPatch, packed: moe.PackedExperts, tokens
 
 @pytest.mark.parametrize(("tokens", "k", "form"), [(1, 6, "one"), (16, 6, "one"), (17, 6, "several"), (12, 8, "one"), (13, 8, "several"), (0, 6, "several")])  # fmt: skip
 def test_what_takes_one_launch(tokens: int, k: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of 16 tokens of six experts, and not one of 17; with `--deterministic` none."""
-    called: list[str] = []
-    monkeypatch.setattr(moe_few, "run_few", lambda *args: called.append("one"))
-    monkeypatch.setattr(moe, "run", lambda *args, fixed: called.append("fixed" if fixed else "several"))
-    x, ids = torch.empty((tokens, 128)), torch.zeros((tokens, k), dtype=torch.int64)
-    for deterministic, expected in ((False, form), (True, "fixed")):
+    """A step of 16 tokens of six experts, and not one of 17; with `--deterministic` where Gluon's bits can be had."""
+    called: list[tuple[str, bool]] = []
+    monkeypatch.setattr(moe_few, "run_few", lambda *args, fixed: called.append(("one", fixed)))
+    monkeypatch.setattr(moe, "run", lambda *args, fixed: called.append(("several", fixed)))
+    ids = torch.zeros((tokens, k), dtype=torch.int64)
+    for deterministic, dim, expected in (
+        (False, 128, form),
+        (False, 160, form),
+        (True, 128, form),
+        (True, 160, "several"),
+    ):
         chain = REGISTRY.chain("experts", "gluon,triton", Machine("cuda", 9), deterministic=deterministic)
-        dispatcher("experts", chain)(x, ids, ids.float(), SMALL[0], LIMIT, None)
-        assert called.pop() == expected and not called
+        dispatcher("experts", chain)(torch.empty((tokens, dim)), ids, ids.float(), SMALL[0], LIMIT, None)
+        assert called.pop() == (expected, deterministic) and not called
 
 
 def test_settings_of_the_form_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,11 @@ def few_experts(x: Tensor, experts: Tensor, *rest: Any) -> bool:
     return 0 < experts.numel() <= ONE_LAUNCH
 
 
+def whole_channels(x: Tensor, *rest: Any) -> bool:
+    """Channels in whole blocks of 128."""
+    return x.shape[1] % FP8_BLOCK == 0
+
+
 def few_next(y: Tensor | None, streams: Tensor, *rest: Any) -> bool:
     return 0 < len(streams) <= FEW_STREAM_TOKENS
 

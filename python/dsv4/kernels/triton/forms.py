@@ -185,6 +185,7 @@ FORMS = [
     _fixed("route", "route:fixed_route", "fixed", PRODUCT_SCRATCH, options=False),
     _form("experts", "moe_few:few_experts", "one launch", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", fits=_FITS + "few_experts", when=f"FP4, up to {ONE_LAUNCH} experts of all tokens", packed=True),
     _form("experts", "moe:experts", "", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", when="FP4", packed=True),
+    _fixed("experts", "moe_few:few_experts", "one launch, fixed", PRODUCT_SCRATCH, takes=_FITS + "narrow_scales", suits=_FITS + "whole_channels", fits=_FITS + "few_experts", when=f"FP4 with narrow scales, up to {ONE_LAUNCH} experts of all tokens", packed=True),
     _fixed("experts", "moe:experts", "fixed", PRODUCT_SCRATCH, takes=_FITS + "narrow_scales", when="FP4 with narrow scales", packed=True),
     _fixed("experts", "moe:experts", "fixed, scales apart", PRODUCT_SCRATCH, takes=_FITS + "fp4_experts", when="FP4", packed=True),
     _form("edit_logits", "edits", **_WHATEVER),

@@ -6,7 +6,8 @@ time it starts its input is there. Programs start in the order of their number, 
 hang, whatever fits on the machine.
 
 There is no plan: each program finds the tokens of its expert among the few slots (token * k + j). Both products are one loop
-(`moe_groups.py`). Partial sums are added by whichever program arrives last, in a fixed order: a token's as soon as its experts are done.
+(`moe_groups.py`; for `--deterministic` `moe_pairs.py`, which does not cut K). Partial sums are added by whichever program arrives last, in a fixed order:
+a token's as soon as its experts are done.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import cdiv, next_pow2, pdl
 from dsv4.kernels.triton.gemm import counters, silu_gate, split_of
 from dsv4.kernels.triton.moe_groups import grouped
-from dsv4.kernels.triton.moe_pack import PackedExperts, prepare
+from dsv4.kernels.triton.moe_pack import PackedExperts, channel_at, prepare
+from dsv4.kernels.triton.moe_pairs import paired
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 from dsv4.ops.weight import prepared_by
 
@@ -33,6 +35,10 @@ PER_SM, LEAST = 6, 4
 SETTINGS = {48: dict(bt=4, stages=4, regs=96), 0: dict(bt=4, stages=4, regs=0)}
 """By the fewest slots, 48 of 8 tokens: columns of a group, steps that are read ahead, and registers a thread (0: as many as the compiler
 likes). Of many programs five share a multiprocessor with 96."""
+
+
+FIXED = dict(bt=8, stages=4, regs=0)
+"""The same where bits must not depend on how many tokens there are."""
 
 
 @triton.jit
@@ -49,6 +55,9 @@ def _slots_of(same, before, SLOTS: tl.constexpr, BT: tl.constexpr):
     """int64 [BT]: the slots where `same`, from number `before` on."""
     s, m = tl.arange(0, SLOTS), tl.arange(0, BT)
     rank = tl.cumsum(same, 0) - 1
+    if BT > 4:
+        there = (same > 0)[:, None] & (rank[:, None] == before + m[None, :])
+        return tl.sum(tl.where(there, s[:, None], 0), 0).to(tl.int64)
     slot = tl.zeros((BT,), tl.int32)
     for i in tl.static_range(BT):
         slot = tl.where(m == i, tl.sum(tl.where((same > 0) & (rank == before + i), s, 0)), slot)
@@ -56,12 +65,13 @@ def _slots_of(same, before, SLOTS: tl.constexpr, BT: tl.constexpr):
 
 
 @triton.jit
-def _quantise(x, codes, xs, at, x_stride, D, CHUNK: tl.constexpr):
-    """CHUNK channels of one token, number `at` of them: e4m3 with a scale per 128."""
+def _quantise(x, codes, xs, at, x_stride, D, CHUNK: tl.constexpr, PAIRED: tl.constexpr):
+    """CHUNK channels of one token, number `at` of them: e4m3 with a scale per 128; PAIRED: in the order of `channel_at`."""
     chunks = tl.cdiv(D, CHUNK)
     t, b = (at // chunks).to(tl.int64), at % chunks * (CHUNK // 128) + tl.arange(0, CHUNK // 128)
     n = b[:, None] * 128 + tl.arange(0, 128)[None, :]
-    v = tl.load(x + t * x_stride + n, mask=n < D, other=0.0).to(tl.float32)
+    of = channel_at(n) if PAIRED else n
+    v = tl.load(x + t * x_stride + of, mask=n < D, other=0.0).to(tl.float32)
     scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
     tl.store(codes + t * D + n, to_e4m3(v * inverse[:, None]), mask=n < D)
     tl.store(xs + t * tl.cdiv(D, 128) + b, scale, mask=b * 128 < D)
@@ -72,23 +82,25 @@ def few_kernel(
     x, codes, xs, w13, s13, w2, s2, experts, gate, h, hs, parts1, parts2, arrived, shared, y, limit,
     T, x_stride, D, INNER, TILES1, TILES2, EACH1, EACH2,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, SPLIT1: tl.constexpr, SPLIT2: tl.constexpr, SUMMED: tl.constexpr,
-    BT: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BT: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, b13=None, b2=None,
 ):  # fmt: skip
     """y [T, D] = routed experts plus `shared` [T, D] (None: nothing) for x [T, D], experts int64 and gate float32 [T, TOPK].
 
     A program takes one tile of 128 rows of one expert and EACH1 (EACH2) of its steps of 128 channels. x becomes codes e4m3 [T, D] with
     scales xs [T, D / 128], hidden values h e4m3 [slots, INNER] with hs [slots, TILES1]; parts1 float32 [slots, TILES1, SPLIT1, 128],
     parts2 float32 [slots, SPLIT2, TILES2 * 128]. `arrived`: zeros, left at zero: of sums written, of the hidden blocks of
-    each slot's expert, of the chunks of x, of the parts of each hidden block, of the parts of each sum.
+    each slot's expert, of the chunks of x, of the parts of each hidden block, of the parts of each sum. b13, b2: the rows' lowest scales, with which
+    the bits are those of the Gluon form, of which each slot's result is rounded before they are added; K is not cut then.
     Grid: T * chunks + slots * (TILES1 * SPLIT1 + TILES2 * SPLIT2).
     """
+    FIXED: tl.constexpr = b13 is not None
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     slots, chunks = T * TOPK, T * tl.cdiv(D, CHUNK)
     finished, quantised = arrived, arrived + 1 + slots
     if tl.program_id(0) < chunks:
-        _quantise(x, codes, xs, tl.program_id(0), x_stride, D, CHUNK)
+        _quantise(x, codes, xs, tl.program_id(0), x_stride, D, CHUNK, FIXED)
         tl.debug_barrier()
         tl.atomic_add(quantised, 1, sem="release")
         return
@@ -116,13 +128,17 @@ def few_kernel(
         pass
     tl.debug_barrier()
     src = tl.where(first, slot // TOPK, slot)
-    acc = grouped(
-        tl.where(first, codes, h), tl.where(first, xs, hs),
-        tl.reshape(tl.broadcast_to(src[None, :], (4, BT)), (4 * BT,)), tl.arange(0, 4 * BT) % BT < count,
-        weights + r[:, None] * 32 + c[None, :], tl.where(first, s13, s2) + here * 128 + r, begin, end,
-        width, tl.where(first, 1, 2), BT, WHOLE, STAGES,
-    )  # fmt: skip
-    acc *= 64.0
+    codes, xs, per = tl.where(first, codes, h), tl.where(first, xs, hs), tl.where(first, 1, 2)
+    wp, sp = weights + r[:, None] * 32 + c[None, :], tl.where(first, s13, s2) + here * 128 + r
+    if FIXED:
+        lowest = tl.load(tl.where(first, b13, b2) + (expert * tiles + tile) * 128 + r).to(tl.int32)
+        acc = paired(codes, xs, src, live, wp, sp, lowest, steps, width, first, per, BT, STAGES)
+        acc *= ((lowest + 5) << 23).to(tl.float32, bitcast=True)[:, None]
+    else:
+        columns = tl.reshape(tl.broadcast_to(src[None, :], (4, BT)), (4 * BT,))
+        on = tl.arange(0, 4 * BT) % BT < count
+        acc = grouped(codes, xs, columns, on, wp, sp, begin, end, width, per, BT, WHOLE, STAGES)
+        acc *= 64.0
     if first:
         last = True
         if SPLIT1 > 1:
@@ -143,7 +159,10 @@ def few_kernel(
             v = silu_gate(up, down, limit).reshape(64, BT)
             v = v * tl.load(gate + slot, mask=live, other=0.0)[None, :]
             scale, inverse = pow2_scale(tl.max(tl.abs(v), 0))
-            o = slot[None, :] * INNER + tile * 64 + tl.arange(0, 64)[:, None]
+            place = tl.arange(0, 64)
+            if FIXED:
+                place = place % 32 // 4 * 8 + place // 32 * 4 + place % 4
+            o = slot[None, :] * INNER + tile * 64 + place[:, None]
             tl.store(h + o, to_e4m3(v * inverse[None, :]), mask=live[None, :])
             tl.store(hs + slot * TILES1 + tile, scale, mask=live)
             tl.debug_barrier()
@@ -164,9 +183,15 @@ def few_kernel(
             for i in tl.static_range(BT):
                 if tl.sum(tl.where(m == i, whole.to(tl.int32), 0)) > 0:
                     t = tl.sum(tl.where(m == i, token, 0))
-                    p = parts2 + (t * TOPK * SPLIT2 + j)[:, None] * (TILES2 * 128) + n[None, :]
-                    term = tl.load(p, mask=(j < TOPK * SPLIT2)[:, None], other=0.0, cache_modifier=".cg")
-                    total = tl.sum(term, 0)
+                    if FIXED:
+                        total = tl.zeros((128,), tl.float32)
+                        for k in tl.static_range(TOPK):
+                            p = parts2 + (t * TOPK + k) * (TILES2 * 128) + n
+                            total += tl.load(p, cache_modifier=".cg").to(tl.bfloat16).to(tl.float32)
+                    else:
+                        p = parts2 + (t * TOPK * SPLIT2 + j)[:, None] * (TILES2 * 128) + n[None, :]
+                        term = tl.load(p, mask=(j < TOPK * SPLIT2)[:, None], other=0.0, cache_modifier=".cg")
+                        total = tl.sum(term, 0)
                     if shared is not None:
                         total += tl.load(shared + t * D + n, mask=n < D, other=0.0).to(tl.float32)
                     tl.store(y + t * D + n, total.to(y.dtype.element_ty), mask=n < D)
@@ -186,36 +211,47 @@ def run_few(
     limit: float,
     shared: Tensor | None,
     tune: dict[str, int] | None = None,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
     """y [T, d] in x's dtype: the routed experts' sum plus `shared` [T, d] for x [T, d], experts int64 and weights float32
-    [T, k]; at least one, experts of the layer only. Weights of an expert that no token has are never read."""
+    [T, k]; at least one, experts of the layer only. Weights of an expert that no token has are never read. `fixed`: bits of the Gluon form, for narrow scales
+    and d a multiple of 128."""
     (tokens, k), dim, dev = experts.shape, x.shape[1], x.device
     y = torch.empty((tokens, dim), dtype=x.dtype, device=dev)
     tiles1, tiles2, slots = packed.w13.shape[1], packed.w2.shape[1], tokens * k
     steps1, steps2 = packed.w13.shape[2] // 2, packed.w2.shape[2] // 2
-    pick = _config(slots, k, packed) | (tune or {})
+    pick = (FIXED | dict(split1=1, split2=1) if fixed else _config(slots, k, packed)) | (tune or {})
     each1, each2 = cdiv(steps1, pick["split1"]), cdiv(steps2, pick["split2"])
     split1, split2 = cdiv(steps1, each1), cdiv(steps2, each2)
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
     overlap = pdl()
     e4m3 = torch.float8_e4m3fn
+    lowest = dict(b13=packed.b13, b2=packed.b2) if fixed else {}
     few_kernel[(tokens * cdiv(dim, CHUNK) + slots * (tiles1 * split1 + tiles2 * split2),)](
         x, empty(tokens, dim, dtype=e4m3), empty(tokens, cdiv(dim, 128)), packed.w13, packed.s13, packed.w2, packed.s2, experts, weights,
         empty(slots, tiles1 * 64, dtype=e4m3), empty(slots, tiles1),
         empty(slots * tiles1 * split1 * 128 if split1 > 1 else 1), empty(slots, split2, tiles2 * 128),
         counters(dev), shared, y, limit, tokens, x.stride(0), dim, tiles1 * 64, tiles1, tiles2, each1, each2,
         TOPK=k, SLOTS=next_pow2(slots), SPLIT1=split1, SPLIT2=split2, SUMMED=next_pow2(k * split2), BT=pick["bt"], CHUNK=CHUNK,
-        WHOLE=dim % 128 == 0, STAGES=pick["stages"], PDL=bool(overlap), num_warps=4, maxnreg=pick["regs"] or None, **overlap,
+        WHOLE=dim % 128 == 0, STAGES=pick["stages"], PDL=bool(overlap), **lowest, num_warps=pick.get("warps", 4), maxnreg=pick["regs"] or None, **overlap,
     )  # fmt: skip
     return y
 
 
 @prepared_by(prepare)
 def few_experts(
-    x: Tensor, experts: Tensor, weights: Tensor, w: PackedExperts, limit: float, shared: Tensor | None
+    x: Tensor,
+    experts: Tensor,
+    weights: Tensor,
+    w: PackedExperts,
+    limit: float,
+    shared: Tensor | None,
+    *,
+    fixed: bool = False,
 ) -> Tensor:
-    """The op `experts`."""
-    return run_few(x, experts, weights, w, limit, shared)
+    """The op `experts`. `fixed` as in `run_few`."""
+    return run_few(x, experts, weights, w, limit, shared, fixed=fixed)
 
 
 def _config(slots: int, k: int, packed: PackedExperts) -> dict[str, int]:
@@ -231,15 +267,17 @@ def _settings(slots: int) -> dict[str, int]:
     return next(s for least, s in SETTINGS.items() if slots >= least)
 
 
-def _aot(slots: int, split: int, stack: int = 0) -> Aot:
+def _aot(slots: int, split: int, stack: int = 0, *, fixed: bool = False) -> Aot:
     signature = {n: "*bf16" for n in ("x", "shared", "y")} | {n: "*u8" for n in ("w13", "w2")}
     signature |= {n: "*fp8e4nv" for n in ("codes", "h")} | {n: "*i32" for n in ("s13", "s2", "arrived")}
     signature |= {n: "*fp32" for n in ("xs", "hs", "gate", "parts1", "parts2")}
     signature |= {"experts": "*i64", "limit": "fp32"}
     signature |= {n: "i32" for n in ("T", "TILES1", "TILES2", "EACH1", "EACH2")}
     signature |= {n: "i32:16" for n in ("x_stride", "D", "INNER")}
-    pick = _settings(slots)
-    flags = dict(
+    pick = FIXED if fixed else _settings(slots)
+    lowest = ("b13", "b2")
+    signature |= {n: "*u8" for n in lowest if fixed}
+    flags = {n: None for n in lowest if not fixed} | dict(
         TOPK=6, SLOTS=next_pow2(slots), SPLIT1=split, SPLIT2=split, SUMMED=next_pow2(6 * split), CHUNK=CHUNK
     )
     flags |= dict(BT=pick["bt"], WHOLE=True, STAGES=pick["stages"], PDL=True)
@@ -253,4 +291,5 @@ AOT = [
     _aot(42, 1),
     # With 96 registers Triton 3.6 keeps nothing on the stack for Hopper and 8 bytes for Blackwell, 3.9 16 to 32 and nothing.
     *(_aot(slots, 1, stack=32) for slots in (48, 96)),
+    *(_aot(slots, 1, fixed=True) for slots in (6, 96)),
 ]
