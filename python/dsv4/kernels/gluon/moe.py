@@ -13,8 +13,8 @@ of an expert and up to 256 of its slots, in steps of 128 channels. Fifteen warps
              then SwiGLU and quantisation, or the rows of the second product
 
 Tokens are the tall side of the matrix unit, so that a thread needs the scales of two tokens. While one group scales, the
-other's product runs. Within 64 channels the codes lie in the order in which looking up yields weights: 4 of the first 32
-channels, 4 of the second, and so on (`moe_pack.channel_at`).
+other's product runs. Within 64 channels the codes lie in the order of the weights: 16 of the first 32 channels, 16 of the second, and so on
+(`moe_pack.channel_at`).
 
 Shared memory: codes 4 x 32 KiB, packed weights 4 x 8 KiB and their scales 4 x 1, weights 3 x 16, the rows' own scales 4.
 """
@@ -151,7 +151,8 @@ def _look_up(x, byte, g: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    return gl.join(low, high).reshape([x.shape[0], 16])
+    both = gl.join(low, high).reshape([x.shape[0], 2, 4, 2])
+    return both.permute([0, 1, 3, 2]).reshape([x.shape[0], 16])
 
 
 @gluon.jit
@@ -310,7 +311,7 @@ def _finish(
         a, b = gl.split(acc.reshape([PIECE, 8, 2, 8]).permute([0, 1, 3, 2]))
         h = silu_gate(a, b, limit).reshape([PIECE, 64]) * r[:, None]
         scale, inverse = pow2_scale(gl.max(gl.abs(h), 1))
-        code = to_e4m3(h * inverse[:, None]).reshape([PIECE, 2, 8, 4]).permute([0, 2, 1, 3])
+        code = to_e4m3(h * inverse[:, None]).reshape([PIECE, 2, 2, 16]).permute([0, 2, 1, 3])
         _store(out, code.reshape([PIECE, 64]), start, first, count, tile, TILES)
         exponent = (scale.to(gl.int32, bitcast=True) >> 23).to(gl.uint8)
         gl.store(out_s + (tile // 4 * SP + start + m) * 4 + tile % 4, exponent, mask=live)

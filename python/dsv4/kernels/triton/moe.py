@@ -36,9 +36,6 @@ from dsv4.kernels.triton.moe_pack import (
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 from dsv4.ops.weight import prepared_by
 
-FEW = 8
-"""Up to this many tokens K is split with `fixed`."""
-
 ROWS = 128
 """Rows of a tile."""
 
@@ -135,7 +132,7 @@ def experts_kernel(
     between w1 and w3. Else: x codes [slots, K] with scales per 64; out [slots, N].
 
     PAIRED: as the Gluon form, to its bits: channels in the order of `channel_at`, two instructions at a time, and one sum over
-    all steps, for which with PARTS every step's product goes to parts [slots, TILES, sums, 128].
+    all steps, which are not SPLIT.
 
     GROUPED: by `moe_groups.grouped`. WHOLE: K is a multiple of 128.
     """
@@ -162,7 +159,6 @@ def experts_kernel(
     wp = w + here * (2 * 128 * 32) + r[:, None] * 32 + c[None, :]
     sp = ws + here * 128 + r
     xb: tl.constexpr = 1 if FIRST else 2
-    step_parts = parts + (slot[None, :] * TILES + tile) * (steps * xb * 128) + r[:, None]
     if ABSORB:
         lowest = tl.load(base + (expert * TILES + tile) * 128 + r).to(tl.int32)
     if GROUPED:
@@ -198,18 +194,10 @@ def experts_kernel(
                 if PAIRED:
                     p = tl.dot(_paired(w0, w1), x0)
                     if FIRST:
-                        p = tl.dot(_paired(w2, w3), x1, p) * q[None, :]
-                        if PARTS:
-                            tl.store(step_parts + k * 128, p, mask=live[None, :])
-                        acc += p
+                        acc += tl.dot(_paired(w2, w3), x1, p) * q[None, :]
                     else:
-                        p *= q[None, :]
-                        p1 = tl.dot(_paired(w2, w3), x1) * tl.load(qp + k * xb + 1)[None, :]
-                        if PARTS:
-                            tl.store(step_parts + k * 256, p, mask=live[None, :])
-                            tl.store(step_parts + k * 256 + 128, p1, mask=live[None, :])
-                        acc += p
-                        acc += p1
+                        acc += p * q[None, :]
+                        acc += tl.dot(_paired(w2, w3), x1) * tl.load(qp + k * xb + 1)[None, :]
                 elif FIRST:
                     acc += tl.dot(_four(w0, w1, w2, w3), x0) * q[None, :]
                 else:
@@ -235,23 +223,12 @@ def experts_kernel(
                 else:
                     acc += p0 * q[None, :] + p2 * tl.load(qp + k * xb + 1)[None, :]
     last = True
-    if PAIRED and PARTS:
-        at_block = block * TILES + tile
-        tl.debug_barrier()
-        last = tl.atomic_add(arrived + at_block, 1, sem="acq_rel") == SPLIT - 1
-        if last:
-            acc = tl.zeros((128, BT), tl.float32)
-            for i in range(0, steps * xb, 4):
-                for j in tl.static_range(4):
-                    there = (m < tl.where(i + j < steps * xb, count, 0))[None, :]
-                    acc += tl.load(step_parts + (i + j) * 128, mask=there, other=0.0, cache_modifier=".cg")
-            tl.store(arrived + at_block, 0)
     if ABSORB:
         acc *= ((lowest + 5) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
         acc *= 64.0
     if FIRST:
-        if PARTS and not PAIRED:
+        if PARTS:
             at = r[:, None] * BT + m[None, :]
             at_block = block * TILES + tile
             mine = parts + at_block.to(tl.int64) * SPLIT * (128 * BT)
@@ -273,7 +250,7 @@ def experts_kernel(
             scale, inverse = pow2_scale(tl.max(tl.abs(h), 0))
             place = tl.arange(0, 64)
             if PAIRED:
-                place = place % 32 // 4 * 8 + place // 32 * 4 + place % 4
+                place = channel_at(place)
             o = slot[None, :] * (TILES * 64) + tile * 64 + place[:, None]
             tl.store(out + o, to_e4m3(h * inverse[None, :]), mask=live[None, :])
             tl.store(out_s + slot * TILES + tile, scale, mask=live)
@@ -352,10 +329,10 @@ def run(
     if not tokens:
         return y
     slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]
-    pick = _config(tokens, k, count, tiles1, tiles2, packed, fixed=fixed) | (tune or {})
+    pick = _config(slots, count, tiles1, packed, fixed=fixed) | (tune or {})
     paired = fixed and packed.absorb and dim % 128 == 0
     if fixed and not paired:
-        pick |= dict(absorb=False, split1=1, split2=1)
+        pick |= dict(absorb=False, regs=0)
     bt, by_groups = pick["bt"], bool(pick["grouped"])
     blocks = min(slots, count + slots // bt)
     empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=dev)  # noqa: E731
@@ -374,28 +351,26 @@ def run(
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
     hs = empty(slots, tiles1, dtype=torch.float32)
     out = empty(slots, dim, dtype=torch.float32 if by_groups else torch.bfloat16)
-    each1, each2 = cdiv(steps1, pick["split1"]), cdiv(tiles1 // 2, pick["split2"] if paired else 1)
-    split1, split2 = cdiv(steps1, each1), cdiv(tiles1 // 2, each2)
-    parts1 = slots * tiles1 * steps1 if paired else blocks * tiles1 * split1 * bt
-    parts1 = empty(parts1 * 128 if split1 > 1 else 1, dtype=torch.float32)
-    parts2 = empty(slots * tiles2 * tiles1 * 128 if split2 > 1 else 1, dtype=torch.float32)
+    each = cdiv(steps1, pick["split1"])
+    split = cdiv(steps1, each)
+    parts = empty(blocks * tiles1 * split * bt * 128 if split > 1 else 1, dtype=torch.float32)
     arrived = counters(dev)
     common = dict(
         TOPK=k, ABSORB=bool(pick["absorb"]) and not by_groups, PAIRED=paired, GROUPED=by_groups, WHOLE=dim % 128 == 0, BT=bt,
         STAGES=pick["stages"], PDL=bool(overlap), num_warps=pick["warps"], maxnreg=pick["regs"] or None, **overlap,
     )  # fmt: skip
-    experts_kernel[(blocks * tiles1 * split1,)](
-        codes, scales, packed.w13, packed.s13, packed.b13, plan, rows, weights, h, hs, parts1, arrived,
-        limit, dim, tiles1 * 64, tiles1, split1, each1, FIRST=True, PARTS=split1 > 1, **common,
+    experts_kernel[(blocks * tiles1 * split,)](
+        codes, scales, packed.w13, packed.s13, packed.b13, plan, rows, weights, h, hs, parts, arrived,
+        limit, dim, tiles1 * 64, tiles1, split, each, FIRST=True, PARTS=split > 1, **common,
     )  # fmt: skip
-    experts_kernel[(blocks * tiles2 * split2,)](
-        h, hs, packed.w2, packed.s2, packed.b2, plan, rows, weights, out, hs, parts2, arrived,
-        limit, tiles1 * 64, dim, tiles2, split2, each2, FIRST=False, PARTS=split2 > 1, **common,
+    experts_kernel[(blocks * tiles2,)](
+        h, hs, packed.w2, packed.s2, packed.b2, plan, rows, weights, out, hs, parts, arrived,
+        limit, tiles1 * 64, dim, tiles2, 1, tiles1 // 2, FIRST=False, PARTS=False, **common,
     )  # fmt: skip
     return combine(out, experts, count, shared, y)
 
 
-GROUPED = dict(bt=4, grouped=1, split1=1, split2=1, absorb=0, warps=4, stages=4, regs=96)
+GROUPED = dict(bt=4, grouped=1, split1=1, absorb=0, warps=4, stages=4, regs=96)
 """Of few tokens an expert: 96 registers are five programs a multiprocessor, which hold 125 KB of weights in flight."""
 GROUPED_SLOTS = 2
 """Up to this many slots an expert on average they take that form, beyond the scales go into the lookup table."""
@@ -410,29 +385,22 @@ BLOCKS = {
 """By tokens of a block. On Hopper, with scales in the lookup table, 168 registers a thread are three programs a multiprocessor."""
 
 
-def _config(
-    tokens: int, k: int, count: int, tiles1: int, tiles2: int, packed: PackedExperts, *, fixed: bool
-) -> dict[str, int]:
-    """Block of tokens by how many an expert has on average. K is split while a decode step has few programs, so that the last ones end
-    together."""
-    slots = tokens * k
+def _config(slots: int, count: int, tiles1: int, packed: PackedExperts, *, fixed: bool) -> dict[str, int]:
+    """Block of tokens by how many an expert has on average. The first product's K is split while a decode step has few programs, so that the last ones
+    end together."""
     if not fixed and slots <= GROUPED_SLOTS * count:
         split1 = split_of(slots * tiles1, packed.w13.shape[2] // 2, per_sm=24, least=4, most=2)
         return GROUPED | dict(split1=split1)
     bt = 16 if INTERPRETED else min(max(BLOCKS), max(min(BLOCKS), next_pow2(cdiv(slots, count))))
-    split1, split2 = 1, 1
-    if fixed and tokens <= FEW:
-        split1 = split_of(slots * tiles1, packed.w13.shape[2] // 2, per_sm=6, least=4)
-        split2 = split_of(slots * tiles2, packed.w2.shape[2] // 2, per_sm=6, least=4)
-    pick = dict(bt=bt, grouped=0, split1=split1, split2=split2, absorb=packed.absorb) | BLOCKS[bt]
-    capped = packed.absorb and not fixed and capability()[0] == 9  # the others would keep some on the stack
+    pick = dict(bt=bt, grouped=0, split1=1, absorb=packed.absorb) | BLOCKS[bt]
+    capped = packed.absorb and capability()[0] == 9  # the others would keep some on the stack
     return pick if capped else pick | dict(regs=0)
 
 
 def _aot(
     *,
     first: bool,
-    few: bool = False,
+    split: bool = False,
     absorb: bool = False,
     bt: int = 16,
     paired: bool = False,
@@ -461,7 +429,7 @@ def _aot(
         PAIRED=paired,
         GROUPED=by_groups,
         WHOLE=True,
-        PARTS=few,
+        PARTS=split,
         BT=bt,
         PDL=True,
         STAGES=pick["stages"],
@@ -471,7 +439,7 @@ def _aot(
 
 
 AOT = [
-    _aot(first=True, by_groups=True, bt=4, regs=GROUPED["regs"]),
+    _aot(first=True, by_groups=True, bt=4, split=True, regs=GROUPED["regs"]),
     _aot(first=False, by_groups=True, bt=4, regs=GROUPED["regs"]),
     _aot(first=True),
     _aot(first=False),
@@ -480,7 +448,8 @@ AOT = [
     *(_aot(first=first, absorb=True, bt=32, regs=BLOCKS[32]["regs"], archs=(90,), stack=16) for first in (True, False)),
     _aot(first=True, absorb=True, bt=64),
     _aot(first=True, bt=64),
-    *(_aot(first=first, absorb=True, paired=True, bt=bt, few=few) for first in (True, False) for bt, few in ((16, True), (16, False), (64, False))),
+    *(_aot(first=first, absorb=True, paired=True, bt=bt) for first in (True, False) for bt in (16, 64)),
+    *(_aot(first=first, absorb=True, paired=True, bt=32, regs=BLOCKS[32]["regs"], archs=(90,), stack=16) for first in (True, False)),
     *(
         Aot(
             plan_kernel,

@@ -37,7 +37,7 @@ SETTINGS = {48: dict(bt=4, stages=4, regs=96), 0: dict(bt=4, stages=4, regs=0)}
 likes). Of many programs five share a multiprocessor with 96."""
 
 
-FIXED = dict(bt=8, stages=4, regs=0)
+FIXED = dict(bt=16, stages=4, regs=0)
 """The same where bits must not depend on how many tokens there are."""
 
 
@@ -128,16 +128,21 @@ def few_kernel(
         pass
     tl.debug_barrier()
     src = tl.where(first, slot // TOPK, slot)
-    codes, xs, per = tl.where(first, codes, h), tl.where(first, xs, hs), tl.where(first, 1, 2)
     wp, sp = weights + r[:, None] * 32 + c[None, :], tl.where(first, s13, s2) + here * 128 + r
     if FIXED:
         lowest = tl.load(tl.where(first, b13, b2) + (expert * tiles + tile) * 128 + r).to(tl.int32)
-        acc = paired(codes, xs, src, live, wp, sp, lowest, steps, width, first, per, BT, STAGES)
+        if first:
+            acc = paired(codes, xs, src, live, wp, sp, lowest, steps, width, True, BT, STAGES)
+        else:
+            acc = paired(h, hs, src, live, wp, sp, lowest, steps, width, False, BT, STAGES)
         acc *= ((lowest + 5) << 23).to(tl.float32, bitcast=True)[:, None]
     else:
         columns = tl.reshape(tl.broadcast_to(src[None, :], (4, BT)), (4 * BT,))
         on = tl.arange(0, 4 * BT) % BT < count
-        acc = grouped(codes, xs, columns, on, wp, sp, begin, end, width, per, BT, WHOLE, STAGES)
+        acc = grouped(
+            tl.where(first, codes, h), tl.where(first, xs, hs), columns, on, wp, sp, begin, end, width, tl.where(first, 1, 2),
+            BT, WHOLE, STAGES,
+        )  # fmt: skip
         acc *= 64.0
     if first:
         last = True
@@ -161,7 +166,7 @@ def few_kernel(
             scale, inverse = pow2_scale(tl.max(tl.abs(v), 0))
             place = tl.arange(0, 64)
             if FIXED:
-                place = place % 32 // 4 * 8 + place // 32 * 4 + place % 4
+                place = channel_at(place)
             o = slot[None, :] * INNER + tile * 64 + place[:, None]
             tl.store(h + o, to_e4m3(v * inverse[None, :]), mask=live[None, :])
             tl.store(hs + slot * TILES1 + tile, scale, mask=live)

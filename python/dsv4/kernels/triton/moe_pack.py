@@ -70,15 +70,16 @@ def _expand(wp, a0, b0, a1, b1):
 
 @triton.jit
 def channel_at(place):
-    """The channel of a row whose weight lies at `place` where low and high are taken four by four, as words hold them."""
-    return place // 64 * 64 + place // 4 % 2 * 32 + place // 8 % 8 * 4 + place % 4
+    """The channel whose weight lies at `place` of an expanded row, and the other way round: of each 64 the second and third 16 change places. So a matrix
+    instruction's 32 channels are 16 low and 16 high ones, whose words a thread finds where it looks them up."""
+    return place // 64 * 64 + place // 16 % 2 * 32 + place // 32 % 2 * 16 + place % 16
 
 
 @triton.jit
 def _paired(low, high):
     """(low, high) [N, 32] each as [N, 64] in the order of `channel_at`."""
     n: tl.constexpr = low.shape[0]
-    both = tl.join(tl.reshape(low, (n, 8, 4)), tl.reshape(high, (n, 8, 4)))
+    both = tl.join(tl.reshape(low, (n, 2, 16)), tl.reshape(high, (n, 2, 16)))
     return tl.reshape(tl.permute(both, (0, 1, 3, 2)), (n, 64))
 
 
