@@ -28,6 +28,8 @@ from dsv4.kernels.triton.rows import row_constants
 
 STAGES = 3
 """Tiles of a block that are under way, 32 KiB each for rows of 512 channels."""
+ALONE = 16
+"""The same with `fixed`, whose tiles are tokens."""
 
 
 @triton.jit
@@ -400,7 +402,7 @@ def compress(
     tile = 1 if fixed else min(largest_tile(ratio), 8)
     if count <= 2 * multiprocessors():
         # Tiles of long blocks are asked for before those ahead of them are folded: else each waits for memory in turn.
-        launch("both", batch + count, tile, STAGES if ratio > tile else 1)
+        launch("both", batch + count, tile, (min(ratio, ALONE) if fixed else STAGES) if ratio > tile else 1)
         return
     launch("edge", batch, tile)
     launch("inner", count, tile)
@@ -453,4 +455,5 @@ AOT = [
     _aot("both", True, False, 4, 4),
     _aot("both", True, True, 4, 1),
     _aot("both", False, False, 8, 4, STAGES),
+    _aot("both", False, False, 1, 4, ALONE),
 ]
