@@ -212,9 +212,17 @@ def _launched(monkeypatch: pytest.MonkeyPatch, packed: moe.PackedExperts, tokens
     return found[0]
 
 
-@pytest.mark.parametrize(("tokens", "k", "form"), [(1, 6, "one"), (16, 6, "one"), (17, 6, "several"), (12, 8, "one"), (13, 8, "several"), (0, 6, "several")])  # fmt: skip
-def test_what_takes_one_launch(tokens: int, k: int, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of 16 tokens of six experts, and not one of 17; with `--deterministic` where Gluon's bits can be had."""
+@pytest.mark.parametrize(
+    ("tokens", "k", "form", "fixed"),
+    [
+        (1, 6, "one", "one"), (2, 6, "one", "several"), (16, 6, "one", "several"), (17, 6, "several", "several"),
+        (12, 8, "one", "several"), (13, 8, "several", "several"), (0, 6, "several", "several"),
+    ],
+)  # fmt: skip
+def test_what_takes_one_launch(
+    tokens: int, k: int, form: str, fixed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 16 tokens of six experts, and not one of 17; with `--deterministic` one token where Gluon's bits can be had."""
     called: list[tuple[str, bool]] = []
     monkeypatch.setattr(moe_few, "run_few", lambda *args, fixed: called.append(("one", fixed)))
     monkeypatch.setattr(moe, "run", lambda *args, fixed: called.append(("several", fixed)))
@@ -222,7 +230,7 @@ def test_what_takes_one_launch(tokens: int, k: int, form: str, monkeypatch: pyte
     for deterministic, dim, expected in (
         (False, 128, form),
         (False, 160, form),
-        (True, 128, form),
+        (True, 128, fixed),
         (True, 160, "several"),
     ):
         chain = REGISTRY.chain("experts", "gluon,triton", Machine("cuda", 9), deterministic=deterministic)

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4.kernels.triton.forms import FEW_STREAM_TOKENS, NARROW_TOKENS, ONE_LAUNCH, PLAIN_TOKENS, ROUTE_TOKENS
+from dsv4.kernels.triton.forms import (
+    FEW_STREAM_TOKENS,
+    FIXED_ONE_LAUNCH,
+    NARROW_TOKENS,
+    ONE_LAUNCH,
+    PLAIN_TOKENS,
+    ROUTE_TOKENS,
+)
 from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.weight import FP8_BLOCK, Fp8Weight, Gated
 
@@ -67,6 +74,10 @@ def few_routed(x: Tensor, gate: Tensor, *rest: Any) -> bool:
 
 def few_experts(x: Tensor, experts: Tensor, *rest: Any) -> bool:
     return 0 < experts.numel() <= ONE_LAUNCH
+
+
+def fewest_experts(x: Tensor, experts: Tensor, *rest: Any) -> bool:
+    return 0 < experts.numel() <= FIXED_ONE_LAUNCH
 
 
 def whole_channels(x: Tensor, *rest: Any) -> bool:

@@ -296,5 +296,5 @@ AOT = [
     _aot(42, 1),
     # With 96 registers Triton 3.6 keeps nothing on the stack for Hopper and 8 bytes for Blackwell, 3.9 16 to 32 and nothing.
     *(_aot(slots, 1, stack=32) for slots in (48, 96)),
-    *(_aot(slots, 1, fixed=True) for slots in (6, 96)),
+    _aot(6, 1, fixed=True),
 ]
