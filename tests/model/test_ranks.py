@@ -62,12 +62,11 @@ def _share_history(driver: Driver, upto: int) -> None:
     driver.page_table[1, :blocks] = driver.page_table[0, :blocks]
 
 
-def _ways(rank: Rank) -> dict[str, Any]:
-    """Logits of a cold run, and of every other way to the same tokens."""
+def _ways(rank: Rank, cold: Tensor) -> dict[str, Any]:
+    """Logits of every other way to the same tokens, and of the cold run."""
     driver = _driver(rank)
     ids, block = random_tokens(driver.config, TOKENS), driver.block_tokens
     boundary = TOKENS // block * block
-    cold = driver.run(ids)
     found = {"chunked": (driver.run(ids, [300, 33, 1, 250]), cold)}
 
     before = driver.run(ids[:boundary], [boundary - 100, 100])
@@ -98,11 +97,11 @@ def _replays(rank: Rank) -> dict[str, Any]:
     return found
 
 
-def _mixed(rank: Rank) -> dict[str, Any]:
+def _mixed(rank: Rank, cold: Tensor) -> dict[str, Any]:
     """A token of one request beside a chunk of another, a state saved inside a block, and one rank with all chosen entries."""
     driver = _driver(rank)
     ids, others = (random_tokens(driver.config, TOKENS, seed=s) for s in (0, 5))
-    cold, cold_others = driver.run(ids, slab=0), driver.run(others, slab=1)
+    cold_others = driver.run(others, slab=1)
     driver.run(ids[:330], slab=0)
     a, b = driver.step([Chunk(0, ids[330:331], 330), Chunk(1, others[:450], 0)])
     c, d = driver.step([Chunk(1, others[450:], 450), Chunk(0, ids[331:340], 331)])
@@ -144,10 +143,11 @@ def _several(rank: Rank) -> dict[str, Any]:
 
 
 def _all(rank: Rank) -> tuple[Tensor, dict[str, tuple[float, bool]]]:
-    found = _ways(rank) | _replays(rank) | _mixed(rank) | _several(rank)
     ids = random_tokens(_config(rank.ranks), TOKENS)
+    cold = _driver(rank).run(ids)
+    found = _ways(rank, cold) | _replays(rank) | _mixed(rank, cold) | _several(rank)
     logits = _driver(rank, unit=128).run(ids)  # an entry of 128 tokens lies within a run now
-    found["in longer runs"] = logits, _driver(rank).run(ids)
+    found["in longer runs"] = logits, cold
     found["in longer runs, in chunks"] = _driver(rank, unit=128).run(ids, [530, 70]), logits
     return logits, {n: (float((a - b).abs().max()), torch.equal(a, b)) for n, (a, b) in found.items()}
 

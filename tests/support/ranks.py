@@ -47,8 +47,10 @@ class Deaf(Rank):
 
 
 def run_ranks(ranks: int, work: Callable[..., Any], folder: Path, *args: Any) -> list[Any]:
-    """work(rank, *args) in each of R processes; what each gave, by rank. `work` is a function of a module."""
-    context = multiprocessing.get_context("spawn")
+    """work(rank, *args) in each of R processes; what each gave, by rank. `work` is a function of a module. Without a GPU they
+    are forked from a process that has done nothing but import this module: to load torch in each takes longer than much of the work."""
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload([__name__])
     answers: Any = context.Queue()
     meet = f"file://{folder}/meet"
     processes = [
