@@ -262,7 +262,7 @@ SHAPES: dict[int, dict[str, Any]] = {
 def test_more_ranks_give_what_one_does(ranks: int, tmp_path: Path) -> None:
     """A prompt that they cut beside one that they share, then one that hits. Nothing stays of engines that nobody holds any more."""
     path, told = write_random(tmp_path / "model", index_topk=16, **SHAPES[ranks]), []
-    params, length = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True), 900 if ranks < 8 else 1800
+    params, length = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True), 900 if ranks < 8 else 1100
     for r in (1, ranks):
         settings: dict[str, Any] = dict(num_pages=12, max_num_seqs=2, max_num_batched_tokens=700)
         before = children(os.getpid())
