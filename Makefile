@@ -80,9 +80,10 @@ test-rust:
 test-seeds:
 	cargo run --release --quiet -p dsv4-sim -- --seconds 60 --from fresh
 
-# Whole files at a time on each processor; many tests wait for servers, and torch has one thread in each process then.
+# Whole files at a time on each processor, the longest first (tests/conftest.py has the order); many tests wait for servers, and torch has one
+# thread in each process then.
 test-python: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 # pytest and the clients are the newest; of what dsv4 needs, each is the lowest that pyproject.toml allows.
 .venv-lowest/built: tests/lowest.txt

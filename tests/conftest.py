@@ -27,6 +27,30 @@ DEFAULT_TIMEOUT_CONFIG.connect = DEFAULT_TIMEOUT_CONFIG.read = 60.0
 DEFAULT_TIMEOUT_CONFIG.write = DEFAULT_TIMEOUT_CONFIG.pool = 60.0
 
 
+LONGEST = (
+    "kernels/test_aot.py",
+    "e2e/test_ranks.py",
+    "model/test_ranks.py",
+    "e2e/test_reuse.py",
+    "e2e/test_rolling_restarts.py",
+    "e2e/test_serving_ranks.py",
+    "e2e/test_serve.py",
+    "e2e/test_nano_quality.py",
+    "kernels/test_compiling.py",
+    "e2e/test_nano.py",
+    "model/test_checkpoint_files.py",
+    "e2e/test_fork_and_park.py",
+    "kernels/test_moe.py",
+)
+"""Files that take 40 seconds of a processor and more. They come first: one that begins when the others end, as do those of few tests in
+xdist's own order, would hold up the end of a run whose workers take a file at a time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:
     """A test that runs the command line in this process sets up logging for all: the next one has it as before."""
