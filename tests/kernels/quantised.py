@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from dsv4.formats import fp4_decode, fp4_unpack, pow2_ceil, ue8m0_decode
+from dsv4.ops.quantised import Quantised
 from torch import Tensor
 
 from tests.kernels.device import DEVICE
@@ -37,3 +38,12 @@ def fp4(
     codes = torch.randint(0, 256, (*lead, width // 2), generator=g, dtype=torch.uint8)
     scales = torch.randint(low, high, (*lead, width // 32), generator=g, dtype=torch.uint8)
     return codes, scales, fp4_decode(fp4_unpack(codes)) * ue8m0_decode(scales).repeat_interleave(32, -1)
+
+
+def codes_of(x: Tensor) -> Quantised:
+    """x [T, K] as what comes from another rank: codes and scales alone."""
+    from dsv4.kernels.triton.quantise import quantise
+
+    codes, scales = quantise(x, pad=4)
+    codes[len(x) :], scales[:, len(x) :] = 0, 1
+    return Quantised(codes, scales, len(x), x.dtype)

@@ -33,7 +33,7 @@ from dsv4.ops.weight import Fp8Weight, Gated
 from torch import Tensor
 
 from tests.kernels.device import DEVICE, on_gpu, on_hopper
-from tests.kernels.quantised import fp8
+from tests.kernels.quantised import codes_of, fp8
 from tests.kernels.test_attention import full_width, make
 from tests.kernels.test_indexer import Thresholds, small  # noqa: F401  (a fixture)
 from tests.kernels.test_moe import LIMIT
@@ -283,6 +283,9 @@ def test_experts_of_gluon_and_triton_at_full_width(experts: int, k: int) -> None
         part = moe.run(
             x[2 : 2 + n], ids[2 : 2 + n], weights[2 : 2 + n], packed, LIMIT, x[2 : 2 + n], fixed=True
         )
+        assert torch.equal(part, whole[2 : 2 + n]), n
+        codes = codes_of(x[2 : 2 + n])
+        part = moe.run(codes, ids[2 : 2 + n], weights[2 : 2 + n], packed, LIMIT, x[2 : 2 + n], fixed=True)
         assert torch.equal(part, whole[2 : 2 + n]), n
         if n * k <= ONE_LAUNCH:
             at = slice(2, 2 + n)

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from tests.kernels.device import DEVICE, close, on_gpu
-from tests.kernels.quantised import EXACT, fp4, roundtrip
+from tests.kernels.quantised import EXACT, codes_of, fp4, roundtrip
 
 pytest.importorskip("triton")
 
 from dsv4.backends import REGISTRY
 from dsv4.engine.warmup import _lengths
 from dsv4.kernels.triton import gemm, moe, moe_few, moe_pack
+from dsv4.kernels.triton.fits import few_experts
 from dsv4.kernels.triton.forms import ONE_LAUNCH
 from dsv4.kernels.triton.gemm import counters
 from dsv4.model.config import ModelConfig
 from dsv4.model.parallel import Parallel
 from dsv4.ops.forms import Machine
+from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import dispatcher
 from dsv4.plan.workspace import MULTIPROCESSORS, Limits, workspace
 
@@ -130,6 +132,30 @@ def test_experts_are_packed_some_at_a_time_alike(monkeypatch: pytest.MonkeyPatch
 )
 def test_equals_the_loop(experts: list[list[int]], tune: dict[str, int], one_launch: int) -> None:
     check(*SMALL, torch.tensor(experts), EXACT if len(experts) <= 8 else 5e-3, **tune)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize(("tokens", "dim"), [(3, 256), (9, 160), (9, 256)])
+def test_codes_give_the_bits_of_their_values(
+    tokens: int, dim: int, fixed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `fixed` in another order of channels where these are whole blocks; plans by one program and by several. Of values in bfloat16, whose
+    result is too."""
+    monkeypatch.setattr(moe, "ALONE", 8)
+    packed, _ = make(2, dim, 64)
+    g = _g(tokens)
+    x, weights = torch.randn((tokens, dim), generator=g).bfloat16(), torch.rand((tokens, 2), generator=g)
+    ids = torch.tensor([[0, 1], [1, 0], [1, -1]] * tokens)[:tokens]
+    x, ids, weights = (v.to(DEVICE) for v in (x, ids, weights))
+    expected, found = (moe.run(v, ids, weights, packed, LIMIT, x, fixed=fixed) for v in (x, codes_of(x)))
+    assert found.dtype == x.dtype and torch.equal(found, expected)
+
+
+def test_codes_alone_take_no_form_that_quantises() -> None:
+    x, ids = torch.ones((1, 128), device=DEVICE), torch.zeros((1, 1), dtype=torch.int64)
+    codes = codes_of(x)
+    assert few_experts(x, ids) and few_experts(Quantised.of(x, codes.codes, codes.scales), ids)
+    assert not few_experts(codes, ids)
 
 
 def test_widths_that_are_no_multiple_and_split_sums(one_launch: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from tests.kernels import gluon_threads as threads
 from tests.kernels.device import DEVICE, close, on_hopper
-from tests.kernels.quantised import fp4, roundtrip
+from tests.kernels.quantised import codes_of, fp4, roundtrip
 from tests.kernels.test_moe import LIMIT, check, make
 
 pytest.importorskip("triton")
@@ -22,6 +22,7 @@ from dsv4.kernels.triton import moe as portable
 from dsv4.kernels.triton import moe_pack
 from dsv4.kernels.triton.fits import narrow_scales
 from dsv4.kernels.triton.moe_plan import plan_many
+from dsv4.ops.quantised import stored
 
 ORDER = [half * 32 + 16 * unit + at for unit in range(2) for half in range(2) for at in range(16)]
 """Channels of 64 in the order of expanded weights."""
@@ -42,7 +43,8 @@ def test_packed_words_hold_low_and_high_channels() -> None:
     assert torch.equal(looked, values.view(128, 2, 64).transpose(0, 1))
 
 
-def test_codes_are_spread_to_the_places_of_their_slots() -> None:
+@pytest.mark.parametrize("given", [lambda x: x, codes_of], ids=["values", "codes"])
+def test_codes_are_spread_to_the_places_of_their_slots(given: Any) -> None:
     tokens, k, dim, count = 9, 2, 256, 3
     x = torch.randn((tokens, dim), generator=_g()).to(DEVICE)
     experts = torch.tensor([[2, 0], [1, 2], [-1, 2], [0, 3]] * 3)[:tokens].to(DEVICE)
@@ -52,9 +54,10 @@ def test_codes_are_spread_to_the_places_of_their_slots() -> None:
     scales = torch.zeros((2, (slots + 4) * 4), dtype=torch.uint8, device=DEVICE)
     gates = torch.zeros(slots, device=DEVICE)
     _, places, _ = plan_many(experts, count, 4, 2)
+    source, xs = stored(given(x))
     moe.spread_kernel[(2 * steps,)](
-        x, experts, weights, places, codes, scales, gates, slots + 4, count, dim, steps, dim, tokens, TOPK=k,
-        PDL=False,
+        source, experts, weights, places, codes, scales, gates, slots + 4, count, dim, steps, dim, tokens, TOPK=k,
+        PDL=False, xs=xs, xs_stride=tokens + -tokens % 4,
     )  # fmt: skip
     flat = experts.flatten().tolist()
     order = [s for e in range(count) for s in range(slots) if flat[s] == e]
@@ -271,3 +274,4 @@ def test_model_shapes_beside_triton(count: int, dim: int, inner: int) -> None:
         ours = moe.run(*args)
         assert close(ours, portable.run(*args)) < 6e-3
         assert all(torch.equal(ours, moe.run(*args)) for _ in range(3))
+        assert torch.equal(ours, moe.run(codes_of(x), *args[1:]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from dsv4.backends import REGISTRY
+from dsv4.backends import REGISTRY, choose
 from dsv4.cache.paged import PagedCache
 from dsv4.model.export import quantise_fp8
 from dsv4.model.v4 import V4Model
@@ -15,16 +15,17 @@ from dsv4.ops.forms import Machine
 from dsv4.ops.quantised import Quantised
 from dsv4.ops.registry import Ops
 from dsv4.ops.spec import SPECS
-from dsv4.ops.weight import Fp8Weight
+from dsv4.ops.weight import Fp4Weight, Fp8Weight, Gated
 
-from tests.kernels.device import DEVICE
-from tests.kernels.quantised import fp8
+from tests.kernels.device import DEVICE, close, on_gpu
+from tests.kernels.quantised import codes_of, fp4, fp8
 from tests.support.driving import Chunk, Driver, random_tokens
 from tests.support.models import random_config, random_weights
 
 pytest.importorskip("triton")
 
 from dsv4.kernels.triton import gemm, norm
+from dsv4.kernels.triton.forms import ONE_LAUNCH
 from dsv4.kernels.triton.quantise import quantise
 
 PACKED = ("wq_a.", "wq_b.", "attn.wkv.", "wo_b.", "shared_experts.")
@@ -58,8 +59,10 @@ def test_norms_take_columns_of_a_wider_matrix_as_they_are(tokens: int) -> None:
     wide = torch.randn((tokens, 320), generator=torch.Generator().manual_seed(2)).bfloat16().to(DEVICE)
     part, whole = wide[:, 64:264], wide[:, 64:264].clone()
     assert torch.equal(norm.rmsnorm(part, None, 1e-6), norm.rmsnorm(whole, None, 1e-6))
-    for a, b in zip(*(norm.rmsnorm_quantised(x, None, 1e-6) for x in (part, whole)), strict=True):
-        assert torch.equal(a.float(), b.float()) and a.is_contiguous()
+    a, b = (norm.rmsnorm_quantised(x, None, 1e-6) for x in (part, whole))
+    for name in ("values", "codes", "scales"):
+        found, expected = getattr(a, name), getattr(b, name)
+        assert torch.equal(found.float(), expected.float()) and found.is_contiguous()
 
 
 @pytest.mark.parametrize("tokens", [3, 21, 34])
@@ -67,15 +70,38 @@ def test_products_of_shared_activations_are_those_of_the_values(tokens: int) -> 
     """In every kernel: few tokens (quantised on the way without), more, and many."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn((tokens, 256), generator=g).bfloat16().to(DEVICE)
-    shared = Quantised(x, *quantise(x, pad=4))
-    shared.codes[tokens:] = 0
-    shared.scales[:, tokens:] = 1
+    shared = codes_of(x)
     codes, scales, _ = (v.to(DEVICE) for v in fp8(128, 256, g))
     y, z = (gemm.narrow_product(v, codes, scales, torch.float32) for v in (x, shared))
     assert torch.equal(y, z)
     if tokens <= 32:
         a, b = (gemm.gated(v, (codes, scales), (codes, scales), 0.7) for v in (x, shared))
         assert torch.equal(a, b) and a.dtype == x.dtype
+
+
+@on_gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("tokens", [1, 32, 33, 300, 2050])
+def test_experts_at_full_width_give_codes_the_bits_of_their_values(tokens: int, deterministic: bool) -> None:
+    """The shared one and the routed ones, by every form that this GPU takes; but for few slots of routed ones, which are quantised on the way in
+    an order of its own."""
+    g = torch.Generator().manual_seed(tokens)
+    ops, dim, inner, count = choose("auto", "cuda", deterministic=deterministic), 4096, 1024, 8
+    x = torch.randn((tokens, dim), generator=g).bfloat16().to(DEVICE)
+    shapes = ((inner, dim), (inner, dim), (dim, inner))
+    one = Gated(*(Fp8Weight(*fp8(*shape, g)[:2], torch.bfloat16).to(DEVICE) for shape in shapes))
+    many = Gated(*(Fp4Weight(*fp4((count, *shape), g)[:2], torch.bfloat16).to(DEVICE) for shape in shapes))
+    shared, routed = ops.prepare("swiglu", one), ops.prepare("experts", many)
+    assert ops.quantises("swiglu", shared) and ops.quantises("experts", routed)
+    ids = torch.rand((tokens, count), generator=g).topk(6).indices.to(DEVICE)
+    weights = torch.rand((tokens, 6), generator=g).to(DEVICE)
+    kept = Quantised.of(x, *quantise(x, pad=4))
+    always = ops.swiglu(x, shared, 7.0)
+    assert all(torch.equal(ops.swiglu(v, shared, 7.0), always) for v in (kept, codes_of(x)))
+    expected, *found = (ops.experts(v, ids, weights, routed, 7.0, always) for v in (x, kept, codes_of(x)))
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected) or (ids.numel() <= ONE_LAUNCH and not deterministic)
+    assert close(found[1], expected) < 6e-3
 
 
 def _model(monkeypatch: pytest.MonkeyPatch, *, share: bool) -> tuple[torch.Tensor, Counter[str]]:

@@ -37,14 +37,17 @@ class Places:
         own = x[first : first + self.owned]
         return torch.cat((own, x[self.rank.ranks * self.owned :])) if self.shared else own
 
-    def all(self, x: Tensor) -> Tensor:
-        """Of the local tokens [n, ...] -> of all tokens [N, ...]."""
+    def all(self, x: Tensor, pad: int = 1) -> Tensor:
+        """Of the local tokens [n, ...] -> of all tokens [N, ...], N rounded up to `pad` with zeros."""
         if not self.owned:
             return x
-        cut = self.rank.ranks * self.owned
-        out = x.new_empty((cut + self.shared, *x.shape[1:]))
+        n, cut = self.owned + self.shared, self.rank.ranks * self.owned
+        rows = cut + self.shared
+        out = torch.empty((rows + -rows % pad, *x.shape[1:]), dtype=x.dtype, device=x.device)
         self.rank.gather(x[: self.owned], out[:cut].unflatten(0, (self.rank.ranks, self.owned)))
-        out[cut:] = x[self.owned :]
+        out[cut:rows] = x[self.owned : n]
+        if rows % pad:
+            out[rows:] = 0
         return out
 
     def sum(self, parts: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from dsv4.model.beside import beside
@@ -27,14 +29,17 @@ class MoE:
         self.shared = weights.gated("swiglu", "shared_experts", ".weight")
 
     def __call__(self, x: Tensor, shared: Tensor | Quantised, step: Step) -> Tensor:
-        """[T, d] -> [T, d]; `shared`: x for the shared expert."""
-        return self.mixed(x, shared, step.token_ids)
-
-    def mixed(self, x: Tensor, shared: Tensor | Quantised, token_ids: Tensor) -> Tensor:
-        """The same for token ids int64 [T]."""
-        chosen = None if self.table is None else self.table[token_ids]
+        """[T, d] -> [T, d]; `shared`: x for all experts."""
         # The shared expert is the longer chain: it stays on the stream where each launch begins before the last one is over.
-        routed = beside(lambda: self.ops.route(x, self.gate, self.bias, chosen, self.k, self.scale), 0)
-        always = self.ops.swiglu(shared, self.shared, self.limit)
-        experts, weights = routed()
-        return self.ops.experts(x, experts, weights, self.experts, self.limit, always)
+        return self.mixed(shared, beside(lambda: self.routed(x, step.token_ids), 0))
+
+    def routed(self, x: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Experts int64 [T, k] and their weights float32 [T, k] of tokens with these ids int64 [T]."""
+        chosen = None if self.table is None else self.table[token_ids]
+        experts, weights = self.ops.route(x, self.gate, self.bias, chosen, self.k, self.scale)
+        return experts, weights
+
+    def mixed(self, x: Tensor | Quantised, routed: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """[T, d]: of all experts, the routed ones as `routed` gives them."""
+        always = self.ops.swiglu(x, self.shared, self.limit)
+        return self.ops.experts(x, *routed(), self.experts, self.limit, always)

@@ -6,7 +6,7 @@
 | window rows, compressor pools | whole on every rank | key-value rows of cut tokens are gathered; `fold.py` has what crosses of compressors |
 | history, index keys | row j of a page on rank j mod R | shared: candidates gathered, parts to the owner of the head; cut: rows gathered |
 | attention weights | whole on every rank | shared: `wo_a` by group, `wo_b` by input, summed |
-| experts | 1 / R of each one's columns | inputs of cut tokens gathered, sums go back to the owner |
+| experts | 1 / R of each one's columns | inputs of cut tokens (their codes, if all is in FP8) and the choice gathered, sums go back to the owner |
 | embedding, head | 1 / R of the vocabulary | summed; gathered |
 """
 
@@ -233,10 +233,37 @@ class RankedAttention(Attention):
 class RankedMoE(MoE):
     """A mixture of experts of which this rank has some columns."""
 
+    def __init__(self, weights: Scope, config: ModelConfig, layer: int, ops: Ops) -> None:
+        super().__init__(weights, config, layer, ops)
+        self.in_fp8 = ops.quantises("swiglu", self.shared) and ops.quantises("experts", self.experts)
+
     def __call__(self, x: Tensor, shared: Tensor | Quantised, step: RankStep) -> Tensor:  # type: ignore[override]
         """Of the local tokens [n, d] -> [n, d]."""
-        every = step.places.all(x)
-        return step.places.sum(self.mixed(every, shared if every is x else every, step.token_ids))
+        places = step.places
+        if not places.owned:
+            return places.sum(super().__call__(x, shared, step))  # type: ignore[arg-type]
+        chosen = self.routed(x, places.local(step.token_ids))
+        every, experts, weights = self._crossed(shared if self.in_fp8 else x, chosen, step)
+        return places.sum(self.mixed(every, lambda: (experts, weights)))
+
+    @staticmethod
+    def _crossed(
+        x: Tensor | Quantised, routed: tuple[Tensor, Tensor], step: RankStep
+    ) -> tuple[Tensor | Quantised, Tensor, Tensor]:
+        """x, experts and weights of all tokens from those of the local ones. In FP8 codes cross and no values; scales go with the choice."""
+        all_of, n, total = step.places.all, len(x), len(step.token_ids)
+        words = [part.view(torch.int32) for part in routed]
+        if isinstance(x, Quantised):
+            words.append(x.scales.view(torch.int32).t()[:n])
+        found = all_of(torch.cat(words, 1), pad=4).split([part.shape[1] for part in words], 1)
+        experts, weights = (part[:total].contiguous() for part in found[:2])
+        every: Tensor | Quantised
+        if isinstance(x, Quantised):
+            scales = found[2].t().contiguous().view(torch.float32)
+            every = Quantised(all_of(x.codes, pad=4), scales, total, x.dtype)
+        else:
+            every = all_of(x)
+        return every, experts.view(torch.int64), weights.view(torch.float32)
 
 
 class RankedLayer(Layer):

@@ -215,8 +215,8 @@ class Ops:
         return found
 
     def quantises(self, op: str, weight: Any) -> bool:
-        """Whether this prepared matrix (or these three) is multiplied in FP8."""
-        return any(form.packed for form in self.reached(op, weight))
+        """Whether this prepared matrix (or these three) is multiplied in FP8, whatever the call."""
+        return all(form.packed for form in self.reached(op, weight))
 
     @property
     def packed(self) -> bool:

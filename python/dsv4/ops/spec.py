@@ -5,8 +5,8 @@ Letters in shapes: T tokens of the step, d hidden size, n streams of mHC, h head
 index heads, I index head dim, B blocks that the step touches, W window, k selected entries or experts, E
 experts, m ratio, w pool rows, S sampled tokens, M ratios, K rotary tables. Dtype `model` is the dtype of the model (float32 or
 bfloat16); the others are exact. `rows` are stored rows, read and written in place (`tables.RowSource`).
-`quantised`: values with their FP8 form (`quantised.py`), which the FP8 forms of `linear` and `swiglu` take for `x`
-(`Ops.quantises`).
+`quantised`: values with their FP8 form (`quantised.py`), which `linear`, `swiglu` and `experts` take for `x` where
+they multiply in FP8 (`Ops.quantises`).
 `weight` is a matrix as stored and `gated` three of them (`weight.py`), each in the form that the backend asked for.
 Tables are described in `tables.py`. Sources name sections of DeepSeek's V4 paper (arXiv 2606.19348) or the
 module of the released inference code.

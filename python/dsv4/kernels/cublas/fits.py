@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsv4.kernels.cublas.forms import FEW, GROUPED_FEW
 from dsv4.kernels.triton.fits import whole_blocks
-from dsv4.ops.quantised import Quantised, plain
+from dsv4.ops.quantised import Quantised
 from dsv4.ops.weight import Fp8Weight, Gated
 
 
@@ -33,13 +33,11 @@ def blocks(w: Any) -> bool:
 
 
 def many(x: Tensor | Quantised, weight: Blocks) -> bool:
-    values = plain(x)
-    return len(values) > FEW and values.dtype == torch.bfloat16 and whole_blocks(weight)
+    return len(x) > FEW and x.dtype == torch.bfloat16 and whole_blocks(weight)
 
 
 def many_gated(x: Tensor | Quantised, w: Gated, limit: float) -> bool:
-    values = plain(x)
-    return len(values) > FEW and values.dtype == torch.bfloat16 and all(map(whole_blocks, w))
+    return len(x) > FEW and x.dtype == torch.bfloat16 and all(map(whole_blocks, w))
 
 
 def many_groups(x: Tensor, weight: Blocks) -> bool:

@@ -10,7 +10,7 @@ from dsv4.formats import ue8m0_decode
 from dsv4.kernels.cublas.fits import Blocks
 from dsv4.kernels.triton import gemm
 from dsv4.kernels.triton.quantise import quantise
-from dsv4.ops.quantised import Quantised, plain
+from dsv4.ops.quantised import Quantised
 from dsv4.ops.weight import Fp8Weight, Gated, Weight, dense, prepared_by
 
 
@@ -40,8 +40,8 @@ def scaled_into(out: Tensor, codes: Tensor, scales: Tensor, w: Tensor, wide: Ten
 
 def product(x: Tensor | Quantised, w: Blocks) -> Tensor:
     """bf16 [T, rows] for x bf16 [T, K] and w [rows, K]."""
-    codes, scales = x[1:] if isinstance(x, Quantised) else quantise(x, pad=4)
-    return scaled(codes, scales, w.codes, w.wide)[: len(plain(x))]
+    codes, scales = (x.codes, x.scales) if isinstance(x, Quantised) else quantise(x, pad=4)
+    return scaled(codes, scales, w.codes, w.wide)[: len(x)]
 
 
 @prepared_by(_prepare)
@@ -67,5 +67,5 @@ def grouped_linear(x: Tensor, weight: Blocks) -> Tensor:
 def swiglu(x: Tensor | Quantised, w: Gated, limit: float) -> Tensor:
     """The shared expert: bf16 [T, d] -> [T, d]."""
     if not isinstance(x, Quantised):  # once for both products
-        x = Quantised(x, *quantise(x, pad=4))
+        x = Quantised.of(x, *quantise(x, pad=4))
     return product(gemm.silu_gate_of(product(x, w.w1), product(x, w.w3), limit), w.w2)

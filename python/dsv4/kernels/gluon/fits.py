@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsv4.kernels.device import multiprocessors
 from dsv4.kernels.gluon.forms import BLOCK, BUSY, HEADS, MANY, MOST_BLOCKS
+from dsv4.ops.quantised import Quantised
 
 
 def v4_attention(
@@ -85,6 +86,6 @@ def more_than_selected(q: Tensor, cos: Tensor, sin: Tensor, weights: Tensor, key
     return entries.most > topk
 
 
-def many_slots(x: Tensor, experts: Tensor, weights: Tensor, w: Any, *rest: Any) -> bool:
+def many_slots(x: Tensor | Quantised, experts: Tensor, weights: Tensor, w: Any, *rest: Any) -> bool:
     """Whole tiles and MANY slots an expert."""
     return experts.numel() >= MANY * len(w.w13) and x.shape[1] % 128 == 0

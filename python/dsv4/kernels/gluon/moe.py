@@ -45,6 +45,7 @@ from dsv4.kernels.triton.gemm import silu_gate
 from dsv4.kernels.triton.moe_pack import channel_at
 from dsv4.kernels.triton.moe_plan import plan_many
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
+from dsv4.ops.quantised import Quantised, stored
 from dsv4.ops.weight import prepared_by
 
 PIECE = gl.constexpr(64)
@@ -76,22 +77,26 @@ LOOK_UP = gl.constexpr("""{
 LOOK_UP_REGISTERS = gl.constexpr("=&r,=&r,r,r,r,r,r")
 
 
-@triton.jit(do_not_specialize=["SP", "T"])
+@triton.jit(do_not_specialize=["SP", "T", "xs_stride"])
 def spread_kernel(
     x, experts, weights, places, codes, scales, gates, SP, E, D, KB, x_stride, T,
-    TOPK: tl.constexpr, PDL: tl.constexpr,
+    TOPK: tl.constexpr, PDL: tl.constexpr, xs=None, xs_stride=0,
 ):  # fmt: skip
     """x [T, D] -> e4m3 codes [S, D] and exponents of scales uint8 [KB / 4, SP, 4], each token's at the places of its TOPK
-    slots; weights [T, TOPK] -> gates [S] likewise. A program takes 128 channels of 8 tokens."""
+    slots; weights [T, TOPK] -> gates [S] likewise. With xs, scales [KB, xs_stride], x holds codes. A program takes 128 channels of 8 tokens."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     kb = tl.program_id(0) % KB
     t, at = tl.program_id(0) // KB * 8 + tl.arange(0, 8), tl.arange(0, 128)
     here = t.to(tl.int64)[:, None] * x_stride + (kb * 128 + channel_at(at))[None, :]
-    v = tl.load(x + here, mask=(t < T)[:, None], other=0.0).to(tl.float32)
-    scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
-    code = to_e4m3(v * inverse[:, None])
+    code = tl.load(x + here, mask=(t < T)[:, None], other=0.0)
+    if xs is None:
+        v = code.to(tl.float32)
+        scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
+        code = to_e4m3(v * inverse[:, None])
+    else:
+        scale = tl.load(xs + kb * xs_stride + t, mask=t < T, other=0.0)
     for j in tl.static_range(TOPK):
         expert = tl.load(experts + t * TOPK + j, mask=t < T, other=-1)
         go = (expert >= 0) & (expert < E)
@@ -398,7 +403,7 @@ def product_kernel(
 
 @prepared_by(portable.prepare)
 def experts(
-    x: Tensor, experts: Tensor, weights: Tensor, w: portable.PackedExperts, limit: float, shared: Tensor | None
+    x: Tensor | Quantised, experts: Tensor, weights: Tensor, w: portable.PackedExperts, limit: float, shared: Tensor | None
 ) -> Tensor:  # fmt: skip
     """The op `experts` for many tokens of FP4 experts with narrow scales."""
     return run(x, experts, weights, w, limit, shared)
@@ -409,23 +414,23 @@ def _words(t: Tensor, rows: int) -> TensorDescriptor:
 
 
 def order(
-    x: Tensor, experts: Tensor, weights: Tensor, count: int, codes: Tensor, scales: Tensor
+    x: Tensor | Quantised, experts: Tensor, weights: Tensor, count: int, codes: Tensor, scales: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Slots by expert, the plan of their blocks (`plan_many`) and weights in that order; x's codes [T * k, d] and exponents
     of scales uint8 [d / 512 + 1, 4 * at least T * k] are written in that order."""
     (tokens, k), dim = experts.shape, x.shape[1]
-    steps, overlap = dim // 128, pdl()
-    gates = torch.empty(tokens * k, dtype=torch.float32, device=x.device)
+    steps, overlap, (source, xs) = dim // 128, pdl(), stored(x)
+    gates = torch.empty(tokens * k, dtype=torch.float32, device=source.device)
     rows, places, plan = plan_many(experts, count, (PIECES * PIECE).value, PIECE.value)
     spread_kernel[(cdiv(tokens, 8) * steps,)](
-        x, experts, weights, places, codes, scales, gates, scales.stride(0) // 4, count, dim, steps, x.stride(0), tokens,
-        TOPK=k, PDL=bool(overlap), **overlap,
+        source, experts, weights, places, codes, scales, gates, scales.stride(0) // 4, count, dim, steps, source.stride(0), tokens,
+        TOPK=k, xs=xs, xs_stride=0 if xs is None else xs.stride(0), PDL=bool(overlap), **overlap,
     )  # fmt: skip
     return rows, plan, gates
 
 
 def run(
-    x: Tensor, experts: Tensor, weights: Tensor, packed: portable.PackedExperts, limit: float, shared: Tensor | None,
+    x: Tensor | Quantised, experts: Tensor, weights: Tensor, packed: portable.PackedExperts, limit: float, shared: Tensor | None,
     times: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """As the Triton form's `run`, for any number of tokens above 0. times: of both products' programs, int32 [programs,
@@ -436,7 +441,7 @@ def run(
         packed.w13.shape[:2],
         packed.w2.shape[1],
     )
-    empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=x.device)  # noqa: E731
+    empty = lambda *shape, dtype: torch.empty(shape, dtype=dtype, device=experts.device)  # noqa: E731
     out, e4m3 = empty(slots, dim, dtype=torch.bfloat16), torch.float8_e4m3fn
     codes = out.view(e4m3).view(2, slots, dim)[0]  # no longer needed when the second product writes
     h = empty(slots, tiles1 * 64, dtype=e4m3)
@@ -454,7 +459,7 @@ def run(
             traced, 0 if traced is None else traced.shape[1],
             TILES=tiles, FIRST=first, num_warps=4,
         )  # fmt: skip
-    return portable.combine(out, experts, count, shared, torch.empty_like(x))
+    return portable.combine(out, experts, count, shared, empty(*x.shape, dtype=x.dtype))
 
 
 def _aot(first: bool, tiles: int) -> Aot:
@@ -479,11 +484,11 @@ def _aot(first: bool, tiles: int) -> Aot:
 
 AOT = [
     *(_aot(first, tiles) for first, tiles in ((True, 32), (False, 32), (True, 48), (False, 56))),  # Flash, Pro
-    Aot(
+    *(Aot(
         spread_kernel,
-        {"x": "*bf16", "experts": "*i64", "weights": "*fp32", "places": "*i32", "codes": "*fp8e4nv", "scales": "*u8", "gates": "*fp32"}
-        | {k: "i32" for k in ("SP", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")},
-        dict(TOPK=6, PDL=True),
+        {"x": kind, "xs": "*fp32", "experts": "*i64", "weights": "*fp32", "places": "*i32", "codes": "*fp8e4nv", "scales": "*u8", "gates": "*fp32"}
+        | {k: "i32" for k in ("SP", "E", "KB", "T", "xs_stride")} | {k: "i32:16" for k in ("D", "x_stride")},
+        dict(TOPK=6, PDL=True) | given,
         archs=(90,),
-    ),
+    ) for kind, given in (("*bf16", {"xs": None}), ("*fp8e4nv", {}))),
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from dsv4.kernels.triton.forms import (
     PLAIN_TOKENS,
     ROUTE_TOKENS,
 )
-from dsv4.ops.quantised import Quantised, plain
+from dsv4.ops.quantised import Quantised
 from dsv4.ops.weight import FP8_BLOCK, Fp8Weight, Gated
 
 
@@ -41,7 +41,7 @@ def whole_blocks(weight: Any, groups: int = 1) -> bool:
 
 
 def wide(x: Tensor | Quantised, weight: Any) -> bool:
-    return len(plain(x)) > NARROW_TOKENS and whole_blocks(weight)
+    return len(x) > NARROW_TOKENS and whole_blocks(weight)
 
 
 def wide_groups(x: Tensor, weight: Any) -> bool:
@@ -49,11 +49,11 @@ def wide_groups(x: Tensor, weight: Any) -> bool:
 
 
 def wide_gated(x: Tensor | Quantised, w: Gated, limit: float) -> bool:
-    return len(plain(x)) > NARROW_TOKENS and all(map(whole_blocks, w))
+    return len(x) > NARROW_TOKENS and all(map(whole_blocks, w))
 
 
 def one_launch_gated(x: Tensor | Quantised, w: Gated, limit: float) -> bool:
-    return len(plain(x)) <= NARROW_TOKENS
+    return len(x) <= NARROW_TOKENS
 
 
 def few_plain(x: Tensor, weight: Tensor) -> bool:
@@ -72,15 +72,17 @@ def few_routed(x: Tensor, gate: Tensor, *rest: Any) -> bool:
     return 0 < len(x) <= ROUTE_TOKENS and x.dtype == gate.dtype == torch.bfloat16
 
 
-def few_experts(x: Tensor, experts: Tensor, *rest: Any) -> bool:
-    return 0 < experts.numel() <= ONE_LAUNCH
+def few_experts(x: Tensor | Quantised, experts: Tensor, *rest: Any) -> bool:
+    """Few slots, of values: it quantises them itself."""
+    values = x.values if isinstance(x, Quantised) else x
+    return 0 < experts.numel() <= ONE_LAUNCH and values is not None
 
 
-def fewest_experts(x: Tensor, experts: Tensor, *rest: Any) -> bool:
-    return 0 < experts.numel() <= FIXED_ONE_LAUNCH
+def fewest_experts(x: Tensor | Quantised, experts: Tensor, *rest: Any) -> bool:
+    return experts.numel() <= FIXED_ONE_LAUNCH and few_experts(x, experts)
 
 
-def whole_channels(x: Tensor, *rest: Any) -> bool:
+def whole_channels(x: Tensor | Quantised, *rest: Any) -> bool:
     """Channels in whole blocks of 128."""
     return x.shape[1] % FP8_BLOCK == 0
 

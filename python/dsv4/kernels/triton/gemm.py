@@ -18,7 +18,7 @@ from dsv4.kernels.aot import Aot
 from dsv4.kernels.triton.common import INTERPRETED, capability, cdiv, multiprocessors, next_pow2, pdl
 from dsv4.kernels.triton.forms import NARROW_TOKENS
 from dsv4.kernels.triton.quantise import dot, exponent_scale, pow2_scale, quantise, to_e4m3
-from dsv4.ops.quantised import Quantised
+from dsv4.ops.quantised import Quantised, stored
 
 _COUNTERS = 1 << 16
 
@@ -262,8 +262,8 @@ def gated(
     x: Tensor | Quantised, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], limit: float, *, fixed: bool = False
 ) -> Tensor:  # fmt: skip
     """SwiGLU of two FP8 products of few tokens, (codes, scales) each, in one launch; in x's dtype."""
-    values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
-    return narrow(codes, *gate, out_dtype=values.dtype, up=up, limit=limit, xs=xs, fixed=fixed)[: len(values)]
+    codes, xs = stored(x)
+    return narrow(codes, *gate, out_dtype=x.dtype, up=up, limit=limit, xs=xs, fixed=fixed)[: len(x)]
 
 
 _WAVE = {1: 264, 2: 132, 4: 132}
@@ -355,18 +355,16 @@ def narrow_product(
     x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1, *, fixed: bool = False
 ) -> Tensor:  # fmt: skip
     """The FP8 product of any number of tokens: [T, rows]."""
-    values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
-    return narrow(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs, fixed=fixed)[
-        : len(values)
-    ]
+    codes, xs = stored(x)
+    return narrow(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs, fixed=fixed)[: len(x)]
 
 
 def wide_product(
     x: Tensor | Quantised, weight: Tensor, scales: Tensor, out_dtype: torch.dtype, groups: int = 1, *, fixed: bool = False
 ) -> Tensor:  # fmt: skip
     """The same with whole blocks of 128 x 128, for many tokens."""
-    values, codes, xs = x if isinstance(x, Quantised) else (x, x, None)
-    return wide(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs, fixed=fixed)[: len(values)]
+    codes, xs = stored(x)
+    return wide(codes, weight, scales, out_dtype=out_dtype, groups=groups, xs=xs, fixed=fixed)[: len(x)]
 
 
 _INTS = {k: "i32" for k in ("T", "STEPS", "SPLIT", "TILES")} | {k: "i32:16" for k in ("OUT", "K", "x_stride")}

@@ -20,13 +20,13 @@ def _kept(weight: Weight) -> Weight:
 @prepared_by(_kept)
 def wide_linear(x: Tensor | Quantised, weight: Packed, *, fixed: bool = False) -> Tensor:
     """[T, in] x [out, in] -> [T, out] in x's dtype. `fixed`, here and below: as in `gemm.narrow`."""
-    return wide_product(x, weight.codes, weight.scales, plain(x).dtype, fixed=fixed)
+    return wide_product(x, weight.codes, weight.scales, x.dtype, fixed=fixed)
 
 
 @prepared_by(_kept)
 def narrow_linear(x: Tensor | Quantised, weight: Packed, *, fixed: bool = False) -> Tensor:
     """The same for any number of tokens and any shape."""
-    return narrow_product(x, weight.codes, weight.scales, plain(x).dtype, fixed=fixed)
+    return narrow_product(x, weight.codes, weight.scales, x.dtype, fixed=fixed)
 
 
 @prepared_by(_kept)
@@ -46,7 +46,7 @@ def _ours(x: Tensor, weight: Tensor, out: torch.dtype, groups: int = 1) -> Tenso
 @prepared_by(_kept)
 def our_linear(x: Tensor | Quantised, weight: Tensor) -> Tensor:
     """The same by our kernel, whatever the number of tokens."""
-    return _ours(plain(x), weight, plain(x).dtype)
+    return _ours(plain(x), weight, x.dtype)
 
 
 @prepared_by(_kept)

@@ -286,7 +286,7 @@ def _launch(
         M=TILE, **slices, PIECES=streams.dtype == torch.bfloat16 and not INTERPRETED, BF16=streams.dtype == torch.bfloat16,
         PDL=bool(overlap), num_warps=_warps(block), **overlap,
     )  # fmt: skip
-    return Quantised(x, codes, scales) if quantised else x, out, new_post, new_comb
+    return Quantised.of(x, codes, scales) if quantised else x, out, new_post, new_comb
 
 
 def hc_next(

@@ -34,6 +34,7 @@ from dsv4.kernels.triton.moe_pack import (
     prepare,
 )
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
+from dsv4.ops.quantised import Quantised, stored
 from dsv4.ops.weight import prepared_by
 
 ROWS = 128
@@ -68,15 +69,16 @@ def _plan_all(experts, rows, plan, S, E, BINS: tl.constexpr, CHUNK: tl.constexpr
     tl.store(rows + tl.gather(start, own, 0) + rank, at, mask=known)
 
 
-@triton.jit(do_not_specialize=["S", "T"])
+@triton.jit(do_not_specialize=["S", "T", "xs_stride"])
 def plan_kernel(
     experts, rows, plan, x, codes, scales, S, E, D, KB, x_stride, T,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-    PAIRED: tl.constexpr = False, ALONE: tl.constexpr = False,
+    PAIRED: tl.constexpr = False, ALONE: tl.constexpr = False, xs=None, xs_stride=0,
 ):  # fmt: skip
     """Program e < E: `rows` gets expert e's slots (token * k + j) in order, `plan` its blocks of at most BT slots as
     (expert, start in rows, count) from plan[3] on; plan[0] becomes the number of blocks. ALONE: program 0 does so for all of them. The
-    programs beyond quantise x, one block of BLOCK channels of 8 tokens each, PAIRED: in the order of `channel_at`. An expert outside 0 .. E - 1 is left out."""
+    programs beyond quantise x, one block of BLOCK channels of 8 tokens each, PAIRED: in the order of `channel_at`; with xs, scales [KB, xs_stride], x
+    holds codes. An expert outside 0 .. E - 1 is left out."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -86,9 +88,14 @@ def plan_kernel(
         t, c = n // KB * 8 + tl.arange(0, 8), n % KB * BLOCK + tl.arange(0, BLOCK)
         live = (t < T)[:, None] & (c < D)[None, :]
         of = channel_at(c) if PAIRED else c
-        v = tl.load(x + t[:, None].to(tl.int64) * x_stride + of[None, :], mask=live, other=0.0).to(tl.float32)
-        scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
-        tl.store(codes + t[:, None].to(tl.int64) * D + c[None, :], to_e4m3(v * inverse[:, None]), mask=live)
+        code = tl.load(x + t[:, None].to(tl.int64) * x_stride + of[None, :], mask=live, other=0.0)
+        if xs is None:
+            v = code.to(tl.float32)
+            scale, inverse = pow2_scale(tl.max(tl.abs(v), 1))
+            code = to_e4m3(v * inverse[:, None])
+        else:
+            scale = tl.load(xs + n % KB * xs_stride + t, mask=t < T, other=0.0)
+        tl.store(codes + t[:, None].to(tl.int64) * D + c[None, :], code, mask=live)
         tl.store(scales + t.to(tl.int64) * KB + n % KB, scale, mask=t < T)
     elif ALONE:
         _plan_all(experts, rows, plan, S, E, BINS, CHUNK, BT)
@@ -297,7 +304,7 @@ def combine(out: Tensor, experts: Tensor, count: int, shared: Tensor | None, y: 
 
 @prepared_by(prepare)
 def experts(
-    x: Tensor,
+    x: Tensor | Quantised,
     experts: Tensor,
     weights: Tensor,
     w: PackedExperts,
@@ -311,7 +318,7 @@ def experts(
 
 
 def run(
-    x: Tensor,
+    x: Tensor | Quantised,
     experts: Tensor,
     weights: Tensor,
     packed: PackedExperts,
@@ -324,8 +331,8 @@ def run(
     """y [T, d] in x's dtype: the routed experts' sum plus `shared` [T, d] for x [T, d], experts int64 and weights float32
     [T, k]. Weights of an expert that no token has are never read. `fixed`: a token's bits do not depend on how many there are; where
     scales are narrow and d is a multiple of 128 they are those of the Gluon form."""
-    (tokens, k), dim, dev = experts.shape, x.shape[1], x.device
-    y = torch.empty(x.shape, dtype=x.dtype, device=dev)
+    (tokens, k), dim, dev = experts.shape, x.shape[1], experts.device
+    y = torch.empty((tokens, dim), dtype=x.dtype, device=dev)
     if not tokens:
         return y
     slots, (count, tiles1), tiles2 = tokens * k, packed.w13.shape[:2], packed.w2.shape[1]
@@ -343,10 +350,11 @@ def run(
         empty(tokens, dim, dtype=torch.float8_e4m3fn),
         empty(tokens, steps1, dtype=torch.float32),
     )
-    alone = slots <= ALONE
+    alone, (source, xs) = slots <= ALONE, stored(x)
     plan_kernel[((1 if alone else count) + cdiv(tokens, 8) * steps1,)](
-        experts, rows, plan, x, codes, scales, slots, count, dim, steps1, x.stride(0), tokens,
-        BINS=next_pow2(count), CHUNK=2048 if not alone else 64 if slots <= 64 else ALONE, ALONE=alone, BT=bt, BLOCK=128, PAIRED=paired, PDL=bool(overlap), **overlap,
+        experts, rows, plan, source, codes, scales, slots, count, dim, steps1, source.stride(0), tokens,
+        BINS=next_pow2(count), CHUNK=2048 if not alone else 64 if slots <= 64 else ALONE, ALONE=alone, BT=bt, BLOCK=128, PAIRED=paired,
+        xs=xs, xs_stride=0 if xs is None else xs.stride(0), PDL=bool(overlap), **overlap,
     )  # fmt: skip
     h = empty(slots, tiles1 * 64, dtype=torch.float8_e4m3fn)
     hs = empty(slots, tiles1, dtype=torch.float32)
@@ -453,10 +461,15 @@ AOT = [
     *(
         Aot(
             plan_kernel,
-            {k: "*i32" for k in ("rows", "plan")} | {k: "i32" for k in ("S", "E", "KB", "T")} | {k: "i32:16" for k in ("D", "x_stride")}
-            | {"experts": "*i64", "x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"},
+            {k: "*i32" for k in ("rows", "plan")} | {k: "i32" for k in ("S", "E", "KB", "T", "xs_stride")} | {k: "i32:16" for k in ("D", "x_stride")}
+            | {"experts": "*i64", "x": kind, "codes": "*fp8e4nv", "scales": "*fp32", "xs": "*fp32"},
             dict(BINS=256, CHUNK=2048, BT=16, BLOCK=128, PAIRED=True, PDL=True) | flags,
         )
-        for flags in (dict(ALONE=False), dict(ALONE=True, CHUNK=64, PAIRED=False), dict(ALONE=True, CHUNK=256))
+        for kind, flags in (
+            ("*bf16", dict(ALONE=False, xs=None)),
+            ("*bf16", dict(ALONE=True, CHUNK=64, PAIRED=False, xs=None)),
+            ("*fp8e4nv", dict(ALONE=False)),
+            ("*fp8e4nv", dict(ALONE=True, CHUNK=256, PAIRED=False)),
+        )
     ),
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from dsv4.kernels.triton.moe_groups import grouped
 from dsv4.kernels.triton.moe_pack import PackedExperts, channel_at, prepare
 from dsv4.kernels.triton.moe_pairs import paired
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
+from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.weight import prepared_by
 
 CHUNK = 1024
@@ -246,7 +247,7 @@ def run_few(
 
 @prepared_by(prepare)
 def few_experts(
-    x: Tensor,
+    x: Tensor | Quantised,
     experts: Tensor,
     weights: Tensor,
     w: PackedExperts,
@@ -256,7 +257,7 @@ def few_experts(
     fixed: bool = False,
 ) -> Tensor:
     """The op `experts`. `fixed` as in `run_few`."""
-    return run_few(x, experts, weights, w, limit, shared, fixed=fixed)
+    return run_few(plain(x), experts, weights, w, limit, shared, fixed=fixed)
 
 
 def _config(slots: int, k: int, packed: PackedExperts) -> dict[str, int]:

@@ -141,7 +141,7 @@ def rmsnorm_quantised(x: Tensor, weight: Tensor | None, eps: float) -> Quantised
             WEIGHTED=weight is not None, BF16=x.dtype == torch.bfloat16, PDL=bool(overlap),
             num_warps=tile(1, block)[1], **overlap,
         )  # fmt: skip
-    return Quantised(y, codes, scales)
+    return Quantised.of(y, codes, scales)
 
 
 def norm_rope(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dsv4.ops.quantised import Quantised, plain
 from dsv4.ops.reference.elementwise import ordered_sum, silu, softplus
 from dsv4.ops.reference.index import lowest_index_topk
 from dsv4.ops.reference.linear import float32, linear, linear_f32
@@ -29,13 +30,13 @@ def route(
 
 
 def experts(
-    x: Tensor, experts: Tensor, weights: Tensor, w: Gated, limit: float, shared: Tensor | None
+    x: Tensor | Quantised, experts: Tensor, weights: Tensor, w: Gated, limit: float, shared: Tensor | None
 ) -> Tensor:
     """[T, d]: the sum over a token's experts of w2 (weight * silu(min(w1 x, limit)) * clamp(w3 x, limit)), and `shared`.
 
     The terms are added in float32 in the order of the columns of `experts`, whichever expert was computed first.
     """
-    tokens, k = experts.shape
+    x, (tokens, k) = plain(x), experts.shape
     flat = experts.flatten()
     terms = x.new_empty((tokens * k, x.shape[1]), dtype=torch.float32)
     for e in torch.unique(flat).tolist():

@@ -25,7 +25,7 @@ def rmsnorm_quantised(x: Tensor, weight: Tensor | None, eps: float) -> Quantised
     blocks = F.pad(y.float(), (0, -y.shape[1] % FP8_BLOCK, 0, -len(y) % 4)).unflatten(1, (-1, FP8_BLOCK))
     scales = pow2_ceil(blocks.abs().amax(-1).clamp(min=1e-4) / 448)
     codes = (blocks / scales[..., None]).flatten(1)[:, : y.shape[1]].to(torch.float8_e4m3fn)
-    return Quantised(y, codes.contiguous(), scales.t().contiguous())
+    return Quantised.of(y, codes.contiguous(), scales.t().contiguous())
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
