@@ -240,7 +240,7 @@ def run_few(
         empty(slots * tiles1 * split1 * 128 if split1 > 1 else 1), empty(slots, split2, tiles2 * 128),
         counters(dev), shared, y, limit, tokens, x.stride(0), dim, tiles1 * 64, tiles1, tiles2, each1, each2,
         TOPK=k, SLOTS=next_pow2(slots), SPLIT1=split1, SPLIT2=split2, SUMMED=next_pow2(k * split2), BT=pick["bt"], CHUNK=CHUNK,
-        WHOLE=dim % 128 == 0, STAGES=pick["stages"], PDL=bool(overlap), **lowest, num_warps=pick.get("warps", 4), maxnreg=pick["regs"] or None, **overlap,
+        WHOLE=dim % 128 == 0, STAGES=pick["stages"], PDL=bool(overlap), **lowest, num_warps=4, maxnreg=pick["regs"] or None, **overlap,
     )  # fmt: skip
     return y
 
