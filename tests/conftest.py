@@ -48,6 +48,7 @@ xdist's own order, would hold up the end of a run whose workers take a file at a
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    assert all(map(Path.exists, places)), "LONGEST names a file that is not there"
     items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
