@@ -27,12 +27,12 @@ from dsv4.kernels.triton.moe_pack import (
     _expand,
     _four,
     _group_scale,
-    _paired,
     _side_by_side,
     _table,
     channel_at,
     prepare,
 )
+from dsv4.kernels.triton.moe_pairs import paired
 from dsv4.kernels.triton.quantise import pow2_scale, to_e4m3
 from dsv4.ops.quantised import Quantised, stored
 from dsv4.ops.weight import prepared_by
@@ -138,10 +138,7 @@ def experts_kernel(
     FIRST: x codes [T, K] with scales [T, K / 128]; out codes [slots, N] with scales [slots, TILES]; tile rows alternate
     between w1 and w3. Else: x codes [slots, K] with scales per 64; out [slots, N].
 
-    PAIRED: as the Gluon form, to its bits: channels in the order of `channel_at`, two instructions at a time, and one sum over
-    all steps, which are not SPLIT.
-
-    GROUPED: by `moe_groups.grouped`. WHOLE: K is a multiple of 128.
+    PAIRED: by `moe_pairs.paired`, to the bits of the Gluon form; not SPLIT. GROUPED: by `moe_groups.grouped`. WHOLE: K is a multiple of 128.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -175,9 +172,13 @@ def experts_kernel(
         acc = grouped(
             x, xs, at // TOPK if FIRST else at, on, wp, sp, first_step, end_step, K, xb, BT, WHOLE, STAGES
         )
+    elif PAIRED:
+        acc = paired(
+            x, xs, slot // TOPK if FIRST else slot, live, wp, sp, lowest, steps, K, FIRST, BT, STAGES
+        )
     else:
         src = slot // TOPK if FIRST else slot
-        width: tl.constexpr = 32 if not ABSORB else 128 if FIRST and not PAIRED else 64
+        width: tl.constexpr = 32 if not ABSORB else 128 if FIRST else 64
         cx = tl.arange(0, width)
         xp = x + src[None, :] * K + cx[:, None]
         qp = xs + src * (steps * xb)
@@ -198,14 +199,7 @@ def experts_kernel(
                 a0, b0 = _table(byte, 2)
                 a1, b1 = _table(byte, 3)
                 w2, w3 = _expand(wp + (2 * k + 1) * (128 * 32), a0, b0, a1, b1)
-                if PAIRED:
-                    p = tl.dot(_paired(w0, w1), x0)
-                    if FIRST:
-                        acc += tl.dot(_paired(w2, w3), x1, p) * q[None, :]
-                    else:
-                        acc += p * q[None, :]
-                        acc += tl.dot(_paired(w2, w3), x1) * tl.load(qp + k * xb + 1)[None, :]
-                elif FIRST:
+                if FIRST:
                     acc += tl.dot(_four(w0, w1, w2, w3), x0) * q[None, :]
                 else:
                     acc += tl.dot(_side_by_side(w0, w1), x0) * q[None, :]

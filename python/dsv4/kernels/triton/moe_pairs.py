@@ -1,4 +1,4 @@
-"""A tile of FP4 experts by a few tokens, to the bits of the Gluon form for many (`gluon/moe.py`).
+"""A tile of FP4 experts for `--deterministic`, to the bits of the Gluon form for many (`gluon/moe.py`).
 
 Scales are relative to the row's lowest and go into the lookup table; channels lie in the order of `moe_pack.channel_at`; a product of 128 channels of the
 first matrix, or of 64 of the second, is scaled by the activations' scale and added to one sum over all of them.
