@@ -13,6 +13,9 @@ pytest.importorskip("triton")
 
 from dsv4.kernels.aot import modules
 
+pytestmark = pytest.mark.timeout(600)
+"""A module of many kernels takes a minute of a processor that it has for itself."""
+
 PROCESS = """
 import sys
 from dsv4.kernels.aot import main
